@@ -1,0 +1,75 @@
+"""Loads the compiled CPU library (ctypes, a plain C ABI) and says why when it cannot.
+
+A kernel takes one argument: a packed block of 8-byte fields. `function(name)` binds `medssm_<name>_<isa>` for the best
+instruction set of this processor (MEDSSM_CPU_ISA = base | v3 | v4 overrides). MEDSSM_CPU_LIBRARY names another library file
+(a sanitizer build, say).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+# Storage types as csrc/include/medssm/abi.h numbers them.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ISAS = ("base", "v3", "v4")
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+
+def path() -> Path:
+    """Where the CPU library is expected."""
+    override = os.environ.get("MEDSSM_CPU_LIBRARY")
+    if override:
+        return Path(override)
+    import medssm
+
+    return Path(medssm.__file__).parent / "_lib" / f"libmedssm_cpu{SUFFIX}"
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    file = path()
+    if not file.is_file():
+        return None, f"no compiled library at {file}: install again with a C++ compiler (pip install --no-cache-dir --force-reinstall medssm)"
+    try:
+        library = ctypes.CDLL(str(file))
+        library.medssm_cpu_isa.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return None, f"{file} does not load: {error}"
+    return library, None
+
+
+def reason() -> str | None:
+    """None where the compiled library serves, else one line that says why not."""
+    return _load()[1]
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction set in use: "base", "v3" (AVX2) or "v4" (AVX-512)."""
+    library, why = _load()
+    if library is None:
+        raise RuntimeError(why)
+    best = library.medssm_cpu_isa().decode()
+    wanted = os.environ.get("MEDSSM_CPU_ISA", best)
+    if wanted not in ISAS:
+        raise ValueError(f"MEDSSM_CPU_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
+    if ISAS.index(wanted) > ISAS.index(best):
+        raise ValueError(f"MEDSSM_CPU_ISA: this processor runs at most {best!r}, got {wanted!r}")
+    return wanted
+
+
+@functools.cache
+def function(name: str):
+    """The C function `medssm_<name>_<isa>`; call it with the packed argument block (bytes)."""
+    library, why = _load()
+    if library is None:
+        raise RuntimeError(why)
+    bound = getattr(library, f"medssm_{name}_{isa()}")
+    bound.argtypes, bound.restype = [ctypes.c_char_p], None
+    return bound
