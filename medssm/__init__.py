@@ -1,4 +1,7 @@
-"""medssm: linear-time sequence layers for 2D and 3D medical imaging."""
+"""medssm: linear-time sequence layers (selective scan, linear attention) for 2D and 3D medical imaging.
+
+The ops are in `medssm.ops`, scan orders in `medssm.orders`, layers in `medssm.nn`; `create_model` builds a backbone.
+"""
 
 from pathlib import Path
 
@@ -6,4 +9,19 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "__init__.py").is_file():
     __path__.append(str(_here.parent))  # a checkout that made the link medssm/kernels -> ../kernels a text file
 
+from medssm import ops, orders  # noqa: E402  (after the path above, which makes medssm.kernels importable)
+from medssm.dispatch import backends, explain, use_backend  # noqa: E402
+
 __version__ = "0.1.0"
+__all__ = ["backends", "create_model", "explain", "from_upstream", "list_models", "ops", "orders", "register_model", "use_backend"]
+
+_MODELS = ("create_model", "list_models", "register_model", "from_upstream")
+
+
+def __getattr__(name: str):
+    """The model registry on first use: importing medssm stays as light as its ops."""
+    if name in _MODELS:
+        from medssm import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module 'medssm' has no attribute {name!r}")

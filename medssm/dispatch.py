@@ -1,0 +1,141 @@
+"""Which backend serves a call: one readable priority list, and a reason for every refusal.
+
+Every op registers its backends here. `auto` takes the first of PRIORITY that this machine has and that serves the arguments.
+`backend=` on a call raises where that backend cannot serve; `use_backend` and the environment variable MEDSSM_BACKEND express
+a preference: the call falls back with one logged reason, unless `strict`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+logger = logging.getLogger("medssm")
+
+#: Fastest first; `reference` serves everything.
+PRIORITY = ("cuda", "triton", "native", "reference")
+NAMES = ("auto", *PRIORITY)
+
+
+class Backend(NamedTuple):
+    """One implementation of an op.
+
+    missing: why this machine does not have it, or None. refuse: why it cannot serve these very arguments, or None.
+    """
+
+    missing: Callable[[], str | None]
+    refuse: Callable[..., str | None]
+
+
+_ops: dict[str, dict[str, Backend]] = {}
+_explainers: dict[str, Callable] = {}
+
+
+def _serves(*_args) -> None:
+    return None
+
+
+def register(op: str, arguments: Callable, **served: Backend) -> None:
+    """Enter an op in the table.
+
+    arguments(*args, **kw) maps a call of the public function to the positional arguments that `refuse` takes.
+    """
+    table = {name: Backend(lambda name=name: f"{op} has no {name} kernel in this release", _serves) for name in PRIORITY}
+    table["reference"] = Backend(_serves, _serves)
+    table.update(served)
+    _ops[op] = table
+    _explainers[op] = arguments
+
+
+def _check(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+class _Choice(threading.local):
+    """The thread's preference; the environment's until the thread states one."""
+
+    def __init__(self):
+        self.name = _check(os.environ.get("MEDSSM_BACKEND", "auto"), "MEDSSM_BACKEND")
+        self.strict = False
+
+
+_choice = _Choice()
+_told: set[tuple[str, str, str]] = set()
+
+
+class use_backend:
+    """Prefer a backend in this thread: a setter, and a context manager that puts the earlier choice back.
+
+    name: reference | native | triton | cuda | auto. strict: raise where the backend cannot serve, instead of falling back
+    with one logged reason.
+
+    >>> with medssm.use_backend("reference"):
+    ...     y = model(x)
+    """
+
+    def __init__(self, name: str, strict: bool = False):
+        self._before = (_choice.name, _choice.strict)
+        _choice.name, _choice.strict = _check(name, "backend"), bool(strict)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        _choice.name, _choice.strict = self._before
+
+
+def _why_not(op: str, name: str, args: tuple) -> str | None:
+    backend = _ops[op][name]
+    return backend.missing() or backend.refuse(*args)
+
+
+def choose(op: str, backend: str | None, args: tuple) -> str:
+    """The backend that this call takes; `backend` is the call's own argument, which raises ValueError where it cannot serve."""
+    wanted, forced = (_choice.name, _choice.strict) if backend is None else (_check(backend, "backend"), True)
+    if wanted != "auto":
+        why = _why_not(op, wanted, args)
+        if why is None:
+            return wanted
+        if forced:
+            raise ValueError(f"backend={wanted!r} cannot serve this {op}: {why}")
+        _tell(op, wanted, why)
+    for name in PRIORITY:
+        if _why_not(op, name, args) is None:
+            return name
+    raise AssertionError("the reference serves every call")
+
+
+def _tell(op: str, name: str, why: str) -> None:
+    if (op, name, why) not in _told:
+        _told.add((op, name, why))
+        logger.warning("%s: %s is not used: %s", op, name, why)
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What this machine has: {op: {backend: "ok" or the reason why not}}."""
+    return {op: {name: table[name].missing() or "ok" for name in reversed(PRIORITY)} for op, table in sorted(_ops.items())}
+
+
+def explain(op: str, *args, **kwargs) -> dict[str, str]:
+    """Which backend that very call would take, and why each other one would not.
+
+    Takes the op's name and the call's own arguments; returns {"chosen": name, backend: "ok" | "would serve, … comes first" | reason}.
+
+    >>> medssm.explain("selective_scan", u, delta, A, B, C)["chosen"]
+    'native'
+    """
+    if op not in _ops:
+        raise ValueError(f"op: expected one of {', '.join(sorted(_ops))}, got {op!r}")
+    backend = kwargs.pop("backend", None)
+    call = _explainers[op](*args, **kwargs)
+    chosen = choose(op, backend, call)
+    report = {"chosen": chosen}
+    for name in PRIORITY:
+        why = _why_not(op, name, call)
+        report[name] = why or ("ok" if name == chosen else f"would serve; {chosen} was preferred")
+    return report

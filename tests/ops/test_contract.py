@@ -1,0 +1,470 @@
+"""The contract of DESIGN: what every op does, on every backend of this machine."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import medssm
+from medssm import ops
+from tests.ops.calls import BACKENDS, OPS, SEQUENCE, Call, available, calls, compare
+
+PAIRS = available()
+KERNELS = [(op, backend) for op, backend in PAIRS if backend != "reference"]
+every = pytest.mark.parametrize("op, backend", PAIRS)
+every_kernel = pytest.mark.parametrize("op, backend", KERNELS)
+TOKENS = {"selective_scan": ("u", "delta", "B", "C", "z"), "causal_conv1d": ("x",), "selective_scan_nd": ("x", "delta", "B", "C", "z"),
+          "depthwise_conv": ("x",)}
+
+
+def token_dims(call: Call) -> int:
+    """How many dimensions of each token tensor are spatial."""
+    if call.op == "selective_scan_nd":
+        return call.tensors["delta"].dim() - 3
+    return next(iter(call.tensors.values())).dim() - 2
+
+
+def test_every_op_has_both_backends():
+    assert {(op, b) for op in OPS for b in BACKENDS} <= set(PAIRS)
+
+
+@every
+@given(data=st.data())
+def test_float64_equals_the_reference_to_rounding(op, backend, data):
+    call = data.draw(calls(op))
+    compare(call.results(backend), call.results("reference"), 1e-10, 1e-9)
+
+
+@every
+@given(data=st.data())
+def test_float32_equals_the_float64_reference(op, backend, data):
+    call = data.draw(calls(op)).to(torch.float32)
+    got, want = call.results(backend), call.to(torch.float64).results("reference")
+    own = call.results("reference")  # what float32 itself costs in this very case
+    for name, w in want.items():
+        if w.numel():
+            scale = w.abs().max().clamp_min(1e-3)
+            rounding = float(((own[name].double() - w).abs() / scale).max())
+            floor = 1e-5 if name.startswith("gradient") else 1e-6
+            compare({name: got[name]}, {name: w}, 2 * rounding + floor, 2 * rounding + floor)
+
+
+@every
+@given(data=st.data())
+def test_half_storage_computes_in_float32(op, backend, data):
+    """Rounded inputs, float32 arithmetic, one rounding at the end: within an ulp of the storage type."""
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    call = data.draw(calls(op)).to(dtype)
+    got, want = call.results(backend), call.to(torch.float64).results("reference")
+    ulp = torch.finfo(dtype).eps
+    assert next(iter(got.values())).dtype is dtype
+    compare(got, want, ulp + 1e-5, 2 * ulp + 1e-4)
+
+
+@every
+@given(data=st.data())
+def test_mixed_types_are_accepted_and_gradients_have_their_inputs_dtype(op, backend, data):
+    call = data.draw(calls(op))
+    kinds = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+    mixed = Call(op, {k: t.to(data.draw(kinds)) for k, t in call.tensors.items()}, call.options)
+    got = mixed.results(backend)
+    first = next(iter(mixed.tensors.values()))
+    assert got["output 0"].dtype is first.dtype
+    for name, t in mixed.tensors.items():
+        assert got[f"gradient of {name}"].dtype is t.dtype
+    compare(got, mixed.to(torch.float64).results("reference"), 1e-2, 2e-2)
+
+
+@every
+@settings(max_examples=8)
+@given(data=st.data())
+def test_gradcheck(op, backend, data):
+    call = data.draw(calls(op, small=True)).leaves()
+    names = list(call.tensors)
+    if not next(iter(call.tensors.values())).numel():
+        return
+    torch.autograd.gradcheck(lambda *ts: Call(op, dict(zip(names, ts, strict=True)), call.options).run(backend), tuple(call.tensors.values()),
+                             fast_mode=True, atol=1e-7, rtol=1e-4)
+
+
+@settings(max_examples=6)
+@pytest.mark.parametrize("op", OPS)
+@given(data=st.data())
+def test_reference_is_differentiable_twice(op, data):
+    call = data.draw(calls(op, small=True)).leaves()
+    names = list(call.tensors)
+    if not next(iter(call.tensors.values())).numel():
+        return
+    torch.autograd.gradgradcheck(lambda *ts: Call(op, dict(zip(names, ts, strict=True)), call.options).run("reference"),
+                                 tuple(call.tensors.values()), fast_mode=True, atol=1e-6, rtol=1e-3)
+
+
+@every_kernel
+def test_second_derivatives_of_a_kernel_raise(op, backend):
+    call = calls_example(op).leaves()
+    first = next(iter(call.tensors.values()))
+    (gradient,) = torch.autograd.grad(output(call.run(backend)).square().sum(), first, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives need backend='reference'"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("op, backend", [p for p in PAIRS if p[0] in SEQUENCE])
+@given(data=st.data())
+def test_split_with_state_equals_whole(op, backend, data):
+    call = data.draw(calls(op)).to(torch.float32).with_options(order=None, return_final_state=True)
+    spatial = token_dims(call)
+    flat = call.but(**{k: t.flatten(1, spatial) for k, t in call.tensors.items() if k in TOKENS[op]})
+    length = next(iter(flat.tensors.values())).shape[1]
+    cut = data.draw(st.integers(0, length))
+    whole, state = flat.run(backend)
+    parts = [slice(0, cut), slice(cut, length)]
+    if flat.options["reverse"]:
+        parts.reverse()
+    outs, carried = {}, flat.tensors.get("initial_state")
+    for part in parts:
+        piece = flat.but(**{k: t[:, part] for k, t in flat.tensors.items() if k in TOKENS[op]})
+        if carried is not None:
+            piece = piece.but(initial_state=carried)
+        outs[part.start], carried = piece.run(backend)
+    joined = torch.cat([outs[s] for s in sorted(outs)], 1) if cut not in (0,) and cut != length else torch.cat(list(outs.values()), 1)
+    compare({"output": joined, "state": carried}, {"output": whole, "state": state}, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("op, backend", [p for p in PAIRS if p[0] in SEQUENCE])
+@given(data=st.data())
+def test_reverse_equals_flipped(op, backend, data):
+    call = data.draw(calls(op)).to(torch.float32).with_options(order=None, return_final_state=True)
+    flat = call.but(**{k: t.flatten(1, token_dims(call)) for k, t in call.tensors.items() if k in TOKENS[op]})
+    out, state = flat.run(backend, reverse=True)
+    mirrored = flat.but(**{k: t.flip(1) for k, t in flat.tensors.items() if k in TOKENS[op]})
+    expected, final = mirrored.run(backend, reverse=False)
+    assert torch.equal(out, expected.flip(1)) and torch.equal(state, final)
+
+
+@pytest.mark.parametrize("op, backend", [p for p in PAIRS if p[0] in SEQUENCE])
+@given(data=st.data())
+def test_an_order_equals_gather_scan_scatter(op, backend, data):
+    call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True, reverse=False)
+    spatial = token_dims(call)
+    flat = call.but(**{k: t.flatten(1, spatial) for k, t in call.tensors.items() if k in TOKENS[op]})
+    length = next(iter(flat.tensors.values())).shape[1]
+    p = torch.randperm(length, generator=torch.Generator().manual_seed(length))
+    gathered = flat.but(**{k: t[:, p] for k, t in flat.tensors.items() if k in TOKENS[op]})
+    expected, final = gathered.run(backend, order=None)
+    out, state = flat.run(backend, order=p)
+    assert torch.equal(out[:, p], expected) and torch.equal(state, final)
+
+
+@every
+@given(data=st.data())
+def test_linear_in_its_input(op, backend, data):
+    call = data.draw(calls(op)).to(torch.float32)
+    if "activation" in call.options:
+        call = call.with_options(activation=None)
+    for absent in ("bias", "initial_state"):
+        call.tensors.pop(absent, None)
+    name = next(iter(call.tensors))
+    a = call.tensors[name]
+    b = torch.randn(a.shape, generator=torch.Generator().manual_seed(3))
+    together, one, two = (output(call.but(**{name: t}).run(backend)) for t in (2 * a - 3 * b, a, b))
+    if together.numel():
+        scale = (2 * one.abs() + 3 * two.abs()).max().clamp_min(1e-3)
+        assert float((together - (2 * one - 3 * two)).abs().max() / scale) < 1e-5
+
+
+@every_kernel
+@given(data=st.data())
+def test_same_bits_twice_and_for_any_number_of_threads(op, backend, data):
+    call = data.draw(calls(op)).to(torch.float32)
+    first = None
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        got = call.results(backend)
+        first = first or got
+        assert all(torch.equal(got[k], first[k]) for k in got), threads
+
+
+@every_kernel
+@given(data=st.data())
+def test_any_strides_and_nothing_written_outside(op, backend, data):
+    """Every tensor as a strided view of a larger buffer of NaN: the results are the same and the buffer is as it was."""
+    call = data.draw(calls(op)).to(torch.float32)
+    want = call.results(backend)
+    buffers, views = {}, {}
+    for name, t in call.tensors.items():
+        dims = list(data.draw(st.permutations(range(t.dim()))))
+        step = data.draw(st.integers(1, 2))
+        big = torch.full([n * step + 2 for n in (t.shape[d] for d in dims)], math.nan)
+        view = big[tuple(slice(1, 1 + n * step, step) for n in (t.shape[d] for d in dims))].permute([dims.index(i) for i in range(t.dim())])
+        view.copy_(t)
+        buffers[name], views[name] = big, view
+    before = {k: b.clone() for k, b in buffers.items()}
+    strided = Call(op, views, call.options)
+    out = output(strided.run(backend))
+    leaves = {k: v.requires_grad_() if v.is_leaf else v for k, v in ((k, v.detach()) for k, v in views.items())}
+    assert torch.equal(out, want["output 0"])
+    outs = Call(op, leaves, call.options).run(backend)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
+    grads = torch.autograd.grad(outs, list(leaves.values()), cotangents, allow_unused=True)
+    for (k, t), g in zip(leaves.items(), grads, strict=True):
+        assert torch.equal(torch.zeros_like(t) if g is None else g, want[f"gradient of {k}"]), k
+    for k, b in buffers.items():
+        assert torch.equal(b.isnan(), before[k].isnan()) and torch.equal(b.nan_to_num(), before[k].nan_to_num()), k
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(data=st.data())
+def test_bdl_layout_equals_bld(backend, data):
+    op = data.draw(st.sampled_from(SEQUENCE))
+    call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True)
+    tokens = {}
+    for name in TOKENS[op]:
+        if name in call.tensors:
+            t, first = call.tensors[name], next(iter(call.tensors.values()))
+            grouped = name in ("B", "C") and t.dim() == first.dim() + 1
+            tokens[name] = t.movedim((-2, -1), (1, 2)) if grouped else t.movedim(-1, 1)
+    out, state = call.run(backend)
+    got, final = call.but(**tokens).run(backend, layout="bdl")
+    assert torch.equal(got.movedim(1, -1), out) and torch.equal(final, state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(data=st.data())
+def test_steps_equal_the_scan(backend, data):
+    op = data.draw(st.sampled_from(SEQUENCE))
+    call = data.draw(calls(op)).to(torch.float32).with_options(order=None, reverse=False, return_final_state=True)
+    flat = call.but(**{k: t.flatten(1, token_dims(call)) for k, t in call.tensors.items() if k in TOKENS[op]})
+    whole, final = flat.run(backend)
+    assume(0 < whole.shape[1] <= 9)
+    state = flat.tensors.pop("initial_state", torch.zeros_like(final))
+    step = getattr(ops, f"{op}_step")
+    options = {k: v for k, v in flat.options.items() if k in ("delta_softplus", "activation")}
+    outs = []
+    for t in range(whole.shape[1]):
+        token = {k: v[:, t] if k in TOKENS[op] else v for k, v in flat.tensors.items()}
+        out, state = step(state, **token, **options, backend=backend)
+        outs.append(out)
+    compare({"output": torch.stack(outs, 1), "state": state}, {"output": whole, "state": final}, 1e-5, 1e-5)
+
+
+@every
+@given(data=st.data())
+def test_state_is_never_an_alias_and_empty_sequences_return_it(op, backend, data):
+    assume(op in SEQUENCE)
+    call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True)
+    out, state = call.run(backend)
+    initial = call.tensors.get("initial_state")
+    if initial is not None and state.numel():
+        assert state.data_ptr() != initial.data_ptr()
+    if not out.numel() and state.numel() and out.shape[-1]:
+        assert torch.equal(state, torch.zeros_like(state) if initial is None else initial)
+
+
+# -- PyTorch ----------------------------------------------------------------------------------------------------------------------
+
+
+def output(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+def calls_example(op: str) -> Call:
+    """One fixed float32 call with every option that all PyTorch features must carry."""
+    g = torch.Generator().manual_seed(0)
+
+    def n(*shape):
+        return torch.randn(shape, generator=g)
+
+    return {
+        "selective_scan": lambda: Call(op, {"u": n(2, 13, 6), "delta": n(2, 13, 2), "A": -torch.rand((6, 4), generator=g), "B": n(2, 13, 4),
+                                            "C": n(2, 13, 4), "D": n(6), "z": n(2, 13, 6), "delta_bias": n(6), "initial_state": n(2, 6, 4),
+                                            "delta_proj": n(6, 2)}, {"delta_softplus": True, "return_final_state": True}),
+        "causal_conv1d": lambda: Call(op, {"x": n(2, 13, 6), "weight": n(6, 4), "bias": n(6), "initial_state": n(2, 6, 3)},
+                                      {"activation": "silu", "return_final_state": True}),
+        "selective_scan_nd": lambda: Call(op, {"x": n(2, 3, 4, 6), "delta": n(2, 3, 4, 4, 2), "A": -torch.rand((4, 6, 4), generator=g),
+                                               "B": n(2, 3, 4, 4, 4), "C": n(2, 3, 4, 4, 4), "D": n(4, 6), "z": n(2, 3, 4, 6),
+                                               "delta_bias": n(4, 6), "delta_proj": n(4, 6, 2)},
+                                          {"delta_softplus": True, "orders": medssm.orders.cross2d()}),
+        "depthwise_conv": lambda: Call(op, {"x": n(2, 4, 5, 6), "weight": n(6, 3, 3), "bias": n(6)}, {"activation": "silu"}),
+    }[op]()
+
+
+class Module(torch.nn.Module):
+    """An op as a module of its first argument, its other tensors as parameters."""
+
+    def __init__(self, call: Call, backend: str):
+        super().__init__()
+        self.name, *rest = call.tensors
+        self.weights = torch.nn.ParameterDict({k: torch.nn.Parameter(call.tensors[k]) for k in rest})
+        self.call, self.backend = Call(call.op, {}, call.options), backend
+
+    def forward(self, x):
+        return output(Call(self.call.op, {self.name: x, **dict(self.weights.items())}, self.call.options).run(self.backend))
+
+
+@every_kernel
+def test_opcheck(op, backend, monkeypatch):
+    """torch.library's own check of schema, fake kernel, autograd registration and compiled use, on the operator as it is called."""
+    call = calls_example(op).leaves()
+    module = __import__(f"medssm.ops.{op}", fromlist=["_forward"])
+    seen = []
+    real = module._forward
+    monkeypatch.setattr(module, "_forward", lambda *args: seen.append(args) or real(*args))
+    output(call.run(backend))
+    assert seen, "the call did not go through the registered operator"
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(real, seen[0])
+
+
+@every_kernel
+def test_compile_fullgraph_with_gradients(op, backend):
+    call = calls_example(op)
+    module = Module(call, backend)
+    x = next(iter(call.tensors.values())).clone().requires_grad_()
+    want = module(x)
+    wanted = torch.autograd.grad(want.square().sum(), [x, *module.parameters()])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    got = compiled(x)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(torch.autograd.grad(got.square().sum(), [x, *module.parameters()]), wanted, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@every_kernel
+def test_compile_sees_the_context_manager(op, backend):
+    call = calls_example(op)
+
+    def run(x):
+        with medssm.use_backend(backend, strict=True):
+            return output(call.but(**{next(iter(call.tensors)): x}).run(None))
+
+    x = next(iter(call.tensors.values()))
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+@every_kernel
+def test_export_keeps_one_operator(op, backend):
+    call = calls_example(op)
+    module = Module(call, backend).eval()
+    x = next(iter(call.tensors.values()))
+    with torch.no_grad():
+        program = torch.export.export(module, (x,))
+    assert any(f"medssm.{op}_forward" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+@every
+def test_autocast_never_reaches_the_recurrence(op, backend):
+    call = calls_example(op)
+    want = output(call.run(backend))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = output(call.run(backend))
+    assert got.dtype is torch.float32 and torch.equal(got, want)
+
+
+@every
+def test_metatensor(op, backend):
+    MetaTensor = pytest.importorskip("monai.data").MetaTensor
+    call = calls_example(op)
+    name = next(iter(call.tensors))
+    wrapped = call.but(**{name: MetaTensor(call.tensors[name])})
+    got = output(wrapped.run(backend))
+    assert torch.equal(torch.as_tensor(got), output(call.run(backend)))
+    leaf = MetaTensor(call.tensors[name]).requires_grad_()
+    (gradient,) = torch.autograd.grad(output(call.but(**{name: leaf}).run(backend)).sum(), leaf)
+    assert torch.isfinite(gradient).all()
+
+
+@every_kernel
+def test_vmap_folds_tokens_and_refuses_weights(op, backend):
+    call = calls_example(op)
+    name = next(iter(call.tensors))
+    batched = torch.stack([call.tensors[name], 2 * call.tensors[name], -call.tensors[name]])
+    got = torch.vmap(lambda t: output(call.but(**{name: t}).run(backend)))(batched)
+    for i in range(3):
+        torch.testing.assert_close(got[i], output(call.but(**{name: batched[i]}).run(backend)))
+    weight = "weight" if "weight" in call.tensors else "A"
+    with pytest.raises(ValueError, match="vmap over weights"):
+        torch.vmap(lambda t: output(call.but(**{weight: t}).run(backend)))(torch.stack([call.tensors[weight]] * 2))
+
+
+@every_kernel
+def test_func_transforms_need_the_reference(op, backend):
+    call = calls_example(op)
+    name = next(iter(call.tensors))
+
+    def loss(t, chosen):
+        return output(call.but(**{name: t}).run(chosen)).square().sum()
+
+    x = call.tensors[name]
+    for transform in (lambda f: torch.func.grad(f)(x), lambda f: torch.func.jvp(f, (x,), (torch.ones_like(x),))):
+        with pytest.raises(ValueError, match="need.* backend='reference'"):
+            transform(lambda t: loss(t, backend))
+        transform(lambda t: loss(t, "reference"))
+    torch.testing.assert_close(torch.func.grad(lambda t: loss(t, None))(x), torch.func.grad(lambda t: loss(t, "reference"))(x))
+
+
+@every
+def test_complex_and_integers_are_refused(op, backend):
+    call = calls_example(op)
+    name = next(iter(call.tensors))
+    for dtype in (torch.complex64, torch.int32):
+        with pytest.raises(ValueError, match=f"{name}: expected float32"):
+            call.but(**{name: call.tensors[name].to(dtype)}).run(backend)
+
+
+@every
+def test_a_wrong_shape_names_the_argument(op, backend):
+    call = calls_example(op)
+    for name, t in call.tensors.items():
+        if name in ("x", "u"):
+            continue
+        with pytest.raises(ValueError, match=rf"\w+: expected .*got"):
+            call.but(**{name: torch.cat([t, t], -1) if t.dim() else t}).run(backend)
+    first = next(iter(call.tensors))
+    with pytest.raises(ValueError, match=f"{first}: expected|expected"):
+        call.but(**{first: call.tensors[first][0]}).run(backend)
+
+
+@every
+def test_a_wrong_device_names_the_argument(op, backend):
+    call = calls_example(op)
+    name = list(call.tensors)[1]
+    with pytest.raises(ValueError, match=f"{name}: expected device cpu"):
+        call.but(**{name: call.tensors[name].to("meta")}).run(backend)
+
+
+@every
+def test_what_is_no_tensor_raises(op, backend):
+    call = calls_example(op)
+    name = list(call.tensors)[1]
+    with pytest.raises(TypeError, match=f"{name}: expected a tensor, got list"):
+        call.but(**{name: [1.0]}).run(backend)
+
+
+def test_an_order_that_is_no_permutation_raises():
+    call = calls_example("selective_scan")
+    with pytest.raises(ValueError, match="order: expected a permutation"):
+        call.run("native", order=torch.zeros(13, dtype=torch.int64))
+    with pytest.raises(ValueError, match="order: expected an int64"):
+        call.run("native", order=torch.arange(5))
+    with pytest.raises(TypeError, match="order: expected an Order"):
+        call.run("native", order="raster")
+
+
+def test_more_than_two_to_the_31_bytes_are_addressed():
+    """Offsets are 64-bit: a strided view whose last token lies beyond 2**31 elements (a sparse buffer, never touched in between)."""
+    stride = (2**31 + 4096) // 2
+    big = torch.empty(0).set_(torch.UntypedStorage(4 * (2 * stride + 8)), 0, (1, 3, 4), (0, stride, 1))
+    g = torch.Generator().manual_seed(0)
+    u = torch.randn(1, 3, 4, generator=g)
+    big.copy_(u)
+    rest = [torch.rand(1, 3, 4, generator=g), -torch.rand(4, 2, generator=g), torch.randn(1, 3, 2, generator=g), torch.randn(1, 3, 2, generator=g)]
+    assert torch.equal(ops.selective_scan(big, *rest, backend="native"), ops.selective_scan(u, *rest, backend="native"))
+    weight = torch.randn(4, 3, generator=g)
+    assert torch.equal(ops.causal_conv1d(big, weight, backend="native"), ops.causal_conv1d(u, weight, backend="native"))
