@@ -1,0 +1,116 @@
+"""Choosing a backend: the priority list, preferences, refusals with their reasons."""
+
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import medssm
+from medssm import dispatch, ops
+
+
+def arguments():
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 5, 3, generator=g), torch.rand(1, 5, 3, generator=g), -torch.rand(3, 2, generator=g),
+            torch.randn(1, 5, 2, generator=g), torch.randn(1, 5, 2, generator=g)]
+
+
+def chosen():
+    return medssm.explain("selective_scan", *arguments())["chosen"]
+
+
+def test_backends_says_ok_or_why_not():
+    table = medssm.backends()
+    assert set(table) == {"selective_scan", "selective_scan_nd", "causal_conv1d", "depthwise_conv"}
+    for op, row in table.items():
+        assert list(row) == ["reference", "native", "triton", "cuda"]
+        assert row["reference"] == row["native"] == "ok"
+        assert op in row["triton"] and op in row["cuda"]
+
+
+def test_explain_gives_every_reason():
+    report = medssm.explain("selective_scan", *arguments())
+    assert report["chosen"] == "native" and report["native"] == "ok" and "preferred" in report["reference"]
+    meta = medssm.explain("selective_scan", *(t.to("meta") for t in arguments()))
+    assert meta["chosen"] == "reference" and "meta" in meta["native"]
+    with pytest.raises(ValueError, match="op: expected one of"):
+        medssm.explain("scan", 1)
+
+
+def test_use_backend_is_a_context_manager_and_a_setter():
+    assert chosen() == "native"
+    with medssm.use_backend("reference"):
+        assert chosen() == "reference"
+        with medssm.use_backend("native"):
+            assert chosen() == "native"
+        assert chosen() == "reference"
+    before = medssm.use_backend("reference")
+    assert chosen() == "reference"
+    before.__exit__()
+    assert chosen() == "native"
+
+
+def test_the_choice_is_thread_local():
+    seen = []
+    with medssm.use_backend("reference"):
+        worker = threading.Thread(target=lambda: seen.append(chosen()))
+        worker.start()
+        worker.join()
+    assert seen == ["native"]
+
+
+def test_a_preference_falls_back_with_one_logged_reason(caplog):
+    dispatch._told.clear()
+    with caplog.at_level(logging.WARNING, "medssm"), medssm.use_backend("cuda"):
+        for _ in range(3):
+            ops.selective_scan(*arguments())
+    assert [r.message for r in caplog.records] == ["selective_scan: cuda is not used: selective_scan has no cuda kernel in this release"]
+
+
+def test_strict_and_the_argument_raise():
+    with medssm.use_backend("cuda", strict=True), pytest.raises(ValueError, match="cannot serve this selective_scan: selective_scan has no cuda"):
+        ops.selective_scan(*arguments())
+    with pytest.raises(ValueError, match="backend='triton' cannot serve"):
+        ops.selective_scan(*arguments(), backend="triton")
+    with pytest.raises(ValueError, match="backend: expected one of auto, cuda, triton, native, reference, got 'gpu'"):
+        ops.selective_scan(*arguments(), backend="gpu")
+
+
+@pytest.mark.parametrize("value, expected", [("reference", "reference"), ("native", "native"), ("auto", "native")])
+def test_the_environment_sets_the_preference(value, expected):
+    code = "import torch, medssm; t = torch.ones(1, 2, 1); print(medssm.explain('selective_scan', t, t, -torch.ones(1, 1), t, t)['chosen'])"
+    run = subprocess.run([sys.executable, "-c", code], env=_environment(MEDSSM_BACKEND=value), capture_output=True, text=True)
+    assert run.stdout.strip() == expected, run.stderr
+
+
+def test_a_wrong_environment_is_one_clear_error():
+    run = subprocess.run([sys.executable, "-c", "import medssm"], env=_environment(MEDSSM_BACKEND="fast"), capture_output=True, text=True)
+    assert "MEDSSM_BACKEND: expected one of auto, cuda, triton, native, reference, got 'fast'" in run.stderr
+
+
+def test_import_works_without_the_library_and_says_so(tmp_path):
+    code = ("import torch, medssm; t = torch.ones(1, 2, 1); medssm.ops.selective_scan(t, t, -torch.ones(1, 1), t, t);"
+            "print(medssm.backends()['selective_scan']['native'])")
+    run = subprocess.run([sys.executable, "-c", code], env=_environment(MEDSSM_CPU_LIBRARY=str(tmp_path / "none.so")), capture_output=True, text=True)
+    assert "no compiled library at" in run.stdout and "install again with a C++ compiler" in run.stdout, run.stderr
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    run = subprocess.run([sys.executable, "-c", code], env=_environment(MEDSSM_CPU_LIBRARY=str(broken)), capture_output=True, text=True)
+    assert "does not load" in run.stdout, run.stderr
+
+
+def test_import_stays_light():
+    """What medssm imports beyond torch's own import: nothing heavy, and in little time."""
+    code = "import torch, sys; before = set(sys.modules); import medssm; print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    run = subprocess.run([sys.executable, "-c", code], env=_environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert not {"monai", "lightning", "matplotlib", "nibabel", "scipy", "rich"} & set(run.stdout.split()), run.stdout
+
+
+def _environment(**changes):
+    import os
+
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("MEDSSM_")}, **changes}
