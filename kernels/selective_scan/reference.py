@@ -55,7 +55,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             y.append((h * C_t).sum(-1))
         state = h.clone() if h is zero or h is initial_state else h
         if not y:
-            return torch.empty_like(u, dtype=out_dtype), state
+            return u.to(out_dtype, copy=True), state
 
         y = torch.stack(y, 1).index_select(1, torch.argsort(steps))
         if D is not None:

@@ -47,15 +47,16 @@ class Call:
         return replace(self, tensors={k: t.detach().clone().requires_grad_() for k, t in self.tensors.items()})
 
     def results(self, backend: str, gradients: bool = True) -> dict[str, torch.Tensor]:
-        """Outputs and, asked for, the gradient of every tensor for fixed random cotangents, by name."""
+        """Outputs and, asked for, the gradient of every tensor for fixed random cotangents (exact in every type), by name."""
         call = self.leaves() if gradients else self
         out = call.run(backend)
         outputs = out if isinstance(out, tuple) else (out,)
         named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
         if gradients:
             generator = torch.Generator().manual_seed(1)
-            cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-            grads = torch.autograd.grad(outputs, list(call.tensors.values()), cotangents, allow_unused=True)
+            cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o.dtype) for o in outputs]
+            live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]  # an empty walk's zero state has no input
+            grads = torch.autograd.grad([o for o, _ in live], list(call.tensors.values()), [c for _, c in live], allow_unused=True)
             named |= {f"gradient of {k}": torch.zeros_like(t) if g is None else g
                       for (k, t), g in zip(call.tensors.items(), grads, strict=True)}
         return named
