@@ -1,0 +1,30 @@
+"""Learning curves of one training as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from medssm.segment.files import atomic
+
+
+def draw(log: Path, picture: Path) -> None:
+    """Loss and validation Dice by seconds, from metrics.jsonl, as a PNG."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [record for record in records if "loss" in record]
+    checks = [record for record in records if "validation" in record]
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([r["seconds"] for r in losses], [r["loss"] for r in losses], color="tab:blue")
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("loss (Dice + cross-entropy)", color="tab:blue")
+    axes.grid(alpha=0.3)
+    if checks:
+        right = axes.twinx()
+        right.plot([r["seconds"] for r in checks], [r["validation"]["mean"] for r in checks], "o-", color="tab:orange")
+        right.set_ylabel("mean Dice of the validation cases", color="tab:orange")
+        right.set_ylim(0, 1)
+    with atomic(picture) as temporary:
+        figure.savefig(temporary)

@@ -1,0 +1,183 @@
+"""NIfTI and other files, read with one clear line for each thing that is wrong, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from medssm.errors import UserError
+
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+_MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # any other unit, "unknown" included, is taken for the millimetre
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def open_nifti(path: Path) -> nib.Nifti1Image:
+    """The NIfTI at `path` with its header checked and its voxels not yet read; UserError for what is missing or no NIfTI."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: expected a NIfTI file, got a folder")
+    try:
+        image = nib.load(path)
+    except Exception as error:  # nibabel lets out whatever its readers raise: ImageFileError, EOFError, zlib.error, HeaderDataError
+        raise UserError(f"{path}: not a readable NIfTI file ({_first_line(error)})") from error
+    if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
+        raise UserError(f"{path}: expected a NIfTI file, got {type(image).__name__}")
+    if image.ndim not in (2, 3, 4) or 0 in image.shape:
+        raise UserError(f"{path}: expected 2 or 3 axes, or 4 with the channels last, got the shape {image.shape}")
+    if image.get_data_dtype().kind not in "iufb":
+        raise UserError(f"{path}: expected numbers, got voxels of the type {image.get_data_dtype()}")
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-12:
+        raise UserError(f"{path}: the affine cannot be inverted: {np.round(image.affine[:3, :3], 4).tolist()}")
+    return image
+
+
+def read_image(paths: Sequence[Path], channels: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """One case's channels as float32 (c, x, y, z), and the first file's NIfTI for its geometry.
+
+    One file for each channel, or a single file with the channels on a fourth axis. A plane (x, y) becomes (c, x, y, 1).
+    """
+    images = [open_nifti(path) for path in paths]
+    first = images[0]
+    for path, image in zip(paths[1:], images[1:], strict=True):
+        difference = different_grid(image, first)
+        if difference:
+            raise UserError(f"{path}: not on the grid of {paths[0]}: {difference}")
+    if first.ndim == 4 and len(images) > 1:
+        raise UserError(f"{paths[0]}: expected 3 axes beside the other channels' files, got the shape {first.shape}")
+    data = np.stack([_voxels(path, image, np.float32) for path, image in zip(paths, images, strict=True)])
+    if first.ndim == 4:
+        data = np.ascontiguousarray(np.moveaxis(data[0], -1, 0))
+    if channels is not None and len(data) != channels:
+        raise UserError(f"{paths[0]}: expected {channels} channel(s), got {len(data)}")
+    bad = int(data.size - np.isfinite(data).sum())
+    if bad:
+        raise UserError(f"{paths[0]}: {bad} voxel(s) are not finite (NaN or infinite)")
+    return data.reshape(len(data), *volume_shape(first)), first
+
+
+def read_label(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """A label map as integers (x, y, z), and its NIfTI."""
+    image = open_nifti(path)
+    if image.ndim == 4 and image.shape[3] != 1:
+        raise UserError(f"{path}: expected one label map, got the shape {image.shape}")
+    data = _voxels(path, image, None).reshape(volume_shape(image))
+    if data.dtype.kind in "iub":
+        return data, image
+    rounded = np.rint(data)
+    if not np.isfinite(data).all() or np.abs(data - rounded).max() > 1e-3:  # scaled integers come back with rounding errors
+        raise UserError(f"{path}: expected integers as labels, got values such as {_odd_value(data, rounded):g}")
+    return rounded.astype(np.int32), image
+
+
+def volume_shape(image: nib.Nifti1Image) -> tuple[int, int, int]:
+    """(x, y, z), with z 1 for a plane and the channels left out."""
+    return (*image.shape, 1)[:3]
+
+
+def spacing_mm(image: nib.Nifti1Image) -> np.ndarray:
+    """The voxel's edges in millimetres, whatever the file's unit of length."""
+    edges = np.linalg.norm(image.affine[:3, :3], axis=0)
+    return edges * _MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+
+
+def different_grid(image: nib.Nifti1Image, other: nib.Nifti1Image) -> str | None:
+    """Why two images do not lie on one grid: another shape, or a corner more than a tenth of a voxel away; None if they do."""
+    shape, wanted = volume_shape(image), volume_shape(other)
+    if shape != wanted:
+        return f"shape {shape}, expected {wanted}"
+    corners = np.array([[*(np.array(corner) * (np.array(shape) - 1)), 1] for corner in np.ndindex(2, 2, 2)], float)
+    apart = np.linalg.norm(corners @ (image.affine - other.affine).T, axis=1).max()
+    smallest = np.linalg.norm(other.affine[:3, :3], axis=0).min()
+    if apart > 0.1 * smallest:
+        return f"the affine puts a corner {apart:.3g} mm away (at most {0.1 * smallest:.3g} mm)"
+    return None
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well; nothing is left behind when it does not.
+
+    An error of the file system (a full disk, no permission) is a UserError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".partial-{path.name}")  # the ending stays: nibabel and matplotlib go by it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: Path, error: OSError) -> UserError:
+    """The one line that says why `path` could not be written."""
+    if error.errno in _FULL:
+        return UserError(f"{path}: the disk is full ({error.strerror}); nothing half written is left")
+    return UserError(f"{path}: cannot be written ({error.strerror or _first_line(error)})")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value) -> None:
+    """`value` as JSON; a number that is not finite is an error, since JSON has none."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({_first_line(error)})") from error
+
+
+def write_nifti(path: Path, data: np.ndarray, like: nib.Nifti1Image) -> None:
+    """`data` (x, y, z) or (x, y, z, c) with the geometry, the codes and the units of `like`; planes go back as planes."""
+    header = like.header.copy()
+    if like.ndim == 2:
+        data = data.reshape(*like.shape, *data.shape[3:]) if data.ndim == 3 else data
+    header.set_data_dtype(data.dtype)
+    header.set_data_shape(data.shape)
+    header.set_slope_inter(1, 0)
+    header.set_intent("none")
+    header["cal_min"] = header["cal_max"] = 0
+    with atomic(path) as temporary:
+        nib.save(type(like)(data, like.affine, header), temporary)
+
+
+def strip_ending(path: Path) -> str:
+    """The file's name without .nii or .nii.gz."""
+    name = Path(path).name
+    return next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.endswith(ending)), name)
+
+
+def _voxels(path: Path, image: nib.Nifti1Image, dtype) -> np.ndarray:
+    try:
+        return np.asarray(image.dataobj, dtype=dtype)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: truncated or corrupt ({_first_line(error)})") from error
+
+
+def _odd_value(data: np.ndarray, rounded: np.ndarray) -> float:
+    return float(data.flat[np.argmax(~np.isfinite(data) | (np.abs(data - rounded) > 1e-3))])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

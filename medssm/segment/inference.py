@@ -1,0 +1,64 @@
+"""Class probabilities of a whole volume: MONAI's sliding window with gaussian weights, in 3D or slice by slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+from monai.inferers import SliceInferer, SlidingWindowInferer
+from torch import Tensor, nn
+
+from medssm.segment.losses import finest_first
+from medssm.segment.networks import memory_format
+from medssm.segment.preprocess import Fitted, pad, scaling
+
+_ON_DEVICE = 2 * 2**30  # bytes of probabilities that are summed on the device rather than in main memory
+
+
+@torch.inference_mode()
+def probabilities(network: nn.Module, image: Tensor, fitted: Fitted, *, device: torch.device, overlap: float = 0.5, mirror: bool = False,
+                  batch: int = 1, show: Callable[[float], None] = lambda fraction: None) -> Tensor:
+    """(classes, x, y, z) of an image (c, x, y, z) at the network's spacing, not yet scaled; the softmax is taken in every window.
+
+    `mirror` averages over all mirrorings of the axes that training mirrored. On a GPU the network runs in half precision.
+    """
+    scaled, inside = pad(scaling(image, fitted.intensity)(image), fitted.volume_patch)
+    small = scaled[0].numel() * 4 * len(fitted.classes) <= _ON_DEVICE
+    options = {"roi_size": fitted.patch, "sw_batch_size": batch, "overlap": overlap, "mode": "gaussian", "sw_device": device,
+               "device": device if small else torch.device("cpu")}
+    slices = fitted.slice_axis is not None
+    window = SliceInferer(spatial_dim=fitted.slice_axis, **options) if slices else SlidingWindowInferer(**options)
+    calls = math.ceil(_windows(scaled.shape[1:], fitted.volume_patch, overlap) / batch)
+    predict, done = _predictor(network, fitted, mirror), 0
+
+    def predict_and_show(windows: Tensor) -> Tensor:
+        nonlocal done
+        done += 1
+        show(done / calls)
+        with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
+            return predict(windows)
+
+    return window(scaled[None], predict_and_show)[0][(slice(None), *inside)].cpu()
+
+
+def _predictor(network: nn.Module, fitted: Fitted, mirror: bool) -> Callable[[Tensor], Tensor]:
+    kept = [axis for axis in range(3) if axis != fitted.slice_axis]
+    axes = [kept.index(axis) + 2 for axis in fitted.mirror if axis in kept] if mirror else []
+    flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
+
+    def predict(windows: Tensor) -> Tensor:
+        total = 0
+        for flip in flips:
+            x = windows.as_subclass(Tensor).flip(flip).contiguous(memory_format=memory_format(windows.ndim - 2))
+            total = total + finest_first(network(x), windows.ndim)[0].float().softmax(1).flip(flip)
+        return total / len(flips)
+
+    return predict
+
+
+def _windows(shape: torch.Size, patch: tuple[int, ...], overlap: float) -> int:
+    """How many windows MONAI lays over a volume: steps of patch * (1 - overlap) along each axis."""
+    steps = (max(1, int(wanted * (1 - overlap))) for wanted in patch)
+    return math.prod(1 + math.ceil((size - wanted) / step) for size, wanted, step in zip(shape, patch, steps, strict=True))

@@ -1,0 +1,65 @@
+"""Networks by name, and the folder that a trained one is kept in: model.safetensors with config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+import medssm
+from medssm.errors import UserError
+from medssm.segment.files import read_json, write_bytes, write_json
+
+MONAI = "monai.networks.nets."
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def build(name: str, **kwargs) -> nn.Module:
+    """A medssm model by its registered name, or one of MONAI's by its full one, `monai.networks.nets.UNet`.
+
+    Nothing else is ever imported by name: a weights folder comes from anyone.
+    """
+    try:
+        if name.startswith(MONAI):
+            from monai.networks import nets
+
+            constructor = getattr(nets, name.removeprefix(MONAI), None)
+            if not (isinstance(constructor, type) and issubclass(constructor, nn.Module)):
+                raise UserError(f"model: MONAI has no network {name}")
+            return constructor(**kwargs)
+        return medssm.create_model(name, **kwargs)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"model: {name} with {kwargs}: {error}") from error
+
+
+def memory_format(spatial_dims: int) -> torch.memory_format:
+    """Channels last, for weights and input alike: PyTorch's CPU convolutions run without reordering."""
+    return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
+
+
+def save(folder: Path, network: nn.Module, config: dict) -> None:
+    """Write the weights and how to build the network; the weights last, so that a folder that has them is whole."""
+    write_json(folder / CONFIG, config)
+    # clone: safetensors refuses tensors that share memory, as tied weights do
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    write_bytes(folder / WEIGHTS, safetensors.torch.save(weights))
+
+
+def load(folder: Path, network: nn.Module | None = None) -> nn.Module:
+    """The network of a folder with its weights; `network` is needed for one that was given to `train` as a module."""
+    config = read_json(folder / CONFIG)
+    if network is None:
+        if not config.get("model"):
+            raise UserError(f"{folder}: trained from a {config.get('class')} given as a module: pass it as model")
+        network = build(config["model"], **config["kwargs"])
+    try:
+        weights = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from error
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder / WEIGHTS}: does not fit the network: {' '.join(str(error).split())[:400]}") from error
+    return network

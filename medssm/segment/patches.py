@@ -1,0 +1,108 @@
+"""Random patches of the training volumes.
+
+Patch i depends on the seed and i alone, so a training goes on after a stop as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandAffined,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandScaleIntensityd,
+    RandSimulateLowResolutiond,
+)
+from torch.utils.data import Dataset
+
+from medssm.segment.preprocess import Fitted
+from medssm.segment.volumes import Volume
+
+_TURNED = 0.2  # the share of patches that are rotated and zoomed
+_DEGREES = 15
+_ZOOM = (-0.15, 0.2)
+_REACH = (1 + _ZOOM[1]) * (math.cos(math.radians(_DEGREES)) + math.sin(math.radians(_DEGREES)))  # how much of the volume such a patch sees
+
+
+class Patches(Dataset):
+    """patches[i] = {"image": (c, *patch) float32, "label": (1, *patch) int64, "case": name}.
+
+    foreground   the share of patches centred on a voxel of a class drawn evenly among those of the case
+    augment      rotation, zoom, noise, blur, brightness, contrast and low resolution, each on a fifth to a tenth of the patches
+    The axes of `fitted.mirror` are mirrored on half of the patches.
+    """
+
+    def __init__(self, volumes: Sequence[Volume], fitted: Fitted, *, seed: int = 0, foreground: float = 1 / 3, augment: bool = True):
+        self.volumes, self.fitted, self.seed = volumes, fitted, seed
+        self.foreground, self.augment = foreground, augment
+        self.intensity = _intensity_augmentation(len(fitted.patch))
+        self.turn = RandAffined(("image", "label"), prob=1.0, spatial_size=fitted.patch, rotate_range=_rotations(fitted),
+                                scale_range=[_ZOOM] * len(fitted.patch), mode=("bilinear", "nearest"), padding_mode="border")
+
+    def __getitem__(self, index: int) -> dict:
+        random = np.random.default_rng((self.seed, index))
+        volume = self.volumes[random.integers(len(self.volumes))]
+        turned = self.augment and random.random() < _TURNED
+        sample = self._crop(volume, self._centre(volume, random), _REACH if turned else 1.0)
+        if turned:
+            sample = self.turn.set_random_state(int(random.integers(2**31)))(sample)
+        if self.augment:
+            sample = self.intensity.set_random_state(int(random.integers(2**31)))(sample)
+        flipped = [axis + 1 for axis in self._mirrored_axes() if random.random() < 0.5]
+        image, label = (torch.as_tensor(sample[key]).as_subclass(torch.Tensor).flip(flipped) for key in ("image", "label"))
+        return {"image": image.float(), "label": label.round().long(), "case": volume.name}
+
+    def _centre(self, volume: Volume, random: np.random.Generator) -> np.ndarray:
+        """The voxel in the middle of a patch, before it is moved inside."""
+        shape = volume.label.shape
+        if volume.classes and random.random() < self.foreground:
+            voxels = volume.classes[random.integers(len(volume.classes))]
+        elif volume.labelled is not None and len(volume.labelled):
+            voxels = volume.labelled
+        else:  # even over all positions of the patch, so that the border is not drawn more often than the rest
+            patch = self.fitted.volume_patch
+            return np.array([random.integers(size - wanted + 1) + wanted // 2 for size, wanted in zip(shape, patch, strict=True)])
+        return np.array(np.unravel_index(voxels[random.integers(len(voxels))], shape))
+
+    def _crop(self, volume: Volume, centre: np.ndarray, reach: float) -> dict:
+        """The patch about `centre`, or `reach` times as much for one that will be turned; inside the volume."""
+        where = []
+        for axis, (size, wanted) in enumerate(zip(volume.label.shape, self.fitted.volume_patch, strict=True)):
+            wide = 1 if axis == self.fitted.slice_axis else min(size, math.ceil(wanted * reach))
+            start = min(max(int(centre[axis]) - wide // 2, 0), size - wide)
+            where.append(slice(start, start + wide))
+        image, label = volume.scaling(volume.image[(slice(None), *where)]), volume.label[tuple(where)][None]
+        if self.fitted.slice_axis is not None:
+            image, label = (part.squeeze(self.fitted.slice_axis + 1) for part in (image, label))
+        return {"image": image, "label": label.float()}  # float: what is resampled with the image
+
+    def _mirrored_axes(self) -> list[int]:
+        """The patch's axes to mirror: those of the volume, counted without a 2D network's slice axis."""
+        kept = [axis for axis in range(3) if axis != self.fitted.slice_axis]
+        return [kept.index(axis) for axis in self.fitted.mirror if axis in kept]
+
+
+def _rotations(fitted: Fitted) -> list[float]:
+    """Radians about each axis (one number in 2D); none about an axis across which voxels are far from square."""
+    angle = math.radians(_DEGREES)
+    if fitted.slice_axis is not None:
+        return [angle]
+    planes = (fitted.spacing[1:], fitted.spacing[::2], fitted.spacing[:2])
+    return [angle if max(plane) <= 1.5 * min(plane) else 0.0 for plane in planes]
+
+
+def _intensity_augmentation(spatial_dims: int) -> Compose:
+    blur = {f"sigma_{axis}": (0.5, 1.0) for axis in "xyz"[:spatial_dims]}
+    return Compose([
+        RandGaussianNoised("image", prob=0.1, std=0.1),
+        RandGaussianSmoothd("image", prob=0.1, **blur),
+        RandScaleIntensityd("image", prob=0.15, factors=0.25),
+        RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0)),
+        RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
+    ])

@@ -1,0 +1,91 @@
+"""The training cases ready for cropping: oriented and resampled once, then kept in memory or as arrays in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medssm.errors import UserError
+from medssm.segment.data import Case, Dataset
+from medssm.segment.files import atomic
+from medssm.segment.preprocess import IGNORE, Fitted, Scaling, load_image, load_label, pad, resampled_shapes, scaling
+
+_CENTRES = 20_000  # voxels of each class that a patch may be centred on
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One case: image (c, x, y, z), not yet scaled, with the way to scale it, and label (x, y, z), both at least as large as a patch.
+
+    `classes` holds for each foreground class in the label some of its voxels, as row-major positions; `labelled` the same for all that
+    is not ignored, None where nothing is.
+    """
+
+    name: str
+    image: torch.Tensor
+    label: torch.Tensor
+    scaling: Scaling
+    inside: tuple[slice, ...]  # where the case lies in the padded volume
+    classes: tuple[np.ndarray, ...]
+    labelled: np.ndarray | None
+
+
+def load(case: Case, dataset: Dataset, spacing: Sequence[float], cache: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A case's image (c, x, y, z) and label (x, y, z), from `cache` where it has been there before."""
+    if cache is None:
+        return load_image(case, len(dataset.channels), spacing).as_tensor(), load_label(case, dataset, spacing)
+    key = (case.name, list(spacing), list(dataset.classes.values()), dataset.ignore,
+           [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*case.images, case.label)])
+    stem = Path(cache) / f"{case.name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+    files = stem.with_name(stem.name + "-image.npy"), stem.with_name(stem.name + "-label.npy")
+    if not all(file.exists() for file in files):
+        for file, array in zip(files, load(case, dataset, spacing, None), strict=True):
+            with atomic(file) as temporary:
+                np.save(temporary, array.numpy())
+    return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
+
+
+def prepare(name: str, image: torch.Tensor, label: torch.Tensor, fitted: Fitted, seed: int) -> Volume:
+    """A loaded case with what cropping needs."""
+    how = scaling(image, fitted.intensity)
+    image, inside = pad(image, fitted.volume_patch)
+    label = pad(label[None], fitted.volume_patch, value=0)[0][0]
+    random, flat = np.random.default_rng(seed), label.numpy().reshape(-1)
+    kept = flat != IGNORE
+    labelled = None if kept.all() else _some(np.flatnonzero(kept), random)
+    return Volume(name, image, label, how, inside, _by_class(flat, random), labelled)
+
+
+def check_memory(cases: Sequence[Case], channels: int, spacing: Sequence[float]) -> None:
+    """UserError where the resampled cases would fill more than three quarters of the memory that is free."""
+    needed = float(resampled_shapes(cases, spacing).prod(1, dtype=float).sum() * (4 * channels + 2))
+    free = _free_memory()
+    if needed > 0.75 * free:
+        raise UserError(f"cache: the cases take {needed / 2**30:.1f} GiB in memory at this spacing, {free / 2**30:.1f} are free: "
+                        "name a folder to keep them in")
+
+
+def _by_class(flat: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+    foreground = np.flatnonzero(flat > 0)
+    order = np.argsort(flat[foreground], kind="stable")
+    _, starts = np.unique(flat[foreground][order], return_index=True)
+    return tuple(_some(part, random) for part in np.split(foreground[order], starts[1:]) if len(part))
+
+
+def _some(positions: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    return positions if len(positions) <= _CENTRES else random.choice(positions, _CENTRES, replace=False)
+
+
+def _free_memory() -> float:
+    """Bytes that can be had; infinite where the system does not say."""
+    try:
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return float(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return math.inf
