@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medssm.errors import UserError
 from medssm.segment.files import disk_error, write_bytes
-from medssm.segment.losses import DiceCELoss, finest_first
+from medssm.segment.losses import finest_first
 from medssm.segment.networks import memory_format
 
 CHECKPOINT, LOG = "checkpoint.pt", "metrics.jsonl"
@@ -67,11 +67,12 @@ def learning_rate(peak: float, done: Progress, budget: Budget) -> float:
 class Loop:
     """One training: `run()` goes to the end of the budget, or raises Interrupted (saved) or UserError (a loss that is not finite)."""
 
-    def __init__(self, fabric: Fabric, network: nn.Module, optimizer: torch.optim.Optimizer, patches: Dataset, out: Path, *, batch: int,
-                 lr: float, clip: float, budget: Budget, seed: int, workers: int, save_seconds: float, settings: dict):
+    def __init__(self, fabric: Fabric, network: nn.Module, optimizer: torch.optim.Optimizer, patches: Dataset, criterion: nn.Module,
+                 out: Path, *, batch: int, lr: float, clip: float, budget: Budget, seed: int, workers: int, save_seconds: float,
+                 settings: dict):
         self.fabric, self.network, self.out, self.settings = fabric, network, out, settings
         self.batch, self.lr, self.clip, self.budget, self.seed, self.workers = batch, lr, clip, budget, seed, workers
-        self.patches, self.save_seconds, self.criterion = patches, save_seconds, DiceCELoss()
+        self.patches, self.save_seconds, self.criterion = patches, save_seconds, criterion
         self.model, self.optimizer = fabric.setup(network, optimizer)
         self.done, self.log_bytes = Progress(), 0
 

@@ -6,23 +6,25 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
+from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor, nn
 
 from medssm.segment.preprocess import IGNORE
 
 
-class DiceCELoss(nn.Module):
+class SegmentationLoss(nn.Module):
     """loss = sum_s w_s (Dice(p_s, y_s) + CE(p_s, y_s)), w_s = 2^-s / sum 2^-s over the heads s, finest first.
 
     Call it with the network's output, a tensor (b, classes, *spatial), or deep supervision's list (nnU-Net) or stack (b, heads, classes,
     *spatial) (MONAI's DynUNet), and the label (b, 1, *spatial); a coarser head is compared with the label by nearest neighbour. Dice is
-    taken over the batch, so a class absent from one patch is not noise. Voxels of the value IGNORE count in neither term.
+    taken over the batch, so a class absent from one patch is not noise. With `ignore`, voxels of the value IGNORE count in neither term.
     """
 
-    def __init__(self):
+    def __init__(self, ignore: bool = False):
         super().__init__()
+        self.ignore = ignore
         self.dice = DiceLoss(include_background=False, batch=True)
+        self.dice_and_entropy = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
     def forward(self, output: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
         heads = finest_first(output, label.ndim)
@@ -32,12 +34,15 @@ class DiceCELoss(nn.Module):
     def _head(self, logits: Tensor, label: Tensor) -> Tensor:
         if logits.shape[2:] != label.shape[2:]:
             label = F.interpolate(label.float(), logits.shape[2:], mode="nearest").long()
+        return self._masked(logits, label) if self.ignore else self.dice_and_entropy(logits, label)
+
+    def _masked(self, logits: Tensor, label: Tensor) -> Tensor:
+        """The same over the voxels that have a label; 0 where none has."""
         kept = label != IGNORE
-        target = label.clamp(min=0)
-        onehot = torch.zeros_like(logits).scatter_(1, target, 1.0)
+        onehot = torch.zeros_like(logits).scatter_(1, label.clamp(min=0), 1.0)
         dice = self.dice(logits.softmax(1) * kept, onehot * kept)
-        entropy = F.cross_entropy(logits, target[:, 0].masked_fill(~kept[:, 0], IGNORE), ignore_index=IGNORE, reduction="sum")
-        return dice + entropy / kept.sum().clamp(min=1)
+        entropy = F.cross_entropy(logits, label[:, 0], ignore_index=IGNORE, reduction="sum") / kept.sum().clamp(min=1)
+        return (dice + entropy) * kept.any()
 
 
 def finest_first(output: Tensor | Sequence[Tensor], ndim: int) -> Sequence[Tensor]:

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from medssm.segment.preprocess import Fitted
 from medssm.segment.volumes import Volume
 
-_TURNED = 0.2  # the share of patches that are rotated and zoomed
+_TURNED = 0.15  # the share of patches that are rotated and zoomed
 _DEGREES = 15
 _ZOOM = (-0.15, 0.2)
 _REACH = (1 + _ZOOM[1]) * (math.cos(math.radians(_DEGREES)) + math.sin(math.radians(_DEGREES)))  # how much of the volume such a patch sees
@@ -34,7 +34,7 @@ class Patches(Dataset):
     """patches[i] = {"image": (c, *patch) float32, "label": (1, *patch) int64, "case": name}.
 
     foreground   the share of patches centred on a voxel of a class drawn evenly among those of the case
-    augment      rotation, zoom, noise, blur, brightness, contrast and low resolution, each on a fifth to a tenth of the patches
+    augment      rotation, zoom, noise, blur, brightness, contrast and low resolution, each on a tenth to a seventh of the patches
     The axes of `fitted.mirror` are mirrored on half of the patches.
     """
 
@@ -43,7 +43,8 @@ class Patches(Dataset):
         self.foreground, self.augment = foreground, augment
         self.intensity = _intensity_augmentation(len(fitted.patch))
         self.turn = RandAffined(("image", "label"), prob=1.0, spatial_size=fitted.patch, rotate_range=_rotations(fitted),
-                                scale_range=[_ZOOM] * len(fitted.patch), mode=("bilinear", "nearest"), padding_mode="border")
+                                scale_range=[_ZOOM] * len(fitted.patch), mode=("bilinear", "nearest"), padding_mode="border",
+                                cache_grid=True)
 
     def __getitem__(self, index: int) -> dict:
         random = np.random.default_rng((self.seed, index))

@@ -25,6 +25,7 @@ from medssm.errors import UserError
 from medssm.segment.data import Case, Dataset, check_values
 from medssm.segment.files import different_grid, open_nifti, read_image, read_json, read_label, volume_shape, write_json
 
+FITTED = "fitted.json"
 IGNORE = -1  # in a label map the network is trained on: no class, no loss
 _SAMPLES = 20_000  # foreground voxels of each case that the percentiles are taken from
 

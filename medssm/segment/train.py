@@ -26,13 +26,13 @@ from medssm.segment import curves, networks
 from medssm.segment.data import Case, Dataset, load_dataset, split
 from medssm.segment.inference import probabilities
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
-from medssm.segment.losses import finest_first
+from medssm.segment.losses import SegmentationLoss, finest_first
 from medssm.segment.patches import Patches
-from medssm.segment.preprocess import IGNORE, Fitted, Intensities, fit_patch, fit_slice_axis, fit_spacing
+from medssm.segment.preprocess import FITTED, IGNORE, Fitted, Intensities, fit_patch, fit_slice_axis, fit_spacing
 from medssm.segment.progress import progress
 from medssm.segment.volumes import Volume, check_memory, load, prepare
 
-FITTED, CURVES = "fitted.json", "curves.png"
+CURVES = "curves.png"
 _STEPS = 1000
 _PATCH_VOXELS = {("cpu", 3): 64**3, ("cpu", 2): 192**2, ("gpu", 3): 112**3, ("gpu", 2): 512**2}
 _OPTIMIZERS = {"adamw": 1e-3, "sgd": 1e-2}  # with the learning rate each starts from
@@ -97,7 +97,8 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
     if max_steps is None and max_seconds is None:
         max_steps = _STEPS
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
-    loop = Loop(fabric, network, _optimizer(optimizer, network, lr, weight_decay), patches, out, batch=batch, lr=lr, clip=clip,
+    criterion = SegmentationLoss(ignore=fitted.ignore is not None)
+    loop = Loop(fabric, network, _optimizer(optimizer, network, lr, weight_decay), patches, criterion, out, batch=batch, lr=lr, clip=clip,
                 budget=Budget(max_steps, max_seconds), seed=seed, workers=_workers(workers, fabric.device), save_seconds=save_seconds,
                 settings=settings)
     if resume:

@@ -1,0 +1,179 @@
+"""medssm predict: segment NIfTI files with trained weights; the label map comes back on the input's own grid.
+
+Each image is read as in training (its orientation, spacing and intensities are in fitted.json), segmented by a sliding window, and the
+probabilities are resampled back before the largest is taken. Several weight folders, the folds of one training, are averaged.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose
+from torch import Tensor, nn
+
+from medssm.errors import UserError
+from medssm.segment import networks
+from medssm.segment.data import Case, cases_in
+from medssm.segment.files import NIFTI_ENDINGS, read_image, strip_ending, volume_shape, write_nifti
+from medssm.segment.inference import probabilities
+from medssm.segment.preprocess import FITTED, Fitted, geometry
+from medssm.segment.progress import progress
+
+
+def predict(weights: Path | str | Sequence[Path | str], inputs: Path | str, out: Path | str, *, device: str = "auto", overlap: float = 0.5,
+            mirror: bool = False, batch: int = 1, save_probabilities: bool = False, model: nn.Module | None = None, quiet: bool = False) -> dict:
+    """Segment the file or the folder `inputs` into the file or the folder `out`.
+
+    weights             a folder written by `train`, a folder of such folders (fold_0, fold_1, ...), or a list of them: averaged
+    inputs              a NIfTI file or a folder of them; several channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ... or a fourth axis
+    out                 a file (.nii.gz, .nii) for a single case, else a folder for CASE.nii.gz
+    overlap             of neighbouring windows, 0 to less than 1; mirror averages over the mirrorings the network was trained with
+    save_probabilities  also CASE_probabilities.nii.gz, float32 with the classes on the last axis
+    model               the module to load the weights into, where `train` was given one
+
+    Returns {"cases": {name: file}, "failed": {name: message}, "seconds": ...}: in a folder one bad file does not stop the others.
+    Raises UserError where nothing can be predicted, or the only case is bad.
+    """
+    if not 0 <= overlap < 1:
+        raise UserError(f"overlap: expected 0 to less than 1, got {overlap}")
+    device, begun = _device(device), time.perf_counter()
+    folds = [_load(folder, model, device) for folder in _weight_folders(weights)]
+    _check_alike(folds)
+    cases = cases_in(inputs, len(folds[0].fitted.channels))
+    targets = _targets(cases, Path(out))
+    written, failed = {}, {}
+    with progress("predicting", quiet) as show:
+        for i, case in enumerate(cases):
+            try:
+                _predict_case(case, folds, targets[case.name], device, save_probabilities, overlap=overlap, mirror=mirror, batch=batch,
+                              show=lambda part, i=i, case=case: show((i + part) / len(cases), case.name))
+                written[case.name] = str(targets[case.name])
+            except UserError as error:
+                if len(cases) == 1:
+                    raise
+                failed[case.name] = str(error)
+    return {"cases": written, "failed": failed, "seconds": round(time.perf_counter() - begun, 2)}
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("weights", help="folder written by medssm train, or a folder of its folds")
+    parser.add_argument("inputs", help="NIfTI file, or a folder of them")
+    parser.add_argument("out", help="file for one case, else a folder")
+    parser.add_argument("--more-weights", nargs="+", default=[], metavar="FOLDER", help="further folds: probabilities are averaged")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default %(default)s)")
+    parser.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default %(default)s)")
+    parser.add_argument("--mirror", action="store_true", help="average over the mirrorings the network was trained with")
+    parser.add_argument("--batch", type=int, default=1, help="windows at a time (default %(default)s)")
+    parser.add_argument("--save-probabilities", action="store_true", help="also write CASE_probabilities.nii.gz")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def run(args) -> dict:
+    result = predict([args.weights, *args.more_weights], args.inputs, args.out, device=args.device, overlap=args.overlap, mirror=args.mirror,
+                     batch=args.batch, save_probabilities=args.save_probabilities, quiet=args.quiet)
+    for message in result["failed"].values():
+        print(f"medssm predict: {message}", file=sys.stderr)
+    if not (args.quiet or args.json):
+        print(f"{len(result['cases'])} case(s) in {result['seconds']:.1f} s: {args.out}")
+    return result
+
+
+@dataclass(frozen=True)
+class _Fold:
+    folder: Path
+    network: nn.Module
+    fitted: Fitted
+
+
+def _predict_case(case: Case, folds: Sequence[_Fold], target: Path, device: torch.device, save_probabilities: bool, *,
+                  show: Callable[[float], None], **window) -> None:
+    data, file = read_image(case.images, len(folds[0].fitted.channels))
+    original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine))
+    grids = []  # folds on one grid are summed there, so that each grid is resampled back once
+    for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
+        grid, total = geometry(spacing), 0
+        image = grid(original)
+        for fold in (fold for fold in folds if fold.fitted.spacing == spacing):
+            total = total + probabilities(fold.network, image.as_tensor(), fold.fitted, device=device,
+                                          show=lambda part, fold=fold: show((folds.index(fold) + part) / len(folds)), **window)
+        grids.append((grid, image, total / len(folds)))
+    classes = folds[0].fitted.classes
+    best, positions, kept = torch.full(volume_shape(file), -1.0), torch.zeros(volume_shape(file), dtype=torch.int64), []
+    for i in range(len(classes)):  # class after class: all of them on the input's grid may not fit into memory
+        back = sum(_back(grid, image, total[i]) for grid, image, total in grids)
+        better = back > best
+        best, positions = torch.where(better, back, best), torch.where(better, i, positions)
+        if save_probabilities:
+            kept.append(back.numpy())
+    values = np.array(list(classes.values()))
+    write_nifti(target, values[positions.numpy()].astype(_smallest(values)), file)
+    if save_probabilities:
+        write_nifti(target.with_name(f"{strip_ending(target)}_probabilities.nii.gz"), np.stack(kept, -1).astype(np.float32), file)
+
+
+def _back(grid: Compose, image: MetaTensor, values: Tensor) -> Tensor:
+    """Values (x, y, z) on the grid of `image` resampled to the grid that it came from."""
+    applied = copy.deepcopy(image.applied_operations)  # MONAI's inverse takes them apart
+    return grid.inverse(MetaTensor(values[None], affine=image.affine, applied_operations=applied)).as_tensor()[0]
+
+
+def _weight_folders(weights: Path | str | Sequence[Path | str]) -> list[Path]:
+    """The folders that hold weights; a folder without any stands for those in it."""
+    folders = []
+    for folder in map(Path, [weights] if isinstance(weights, (str, Path)) else weights):
+        if not folder.is_dir():
+            raise UserError(f"weights: {folder}: no such folder")
+        inner = [folder] if (folder / FITTED).exists() else sorted(file.parent for file in folder.glob(f"*/{FITTED}"))
+        if not inner:
+            raise UserError(f"weights: {folder}: no {FITTED} in it: not written by medssm train")
+        folders += inner
+    return folders
+
+
+def _load(folder: Path, model: nn.Module | None, device: torch.device) -> _Fold:
+    if not (folder / networks.WEIGHTS).is_file():
+        raise UserError(f"weights: {folder / networks.WEIGHTS}: no such file (the training is not finished: go on with --resume)")
+    fitted = Fitted.load(folder / FITTED)
+    network = networks.load(folder, copy.deepcopy(model))  # copied: every fold has weights of its own
+    return _Fold(folder, network.to(device, memory_format=networks.memory_format(len(fitted.patch))).eval(), fitted)
+
+
+def _check_alike(folds: Sequence[_Fold]) -> None:
+    for fold in folds[1:]:
+        for what in ("channels", "classes"):
+            first, other = getattr(folds[0].fitted, what), getattr(fold.fitted, what)
+            if first != other:
+                raise UserError(f"weights: {fold.folder} has the {what} {other}, {folds[0].folder} has {first}")
+
+
+def _targets(cases: Sequence[Case], out: Path) -> dict[str, Path]:
+    if len(cases) == 1 and out.name.endswith(NIFTI_ENDINGS):
+        return {cases[0].name: out}
+    if out.name.endswith(NIFTI_ENDINGS) or out.is_file():
+        raise UserError(f"out: expected a folder for {len(cases)} case(s), got the file {out}")
+    return {case.name: out / f"{case.name}.nii.gz" for case in cases}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _smallest(values: np.ndarray) -> np.dtype:
+    """uint8 where the labels fit, else the smallest integer type that holds them."""
+    return np.result_type(*(np.min_scalar_type(int(value)) for value in (0, values.min(), values.max())))
