@@ -1,0 +1,255 @@
+// Vectors as wide as the instruction set: one kernel source for AVX-512, AVX2, SSE2 and any other processor.
+//
+// `Floats` and `Doubles` are GCC vector extensions (clang has them too), so + - * / and comparisons are written as usual; v * w + x becomes
+// one fused multiply-add where the processor has it (-ffp-contract=fast). Storage types are float, double, BFloat16 and Float16;
+// load<T> and store convert between storage and the compute type T (float or double). `*_part` touch only the first n lanes in
+// memory; load_part fills the others with zero.
+//
+//   using V = Vec<float>;  constexpr int W = kLanes<float>;
+//   V x = load<float>(p), y = load_part<float>(q, 3);  store(out, x * splat<float>(2.f) + y);
+//
+// Everything has internal linkage: each instruction set's object keeps its own copy, and none leaks into another by name.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "medssm/abi.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define MEDSSM_INLINE inline __attribute__((always_inline, unused))
+
+namespace medssm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Ints64 __attribute__((vector_size(kVectorBytes)));
+
+template <class T> struct VectorOf;
+template <> struct VectorOf<float> { using type = Floats; using ints = Ints32; };
+template <> struct VectorOf<double> { using type = Doubles; using ints = Ints64; };
+
+// The compute vector of T, the integers of the same width, and how many lanes both have.
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> using IntVec = typename VectorOf<T>::ints;
+template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+template <class To, class From> MEDSSM_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class T> MEDSSM_INLINE T least(T a, T b) { return b < a ? b : a; }
+template <class T> MEDSSM_INLINE T most(T a, T b) { return a < b ? b : a; }
+
+template <class T> MEDSSM_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
+
+// mask ? a : b, with mask from a comparison of vectors.
+template <class V, class M> MEDSSM_INLINE V select(M mask, V a, V b) {
+  return bit_cast<V>((bit_cast<M>(a) & mask) | (bit_cast<M>(b) & ~mask));
+}
+
+// Lane-wise minimum and maximum; where a lane of `x` is NaN the result is NaN.
+#if defined(__AVX512F__)
+MEDSSM_INLINE Floats min(Floats bound, Floats x) { return (Floats)_mm512_min_ps((__m512)bound, (__m512)x); }
+MEDSSM_INLINE Floats max(Floats bound, Floats x) { return (Floats)_mm512_max_ps((__m512)bound, (__m512)x); }
+#elif defined(__AVX2__)
+MEDSSM_INLINE Floats min(Floats bound, Floats x) { return (Floats)_mm256_min_ps((__m256)bound, (__m256)x); }
+MEDSSM_INLINE Floats max(Floats bound, Floats x) { return (Floats)_mm256_max_ps((__m256)bound, (__m256)x); }
+#else
+MEDSSM_INLINE Floats min(Floats bound, Floats x) { return select(bound < x, bound, x); }
+MEDSSM_INLINE Floats max(Floats bound, Floats x) { return select(bound > x, bound, x); }
+#endif
+MEDSSM_INLINE Doubles min(Doubles bound, Doubles x) { return select(bound < x, bound, x); }
+MEDSSM_INLINE Doubles max(Doubles bound, Doubles x) { return select(bound > x, bound, x); }
+
+MEDSSM_INLINE Floats abs(Floats x) { return bit_cast<Floats>(bit_cast<Ints32>(x) & 0x7fffffff); }
+MEDSSM_INLINE Doubles abs(Doubles x) { return bit_cast<Doubles>(bit_cast<Ints64>(x) & 0x7fffffffffffffff); }
+
+// The sum of all lanes, always in the same order.
+template <class V> MEDSSM_INLINE auto sum_lanes(V x) {
+  auto sum = x[0];
+  for (int i = 1; i < static_cast<int>(sizeof(V) / sizeof(x[0])); ++i) sum += x[i];
+  return sum;
+}
+
+// -- scalar conversions -------------------------------------------------------------------------------------------------------------
+
+template <class T> MEDSSM_INLINE T to_compute(float x) { return static_cast<T>(x); }
+template <class T> MEDSSM_INLINE T to_compute(double x) { return static_cast<T>(x); }
+template <class T> MEDSSM_INLINE T to_compute(BFloat16 x) { return static_cast<T>(bit_cast<float>(static_cast<uint32_t>(x.bits) << 16)); }
+template <class T> MEDSSM_INLINE T to_compute(Float16 x) {
+  // Exponent and mantissa in a float's places, then the bias by a multiplication, which is right for denormals too.
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
+  float value = bit_cast<float>(magnitude) * 0x1p112f;
+  if (magnitude >= 0x7c00u << 13) value = bit_cast<float>(magnitude | 0x7f800000u);
+  return static_cast<T>(bit_cast<float>(bit_cast<uint32_t>(value) | sign));
+}
+
+template <class S> MEDSSM_INLINE S to_storage(float x);
+template <> MEDSSM_INLINE float to_storage<float>(float x) { return x; }
+template <> MEDSSM_INLINE double to_storage<double>(float x) { return static_cast<double>(x); }
+template <> MEDSSM_INLINE BFloat16 to_storage<BFloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
+}
+template <> MEDSSM_INLINE Float16 to_storage<Float16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) half = 0x7e00;
+  else if (magnitude >= 0x477ff000) half = 0x7c00;  // 65520 and above round to infinity
+  else if (magnitude < 0x38800000) half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // denormal: 0.5 has its last place at 2^-24
+  else half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  return {static_cast<uint16_t>(half | sign)};
+}
+template <class S> MEDSSM_INLINE S to_storage(double x) { return to_storage<S>(static_cast<float>(x)); }
+template <> MEDSSM_INLINE double to_storage<double>(double x) { return x; }
+
+// -- loads and stores ---------------------------------------------------------------------------------------------------------------
+
+template <class V, class S> MEDSSM_INLINE V load_bits(const S* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// Lane by lane: what no faster form below covers.
+template <class T, class S> MEDSSM_INLINE Vec<T> load_lanes(const S* p, int n) {
+  alignas(kVectorBytes) T lanes[kLanes<T>] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = to_compute<T>(p[i]);
+  return load_bits<Vec<T>>(lanes);
+}
+template <class T, class S> MEDSSM_INLINE void store_lanes(S* p, Vec<T> v, int n) {
+  alignas(kVectorBytes) T lanes[kLanes<T>];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int i = 0; i < n; ++i) p[i] = to_storage<S>(lanes[i]);
+}
+
+template <class T, class S> struct Memory {
+  static MEDSSM_INLINE Vec<T> load(const S* p) { return load_lanes<T>(p, kLanes<T>); }
+  static MEDSSM_INLINE Vec<T> load_part(const S* p, int n) { return load_lanes<T>(p, n); }
+  static MEDSSM_INLINE void store(S* p, Vec<T> v) { store_lanes<T>(p, v, kLanes<T>); }
+  static MEDSSM_INLINE void store_part(S* p, Vec<T> v, int n) { store_lanes<T>(p, v, n); }
+};
+
+template <> struct Memory<double, double> {
+  static MEDSSM_INLINE Doubles load(const double* p) { return load_bits<Doubles>(p); }
+  static MEDSSM_INLINE Doubles load_part(const double* p, int n) { return load_lanes<double>(p, n); }
+  static MEDSSM_INLINE void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof(v)); }
+  static MEDSSM_INLINE void store_part(double* p, Doubles v, int n) { store_lanes<double>(p, v, n); }
+};
+
+template <> struct Memory<float, float> {
+  static MEDSSM_INLINE Floats load(const float* p) { return load_bits<Floats>(p); }
+  static MEDSSM_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+#if defined(__AVX512F__)
+  static MEDSSM_INLINE Floats load_part(const float* p, int n) { return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+  static MEDSSM_INLINE void store_part(float* p, Floats v, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v); }
+#elif defined(__AVX2__)
+  static MEDSSM_INLINE __m256i mask(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+  static MEDSSM_INLINE Floats load_part(const float* p, int n) { return (Floats)_mm256_maskload_ps(p, mask(n)); }
+  static MEDSSM_INLINE void store_part(float* p, Floats v, int n) { _mm256_maskstore_ps(p, mask(n), (__m256)v); }
+#else
+  static MEDSSM_INLINE Floats load_part(const float* p, int n) { return load_lanes<float>(p, n); }
+  static MEDSSM_INLINE void store_part(float* p, Floats v, int n) { store_lanes<float>(p, v, n); }
+#endif
+};
+
+// Sixteen-bit storage: `Shorts` holds the bits of as many numbers as Floats has lanes.
+typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+template <class S> MEDSSM_INLINE Shorts load_shorts(const S* p, int n) {
+#if defined(__AVX512F__)
+  return (Shorts)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  Shorts v = {};
+  for (int i = 0; i < n; ++i) v[i] = p[i].bits;
+  return v;
+#endif
+}
+template <class S> MEDSSM_INLINE void store_shorts(S* p, Shorts v, int n) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)v);
+#else
+  for (int i = 0; i < n; ++i) p[i].bits = v[i];
+#endif
+}
+
+MEDSSM_INLINE Floats widen(BFloat16, Shorts bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+MEDSSM_INLINE Shorts narrow(BFloat16, Floats v) {
+  const Words bits = (Words)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  return __builtin_convertvector(select(v == v, rounded, bits | 0x400000) >> 16, Shorts);
+}
+
+template <class S> struct Half {
+  static MEDSSM_INLINE Floats load(const S* p) { return widen(S{}, load_bits<Shorts>(p)); }
+  static MEDSSM_INLINE Floats load_part(const S* p, int n) { return widen(S{}, load_shorts(p, n)); }
+  static MEDSSM_INLINE void store(S* p, Floats v) {
+    const Shorts bits = narrow(S{}, v);
+    std::memcpy(p, &bits, sizeof(bits));
+  }
+  static MEDSSM_INLINE void store_part(S* p, Floats v, int n) { store_shorts(p, narrow(S{}, v), n); }
+};
+template <> struct Memory<float, BFloat16> : Half<BFloat16> {};
+
+#if defined(__AVX512F__)
+MEDSSM_INLINE Floats widen(Float16, Shorts bits) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }
+MEDSSM_INLINE Shorts narrow(Float16, Floats v) {
+  return (Shorts)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+template <> struct Memory<float, Float16> : Half<Float16> {};
+#elif defined(__AVX2__)
+MEDSSM_INLINE Floats widen(Float16, Shorts bits) { return (Floats)_mm256_cvtph_ps((__m128i)bits); }
+MEDSSM_INLINE Shorts narrow(Float16, Floats v) { return (Shorts)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+template <> struct Memory<float, Float16> : Half<Float16> {};
+#endif
+
+// kLanes<T> elements from memory, and the first n only.
+template <class T, class S> MEDSSM_INLINE Vec<T> load(const S* p) { return Memory<T, S>::load(p); }
+template <class T, class S> MEDSSM_INLINE Vec<T> load_part(const S* p, int n) { return Memory<T, S>::load_part(p, n); }
+
+// All lanes to memory, and the first n only. The compute type follows from the vector.
+template <class S> MEDSSM_INLINE void store(S* p, Floats v) { Memory<float, S>::store(p, v); }
+template <class S> MEDSSM_INLINE void store(S* p, Doubles v) { Memory<double, S>::store(p, v); }
+template <class S> MEDSSM_INLINE void store_part(S* p, Floats v, int n) { Memory<float, S>::store_part(p, v, n); }
+template <class S> MEDSSM_INLINE void store_part(S* p, Doubles v, int n) { Memory<double, S>::store_part(p, v, n); }
+
+// Calls body(pointer) with data cast to the storage type that dtype names.
+template <class Body> MEDSSM_INLINE void with_storage(int64_t dtype, const void* data, Body&& body) {
+  switch (dtype) {
+    case kFloat32: return body(static_cast<const float*>(data));
+    case kFloat64: return body(static_cast<const double*>(data));
+    case kBFloat16: return body(static_cast<const BFloat16*>(data));
+    default: return body(static_cast<const Float16*>(data));
+  }
+}
+template <class Body> MEDSSM_INLINE void with_storage(int64_t dtype, void* data, Body&& body) {
+  switch (dtype) {
+    case kFloat32: return body(static_cast<float*>(data));
+    case kFloat64: return body(static_cast<double*>(data));
+    case kBFloat16: return body(static_cast<BFloat16*>(data));
+    default: return body(static_cast<Float16*>(data));
+  }
+}
+
+}  // namespace
+}  // namespace medssm
