@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"medssm {name}: needs the package {error.name}: pip install 'medssm[segment]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"medssm {name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"medssm {name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     if args.json and isinstance(result, dict):
         print(json.dumps(result, indent=2, default=str))

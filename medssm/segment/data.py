@@ -13,6 +13,7 @@ import numpy as np
 from medssm.errors import UserError
 from medssm.segment.files import NIFTI_ENDINGS, different_grid, open_nifti, read_json, read_label, strip_ending
 
+DATASET, FITTED = "dataset.json", "fitted.json"  # what describes a data set, and a trained network's data
 _CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net's channel files end in _0000, _0001, ...
 _SHOWN = 20
 
@@ -44,7 +45,7 @@ def load_dataset(path: Path | str) -> Dataset:
     Raises UserError with one line for each bad file: missing, no NIfTI, a channel missing, label and image on different grids.
     """
     path = Path(path)
-    description = path / "dataset.json" if path.is_dir() else path
+    description = path / DATASET if path.is_dir() else path
     if not description.is_file():
         raise UserError(f"{description}: no such file (expected nnU-Net's dataset.json or a MONAI datalist)")
     table = read_json(description)
@@ -66,6 +67,18 @@ def load_dataset(path: Path | str) -> Dataset:
         channels = tuple(f"channel_{i}" for i in range(count))
     ignore = labels.pop("ignore", None) if labels else None
     return Dataset(str(table.get("name") or root.name), channels, labels or _found_classes(cases), ignore, tuple(cases))
+
+
+def load_classes(path: Path) -> tuple[dict[str, int], int | None]:
+    """{name: value} and the ignored value, from a dataset.json, a fitted.json, or the folder of either."""
+    files = [path / name for name in (FITTED, DATASET)] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), files[-1])
+    table = read_json(file)
+    classes = dict(table.get("classes") or _classes(table.get("labels"), file))
+    if not classes:
+        raise UserError(f"{file}: names no classes")
+    ignore = classes.pop("ignore", None)
+    return classes, table.get("ignore", ignore)
 
 
 def split(dataset: Dataset, fold: int | None, *, folds: int = 5, splits: Path | str | None = None,
@@ -136,9 +149,9 @@ def _has_channel_files(root: Path) -> bool:
 def _folder_cases(root: Path, channels: int, ending: str) -> list[Case]:
     """imagesTr/CASE_0000.nii.gz, ... with labelsTr/CASE.nii.gz."""
     if ending not in NIFTI_ENDINGS:
-        raise UserError(f"{root / 'dataset.json'}: file_ending: expected .nii.gz or .nii, got {ending!r}")
+        raise UserError(f"{root / DATASET}: file_ending: expected .nii.gz or .nii, got {ending!r}")
     if not channels:
-        raise UserError(f"{root / 'dataset.json'}: channel_names: expected {{\"0\": name, ...}}, got none")
+        raise UserError(f"{root / DATASET}: channel_names: expected {{\"0\": name, ...}}, got none")
     names = {_CHANNEL.sub("", strip_ending(file)) for file in nifti_files(root / "imagesTr")}
     names |= {strip_ending(file) for file in nifti_files(root / "labelsTr")} if (root / "labelsTr").is_dir() else set()
     return [Case(name, tuple(root / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(channels)), root / "labelsTr" / f"{name}{ending}")

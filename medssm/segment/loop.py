@@ -77,11 +77,11 @@ class Loop:
         self.done, self.log_bytes = Progress(), 0
 
     def run(self, show: Callable[[float, str], None], validate: Callable[[], dict], validations: int) -> dict:
-        """Train to the end of the budget; validate at even parts of it. Returns the last validation's result."""
-        marks = [(i + 1) / validations for i in range(validations)] if validations else []
-        marks = [mark for mark in marks if mark > self.budget.fraction(self.done)]
+        """Train to the end of the budget; validate at even parts of it. Returns the last one's result."""
+        marks = [(i + 1) / validations for i in range(validations)]
+        marks = [mark for mark in marks if mark > self.budget.fraction(self.done)] or marks[-1:]
         self.model.train()
-        result, losses, saved, logged = {}, [], time.monotonic(), self.done.seconds
+        losses, saved, logged = [], time.monotonic(), self.done.seconds
         with _stop_signals() as stop:
             batches = iter(self._loader())
             while self.budget.fraction(self.done) < 1:
@@ -93,16 +93,16 @@ class Loop:
                 if self.done.seconds - logged >= _LOG_SECONDS or fraction >= 1 or stopped:
                     self.log({"loss": sum(losses) / len(losses), "lr": self.optimizer.param_groups[0]["lr"]})
                     losses, logged = [], self.done.seconds
-                while marks and fraction >= marks[0]:
-                    marks.pop(0)
-                    result = self._validate(validate)
                 if stopped:
                     self.save()
                     raise Interrupted(f"saved after {self.done.step} steps: go on with --resume")
+                if marks and marks[0] <= fraction < 1:
+                    marks = [mark for mark in marks if mark > fraction]
+                    self._validate(validate)
                 if time.monotonic() - saved > self.save_seconds:
                     self.save()
                     saved = time.monotonic()
-        return result
+            return self._validate(validate) if marks else {}
 
     def log(self, record: dict) -> None:
         """Add a line to metrics.jsonl; where the disk is full the file keeps the lines it had."""
@@ -190,8 +190,7 @@ class Loop:
         self.model.eval()
         result = validate()
         self.model.train()
-        if result:
-            self.log({"validation": result})
+        self.log({"validation": result})
         return result
 
     def _loader(self) -> DataLoader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -11,6 +12,7 @@ from torch import nn
 import medssm
 from medssm.errors import UserError
 from medssm.segment.files import read_json, write_bytes, write_json
+from medssm.segment.losses import finest_first
 
 MONAI = "monai.networks.nets."
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -32,6 +34,13 @@ def build(name: str, **kwargs) -> nn.Module:
         return medssm.create_model(name, **kwargs)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"model: {name} with {kwargs}: {error}") from error
+
+
+def describe(model: str | nn.Module, kwargs: dict) -> dict:
+    """What config.json says of a network: how to build it, or, where a module was given, only what it was."""
+    if isinstance(model, nn.Module):
+        return {"model": None, "class": f"{type(model).__module__}.{type(model).__qualname__}", "medssm": medssm.__version__}
+    return {"model": model, "kwargs": kwargs, "medssm": medssm.__version__}
 
 
 def memory_format(spatial_dims: int) -> torch.memory_format:
@@ -63,3 +72,18 @@ def load(folder: Path, network: nn.Module | None = None) -> nn.Module:
     except RuntimeError as error:
         raise UserError(f"{folder / WEIGHTS}: does not fit the network: {' '.join(str(error).split())[:400]}") from error
     return network
+
+
+def check_patch(network: nn.Module, patch: Sequence[int], in_channels: int, out_channels: int, device: torch.device) -> None:
+    """One patch of zeros through the network: UserError for what does not fit, before any time is spent."""
+    training, wanted = network.training, (1, out_channels, *patch)
+    try:
+        with torch.no_grad():
+            output = network.eval()(torch.zeros(1, in_channels, *patch, device=device))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"patch: the model does not take {tuple(patch)}: {str(error).splitlines()[0]}") from error
+    finally:
+        network.train(training)
+    logits = finest_first(output, len(wanted))[0]
+    if tuple(logits.shape) != wanted:
+        raise UserError(f"model: expected logits of the shape {wanted}, got {tuple(logits.shape)}")

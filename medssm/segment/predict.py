@@ -21,15 +21,16 @@ from torch import Tensor, nn
 
 from medssm.errors import UserError
 from medssm.segment import networks
-from medssm.segment.data import Case, cases_in
+from medssm.segment.data import FITTED, Case, cases_in
 from medssm.segment.files import NIFTI_ENDINGS, read_image, strip_ending, volume_shape, write_nifti
 from medssm.segment.inference import probabilities
-from medssm.segment.preprocess import FITTED, Fitted, geometry
+from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 
 
 def predict(weights: Path | str | Sequence[Path | str], inputs: Path | str, out: Path | str, *, device: str = "auto", overlap: float = 0.5,
-            mirror: bool = False, batch: int = 1, save_probabilities: bool = False, model: nn.Module | None = None, quiet: bool = False) -> dict:
+            mirror: bool = False, batch: int = 1, save_probabilities: bool = False, model: nn.Module | None = None,
+            quiet: bool = False) -> dict:
     """Segment the file or the folder `inputs` into the file or the folder `out`.
 
     weights             a folder written by `train`, a folder of such folders (fold_0, fold_1, ...), or a list of them: averaged
@@ -78,8 +79,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
-    result = predict([args.weights, *args.more_weights], args.inputs, args.out, device=args.device, overlap=args.overlap, mirror=args.mirror,
-                     batch=args.batch, save_probabilities=args.save_probabilities, quiet=args.quiet)
+    result = predict([args.weights, *args.more_weights], args.inputs, args.out, device=args.device, overlap=args.overlap,
+                     mirror=args.mirror, batch=args.batch, save_probabilities=args.save_probabilities, quiet=args.quiet)
     for message in result["failed"].values():
         print(f"medssm predict: {message}", file=sys.stderr)
     if not (args.quiet or args.json):

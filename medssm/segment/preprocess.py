@@ -4,7 +4,7 @@ Every image is turned to RAS, resampled to one spacing and scaled by its modalit
   CT      clipped to the 0.5 and 99.5 percentile of the training cases' foreground, less its mean, over its deviation;
   noNorm  as it is;
   else    less the image's own mean, over its own deviation, both over its nonzero voxels (padding and stripped skulls are zero).
-`fit` finds those numbers, `Fitted` keeps them beside the weights, and `predict` reads them.
+`fit` finds the numbers, `Fitted` keeps them beside the weights, and `predict` reads them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -23,11 +22,9 @@ from monai.transforms import Compose, Orientation, Spacing
 
 from medssm.errors import UserError
 from medssm.segment.data import Case, Dataset, check_values
-from medssm.segment.files import different_grid, open_nifti, read_image, read_json, read_label, volume_shape, write_json
+from medssm.segment.files import different_grid, open_nifti, read_image, read_json, read_label, write_json
 
-FITTED = "fitted.json"
 IGNORE = -1  # in a label map the network is trained on: no class, no loss
-_SAMPLES = 20_000  # foreground voxels of each case that the percentiles are taken from
 
 
 @dataclass(frozen=True)
@@ -137,71 +134,3 @@ def pad(volume: torch.Tensor, shape: Sequence[int], value: int | None = None) ->
     grown = margin.reshape(-1, *[1] * len(full)).repeat(1, *full)
     grown[(slice(None), *inside)] = volume
     return grown, inside
-
-
-def fit_spacing(cases: Sequence[Case]) -> tuple[float, float, float]:
-    """The median spacing of the cases along the RAS axes, from their headers."""
-    return tuple(float(value) for value in np.median([_ras(case)[0] for case in cases], axis=0))
-
-
-def resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.ndarray:
-    """(cases, 3): the shapes the cases will have at `spacing`, from their headers."""
-    edges, shapes = (np.array(column) for column in zip(*map(_ras, cases), strict=True))
-    wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
-    return np.maximum(1, np.rint(shapes * edges / wanted)).astype(int)
-
-
-def fit_slice_axis(cases: Sequence[Case]) -> int:
-    """The axis across a 2D network's slices: single voxels in every case, else the largest spacing; the last of equals."""
-    edges, shapes = (np.array(column) for column in zip(*map(_ras, cases), strict=True))
-    single = (shapes == 1).all(0)
-    median = np.where(single, np.inf, np.median(edges, axis=0))
-    return int(2 - np.argmax(median[::-1] >= median.max() * 0.999))
-
-
-def fit_patch(shape: Sequence[int], spacing: Sequence[float], voxels: int, multiple: int = 16) -> tuple[int, ...]:
-    """A patch of at most `voxels`: the median shape rounded up to `multiple`, the axis longest in millimetres shortened until it fits."""
-    patch = [max(multiple, math.ceil(size / multiple) * multiple) for size in shape]
-    while math.prod(patch) > voxels and max(patch) > multiple:
-        longest = max((i for i in range(len(patch)) if patch[i] > multiple), key=lambda i: patch[i] * spacing[i])
-        patch[longest] -= multiple
-    return tuple(patch)
-
-
-class Intensities:
-    """Collects foreground intensities case by case; `fit` then says how each channel is scaled."""
-
-    def __init__(self, channels: Sequence[str], seed: int):
-        self.channels, self.random, self.samples = channels, np.random.default_rng(seed), []
-
-    def add(self, image: torch.Tensor, label: torch.Tensor) -> None:
-        """Draw foreground voxels of an image (c, x, y, z) that is not yet scaled."""
-        if "ct" not in map(str.lower, self.channels):
-            return
-        foreground = np.flatnonzero((label > 0).numpy())
-        if len(foreground):
-            chosen = self.random.choice(foreground, _SAMPLES, replace=len(foreground) < _SAMPLES)
-            self.samples.append(image.flatten(1)[:, chosen].numpy())
-
-    def fit(self) -> tuple[dict, ...]:
-        return tuple(self._fit(i, name.lower()) for i, name in enumerate(self.channels))
-
-    def _fit(self, channel: int, name: str) -> dict:
-        if name == "nonorm":
-            return {"scheme": "none"}
-        if name != "ct":
-            return {"scheme": "zscore"}
-        if not self.samples:
-            raise UserError("labels: a CT is scaled by its foreground, and no training case has any")
-        values = np.concatenate([sample[channel] for sample in self.samples]).astype(np.float64)
-        low, high = np.percentile(values, (0.5, 99.5))
-        mean, deviation = float(values.mean()), float(values.std()) or 1.0
-        return {"scheme": "ct", "low": float(low), "high": float(high), "mean": mean, "deviation": deviation}
-
-
-def _ras(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """A case's spacing and shape along the RAS axes, from its header."""
-    file = open_nifti(case.images[0])
-    orientation = nib.io_orientation(file.affine)  # entry i: which RAS axis the file's axis i runs along
-    order = np.argsort(orientation[:, 0])
-    return np.linalg.norm(file.affine[:3, :3], axis=0)[order], np.array(volume_shape(file))[order]

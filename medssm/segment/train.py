@@ -8,35 +8,30 @@ configurations: that is nnU-Net's work.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-import medssm
 from medssm.errors import UserError
 from medssm.segment import curves, networks
-from medssm.segment.data import Case, Dataset, load_dataset, split
+from medssm.segment.data import FITTED, load_dataset, split
+from medssm.segment.fit import fit
 from medssm.segment.inference import probabilities
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
-from medssm.segment.losses import SegmentationLoss, finest_first
+from medssm.segment.losses import SegmentationLoss
 from medssm.segment.patches import Patches
-from medssm.segment.preprocess import FITTED, IGNORE, Fitted, Intensities, fit_patch, fit_slice_axis, fit_spacing
+from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
-from medssm.segment.volumes import Volume, check_memory, load, prepare
+from medssm.segment.volumes import load
 
 CURVES = "curves.png"
 _STEPS = 1000
-_PATCH_VOXELS = {("cpu", 3): 64**3, ("cpu", 2): 192**2, ("gpu", 3): 112**3, ("gpu", 2): 512**2}
 _OPTIMIZERS = {"adamw": 1e-3, "sgd": 1e-2}  # with the learning rate each starts from
-_SIDED = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
 
 
 def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "medssm_unet", model_kwargs: dict | None = None,
@@ -81,15 +76,18 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
     fabric.launch()
     quiet = quiet or not fabric.is_global_zero
 
-    fitted, volumes = _read(table, training, spatial_dims, spacing, patch, mirror, cache, seed, fabric, quiet)
+    fitted, volumes = fit(table, training, spatial_dims=spatial_dims, spacing=spacing, patch=patch, mirror=mirror, cache=cache, seed=seed,
+                          fabric=fabric, quiet=quiet)
     held_out = [load(case, table, fitted.spacing, cache) for case in validation[fabric.global_rank :: fabric.world_size]]
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
 
     torch.manual_seed(seed)
-    network, config = _network(model, model_kwargs or {}, fitted, spatial_dims)
+    sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.classes)}
+    kwargs = {"spatial_dims": spatial_dims, **sizes, **(model_kwargs or {})}
+    network, config = model if isinstance(model, nn.Module) else networks.build(model, **kwargs), networks.describe(model, kwargs)
     network = network.to(fabric.device, memory_format=networks.memory_format(spatial_dims))
-    _try(network, fitted, fabric.device)
+    networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
     lr = lr or _OPTIMIZERS[optimizer]
     settings = {"model": config, "cases": [case.name for case in training], "fitted": repr(fitted), "batch": batch, "lr": lr,
                 "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip, "foreground": foreground, "augment": augment,
@@ -104,11 +102,8 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
     if resume:
         loop.resume()
 
-    def validate() -> dict:
-        return _validate(network, fitted, held_out, fabric) if validation else {}
-
     with progress(f"training {config['model'] or config['class']}", quiet) as show:
-        dice = loop.run(show, validate, validations if validation else 0)
+        dice = loop.run(show, lambda: _validate(network, fitted, held_out, fabric), validations if validation else 0)
     result = {"out": str(out), "model": config["model"] or config["class"], "parameters": sum(p.numel() for p in network.parameters()),
               "cases": len(training), "validation_cases": len(validation), "steps": loop.done.step, "seconds": round(loop.done.seconds, 2),
               "spacing": list(fitted.spacing), "patch": list(fitted.patch), "validation": dice}
@@ -210,61 +205,6 @@ def _fabric(device: str, devices: int | str, strategy: str, precision: str) -> F
         return Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     except (RuntimeError, ValueError, TypeError) as error:  # Lightning's MisconfigurationException is none of its public names
         raise UserError(f"device: {device}, devices {devices}, strategy {strategy}, precision {precision}: {error}") from error
-
-
-def _read(table: Dataset, cases: Sequence[Case], spatial_dims: int, spacing, patch, mirror, cache, seed: int, fabric: Fabric,
-          quiet: bool) -> tuple[Fitted, list[Volume]]:
-    """Read the training cases and fit to them what is to be fitted."""
-    slice_axis = fit_slice_axis(cases) if spatial_dims == 2 else None
-    spacing = tuple(0.0 if axis == slice_axis else float(edge) for axis, edge in enumerate(spacing or fit_spacing(cases)))
-    if cache is None:
-        check_memory(cases, len(table.channels), spacing)
-    intensities, loaded = Intensities(table.channels, seed), []
-    with progress("reading", quiet) as show, fabric.rank_zero_first(local=True) if cache else contextlib.nullcontext():
-        for i, case in enumerate(cases):
-            loaded.append(load(case, table, spacing, cache))
-            intensities.add(*loaded[-1])
-            show((i + 1) / len(cases), case.name)
-    kept = [axis for axis in range(3) if axis != slice_axis]
-    if patch is None:
-        shape = [int(np.median([image.shape[axis + 1] for image, _ in loaded])) for axis in kept]
-        kind = "cpu" if fabric.device.type == "cpu" else "gpu"
-        patch = fit_patch(shape, [spacing[axis] for axis in kept], _PATCH_VOXELS[kind, spatial_dims])
-    fitted = Fitted(table.channels, spacing, intensities.fit(), table.classes, table.ignore, tuple(patch), slice_axis,
-                    _mirrored(mirror, table.classes, kept))
-    return fitted, [prepare(case.name, *arrays, fitted, seed) for case, arrays in zip(cases, loaded, strict=True)]
-
-
-def _mirrored(mirror: str | Sequence[int], classes: dict[str, int], axes: Sequence[int]) -> tuple[int, ...]:
-    if mirror == "auto":
-        sided = any(_SIDED.search(name.lower().replace("_", " ")) for name in classes)
-        return tuple(axis for axis in axes if axis != 0 or not sided)
-    if isinstance(mirror, str) or not set(mirror) <= set(axes):
-        raise UserError(f'mirror: expected "auto" or some of the axes {tuple(axes)}, got {mirror!r}')
-    return tuple(mirror)
-
-
-def _network(model: str | nn.Module, kwargs: dict, fitted: Fitted, spatial_dims: int) -> tuple[nn.Module, dict]:
-    """The network, and what config.json says of it."""
-    if isinstance(model, nn.Module):
-        return model, {"model": None, "class": f"{type(model).__module__}.{type(model).__qualname__}", "medssm": medssm.__version__}
-    kwargs = {"spatial_dims": spatial_dims, "in_channels": len(fitted.channels), "out_channels": len(fitted.classes), **kwargs}
-    return networks.build(model, **kwargs), {"model": model, "kwargs": kwargs, "medssm": medssm.__version__}
-
-
-def _try(network: nn.Module, fitted: Fitted, device: torch.device) -> None:
-    """One patch of zeros through the network: what does not fit is said before any time is spent."""
-    training = network.training
-    try:
-        with torch.no_grad():
-            output = network.eval()(torch.zeros(1, len(fitted.channels), *fitted.patch, device=device))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"patch: the model does not take {fitted.patch}: {str(error).splitlines()[0]}") from error
-    finally:
-        network.train(training)
-    logits, wanted = finest_first(output, 2 + len(fitted.patch))[0], (1, len(fitted.classes), *fitted.patch)
-    if tuple(logits.shape) != wanted:
-        raise UserError(f"model: expected logits of the shape {wanted}, got {tuple(logits.shape)}")
 
 
 def _optimizer(name: str, network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:

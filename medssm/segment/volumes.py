@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medssm.errors import UserError
 from medssm.segment.data import Case, Dataset
 from medssm.segment.files import atomic
-from medssm.segment.preprocess import IGNORE, Fitted, Scaling, load_image, load_label, pad, resampled_shapes, scaling
+from medssm.segment.preprocess import IGNORE, Fitted, Scaling, load_image, load_label, pad, scaling
 
 _CENTRES = 20_000  # voxels of each class that a patch may be centred on
 
@@ -62,15 +60,6 @@ def prepare(name: str, image: torch.Tensor, label: torch.Tensor, fitted: Fitted,
     return Volume(name, image, label, how, inside, _by_class(flat, random), labelled)
 
 
-def check_memory(cases: Sequence[Case], channels: int, spacing: Sequence[float]) -> None:
-    """UserError where the resampled cases would fill more than three quarters of the memory that is free."""
-    needed = float(resampled_shapes(cases, spacing).prod(1, dtype=float).sum() * (4 * channels + 2))
-    free = _free_memory()
-    if needed > 0.75 * free:
-        raise UserError(f"cache: the cases take {needed / 2**30:.1f} GiB in memory at this spacing, {free / 2**30:.1f} are free: "
-                        "name a folder to keep them in")
-
-
 def _by_class(flat: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, ...]:
     foreground = np.flatnonzero(flat > 0)
     order = np.argsort(flat[foreground], kind="stable")
@@ -80,12 +69,3 @@ def _by_class(flat: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray
 
 def _some(positions: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return positions if len(positions) <= _CENTRES else random.choice(positions, _CENTRES, replace=False)
-
-
-def _free_memory() -> float:
-    """Bytes that can be had; infinite where the system does not say."""
-    try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return float(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return math.inf

@@ -1,0 +1,216 @@
+"""medssm evaluate: Dice, HD95 and surface Dice of predicted label maps against references, class by class, in millimetres.
+
+A class that is empty in both is left out of that case and counted; empty in one it is Dice 0, NSD 0 and an HD95 of the image's diagonal.
+Intervals are 95 % bootstrap percentiles over patients, never over voxels, and only from five patients on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from medssm.errors import UserError
+from medssm.segment.data import load_classes, nifti_files
+from medssm.segment.files import different_grid, read_label, spacing_mm, strip_ending, write_bytes, write_json
+from medssm.segment.metrics import compare
+from medssm.segment.progress import progress
+
+METRICS = ("dice", "hd95", "nsd")
+_FEWEST = 5  # patients that an interval is given for
+_DRAWS = 2000
+
+
+def evaluate(predictions: Path | str, references: Path | str, *, classes: Mapping[str, int] | Path | str | None = None, nsd_mm: float = 2.0,
+             ignore: int | None = None, patient: str | None = None, seed: int = 0, json_file: Path | str | None = None,
+             csv_file: Path | str | None = None, quiet: bool = False) -> dict:
+    """Compare the file or folder `predictions` with the file or the files of the same names in the folder `references`.
+
+    classes   {name: value}, or a dataset.json or a weights folder that has them; None: every value found in the files
+    nsd_mm    the tolerance of the surface Dice
+    ignore    a value in the references whose voxels count for nothing (with `classes` from a file: its ignore label)
+    patient   a regular expression whose first match in a case's name is the patient (default: every case is one)
+
+    Returns {"cases": {case: {class: {metric: value} or None}}, "classes": {class: {"n", "empty_in_both", metric: {"mean", "low", "high"}}},
+    "mean": the same over the classes of each case, "patients", "nsd_mm", "unused"}; low and high are None below five patients.
+    Raises UserError where a prediction is missing, lies on another grid, or holds a value that is no class.
+    """
+    if not nsd_mm >= 0:
+        raise UserError(f"nsd_mm: expected 0 or more millimetres, got {nsd_mm}")
+    names, found_ignore = (None, None) if classes is None else _named(classes)
+    ignore = found_ignore if ignore is None else ignore
+    pairs, unused = _pairs(Path(predictions), Path(references))
+    patients = {name: _patient(name, patient) for name in pairs}
+    cases, errors = {}, []
+    with progress("evaluating", quiet) as show:
+        for i, (name, (prediction, reference)) in enumerate(pairs.items()):
+            try:
+                cases[name] = _compare_case(prediction, reference, names, ignore, nsd_mm)
+            except UserError as error:
+                errors.append(str(error))
+            show((i + 1) / len(pairs), name)
+    if errors:
+        raise UserError("\n".join(errors))
+    found = sorted({label for case in cases.values() for label in case}, key=int) if names is None else names
+    foreground = [label for label in found if names is None or names[label] != 0]
+    cases = {name: {label: case.get(label) for label in foreground} for name, case in cases.items()}
+    result = {"nsd_mm": nsd_mm, "patients": len(set(patients.values())), "unused": unused, "cases": cases,
+              "classes": {label: _summary({name: case[label] for name, case in cases.items()}, patients, seed) for label in foreground},
+              "mean": _summary({name: _over_classes(case) for name, case in cases.items()}, patients, seed)}
+    if json_file:
+        write_json(Path(json_file), result)
+    if csv_file:
+        write_bytes(Path(csv_file), _csv(cases).encode())
+    return result
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("predictions", help="NIfTI file, or a folder of them")
+    parser.add_argument("references", help="NIfTI file, or a folder with files of the same names")
+    parser.add_argument("--classes", help="dataset.json or weights folder that names the classes (default: every value in the files)")
+    parser.add_argument("--nsd-mm", type=float, default=2.0, help="tolerance of the surface Dice in millimetres (default %(default)s)")
+    parser.add_argument("--ignore", type=int, help="value in the references whose voxels count for nothing")
+    parser.add_argument("--patient", metavar="REGEX", help="what of a case's name is the patient, as in '^sub-[0-9]+' (default: all of it)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--json-file", metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--csv", metavar="FILE", help="write one row for each case and class")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+
+
+def run(args) -> dict:
+    result = evaluate(args.predictions, args.references, classes=args.classes, nsd_mm=args.nsd_mm, ignore=args.ignore, patient=args.patient,
+                      seed=args.seed, json_file=args.json_file, csv_file=args.csv, quiet=args.quiet)
+    if not (args.quiet or args.json):
+        print_table(result)
+    return result
+
+
+def print_table(result: dict) -> None:
+    """The summary by class, with intervals or the reason why there are none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{len(result['cases'])} case(s) of {result['patients']} patient(s)")
+    for heading in ("class", "Dice", "HD95 mm", f"surface Dice {result['nsd_mm']:g} mm", "cases", "empty in both"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for name, row in {**result["classes"], "mean": result["mean"]}.items():
+        table.add_row(name, *(_cell(row[metric], digits) for metric, digits in zip(METRICS, (3, 1, 3), strict=True)), str(row["n"]),
+                      str(row["empty_in_both"]), end_section=name == list(result["classes"])[-1])
+    console = Console()
+    console.print(table)
+    if result["patients"] < _FEWEST:
+        console.print(f"no interval: {result['patients']} patient(s), at least {_FEWEST} are needed")
+
+
+def bootstrap(values: Mapping[str, float], patients: Mapping[str, str], seed: int = 0) -> tuple[float, float] | None:
+    """The 95 % percentile interval of the mean of the cases' values, with patients drawn anew; None below five patients."""
+    groups = {}
+    for case, value in values.items():
+        groups.setdefault(patients[case], []).append(value)
+    if len(groups) < _FEWEST:
+        return None
+    sums, counts = (np.array([f(group) for group in groups.values()], float) for f in (sum, len))
+    drawn = np.random.default_rng(seed).integers(len(groups), size=(_DRAWS, len(groups)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _compare_case(prediction: Path, reference: Path, names: Mapping[str, int] | None, ignore: int | None, nsd_mm: float) -> dict:
+    (found, found_file), (truth, truth_file) = read_label(prediction), read_label(reference)
+    difference = different_grid(found_file, truth_file)
+    if difference:
+        raise UserError(f"{prediction}: not on the grid of {reference}: {difference}")
+    counted = None if ignore is None else truth != ignore
+    if counted is not None:
+        found, truth = np.where(counted, found, 0), np.where(counted, truth, 0)
+    values = {}
+    for path, data in ((prediction, found), (reference, truth)):
+        values[path] = set(np.unique(data).tolist())
+        strange = [] if names is None else sorted(values[path] - set(names.values()))
+        if strange:
+            raise UserError(f"{path}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(names.values())}")
+    wanted = names or {str(value): value for value in sorted(set.union(*values.values()))}
+    spacing = spacing_mm(truth_file)
+    return {name: compare(found == value, truth == value, spacing, nsd_mm) for name, value in wanted.items() if value != 0}
+
+
+def _named(classes: Mapping[str, int] | Path | str) -> tuple[dict[str, int], int | None]:
+    return (dict(classes), None) if isinstance(classes, Mapping) else load_classes(Path(classes))
+
+
+def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """{case: (prediction, reference)}, and the predictions that have no reference."""
+    for path in (predictions, references):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    if predictions.is_file():
+        reference = references if references.is_file() else _named_like(predictions, references)
+        return {strip_ending(predictions): (predictions, reference)}, []
+    if references.is_file():
+        raise UserError(f"references: expected a folder as the predictions are, got the file {references}")
+    found = {strip_ending(file): file for file in nifti_files(predictions)}
+    wanted = {strip_ending(file): file for file in nifti_files(references)}
+    missing = sorted(wanted.keys() - found.keys())
+    if not wanted:
+        raise UserError(f"{references}: no .nii or .nii.gz file in this folder")
+    if missing:
+        raise UserError("\n".join(f"{predictions}: no prediction for {name}" for name in missing))
+    return {name: (found[name], wanted[name]) for name in sorted(wanted)}, sorted(found.keys() - wanted.keys())
+
+
+def _named_like(prediction: Path, folder: Path) -> Path:
+    for file in nifti_files(folder):
+        if strip_ending(file) == strip_ending(prediction):
+            return file
+    raise UserError(f"{folder}: no reference for {prediction.name}")
+
+
+def _patient(case: str, pattern: str | None) -> str:
+    if pattern is None:
+        return case
+    try:
+        match = re.search(pattern, case)
+    except re.error as error:
+        raise UserError(f"patient: {pattern!r} is no regular expression ({error})") from error
+    if not match:
+        raise UserError(f"patient: {pattern!r} is not in the name {case}")
+    return match.group(1) if match.groups() else match.group()
+
+
+def _over_classes(case: Mapping[str, dict | None]) -> dict | None:
+    """Each metric's mean over the classes that a case has."""
+    rows = [row for row in case.values() if row]
+    return {metric: sum(row[metric] for row in rows) / len(rows) for metric in METRICS} if rows else None
+
+
+def _summary(rows: Mapping[str, dict | None], patients: Mapping[str, str], seed: int) -> dict:
+    """Mean and interval of each metric over the cases that have it."""
+    kept = {case: row for case, row in rows.items() if row}
+    summary = {"n": len(kept), "empty_in_both": len(rows) - len(kept)}
+    for metric in METRICS:
+        values = {case: row[metric] for case, row in kept.items()}
+        low, high = bootstrap(values, patients, seed) or (None, None)
+        summary[metric] = {"mean": sum(values.values()) / len(values) if values else None, "low": low, "high": high}
+    return summary
+
+
+def _csv(cases: Mapping[str, Mapping[str, dict | None]]) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("case", "class", *METRICS))
+    for case, table in cases.items():
+        for label, row in table.items():
+            rows.writerow((case, label, *(f"{row[metric]:.6g}" if row else "" for metric in METRICS)))
+    return text.getvalue()
+
+
+def _cell(value: dict, digits: int) -> str:
+    if value["mean"] is None:
+        return "-"
+    interval = "" if value["low"] is None else f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return f"{value['mean']:.{digits}f}{interval}"
