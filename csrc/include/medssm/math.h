@@ -1,103 +1,124 @@
-// exp2, softplus and sigmoid on vectors of float (a few ulp) and of double (the C library's).
+// exp2, exp, softplus and sigmoid on vectors, for Floats and Doubles.
+//
+// Floats are right to about 2 units in the last place, and 2^x near x = 0 to half a unit: a scan with small steps multiplies
+// thousands of such factors, and a bias there would add up. Doubles are right to about 1e-15.
 #pragma once
 #include <cmath>
 
 #include "medssm/simd.h"
+
+// Keeps the compiler from fusing the product x into the additions that follow: they run on other pipes than the multiplier.
+#if defined(__x86_64__)
+#define MEDSSM_OPAQUE(x) asm("" : "+v"(x))
+#else
+#define MEDSSM_OPAQUE(x) (void)(x)
+#endif
 
 namespace medssm {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// 2^x. Float: 2 ulp; 0 and inf where they belong for finite x, NaN kept. x = -inf is for the caller to keep out (clamp).
-template <class T>
-inline Vec<T> exp2(Vec<T> x) {
-  for (int i = 0; i < kLanes<T>; ++i) x[i] = std::exp2(x[i]);
-  return x;
-}
-
+// 2^x for |x| <= kExp2Bound<T>; and NaN for NaN. The result may overflow to infinity.
 #if defined(__AVX512F__)
-// 2^(i/32) for the 32 values of i.
-alignas(64) constexpr float kExp2Table[32] = {
-    1.0f, 1.0218971487f, 1.0442737824f, 1.0671404007f, 1.0905077327f, 1.1143867426f, 1.1387886348f, 1.1637248588f,
-    1.1892071150f, 1.2152473600f, 1.2418578121f, 1.2690509572f, 1.2968395547f, 1.3252366432f, 1.3542555469f, 1.3839098820f,
-    1.4142135624f, 1.4451808070f, 1.4768261459f, 1.5091644276f, 1.5422108254f, 1.5759808451f, 1.6104903319f, 1.6457554782f,
-    1.6817928305f, 1.7186192981f, 1.7562521604f, 1.7947090750f, 1.8340080864f, 1.8741676341f, 1.9152065614f, 1.9571441241f};
 
-// x = n + r with n a multiple of 1/32: adding 1.5 * 2^18 leaves n's fraction in the low five bits of the sum, the index of a table of 32
-// held in two registers; 2^r = 1 + r (c1 + c2 r) for |r| <= 1/64 (minimax, 5e-8); vscalefps multiplies by 2^floor(n), subnormals, 0 and inf
-// included. Seven operations of the FMA ports.
-template <>
-inline __attribute__((always_inline)) Vec<float> exp2<float>(Vec<float> x) {
-  const __m512 magic = _mm512_set1_ps(393216.0f);
-  const __m512 sum = _mm512_add_ps((__m512)x, magic), n = _mm512_sub_ps(sum, magic), r = _mm512_sub_ps((__m512)x, n);
-  const __m512 power = _mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), _mm512_castps_si512(sum), _mm512_load_ps(kExp2Table + 16));
-  const __m512 q = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(0.2402265312f), r, _mm512_set1_ps(0.6931573305f)), r);
-  return (Vec<float>)_mm512_scalef_ps(_mm512_fmadd_ps(power, q, power), n);
+template <class T> constexpr T kExp2Bound = sizeof(T) == 4 ? T(65536) : T(1000);
+
+alignas(64) constexpr float kExp2Table[32] = {
+    1.000000000f, 1.021897149f, 1.044273782f, 1.067140401f, 1.090507733f, 1.114386743f, 1.138788635f, 1.163724859f,
+    1.189207115f, 1.215247360f, 1.241857812f, 1.269050957f, 1.296839555f, 1.325236643f, 1.354255547f, 1.383909882f,
+    1.414213562f, 1.445180807f, 1.476826146f, 1.509164428f, 1.542210825f, 1.575980845f, 1.610490332f, 1.645755478f,
+    1.681792831f, 1.718619298f, 1.756252160f, 1.794709075f, 1.834008086f, 1.874167634f, 1.915206561f, 1.957144124f};
+
+// x = n + r with n the nearest multiple of 1/32: 2^x = 2^floor(n) * table[32 frac(n)] * 2^r, the last by a parabola.
+MEDSSM_INLINE Floats exp2_bounded(Floats x) {
+  MEDSSM_OPAQUE(x);
+  constexpr float kRound = 393216.f;  // 1.5 * 2^18: its unit in the last place is 1/32
+  const Floats shifted = x + kRound, n = shifted - kRound, r = x - n;
+  const Floats scale = (Floats)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)shifted, _mm512_load_ps(kExp2Table + 16));
+  const Floats q = (0.2402265312f * r + 0.6931573303f) * r;
+  return (Floats)_mm512_scalef_ps((__m512)(scale * q + scale), (__m512)n);
 }
+
 #else
-// x = n + r with n an integer: adding 1.5 * 2^23 leaves n in the low bits of the sum; 2^r by a minimax polynomial of degree 5 (1e-7); n goes
-// into the exponent. Results below 2^-126 and above 2^127.99 saturate there.
-template <>
-inline __attribute__((always_inline)) Vec<float> exp2<float>(Vec<float> x) {
-  constexpr float kMagic = 12582912.0f;
-  const Vec<float> low = splat(-126.0f), high = splat(127.99f);
-  x = x < low ? low : x;  // a NaN compares false and stays
-  x = x > high ? high : x;
-  const Vec<float> sum = x + kMagic, r = x - (sum - kMagic);
-  Vec<float> p = r * 0.001326472712f + 0.009671512645f;
+
+template <class T> constexpr T kExp2Bound = sizeof(T) == 4 ? T(125) : T(1000);
+
+// x = n + r with n an integer: a polynomial for 2^r, then n is added to its exponent.
+MEDSSM_INLINE Floats exp2_bounded(Floats x) {
+  MEDSSM_OPAQUE(x);
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23
+  const Floats shifted = x + kRound, r = x - (shifted - kRound);
+  Floats p = 0.001326472712f * r + 0.009671512645f;
   p = p * r + 0.05550733743f;
   p = p * r + 0.2402224209f;
   p = p * r + 0.6931469776f;
-  p = p * r + 1.0f;
-  using Bits = Words<kLanes<float>>;
-  return (Vec<float>)((Bits)p + ((Bits)sum << 23));
+  p = p * r + 1.f;
+  return bit_cast<Floats>(bit_cast<Ints32>(p) + (bit_cast<Ints32>(shifted) << 23));
 }
+
 #endif
 
-template <class T>
-inline Vec<T> absolute(Vec<T> x) { return x < 0 ? -x : x; }
-template <class T>
-inline Vec<T> at_least(Vec<T> x, T low) { return x < low ? splat<T>(low) : x; }  // NaN stays
-template <class T>
-inline Vec<T> at_most(Vec<T> x, T high) { return x > high ? splat<T>(high) : x; }
-
-template <class T>
-inline Vec<T> exp(Vec<T> x) {
-  for (int i = 0; i < kLanes<T>; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-template <>
-inline Vec<float> exp<float>(Vec<float> x) { return exp2<float>(at_most<float>(at_least<float>(x * float(kLog2E), -150), 150)); }
-
-// softplus(x) = log(1 + e^x) and its derivative, sigmoid(x), from one exponential.
-template <class T>
-struct Softplus {
-  Vec<T> value, slope;
-};
-template <class T>
-inline Softplus<T> softplus(Vec<T> x) {
-  Softplus<T> out;
-  for (int i = 0; i < kLanes<T>; ++i) {
-    const T e = std::exp(-std::fabs(x[i]));
-    out.value[i] = std::log1p(e) + (x[i] > 0 ? x[i] : 0);
-    out.slope[i] = (x[i] < 0 ? e : T(1)) / (1 + e);
-  }
-  return out;
-}
-// log1p(e) = 2 atanh(w) with w = e / (e + 2) <= 1/3: an odd polynomial, relative error 1e-7 however small e is.
-template <>
-inline Softplus<float> softplus<float>(Vec<float> x) {
-  const Vec<float> e = exp<float>(-absolute<float>(x)), w = e / (e + 2), w2 = w * w;
-  Vec<float> p = w2 * 0.140059935f + 0.1400090262f;
-  p = p * w2 + 0.2001076362f;
-  p = p * w2 + 0.3333320814f;
-  p = p * w2 + 1.0f;
-  return {2 * w * p + at_least<float>(x, 0), (x < 0 ? e : splat(1.0f)) / (1 + e)};
+MEDSSM_INLINE Doubles exp2_bounded(Doubles x) {
+  constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
+  const Doubles shifted = x + kRound, r = x - (shifted - kRound);
+  constexpr double kTaylor[] = {1., 0.6931471805599453, 0.24022650695910072, 0.05550410866482158, 0.009618129107628477,
+                                0.0013333558146428443, 0.0001540353039338161, 1.525273380405984e-05, 1.3215486790144307e-06,
+                                1.0178086009239699e-07, 7.054911620801122e-09, 4.445538271870811e-10, 2.5678435993488196e-11};  // ln(2)^k / k!
+  Doubles p = splat(kTaylor[12]);
+  for (int k = 11; k >= 0; --k) p = p * r + kTaylor[k];
+  return bit_cast<Doubles>(bit_cast<Ints64>(p) + (bit_cast<Ints64>(shifted) << 52));
 }
 
-template <class T>
-inline Vec<T> sigmoid(Vec<T> x) { return 1 / (1 + exp<T>(-x)); }
+// 2^x for every x: 0 at -inf, inf where it overflows, NaN at NaN; results below the normal numbers may be 0.
+template <class V> MEDSSM_INLINE V exp2(V x) {
+  using T = Element<V>;
+  const V inside = exp2_bounded(min(splat(kExp2Bound<T>), max(splat(-kExp2Bound<T>), x)));
+  const V low = select(x < -kExp2Bound<T>, V{}, inside);
+  const V high = select(x > kExp2Bound<T>, splat(static_cast<T>(INFINITY)), low);
+  return select(x == x, high, x);
+}
+
+template <class V> MEDSSM_INLINE V exp(V x) { return exp2(x * static_cast<Element<V>>(kLog2E)); }
+
+// e^-|x|: in (0, 1], NaN at NaN.
+template <class V> MEDSSM_INLINE V exp_minus_abs(V x) {
+  using T = Element<V>;
+  const V scaled = abs(x) * static_cast<T>(-kLog2E), inside = exp2_bounded(max(splat(-kExp2Bound<T>), scaled));
+  return select(scaled < -kExp2Bound<T>, V{}, inside);
+}
+
+// ln(1 + e) for e in [0, 1] as 2 atanh(s), s = e / (2 + e), relatively exact down to the smallest e.
+MEDSSM_INLINE Floats log1p_unit(Floats e) {
+  const Floats s = e / (e + 2.f), w = s * s;
+  Floats p = 0.140059935f * w + 0.1400090262f;
+  p = p * w + 0.2001076362f;
+  p = p * w + 0.3333320814f;
+  p = p * w + 1.f;
+  return (s + s) * p;
+}
+MEDSSM_INLINE Doubles log1p_unit(Doubles e) {
+  const Doubles s = e / (e + 2.), w = s * s;
+  Doubles p = splat(1. / 35);
+  for (int k = 16; k >= 0; --k) p = p * w + 1. / (2 * k + 1);
+  return (s + s) * p;
+}
+
+template <class V> MEDSSM_INLINE V softplus(V x) { return max(V{}, x) + log1p_unit(exp_minus_abs(x)); }
+
+// 1 / (1 + e^-x), which is also softplus'.
+template <class V> MEDSSM_INLINE V sigmoid(V x) {
+  const V e = exp_minus_abs(x), one = splat(static_cast<Element<V>>(1));
+  return select(x < 0, e, one) / (one + e);
+}
+
+template <class V> MEDSSM_INLINE V silu(V x) { return x * sigmoid(x); }
+
+// d silu(x) / dx, given sigmoid(x).
+template <class V> MEDSSM_INLINE V silu_slope(V x, V sigmoid) {
+  const V one = splat(static_cast<Element<V>>(1));
+  return sigmoid * (x * (one - sigmoid) + one);
+}
 
 }  // namespace
 }  // namespace medssm

@@ -16,7 +16,10 @@
 #include "medssm/abi.h"
 
 #if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns about its own _mm512_undefined_ps()
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define MEDSSM_INLINE inline __attribute__((always_inline, unused))
@@ -55,6 +58,11 @@ template <class To, class From> MEDSSM_INLINE To bit_cast(From from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
+
+template <class V> struct ElementOf;
+template <> struct ElementOf<Floats> { using type = float; };
+template <> struct ElementOf<Doubles> { using type = double; };
+template <class V> using Element = typename ElementOf<V>::type;
 
 template <class T> MEDSSM_INLINE T least(T a, T b) { return b < a ? b : a; }
 template <class T> MEDSSM_INLINE T most(T a, T b) { return a < b ? b : a; }
