@@ -54,7 +54,7 @@ def load_dataset(path: Path | str) -> Dataset:
     root = description.parent
     channels = _channels(table, description)
     labels = _classes(table.get("labels"), description)
-    if _has_channel_files(root):
+    if description.name == DATASET and _has_channel_files(root):
         cases = _folder_cases(root, len(channels), table.get("file_ending") or ".nii.gz")
     else:
         cases = _listed_cases(root, table, description)

@@ -20,6 +20,7 @@ from torch import nn
 from medssm.errors import UserError
 from medssm.segment import curves, networks
 from medssm.segment.data import FITTED, load_dataset, split
+from medssm.segment.files import make_folder
 from medssm.segment.fit import fit
 from medssm.segment.inference import probabilities
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
@@ -174,7 +175,7 @@ def _finished(out: Path, resume: bool, overwrite: bool) -> dict | None:
         checkpoint.unlink(missing_ok=True)
     if not resume and (weights.exists() or checkpoint.exists()):
         raise UserError(f"out: {out} has a training: pass resume to go on with it, or overwrite")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     return None
 
 
