@@ -73,3 +73,13 @@ def function(name: str):
     bound = getattr(library, f"medssm_{name}_{isa()}")
     bound.argtypes, bound.restype = [ctypes.c_char_p], None
     return bound
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """A tensor's address for an argument block; 0, the null pointer, for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def lanes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with adjacent channels (its last dimension), which fill the vector lanes: itself, or a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

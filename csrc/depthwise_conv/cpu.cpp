@@ -1,0 +1,366 @@
+// Depthwise convolution of volumes (b, z, y, x, d), channels adjacent, zero padding to the same size; images have z = 1, sequences z = y = 1.
+//
+// A task computes a box of outputs for some vectors of channels. It walks the planes of the box and keeps the planes of input that the taps
+// reach in a ring of scratch memory: dense rows per channel vector, in the compute type, zeros beyond the volume's edges. So a token is
+// converted once, no power-of-two stride thrashes a cache, and the register tile knows neither edges, strides nor storage types.
+//
+// Backward: g = dout act'(pre), with pre recomputed, and dweight = sum_p x_{p+o} g_p in one walk; then dx is the convolution of g with the
+// mirrored taps. Each box sums its own share of dweight, and the shares are added in order, in double precision: boxes depend on shapes
+// only, so any number of threads gives the same bits.
+#include "medssm/abi.h"
+#include "medssm/math.h"
+#include "medssm/parallel.h"
+#include "medssm/scratch.h"
+#include "medssm/simd.h"
+#include "tile.h"
+
+using namespace medssm;
+
+namespace {
+
+// What kernels/depthwise_conv/native.py packs. Axes in the order z, y, x; strides in elements.
+struct Problem {
+  const void *x, *weight, *bias;
+  int64_t x_type, weight_type, bias_type;
+  int64_t wide;  // compute in double
+  int64_t batch, size[3], channels, side[3];
+  int64_t x_stride[4];       // batch, z, y, x; channels are adjacent
+  int64_t weight_stride[4];  // channel, z, y, x
+  int64_t bias_stride;
+  int64_t silu, threads;
+};
+struct Forward {
+  Problem problem;
+  void* out;  // contiguous, x's type
+};
+struct Backward {
+  Problem problem;
+  const void* dout;  // x's type
+  int64_t dout_stride[4];
+  void *dx, *dweight, *dbias;  // contiguous, in the types of x, weight, bias; dbias null without a bias
+  void* inner;                 // g, contiguous, in the compute type; null without an activation, where g is dout
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The size of each of the fewest equal parts of at most `limit` that cover `total`, rounded up to a multiple of `unit`.
+inline int64_t part(int64_t total, int64_t limit, int64_t unit) { return ceil_div(ceil_div(total, ceil_div(total, limit)), unit) * unit; }
+
+// A (b, z, y, x, d) tensor with adjacent channels.
+template <class S> struct Volume {
+  const S* data;
+  int64_t stride[4];
+
+  Volume(const S* data, const int64_t (&s)[4]) : data(data), stride{s[0], s[1], s[2], s[3]} {}
+  // The first token of a row.
+  const S* row(int64_t n, int64_t z, int64_t y) const { return data + n * stride[0] + z * stride[1] + y * stride[2]; }
+};
+// `data`, which holds what `like` points to.
+template <class S> const S* same_type(const S*, const void* data) { return static_cast<const S*>(data); }
+template <class S> S* same_type(const S*, void* data) { return static_cast<S*>(data); }
+
+// The outputs of one task: vectors of channels [first, first + count) of the tokens [from, to) of image n.
+struct Box {
+  int64_t n, first, count, from[3], to[3], share;
+};
+
+// How the work is cut.
+template <class T> struct Plan {
+  static constexpr int W = kLanes<T>;
+  int64_t size[3], channels, side[3], half[3], taps;
+  int64_t vectors;                   // of channels
+  int64_t box[3], box_vectors;       // size of a box
+  int64_t boxes[3], groups, shares;  // how many boxes along each axis, how many cover the channels, how many add to the same taps
+  int64_t row, plane, ring;          // scratch: elements of a row, of a plane of one channel vector, of that vector's planes
+
+  explicit Plan(const Problem& p) : channels(p.channels), taps(1), vectors(ceil_div(p.channels, W)), shares(p.batch) {
+    for (int i = 0; i < 3; ++i) {
+      size[i] = p.size[i];
+      side[i] = p.side[i];
+      half[i] = side[i] / 2;
+      taps *= side[i];
+    }
+    // Wide enough that few tokens are staged twice, small enough that the ring stays in the second-level cache.
+    constexpr int64_t kRing = 512 << 10;
+    box[0] = part(size[0], 16, 1);
+    box[1] = part(size[1], 8, rows());
+    box[2] = part(size[2], 32 * (size[0] > 1 ? 1 : size[1] > 1 ? 2 : 16), kColumns);
+    row = (box[2] + side[2] - 1) * W;
+    plane = (box[1] + side[1] - 1) * row;
+    ring = side[0] * plane;
+    box_vectors = part(vectors, most<int64_t>(1, least<int64_t>(8, kRing / (ring * sizeof(T)))), 1);
+    groups = ceil_div(vectors, box_vectors);
+    for (int i = 0; i < 3; ++i) shares *= boxes[i] = ceil_div(size[i], box[i]);
+  }
+  int64_t rows() const { return size[1] == 1 ? 1 : kRows; }      // of outputs in a register tile
+  int64_t packed() const { return (taps + 1) * W; }              // elements of the taps and the bias of one channel vector
+  int64_t tasks() const { return shares * groups; }
+  bool whole(int64_t v) const { return (v + 1) * W <= channels; }
+  int tail() const { return static_cast<int>(channels % W); }    // channels in the last vector, where it is not whole
+
+  Box task(int64_t i) const {
+    Box b;
+    b.share = i / groups;
+    b.first = i % groups * box_vectors;
+    b.count = least(box_vectors, vectors - b.first);
+    int64_t rest = b.share;
+    for (int axis = 2; axis >= 0; --axis) {
+      b.from[axis] = rest % boxes[axis] * box[axis];
+      b.to[axis] = least(size[axis], b.from[axis] + box[axis]);
+      rest /= boxes[axis];
+    }
+    b.n = rest;
+    return b;
+  }
+};
+
+// Copies the rows of input plane z that a box sees into the ring, zeros where a row leaves the volume.
+template <class T, class S> void stage(const Plan<T>& plan, const Volume<S>& x, const Box& box, int64_t z, T* ring) {
+  constexpr int W = kLanes<T>;
+  const int64_t top = box.from[1] - plan.half[1], left = box.from[2] - plan.half[2], width = plan.row / W;
+  const int64_t begin = most<int64_t>(0, -left), end = least(width, plan.size[2] - left);
+  const int64_t whole = plan.whole(box.first + box.count - 1) ? box.count : box.count - 1;
+  for (int64_t y = most<int64_t>(0, top); y < least(plan.size[1], top + plan.plane / plan.row); ++y) {
+    T* row = ring + z % plan.side[0] * plan.plane + (y - top) * plan.row;
+    for (int64_t v = 0; v < box.count; ++v) {
+      for (int64_t i = 0; i < begin; ++i) store(row + v * plan.ring + i * W, Vec<T>{});
+      for (int64_t i = end; i < width; ++i) store(row + v * plan.ring + i * W, Vec<T>{});
+    }
+    const S* token = x.row(box.n, z, y) + (left + begin) * x.stride[3] + box.first * W;
+    for (int64_t i = begin; i < end; ++i, token += x.stride[3]) {
+      for (int64_t v = 0; v < whole; ++v) {
+        store(row + v * plan.ring + i * W, load<T>(token + v * W));
+        __builtin_prefetch(token + x.stride[1] + v * W, 0, 2);  // the next plane, whose turn comes when this one has been used
+      }
+      if (whole < box.count) store(row + whole * plan.ring + i * W, load_part<T>(token + whole * W, plan.tail()));
+    }
+  }
+}
+
+// Walks a box with its input in the ring: tile(source, v, z, y, x) for each register tile of channel vector v, its first output at (z, y, x).
+template <class T, class S, class Tile> void walk(const Plan<T>& plan, const Volume<S>& x, const Box& box, T* ring, const T** planes, const Tile& tile) {
+  const int64_t depth = plan.size[0], half = plan.half[0];
+  for (int64_t z = most<int64_t>(0, box.from[0] - half); z < least(depth, box.from[0] + half); ++z) stage(plan, x, box, z, ring);
+  for (int64_t z = box.from[0]; z < box.to[0]; ++z) {
+    if (z + half < depth) stage(plan, x, box, z + half, ring);
+    for (int64_t v = 0; v < box.count; ++v) {
+      for (int64_t k = 0; k < plan.side[0]; ++k) {
+        const int64_t from = z + k - half;
+        planes[k] = from < 0 || from >= depth ? nullptr : ring + v * plan.ring + from % plan.side[0] * plan.plane;
+      }
+      for (int64_t y = box.from[1]; y < box.to[1]; y += plan.rows())
+        for (int64_t column = box.from[2]; column < box.to[2]; column += kColumns) {
+          const Source<T> source = {planes, (y - box.from[1]) * plan.row + (column - box.from[2]) * kLanes<T>, plan.row,
+                                    plan.side[0], plan.side[1], plan.side[2],
+                                    most<int64_t>(0, plan.half[1] - y), plan.size[1] + plan.half[1] - y};
+          tile(source, box.first + v, z, y, column);
+        }
+    }
+  }
+}
+
+// Runs body(box, ring, planes) for every task.
+template <class T, class Body> void each_box(const Plan<T>& plan, int64_t threads, const Body& body) {
+  parallel(least(threads, plan.tasks()), [&](const Team& team) {
+    Scratch<T> ring(plan.box_vectors * plan.ring);
+    Scratch<const T*> planes(plan.side[0]);
+    const Range mine = share(plan.tasks(), team);
+    for (int64_t i = mine.begin; i < mine.end; ++i) body(plan.task(i), ring.data(), planes.data());
+  });
+}
+
+// f(i, y, x, at) for the outputs of a tile that lie in the box: i counts in the tile, `at` is the offset of channel vector v in a contiguous tensor.
+template <class T, class F>
+MEDSSM_INLINE void each_output(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const F& f) {
+  const int64_t rows = least(plan.rows(), box.to[1] - y), columns = least<int64_t>(kColumns, box.to[2] - x);
+  for (int64_t o = 0; o < rows; ++o) {
+    const int64_t first = (((box.n * plan.size[0] + z) * plan.size[1] + y + o) * plan.size[2] + x) * plan.channels + v * kLanes<T>;
+    for (int64_t t = 0; t < columns; ++t) f(o * kColumns + t, y + o, x + t, first + t * plan.channels);
+  }
+}
+
+// Bytes of a tensor of x's shape.
+template <class T, class S> int64_t bytes(const Plan<T>& plan, const Problem& p, const S*) {
+  return p.batch * plan.size[0] * plan.size[1] * plan.size[2] * plan.channels * static_cast<int64_t>(sizeof(S));
+}
+
+// Whether to write `out` past the caches: it would fill them, and every vector is a whole cache line (AVX-512, no change of type).
+template <class T, class S> bool streams(const Plan<T>& plan, const Problem& p, const S* out) {
+  constexpr int64_t kLarge = 16 << 20;
+  return kVectorBytes == 64 && sizeof(S) == sizeof(T) && bytes(plan, p, out) > kLarge && plan.channels % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+template <class S, class V> MEDSSM_INLINE void write(S* p, V v, [[maybe_unused]] bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == sizeof(v[0]))
+    if (stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+#endif
+  store(p, v);
+}
+
+// Writes act(pre) of a tile to a contiguous tensor.
+template <class T, class S>
+void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre, bool activate, bool stream, S* out) {
+  const bool whole = plan.whole(v);
+  each_output(plan, box, v, z, y, x, [&](int64_t i, int64_t, int64_t, int64_t at) __attribute__((always_inline)) {
+    const Vec<T> value = activate ? silu(pre[i]) : pre[i];
+    if (whole)
+      write(out + at, value, stream);
+    else
+      store_part(out + at, value, plan.tail());
+  });
+}
+
+// g = dout act'(pre) of a tile, also written to `inner`; zero where the tile leaves the box. Without an activation pre and inner are null.
+template <class T, class S>
+void differentiate(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre, const Volume<S>& dout,
+                   T* inner, bool stream, Vec<T>* g) {
+  const bool whole = plan.whole(v);
+  for (int i = 0; i < kRows * kColumns; ++i) g[i] = Vec<T>{};
+  each_output(plan, box, v, z, y, x, [&](int64_t i, int64_t row, int64_t column, int64_t at) __attribute__((always_inline)) {
+    const S* source = dout.row(box.n, z, row) + column * dout.stride[3] + v * kLanes<T>;
+    g[i] = whole ? load<T>(source) : load_part<T>(source, plan.tail());
+    __builtin_prefetch(source + dout.stride[1], 0, 2);  // the same place in the next plane
+    if (!pre) return;
+    g[i] *= silu_slope(pre[i], sigmoid(pre[i]));
+    if (whole)
+      write(inner + at, g[i], stream);
+    else
+      store_part(inner + at, g[i], plan.tail());
+  });
+}
+
+template <class S, class T> MEDSSM_INLINE void assign(S& target, T value) { target = to_storage<S>(value); }
+
+// The register tile's functions for a plan: unrolled for the usual kernel sides.
+template <class T> struct Tile {
+  void (*convolve)(const Source<T>&, const T*, Vec<T>*);
+  void (*correlate)(const Source<T>&, const Vec<T>*, T*);
+
+  explicit Tile(const Plan<T>& plan) {
+    switch (plan.side[2]) {
+      case 3: choose<3>(plan.rows()); break;
+      case 5: choose<5>(plan.rows()); break;
+      case 7: choose<7>(plan.rows()); break;
+      default: choose<0>(plan.rows());
+    }
+  }
+  template <int kSide> void choose(int64_t rows) {
+    convolve = rows == 1 ? &medssm::convolve<T, kSide, 1> : &medssm::convolve<T, kSide, kRows>;
+    correlate = rows == 1 ? &medssm::correlate<T, kSide, 1> : &medssm::correlate<T, kSide, kRows>;
+  }
+};
+
+// The taps as tiles read them: per channel vector the taps in row-major order, for dx mirrored and without bias; then the bias.
+template <class T> void pack(const Plan<T>& plan, const Problem& p, bool mirrored, T* packed) {
+  constexpr int W = kLanes<T>;
+  std::memset(packed, 0, static_cast<std::size_t>(plan.vectors * plan.packed()) * sizeof(T));
+  with_storage(p.weight_type, p.weight, [&](const auto* weight) {
+    for (int64_t c = 0; c < plan.channels; ++c) {
+      T* target = packed + c / W * plan.packed() + c % W;
+      for (int64_t z = 0, tap = 0; z < plan.side[0]; ++z)
+        for (int64_t y = 0; y < plan.side[1]; ++y)
+          for (int64_t x = 0; x < plan.side[2]; ++x, ++tap)
+            target[(mirrored ? plan.taps - 1 - tap : tap) * W] = to_compute<T>(
+                weight[c * p.weight_stride[0] + z * p.weight_stride[1] + y * p.weight_stride[2] + x * p.weight_stride[3]]);
+    }
+  });
+  if (p.bias && !mirrored)
+    with_storage(p.bias_type, p.bias, [&](const auto* bias) {
+      for (int64_t c = 0; c < plan.channels; ++c) packed[c / W * plan.packed() + plan.taps * W + c % W] = to_compute<T>(bias[c * p.bias_stride]);
+    });
+}
+
+// out = act(taps * x), contiguous.
+template <class T, class In, class Out>
+void convolution(const Plan<T>& plan, const Problem& p, const Volume<In>& x, const T* taps, bool activate, Out* out) {
+  const Tile<T> tile(plan);
+  const bool stream = streams(plan, p, out);
+  prefer_huge_pages(out, bytes(plan, p, out));
+  each_box(plan, p.threads, [&](const Box& box, T* ring, const T** planes) {
+    walk(plan, x, box, ring, planes, [&](const Source<T>& source, int64_t v, int64_t z, int64_t y, int64_t column) {
+      Vec<T> pre[kRows * kColumns];
+      tile.convolve(source, taps + v * plan.packed(), pre);
+      finish(plan, box, v, z, y, column, pre, activate, stream, out);
+    });
+  });
+}
+
+template <class T> void forward(const Forward& a) {
+  const Problem& p = a.problem;
+  const Plan<T> plan(p);
+  const Scratch<T> taps(plan.vectors * plan.packed());
+  pack(plan, p, false, taps.data());
+  with_storage(p.x_type, p.x, [&](const auto* x) {
+    convolution(plan, p, Volume(x, p.x_stride), taps.data(), p.silu, same_type(x, a.out));
+  });
+}
+
+// g into `inner`, and each box's share of the gradients of the taps and the bias into sums, packed like the taps.
+template <class T, class S>
+void accumulate(const Plan<T>& plan, const Problem& p, const Volume<S>& x, const Volume<S>& dout, const T* taps, T* inner, T* sums) {
+  const Tile<T> tile(plan);
+  const bool stream = streams(plan, p, inner);
+  each_box(plan, p.threads, [&](const Box& box, T* ring, const T** planes) {
+    T* own = sums + box.share * plan.vectors * plan.packed();
+    std::memset(own + box.first * plan.packed(), 0, static_cast<std::size_t>(box.count * plan.packed()) * sizeof(T));
+    walk(plan, x, box, ring, planes, [&](const Source<T>& source, int64_t v, int64_t z, int64_t y, int64_t column) {
+      Vec<T> pre[kRows * kColumns], g[kRows * kColumns];
+      if (inner) tile.convolve(source, taps + v * plan.packed(), pre);
+      differentiate(plan, box, v, z, y, column, inner ? pre : nullptr, dout, inner, stream, g);
+      tile.correlate(source, g, own + v * plan.packed());
+    });
+  });
+}
+
+// Adds the shares in order into dweight (d, taps) and, where there is a bias, dbias (d,).
+template <class T> void reduce(const Plan<T>& plan, const T* sums, const Backward& a) {
+  constexpr int W = kLanes<T>;
+  const Problem& p = a.problem;
+  parallel(least(p.threads, plan.vectors), [&](const Team& team) {
+    const Range mine = share(plan.vectors, team);
+    for (int64_t v = mine.begin; v < mine.end; ++v) {
+      const int64_t lanes = plan.whole(v) ? W : plan.tail();
+      for (int64_t tap = 0; tap <= plan.taps; ++tap) {
+        double total[W] = {};
+        for (int64_t i = 0; i < plan.shares; ++i) {
+          const T* own = sums + (i * plan.vectors + v) * plan.packed() + tap * W;
+          for (int j = 0; j < W; ++j) total[j] += own[j];
+        }
+        if (tap < plan.taps)
+          with_storage(p.weight_type, a.dweight, [&](auto* dweight) {
+            for (int64_t j = 0; j < lanes; ++j) assign(dweight[(v * W + j) * plan.taps + tap], total[j]);
+          });
+        else if (a.dbias)
+          with_storage(p.bias_type, a.dbias, [&](auto* dbias) {
+            for (int64_t j = 0; j < lanes; ++j) assign(dbias[v * W + j], total[j]);
+          });
+      }
+    }
+  });
+}
+
+template <class T> void backward(const Backward& a) {
+  const Problem& p = a.problem;
+  const Plan<T> plan(p);
+  const Scratch<T> taps(plan.vectors * plan.packed()), sums(plan.shares * plan.vectors * plan.packed());
+  T* inner = static_cast<T*>(a.inner);
+  if (inner) prefer_huge_pages(inner, bytes(plan, p, inner));
+  pack(plan, p, false, taps.data());
+  with_storage(p.x_type, p.x, [&](const auto* x) {
+    const Volume dout(same_type(x, a.dout), a.dout_stride);
+    accumulate(plan, p, Volume(x, p.x_stride), dout, taps.data(), inner, sums.data());
+    reduce(plan, sums.data(), a);
+    pack(plan, p, true, taps.data());
+    auto* dx = same_type(x, a.dx);
+    if (inner) {
+      const int64_t row = plan.size[2] * plan.channels, plane = plan.size[1] * row, dense[4] = {plan.size[0] * plane, plane, row, plan.channels};
+      convolution(plan, p, Volume<T>(inner, dense), taps.data(), false, dx);
+    } else {
+      convolution(plan, p, dout, taps.data(), false, dx);
+    }
+  });
+}
+
+}  // namespace
+
+MEDSSM_EXPORT(depthwise_conv_forward)(const Forward* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
+MEDSSM_EXPORT(depthwise_conv_backward)(const Backward* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
