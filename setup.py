@@ -20,7 +20,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # One object per kernel and instruction set; the loader picks at run time. Other processors get the portable C++ alone.
 ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {"base": []}
 # Never -ffast-math: at link time it makes the loader flip denormals for the whole process, torch included.
-FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra".split()
+FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Wno-maybe-uninitialized".split()
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1".split()
 
 
