@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.h')
 export OMP_PROC_BIND ?= true
 
 .PHONY: demo test lint sanitize bench clean
@@ -32,7 +32,7 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -e '.[segment,dev]'
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 clean:
