@@ -142,6 +142,23 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def write_at(path: Path, start: int, data: bytes) -> int:
+    """Write `data` at `start` of a file, the end of which it becomes; returns that end. Where it fails the file ends at `start`."""
+    try:
+        with open(path, "r+b" if path.exists() else "wb", buffering=0) as file:  # a buffer would be written again by closing
+            file.truncate(start)
+            file.seek(start)
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(start)
+                raise
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return start + len(data)
+
+
 def write_json(path: Path, value) -> None:
     """`value` as JSON; a number that is not finite is an error, since JSON has none."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

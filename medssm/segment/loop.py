@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medssm.errors import UserError
-from medssm.segment.files import disk_error, write_bytes
+from medssm.segment.files import write_at, write_bytes
 from medssm.segment.losses import finest_first
 from medssm.segment.networks import memory_format
 
@@ -108,20 +108,8 @@ class Loop:
         """Add a line to metrics.jsonl; where the disk is full the file keeps the lines it had."""
         if not self.fabric.is_global_zero:
             return
-        path, line = self.out / LOG, json.dumps({"step": self.done.step, "seconds": round(self.done.seconds, 2), **record}) + "\n"
-        try:
-            with open(path, "r+b" if path.exists() else "wb") as file:
-                file.truncate(self.log_bytes)
-                file.seek(self.log_bytes)
-                try:
-                    file.write(line.encode())
-                    file.flush()
-                except OSError:
-                    file.truncate(self.log_bytes)
-                    raise
-        except OSError as error:
-            raise disk_error(path, error) from error
-        self.log_bytes += len(line.encode())
+        record = {"step": self.done.step, "seconds": round(self.done.seconds, 2), **record}
+        self.log_bytes = write_at(self.out / LOG, self.log_bytes, (json.dumps(record) + "\n").encode())
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""

@@ -110,9 +110,9 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
               "spacing": list(fitted.spacing), "patch": list(fitted.patch), "validation": dice}
     if fabric.is_global_zero:
         loop.log({"finished": result})
-        curves.draw(out / LOG, out / CURVES)
         networks.save(out, network, config)
         (out / CHECKPOINT).unlink(missing_ok=True)
+        curves.draw(out / LOG, out / CURVES)
     return result
 
 
