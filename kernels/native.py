@@ -31,8 +31,8 @@ def path() -> Path:
     return Path(medssm.__file__).parent / "_lib" / f"libmedssm_cpu{SUFFIX}"
 
 
-@functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and why not."""
     file = path()
     if not file.is_file():
         return None, f"no compiled library at {file}: install again with a C++ compiler (pip install --no-cache-dir --force-reinstall medssm)"
@@ -44,18 +44,25 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
+# Loaded once, on import: a choice of backend that torch.compile traces then reads a constant.
+_LIBRARY, _REASON = _load()
+
+
 def reason() -> str | None:
     """None where the compiled library serves, else one line that says why not."""
-    return _load()[1]
+    return _REASON
+
+
+def _loaded() -> ctypes.CDLL:
+    if _LIBRARY is None:
+        raise RuntimeError(_REASON)
+    return _LIBRARY
 
 
 @functools.cache
 def isa() -> str:
     """The instruction set in use: "base", "v3" (AVX2) or "v4" (AVX-512)."""
-    library, why = _load()
-    if library is None:
-        raise RuntimeError(why)
-    best = library.medssm_cpu_isa().decode()
+    best = _loaded().medssm_cpu_isa().decode()
     wanted = os.environ.get("MEDSSM_CPU_ISA", best)
     if wanted not in ISAS:
         raise ValueError(f"MEDSSM_CPU_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
@@ -67,10 +74,7 @@ def isa() -> str:
 @functools.cache
 def function(name: str):
     """The C function `medssm_<name>_<isa>`; call it with the packed argument block (bytes)."""
-    library, why = _load()
-    if library is None:
-        raise RuntimeError(why)
-    bound = getattr(library, f"medssm_{name}_{isa()}")
+    bound = getattr(_loaded(), f"medssm_{name}_{isa()}")
     bound.argtypes, bound.restype = [ctypes.c_char_p], None
     return bound
 
