@@ -59,11 +59,6 @@ template <class To, class From> MEDSSM_INLINE To bit_cast(From from) {
   return to;
 }
 
-template <class V> struct ElementOf;
-template <> struct ElementOf<Floats> { using type = float; };
-template <> struct ElementOf<Doubles> { using type = double; };
-template <class V> using Element = typename ElementOf<V>::type;
-
 template <class T> MEDSSM_INLINE T least(T a, T b) { return b < a ? b : a; }
 template <class T> MEDSSM_INLINE T most(T a, T b) { return a < b ? b : a; }
 
@@ -90,6 +85,18 @@ MEDSSM_INLINE Doubles max(Doubles bound, Doubles x) { return select(bound > x, b
 
 MEDSSM_INLINE Floats abs(Floats x) { return bit_cast<Floats>(bit_cast<Ints32>(x) & 0x7fffffff); }
 MEDSSM_INLINE Doubles abs(Doubles x) { return bit_cast<Doubles>(bit_cast<Ints64>(x) & 0x7fffffffffffffff); }
+
+// a * b + c in one rounding where the processor has it. Where two products meet, it says which one is fused.
+#if defined(__AVX512F__)
+MEDSSM_INLINE Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+MEDSSM_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__AVX2__)
+MEDSSM_INLINE Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+MEDSSM_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+MEDSSM_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+MEDSSM_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+#endif
 
 // The sum of all lanes, always in the same order.
 template <class V> MEDSSM_INLINE auto sum_lanes(V x) {
