@@ -1,0 +1,181 @@
+"""The demo from data to report: two networks trained on one hemisphere and two answers without a network, tested on the other.
+
+It is a thin layer: the halves are written as a data set, and `train`, `predict` and `evaluate` do with it what they do with anyone's.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+import medssm
+from medssm.errors import UserError
+from medssm.segment.demo import figures, machine
+from medssm.segment.demo.baselines import looked_up_labels, mirrored_labels
+from medssm.segment.demo.data import GAP_MM, Brain, load_brain, whole, write_dataset
+from medssm.segment.demo.report import write_report
+from medssm.segment.evaluate import METRICS, evaluate
+from medssm.segment.files import read_json, read_label, write_json, write_nifti
+from medssm.segment.loop import LOG
+from medssm.segment.predict import predict
+from medssm.segment.train import train
+
+SECONDS, FAST_SECONDS, NSD_MM = 210.0, 8.0, 2.0
+UNET = "monai.networks.nets.UNet"
+UNET_KWARGS = {"channels": [16, 32, 64, 128], "strides": [2, 2, 2], "num_res_units": 2}  # 1.2 million parameters
+# Both networks' settings, chosen with the sides exchanged: trained on the left, tested on the right.
+RECIPE = {"spacing": [1.0, 1.0, 1.0], "patch": [64, 64, 64], "batch": 2, "foreground": 2 / 3, "lr": 1e-3, "mirror": [0]}
+FAST = {"spacing": [3.0, 3.0, 3.0], "patch": [32, 32, 32]}
+
+
+def structures(out: Path | str, *, data: str = "icbm2009c", model: str = "medssm_unet", model_kwargs: Mapping | None = None,
+               seconds: float | None = None, trained: str = "right", seed: int = 0, device: str = "auto", fast: bool = False,
+               prepare: bool = False, overwrite: bool = False, quiet: bool = False) -> dict:
+    """Run the demo in the folder `out`, or go on with one that was stopped there.
+
+    data      a key of `data.SOURCES`
+    model     a name of `medssm.list_models()`, or one of MONAI's as monai.networks.nets.NAME, with its keywords
+    seconds   of training steps, for each of the two networks (210; 8 where `fast`)
+    trained   the side to train on; the other is tested
+    fast      at 3 mm and for seconds: to see it work, not to see it good
+    prepare   write the data set and stop: the way to try other settings of `medssm train` on it
+
+    Returns what metrics.json holds. Raises UserError where the data is not installed or `out` has another demo; KeyboardInterrupt
+    where it is stopped: a network in training is saved, and the same call goes on with the seconds it has left.
+    """
+    out = Path(out)
+    recipe = RECIPE | (FAST if fast else {}) | {"max_seconds": float(seconds or (FAST_SECONDS if fast else SECONDS))}
+    nets = {"ours": (model, dict(model_kwargs or {})), "monai": (UNET, UNET_KWARGS)}
+    brain = load_brain(data, trained)
+    _keep_settings(out / "demo.json", {"data": data, "trained": trained, "seed": seed, "networks": nets, "recipe": recipe}, overwrite)
+    _say(f"data: {brain.source.title}", quiet)
+    write_dataset(brain, out / "data")
+    commands = _commands(brain, data, nets, recipe, seed, fast)
+    if prepare:
+        return {"out": str(out), "commands": commands}
+
+    rows = [_network_row(out, brain, key, *nets[key], recipe, seed=seed, device=device, overwrite=overwrite, quiet=quiet) for key in nets]
+    for key, title, about, labels in _baselines(brain):
+        write_nifti(_prediction(out, brain, key), labels, brain.image.slicer[brain.tested.box])
+        rows.append({"key": key, "title": title, "about": about, **_scores(out, brain, key)})
+    metrics = {"version": medssm.__version__, "seed": seed, "classes": [name for name, value in brain.classes.items() if value],
+               "data": {"name": data, "title": brain.source.title, "credit": brain.source.credit},
+               "split": {"trained": brain.trained.side, "tested": brain.tested.side, "gap_mm": GAP_MM}, "recipe": recipe, "nsd_mm": NSD_MM,
+               "rows": rows, "checks": _checks(rows), "machine": machine.describe(), "commands": commands,
+               "report": str(out / "report.html")}
+    _say("figures and report", quiet)
+    pictures = _draw(out, brain, rows)
+    write_nifti(out / "labels.nii.gz", whole(brain, _labels(out, brain, "ours"), brain.tested), brain.image)
+    write_json(out / "metrics.json", metrics)
+    write_report(out / "report.html", metrics, pictures)
+    return metrics
+
+
+def _network_row(out: Path, brain: Brain, key: str, model: str, kwargs: Mapping, recipe: Mapping, *, seed: int, device: str,
+                 overwrite: bool, quiet: bool) -> dict:
+    """Train a network (or take it as far as it got), segment the tested side, and compare."""
+    weights, title = out / "networks" / key, _title(key, model, kwargs)
+    _say(f"{title}: training for {recipe['max_seconds']:g} s", quiet)
+    try:
+        trained = train(out / "data", weights, model=model, model_kwargs=dict(kwargs), validations=0, seed=seed, device=device,
+                        resume=not overwrite, overwrite=overwrite, quiet=quiet, **recipe)
+    except KeyboardInterrupt:
+        _say(f"{title}: stopped and saved; the same command goes on from here", quiet)
+        raise
+    _say(f"{title}: predicting", quiet)
+    begun = time.perf_counter()
+    predict(weights, out / "data" / "imagesTs", out / "predictions" / key, device=device, quiet=quiet)
+    settings = ", ".join(f"{name} {value}" for name, value in kwargs.items()) or "its defaults"
+    about = (f"{model} with {settings}: {trained['parameters']:,} parameters, {trained['steps']:,} training steps in "
+             f"{trained['seconds']:.0f} seconds.")
+    return {"key": key, "title": title, "about": about, "parameters": trained["parameters"], "steps": trained["steps"],
+            "seconds": trained["seconds"], "predict_seconds": round(time.perf_counter() - begun, 2), **_scores(out, brain, key)}
+
+
+def _baselines(brain: Brain):
+    """(key, title, what it is, labels of the tested side) for each answer that needs no network."""
+    side = brain.trained.side
+    yield ("mirrored", "mirrored labels", f"The labels drawn on the {side} side, reflected at the midline; the image is not looked at.",
+           mirrored_labels(brain))
+    yield ("look_up", "look-up table", "Each voxel by its intensity alone: a table from intensity to class, fitted for the mean Dice of "
+           f"the {side} side.", looked_up_labels(brain))
+
+
+def _scores(out: Path, brain: Brain, key: str) -> dict:
+    """{metric: {class: value, "mean": value}} of a row's predictions."""
+    result = evaluate(out / "predictions" / key, out / "data" / "labelsTs", classes=brain.classes, nsd_mm=NSD_MM, quiet=True)
+    rows = {**result["classes"], "mean": result["mean"]}
+    return {metric: {name: row[metric]["mean"] for name, row in rows.items()} for metric in METRICS}
+
+
+def _checks(rows: list[dict]) -> dict:
+    """What the demo promises of its first row, on a machine that gives it enough steps."""
+    ours, monai, _, look_up = (row["dice"] for row in rows)
+    return {"ours_minus_monai": ours["mean"] - monai["mean"],
+            "above_look_up_in_every_class": all(ours[name] > look_up[name] for name in ours)}
+
+
+def _draw(out: Path, brain: Brain, rows: list[dict]) -> dict[str, Path]:
+    pictures = {name: out / f"{name}.png" for name in ("overlays", "split", "dice", "curves")}
+    shown = {f"{row['title']}, Dice {row['dice']['mean']:.2f}": _labels(out, brain, row["key"]) for row in rows[:3]}
+    figures.draw_overlays(brain, brain.labels[brain.tested.box], shown, pictures["overlays"])
+    figures.draw_split(brain, _labels(out, brain, "ours"), pictures["split"])
+    figures.draw_dice({row["title"]: row["dice"] for row in rows}, pictures["dice"])
+    figures.draw_curves({row["title"]: out / "networks" / row["key"] / LOG for row in rows[:2]}, pictures["curves"])
+    return pictures
+
+
+def _commands(brain: Brain, data: str, nets: Mapping, recipe: Mapping, seed: int, fast: bool) -> list[str]:
+    """The demo as one command, then as those it is made of, run in its folder."""
+    model, kwargs = nets["ours"]
+    options = ["--data", data, "--trained", brain.trained.side, "--model", model, "--model-kwargs", json.dumps(kwargs),
+               "--seconds", f"{recipe['max_seconds']:g}", "--seed", str(seed)]
+    commands = [shlex.join(["medssm", "demo", "structures", *options, *["--fast"] * fast])]
+    for key, (model, kwargs) in nets.items():
+        flags = [word for name, value in recipe.items() for word in _flag(name, value)]
+        commands += [shlex.join(["medssm", "train", "data", f"networks/{key}", "--model", model, "--model-kwargs", json.dumps(kwargs),
+                                 *flags, "--seed", str(seed)]),
+                     f"medssm predict networks/{key} data/imagesTs predictions/{key}",
+                     f"medssm evaluate predictions/{key} data/labelsTs --classes data/dataset.json"]
+    return commands
+
+
+def _flag(name: str, value) -> list[str]:
+    """A keyword of `train` as the command takes it."""
+    numbers = [f"{number:g}" for number in (value if isinstance(value, list) else [value])]
+    return [f"--{name.replace('_', '-')}", *([",".join(numbers)] if name == "mirror" else numbers)]
+
+
+def _keep_settings(path: Path, settings: dict, overwrite: bool) -> None:
+    """Write the settings into a new folder; UserError where the folder has a demo with others."""
+    settings = json.loads(json.dumps(settings))
+    before = read_json(path) if path.exists() and not overwrite else settings
+    other = [f"{name} {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value]
+    if other:
+        raise UserError(f"out: {path.parent} has a demo with {'; '.join(other)}: name another folder, or pass --overwrite")
+    write_json(path, settings)
+
+
+def _prediction(out: Path, brain: Brain, key: str) -> Path:
+    return out / "predictions" / key / f"{brain.tested.side}.nii.gz"
+
+
+def _labels(out: Path, brain: Brain, key: str) -> np.ndarray:
+    """A row's label map of the tested side."""
+    return read_label(_prediction(out, brain, key))[0]
+
+
+def _title(key: str, model: str, kwargs: Mapping) -> str:
+    name = "MONAI U-Net" if key == "monai" else model.rpartition(".")[2]
+    return f"{name} {kwargs['size']}" if "size" in kwargs else name
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
