@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from medssm.segment.demo.data import SIDES, SOURCES
-from medssm.segment.demo.run import FAST_SECONDS, SECONDS, structures
+from medssm.segment.demo.pipeline import FAST_SECONDS, SECONDS, structures
 
 
 def add_arguments(parser) -> None:

