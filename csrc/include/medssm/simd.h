@@ -86,6 +86,19 @@ MEDSSM_INLINE Doubles max(Doubles bound, Doubles x) { return select(bound > x, b
 MEDSSM_INLINE Floats abs(Floats x) { return bit_cast<Floats>(bit_cast<Ints32>(x) & 0x7fffffff); }
 MEDSSM_INLINE Doubles abs(Doubles x) { return bit_cast<Doubles>(bit_cast<Ints64>(x) & 0x7fffffffffffffff); }
 
+// The larger of |a| and |b|, lane by lane; NaN counts as larger than everything.
+template <class T> MEDSSM_INLINE Vec<T> larger_magnitude(Vec<T> a, Vec<T> b) {
+  const IntVec<T> x = bit_cast<IntVec<T>>(abs(a)), y = bit_cast<IntVec<T>>(abs(b));
+  return bit_cast<Vec<T>>(x > y ? x : y);
+}
+
+// Whether every lane is at most `bound`; a NaN is not.
+template <class T> MEDSSM_INLINE bool all_at_most(Vec<T> x, T bound) {
+  bool inside = true;
+  for (int i = 0; i < kLanes<T>; ++i) inside &= x[i] <= bound;
+  return inside;
+}
+
 // a * b + c in one rounding where the processor has it. Where two products meet, it says which one is fused.
 #if defined(__AVX512F__)
 MEDSSM_INLINE Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }

@@ -1,0 +1,201 @@
+// Selective scan, forward, on a CPU.
+//
+// All blocks of a thread take a tile of steps before any takes the next: the blocks of a token share memory pages and, where groups are
+// shared, the rows of B and C. Softplus, D, the gate and conversions happen on tiles that stay in the first-level cache.
+#include "medssm/parallel.h"
+#include "medssm/scratch.h"
+#include "recurrence.h"
+
+using namespace medssm;
+
+namespace {
+
+struct Arguments {
+  Problem problem;
+  Output out;
+  void *state, *checkpoints;  // (b, d, n) and (b, chunks, n, d), the compute type; may be null
+  int64_t checkpoint_batch;
+};
+
+template <class T> class Forward {
+ public:
+  explicit Forward(const Arguments& arguments) : a_(arguments), p_(arguments.problem), walk_(p_), blocks_(p_), chunk_(chunk_tokens(p_.state)) {}
+
+  void run() const {
+    const int64_t items = p_.batch * blocks_.count;
+    if (items == 0) return;
+    if (a_.out.token == p_.channels) prefer_huge_pages(a_.out.data, p_.batch * p_.length * p_.channels * element_size(a_.out.type));
+    if (items < p_.threads && p_.state > 1) return halves(items);
+    parallel(least(p_.threads, items), [&](const Team& team) {
+      Buffers buffers(p_);
+      const Range mine = share(items, team);
+      for (int64_t item = mine.begin; item < mine.end;) {
+        const int64_t end_of_batch = (item / blocks_.count + 1) * blocks_.count;
+        const int64_t count = least(least(mine.end, end_of_batch) - item, kBand);
+        band(item, count, buffers);
+        item += count;
+      }
+    });
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kBand = 16;    // blocks that walk together: their states stay in the second-level cache
+  static constexpr int64_t kRound = 1024;  // steps between the barriers of threads that share a block; a multiple of every chunk
+
+  // A thread's tiles.
+  struct Buffers {
+    Scratch<T> memory;
+    T *s, *su, *u, *z, *y[2], *B, *C, *low;
+    explicit Buffers(const Problem& p) : memory(kTile * (6 * W + 2 * round_up(p.state, W) + round_up(p.rank, W))) {
+      T* at = memory.data();
+      for (T** tile : {&s, &su, &u, &z, &y[0], &y[1]}) {
+        *tile = at;
+        at += kTile * W;
+      }
+      B = at;
+      C = B + kTile * round_up(p.state, W);
+      low = C + kTile * round_up(p.state, W);
+    }
+  };
+
+  // The rows of a tile that all blocks of a group share.
+  struct Shared {
+    View<T> B, C, low;
+  };
+  Shared shared_rows(const Block& block, const Tile& tile, const Buffers& buffers) const {
+    Shared rows{row_view<T>(p_.B, block.batch, block.group, p_.state, tile, buffers.B),
+                row_view<T>(p_.C, block.batch, block.group, p_.state, tile, buffers.C), {}};
+    if (p_.rank) {
+      const Tokens& x = p_.delta;
+      rows.low = row_view<T>({x.data, x.type, x.batch, x.token, 0, x.channel}, block.batch, 0, p_.rank, tile, buffers.low);
+    }
+    return rows;
+  }
+
+  // The whole walk of `count` blocks of one batch element.
+  void band(int64_t item, int64_t count, const Buffers& buffers) const {
+    Scratch<T> memory(count * Channels<T>::size(p_));
+    Channels<T> channels[kBand];
+    for (int64_t i = 0; i < count; ++i) {
+      channels[i].load_parameters(p_, blocks_[item + i], memory.data() + i * Channels<T>::size(p_));
+      channels[i].load_state(p_, p_.initial);
+    }
+    for (int64_t from = 0; from < p_.length;) {
+      const Tile tile = walk_.tile(from, p_.length), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
+      Shared rows{};
+      for (int64_t i = 0; i < count; ++i) {
+        Channels<T>& mine = channels[i];
+        if (i == 0 || mine.block.group != channels[i - 1].block.group) rows = shared_rows(mine.block, tile, buffers);
+        begin(mine, tile, 0, p_.state);
+        Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
+        prepare<T>(p_, mine, tile, rows.low, buffers.u, &in);
+        advance_both<T>(p_, mine, in, rows.B, rows.C, tile.count, buffers.y);
+        fetch(mine.block, next);
+        finish(mine, tile, in.u, buffers.y[0], buffers);
+      }
+      from += tile.count;
+    }
+    if (a_.state)
+      for (int64_t i = 0; i < count; ++i) store_state(channels[i], 0, p_.state);
+  }
+
+  // Fewer blocks than threads: two threads share one, each with half of its states. Their sums meet every kRound steps, in two buffers by
+  // turns, so that one barrier is enough.
+  void halves(int64_t items) const {
+    Scratch<T> sums(2 * items * 2 * kRound * W);
+    parallel(least(p_.threads, 2 * items), [&](const Team& team) {
+      const Buffers buffers(p_);
+      const Range mine = share(2 * items, team);  // seat 2 i + k has half k of item i
+      Scratch<T> memory((mine.end - mine.begin) * Channels<T>::size(p_));
+      Scratch<Channels<T>> channels(mine.end - mine.begin);
+      for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
+        Channels<T>& one = channels.data()[seat - mine.begin];
+        one.load_parameters(p_, blocks_[seat / 2], memory.data() + (seat - mine.begin) * Channels<T>::size(p_));
+        one.load_state(p_, p_.initial);
+      }
+      for (int64_t round = 0; round * kRound < p_.length; ++round) {
+        const int64_t begin_at = round * kRound, end = least(p_.length, begin_at + kRound);
+        T* turn = sums.data() + round % 2 * items * 2 * kRound * W;
+        for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
+          const int half = seat % 2;
+          Channels<T>& one = channels.data()[seat - mine.begin];
+          for (int64_t from = begin_at; from < end;) {
+            const Tile tile = walk_.tile(from, end);
+            const Shared rows = shared_rows(one.block, tile, buffers);
+            begin(one, tile, half ? first_half(p_.state) : 0, half ? p_.state : first_half(p_.state));
+            Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
+            prepare<T>(p_, one, tile, rows.low, buffers.u, &in);
+            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, turn + (seat * kRound + from - begin_at) * W);
+            from += tile.count;
+          }
+        }
+        team.barrier();
+        for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
+          const Channels<T>& one = channels.data()[seat - mine.begin];
+          int64_t turns = 0;
+          for (int64_t from = begin_at; from < end; ++turns) {
+            const Tile tile = walk_.tile(from, end);
+            if (turns % 2 == seat % 2) {
+              const T *first = turn + (seat / 2 * 2 * kRound + from - begin_at) * W, *second = first + kRound * W;
+              for (int64_t t = 0; t < tile.count; ++t) store(buffers.y[0] + t * W, load<T>(first + t * W) + load<T>(second + t * W));
+              finish(one, tile, block_view<T>(p_.u, one.block, tile, buffers.u), buffers.y[0], buffers);
+            }
+            from += tile.count;
+          }
+        }
+      }
+      if (a_.state)
+        for (int64_t seat = mine.begin; seat < mine.end; ++seat)
+          store_state(channels.data()[seat - mine.begin], seat % 2 ? first_half(p_.state) : 0, seat % 2 ? p_.state : first_half(p_.state));
+    });
+  }
+
+  // Before a tile, for states [low, high): a segment's beginning, and the checkpoint.
+  void begin(Channels<T>& channels, const Tile& tile, int64_t low, int64_t high) const {
+    if (tile.fresh) std::memset(channels.state + low * W, 0, sizeof(T) * W * (high - low));
+    if (!a_.checkpoints || tile.from % chunk_) return;
+    const Block& block = channels.block;
+    T* to = static_cast<T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + tile.from / chunk_ * p_.state * p_.channels + block.channel;
+    for (int64_t n = low; n < high; ++n) store_part(to + n * p_.channels, load<T>(channels.state + n * W), block.lanes);
+  }
+
+  void fetch(const Block& block, const Tile& next) const {
+    prefetch(p_.u, block, next);
+    if (!p_.rank) prefetch(p_.delta, block, next);
+    prefetch(p_.z, block, next);
+  }
+
+  // out = scale (y + D u + earlier) silu(z)
+  void finish(const Channels<T>& channels, const Tile& tile, const View<T>& u, const T* y, const Buffers& buffers) const {
+    const Block& block = channels.block;
+    const Vec<T> D = channels.D, scale = splat(static_cast<T>(p_.scale));
+    const auto before_gate = [&](int64_t t) {
+      const Vec<T> sum = fma(D, load<T>(u[t]), load<T>(y + t * W));
+      return (a_.out.earlier ? sum + earlier<T>(a_.out, block, tile, t) : sum) * scale;
+    };
+    if (!p_.z.data) return write<T>(a_.out, block, tile, before_gate);
+    const View<T> z = block_view<T>(p_.z, block, tile, buffers.z);
+    write<T>(a_.out, block, tile, [&](int64_t t) {
+      const Vec<T> gate = load<T>(z[t]);
+      return before_gate(t) * gate * sigmoid<T>(gate);
+    });
+  }
+
+  void store_state(const Channels<T>& channels, int64_t low, int64_t high) const {
+    store_weights<T>(channels.state, a_.state, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, low, high);
+  }
+
+  const Arguments& a_;
+  const Problem& p_;
+  const Walk walk_;
+  const Blocks<T> blocks_;
+  const int64_t chunk_;
+};
+
+}  // namespace
+
+MEDSSM_EXPORT(selective_scan_forward)(const Arguments* a) {
+  if (a->problem.wide) Forward<double>(*a).run();
+  else Forward<float>(*a).run();
+}

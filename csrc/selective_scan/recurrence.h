@@ -1,0 +1,192 @@
+// The recurrence of one block over one tile:  h_t = 2^(s_t rate) h_{t-1} + s_t u_t B_t,  y_t = C_t . h_t.
+//
+// Channels lie in the lanes, the states of a unit in registers. With AVX-512 a state costs seven operations of the multiplier a step: four
+// for the exponential and three for the recurrence and y; the rest runs beside it.
+#pragma once
+#include "medssm/math.h"
+#include "staging.h"
+
+namespace medssm {
+namespace {
+
+// What a thread keeps of a block while it walks: its parameters as lanes, and its state.
+template <class T> struct Channels {
+  Block block;
+  T *rates, *state, *proj;  // A log2(e) [n][lane], h [n][lane], delta_proj [r][lane]
+  Vec<T> D, bias, steepest;  // steepest: max over the states of |rate|
+
+  static int64_t size(const Problem& p) { return (2 * p.state + p.rank) * kLanes<T>; }
+
+  void load_parameters(const Problem& p, const Block& at, T* memory) {
+    constexpr int W = kLanes<T>;
+    block = at;
+    rates = memory;
+    state = rates + p.state * W;
+    proj = state + p.state * W;
+    load_weights<T>(p.A, block.channel, block.lanes, p.state, rates);
+    steepest = Vec<T>{};
+    for (int64_t n = 0; n < p.state; ++n) {
+      const Vec<T> rate = load<T>(rates + n * W) * static_cast<T>(kLog2E);
+      steepest = larger_magnitude<T>(steepest, rate);
+      store(rates + n * W, rate);
+    }
+    if (p.rank) load_weights<T>(p.proj, block.channel, block.lanes, p.rank, proj);
+    D = p.D ? load_part<T>(static_cast<const T*>(p.D) + block.channel, block.lanes) : Vec<T>{};
+    bias = p.bias ? load_part<T>(static_cast<const T*>(p.bias) + block.channel, block.lanes) : Vec<T>{};
+  }
+
+  void load_state(const Problem& p, const void* from) {  // (b, d, n), or zeros
+    if (from) load_weights<T>(from, block.batch * p.channels + block.channel, block.lanes, p.state, state);
+    else std::memset(state, 0, sizeof(T) * kLanes<T> * p.state);
+  }
+};
+
+// The inputs of a tile: one vector a step.
+template <class T> struct Inputs {
+  View<T> u;
+  T *s, *su, *slope;  // the step size, s u, and ds / d(delta + bias); slope is null where nobody asks
+  bool bounded;       // every s rate is within what exp2_bounded takes
+};
+
+template <class T, bool kSoftplus, bool kSlope>
+void step_sizes(const Channels<T>& channels, const View<T>& delta, int64_t count, Inputs<T>* in) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> bias = channels.bias, steepest = channels.steepest;
+  Vec<T> largest{};
+  for (int64_t t = 0; t < count; ++t) {
+    Vec<T> s = load<T>(delta[t]) + bias;
+    if constexpr (kSoftplus) {
+      const Softplus<T> both = softplus<T>(s);
+      s = both.value;
+      if constexpr (kSlope) store(in->slope + t * W, both.slope);
+    } else if constexpr (kSlope) {
+      store(in->slope + t * W, splat<T>(1));
+    }
+    largest = larger_magnitude<T>(largest, s * steepest);
+    store(in->s + t * W, s);
+    store(in->su + t * W, s * load<T>(in->u[t]));
+  }
+  in->bounded = all_at_most<T>(largest, kExp2Bound<T>);
+}
+
+// s, s u and where asked the slope of a tile. low: the rows of the low-rank delta. buffer: where u may be staged.
+template <class T>
+void prepare(const Problem& p, const Channels<T>& channels, const Tile& tile, const View<T>& low, T* buffer, Inputs<T>* in) {
+  constexpr int W = kLanes<T>;
+  in->u = block_view<T>(p.u, channels.block, tile, buffer);
+  View<T> delta{in->s, W};
+  if (p.rank) {
+    for (int64_t t = 0; t < tile.count; ++t) {
+      Vec<T> sum{};
+      for (int64_t r = 0; r < p.rank; ++r) sum = fma(splat(low[t][r]), load<T>(channels.proj + r * W), sum);
+      store(in->s + t * W, sum);
+    }
+  } else {
+    delta = block_view<T>(p.delta, channels.block, tile, in->s);
+  }
+  if (in->slope) (p.softplus ? step_sizes<T, true, true> : step_sizes<T, false, true>)(channels, delta, tile.count, in);
+  else (p.softplus ? step_sizes<T, true, false> : step_sizes<T, false, false>)(channels, delta, tile.count, in);
+}
+
+// A run of the states of one half: n, n + 1, …; or of both halves at once: half + n, half + n + 1, … too.
+template <class T> struct Unit {
+  const T *rates, *s, *su;  // rates of state n
+  View<T> B, C;             // of state n
+  int64_t count, half;
+  T *state, *y[2];          // of state n; y of each half
+  bool first[2], join;      // first: y is set, not added to; join: y[0] becomes the sum of both halves
+};
+
+template <class T, bool kBounded> MEDSSM_INLINE Vec<T> power(Vec<T> x) {
+  if constexpr (kBounded) return exp2_bounded<T>(x);
+  else return exp2<T>(x);
+}
+
+template <class T, int kStates, bool kBoth, bool kBounded> __attribute__((noinline)) void advance(const Unit<T>& unit) {
+  constexpr int W = kLanes<T>, kHalves = kBoth ? 2 : 1;
+  Vec<T> h[kHalves][kStates];
+#pragma GCC unroll 2
+  for (int k = 0; k < kHalves; ++k)
+#pragma GCC unroll 8
+    for (int n = 0; n < kStates; ++n) h[k][n] = load<T>(unit.state + (k * unit.half + n) * W);
+  const T *rates[2] = {unit.rates, unit.rates + unit.half * W}, *B = unit.B.rows, *C = unit.C.rows;
+  for (int64_t t = 0; t < unit.count; ++t, B += unit.B.step, C += unit.C.step) {
+    const Vec<T> s = load<T>(unit.s + t * W), su = load<T>(unit.su + t * W);
+    Vec<T> y[2];
+#pragma GCC unroll 2
+    for (int k = 0; k < kHalves; ++k) {
+      y[k] = unit.first[k] ? Vec<T>{} : load<T>(unit.y[k] + t * W);
+#pragma GCC unroll 8
+      for (int n = 0; n < kStates; ++n) {
+        const Vec<T> e = power<T, kBounded>(s * load<T>(rates[k] + n * W));
+        h[k][n] = fma(e, h[k][n], su * B[k * unit.half + n]);
+        y[k] = fma(splat(C[k * unit.half + n]), h[k][n], y[k]);
+      }
+    }
+    if (kBoth && unit.join) {
+      store(unit.y[0] + t * W, y[0] + y[1]);
+    } else {
+#pragma GCC unroll 2
+      for (int k = 0; k < kHalves; ++k) store(unit.y[k] + t * W, y[k]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int k = 0; k < kHalves; ++k)
+#pragma GCC unroll 8
+    for (int n = 0; n < kStates; ++n) store(unit.state + (k * unit.half + n) * W, h[k][n]);
+}
+
+// States per half that the registers hold beside the constants.
+constexpr int kUnit = kVectorBytes == 64 ? 8 : 4;
+
+// `states` states of one half, or of each half, in units of kStates and, for the rest, of fewer.
+template <class T, int kStates, bool kBoth, bool kBounded> void advance_all(Unit<T> unit, int64_t states) {
+  const bool join = unit.join;
+  for (; states >= kStates; states -= kStates) {
+    unit.join = join && states == kStates;
+    advance<T, kStates, kBoth, kBounded>(unit);
+    unit.rates += kStates * kLanes<T>;
+    unit.state += kStates * kLanes<T>;
+    unit.B.rows += kStates;
+    unit.C.rows += kStates;
+    unit.first[0] = unit.first[1] = false;
+  }
+  unit.join = join;
+  if constexpr (kStates > 1)
+    if (states) advance_all<T, kStates / 2, kBoth, kBounded>(unit, states);
+}
+
+template <class T, bool kBoth> void advance_any(const Unit<T>& unit, int64_t states, bool bounded) {
+  constexpr int kRare = 2;  // steps that leave the exponential's bounds are rare: no need of wide units for them
+  if (bounded) advance_all<T, kUnit, kBoth, true>(unit, states);
+  else advance_all<T, kRare, kBoth, false>(unit, states);
+}
+
+// One half of the states, 0 or 1, over a tile: y[half] is set, the state moves on.
+template <class T>
+void advance_half(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count, int half, T* y) {
+  const int64_t from = half ? first_half(p.state) : 0, states = half ? p.state - from : first_half(p.state);
+  advance_any<T, false>({channels.rates + from * kLanes<T>, in.s, in.su, {B.rows + from, B.step}, {C.rows + from, C.step}, count, 0,
+                         channels.state + from * kLanes<T>, {y, nullptr}, {true, true}, false}, states, in.bounded);
+}
+
+// All states over a tile: y[0] is set to the sum of both halves, the state moves on. y[1] is scratch.
+template <class T>
+void advance_both(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count, T* const* y) {
+  const int64_t half = first_half(p.state), paired = p.state - half;
+  Unit<T> unit{channels.rates, in.s, in.su, B, C, count, half, channels.state, {y[0], y[1]}, {true, true}, true};
+  if (half > paired) {
+    // An odd number of states: the first half has one more, which goes first.
+    advance_any<T, false>(unit, 1, in.bounded);
+    unit.rates += kLanes<T>;
+    unit.state += kLanes<T>;
+    unit.B.rows += 1;
+    unit.C.rows += 1;
+    unit.half = paired;
+    unit.first[0] = false;
+  }
+  if (paired) advance_any<T, true>(unit, paired, in.bounded);
+}
+
+}  // namespace
+}  // namespace medssm

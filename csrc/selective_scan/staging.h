@@ -1,0 +1,117 @@
+// Tiles of tokens in the cache: dense rows of the compute type, from tensors of any type and strides, and back.
+//
+// Rows that already lie in memory as the kernel wants them are used in place.
+#pragma once
+#include "medssm/shuffle.h"
+#include "problem.h"
+
+namespace medssm {
+namespace {
+
+// Row t of a tile is at rows + t * step.
+template <class T> struct View {
+  const T* rows;
+  int64_t step;
+  MEDSSM_INLINE const T* operator[](int64_t t) const { return rows + t * step; }
+};
+
+// One vector of elements per token; only `lanes` of them exist, the others become zero.
+template <class T, class S>
+void stage_lanes(const S* data, int64_t token, int64_t element, int lanes, const Tile& tile, T* out, int64_t out_step) {
+  constexpr int W = kLanes<T>;
+  if (element == 1 || lanes == 1) {
+    if (lanes == W)
+      for (int64_t t = 0; t < tile.count; ++t) store(out + t * out_step, load<T>(data + tile.token(t) * token));
+    else
+      for (int64_t t = 0; t < tile.count; ++t) store(out + t * out_step, load_part<T>(data + tile.token(t) * token, lanes));
+  } else if (token == 1 && !tile.index) {
+    // Channels first: squares of tokens and channels are transposed in registers.
+    const S* low = data + (tile.direction > 0 ? tile.first : tile.first - tile.count + 1);  // the tile's first token in memory
+    for (int64_t t = 0; t < tile.count; t += W) {
+      const int count = static_cast<int>(least<int64_t>(W, tile.count - t));
+      Vec<T> square[W];
+      for (int c = 0; c < W; ++c) {
+        const S* row = low + c * element + t;
+        square[c] = c >= lanes ? Vec<T>{} : count == W ? load<T>(row) : load_part<T>(row, count);
+      }
+      transpose<T>(square);
+      for (int i = 0; i < count; ++i) store(out + (tile.direction > 0 ? t + i : tile.count - 1 - t - i) * out_step, square[i]);
+    }
+  } else {
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const S* from = data + tile.token(t) * token;
+      T* to = out + t * out_step;
+      for (int c = 0; c < W; ++c) to[c] = c < lanes ? to_compute<T>(from[c * element]) : T(0);
+    }
+  }
+}
+
+// Rows of any number of elements; out_step is a multiple of the lanes.
+template <class T>
+void stage(const void* data, int64_t type, int64_t offset, int64_t token, int64_t element, int64_t elements, const Tile& tile, T* out,
+           int64_t out_step) {
+  with_storage(type, data, [&](const auto* typed) {
+    for (int64_t e = 0; e < elements; e += kLanes<T>) {
+      const int lanes = static_cast<int>(least<int64_t>(kLanes<T>, elements - e));
+      stage_lanes<T>(typed + offset + e * element, token, element, lanes, tile, out + e, out_step);
+    }
+  });
+}
+
+template <class T> constexpr int64_t kType = sizeof(T) == 8 ? kFloat64 : kFloat32;
+
+// A block's channels of a tile of u, delta, z or dout: in place where possible, else staged in `buffer`.
+template <class T> View<T> block_view(const Tokens& x, const Block& block, const Tile& tile, T* buffer) {
+  const int64_t offset = x.batch * block.batch + x.channel * block.channel;
+  if (x.type == kType<T> && x.channel == 1 && block.lanes == kLanes<T> && !tile.index)
+    return {static_cast<const T*>(x.data) + offset + tile.first * x.token, tile.direction * x.token};
+  stage<T>(x.data, x.type, offset, x.token, x.channel, block.lanes, tile, buffer, kLanes<T>);
+  return {buffer, kLanes<T>};
+}
+
+// The rows of a tile that every lane reads: n values of B or C, or the r values of the low-rank delta.
+template <class T> View<T> row_view(const Rows& x, int64_t batch, int64_t group, int64_t elements, const Tile& tile, T* buffer) {
+  const int64_t offset = x.batch * batch + x.group * group, step = round_up(elements, kLanes<T>);
+  if (x.type == kType<T> && (x.state == 1 || elements == 1) && !tile.index)
+    return {static_cast<const T*>(x.data) + offset + tile.first * x.token, tile.direction * x.token};
+  stage<T>(x.data, x.type, offset, x.token, x.state, elements, tile, buffer, step);
+  return {buffer, step};
+}
+
+// Asks for the lines of a block's next tile: a walk along any axis but the last defeats the processor's own prefetcher.
+MEDSSM_INLINE void prefetch(const Tokens& x, const Block& block, const Tile& tile) {
+  if (!x.data || x.channel != 1) return;
+  const int64_t size = element_size(x.type);
+  const char* base = static_cast<const char*>(x.data) + (x.batch * block.batch + block.channel) * size;
+  for (int64_t t = 0; t < tile.count; ++t) __builtin_prefetch(base + tile.token(t) * x.token * size);
+}
+
+// Writes value(t), a vector, for each token of the tile.
+template <class T, class F> MEDSSM_INLINE void write(const Output& out, const Block& block, const Tile& tile, F&& value) {
+  const int64_t offset = out.batch * block.batch + block.channel;
+  with_storage(out.type, out.data, [&](auto* data) {
+    if (block.lanes == kLanes<T>)
+      for (int64_t t = 0; t < tile.count; ++t) store(data + offset + tile.token(t) * out.token, value(t));
+    else
+      for (int64_t t = 0; t < tile.count; ++t) store_part(data + offset + tile.token(t) * out.token, value(t), block.lanes);
+  });
+}
+
+// The sum of earlier orders at step t of the tile.
+template <class T> MEDSSM_INLINE Vec<T> earlier(const Output& out, const Block& block, const Tile& tile, int64_t t) {
+  return load_part<T>(static_cast<const T*>(out.earlier) + out.batch * block.batch + tile.token(t) * out.token + block.channel, block.lanes);
+}
+
+// (d, n) or (b, d, n) weights and states as [n][lane], and columns [low, high) of them back. `item` is the row of the first channel.
+template <class T> void load_weights(const void* data, int64_t item, int lanes, int64_t columns, T* out) {
+  const Tile columns_as_steps{0, columns, false, nullptr, 0, 1};
+  stage_lanes<T>(static_cast<const T*>(data) + item * columns, 1, columns, lanes, columns_as_steps, out, kLanes<T>);
+}
+template <class T> void store_weights(const T* rows, void* data, int64_t item, int lanes, int64_t columns, int64_t low, int64_t high) {
+  T* out = static_cast<T*>(data) + item * columns;
+  for (int c = 0; c < lanes; ++c)
+    for (int64_t n = low; n < high; ++n) out[c * columns + n] = rows[n * kLanes<T> + c];
+}
+
+}  // namespace
+}  // namespace medssm
