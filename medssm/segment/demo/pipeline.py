@@ -53,7 +53,8 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str = "medssm
     recipe = RECIPE | (FAST if fast else {}) | {"max_seconds": float(seconds or (FAST_SECONDS if fast else SECONDS))}
     nets = {"ours": (model, dict(model_kwargs or {})), "monai": (UNET, UNET_KWARGS)}
     brain = load_brain(data, trained)
-    _keep_settings(out / "demo.json", {"data": data, "trained": trained, "seed": seed, "networks": nets, "recipe": recipe}, overwrite)
+    settings = {"data": data, "trained": trained, "seed": seed, "model": model, "model_kwargs": nets["ours"][1], **recipe}
+    _keep_settings(out / "demo.json", settings, overwrite)
     _say(f"data: {brain.source.title}", quiet)
     write_dataset(brain, out / "data")
     commands = _commands(brain, data, nets, recipe, seed, fast)

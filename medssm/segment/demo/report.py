@@ -57,7 +57,7 @@ def _page(metrics: Mapping, image: Mapping[str, str]) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>medssm demo: structures of a brain MRI</title><style>{_STYLE}</style></head><body><main>
-<h1>Structures of a brain MRI, learned on one side and found on the other</h1>
+<h1>Brain structures, learned on one side and found on the other</h1>
 <p class="soft">medssm {escape(metrics["version"])} · {escape(metrics["data"]["title"])} · seed {metrics["seed"]}</p>
 <p class="lead">{name} reaches a mean Dice of <b>{_mean(ours)}</b> on the {tested} hemisphere after {ours["seconds"]:.0f} seconds of
 training on the {trained} one; a MONAI convolutional U-Net of like size gets {_mean(monai)} in the same time. The {trained} side's
