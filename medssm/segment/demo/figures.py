@@ -91,9 +91,9 @@ def draw_curves(logs: Mapping[str, Path], path: Path) -> None:
     for colour, (title, log) in zip(("#D55E00", "#0072B2"), logs.items(), strict=False):
         records = [record for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
         seconds, loss = (np.array([record[key] for record in records]) for key in ("seconds", "loss"))
-        axes.plot(seconds, loss, color=colour, alpha=0.25, lw=1)
+        axes.plot(seconds, loss, ".-", color=colour, alpha=0.3, lw=1, ms=3)
         axes.plot(seconds, _running_mean(loss), color=colour, lw=2, label=f"{title}, {records[-1]['step']:,} steps")
-    axes.set(xlabel="seconds of training", ylabel="loss (Dice + cross-entropy)", ylim=(0, None))
+    axes.set(xlabel="seconds of training", ylabel="loss (Dice + cross-entropy)", xlim=(0, None), ylim=(0, None))
     _plain(axes)
     axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
