@@ -1,0 +1,104 @@
+"""Blocks of a channels-last U-Net. They take and give (b, c, *spatial) in channels-last memory, so that every token is contiguous inside.
+
+All normalisation is over the channels of a voxel: no statistics cross space, so a volume could be streamed through slab by slab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from medssm import ops
+
+_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def tokens(x: torch.Tensor) -> torch.Tensor:
+    """(b, c, *spatial) -> (b, *spatial, c), contiguous where x has channels-last memory."""
+    return x.movedim(1, -1)
+
+
+def image(x: torch.Tensor) -> torch.Tensor:
+    """(b, *spatial, c) -> (b, c, *spatial), a view."""
+    return x.movedim(-1, 1)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each voxel of (b, c, *spatial)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return image(super().forward(tokens(x)))
+
+
+class ConvBlock(nn.Module):
+    """x + W2 silu(W1 norm(depthwise_conv(x))): spatial mixing by a depthwise kernel, channels by two linear layers (ConvNeXt's order)."""
+
+    def __init__(self, channels: int, spatial_dims: int, kernel: int = 3, expand: float = 2):
+        super().__init__()
+        self.conv = _CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.up = nn.Linear(channels, int(expand * channels))
+        self.down = nn.Linear(int(expand * channels), channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = tokens(x)
+        y = self.norm(ops.depthwise_conv(t, self.conv.weight.squeeze(1), self.conv.bias))
+        return image(t + self.down(nn.functional.silu(self.up(y))))
+
+
+class DenseBlock(nn.Module):
+    """x + conv(silu(norm(conv(x)))) with full kernels, then norm and silu: where maps are large and channels few."""
+
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, kernel: int = 3):
+        super().__init__()
+        self.conv1 = _CONV[spatial_dims](channels_in, channels, kernel, padding=kernel // 2)
+        self.norm1 = ChannelNorm(channels)
+        self.conv2 = _CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2)
+        self.norm2 = ChannelNorm(channels)
+        self.skip = nn.Identity() if channels_in == channels else _CONV[spatial_dims](channels_in, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm2(self.conv2(nn.functional.silu(self.norm1(self.conv1(x)))))
+        return nn.functional.silu(y + self.skip(x))
+
+
+class MixerBlock(nn.Module):
+    """x + mixer(norm(x)), then a ConvBlock. `mixer` works on (b, *spatial, c)."""
+
+    def __init__(self, channels: int, spatial_dims: int, mixer: nn.Module, kernel: int = 3, expand: float = 2):
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(channels), mixer
+        self.local = ConvBlock(channels, spatial_dims, kernel, expand)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = tokens(x)
+        return self.local(image(t + self.mixer(self.norm(t))))
+
+
+class Down(nn.Sequential):
+    """Norm, then a convolution whose kernel is its stride."""
+
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, stride: Sequence[int]):
+        super().__init__(ChannelNorm(channels_in), _CONV[spatial_dims](channels_in, channels, tuple(stride), tuple(stride)))
+
+
+class Up(nn.Sequential):
+    """Norm, then a transposed convolution whose kernel is its stride."""
+
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, stride: Sequence[int]):
+        super().__init__(ChannelNorm(channels_in), _TRANSPOSED[spatial_dims](channels_in, channels, tuple(stride), tuple(stride)))
+
+
+class ChannelsLast(nn.Module):
+    """Give the memory of (b, c, *spatial) the channels-last format: the entrance of a network of these blocks."""
+
+    def __init__(self, spatial_dims: int):
+        super().__init__()
+        self.memory_format = _FORMAT[spatial_dims]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous(memory_format=self.memory_format)

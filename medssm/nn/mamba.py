@@ -1,0 +1,124 @@
+"""Mamba mixers: one selective scan per direction, each with its own parameters, summed. Weight names are mamba_ssm's and its forks'."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from medssm import ops, orders
+
+
+class Mamba(nn.Module):
+    """The Mamba mixer (Gu and Dao, arXiv 2312.00752, section 3.4): for one direction
+
+        u, z = split(in_proj(x));   u = silu(conv1d(u));   dt, B, C = split(x_proj(u))
+        y = selective_scan(u, dt_proj(dt), -exp(A_log), B, C, D) silu(z);   out = out_proj(y)
+
+    Args:
+        d_model: channels in and out. d_state: n. d_conv: taps of the short convolution. expand: inner channels / d_model.
+        dt_rank: of the step projection, "auto" is ceil(d_model / 16). dt_min, dt_max, dt_init, dt_scale, dt_init_floor: the steps that
+            softplus(dt_proj.bias) starts from, log-uniform, and how dt_proj.weight starts ("random" or "constant").
+        conv_bias, bias: of conv1d, and of in_proj and out_proj.
+
+    Input and output (b, l, d_model), or (b, *spatial, d_model): tokens in row-major order.
+    Weights: A_log (inner, n), D (inner,), in_proj, conv1d, x_proj, dt_proj, out_proj, as mamba_ssm.Mamba.
+    """
+
+    suffixes: tuple[str, ...] = ("",)
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | str = "auto", dt_min: float = 0.001,
+                 dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4, conv_bias: bool = True,
+                 bias: bool = False):
+        super().__init__()
+        inner, rank = int(expand * d_model), math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.d_model, self.d_state, self.dt_rank = d_model, d_state, rank
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
+        for s in self.suffixes:
+            self.register_parameter(f"A{s}_log", nn.Parameter(rates(inner, d_state)))
+            self.register_parameter(f"D{s}", nn.Parameter(torch.ones(inner)))
+            self.add_module(f"conv1d{s}", nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias))
+            self.add_module(f"x_proj{s}", nn.Linear(inner, rank + 2 * d_state, bias=False))
+            project = nn.Linear(rank, inner)
+            steps(project.weight, project.bias, rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+            self.add_module(f"dt_proj{s}", project)
+        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+
+    def orders(self, x: torch.Tensor) -> list[orders.Order]:
+        """One order per direction, in the order of `suffixes`, for an input."""
+        return [orders.raster()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        y = None
+        for suffix, order in zip(self.suffixes, self.orders(x), strict=True):
+            branch = self._scan(u, z, suffix, order)
+            y = branch if y is None else y + branch
+        return self.out_proj(self.merge(y))
+
+    def merge(self, y: torch.Tensor) -> torch.Tensor:
+        """What becomes of the sum over directions before out_proj."""
+        return y
+
+    def _scan(self, u, z, suffix, order):
+        convolution, project = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
+        u = ops.causal_conv1d(u, convolution.weight.squeeze(1), convolution.bias, "silu", order=order)
+        dt, B, C = getattr(self, f"x_proj{suffix}")(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        A = -torch.exp(getattr(self, f"A{suffix}_log").float())
+        return ops.selective_scan(u, dt, A, B, C, getattr(self, f"D{suffix}"), z, project.bias, True, delta_proj=project.weight, order=order)
+
+
+class BiMamba(Mamba):
+    """Vim's bidirectional mixer ("v2", Zhu et al., arXiv 2401.09417): a forward and a backward scan with their own parameters (suffix _b).
+
+    divide_out halves the sum, as Vim's released models do. Further arguments as Mamba.
+    """
+
+    suffixes = ("", "_b")
+
+    def __init__(self, d_model: int, *args, divide_out: bool = False, **kwargs):
+        super().__init__(d_model, *args, **kwargs)
+        self.divide_out = divide_out
+
+    def orders(self, x: torch.Tensor) -> list[orders.Order]:
+        return [orders.raster(), orders.raster(reverse=True)]
+
+    def merge(self, y: torch.Tensor) -> torch.Tensor:
+        return y / 2 if self.divide_out else y
+
+
+class TriMamba(Mamba):
+    """SegMamba's tri-orientated mixer ("v3", Xing et al., arXiv 2401.13560): forward, backward (_b) and across slices (_s).
+
+    slices: into how many chunks the row-major sequence falls for the third direction; None takes the first spatial axis of the input, so
+    that it steps through the same in-slice position of each slice, at any input size. Further arguments as Mamba.
+    """
+
+    suffixes = ("", "_b", "_s")
+
+    def __init__(self, d_model: int, *args, slices: int | None = None, **kwargs):
+        super().__init__(d_model, *args, **kwargs)
+        self.slices = slices
+
+    def orders(self, x: torch.Tensor) -> list[orders.Order]:
+        return orders.tri3d(self.slices or x.shape[1])
+
+
+def rates(channels: int, state: int) -> torch.Tensor:
+    """A_log of the S4D-real start: A_n = -(n + 1) in every channel."""
+    return torch.log(torch.arange(1, state + 1, dtype=torch.float32)).repeat(channels, 1)
+
+
+@torch.no_grad()
+def steps(weight, bias, rank, low, high, init, scale, floor) -> None:
+    """Start a step projection: softplus(bias) log-uniform in [low, high], at least floor; weight uniform or constant in rank**-0.5 scale."""
+    if init not in ("random", "constant"):
+        raise ValueError(f"dt_init: expected 'random' or 'constant', got {init!r}")
+    spread = rank**-0.5 * scale
+    if init == "random":
+        weight.uniform_(-spread, spread)
+    else:
+        weight.fill_(spread)
+    dt = torch.exp(torch.rand_like(bias) * (math.log(high) - math.log(low)) + math.log(low)).clamp_min(floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
