@@ -8,10 +8,11 @@
 // mirrored taps. Each box sums its own share of dweight, and the shares are added in order, in double precision: boxes depend on shapes
 // only, so any number of threads gives the same bits.
 #include "medssm/abi.h"
-#include "medssm/math.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
+#include "medssm/silu.h"
 #include "medssm/simd.h"
+#include "medssm/taps.h"
 #include "tile.h"
 
 using namespace medssm;
@@ -20,14 +21,11 @@ namespace {
 
 // What kernels/depthwise_conv/native.py packs. Axes in the order z, y, x; strides in elements.
 struct Problem {
-  const void *x, *weight, *bias;
-  int64_t x_type, weight_type, bias_type;
-  int64_t wide;  // compute in double
-  int64_t batch, size[3], channels, side[3];
-  int64_t x_stride[4];       // batch, z, y, x; channels are adjacent
-  int64_t weight_stride[4];  // channel, z, y, x
-  int64_t bias_stride;
-  int64_t silu, threads;
+  const void* x;
+  int64_t x_type, x_stride[4];  // batch, z, y, x; channels are adjacent
+  int64_t batch, size[3];
+  Taps taps;
+  int64_t silu, wide, threads;  // wide: compute in double
 };
 struct Forward {
   Problem problem;
@@ -37,11 +35,10 @@ struct Backward {
   Problem problem;
   const void* dout;  // x's type
   int64_t dout_stride[4];
-  void *dx, *dweight, *dbias;  // contiguous, in the types of x, weight, bias; dbias null without a bias
+  void *dx, *dweight, *dbias;  // contiguous, in the types of x, weight, bias; dbias null where there is no bias
   void* inner;                 // g, contiguous, in the compute type; null without an activation, where g is dout
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The size of each of the fewest equal parts of at most `limit` that cover `total`, rounded up to a multiple of `unit`.
 inline int64_t part(int64_t total, int64_t limit, int64_t unit) { return ceil_div(ceil_div(total, ceil_div(total, limit)), unit) * unit; }
 
@@ -66,18 +63,17 @@ struct Box {
 // How the work is cut.
 template <class T> struct Plan {
   static constexpr int W = kLanes<T>;
-  int64_t size[3], channels, side[3], half[3], taps;
-  int64_t vectors;                   // of channels
+  int64_t size[3], channels, side[3], half[3];
+  int64_t vectors, packed;           // of channels; elements of the taps and the bias of one of them
   int64_t box[3], box_vectors;       // size of a box
   int64_t boxes[3], groups, shares;  // how many boxes along each axis, how many cover the channels, how many add to the same taps
   int64_t row, plane, ring;          // scratch: elements of a row, of a plane of one channel vector, of that vector's planes
 
-  explicit Plan(const Problem& p) : channels(p.channels), taps(1), vectors(ceil_div(p.channels, W)), shares(p.batch) {
+  explicit Plan(const Problem& p) : channels(p.taps.channels), vectors(p.taps.vectors<T>()), packed(p.taps.packed<T>()), shares(p.batch) {
     for (int i = 0; i < 3; ++i) {
       size[i] = p.size[i];
-      side[i] = p.side[i];
+      side[i] = p.taps.side[i];
       half[i] = side[i] / 2;
-      taps *= side[i];
     }
     // Wide enough that few tokens are staged twice, small enough that the ring stays in the second-level cache.
     constexpr int64_t kRing = 512 << 10;
@@ -92,7 +88,6 @@ template <class T> struct Plan {
     for (int i = 0; i < 3; ++i) shares *= boxes[i] = ceil_div(size[i], box[i]);
   }
   int64_t rows() const { return size[1] == 1 ? 1 : kRows; }      // of outputs in a register tile
-  int64_t packed() const { return (taps + 1) * W; }              // elements of the taps and the bias of one channel vector
   int64_t tasks() const { return shares * groups; }
   bool whole(int64_t v) const { return (v + 1) * W <= channels; }
   int tail() const { return static_cast<int>(channels % W); }    // channels in the last vector, where it is not whole
@@ -201,7 +196,7 @@ template <class T, class S>
 void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre, bool activate, bool stream, S* out) {
   const bool whole = plan.whole(v);
   each_output(plan, box, v, z, y, x, [&](int64_t i, int64_t, int64_t, int64_t at) __attribute__((always_inline)) {
-    const Vec<T> value = activate ? silu(pre[i]) : pre[i];
+    const Vec<T> value = activate ? silu<T>(pre[i]) : pre[i];
     if (whole)
       write(out + at, value, stream);
     else
@@ -220,15 +215,13 @@ void differentiate(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, in
     g[i] = whole ? load<T>(source) : load_part<T>(source, plan.tail());
     __builtin_prefetch(source + dout.stride[1], 0, 2);  // the same place in the next plane
     if (!pre) return;
-    g[i] *= silu_slope(pre[i], sigmoid(pre[i]));
+    g[i] *= silu_slope<T>(pre[i]);
     if (whole)
       write(inner + at, g[i], stream);
     else
       store_part(inner + at, g[i], plan.tail());
   });
 }
-
-template <class S, class T> MEDSSM_INLINE void assign(S& target, T value) { target = to_storage<S>(value); }
 
 // The register tile's functions for a plan: unrolled for the usual kernel sides.
 template <class T> struct Tile {
@@ -249,26 +242,6 @@ template <class T> struct Tile {
   }
 };
 
-// The taps as tiles read them: per channel vector the taps in row-major order, for dx mirrored and without bias; then the bias.
-template <class T> void pack(const Plan<T>& plan, const Problem& p, bool mirrored, T* packed) {
-  constexpr int W = kLanes<T>;
-  std::memset(packed, 0, static_cast<std::size_t>(plan.vectors * plan.packed()) * sizeof(T));
-  with_storage(p.weight_type, p.weight, [&](const auto* weight) {
-    for (int64_t c = 0; c < plan.channels; ++c) {
-      T* target = packed + c / W * plan.packed() + c % W;
-      for (int64_t z = 0, tap = 0; z < plan.side[0]; ++z)
-        for (int64_t y = 0; y < plan.side[1]; ++y)
-          for (int64_t x = 0; x < plan.side[2]; ++x, ++tap)
-            target[(mirrored ? plan.taps - 1 - tap : tap) * W] = to_compute<T>(
-                weight[c * p.weight_stride[0] + z * p.weight_stride[1] + y * p.weight_stride[2] + x * p.weight_stride[3]]);
-    }
-  });
-  if (p.bias && !mirrored)
-    with_storage(p.bias_type, p.bias, [&](const auto* bias) {
-      for (int64_t c = 0; c < plan.channels; ++c) packed[c / W * plan.packed() + plan.taps * W + c % W] = to_compute<T>(bias[c * p.bias_stride]);
-    });
-}
-
 // out = act(taps * x), contiguous.
 template <class T, class In, class Out>
 void convolution(const Plan<T>& plan, const Problem& p, const Volume<In>& x, const T* taps, bool activate, Out* out) {
@@ -278,7 +251,7 @@ void convolution(const Plan<T>& plan, const Problem& p, const Volume<In>& x, con
   each_box(plan, p.threads, [&](const Box& box, T* ring, const T** planes) {
     walk(plan, x, box, ring, planes, [&](const Source<T>& source, int64_t v, int64_t z, int64_t y, int64_t column) {
       Vec<T> pre[kRows * kColumns];
-      tile.convolve(source, taps + v * plan.packed(), pre);
+      tile.convolve(source, taps + v * plan.packed, pre);
       finish(plan, box, v, z, y, column, pre, activate, stream, out);
     });
   });
@@ -287,8 +260,8 @@ void convolution(const Plan<T>& plan, const Problem& p, const Volume<In>& x, con
 template <class T> void forward(const Forward& a) {
   const Problem& p = a.problem;
   const Plan<T> plan(p);
-  const Scratch<T> taps(plan.vectors * plan.packed());
-  pack(plan, p, false, taps.data());
+  const Scratch<T> taps(plan.vectors * plan.packed);
+  pack(p.taps, false, taps.data());
   with_storage(p.x_type, p.x, [&](const auto* x) {
     convolution(plan, p, Volume(x, p.x_stride), taps.data(), p.silu, same_type(x, a.out));
   });
@@ -300,56 +273,29 @@ void accumulate(const Plan<T>& plan, const Problem& p, const Volume<S>& x, const
   const Tile<T> tile(plan);
   const bool stream = streams(plan, p, inner);
   each_box(plan, p.threads, [&](const Box& box, T* ring, const T** planes) {
-    T* own = sums + box.share * plan.vectors * plan.packed();
-    std::memset(own + box.first * plan.packed(), 0, static_cast<std::size_t>(box.count * plan.packed()) * sizeof(T));
+    T* own = sums + box.share * plan.vectors * plan.packed;
+    std::memset(own + box.first * plan.packed, 0, static_cast<std::size_t>(box.count * plan.packed) * sizeof(T));
     walk(plan, x, box, ring, planes, [&](const Source<T>& source, int64_t v, int64_t z, int64_t y, int64_t column) {
       Vec<T> pre[kRows * kColumns], g[kRows * kColumns];
-      if (inner) tile.convolve(source, taps + v * plan.packed(), pre);
+      if (inner) tile.convolve(source, taps + v * plan.packed, pre);
       differentiate(plan, box, v, z, y, column, inner ? pre : nullptr, dout, inner, stream, g);
-      tile.correlate(source, g, own + v * plan.packed());
+      tile.correlate(source, g, own + v * plan.packed);
     });
-  });
-}
-
-// Adds the shares in order into dweight (d, taps) and, where there is a bias, dbias (d,).
-template <class T> void reduce(const Plan<T>& plan, const T* sums, const Backward& a) {
-  constexpr int W = kLanes<T>;
-  const Problem& p = a.problem;
-  parallel(least(p.threads, plan.vectors), [&](const Team& team) {
-    const Range mine = share(plan.vectors, team);
-    for (int64_t v = mine.begin; v < mine.end; ++v) {
-      const int64_t lanes = plan.whole(v) ? W : plan.tail();
-      for (int64_t tap = 0; tap <= plan.taps; ++tap) {
-        double total[W] = {};
-        for (int64_t i = 0; i < plan.shares; ++i) {
-          const T* own = sums + (i * plan.vectors + v) * plan.packed() + tap * W;
-          for (int j = 0; j < W; ++j) total[j] += own[j];
-        }
-        if (tap < plan.taps)
-          with_storage(p.weight_type, a.dweight, [&](auto* dweight) {
-            for (int64_t j = 0; j < lanes; ++j) assign(dweight[(v * W + j) * plan.taps + tap], total[j]);
-          });
-        else if (a.dbias)
-          with_storage(p.bias_type, a.dbias, [&](auto* dbias) {
-            for (int64_t j = 0; j < lanes; ++j) assign(dbias[v * W + j], total[j]);
-          });
-      }
-    }
   });
 }
 
 template <class T> void backward(const Backward& a) {
   const Problem& p = a.problem;
   const Plan<T> plan(p);
-  const Scratch<T> taps(plan.vectors * plan.packed()), sums(plan.shares * plan.vectors * plan.packed());
+  const Scratch<T> taps(plan.vectors * plan.packed), sums(plan.shares * plan.vectors * plan.packed);
   T* inner = static_cast<T*>(a.inner);
   if (inner) prefer_huge_pages(inner, bytes(plan, p, inner));
-  pack(plan, p, false, taps.data());
+  pack(p.taps, false, taps.data());
   with_storage(p.x_type, p.x, [&](const auto* x) {
     const Volume dout(same_type(x, a.dout), a.dout_stride);
     accumulate(plan, p, Volume(x, p.x_stride), dout, taps.data(), inner, sums.data());
-    reduce(plan, sums.data(), a);
-    pack(plan, p, true, taps.data());
+    reduce(p.taps, sums.data(), plan.shares, a.dweight, a.dbias, p.threads);
+    pack(p.taps, true, taps.data());
     auto* dx = same_type(x, a.dx);
     if (inner) {
       const int64_t row = plan.size[2] * plan.channels, plane = plan.size[1] * row, dense[4] = {plan.size[0] * plane, plane, row, plan.channels};

@@ -52,13 +52,12 @@ def backward(dout, x, weight, bias, activation):
 
 def _problem(x, weight, bias, activation):
     """The fields of csrc/depthwise_conv/cpu.cpp's Problem."""
-    batch, *size, channels = x.shape
+    batch, *size, _ = x.shape
     return (
-        x.data_ptr(), weight.data_ptr(), native.pointer(bias),
-        native.DTYPES[x.dtype], native.DTYPES[weight.dtype], 0 if bias is None else native.DTYPES[bias.dtype], _wide(x, weight, bias),
-        batch, *_axes((batch, *size), 1)[1:], channels, *_axes(weight.shape, 1)[1:],
-        *_axes(x.stride()[:-1], 0), *_axes(weight.stride(), 0), 0 if bias is None else bias.stride(0),
-        activation == "silu", torch.get_num_threads())
+        x.data_ptr(), native.DTYPES[x.dtype], *_axes(x.stride()[:-1], 0), *_axes((batch, *size), 1),
+        weight.data_ptr(), native.pointer(bias), native.DTYPES[weight.dtype], 0 if bias is None else native.DTYPES[bias.dtype],
+        *_axes(weight.shape, 1), *_axes(weight.stride(), 0), 0 if bias is None else bias.stride(0),
+        activation == "silu", _wide(x, weight, bias), torch.get_num_threads())
 
 
 def _wide(x, weight, bias) -> bool:
