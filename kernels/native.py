@@ -87,3 +87,8 @@ def pointer(tensor: torch.Tensor | None) -> int:
 def lanes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with adjacent channels (its last dimension), which fill the vector lanes: itself, or a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def like(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    """An uninitialised contiguous plain tensor of this one's shape and, unless given, dtype; None for None."""
+    return None if tensor is None else torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)

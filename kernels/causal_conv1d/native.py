@@ -28,8 +28,8 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
     """
     x = native.lanes(x)
     batch, length, channels = x.shape
-    out = x.new_empty(batch, length, channels)
-    state = x.new_empty(batch, channels, weight.shape[1] - 1) if final else None
+    out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    state = torch.empty((batch, channels, weight.shape[1] - 1), dtype=x.dtype, device=x.device) if final else None
     if out.numel():
         native.function("causal_conv1d_forward")(_FORWARD(
             *_problem(x, weight, bias, activation, index, starts, reverse, initial_state), out.data_ptr(), native.pointer(state)))
@@ -41,9 +41,7 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
 def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, initial_state):
     """Gradients of x, weight, bias and initial_state (None where that input is), each in its input's dtype and contiguous."""
     x, dout = native.lanes(x), native.lanes(dout.to(x.dtype))
-    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-    dbias = None if bias is None else bias.new_empty(bias.shape)
-    dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
+    dx, dweight, dbias, dinitial = (native.like(t) for t in (x, weight, bias, initial_state))
     if x.numel():
         state = (0, 0, 0, 0) if dstate is None else (dstate.data_ptr(), *dstate.stride())
         native.function("causal_conv1d_backward")(_BACKWARD(

@@ -28,7 +28,7 @@ def refuse(x, weight, bias) -> str | None:
 def forward(x, weight, bias, activation):
     """Arguments as in `reference.depthwise_conv`. Returns out, contiguous."""
     x = native.lanes(x)
-    out = x.new_empty(x.shape)
+    out = native.like(x)
     if out.numel():
         native.function("depthwise_conv_forward")(_FORWARD(*_problem(x, weight, bias, activation), out.data_ptr()))
     return out
@@ -37,13 +37,11 @@ def forward(x, weight, bias, activation):
 def backward(dout, x, weight, bias, activation):
     """Gradients of x, weight and bias (None where there is none), each in its input's dtype and contiguous."""
     x, dout = native.lanes(x), native.lanes(dout.to(x.dtype))
-    dx = x.new_empty(x.shape)
+    dx, dweight, dbias = (native.like(t) for t in (x, weight, bias))
     if not x.numel():
-        return dx, weight.new_zeros(weight.shape), None if bias is None else bias.new_zeros(bias.shape)
-    dweight = weight.new_empty(weight.shape)
-    dbias = None if bias is None else bias.new_empty(bias.shape)
+        return dx, dweight.zero_(), None if bias is None else dbias.zero_()
     # The gradient before the activation; without one it is dout itself.
-    inner = x.new_empty(x.shape, dtype=torch.float64 if _wide(x, weight, bias) else torch.float32) if activation else None
+    inner = native.like(x, torch.float64 if _wide(x, weight, bias) else torch.float32) if activation else None
     native.function("depthwise_conv_backward")(_BACKWARD(
         *_problem(x, weight, bias, activation), dout.data_ptr(), *_axes(dout.stride()[:-1], 0), dx.data_ptr(), dweight.data_ptr(),
         native.pointer(dbias), native.pointer(inner)))
