@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from medssm.errors import UserError
 from medssm.segment.data import load_classes, nifti_files
@@ -55,11 +56,11 @@ def evaluate(predictions: Path | str, references: Path | str, *, classes: Mappin
             show((i + 1) / len(pairs), name)
     if errors:
         raise UserError("\n".join(errors))
-    found = sorted({label for case in cases.values() for label in case}, key=int) if names is None else names
-    foreground = [label for label in found if names is None or names[label] != 0]
-    cases = {name: {label: case.get(label) for label in foreground} for name, case in cases.items()}
+    labels = dict.fromkeys(label for case in cases.values() for label in case)
+    labels = list(labels) if names else sorted(labels, key=int)
+    cases = {name: {label: case.get(label) for label in labels} for name, case in cases.items()}
     result = {"nsd_mm": nsd_mm, "patients": len(set(patients.values())), "unused": unused, "cases": cases,
-              "classes": {label: _summary({name: case[label] for name, case in cases.items()}, patients, seed) for label in foreground},
+              "classes": {label: _summary({name: case[label] for name, case in cases.items()}, patients, seed) for label in labels},
               "mean": _summary({name: _over_classes(case) for name, case in cases.items()}, patients, seed)}
     if json_file:
         write_json(Path(json_file), result)
@@ -121,22 +122,34 @@ def bootstrap(values: Mapping[str, float], patients: Mapping[str, str], seed: in
 
 
 def _compare_case(prediction: Path, reference: Path, names: Mapping[str, int] | None, ignore: int | None, nsd_mm: float) -> dict:
+    """{class: its metrics, or None where it is in neither file}."""
     (found, found_file), (truth, truth_file) = read_label(prediction), read_label(reference)
     difference = different_grid(found_file, truth_file)
     if difference:
         raise UserError(f"{prediction}: not on the grid of {reference}: {difference}")
-    counted = None if ignore is None else truth != ignore
-    if counted is not None:
-        found, truth = np.where(counted, found, 0), np.where(counted, truth, 0)
-    values = {}
-    for path, data in ((prediction, found), (reference, truth)):
-        values[path] = set(np.unique(data).tolist())
-        strange = [] if names is None else sorted(values[path] - set(names.values()))
+    if ignore is not None:
+        found, truth = (np.where(truth == ignore, 0, data) for data in (found, truth))
+    boxes = _boxes(found), _boxes(truth)
+    for path, values in zip((prediction, reference), boxes, strict=True):
+        strange = [] if names is None else sorted(values.keys() - set(names.values()))
         if strange:
             raise UserError(f"{path}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(names.values())}")
-    wanted = names or {str(value): value for value in sorted(set.union(*values.values()))}
-    spacing = spacing_mm(truth_file)
-    return {name: compare(found == value, truth == value, spacing, nsd_mm) for name, value in wanted.items() if value != 0}
+    wanted = names or {str(value): value for value in boxes[0] | boxes[1]}
+    result, spacing = {name: None for name, value in wanted.items() if value != 0}, spacing_mm(truth_file)
+    for name in result:
+        value = wanted[name]
+        parts = [table[value] for table in boxes if value in table]
+        if not parts:
+            continue
+        box = tuple(slice(min(part.start for part in axis), max(part.stop for part in axis)) for axis in zip(*parts, strict=True))
+        result[name] = compare(found[box] == value, truth[box] == value, spacing, nsd_mm, truth.shape)
+    return result
+
+
+def _boxes(data: np.ndarray) -> dict[int, tuple[slice, ...]]:
+    """For every value in a label map the box that holds all of it: what is compared, in place of the whole volume."""
+    values, positions = np.unique(data, return_inverse=True)
+    return dict(zip(values.tolist(), ndimage.find_objects(positions.reshape(data.shape) + 1), strict=True))
 
 
 def _named(classes: Mapping[str, int] | Path | str) -> tuple[dict[str, int], int | None]:

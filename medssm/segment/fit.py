@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -33,12 +34,12 @@ def fit(table: Dataset, cases: Sequence[Case], *, spatial_dims: int, spacing: Se
     mirror = _mirrored(mirror, table.classes, axes)
     if cache is None:
         _check_memory(cases, len(table.channels), spacing)
-    intensities, loaded = Intensities(table.channels, seed), []
-    with progress("reading", quiet) as show, fabric.rank_zero_first(local=True):  # where there is a cache the first process fills it
-        for i, case in enumerate(cases):
-            loaded.append(load(case, table, spacing, cache))
-            intensities.add(*loaded[-1])
-            show((i + 1) / len(cases), case.name)
+    first = fabric.rank_zero_first(local=True) if cache else contextlib.nullcontext()  # the first process fills the cache
+    with progress("reading", quiet) as show, first:
+        loaded = load(cases, table, spacing, cache, show)
+    intensities = Intensities(table.channels, seed)
+    for image, label in loaded:
+        intensities.add(image, label)
     if patch is None:
         shape = np.median([image.shape[1:] for image, _ in loaded], axis=0)
         voxels = _PATCH_VOXELS["cpu" if fabric.device.type == "cpu" else "gpu", spatial_dims]

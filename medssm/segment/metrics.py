@@ -17,17 +17,20 @@ import numpy as np
 from scipy import ndimage
 
 
-def compare(a: np.ndarray, b: np.ndarray, spacing: Sequence[float], nsd_mm: float) -> dict[str, float] | None:
+def compare(a: np.ndarray, b: np.ndarray, spacing: Sequence[float], nsd_mm: float,
+            shape: Sequence[int] | None = None) -> dict[str, float] | None:
     """{"dice", "hd95", "nsd"} of two masks (x, y, z) with voxels of `spacing` mm; None where both are empty.
 
-    Where one is empty: Dice 0, NSD 0, and HD95 the diagonal of the image, the largest distance there could be.
+    Where one is empty: Dice 0, NSD 0, and HD95 the diagonal of the image, the largest distance there could be. `shape` is the image's,
+    where the masks are cut out of it; nothing of either may lie outside of the cut.
     """
+    shape = a.shape if shape is None else shape
     size = int(a.sum()) + int(b.sum())
     if not size:
         return None
     if not a.any() or not b.any():
-        return {"dice": 0.0, "hd95": float(np.linalg.norm(np.array(a.shape) * spacing)), "nsd": 0.0}
-    flat = tuple(axis for axis, edge in enumerate(a.shape) if edge == 1 < max(a.shape))
+        return {"dice": 0.0, "hd95": float(np.linalg.norm(np.array(shape) * spacing)), "nsd": 0.0}
+    flat = tuple(axis for axis, edge in enumerate(shape) if edge == 1 < max(shape))
     box = ndimage.find_objects((a | b).astype(np.uint8))[0]
     surface_a, surface_b = _surface(a[box], flat), _surface(b[box], flat)
     from_a, from_b = _distance_to(surface_b, spacing)[surface_a], _distance_to(surface_a, spacing)[surface_b]

@@ -100,10 +100,11 @@ def _rotations(fitted: Fitted) -> list[float]:
 
 def _intensity_augmentation(spatial_dims: int) -> Compose:
     blur = {f"sigma_{axis}": (0.5, 1.0) for axis in "xyz"[:spatial_dims]}
+    linear = "bilinear" if spatial_dims == 2 else "trilinear"
     return Compose([
         RandGaussianNoised("image", prob=0.1, std=0.1),
         RandGaussianSmoothd("image", prob=0.1, **blur),
         RandScaleIntensityd("image", prob=0.15, factors=0.25),
-        RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0)),
+        RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0), upsample_mode=linear),
         RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
     ])

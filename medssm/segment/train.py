@@ -8,6 +8,7 @@ configurations: that is nnU-Net's work.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -79,9 +80,7 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
 
     fitted, volumes = fit(table, training, spatial_dims=spatial_dims, spacing=spacing, patch=patch, mirror=mirror, cache=cache, seed=seed,
                           fabric=fabric, quiet=quiet)
-    held_out = [load(case, table, fitted.spacing, cache) for case in validation[fabric.global_rank :: fabric.world_size]]
-    if fabric.is_global_zero:
-        fitted.save(out / FITTED)
+    held_out = load(validation[fabric.global_rank :: fabric.world_size], table, fitted.spacing, cache)
 
     torch.manual_seed(seed)
     sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.classes)}
@@ -90,7 +89,7 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
     network = network.to(fabric.device, memory_format=networks.memory_format(spatial_dims))
     networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
     lr = lr or _OPTIMIZERS[optimizer]
-    settings = {"model": config, "cases": [case.name for case in training], "fitted": repr(fitted), "batch": batch, "lr": lr,
+    settings = {"model": config, "cases": [case.name for case in training], **dataclasses.asdict(fitted), "batch": batch, "lr": lr,
                 "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip, "foreground": foreground, "augment": augment,
                 "seed": seed, "processes": fabric.world_size}
     if max_steps is None and max_seconds is None:
@@ -102,10 +101,16 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
                 settings=settings)
     if resume:
         loop.resume()
+    elif fabric.is_global_zero:
+        for name in (networks.WEIGHTS, CHECKPOINT):
+            (out / name).unlink(missing_ok=True)  # of the training that is to be overwritten
+    if fabric.is_global_zero:
+        fitted.save(out / FITTED)
 
-    with progress(f"training {config['model'] or config['class']}", quiet) as show:
+    name = config["model"] or config["class"]
+    with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
         dice = loop.run(show, lambda: _validate(network, fitted, held_out, fabric), validations if validation else 0)
-    result = {"out": str(out), "model": config["model"] or config["class"], "parameters": sum(p.numel() for p in network.parameters()),
+    result = {"out": str(out), "model": name, "parameters": sum(p.numel() for p in network.parameters()),
               "cases": len(training), "validation_cases": len(validation), "steps": loop.done.step, "seconds": round(loop.done.seconds, 2),
               "spacing": list(fitted.spacing), "patch": list(fitted.patch), "validation": dice}
     if fabric.is_global_zero:
@@ -170,10 +175,7 @@ def _finished(out: Path, resume: bool, overwrite: bool) -> dict | None:
     weights, checkpoint = out / networks.WEIGHTS, out / CHECKPOINT
     if resume and weights.exists() and not checkpoint.exists():
         return json.loads((out / LOG).read_text().splitlines()[-1])["finished"]
-    if overwrite and not resume:
-        weights.unlink(missing_ok=True)
-        checkpoint.unlink(missing_ok=True)
-    if not resume and (weights.exists() or checkpoint.exists()):
+    if not (resume or overwrite) and (weights.exists() or checkpoint.exists()):
         raise UserError(f"out: {out} has a training: pass resume to go on with it, or overwrite")
     make_folder(out)
     return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from medssm.errors import UserError
 from medssm.segment.data import Case, Dataset
 from medssm.segment.files import atomic
 from medssm.segment.preprocess import IGNORE, Fitted, Scaling, load_image, load_label, pad, scaling
@@ -29,35 +30,54 @@ class Volume:
     image: torch.Tensor
     label: torch.Tensor
     scaling: Scaling
-    inside: tuple[slice, ...]  # where the case lies in the padded volume
     classes: tuple[np.ndarray, ...]
     labelled: np.ndarray | None
 
 
-def load(case: Case, dataset: Dataset, spacing: Sequence[float], cache: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A case's image (c, x, y, z) and label (x, y, z), from `cache` where it has been there before."""
-    if cache is None:
-        return load_image(case, len(dataset.channels), spacing).as_tensor(), load_label(case, dataset, spacing)
-    key = (case.name, list(spacing), list(dataset.classes.values()), dataset.ignore,
-           [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*case.images, case.label)])
-    stem = Path(cache) / f"{case.name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
-    files = stem.with_name(stem.name + "-image.npy"), stem.with_name(stem.name + "-label.npy")
-    if not all(file.exists() for file in files):
-        for file, array in zip(files, load(case, dataset, spacing, None), strict=True):
-            with atomic(file) as temporary:
-                np.save(temporary, array.numpy())
-    return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
+def load(cases: Sequence[Case], dataset: Dataset, spacing: Sequence[float], cache: Path | str | None,
+         show: Callable[[float, str], None] = lambda fraction, text: None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each case's image (c, x, y, z) and label (x, y, z), from `cache` where it has been there before.
+
+    Raises UserError with one line for each case that cannot be read.
+    """
+    loaded, errors = [], []
+    for i, case in enumerate(cases):
+        try:
+            loaded.append(_load_cached(case, dataset, spacing, Path(cache)) if cache else _load(case, dataset, spacing))
+        except UserError as error:
+            errors.append(str(error))
+        show((i + 1) / len(cases), case.name)
+    if errors:
+        raise UserError("\n".join(errors))
+    return loaded
 
 
 def prepare(name: str, image: torch.Tensor, label: torch.Tensor, fitted: Fitted, seed: int) -> Volume:
     """A loaded case with what cropping needs."""
     how = scaling(image, fitted.intensity)
-    image, inside = pad(image, fitted.volume_patch)
+    image = pad(image, fitted.volume_patch)[0]
     label = pad(label[None], fitted.volume_patch, value=0)[0][0]
     random, flat = np.random.default_rng(seed), label.numpy().reshape(-1)
     kept = flat != IGNORE
     labelled = None if kept.all() else _some(np.flatnonzero(kept), random)
-    return Volume(name, image, label, how, inside, _by_class(flat, random), labelled)
+    return Volume(name, image, label, how, _by_class(flat, random), labelled)
+
+
+def _load(case: Case, dataset: Dataset, spacing: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    return load_image(case, len(dataset.channels), spacing).as_tensor(), load_label(case, dataset, spacing)
+
+
+def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same through two .npy files, named by all that they depend on and mapped into memory, not read."""
+    key = (case.name, list(spacing), list(dataset.classes.values()), dataset.ignore,
+           [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*case.images, case.label)])
+    stem = cache / f"{case.name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+    files = stem.with_name(stem.name + "-image.npy"), stem.with_name(stem.name + "-label.npy")
+    if not all(file.exists() for file in files):
+        for file, array in zip(files, _load(case, dataset, spacing), strict=True):
+            with atomic(file) as temporary:
+                np.save(temporary, array.numpy())
+    return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
 
 
 def _by_class(flat: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, ...]:

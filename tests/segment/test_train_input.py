@@ -108,6 +108,17 @@ def test_a_label_outside_the_classes_names_file_and_value(tmp_path):
         read(folder)
 
 
+def test_every_case_that_cannot_be_read_is_one_line(tmp_path):
+    def spoiled(seed, image, label):
+        image[0, 0, 0] = [0, np.nan, np.inf][seed]
+        return image, label
+
+    with pytest.raises(UserError) as error:
+        read(nnunet_folder(tmp_path, cases=3, shape=SHAPE, edit=spoiled))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2 and all(f"case_{i + 1}_0000.nii.gz: 1 voxel(s) are not finite" in line for i, line in enumerate(lines))
+
+
 def test_labels_that_are_not_consecutive_become_positions(tmp_path):
     def renamed(seed, image, label):
         values = np.array([0, 10, 200], np.uint8)[label]
@@ -209,8 +220,8 @@ def test_slices_of_a_2d_network(tmp_path):
     folder = nnunet_folder(tmp_path, cases=1, shape=SHAPE, affine=axes_order((1, 1, 4.0), (2, 0, 1)))
     fitted, volumes = read(folder, spatial_dims=2, patch=(16, 12))
     assert fitted.slice_axis == 2 and fitted.spacing == (1.0, 1.0, 0.0) and fitted.volume_patch == (16, 12, 1)
-    patch = Patches(volumes, fitted, seed=0)[0]
-    assert patch["image"].shape == (1, 16, 12) and patch["label"].shape == (1, 16, 12)
+    for patch in (Patches(volumes, fitted)[i] for i in range(30)):
+        assert patch["image"].shape == patch["label"].shape == (1, 16, 12) and patch["image"].isfinite().all()
 
 
 def test_patches_lie_on_voxels_that_have_a_label(tmp_path):
