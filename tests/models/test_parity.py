@@ -1,5 +1,8 @@
 """Parity with upstream: weights drawn from state-dict keys, outputs against samples of what upstream's own code computed."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,3 +37,13 @@ def test_weights_that_do_not_fit_are_listed(name):
     with pytest.raises(ValueError, match="1 wrongly shaped, 1 missing, 1 unexpected") as error:
         medssm.from_upstream(CARDS[name], state, **card["kwargs"])
     assert f"missing    {last}" in str(error.value) and "unexpected surprise (3,)" in str(error.value)
+
+
+COUNTS = json.loads((Path(parity_cards.__file__).parent / "counts.json").read_text())
+
+
+@pytest.mark.parametrize("entry", COUNTS, ids=lambda e: e["case"])
+def test_parameter_counts_of_upstreams_sizes(entry):
+    with torch.device("meta"):
+        model = medssm.from_upstream("umamba_bot" if "bot" in entry["case"] else "umamba_enc", **entry["kwargs"])
+    assert sum(p.numel() for p in model.parameters()) == entry["params"]

@@ -1,0 +1,136 @@
+"""The registry and the networks: any size, deep supervision, anisotropic strides, weights from files, export."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import medssm
+
+SMALL = {"medssm_unet": {"size": "tiny"}, "umamba_bot": {"features": (4, 8, 16)}, "umamba_enc": {"features": (4, 8, 16)}}
+
+
+def build(name, dims, **kw):
+    torch.manual_seed(0)
+    return medssm.create_model(name, spatial_dims=dims, in_channels=2, out_channels=3, **{**SMALL[name], **kw})
+
+
+def test_names():
+    assert set(SMALL) <= set(medssm.list_models()) and medssm.list_models("umamba*") == ["umamba_bot", "umamba_enc"]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", SMALL)
+def test_any_input_size_and_a_training_step(name, dims):
+    model = build(name, dims)
+    y = model(torch.randn(1, 2, *(17, 22, 9)[:dims]))
+    assert y.shape == (1, 3, *(17, 22, 9)[:dims])
+    y.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_padding_changes_nothing_where_strides_divide(name):
+    model = build(name, 2).eval()
+    divisor = model.size_divisor
+    x = torch.randn(1, 2, *(2 * d for d in divisor))
+    strict = build(name, 2, **({"input_size": "strict"} if name == "medssm_unet" else {"size": "strict"})).eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), strict(x))
+        with pytest.raises(ValueError, match="expected spatial axis 1 to be a multiple of"):
+            strict(x[..., :-1])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_deep_supervision_is_nnunets_list(name):
+    model = build(name, 3, deep_supervision=True)
+    x = torch.randn(1, 2, 16, 16, 16)
+    outputs = model(x)
+    assert isinstance(outputs, list) and len(outputs) == len(model.encoder.strides) - 1
+    assert [o.shape[2] for o in outputs] == [16 // 2**i for i in range(len(outputs))]
+    model.decoder.deep_supervision = False
+    assert model(x).shape == (1, 3, 16, 16, 16)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_anisotropic_strides(name):
+    model = build(name, 3, **({"features": (8, 8, 16), "depths": (1, 1, 1), "decoder_depths": (1, 1)} if name == "medssm_unet" else {}),
+                  strides=[(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+    assert model.size_divisor == (2, 4, 4)
+    assert model(torch.randn(1, 2, 6, 8, 12)).shape == (1, 3, 6, 8, 12)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_only(name):
+    model = build(name, 2, features_only=True)
+    maps = model(torch.randn(1, 2, 32, 32))
+    assert [m.shape[1] for m in maps] == model.channels and [32 // m.shape[2] for m in maps] == [s[0] for s in model.strides]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pretrained_from_a_file_or_a_folder(name, tmp_path):
+    model = build(name, 2)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    torch.save({"network_weights": model.state_dict()}, tmp_path / "checkpoint.pth")
+    for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "checkpoint.pth"):
+        torch.manual_seed(1)
+        loaded = medssm.create_model(name, 2, 2, 3, pretrained=path, **SMALL[name])
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="pretrained: no file"):
+        medssm.create_model(name, 2, 2, 3, pretrained=tmp_path / "none.pth", **SMALL[name])
+    with pytest.raises(ValueError, match="wrongly shaped"):
+        medssm.create_model(name, 2, 1, 3, pretrained=tmp_path, **SMALL[name])
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        medssm.create_model("medssm_unet", 2, pretrained=tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_wrong_names_and_options_are_named():
+    with pytest.raises(ValueError, match="name: expected one of medssm_unet, umamba_bot"):
+        medssm.create_model("unet")
+    with pytest.raises(ValueError, match="width: expected one of medssm_unet's options"):
+        medssm.create_model("medssm_unet", width=3)
+    with pytest.raises(ValueError, match="size: expected one of tiny, small, base"):
+        medssm.create_model("medssm_unet", size="huge")
+    with pytest.raises(ValueError, match="spatial_dims: expected 2 or 3"):
+        medssm.create_model("umamba_bot", spatial_dims=1)
+    with pytest.raises(ValueError, match="name: expected one of"):
+        medssm.from_upstream("resnet")
+
+
+def test_registering_a_model():
+    medssm.register_model("test_identity", lambda spatial_dims, in_channels, out_channels: torch.nn.Identity())
+    try:
+        assert isinstance(medssm.create_model("test_identity"), torch.nn.Identity)
+        with pytest.raises(ValueError, match="which is taken"):
+            medssm.register_model("test_identity", lambda **kw: None)
+    finally:
+        from medssm.models import registry
+
+        registry._models.pop("test_identity")
+
+
+def test_norms_do_not_see_other_voxels():
+    """Streamable: away from the border of a change, a purely local network's output does not change."""
+    model = build("medssm_unet", 2, features=(8, 8), depths=(1, 1), decoder_depths=(1,), scans_from=9).eval()
+    x = torch.randn(1, 2, 64, 64)
+    other = x.clone()
+    other[..., 48:, :] += 5
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[..., :24, :], model(other)[..., :24, :])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_export(name):
+    model = build(name, 2).eval()
+    x = torch.randn(1, 2, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), model(x))
