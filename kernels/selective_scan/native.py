@@ -15,6 +15,7 @@ from medssm.kernels import native
 # The fields of csrc/selective_scan: Problem; then Forward's or Backward's own.
 _PROBLEM = "45qd"
 _FORWARD = struct.Struct(_PROBLEM + "8q").pack
+_BACKWARD = struct.Struct(_PROBLEM + "38q").pack
 _ABSENT = (0, 0, 0, 0, 0)
 
 _DTYPES = native.DTYPES
@@ -76,6 +77,52 @@ def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks,
     return out, checkpoints
 
 
+def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state):
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, delta_proj and initial_state, None where the input is; each in its input's dtype.
+
+    dout (b,l,d); dstate (b,d,n) or None; checkpoints as forward saved them; the rest as in forward.
+    """
+    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
+    dtype = _compute_dtype(*inputs)
+    if not u.numel():
+        gradients = [None if t is None else torch.zeros_like(t) for t in inputs]
+        if initial_state is not None and dstate is not None:
+            gradients[-1].copy_(dstate)
+        return tuple(gradients)
+    du, ddelta, dB, dC, dz = (None if t is None else _new(t) for t in (u, delta, B, C, z))
+    dweights = [None if t is None else torch.empty(t.shape, dtype=dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
+    _scan_backward(dtype, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse,
+                   initial_state, 1.0, du, None, ddelta, dB, dC, dz, None, *dweights)
+    dA, dD, dbias, dproj, dinitial = (None if g is None else g.to(t.dtype) for g, t in zip(dweights, (A, D, delta_bias, delta_proj, initial_state), strict=True))
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dproj, dinitial
+
+
+def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge):
+    """Gradients of x, delta, A, B, C, D, z, delta_bias and delta_proj, None where the input is; each in its input's dtype.
+
+    dout as forward_nd's out; the rest as there. The orders add to the gradients of x and z in the compute dtype.
+    """
+    inputs = (x, delta, A, B, C, D, z, delta_bias, delta_proj)
+    dtype = _compute_dtype(*inputs)
+    if not x.numel():
+        return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
+    k = A.shape[0]
+    dx, ddelta, dB, dC, dz = (None if t is None else _new(t) for t in (x, delta, B, C, z))
+    dweights = [None if t is None else torch.empty(t.shape, dtype=dtype) for t in (A, D, delta_bias, delta_proj)]
+    # Sums over all orders but the last.
+    x_total = None if x.dim() == 4 or k == 1 else dx if dx.dtype is dtype else torch.empty_like(dx, dtype=dtype)
+    z_total = None if z is None or k == 1 else dz if dz.dtype is dtype else torch.empty_like(dz, dtype=dtype)
+    for i, (index, starts, reverse) in enumerate(walks):
+        last = i == k - 1
+        _scan_backward(
+            dtype, _slice(dout, i), None, checkpoints[:, i], _slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z,
+            _row(delta_bias, i), softplus, _row(delta_proj, i), index, starts, reverse, None, 1 / k if merge == "mean" else 1.0,
+            _slice(dx if last or x.dim() == 4 else x_total, i), None if i == 0 else x_total, ddelta[:, :, i], dB[:, :, i], dC[:, :, i],
+            dz if last else z_total, None if i == 0 else z_total, *(_row(g, i) for g in dweights), None)
+    dA, dD, dbias, dproj = (None if g is None else g.to(t.dtype) for g, t in zip(dweights, (A, D, delta_bias, delta_proj), strict=True))
+    return dx, ddelta, dA, dB, dC, dD, dz, dbias, dproj
+
+
 def _scan(dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, scale, out, earlier, state,
           checkpoints):
     """out = scale (y + D u + earlier) silu(z), with y along the walk; fills state and checkpoints where given."""
@@ -83,6 +130,18 @@ def _scan(dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, inde
     native.function("selective_scan_forward")(_FORWARD(
         *_problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale), *_output(out, earlier), native.pointer(state),
         native.pointer(checkpoints), 0 if checkpoints is None else checkpoints.stride(0)))
+
+
+def _scan_backward(dtype, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state,
+                   scale, du, du_earlier, ddelta, dB, dC, dz, dz_earlier, dA, dD, dbias, dproj, dinitial):
+    """The gradients of _scan's arguments, written into du … dinitial; du and dz are added to what is earlier."""
+    weights = [_dense(t, dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
+    dstate = _dense(dstate, dtype)
+    native.function("selective_scan_backward")(_BACKWARD(
+        *_problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale), dout.data_ptr(), _DTYPES[dout.dtype], *dout.stride(),
+        native.pointer(dstate), checkpoints.data_ptr(), checkpoints.stride(0), *_output(du, du_earlier), *_output(ddelta), *_output(dz, dz_earlier),
+        dB.data_ptr(), _DTYPES[dB.dtype], *dB.stride()[:3], dC.data_ptr(), _DTYPES[dC.dtype], *dC.stride()[:3],
+        *(native.pointer(t) for t in (dA, dD, dbias, dproj, dinitial))))
 
 
 def _problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale):
@@ -106,6 +165,11 @@ def _output(out, earlier=None):
         return _ABSENT
     batch, token, _ = out.stride()
     return out.data_ptr(), _DTYPES[out.dtype], batch, token, 0 if earlier is None else earlier.data_ptr()
+
+
+def _new(t):
+    """A gradient for t: contiguous, whatever t's strides are."""
+    return torch.empty(t.shape, dtype=t.dtype)
 
 
 def _compute_dtype(*tensors) -> torch.dtype:

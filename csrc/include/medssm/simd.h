@@ -59,8 +59,8 @@ template <class To, class From> MEDSSM_INLINE To bit_cast(From from) {
   return to;
 }
 
-template <class T> MEDSSM_INLINE T least(T a, T b) { return b < a ? b : a; }
-template <class T> MEDSSM_INLINE T most(T a, T b) { return a < b ? b : a; }
+template <class T> MEDSSM_INLINE constexpr T least(T a, T b) { return b < a ? b : a; }
+template <class T> MEDSSM_INLINE constexpr T most(T a, T b) { return a < b ? b : a; }
 
 template <class T> MEDSSM_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 
@@ -260,6 +260,11 @@ template <class S> MEDSSM_INLINE void store(S* p, Floats v) { Memory<float, S>::
 template <class S> MEDSSM_INLINE void store(S* p, Doubles v) { Memory<double, S>::store(p, v); }
 template <class S> MEDSSM_INLINE void store_part(S* p, Floats v, int n) { Memory<float, S>::store_part(p, v, n); }
 template <class S> MEDSSM_INLINE void store_part(S* p, Doubles v, int n) { Memory<double, S>::store_part(p, v, n); }
+
+// Lanes kFrom, …, kFrom + kCount - 1 to memory, unconverted.
+template <class T, int kCount, int kFrom = 0> MEDSSM_INLINE void store_first(T* p, Vec<T> v) {
+  std::memcpy(p, reinterpret_cast<const char*>(&v) + kFrom * sizeof(T), kCount * sizeof(T));
+}
 
 // Calls body(pointer) with data cast to the storage type that dtype names.
 template <class Body> MEDSSM_INLINE void with_storage(int64_t dtype, const void* data, Body&& body) {

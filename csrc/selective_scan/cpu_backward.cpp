@@ -1,0 +1,429 @@
+// Selective scan, backward, on a CPU.
+//
+// Time is cut into rounds, walked from the last to the first. In a round every (batch, block) item computes its gradients and its share of
+// dB and dC (sums over its own channels), then, behind a barrier, the shares are added over blocks in a fixed order. So no gradient
+// needs an atomic, memory is bounded by a round, and any number of threads gives the same bits.
+#include "adjoint.h"
+#include "medssm/parallel.h"
+#include "medssm/scratch.h"
+
+using namespace medssm;
+
+namespace {
+
+struct RowOutput {  // (b, l, g, n) with adjacent states
+  void* data;
+  int64_t type, batch, token, group;
+};
+struct Arguments {
+  Problem problem;
+  Tokens dout;
+  const void *dstate, *checkpoints;  // (b, d, n), may be null; (b, chunks, n, d): the compute type
+  int64_t checkpoint_batch;
+  Output du, ddelta, dz;             // ddelta: (b, l, d) or (b, l, r); dz where there is z
+  RowOutput dB, dC;
+  void *dA, *dD, *dbias, *dproj, *dinitial;  // dense, the compute type; all but dA may be null
+};
+
+template <class T> class Backward {
+ public:
+  explicit Backward(const Arguments& arguments)
+      : a_(arguments), p_(arguments.problem), walk_(p_), blocks_(p_), chunk_(chunk_tokens(p_.state)), half_(first_half(p_.state)),
+        row_(round_up(2 * p_.state + p_.rank, W)), sum_((p_.state + p_.rank + 2) * W),
+        halved_(p_.batch * blocks_.count < p_.threads && p_.state > 1), seats_(halved_ ? 2 : 1),
+        batches_(least(p_.batch, ceil_div(4 * p_.threads, blocks_.count))), items_(batches_ * blocks_.count),
+        round_(chunk_ * most<int64_t>(1, least(kRound / chunk_, kRoundBytes / (items_ * chunk_ * row_ * int64_t(sizeof(T)))))) {}
+
+  void run() const {
+    const int64_t tile_sums = halved_ ? items_ * round_ * (p_.rank + 2) * W : 0, shared = halved_ ? items_ * 2 * 3 * round_ * W : 0;
+    const Scratch<T> rows(2 * items_ * round_ * row_), sums(items_ * sum_), totals(blocks_.count * sum_), parts(tile_sums), tiles(shared);
+    huge_pages(a_.du, p_.channels);
+    huge_pages(a_.ddelta, p_.channels);
+    huge_pages(a_.dz, p_.channels);
+    parallel(least(p_.threads, items_ * seats_), [&](const Team& team) {
+      Worker worker(*this, {rows.data(), sums.data(), totals.data(), parts.data(), tiles.data()}, team);
+      for (int64_t batch = 0; batch < p_.batch; batch += batches_) worker.walk(batch, least(batches_, p_.batch - batch));
+    });
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kRound = 1024, kRoundBytes = 256 << 10;  // steps, and bytes of shares of dB and dC, of a round at most
+
+  // What threads share. rows: two turns of [item][step][dB and dC of the first half, of the second, d low-rank delta];
+  // sums: [item][dA n, dproj r, dD, dbias], totals: the same per block, over the batch; where an item is shared by halves,
+  // tiles: [seat][y, along_A, along_B][step], parts: [item][tile][dproj r, dD, dbias].
+  struct Common {
+    T *rows, *sums, *totals, *parts, *tiles;
+  };
+
+  // A thread's tiles.
+  struct Buffers {
+    Scratch<T> memory;
+    T *s, *su, *slope, *dy, *gate, *u, *dout, *z, *y[2], *along_A[2], *along_B[2], *kept, *B, *C, *low;
+    explicit Buffers(const Problem& p) : memory(kTile * ((14 + 2 * kAdjointUnit) * W + 2 * round_up(p.state, W) + round_up(p.rank, W))) {
+      T* at = memory.data();
+      for (T** tile : {&s, &su, &slope, &dy, &gate, &u, &dout, &z, &y[0], &y[1], &along_A[0], &along_A[1], &along_B[0], &along_B[1]}) {
+        *tile = at;
+        at += kTile * W;
+      }
+      kept = at;
+      B = kept + kTile * 2 * kAdjointUnit * W;
+      C = B + kTile * round_up(p.state, W);
+      low = C + kTile * round_up(p.state, W);
+    }
+  };
+
+  // An item, or half of one, as a thread holds it.
+  struct Seat {
+    Channels<T> channels;
+    T *carry, *starts;  // g [n][lane]; h before each kTile steps of the chunk [..][n][lane]
+    int64_t item;       // within the batches that are walked together
+    int from, to;       // its halves: [0, 2) or one of them
+  };
+  int64_t seat_size() const { return Channels<T>::size(p_) + p_.state * W + chunk_ / kTile * p_.state * W; }
+
+  void huge_pages(const Output& out, int64_t channels) const {
+    if (out.data && out.token == channels) prefer_huge_pages(out.data, p_.batch * p_.length * channels * element_size(out.type));
+  }
+
+  class Worker {
+   public:
+    Worker(const Backward& backward, const Common& common, const Team& team)
+        : b_(backward), a_(backward.a_), p_(backward.p_), common_(common), team_(team), buffers_(p_),
+          memory_((ceil_div(b_.items_ * b_.seats_, team.size) + 1) * b_.seat_size()), seats_(ceil_div(b_.items_ * b_.seats_, team.size) + 1),
+          tiles_(b_.chunk_) {}
+
+    // All rounds of `batches` batch elements from `batch` on.
+    void walk(int64_t batch, int64_t batches) {
+      const int64_t items = batches * b_.blocks_.count, rounds = ceil_div(p_.length, b_.round_);
+      const Range mine = share(items * b_.seats_, team_);
+      count_ = mine.end - mine.begin;
+      for (int64_t i = 0; i < count_; ++i) sit(seats_.data()[i], batch, mine.begin + i, memory_.data() + i * b_.seat_size());
+      for (int64_t round = rounds - 1; round >= 0; --round) {
+        const int64_t from = round * b_.round_, end = least(p_.length, from + b_.round_);
+        T* rows = common_.rows + round % 2 * b_.items_ * b_.round_ * b_.row_;
+        for (int64_t i = 0; i < count_; ++i) states(seats_.data()[i], from, end, rows);
+        team_.barrier();
+        if (b_.halved_) {
+          for (int64_t i = 0; i < count_; ++i) outputs_of_halves(seats_.data()[i], from, end, rows);
+          team_.barrier();
+          for (int64_t i = 0; i < count_; ++i) add_parts(seats_.data()[i], from, end);
+        }
+        add_rows(batch, batches, from, end, rows);
+      }
+      for (int64_t i = 0; i < count_; ++i) leave(seats_.data()[i]);
+      team_.barrier();
+      add_sums(batch, batches);
+      team_.barrier();
+    }
+
+   private:
+    void sit(Seat& seat, int64_t batch, int64_t number, T* memory) {
+      seat.item = number / b_.seats_;
+      seat.from = b_.halved_ ? number % 2 : 0;
+      seat.to = b_.halved_ ? seat.from + 1 : 2;
+      Channels<T>& channels = seat.channels;
+      channels.load_parameters(p_, b_.blocks_[batch * b_.blocks_.count + seat.item], memory);
+      seat.carry = memory + Channels<T>::size(p_);
+      seat.starts = seat.carry + p_.state * W;
+      if (a_.dstate) load_weights<T>(a_.dstate, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, seat.carry);
+      else std::memset(seat.carry, 0, sizeof(T) * p_.state * W);
+      const int64_t low = first(seat.from), high = seat.to == 2 ? p_.state + p_.rank + 2 : first(seat.to);
+      std::memset(sums(seat) + low * W, 0, sizeof(T) * (high - low) * W);
+    }
+
+    int64_t first(int half) const { return half == 0 ? 0 : half == 1 ? b_.half_ : p_.state; }  // state of a half
+    T* sums(const Seat& seat) const { return common_.sums + seat.item * b_.sum_; }
+
+    // Phase one: the states of steps [from, end), chunk by chunk from the last; where the seat has both halves, the outputs too.
+    void states(Seat& seat, int64_t from, int64_t end, T* rows) {
+      for (int64_t chunk = from + (end - 1 - from) / b_.chunk_ * b_.chunk_; chunk >= from; chunk -= b_.chunk_) {
+        const int64_t tiles = b_.walk_.tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
+        load_starts(seat, chunk, tiles);
+        for (int64_t i = tiles - 1; i >= 0; --i) {
+          const Tile& tile = tiles_.data()[i];
+          const Shared shared = shared_rows(seat.channels.block, tile);
+          const Inputs<T> in = inputs(seat.channels, tile, shared.low);
+          T* row = rows + (seat.item * b_.round_ + tile.from - from) * b_.row_;
+          const T* start = seat.starts + (tile.from - chunk) / kTile * p_.state * W;
+          if (tile.fresh) std::memset(seat.channels.state, 0, sizeof(T) * p_.state * W);
+          for (int half = seat.from; half < seat.to; ++half) {
+            T *y = buffers_.y[half], *along_A = buffers_.along_A[half], *along_B = buffers_.along_B[half];
+            if (b_.halved_) {
+              y = half_tile(seat, half, 0, tile.from - from);
+              along_A = half_tile(seat, half, 1, tile.from - from);
+              along_B = half_tile(seat, half, 2, tile.from - from);
+            }
+            const int64_t n = first(half), count = first(half + 1) - n;
+            retreat_any<T>({seat.channels.rates + n * W, in.s, in.su, buffers_.dy, {shared.B.rows + n, shared.B.step}, {shared.C.rows + n, shared.C.step},
+                            tile.count, (tile.fresh ? seat.channels.state : start) + n * W, seat.carry + n * W, sums(seat) + n * W,
+                            p_.z.data ? y : nullptr, along_A, along_B, true, row + 2 * n, row + 2 * n + count, b_.row_, buffers_.kept}, count, in.bounded);
+          }
+          if (tile.fresh) std::memset(seat.carry + first(seat.from) * W, 0, sizeof(T) * W * (first(seat.to) - first(seat.from)));
+          if (!b_.halved_) {
+            T* tile_sums = sums(seat) + p_.state * W;
+            outputs(seat.channels, tile, in, shared.low, buffers_.y, buffers_.along_A, buffers_.along_B, row + 2 * p_.state, tile_sums, true);
+          }
+          if (tile.from == chunk && chunk > 0) fetch(seat.channels.block, b_.walk_.steps(most<int64_t>(0, chunk - kTile), chunk));
+        }
+      }
+    }
+
+    // h before each kTile steps of a chunk: the checkpoint, and, where a chunk has several, by walking on from there.
+    void load_starts(Seat& seat, int64_t chunk, int64_t tiles) {
+      Channels<T>& channels = seat.channels;
+      const Block& block = channels.block;
+      const T* saved = static_cast<const T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + chunk / b_.chunk_ * p_.state * p_.channels + block.channel;
+      for (int64_t n = 0; n < p_.state; ++n) store(seat.starts + n * W, load_part<T>(saved + n * p_.channels, block.lanes));
+      if (b_.chunk_ == kTile) return;
+      std::memcpy(channels.state, seat.starts, sizeof(T) * p_.state * W);
+      for (int64_t i = 0; i + 1 < tiles; ++i) {
+        const Tile &tile = tiles_.data()[i], &next = tiles_.data()[i + 1];
+        if (tile.fresh) std::memset(channels.state, 0, sizeof(T) * p_.state * W);
+        const Shared shared = shared_rows(block, tile);
+        Inputs<T> in{{}, buffers_.s, buffers_.su, nullptr, true};
+        prepare<T>(p_, channels, tile, shared.low, buffers_.u, &in);
+        for (int half = seat.from; half < seat.to; ++half)
+          if (first(half) < first(half + 1)) advance_half<T>(p_, channels, in, shared.B, shared.C, tile.count, half, buffers_.y[half]);
+        if (!next.fresh) std::memcpy(seat.starts + (next.from - chunk) / kTile * p_.state * W, channels.state, sizeof(T) * p_.state * W);
+      }
+    }
+
+    // s, s u and the slope of a tile; and in buffers_ dy = dout scale silu(z) and gate = dout scale silu'(z).
+    Inputs<T> inputs(const Channels<T>& channels, const Tile& tile, const View<T>& low) {
+      Inputs<T> in{{}, buffers_.s, buffers_.su, buffers_.slope, true};
+      prepare<T>(p_, channels, tile, low, buffers_.u, &in);
+      const View<T> dout = block_view<T>(a_.dout, channels.block, tile, buffers_.dout);
+      const Vec<T> scale = splat(static_cast<T>(p_.scale)), one = splat(static_cast<T>(1));
+      if (p_.z.data) {
+        const View<T> z = block_view<T>(p_.z, channels.block, tile, buffers_.z);
+        for (int64_t t = 0; t < tile.count; ++t) {
+          const Vec<T> x = load<T>(z[t]), open = sigmoid<T>(x), scaled = load<T>(dout[t]) * scale;
+          store(buffers_.dy + t * W, scaled * x * open);
+          store(buffers_.gate + t * W, scaled * open * fma(x, one - open, one));
+        }
+      } else {
+        for (int64_t t = 0; t < tile.count; ++t) store(buffers_.dy + t * W, load<T>(dout[t]) * scale);
+      }
+      return in;
+    }
+
+    // Everything that has a value per step and channel, from both halves; and this tile's part of dproj, dD and dbias, set or added.
+    void outputs(const Channels<T>& channels, const Tile& tile, const Inputs<T>& in, const View<T>& low, T* const* y, T* const* along_A,
+                 T* const* along_B, T* low_row, T* parts, bool add) {
+      const Block& block = channels.block;
+      const bool two = p_.state > 1;
+      const Vec<T> D = channels.D, ln2 = splat(static_cast<T>(kLn2));
+      Vec<T> dD{}, dbias{};
+      T *of_B = along_B[0], *of_s = buffers_.slope;
+      for (int64_t t = 0; t < tile.count; ++t) {
+        const Vec<T> u = load<T>(in.u[t]), dy = load<T>(buffers_.dy + t * W);
+        const Vec<T> B = two ? load<T>(along_B[0] + t * W) + load<T>(along_B[1] + t * W) : load<T>(along_B[0] + t * W);
+        const Vec<T> A = two ? load<T>(along_A[0] + t * W) + load<T>(along_A[1] + t * W) : load<T>(along_A[0] + t * W);
+        const Vec<T> ds = fma(u, B, A * ln2) * load<T>(in.slope + t * W);
+        dD = fma(dy, u, dD);
+        dbias += ds;
+        store(of_B + t * W, B);
+        store(of_s + t * W, ds);
+      }
+      write<T>(a_.du, block, tile, [&](int64_t t) {
+        const Vec<T> du = fma(load<T>(in.s + t * W), load<T>(of_B + t * W), D * load<T>(buffers_.dy + t * W));
+        return a_.du.earlier ? du + earlier<T>(a_.du, block, tile, t) : du;
+      });
+      if (p_.z.data)
+        write<T>(a_.dz, block, tile, [&](int64_t t) {
+          const Vec<T> sum = two ? load<T>(y[0] + t * W) + load<T>(y[1] + t * W) : load<T>(y[0] + t * W);
+          const Vec<T> dz = fma(D, load<T>(in.u[t]), sum) * load<T>(buffers_.gate + t * W);
+          return a_.dz.earlier ? dz + earlier<T>(a_.dz, block, tile, t) : dz;
+        });
+      if (p_.rank) expand_adjoint(channels, tile, low, of_s, low_row, parts, add);
+      else write<T>(a_.ddelta, block, tile, [&](int64_t t) { return load<T>(of_s + t * W); });
+      T* last = parts + p_.rank * W;
+      store(last, add ? load<T>(last) + dD : dD);
+      store(last + W, add ? load<T>(last + W) + dbias : dbias);
+    }
+
+    // delta = low-rank delta . delta_proj^T, backwards: this block's share of the low-rank gradient, and dproj.
+    void expand_adjoint(const Channels<T>& channels, const Tile& tile, const View<T>& low, const T* ds, T* low_row, T* parts, bool add) {
+      constexpr int kColumns = least(4, W);
+      for (int64_t r = 0; r < p_.rank; r += kColumns) {
+        const int columns = static_cast<int>(least<int64_t>(kColumns, p_.rank - r));
+        Vec<T> proj[kColumns], dproj[kColumns];
+        for (int i = 0; i < kColumns; ++i) {
+          proj[i] = i < columns ? load<T>(channels.proj + (r + i) * W) : Vec<T>{};
+          dproj[i] = Vec<T>{};
+        }
+        for (int64_t t = 0; t < tile.count; ++t) {
+          const Vec<T> gradient = load<T>(ds + t * W);
+          Vec<T> shares[kColumns];
+          for (int i = 0; i < kColumns; ++i) {
+            shares[i] = gradient * proj[i];
+            dproj[i] = fma(gradient, splat(low[t][r + (i < columns ? i : 0)]), dproj[i]);
+          }
+          store_part(low_row + t * b_.row_ + r, sum_each<T, kColumns>(shares), columns);
+        }
+        for (int i = 0; i < columns; ++i) {
+          T* to = parts + (r + i) * W;
+          store(to, add ? load<T>(to) + dproj[i] : dproj[i]);
+        }
+      }
+    }
+
+    // Phase two where items are shared by halves: the outputs of every other tile.
+    void outputs_of_halves(Seat& seat, int64_t from, int64_t end, T* rows) {
+      int64_t number = 0;
+      for (int64_t at = from; at < end; ++number) {
+        const Tile tile = b_.walk_.tile(at, end);
+        if (number % 2 == seat.from) {
+          const Shared shared = shared_rows(seat.channels.block, tile);
+          const Inputs<T> in = inputs(seat.channels, tile, shared.low);
+          T *y[2], *along_A[2], *along_B[2];
+          for (int half = 0; half < 2; ++half) {
+            y[half] = half_tile(seat, half, 0, at - from);
+            along_A[half] = half_tile(seat, half, 1, at - from);
+            along_B[half] = half_tile(seat, half, 2, at - from);
+          }
+          T* low_row = rows + (seat.item * b_.round_ + at - from) * b_.row_ + 2 * p_.state;
+          outputs(seat.channels, tile, in, shared.low, y, along_A, along_B, low_row, part(seat, at - from), false);
+        }
+        at += tile.count;
+      }
+    }
+
+    // Phase three there: the tiles' parts, in the order in which one thread adds them.
+    void add_parts(const Seat& seat, int64_t from, int64_t end) {
+      if (seat.from != 0) return;
+      T* total = sums(seat) + p_.state * W;
+      for (int64_t chunk = from + (end - 1 - from) / b_.chunk_ * b_.chunk_; chunk >= from; chunk -= b_.chunk_) {
+        const int64_t tiles = b_.walk_.tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
+        for (int64_t i = tiles - 1; i >= 0; --i) {
+          const T* one = part(seat, tiles_.data()[i].from - from);
+          for (int64_t v = 0; v < (p_.rank + 2) * W; v += W) store(total + v, load<T>(total + v) + load<T>(one + v));
+        }
+      }
+    }
+
+    T* half_tile(const Seat& seat, int half, int which, int64_t step) const {
+      return common_.tiles + (((seat.item * 2 + half) * 3 + which) * b_.round_ + step) * W;
+    }
+    T* part(const Seat& seat, int64_t step) const { return common_.parts + (seat.item * b_.round_ + step) * (p_.rank + 2) * W; }
+
+    // dB, dC and the gradient of the low-rank delta of steps [from, end): the blocks' shares, added in the order of the blocks.
+    void add_rows(int64_t batch, int64_t batches, int64_t from, int64_t end, const T* rows) {
+      const Range mine = share(batches * (end - from), team_);
+      for (int64_t at = mine.begin; at < mine.end; ++at) {
+        const int64_t b = at / (end - from), step = at % (end - from), token = b_.walk_.steps(from + step, end).token(0);
+        const T* item = rows + (b * b_.blocks_.count * b_.round_ + step) * b_.row_;
+        T* low = buffers_.low;
+        for (int64_t group = 0; group < p_.groups; ++group) {
+          T* sum = buffers_.kept;
+          add_blocks(item + group * b_.blocks_.per_group * b_.round_ * b_.row_, b_.blocks_.per_group, 0, 2 * p_.state, sum);
+          const int64_t half = b_.half_, rest = p_.state - half;
+          write_row(a_.dB, batch + b, token, group, 0, half, sum);
+          write_row(a_.dC, batch + b, token, group, 0, half, sum + half);
+          write_row(a_.dB, batch + b, token, group, half, rest, sum + 2 * half);
+          write_row(a_.dC, batch + b, token, group, half, rest, sum + 2 * half + rest);
+        }
+        if (p_.rank) {
+          add_blocks(item, b_.blocks_.count, 2 * p_.state, p_.rank, low);
+          const Output& out = a_.ddelta;
+          write_row({out.data, out.type, out.batch, out.token, 0}, batch + b, token, 0, 0, p_.rank, low);
+        }
+      }
+    }
+
+    // sum[0, columns) = the columns [first, first + columns) of the blocks' rows.
+    void add_blocks(const T* rows, int64_t blocks, int64_t column, int64_t columns, T* sum) const {
+      const int64_t step = b_.round_ * b_.row_;
+      for (int64_t c = 0; c < columns; c += W) {
+        const int lanes = static_cast<int>(least<int64_t>(W, columns - c));
+        const T* at = rows + column + c;
+        Vec<T> total = load_part<T>(at, lanes);
+        for (int64_t block = 1; block < blocks; ++block) total += load_part<T>(at + block * step, lanes);
+        store(sum + c, total);
+      }
+    }
+
+    void write_row(const RowOutput& out, int64_t batch, int64_t token, int64_t group, int64_t column, int64_t columns, const T* row) const {
+      with_storage(out.type, out.data, [&](auto* data) {
+        auto* to = data + batch * out.batch + token * out.token + group * out.group + column;
+        for (int64_t c = 0; c < columns; c += W) {
+          const int lanes = static_cast<int>(least<int64_t>(W, columns - c));
+          store_part(to + c, load_part<T>(row + c, lanes), lanes);
+        }
+      });
+    }
+
+    void leave(const Seat& seat) const {
+      const Block& block = seat.channels.block;
+      if (a_.dinitial) store_weights<T>(seat.carry, a_.dinitial, block.batch * p_.channels + block.channel, block.lanes, p_.state, first(seat.from), first(seat.to));
+    }
+
+    // Gradients of the weights: sums over the batch in its order; after the last batch element they are written.
+    void add_sums(int64_t batch, int64_t batches) const {
+      const Range mine = share(b_.blocks_.count, team_);
+      for (int64_t block = mine.begin; block < mine.end; ++block) {
+        T* total = common_.totals + block * b_.sum_;
+        for (int64_t b = 0; b < batches; ++b) {
+          const T* one = common_.sums + (b * b_.blocks_.count + block) * b_.sum_;
+          for (int64_t v = 0; v < b_.sum_; v += W) store(total + v, batch + b ? load<T>(total + v) + load<T>(one + v) : load<T>(one + v));
+        }
+        if (batch + batches < p_.batch) continue;
+        const Block at = b_.blocks_[block];
+        const T *dproj = total + p_.state * W, *dD = dproj + p_.rank * W;
+        store_weights<T>(total, a_.dA, at.channel, at.lanes, p_.state, 0, p_.state);
+        if (p_.rank) store_weights<T>(dproj, a_.dproj, at.channel, at.lanes, p_.rank, 0, p_.rank);
+        if (a_.dD) store_weights<T>(dD, a_.dD, at.channel, at.lanes, 1, 0, 1);
+        if (a_.dbias) store_weights<T>(dD + W, a_.dbias, at.channel, at.lanes, 1, 0, 1);
+      }
+    }
+
+    // The rows of a tile that all blocks of a group share.
+    struct Shared {
+      View<T> B, C, low;
+    };
+    Shared shared_rows(const Block& block, const Tile& tile) const {
+      Shared rows{row_view<T>(p_.B, block.batch, block.group, p_.state, tile, buffers_.B),
+                  row_view<T>(p_.C, block.batch, block.group, p_.state, tile, buffers_.C), {}};
+      if (p_.rank) {
+        const Tokens& x = p_.delta;
+        rows.low = row_view<T>({x.data, x.type, x.batch, x.token, 0, x.channel}, block.batch, 0, p_.rank, tile, buffers_.low);
+      }
+      return rows;
+    }
+
+    void fetch(const Block& block, const Tile& next) const {
+      prefetch(p_.u, block, next);
+      if (!p_.rank) prefetch(p_.delta, block, next);
+      prefetch(p_.z, block, next);
+      prefetch(a_.dout, block, next);
+    }
+
+    const Backward& b_;
+    const Arguments& a_;
+    const Problem& p_;
+    const Common common_;
+    const Team team_;
+    const Buffers buffers_;
+    const Scratch<T> memory_;
+    const Scratch<Seat> seats_;
+    const Scratch<Tile> tiles_;
+    int64_t count_ = 0;
+  };
+
+  const Arguments& a_;
+  const Problem& p_;
+  const Walk walk_;
+  const Blocks<T> blocks_;
+  const int64_t chunk_, half_, row_, sum_;
+  const bool halved_;
+  const int64_t seats_, batches_, items_, round_;
+};
+
+}  // namespace
+
+MEDSSM_EXPORT(selective_scan_backward)(const Arguments* a) {
+  if (a->problem.wide) Backward<double>(*a).run();
+  else Backward<float>(*a).run();
+}
