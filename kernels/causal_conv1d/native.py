@@ -60,7 +60,9 @@ def _problem(x, weight, bias, activation, index, starts, reverse, initial_state)
     """The fields of csrc/causal_conv1d/cpu.cpp's Problem."""
     batch, length, channels = x.shape
     wide = torch.float64 in (x.dtype, weight.dtype, *(t.dtype for t in (bias, initial_state) if t is not None))
-    initial = (0, 0, 0, 0, 0) if initial_state is None else (initial_state.data_ptr(), native.DTYPES[initial_state.dtype], *initial_state.stride())
+    initial = (0, 0, 0, 0, 0)
+    if initial_state is not None:
+        initial = (initial_state.data_ptr(), native.DTYPES[initial_state.dtype], *initial_state.stride())
     return (
         x.data_ptr(), native.DTYPES[x.dtype], *x.stride()[:2], batch, length,
         weight.data_ptr(), native.pointer(bias), native.DTYPES[weight.dtype], 0 if bias is None else native.DTYPES[bias.dtype],

@@ -124,8 +124,9 @@ def _backward_fake(dout, dstate, x, weight, bias, initial_state, *_rest):
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state"
 _OPTIONS = "Tensor? index, str order, SymInt[] spatial, bool reverse, str? activation, str backend"
 _forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", _forward_impl, _forward_fake)
-_backward = registration.operator(f"{OP}_backward", f"(Tensor dout, Tensor? dstate, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-                                  _backward_impl, _backward_fake)
+_backward = registration.operator(
+    f"{OP}_backward", f"(Tensor dout, Tensor? dstate, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl, _backward_fake)
 
 
 def _setup(ctx, inputs, output):
@@ -142,7 +143,8 @@ def _gradient(ctx, dout, dstate):
 
 registration.differentiable(f"{OP}_forward", _setup, _gradient)
 registration.once_differentiable(f"{OP}_backward")
-registration.foldable(f"{OP}_forward", _forward, (*_NAMES, "index", "order", "spatial", "reverse", "activation", "backend"), ("x", "initial_state"))
+registration.foldable(f"{OP}_forward", _forward, (*_NAMES, "index", "order", "spatial", "reverse", "activation", "backend"),
+                      ("x", "initial_state"))
 
 
 def _explained(x, weight, bias=None, activation=None, *, initial_state=None, **_rest):
