@@ -81,7 +81,7 @@ class Loop:
         marks = [(i + 1) / validations for i in range(validations)]
         marks = [mark for mark in marks if mark > self.budget.fraction(self.done)] or marks[-1:]
         self.model.train()
-        losses, saved, logged = [], time.monotonic(), self.done.seconds
+        losses, saved, logged = [], self.done.seconds, self.done.seconds  # times that all processes agree on
         with _stop_signals() as stop:
             batches = iter(self._loader())
             while self.budget.fraction(self.done) < 1:
@@ -99,9 +99,9 @@ class Loop:
                 if marks and marks[0] <= fraction < 1:
                     marks = [mark for mark in marks if mark > fraction]
                     self._validate(validate)
-                if time.monotonic() - saved > self.save_seconds:
+                if self.done.seconds - saved >= self.save_seconds:
                     self.save()
-                    saved = time.monotonic()
+                    saved = self.done.seconds
             return self._validate(validate) if marks else {}
 
     def log(self, record: dict) -> None:

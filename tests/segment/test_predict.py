@@ -188,6 +188,16 @@ def test_a_module_that_was_given_is_asked_for_again(tmp_path):
         saved(tmp_path / "w", image, tmp_path / "out", model=torch.nn.Conv3d(1, 3, 5, padding=2))
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_our_own_network(tmp_path, spatial_dims):
+    folder = nnunet_folder(tmp_path / "data", cases=1, shape=(16, 16, 16))
+    kwargs = {"size": "tiny", "deep_supervision": True}
+    train(folder, tmp_path / "w", **{**TINY, "model": "medssm_unet", "model_kwargs": kwargs, "spatial_dims": spatial_dims,
+                                     "patch": (16,) * spatial_dims, "batch": 1})
+    found = saved(tmp_path / "w", folder / "imagesTr/case_0_0000.nii.gz", tmp_path / "out")
+    assert found.shape == (16, 16, 16, 3) and np.isfinite(found).all()
+
+
 @pytest.mark.parametrize(("spoiled", "message"), [
     (lambda w: (w / "model.safetensors").unlink(), r"model\.safetensors: no such file \(the training is not finished"),
     (lambda w: (w / "model.safetensors").write_bytes(b"1234"), "not a readable safetensors file"),

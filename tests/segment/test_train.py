@@ -13,6 +13,8 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
 from monai.networks.nets import DynUNet
 from torch import nn
 
@@ -229,6 +231,24 @@ def test_deep_supervision_is_used_where_the_network_has_it(small, tmp_path):
 def test_half_precision(small, tmp_path):
     train(small, tmp_path / "a", precision="bf16-mixed", max_steps=3, **FAST)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(tmp_path / "a").values())
+
+
+def test_a_scaler_skips_what_overflows_and_goes_on_after_a_stop(small, tmp_path, monkeypatch):
+    """fp16 with a scale that starts far too high, on a CPU: GradScaler halves it step by step, and a checkpoint keeps it."""
+    def fp16(*_):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**34)
+        return Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+
+    monkeypatch.setattr("medssm.segment.train._fabric", fp16)
+    train(small, tmp_path / "whole", max_steps=20, **FAST)
+    with monkeypatch.context() as patched:
+        patched.setattr("medssm.segment.train.Patches", Stop)
+        with pytest.raises(Interrupted):
+            train(small, tmp_path / "stopped", max_steps=20, **FAST)
+    scale = torch.load(tmp_path / "stopped/checkpoint.pt")["scaler"]["scale"]
+    train(small, tmp_path / "stopped", max_steps=20, resume=True, **FAST)
+    whole, stopped = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert scale == 2.0**28 and all(torch.equal(whole[key], stopped[key]) for key in whole)
 
 
 def test_workers_cut_the_same_patches(small, tmp_path):
