@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 
 from medssm.segment.demo.data import SIDES, SOURCES
-from medssm.segment.demo.pipeline import FAST_SECONDS, SECONDS, structures
+from medssm.segment.demo.pipeline import FAST_SECONDS, OURS, SECONDS, structures
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("task", choices=("structures",), help="structures: deep structures of a T1 brain MRI")
     parser.add_argument("--out", default="demo-out", help="folder for all results; one that was stopped goes on (default %(default)s)")
     parser.add_argument("--data", choices=tuple(SOURCES), default="icbm2009c", help="default %(default)s")
-    parser.add_argument("--model", default="medssm_unet", help="one of `medssm models`, or monai.networks.nets.NAME (default %(default)s)")
-    parser.add_argument("--size", help="the model's size: tiny, small or base (default: the model's own)")
+    parser.add_argument("--model", default=OURS, help="one of `medssm models`, or monai.networks.nets.NAME (default %(default)s)")
+    parser.add_argument("--size", help="the model's size: tiny, small or base (default tiny for medssm_unet, else the model's own)")
     parser.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="more keywords for the model")
     parser.add_argument("--seconds", type=float, help=f"of training, for each network (default {SECONDS:g}; with --fast {FAST_SECONDS:g})")
     parser.add_argument("--trained", choices=SIDES, default="right", help="the hemisphere to train on (default %(default)s)")
@@ -49,7 +49,7 @@ def _print_table(metrics: dict) -> None:
     split = metrics["split"]
     table = Table(title=f"Dice on the {split['tested']} hemisphere, trained on the {split['trained']} one", caption="one volume, similar "
                   "hemispheres: that it works, not how accurate it is")
-    table.add_column()
+    table.add_column(no_wrap=True)
     for row in metrics["rows"]:
         table.add_column(row["title"], justify="right")
     for name in (*metrics["classes"], "mean"):

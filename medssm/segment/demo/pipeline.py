@@ -26,7 +26,8 @@ from medssm.segment.loop import LOG
 from medssm.segment.predict import predict
 from medssm.segment.train import train
 
-SECONDS, FAST_SECONDS, NSD_MM = 210.0, 8.0, 2.0
+SECONDS, FAST_SECONDS, NSD_MM = 210.0, 20.0, 2.0
+OURS, OURS_KWARGS = "medssm_unet", {"size": "tiny"}
 UNET = "monai.networks.nets.UNet"
 UNET_KWARGS = {"channels": [16, 32, 64, 128], "strides": [2, 2, 2], "num_res_units": 2}  # 1.2 million parameters
 # Both networks' settings, chosen with the sides exchanged: trained on the left, tested on the right.
@@ -34,14 +35,15 @@ RECIPE = {"spacing": [1.0, 1.0, 1.0], "patch": [64, 64, 64], "batch": 2, "foregr
 FAST = {"spacing": [3.0, 3.0, 3.0], "patch": [32, 32, 32]}
 
 
-def structures(out: Path | str, *, data: str = "icbm2009c", model: str = "medssm_unet", model_kwargs: Mapping | None = None,
+def structures(out: Path | str, *, data: str = "icbm2009c", model: str = OURS, model_kwargs: Mapping | None = None,
                seconds: float | None = None, trained: str = "right", seed: int = 0, device: str = "auto", fast: bool = False,
                prepare: bool = False, overwrite: bool = False, quiet: bool = False) -> dict:
     """Run the demo in the folder `out`, or go on with one that was stopped there.
 
     data      a key of `data.SOURCES`
-    model     a name of `medssm.list_models()`, or one of MONAI's as monai.networks.nets.NAME, with its keywords
-    seconds   of training steps, for each of the two networks (210; 8 where `fast`)
+    model     a name of `medssm.list_models()`, or one of MONAI's as monai.networks.nets.NAME, with its keywords; medssm_unet is "tiny",
+              of MONAI's size, where they name none
+    seconds   of training steps, for each of the two networks (210; 20 where `fast`)
     trained   the side to train on; the other is tested
     fast      at 3 mm and for seconds: to see it work, not to see it good
     prepare   write the data set and stop: the way to try other settings of `medssm train` on it
@@ -51,7 +53,7 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str = "medssm
     """
     out = Path(out)
     recipe = RECIPE | (FAST if fast else {}) | {"max_seconds": float(seconds or (FAST_SECONDS if fast else SECONDS))}
-    nets = {"ours": (model, dict(model_kwargs or {})), "monai": (UNET, UNET_KWARGS)}
+    nets = {"ours": (model, {**(OURS_KWARGS if model == OURS else {}), **(model_kwargs or {})}), "monai": (UNET, UNET_KWARGS)}
     brain = load_brain(data, trained)
     settings = {"data": data, "trained": trained, "seed": seed, "model": model, "model_kwargs": nets["ours"][1], **recipe}
     _keep_settings(out / "demo.json", settings, overwrite)
