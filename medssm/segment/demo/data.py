@@ -19,7 +19,7 @@ from medssm.segment.files import different_grid, open_nifti, write_json, write_n
 
 SIDES = ("left", "right")
 GAP_MM = 6.0  # about the midline: neither trained nor tested on
-Box = tuple[slice, slice, slice]
+Box = tuple[slice, ...]  # one slice for each axis
 
 
 @dataclass(frozen=True)
