@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from monai.losses import DiceCELoss
+from monai.transforms import Compose
 
 from medssm.errors import UserError
 from medssm.segment.data import load_dataset
@@ -175,16 +176,22 @@ def test_patches_have_their_shape_and_labels(volumes):
         assert image.isfinite().all() and set(label.unique().tolist()) <= {0, 1, 2} and patch["case"] in ("case_0", "case_1")
 
 
-@pytest.mark.parametrize("augment", [False, True])
-def test_the_label_stays_on_the_image(volumes, augment):
-    """Whatever a patch went through, the ball is brighter than the background and the box darker."""
-    patches = Patches(volumes[1], dataclasses.replace(volumes[0], mirror=(0, 1, 2)), foreground=1.0, augment=augment)
-    means = {i: [] for i in range(3)}
-    for patch in (patches[i] for i in range(60)):
-        for i in range(3):
-            if (patch["label"] == i).sum() > 100:
-                means[i].append(float(patch["image"][patch["label"] == i].mean()))
-    assert min(means[1]) > max(means[0]) and max(means[2]) < min(means[0])
+def test_the_label_turns_zooms_and_mirrors_with_the_image(volumes, monkeypatch):
+    """Where the image is bright there is the ball, up to the voxels at its border."""
+    monkeypatch.setattr("medssm.segment.patches._TURNED", 1.0)
+    patches = Patches(volumes[1], dataclasses.replace(volumes[0], mirror=(0, 1, 2)), foreground=1.0)
+    patches.intensity = Compose([])
+    image, label = (torch.stack([patches[i][key] for i in range(60)]) for key in ("image", "label"))
+    middle = (image[label == 1].mean() + image[label == 0].mean()) / 2
+    assert (label == 1).float().mean() > 0.05 and ((image > middle) == (label == 1)).float().mean() > 0.98
+
+
+def test_augmented_intensities_keep_the_order_of_the_classes(volumes):
+    patches = Patches(volumes[1], volumes[0], foreground=1.0)
+    for image, label in ((patches[i]["image"], patches[i]["label"]) for i in range(60)):
+        means = [float(image[label == i].mean()) if (label == i).sum() > 100 else None for i in (2, 0, 1)]
+        kept = [mean for mean in means if mean is not None]
+        assert kept == sorted(kept)
 
 
 @pytest.mark.parametrize("foreground", [0.0, 1 / 3, 1.0])
