@@ -110,6 +110,11 @@ def choose(op: str, backend: str | None, args: tuple) -> str:
     raise AssertionError("the reference serves every call")
 
 
+def free(backend: str | None, name: str) -> bool:
+    """Whether nothing but the arguments stands against this backend: the call and the thread leave the choice open, or name it."""
+    return (_choice.name if backend is None else backend) in ("auto", name)
+
+
 def _tell(op: str, name: str, why: str) -> None:
     if (op, name, why) not in _told:
         _told.add((op, name, why))
