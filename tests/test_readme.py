@@ -1,0 +1,23 @@
+"""The README's Python runs as it stands, and the commands it names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from medssm import cli
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def test_python_blocks_run():
+    pytest.importorskip("monai")
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_commands_exist():
+    named = set(re.findall(r"^medssm (\w+)", README, re.M))
+    assert named and named <= set(cli.COMMANDS)
