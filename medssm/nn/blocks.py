@@ -5,6 +5,7 @@ All normalisation is over the channels of a voxel: no statistics cross space, so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,6 @@ from torch import nn
 from medssm import ops
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -50,22 +50,6 @@ class ConvBlock(nn.Module):
         return image(t + self.down(nn.functional.silu(self.up(y))))
 
 
-class DenseBlock(nn.Module):
-    """x + conv(silu(norm(conv(x)))) with full kernels, then norm and silu: where maps are large and channels few."""
-
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int, kernel: int = 3):
-        super().__init__()
-        self.conv1 = _CONV[spatial_dims](channels_in, channels, kernel, padding=kernel // 2)
-        self.norm1 = ChannelNorm(channels)
-        self.conv2 = _CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2)
-        self.norm2 = ChannelNorm(channels)
-        self.skip = nn.Identity() if channels_in == channels else _CONV[spatial_dims](channels_in, channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm2(self.conv2(nn.functional.silu(self.norm1(self.conv1(x)))))
-        return nn.functional.silu(y + self.skip(x))
-
-
 class MixerBlock(nn.Module):
     """x + mixer(norm(x)), then a ConvBlock. `mixer` works on (b, *spatial, c)."""
 
@@ -86,11 +70,21 @@ class Down(nn.Sequential):
         super().__init__(ChannelNorm(channels_in), _CONV[spatial_dims](channels_in, channels, tuple(stride), tuple(stride)))
 
 
-class Up(nn.Sequential):
-    """Norm, then a transposed convolution whose kernel is its stride."""
+class Up(nn.Module):
+    """A linear layer from each voxel to the stride's block of voxels: a transposed convolution whose kernel is its stride, as one matrix
+    product and one rearrangement."""
 
     def __init__(self, channels_in: int, channels: int, spatial_dims: int, stride: Sequence[int]):
-        super().__init__(ChannelNorm(channels_in), _TRANSPOSED[spatial_dims](channels_in, channels, tuple(stride), tuple(stride)))
+        super().__init__()
+        self.stride = tuple(stride)
+        self.linear = nn.Linear(channels_in, math.prod(self.stride) * channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dims = len(self.stride)
+        y = self.linear(tokens(x)).unflatten(-1, (*self.stride, -1))  # (b, *spatial, *stride, c)
+        axes = [axis for i in range(dims) for axis in (1 + i, 1 + dims + i)]
+        y = y.permute(0, *axes, 1 + 2 * dims)
+        return image(y.reshape(x.shape[0], *(n * s for n, s in zip(x.shape[2:], self.stride, strict=True)), -1))
 
 
 class ChannelsLast(nn.Module):
