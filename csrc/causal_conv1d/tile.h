@@ -1,10 +1,11 @@
 // A tile of a causal convolution: kTile steps of the walk, given as pointers to kTile + width - 1 rows of channels.
 //
-// Each input vector is loaded once for all the steps that see it. `taps` are packed per channel vector: width taps, then the bias. kWidth: the
-// width where it is known at compile time, else 0.
+// Each input vector is loaded once for all the steps that see it. `taps` are packed per channel vector: width taps, then the bias.
+// kWidth: the width where it is known at compile time, else 0.
 #pragma once
 #include "medssm/silu.h"
 #include "medssm/simd.h"
+#include "medssm/stream.h"
 
 namespace medssm {
 namespace {
@@ -18,8 +19,8 @@ template <bool kWhole> struct Lanes {
     if constexpr (kWhole) return load<T>(p);
     else return load_part<T>(p, n);
   }
-  template <class S, class V> MEDSSM_INLINE void store_to(S* p, V v) const {
-    if constexpr (kWhole) store(p, v);
+  template <class S, class V> MEDSSM_INLINE void store_to(S* p, V v, bool stream = false) const {
+    if constexpr (kWhole) write(p, v, stream);
     else store_part(p, v, n);
   }
 };
@@ -53,13 +54,14 @@ MEDSSM_INLINE void preactivation(const T* const* rows, int64_t c, const T* taps,
   }
 }
 
-// out_t = act(bias + sum_j taps_j rows_{t+j}) for t < steps.
+// out_t = act(bias + sum_j taps_j rows_{t+j}) for t < steps; stream: past the caches.
 template <class T, int kWidth>
-void convolve(const T* const* rows, const T* taps, int64_t width, int64_t channels, bool activate, int64_t steps, T* const* out) {
+void convolve(const T* const* rows, const T* taps, int64_t width, int64_t channels, bool activate, int64_t steps, T* const* out,
+              bool stream) {
   each_vector<T>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
     Vec<T> acc[kTile];
     preactivation<T, kWidth>(rows, c, taps + c * (width + 1), width, lanes, acc);
-    for (int64_t t = 0; t < steps; ++t) lanes.store_to(out[t] + c, activate ? silu<T>(acc[t]) : acc[t]);
+    for (int64_t t = 0; t < steps; ++t) lanes.store_to(out[t] + c, activate ? silu<T>(acc[t]) : acc[t], stream);
   });
 }
 
@@ -95,7 +97,7 @@ void differentiate(const T* const* rows, const T* taps, int64_t width, int64_t c
 
 // The functions above for a width.
 template <class T> struct Tile {
-  void (*convolve)(const T* const*, const T*, int64_t, int64_t, bool, int64_t, T* const*);
+  void (*convolve)(const T* const*, const T*, int64_t, int64_t, bool, int64_t, T* const*, bool);
   void (*differentiate)(const T* const*, const T*, int64_t, int64_t, bool, int64_t, const T* const*, T* const*, T*);
 
   explicit Tile(int64_t width) {

@@ -1,4 +1,5 @@
-// Depthwise convolution of volumes (b, z, y, x, d), channels adjacent, zero padding to the same size; images have z = 1, sequences z = y = 1.
+// Depthwise convolution of volumes (b, z, y, x, d), channels adjacent, zero padding to the same size. Images have z = 1, sequences
+// z = y = 1.
 //
 // A task computes a box of outputs for some vectors of channels. It walks the planes of the box and keeps the planes of input that the taps
 // reach in a ring of scratch memory: dense rows per channel vector, in the compute type, zeros beyond the volume's edges. So a token is
@@ -12,6 +13,7 @@
 #include "medssm/scratch.h"
 #include "medssm/silu.h"
 #include "medssm/simd.h"
+#include "medssm/stream.h"
 #include "medssm/taps.h"
 #include "tile.h"
 
@@ -63,23 +65,26 @@ struct Box {
 // How the work is cut.
 template <class T> struct Plan {
   static constexpr int W = kLanes<T>;
-  int64_t size[3], channels, side[3], half[3];
+  int64_t size[3], channels, elements, side[3], half[3];  // of x; of the kernel
   int64_t vectors, packed;           // of channels; elements of the taps and the bias of one of them
   int64_t box[3], box_vectors;       // size of a box
   int64_t boxes[3], groups, shares;  // how many boxes along each axis, how many cover the channels, how many add to the same taps
   int64_t row, plane, ring;          // scratch: elements of a row, of a plane of one channel vector, of that vector's planes
 
-  explicit Plan(const Problem& p) : channels(p.taps.channels), vectors(p.taps.vectors<T>()), packed(p.taps.packed<T>()), shares(p.batch) {
+  explicit Plan(const Problem& p)
+      : channels(p.taps.channels), elements(p.batch * channels), vectors(p.taps.vectors<T>()), packed(p.taps.packed<T>()), shares(p.batch) {
     for (int i = 0; i < 3; ++i) {
       size[i] = p.size[i];
       side[i] = p.taps.side[i];
       half[i] = side[i] / 2;
+      elements *= size[i];
     }
     // Wide enough that few tokens are staged twice, small enough that the ring stays in the second-level cache.
     constexpr int64_t kRing = 512 << 10;
     box[0] = part(size[0], 16, 1);
-    box[1] = part(size[1], 8, rows());
-    box[2] = part(size[2], 32 * (size[0] > 1 ? 1 : size[1] > 1 ? 2 : 16), kColumns);
+    const bool volume = size[0] > 1, image = size[1] > 1;
+    box[1] = part(size[1], volume ? 8 : 16, rows());
+    box[2] = part(size[2], volume ? 32 : image ? 64 : 512, kColumns);
     row = (box[2] + side[2] - 1) * W;
     plane = (box[1] + side[1] - 1) * row;
     ring = side[0] * plane;
@@ -131,8 +136,10 @@ template <class T, class S> void stage(const Plan<T>& plan, const Volume<S>& x, 
   }
 }
 
-// Walks a box with its input in the ring: tile(source, v, z, y, x) for each register tile of channel vector v, its first output at (z, y, x).
-template <class T, class S, class Tile> void walk(const Plan<T>& plan, const Volume<S>& x, const Box& box, T* ring, const T** planes, const Tile& tile) {
+// Walks a box with its input in the ring: tile(source, v, z, y, x) for each register tile of channel vector v, its first output at
+// (z, y, x).
+template <class T, class S, class F>
+void walk(const Plan<T>& plan, const Volume<S>& x, const Box& box, T* ring, const T** planes, const F& tile) {
   const int64_t depth = plan.size[0], half = plan.half[0];
   for (int64_t z = most<int64_t>(0, box.from[0] - half); z < least(depth, box.from[0] + half); ++z) stage(plan, x, box, z, ring);
   for (int64_t z = box.from[0]; z < box.to[0]; ++z) {
@@ -155,15 +162,17 @@ template <class T, class S, class Tile> void walk(const Plan<T>& plan, const Vol
 
 // Runs body(box, ring, planes) for every task.
 template <class T, class Body> void each_box(const Plan<T>& plan, int64_t threads, const Body& body) {
-  parallel(least(threads, plan.tasks()), [&](const Team& team) {
-    Scratch<T> ring(plan.box_vectors * plan.ring);
-    Scratch<const T*> planes(plan.side[0]);
+  parallel(worthwhile(threads, plan.tasks(), plan.elements), [&](const Team& team) {
+    const Scratch<T> ring(plan.box_vectors * plan.ring);
+    const Scratch<const T*> planes(plan.side[0]);
     const Range mine = share(plan.tasks(), team);
     for (int64_t i = mine.begin; i < mine.end; ++i) body(plan.task(i), ring.data(), planes.data());
+    finish_streaming();
   });
 }
 
-// f(i, y, x, at) for the outputs of a tile that lie in the box: i counts in the tile, `at` is the offset of channel vector v in a contiguous tensor.
+// f(i, y, x, at) for the outputs of a tile that lie in the box: i counts in the tile, `at` is the offset of channel vector v in a
+// contiguous tensor.
 template <class T, class F>
 MEDSSM_INLINE void each_output(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const F& f) {
   const int64_t rows = least(plan.rows(), box.to[1] - y), columns = least<int64_t>(kColumns, box.to[2] - x);
@@ -173,27 +182,10 @@ MEDSSM_INLINE void each_output(const Plan<T>& plan, const Box& box, int64_t v, i
   }
 }
 
-// Bytes of a tensor of x's shape.
-template <class T, class S> int64_t bytes(const Plan<T>& plan, const Problem& p, const S*) {
-  return p.batch * plan.size[0] * plan.size[1] * plan.size[2] * plan.channels * static_cast<int64_t>(sizeof(S));
-}
-
-// Whether to write `out` past the caches: it would fill them, and every vector is a whole cache line (AVX-512, no change of type).
-template <class T, class S> bool streams(const Plan<T>& plan, const Problem& p, const S* out) {
-  constexpr int64_t kLarge = 16 << 20;
-  return kVectorBytes == 64 && sizeof(S) == sizeof(T) && bytes(plan, p, out) > kLarge && plan.channels % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-}
-template <class S, class V> MEDSSM_INLINE void write(S* p, V v, [[maybe_unused]] bool stream) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == sizeof(v[0]))
-    if (stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
-#endif
-  store(p, v);
-}
-
 // Writes act(pre) of a tile to a contiguous tensor.
 template <class T, class S>
-void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre, bool activate, bool stream, S* out) {
+void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre, bool activate,
+            bool stream, S* out) {
   const bool whole = plan.whole(v);
   each_output(plan, box, v, z, y, x, [&](int64_t i, int64_t, int64_t, int64_t at) __attribute__((always_inline)) {
     const Vec<T> value = activate ? silu<T>(pre[i]) : pre[i];
@@ -206,8 +198,8 @@ void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y
 
 // g = dout act'(pre) of a tile, also written to `inner`; zero where the tile leaves the box. Without an activation pre and inner are null.
 template <class T, class S>
-void differentiate(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre, const Volume<S>& dout,
-                   T* inner, bool stream, Vec<T>* g) {
+void differentiate(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre,
+                   const Volume<S>& dout, T* inner, bool stream, Vec<T>* g) {
   const bool whole = plan.whole(v);
   for (int i = 0; i < kRows * kColumns; ++i) g[i] = Vec<T>{};
   each_output(plan, box, v, z, y, x, [&](int64_t i, int64_t row, int64_t column, int64_t at) __attribute__((always_inline)) {
@@ -246,8 +238,8 @@ template <class T> struct Tile {
 template <class T, class In, class Out>
 void convolution(const Plan<T>& plan, const Problem& p, const Volume<In>& x, const T* taps, bool activate, Out* out) {
   const Tile<T> tile(plan);
-  const bool stream = streams(plan, p, out);
-  prefer_huge_pages(out, bytes(plan, p, out));
+  const bool stream = streams<T>(out, plan.elements, plan.channels);
+  prefer_huge_pages(out, plan.elements * static_cast<int64_t>(sizeof(Out)));
   each_box(plan, p.threads, [&](const Box& box, T* ring, const T** planes) {
     walk(plan, x, box, ring, planes, [&](const Source<T>& source, int64_t v, int64_t z, int64_t y, int64_t column) {
       Vec<T> pre[kRows * kColumns];
@@ -271,7 +263,7 @@ template <class T> void forward(const Forward& a) {
 template <class T, class S>
 void accumulate(const Plan<T>& plan, const Problem& p, const Volume<S>& x, const Volume<S>& dout, const T* taps, T* inner, T* sums) {
   const Tile<T> tile(plan);
-  const bool stream = streams(plan, p, inner);
+  const bool stream = streams<T>(inner, plan.elements, plan.channels);
   each_box(plan, p.threads, [&](const Box& box, T* ring, const T** planes) {
     T* own = sums + box.share * plan.vectors * plan.packed;
     std::memset(own + box.first * plan.packed, 0, static_cast<std::size_t>(box.count * plan.packed) * sizeof(T));
@@ -289,7 +281,7 @@ template <class T> void backward(const Backward& a) {
   const Plan<T> plan(p);
   const Scratch<T> taps(plan.vectors * plan.packed), sums(plan.shares * plan.vectors * plan.packed);
   T* inner = static_cast<T*>(a.inner);
-  if (inner) prefer_huge_pages(inner, bytes(plan, p, inner));
+  if (inner) prefer_huge_pages(inner, plan.elements * static_cast<int64_t>(sizeof(T)));
   pack(p.taps, false, taps.data());
   with_storage(p.x_type, p.x, [&](const auto* x) {
     const Volume dout(same_type(x, a.dout), a.dout_stride);
@@ -298,7 +290,8 @@ template <class T> void backward(const Backward& a) {
     pack(p.taps, true, taps.data());
     auto* dx = same_type(x, a.dx);
     if (inner) {
-      const int64_t row = plan.size[2] * plan.channels, plane = plan.size[1] * row, dense[4] = {plan.size[0] * plane, plane, row, plan.channels};
+      const int64_t row = plan.size[2] * plan.channels, plane = plan.size[1] * row;
+      const int64_t dense[4] = {plan.size[0] * plane, plane, row, plan.channels};
       convolution(plan, p, Volume<T>(inner, dense), taps.data(), false, dx);
     } else {
       convolution(plan, p, dout, taps.data(), false, dx);

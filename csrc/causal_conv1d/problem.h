@@ -1,0 +1,97 @@
+// The call of a causal convolution: its arguments, the walk through the tokens, and how the work is cut.
+#pragma once
+#include "medssm/parallel.h"
+#include "medssm/simd.h"
+#include "medssm/taps.h"
+
+namespace medssm {
+namespace {
+
+// What kernels/causal_conv1d/native.py packs. Strides in elements.
+struct Problem {
+  const void* x;
+  int64_t x_type, x_stride[2];  // batch, token; channels are adjacent
+  int64_t batch, length;
+  Taps taps;
+  const void* initial;  // (b, d, width - 1), or null: zeros
+  int64_t initial_type, initial_stride[3];
+  const int64_t *index, *starts;  // the token of each step, null for raster; the sorted steps at which the taps begin anew
+  int64_t start_count, reverse;   // reverse: the same walk backwards
+  int64_t silu, wide, threads;    // wide: compute in double
+};
+struct Forward {
+  Problem problem;
+  void *out, *state;  // contiguous, x's type; state (b, d, width - 1) may be null
+};
+struct Backward {
+  Problem problem;
+  const void* dout;  // x's type
+  int64_t dout_stride[2];
+  const void* dstate;  // x's type, may be null
+  int64_t dstate_stride[3];
+  void *dx, *dweight, *dbias, *dinitial;  // contiguous, in the types of x, weight, bias, initial; dbias and dinitial may be null
+};
+
+constexpr int64_t kSteps = 128, kChannels = 256;  // of a task, at most
+
+// The order in which tokens are visited.
+class Walk {
+ public:
+  explicit Walk(const Problem& p) : index_(p.index), starts_(p.starts), count_(p.start_count), length_(p.length), reverse_(p.reverse) {}
+
+  int64_t token(int64_t step) const {
+    const int64_t at = reverse_ ? length_ - 1 - step : step;
+    return index_ ? index_[at] : at;
+  }
+
+  // The segment that contains a step: the taps see nothing before it begins.
+  Range segment(int64_t step) const {
+    const int64_t at = reverse_ ? length_ - 1 - step : step;
+    int64_t low = 0, high = count_;  // the first start after `at`
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (starts_[middle] <= at) low = middle + 1;
+      else high = middle;
+    }
+    const int64_t begin = low > 0 ? starts_[low - 1] : 0, end = low < count_ ? starts_[low] : length_;
+    return reverse_ ? Range{length_ - end, length_ - begin} : Range{begin, end};
+  }
+
+ private:
+  const int64_t *index_, *starts_;
+  int64_t count_, length_;
+  bool reverse_;
+};
+
+// The steps [begin, end) of image n for channel vectors [first, first + count).
+struct Task {
+  int64_t n, begin, end, first, count, share;
+};
+
+// How the work is cut.
+template <class T> struct Plan {
+  static constexpr int W = kLanes<T>;
+  int64_t length, channels, elements, past;  // of x; past: width - 1
+  int64_t vectors, packed;                   // of channels; elements of the taps and the bias of one vector
+  int64_t chunks, group, groups, shares;     // chunks of steps, vectors of a task, tasks per chunk, tasks that add to the same taps
+  int64_t row;                               // elements of a task's row in scratch memory
+
+  explicit Plan(const Problem& p)
+      : length(p.length), channels(p.taps.channels), elements(p.batch * length * channels), past(p.taps.count() - 1),
+        vectors(p.taps.vectors<T>()), packed(p.taps.packed<T>()), chunks(ceil_div(length, kSteps)),
+        group(ceil_div(vectors, ceil_div(vectors, kChannels / W))), groups(ceil_div(vectors, group)), shares(p.batch * chunks),
+        row(group * W) {}
+
+  int64_t tasks() const { return shares * groups; }
+  Task task(int64_t i) const {
+    const int64_t share = i / groups, begin = share % chunks * kSteps, first = i % groups * group;
+    return {share / chunks, begin, least(length, begin + kSteps), first, least(group, vectors - first), share};
+  }
+  // The channels of a task.
+  int64_t width(const Task& t) const { return least(t.count * W, channels - t.first * W); }
+  // Where they begin in a contiguous state (b, d, width - 1).
+  int64_t slots(const Task& t) const { return (t.n * channels + t.first * W) * past; }
+};
+
+}  // namespace
+}  // namespace medssm
