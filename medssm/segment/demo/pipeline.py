@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import medssm
+from medssm import machine
 from medssm.errors import UserError
-from medssm.segment.demo import figures, machine
+from medssm.segment.demo import figures
 from medssm.segment.demo.baselines import looked_up_labels, mirrored_labels
 from medssm.segment.demo.data import GAP_MM, Brain, load_brain, whole, write_dataset
 from medssm.segment.demo.report import write_report

@@ -1,0 +1,118 @@
+"""medssm bench: our kernels against what people run on a CPU today and against the processor's ceiling, all in one run."""
+
+from __future__ import annotations
+
+import fnmatch
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from medssm import machine, ops
+from medssm.bench import measure, report
+from medssm.bench.goals import goals
+from medssm.bench.peers import PEERS, installed
+from medssm.bench.rows import OURS, QUICK, ROWS, Row, channel_first, scan_inputs
+from medssm.errors import UserError
+from medssm.kernels import native
+from medssm.kernels.selective_scan.native import chunks
+
+_SECONDS = 4.0  # for the rounds of one row and number of threads
+_LENGTHS = tuple(2**i for i in range(10, 22))
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--rows", default="*", help=f"shell pattern of rows (default all: {', '.join(ROWS)}); 'lengths' is the plot")
+    parser.add_argument("--out", help="folder for results.json, results.md and lengths.png (default: print alone)")
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help="for the rounds of each row (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds: to see it work")
+
+
+def run(args) -> dict:
+    """Measure; with --out the files are written anew after every row, so that an interrupted run keeps what it has."""
+    if native.reason():
+        raise UserError(f"the benchmark needs the compiled kernels: {native.reason()}")
+    table = QUICK if args.quick else ROWS
+    chosen = [name for name in table if fnmatch.fnmatch(name, args.rows)]
+    lengths = not args.quick and fnmatch.fnmatch("lengths", args.rows)
+    if not chosen and not lengths:
+        raise UserError(f"--rows: expected a pattern of {', '.join((*table, 'lengths'))}, got {args.rows!r}")
+    measure.bind_threads(sys.argv[2:] if sys.argv[1:2] == ["bench"] else ["--rows", args.rows])
+    threads = torch.get_num_threads()
+    results = {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "machine": machine.describe(), "threads": threads,
+               "absent": [name for name in PEERS if not installed(name)], "rows": {}, "extra": _extra()}
+    for name in chosen:
+        row = _row(name, table[name], threads, args)
+        results["rows"][name] = row
+        _keep(results, args, report.markdown({**results, "rows": {name: row}}).split("\n\n## ", 1)[-1])
+    if lengths:
+        results["lengths"] = {}
+        for points in _lengths(results["lengths"]):
+            _keep(results, args, points)
+    if not args.quick:  # the goals are about full-sized rows
+        results["goals"] = [goal._asdict() for goal in goals(results)]
+    _keep(results, args, "")
+    if not (args.json or args.quiet or args.quick):
+        print("\n".join(f"{'' if g['met'] is None else 'met   ' if g['met'] else 'MISSED'} {g['name']}: {g['reached']} ({g['wanted']})" for g in results["goals"]))
+    return results
+
+
+def _row(name: str, row: Row, threads: int, args) -> dict:
+    """One row on one and on all threads, and the memory of its sides."""
+    sides = row.sides()
+    counts = {"both": sorted({1, threads}), "all": [threads], "one": [1]}[row.threads]
+    result = {"title": row.title, "tokens": row.tokens,
+              "times": {str(n): measure.times(sides, 0.1 if args.quick else args.seconds, n, row.limit) for n in counts}}
+    if row.memory:
+        del sides
+        result["memory"] = {side: measure.memory(name, side, counts[-1], args.quick) for side in result["times"][str(counts[-1])] if side != "ceiling"}
+    return result
+
+
+def _extra() -> dict:
+    """Figures that are no comparison of sides."""
+    tiny = scan_inputs(1, 16, 1, 16)
+    with torch.no_grad():
+        overhead = measure.call_overhead(lambda: ops.selective_scan(**tiny, delta_softplus=True))
+        x, w = torch.randn(1, 4, 16), torch.randn(16, 4)
+        convolution = measure.call_overhead(lambda: ops.causal_conv1d(x, w))
+    return {"overhead_us": overhead * 1e6, "causal_conv1d_overhead_us": convolution * 1e6, "checkpoint_share": chunks(4096, 16) * 16 / 4096}
+
+
+def _lengths(into: dict):
+    """Seconds of a forward of 96 channels against length, up to two million tokens; a peer stops where a call takes over 4 s or 6 GB."""
+    live = {OURS: None, **{name: PEERS[name] for name in PEERS if installed(name)}}
+    for length in _LENGTHS:
+        tensors = scan_inputs(1, 96, length, 16)
+        for name in list(live):
+            peer = live[name]
+            if peer is not None and length * 96 * 16 * 4 * 4 > 6e9:
+                del live[name]
+                continue
+            side_inputs = tensors if peer is None else channel_first(tensors)
+            side = (lambda t=side_inputs: ops.selective_scan(**t, delta_softplus=True, backend="native")) if peer is None else (
+                lambda t=side_inputs, p=peer: p(**t))
+            with torch.no_grad():
+                taken = measure.times({name: side}, 0.3, 1, limit=1.0)[name]["min"]
+            into.setdefault(name, []).append((length, taken))
+            if peer is not None and taken > 4:
+                del live[name]
+        yield f"{length} tokens: " + ", ".join(f"{name} {points[-1][1] * 1e3:.1f} ms" for name, points in into.items() if points[-1][0] == length)
+
+
+def _keep(results: dict, args, text: str) -> None:
+    if args.out:
+        report.write(results, Path(args.out))
+    if text and not (args.json or args.quiet):
+        print(text, flush=True)
+
+
+def _commit() -> str:
+    """The checkout's commit, or the version of an installed package."""
+    import medssm
+
+    root = Path(medssm.__file__).resolve().parent.parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else f"version {medssm.__version__}"

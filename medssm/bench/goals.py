@@ -1,0 +1,64 @@
+"""The goals of the CPU kernels, each a ratio between measurements of one run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from medssm.bench.rows import OURS
+
+
+class Goal(NamedTuple):
+    """what was asked for, the figure reached, and whether it is met (None where the run did not measure it)."""
+
+    name: str
+    wanted: str
+    reached: str
+    met: bool | None
+
+
+def goals(results: dict) -> list[Goal]:
+    """Every goal, from the rows of a run: {row: {"times": {threads: {side: {"min", …}}}, "memory": {side: bytes}}} and "extra"."""
+    rows, extra = results["rows"], results.get("extra", {})
+
+    def seconds(row, side=OURS, threads="1"):
+        return rows.get(row, {}).get("times", {}).get(threads, {}).get(side, {}).get("median")
+
+    def ratio(a, b):
+        return a / b if a and b else None
+
+    def over(row, peer, threads="1"):
+        return ratio(seconds(row, peer, threads), seconds(row, OURS, threads))
+
+    def both(row):
+        return ratio(seconds(row), seconds(row, threads=str(results["threads"])))
+
+    def room(row, ours, theirs):
+        sides = rows.get(row, {}).get("memory", {})
+        return ratio(sides.get(ours), sides.get(theirs))
+
+    per_token = ratio(seconds("scan-long"), seconds("scan"))
+    return [
+        _goal("forward over the ceiling micro-kernel", ratio(seconds("scan"), seconds("scan", "ceiling")), "<=", 1.25),
+        _goal("forward, mamba_ssm reference / ours", over("scan", "mamba_ssm reference"), ">=", 180),
+        _goal("forward, two-level / ours", over("scan", "two-level"), ">=", 60),
+        _goal("forward and backward, unbound / ours", over("scan-train", "reference, unbound"), ">=", 120),
+        _goal("forward and backward, two-level / ours", over("scan-train", "two-level"), ">=", 40),
+        _goal("all threads over one, forward", both("scan"), ">=", 1.8),
+        _goal("all threads over one, forward and backward", both("scan-train"), ">=", 1.7),
+        _goal("262,144 tokens: time per token against 4,096", per_token / 64 if per_token else None, "<=", 1.3),
+        _goal("16 channels, 262,144 tokens: all threads over one, forward", both("scan-narrow"), ">=", 1.35),
+        _goal("16 channels, 262,144 tokens: all threads over one, forward and backward", both("scan-narrow-train"), ">=", 1.35),
+        _goal("six orders over 64^3: permute, copy, scan / ours, time", over("six-orders", "permute, copy, scan"), ">=", 3.5),
+        _goal("six orders over 64^3: ours / permute, copy, scan, extra memory", room("six-orders", OURS, "permute, copy, scan"), "<=", 1 / 6),
+        _goal("depthwise_conv 3x3x3 with silu: PyTorch / ours", over("depthwise", "PyTorch, channels_last_3d"), ">=", 4),
+        _goal("checkpoints for backward / one float32 u", extra.get("checkpoint_share"), "<=", 0.25),
+        _goal("low-rank delta / full delta, peak memory", room("low-rank", OURS, "full delta"), "<=", 0.25),
+        _goal("call overhead without gradients, microseconds", extra.get("overhead_us"), "<=", 8),
+    ]
+
+
+def _goal(name: str, value: float | None, sense: str, bound: float) -> Goal:
+    wanted = f"{'at most' if sense == '<=' else 'at least'} {bound:.3g}"
+    if value is None:
+        return Goal(name, wanted, "not measured", None)
+    return Goal(name, wanted, f"{value:.3g}", value <= bound if sense == "<=" else value >= bound)

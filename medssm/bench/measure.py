@@ -1,0 +1,83 @@
+"""Timing and memory: the sides of a comparison take turns in one process; each side's memory is measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Side = Callable[[], object]
+
+
+def bind_threads(argv: list[str]) -> None:
+    """Start `medssm bench` again with one thread per core, fixed: two unbound threads may share a core, and then look no faster than one."""
+    wanted = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    if any(k not in os.environ for k in wanted):
+        os.execve(sys.executable, [sys.executable, "-m", "medssm.cli", "bench", *argv], {**os.environ, **wanted})
+
+
+def times(sides: dict[str, Side], seconds: float, threads: int, limit: float | None = None) -> dict[str, dict]:
+    """Seconds of each side: {"min", "median", "calls"}. The sides take turns until the time is spent, at least three rounds; a side whose
+    first call takes longer than `limit` is called that once."""
+    torch.set_num_threads(threads)
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    live = dict(sides)
+    for name, side in sides.items():
+        first = _time(side)
+        if limit is not None and first > limit:
+            taken[name].append(first)
+            del live[name]
+    begun, rounds = time.perf_counter(), 0
+    while live and (rounds < 3 or (time.perf_counter() - begun < seconds and rounds < 200)):
+        for name, side in live.items():
+            taken[name].append(_time(side))
+        rounds += 1
+    return {name: {"min": min(t), "median": statistics.median(t), "calls": len(t)} for name, t in taken.items()}
+
+
+def _time(side: Side) -> float:
+    begun = time.perf_counter()
+    side()
+    return time.perf_counter() - begun
+
+
+def call_overhead(side: Side, calls: int = 300, repeats: int = 40) -> float:
+    """Seconds of one call of something tiny: the least mean of many repetitions."""
+    torch.set_num_threads(1)
+    return min(_time(lambda: [side() for _ in range(calls)]) for _ in range(repeats)) / calls
+
+
+def memory(row: str, side: str, threads: int, quick: bool) -> int | None:
+    """Bytes that one call of a row's side takes above what was there before it, at its peak; None where the system does not tell."""
+    command = [sys.executable, "-m", "medssm.bench.measure", row, side, str(threads), str(int(quick))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
+
+
+def _peak_above(side: Side) -> int | None:
+    """Peak resident memory of one call above the level before it (Linux: VmHWM, reset through clear_refs)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists():
+        return None
+
+    def read(field):
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
+
+    reset.write_text("5")
+    before = read("VmRSS")
+    side()
+    return max(0, read("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    from medssm.bench.rows import QUICK, ROWS
+
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(_peak_above((QUICK if sys.argv[4] == "1" else ROWS)[sys.argv[1]].sides()[sys.argv[2]])))

@@ -1,0 +1,94 @@
+"""What people run on a CPU today, each written anew from its algorithm: channel-first (b, d, l) scans as their users have them.
+
+All take u, delta, z (b, d, l); A (d, n); B, C (b, n, l); D, delta_bias (d,) and apply bias, softplus, D and the gate as mamba_ssm does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import pad, silu, softplus
+
+
+def _prepare(delta, delta_bias):
+    return softplus(delta + delta_bias[:, None])
+
+
+def _finish(y, u, D, z):
+    return (y + D[:, None] * u) * silu(z)
+
+
+def literal(u, delta, A, B, C, D, z, delta_bias):
+    """mamba_ssm's reference as its users run it where there is no CUDA: the whole of exp(delta A) and delta B u (b, d, l, n), then a Python
+    loop that indexes one step at a time."""
+    delta = _prepare(delta, delta_bias)
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
+    inputs = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
+    h, y = u.new_zeros(u.shape[0], u.shape[1], A.shape[1]), []
+    for t in range(u.shape[2]):
+        h = decay[:, :, t] * h + inputs[:, :, t]
+        y.append(torch.einsum("bdn,bn->bd", h, C[:, :, t]))
+    return _finish(torch.stack(y, 2), u, D, z)
+
+
+def unbound(u, delta, A, B, C, D, z, delta_bias):
+    """The same loop over tensors unbound once, which spares its backward the O(l^2) of indexing."""
+    delta = _prepare(delta, delta_bias)
+    decay = torch.exp(torch.einsum("bdl,dn->ldbn", delta, A)).unbind(0)
+    inputs = torch.einsum("bdl,bnl,bdl->ldbn", delta, B, u).unbind(0)
+    h, y = u.new_zeros(u.shape[1], u.shape[0], A.shape[1]), []
+    for a, x, c in zip(decay, inputs, C.permute(2, 0, 1).unbind(0), strict=True):
+        h = a * h + x
+        y.append((h * c).sum(-1))
+    return _finish(torch.stack(y, 2).transpose(0, 1), u, D, z)
+
+
+def mambapy(u, delta, A, B, C, D, z, delta_bias):
+    """mambapy's parallel scan (a Blelloch scan in PyTorch), from its package."""
+    from mambapy.pscan import pscan
+
+    delta = _prepare(delta, delta_bias).transpose(1, 2)
+    decay = torch.exp(delta.unsqueeze(-1) * A)
+    inputs = (delta * u.transpose(1, 2)).unsqueeze(-1) * B.transpose(1, 2).unsqueeze(2)
+    h = pscan(decay, inputs)
+    return _finish((h @ C.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2), u, D, z)
+
+
+def two_level(u, delta, A, B, C, D, z, delta_bias, chunk=64):
+    """The best that plain PyTorch gives: all chunks step together in a loop of `chunk` steps, then the states are carried from chunk to
+    chunk, with exponentials of sums instead of products."""
+    batch, channels, length = u.shape
+    chunks = math.ceil(length / chunk)
+    missing = chunks * chunk - length
+    delta_ = pad(_prepare(delta, delta_bias), (0, missing)).view(batch, channels, chunks, chunk)
+    u_, B_, C_ = pad(u, (0, missing)).view(batch, channels, chunks, chunk), _chunks(B, missing, chunks), _chunks(C, missing, chunks)
+    inside = torch.cumsum(delta_, -1)
+    h, states = u.new_zeros(batch, channels, chunks, A.shape[1]), []
+    for t in range(chunk):
+        step = delta_[..., t, None]
+        h = torch.exp(step * A[:, None]) * h + step * u_[..., t, None] * B_[:, None, :, t]
+        states.append(h)
+    carry, before = u.new_zeros(batch, channels, A.shape[1]), []
+    whole = torch.exp(inside[..., -1, None] * A[:, None]).unbind(2)
+    for a, last in zip(whole, h.unbind(2), strict=True):
+        before.append(carry)
+        carry = a * carry + last
+    carried = torch.stack(before, 2)
+    y = [((states[t] + torch.exp(inside[..., t, None] * A[:, None]) * carried) * C_[:, None, :, t]).sum(-1) for t in range(chunk)]
+    return _finish(torch.stack(y, -1).flatten(2)[..., :length], u, D, z)
+
+
+def _chunks(x, missing, chunks):
+    """(b, n, l) -> (b, chunks, chunk, n)."""
+    return pad(x, (0, missing)).unflatten(2, (chunks, -1)).permute(0, 2, 3, 1)
+
+
+def installed(name: str) -> bool:
+    """Whether a peer can run here; one that cannot is reported absent, never counted as beaten."""
+    from importlib.util import find_spec
+
+    return name != "mambapy" or find_spec("mambapy") is not None
+
+
+PEERS = {"mamba_ssm reference": literal, "reference, unbound": unbound, "mambapy": mambapy, "two-level": two_level}

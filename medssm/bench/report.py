@@ -1,0 +1,74 @@
+"""A run as files: JSON with machine, versions and commit, a Markdown table, and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from medssm.bench.goals import Goal
+from medssm.bench.rows import OURS
+
+
+def write(results: dict, out: Path) -> list[Path]:
+    """results.json, results.md, ratios.png and lengths.png in `out`, each whole or not there."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = [_replace(out / "results.json", json.dumps(results, indent=1)), _replace(out / "results.md", markdown(results))]
+    if results.get("lengths"):
+        files.append(_plot_lengths(results, out / "lengths.png"))
+    return files
+
+
+def _replace(path: Path, text: str) -> Path:
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+    return path
+
+
+def markdown(results: dict) -> str:
+    """The goals, then every row: median times, ratios to ours, memory."""
+    where = results["machine"]
+    lines = [f"# Benchmark, {results['date']}, commit {results['commit']}", "",
+             f"{where['processor']}, {where['cores']} cores, {where['medssm']}, torch {where['torch']}, threads bound; sides interleaved in one process; "
+             "medians, ratios within a row."]
+    if results.get("goals"):
+        lines += ["", "| goal | wanted | reached | |", "|---|---|---|---|"]
+    lines += [f"| {g.name} | {g.wanted} | {g.reached} | {'' if g.met is None else 'met' if g.met else '**missed**'} |" for g in map(Goal._make, map(dict.values, results.get("goals", [])))]
+    for row in results["rows"].values():
+        lines += ["", f"## {row['title']}", "", "| side | threads | median | min | calls | / ours | ns per token and channel | peak memory |",
+                  "|---|---|---|---|---|---|---|---|"]
+        for threads, sides in row["times"].items():
+            ours = sides[OURS]["median"]
+            for name, t in sides.items():
+                each = f"{t['median'] / row['tokens'] * 1e9:.3g}" if row.get("tokens") else ""
+                memory = row.get("memory", {}).get(name)
+                lines.append(f"| {name} | {threads} | {_seconds(t['median'])} | {_seconds(t['min'])} | {t['calls']} | {t['median'] / ours:.3g} | {each} | "
+                             f"{f'{memory / 2**20:.0f} MiB' if memory is not None and threads == list(row['times'])[-1] else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def _seconds(t: float) -> str:
+    return f"{t * 1e6:.0f} us" if t < 1e-3 else f"{t * 1e3:.2f} ms" if t < 1 else f"{t:.1f} s"
+
+
+def _plot_lengths(results: dict, path: Path) -> Path:
+    """Time per token against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    for name, points in results["lengths"].items():
+        axes.plot([p[0] for p in points], [p[1] / p[0] * 1e6 for p in points], marker="o", label=name, linewidth=2.5 if name.startswith(OURS) else 1.2)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds per token",
+             title="Selective scan forward, 96 channels, state 16, one thread")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    fresh = path.with_name("new-" + path.name)
+    figure.savefig(fresh, dpi=150)
+    plt.close(figure)
+    os.replace(fresh, path)
+    return path

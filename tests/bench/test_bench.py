@@ -1,0 +1,58 @@
+"""The benchmark: peers compute what we compute, goals are read off a run, a quick run writes its files. No times are asserted."""
+
+import json
+
+import pytest
+import torch
+
+from medssm import cli, ops
+from medssm.bench import goals, peers, rows
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_peer_computes_the_same(name):
+    if not peers.installed(name):
+        pytest.skip(f"{name} is not installed")
+    tensors = {k: t.double() for k, t in rows.scan_inputs(2, 5, 70, 3).items()}
+    want = ops.selective_scan(**tensors, delta_softplus=True, backend="reference")
+    got = peers.PEERS[name](**rows.channel_first(tensors)).transpose(1, 2)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("make", [lambda: rows._six_orders(5, 8), lambda: rows._low_rank(4, 8, 2), lambda: rows._depthwise(6, 8)])
+def test_the_sides_of_a_row_do_the_same_work(make):
+    ours, *others = (side() for side in make().values())
+    for other in others:
+        other = other if other.shape == ours.shape else other.movedim(1, -1)
+        torch.testing.assert_close(ours, other.reshape(ours.shape), rtol=1e-3, atol=1e-3)
+
+
+def test_goals_are_ratios_of_a_run():
+    def t(x):
+        return {"median": x, "min": x, "calls": 1}
+
+    results = {"threads": 2, "extra": {"overhead_us": 9.0, "checkpoint_share": 0.25},
+               "rows": {"scan": {"times": {"1": {"medssm": t(1.0), "ceiling": t(0.9), "two-level": t(70.0)}, "2": {"medssm": t(0.5)}}},
+                        "scan-long": {"times": {"1": {"medssm": t(64 * 1.5)}}}}}
+    found = {g.name: g for g in goals.goals(results)}
+    assert found["forward over the ceiling micro-kernel"].met and found["forward, two-level / ours"].met
+    assert found["all threads over one, forward"].reached == "2" and found["all threads over one, forward"].met
+    assert found["262,144 tokens: time per token against 4,096"].reached == "1.5" and not found["262,144 tokens: time per token against 4,096"].met
+    assert not found["call overhead without gradients, microseconds"].met
+    assert found["forward, mamba_ssm reference / ours"].met is None
+
+
+def test_a_quick_run_writes_its_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    monkeypatch.setenv("OMP_PLACES", "cores")
+    assert cli.main(["bench", "--quick", "--quiet", "--out", str(tmp_path), "--rows", "depthwise"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    sides = results["rows"]["depthwise"]["times"]["1"]
+    assert set(sides) == {"medssm", "PyTorch, channels_last_3d"} and all(s["min"] > 0 for s in sides.values())
+    assert results["commit"] and results["machine"]["torch"]
+    assert "depthwise_conv" in (tmp_path / "results.md").read_text()
+
+
+def test_an_unknown_row_is_one_line(capsys):
+    assert cli.main(["bench", "--rows", "nothing*"]) == 2
+    assert "--rows: expected a pattern of scan" in capsys.readouterr().err
