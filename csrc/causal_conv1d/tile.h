@@ -73,7 +73,7 @@ void differentiate(const T* const* rows, const T* taps, int64_t width, int64_t c
   constexpr int W = kLanes<T>;
   const int64_t side = kWidth > 0 ? kWidth : width;
   each_vector<T>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-    Vec<T> pre[kTile], grad[kTile];
+    Vec<T> pre[kTile] = {}, grad[kTile];
     if (activate) preactivation<T, kWidth>(rows, c, taps + c * (side + 1), side, lanes, pre);
 #pragma GCC unroll 4
     for (int t = 0; t < kTile; ++t) {
