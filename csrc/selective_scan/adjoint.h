@@ -27,6 +27,7 @@ template <class T> struct Adjoint {
   T *dB, *dC;                         // rows of state n, one every row_step
   int64_t row_step;
   T* kept;                            // scratch: e and h, kTile * 2 * kAdjointUnit vectors
+  const Ahead* ahead;                 // a share of it is asked for during each unit; may be null
 };
 
 template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)) void retreat(const Adjoint<T>& a) {
@@ -37,8 +38,10 @@ template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)
 
   const T *B = a.B.rows, *C = a.C.rows;
   T* kept = a.kept;
+  const Ahead* const ahead = a.ahead;
   for (int64_t t = 0; t < a.count; ++t, B += a.B.step, C += a.C.step, kept += 2 * kStates * W) {
     const Vec<T> s = load<T>(a.s + t * W), su = load<T>(a.su + t * W);
+    if (ahead) ahead->ask(t);
     Vec<T> y = !kY || a.first ? Vec<T>{} : load<T>(a.y + t * W);
 #pragma GCC unroll 8
     for (int n = 0; n < kStates; ++n) {
@@ -96,7 +99,11 @@ template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)
 
 template <class T, int kStates, bool kY, bool kBounded> void retreat_all(Adjoint<T> a, int64_t states) {
   constexpr int W = kLanes<T>;
-  for (; states >= kStates; states -= kStates) {
+  const Ahead* const all = a.ahead;
+  const int64_t units = states / kStates;
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const Ahead some = all ? all->share(unit, units) : Ahead(Tile{});
+    a.ahead = all ? &some : nullptr;
     retreat<T, kStates, kY, kBounded>(a);
     a.rates += kStates * W;
     a.state += kStates * W;
@@ -108,8 +115,9 @@ template <class T, int kStates, bool kY, bool kBounded> void retreat_all(Adjoint
     a.dC += kStates;
     a.first = false;
   }
+  a.ahead = units ? nullptr : all;
   if constexpr (kStates > 1)
-    if (states) retreat_all<T, kStates / 2, kY, kBounded>(a, states);
+    if (states % kStates) retreat_all<T, kStates / 2, kY, kBounded>(a, states % kStates);
 }
 
 template <class T> void retreat_any(const Adjoint<T>& a, int64_t states, bool bounded) {

@@ -6,6 +6,7 @@
 #include "adjoint.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
+#include "medssm/silu.h"
 
 using namespace medssm;
 
@@ -48,7 +49,7 @@ template <class T> class Backward {
 
  private:
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kRound = 1024, kRoundBytes = 256 << 10;  // steps, and bytes of shares of dB and dC, of a round at most
+  static constexpr int64_t kRound = 1024, kRoundBytes = 128 << 10;  // steps, and bytes of shares of dB and dC, of a round at most
 
   // What threads share. rows: two turns of [item][step][dB and dC of the first half, of the second, d low-rank delta];
   // sums: [item][dA n, dproj r, dD, dbias], totals: the same per block, over the batch; where an item is shared by halves,
@@ -146,6 +147,7 @@ template <class T> class Backward {
           const Shared shared = shared_rows(seat.channels.block, tile);
           const Inputs<T> in = inputs(seat.channels, tile, shared.low);
           T* row = rows + (seat.item * b_.round_ + tile.from - from) * b_.row_;
+          const Ahead ahead = lines(seat.channels.block, tile.from);
           const T* start = seat.starts + (tile.from - chunk) / kTile * p_.state * W;
           if (tile.fresh) std::memset(seat.channels.state, 0, sizeof(T) * p_.state * W);
           for (int half = seat.from; half < seat.to; ++half) {
@@ -158,14 +160,14 @@ template <class T> class Backward {
             const int64_t n = first(half), count = first(half + 1) - n;
             retreat_any<T>({seat.channels.rates + n * W, in.s, in.su, buffers_.dy, {shared.B.rows + n, shared.B.step}, {shared.C.rows + n, shared.C.step},
                             tile.count, (tile.fresh ? seat.channels.state : start) + n * W, seat.carry + n * W, sums(seat) + n * W,
-                            p_.z.data ? y : nullptr, along_A, along_B, true, row + 2 * n, row + 2 * n + count, b_.row_, buffers_.kept}, count, in.bounded);
+                            p_.z.data ? y : nullptr, along_A, along_B, true, row + 2 * n, row + 2 * n + count, b_.row_, buffers_.kept,
+                            half == seat.from ? &ahead : nullptr}, count, in.bounded);
           }
           if (tile.fresh) std::memset(seat.carry + first(seat.from) * W, 0, sizeof(T) * W * (first(seat.to) - first(seat.from)));
           if (!b_.halved_) {
             T* tile_sums = sums(seat) + p_.state * W;
             outputs(seat.channels, tile, in, shared.low, buffers_.y, buffers_.along_A, buffers_.along_B, row + 2 * p_.state, tile_sums, true);
           }
-          if (tile.from == chunk && chunk > 0) fetch(seat.channels.block, b_.walk_.steps(most<int64_t>(0, chunk - kTile), chunk));
         }
       }
     }
@@ -185,7 +187,7 @@ template <class T> class Backward {
         Inputs<T> in{{}, buffers_.s, buffers_.su, nullptr, true};
         prepare<T>(p_, channels, tile, shared.low, buffers_.u, &in);
         for (int half = seat.from; half < seat.to; ++half)
-          if (first(half) < first(half + 1)) advance_half<T>(p_, channels, in, shared.B, shared.C, tile.count, half, buffers_.y[half]);
+          if (first(half) < first(half + 1)) advance_half<T>(p_, channels, in, shared.B, shared.C, tile.count, half, buffers_.y[half], nullptr);
         if (!next.fresh) std::memcpy(seat.starts + (next.from - chunk) / kTile * p_.state * W, channels.state, sizeof(T) * p_.state * W);
       }
     }
@@ -195,13 +197,14 @@ template <class T> class Backward {
       Inputs<T> in{{}, buffers_.s, buffers_.su, buffers_.slope, true};
       prepare<T>(p_, channels, tile, low, buffers_.u, &in);
       const View<T> dout = block_view<T>(a_.dout, channels.block, tile, buffers_.dout);
-      const Vec<T> scale = splat(static_cast<T>(p_.scale)), one = splat(static_cast<T>(1));
+      const Vec<T> scale = splat(static_cast<T>(p_.scale));
       if (p_.z.data) {
         const View<T> z = block_view<T>(p_.z, channels.block, tile, buffers_.z);
         for (int64_t t = 0; t < tile.count; ++t) {
-          const Vec<T> x = load<T>(z[t]), open = sigmoid<T>(x), scaled = load<T>(dout[t]) * scale;
-          store(buffers_.dy + t * W, scaled * x * open);
-          store(buffers_.gate + t * W, scaled * open * fma(x, one - open, one));
+          const Silu<T> gate = silu_and_slope<T>(load<T>(z[t]));
+          const Vec<T> scaled = load<T>(dout[t]) * scale;
+          store(buffers_.dy + t * W, scaled * gate.value);
+          store(buffers_.gate + t * W, scaled * gate.slope);
         }
       } else {
         for (int64_t t = 0; t < tile.count; ++t) store(buffers_.dy + t * W, load<T>(dout[t]) * scale);
@@ -213,32 +216,29 @@ template <class T> class Backward {
     void outputs(const Channels<T>& channels, const Tile& tile, const Inputs<T>& in, const View<T>& low, T* const* y, T* const* along_A,
                  T* const* along_B, T* low_row, T* parts, bool add) {
       const Block& block = channels.block;
-      const bool two = p_.state > 1;
-      const Vec<T> D = channels.D, ln2 = splat(static_cast<T>(kLn2));
+      const int64_t second = p_.state > 1;  // one state: the second half is empty, and its tiles were never set
+      const Vec<T> D = channels.D;
+      const auto both = [&](T* const* halves, int64_t t) {
+        const Vec<T> sum = load<T>(halves[0] + t * W);
+        return second ? sum + load<T>(halves[1] + t * W) : sum;
+      };
       Vec<T> dD{}, dbias{};
-      T *of_B = along_B[0], *of_s = buffers_.slope;
-      for (int64_t t = 0; t < tile.count; ++t) {
-        const Vec<T> u = load<T>(in.u[t]), dy = load<T>(buffers_.dy + t * W);
-        const Vec<T> B = two ? load<T>(along_B[0] + t * W) + load<T>(along_B[1] + t * W) : load<T>(along_B[0] + t * W);
-        const Vec<T> A = two ? load<T>(along_A[0] + t * W) + load<T>(along_A[1] + t * W) : load<T>(along_A[0] + t * W);
-        const Vec<T> ds = fma(u, B, A * ln2) * load<T>(in.slope + t * W);
+      write<T>(a_.du, block, tile, [&](int64_t t) {
+        const Vec<T> u = load<T>(in.u[t]), dy = load<T>(buffers_.dy + t * W), of_B = both(along_B, t);
+        const Vec<T> ds = fma(u, of_B, both(along_A, t) * static_cast<T>(kLn2)) * load<T>(in.slope + t * W);
+        store(in.slope + t * W, ds);
         dD = fma(dy, u, dD);
         dbias += ds;
-        store(of_B + t * W, B);
-        store(of_s + t * W, ds);
-      }
-      write<T>(a_.du, block, tile, [&](int64_t t) {
-        const Vec<T> du = fma(load<T>(in.s + t * W), load<T>(of_B + t * W), D * load<T>(buffers_.dy + t * W));
+        const Vec<T> du = fma(load<T>(in.s + t * W), of_B, D * dy);
         return a_.du.earlier ? du + earlier<T>(a_.du, block, tile, t) : du;
       });
+      if (p_.rank) expand_adjoint(channels, tile, low, in.slope, low_row, parts, add);
+      else write<T>(a_.ddelta, block, tile, [&](int64_t t) { return load<T>(in.slope + t * W); });
       if (p_.z.data)
         write<T>(a_.dz, block, tile, [&](int64_t t) {
-          const Vec<T> sum = two ? load<T>(y[0] + t * W) + load<T>(y[1] + t * W) : load<T>(y[0] + t * W);
-          const Vec<T> dz = fma(D, load<T>(in.u[t]), sum) * load<T>(buffers_.gate + t * W);
+          const Vec<T> dz = fma(D, load<T>(in.u[t]), both(y, t)) * load<T>(buffers_.gate + t * W);
           return a_.dz.earlier ? dz + earlier<T>(a_.dz, block, tile, t) : dz;
         });
-      if (p_.rank) expand_adjoint(channels, tile, low, of_s, low_row, parts, add);
-      else write<T>(a_.ddelta, block, tile, [&](int64_t t) { return load<T>(of_s + t * W); });
       T* last = parts + p_.rank * W;
       store(last, add ? load<T>(last) + dD : dD);
       store(last + W, add ? load<T>(last + W) + dbias : dbias);
@@ -393,11 +393,17 @@ template <class T> class Backward {
       return rows;
     }
 
-    void fetch(const Block& block, const Tile& next) const {
-      prefetch(p_.u, block, next);
-      if (!p_.rank) prefetch(p_.delta, block, next);
-      prefetch(p_.z, block, next);
-      prefetch(a_.dout, block, next);
+    // Of the steps before `end`.
+    Ahead lines(const Block& block, int64_t end) const {
+      Ahead ahead(b_.walk_.steps(most<int64_t>(0, end - kTile), end));
+      ahead.add(p_.u, block);
+      if (!p_.rank) ahead.add(p_.delta, block);
+      ahead.add(p_.z, block);
+      ahead.add(a_.dout, block);
+      ahead.add(a_.du, block);
+      if (!p_.rank) ahead.add(a_.ddelta, block);
+      ahead.add(a_.dz, block);
+      return ahead;
     }
 
     const Backward& b_;

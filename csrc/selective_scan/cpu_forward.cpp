@@ -4,6 +4,7 @@
 // shared, the rows of B and C. Softplus, D, the gate and conversions happen on tiles that stay in the first-level cache.
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
+#include "medssm/silu.h"
 #include "recurrence.h"
 
 using namespace medssm;
@@ -90,8 +91,8 @@ template <class T> class Forward {
         begin(mine, tile, 0, p_.state);
         Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
         prepare<T>(p_, mine, tile, rows.low, buffers.u, &in);
-        advance_both<T>(p_, mine, in, rows.B, rows.C, tile.count, buffers.y);
-        fetch(mine.block, next);
+        const Ahead ahead = lines(mine.block, next);
+        advance_both<T>(p_, mine, in, rows.B, rows.C, tile.count, buffers.y, &ahead);
         finish(mine, tile, in.u, buffers.y[0], buffers);
       }
       from += tile.count;
@@ -126,7 +127,7 @@ template <class T> class Forward {
             begin(one, tile, half ? first_half(p_.state) : 0, half ? p_.state : first_half(p_.state));
             Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
             prepare<T>(p_, one, tile, rows.low, buffers.u, &in);
-            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, turn + (seat * kRound + from - begin_at) * W);
+            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, turn + (seat * kRound + from - begin_at) * W, nullptr);
             from += tile.count;
           }
         }
@@ -160,10 +161,13 @@ template <class T> class Forward {
     for (int64_t n = low; n < high; ++n) store_part(to + n * p_.channels, load<T>(channels.state + n * W), block.lanes);
   }
 
-  void fetch(const Block& block, const Tile& next) const {
-    prefetch(p_.u, block, next);
-    if (!p_.rank) prefetch(p_.delta, block, next);
-    prefetch(p_.z, block, next);
+  Ahead lines(const Block& block, const Tile& next) const {
+    Ahead ahead(next);
+    ahead.add(p_.u, block);
+    if (!p_.rank) ahead.add(p_.delta, block);
+    ahead.add(p_.z, block);
+    ahead.add(a_.out, block);
+    return ahead;
   }
 
   // out = scale (y + D u + earlier) silu(z)
@@ -176,10 +180,7 @@ template <class T> class Forward {
     };
     if (!p_.z.data) return write<T>(a_.out, block, tile, before_gate);
     const View<T> z = block_view<T>(p_.z, block, tile, buffers.z);
-    write<T>(a_.out, block, tile, [&](int64_t t) {
-      const Vec<T> gate = load<T>(z[t]);
-      return before_gate(t) * gate * sigmoid<T>(gate);
-    });
+    write<T>(a_.out, block, tile, [&](int64_t t) { return before_gate(t) * silu<T>(load<T>(z[t])); });
   }
 
   void store_state(const Channels<T>& channels, int64_t low, int64_t high) const {

@@ -24,12 +24,13 @@ template <class T> struct Channels {
     state = rates + p.state * W;
     proj = state + p.state * W;
     load_weights<T>(p.A, block.channel, block.lanes, p.state, rates);
-    steepest = Vec<T>{};
+    Largest<T> magnitude;
     for (int64_t n = 0; n < p.state; ++n) {
       const Vec<T> rate = load<T>(rates + n * W) * static_cast<T>(kLog2E);
-      steepest = larger_magnitude<T>(steepest, rate);
+      magnitude.add(rate);
       store(rates + n * W, rate);
     }
+    steepest = magnitude.value();
     if (p.rank) load_weights<T>(p.proj, block.channel, block.lanes, p.rank, proj);
     D = p.D ? load_part<T>(static_cast<const T*>(p.D) + block.channel, block.lanes) : Vec<T>{};
     bias = p.bias ? load_part<T>(static_cast<const T*>(p.bias) + block.channel, block.lanes) : Vec<T>{};
@@ -49,24 +50,27 @@ template <class T> struct Inputs {
 };
 
 template <class T, bool kSoftplus, bool kSlope>
-void step_sizes(const Channels<T>& channels, const View<T>& delta, int64_t count, Inputs<T>* in) {
+void step_sizes(const Channels<T>& channels, View<T> delta, int64_t count, Inputs<T>* in) {
   constexpr int W = kLanes<T>;
-  const Vec<T> bias = channels.bias, steepest = channels.steepest;
-  Vec<T> largest{};
+  const Vec<T> bias = channels.bias;
+  const View<T> u = in->u;
+  T *const to_s = in->s, *const to_su = in->su, *const to_slope = in->slope;
+  Largest<T> largest;
   for (int64_t t = 0; t < count; ++t) {
     Vec<T> s = load<T>(delta[t]) + bias;
     if constexpr (kSoftplus) {
       const Softplus<T> both = softplus<T>(s);
       s = both.value;
-      if constexpr (kSlope) store(in->slope + t * W, both.slope);
-    } else if constexpr (kSlope) {
-      store(in->slope + t * W, splat<T>(1));
+      largest.add_positive(s);
+      if constexpr (kSlope) store(to_slope + t * W, both.slope);
+    } else {
+      largest.add(s);
+      if constexpr (kSlope) store(to_slope + t * W, splat<T>(1));
     }
-    largest = larger_magnitude<T>(largest, s * steepest);
-    store(in->s + t * W, s);
-    store(in->su + t * W, s * load<T>(in->u[t]));
+    store(to_s + t * W, s);
+    store(to_su + t * W, s * load<T>(u[t]));
   }
-  in->bounded = all_at_most<T>(largest, kExp2Bound<T>);
+  in->bounded = all_at_most<T>(largest.value() * channels.steepest, kExp2Bound<T>);
 }
 
 // s, s u and where asked the slope of a tile. low: the rows of the low-rank delta. buffer: where u may be staged.
@@ -95,6 +99,7 @@ template <class T> struct Unit {
   int64_t count, half;
   T *state, *y[2];          // of state n; y of each half
   bool first[2], join;      // first: y is set, not added to; join: y[0] becomes the sum of both halves
+  const Ahead* ahead;       // asked for during the first unit; may be null
 };
 
 template <class T, bool kBounded> MEDSSM_INLINE Vec<T> power(Vec<T> x) {
@@ -112,6 +117,7 @@ template <class T, int kStates, bool kBoth, bool kBounded> __attribute__((noinli
   const T *rates[2] = {unit.rates, unit.rates + unit.half * W}, *B = unit.B.rows, *C = unit.C.rows;
   for (int64_t t = 0; t < unit.count; ++t, B += unit.B.step, C += unit.C.step) {
     const Vec<T> s = load<T>(unit.s + t * W), su = load<T>(unit.su + t * W);
+    if (unit.ahead) unit.ahead->ask(t);
     Vec<T> y[2];
 #pragma GCC unroll 2
     for (int k = 0; k < kHalves; ++k) {
@@ -150,6 +156,7 @@ template <class T, int kStates, bool kBoth, bool kBounded> void advance_all(Unit
     unit.B.rows += kStates;
     unit.C.rows += kStates;
     unit.first[0] = unit.first[1] = false;
+    unit.ahead = nullptr;
   }
   unit.join = join;
   if constexpr (kStates > 1)
@@ -164,17 +171,19 @@ template <class T, bool kBoth> void advance_any(const Unit<T>& unit, int64_t sta
 
 // One half of the states, 0 or 1, over a tile: y[half] is set, the state moves on.
 template <class T>
-void advance_half(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count, int half, T* y) {
+void advance_half(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count, int half, T* y,
+                  const Ahead* ahead) {
   const int64_t from = half ? first_half(p.state) : 0, states = half ? p.state - from : first_half(p.state);
   advance_any<T, false>({channels.rates + from * kLanes<T>, in.s, in.su, {B.rows + from, B.step}, {C.rows + from, C.step}, count, 0,
-                         channels.state + from * kLanes<T>, {y, nullptr}, {true, true}, false}, states, in.bounded);
+                         channels.state + from * kLanes<T>, {y, nullptr}, {true, true}, false, ahead}, states, in.bounded);
 }
 
 // All states over a tile: y[0] is set to the sum of both halves, the state moves on. y[1] is scratch.
 template <class T>
-void advance_both(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count, T* const* y) {
+void advance_both(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count, T* const* y,
+                  const Ahead* ahead) {
   const int64_t half = first_half(p.state), paired = p.state - half;
-  Unit<T> unit{channels.rates, in.s, in.su, B, C, count, half, channels.state, {y[0], y[1]}, {true, true}, true};
+  Unit<T> unit{channels.rates, in.s, in.su, B, C, count, half, channels.state, {y[0], y[1]}, {true, true}, true, ahead};
   if (half > paired) {
     // An odd number of states: the first half has one more, which goes first.
     advance_any<T, false>(unit, 1, in.bounded);
@@ -184,6 +193,7 @@ void advance_both(const Problem& p, const Channels<T>& channels, const Inputs<T>
     unit.C.rows += 1;
     unit.half = paired;
     unit.first[0] = false;
+    unit.ahead = nullptr;
   }
   if (paired) advance_any<T, true>(unit, paired, in.bounded);
 }

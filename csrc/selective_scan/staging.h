@@ -78,13 +78,43 @@ template <class T> View<T> row_view(const Rows& x, int64_t batch, int64_t group,
   return {buffer, step};
 }
 
-// Asks for the lines of a block's next tile: a walk along any axis but the last defeats the processor's own prefetcher.
-MEDSSM_INLINE void prefetch(const Tokens& x, const Block& block, const Tile& tile) {
-  if (!x.data || x.channel != 1) return;
-  const int64_t size = element_size(x.type);
-  const char* base = static_cast<const char*>(x.data) + (x.batch * block.batch + block.channel) * size;
-  for (int64_t t = 0; t < tile.count; ++t) __builtin_prefetch(base + tile.token(t) * x.token * size);
-}
+// The lines that a block's next tile will need. They are asked for a few at a time between the arithmetic of the tile before: the stride
+// between tokens, and any walk along another axis, defeat the processor's own prefetcher, and all at once would overflow its queue.
+class Ahead {
+ public:
+  explicit Ahead(const Tile& next) : next_(next) {}
+
+  // x may be absent; channels that are not adjacent have no lines to ask for.
+  void add(const void* data, int64_t type, int64_t batch, int64_t token, int64_t channel, const Block& block) {
+    if (!data || channel != 1 || count_ == kMost) return;
+    const int64_t size = element_size(type);
+    lines_[count_++] = {static_cast<const char*>(data) + (batch * block.batch + block.channel) * size, token * size};
+  }
+  void add(const Tokens& x, const Block& block) { add(x.data, x.type, x.batch, x.token, x.channel, block); }
+  void add(const Output& x, const Block& block) { add(x.data, x.type, x.batch, x.token, 1, block); }
+
+  // The part-th of `parts` shares of the lines.
+  Ahead share(int64_t part, int64_t parts) const {
+    Ahead some(next_);
+    for (int64_t i = part * count_ / parts; i < (part + 1) * count_ / parts; ++i) some.lines_[some.count_++] = lines_[i];
+    return some;
+  }
+
+  MEDSSM_INLINE void ask(int64_t t) const {
+    if (t >= next_.count) return;
+    for (int i = 0; i < count_; ++i) __builtin_prefetch(lines_[i].base + next_.token(t) * lines_[i].step);
+  }
+
+ private:
+  static constexpr int kMost = 8;
+  struct Line {
+    const char* base;
+    int64_t step;
+  };
+  Tile next_;
+  Line lines_[kMost];
+  int count_ = 0;
+};
 
 // Writes value(t), a vector, for each token of the tile.
 template <class T, class F> MEDSSM_INLINE void write(const Output& out, const Block& block, const Tile& tile, F&& value) {

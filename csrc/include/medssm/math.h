@@ -19,12 +19,16 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// 2^x for |x| <= kExp2Bound<T>, and NaN for NaN.
-template <class T> MEDSSM_INLINE Vec<T> exp2_bounded(Vec<T> x);
+// x = n + r, n the multiple of a power of two that is nearest to x. `shifted` carries n in its low bits.
+template <class T> struct Split { Vec<T> shifted, n, r; };
+
+// 2^(n + r).
+template <class T> MEDSSM_INLINE Vec<T> exp2_of(const Split<T>& x);
 
 #if defined(__AVX512F__)
 
 template <class T> constexpr T kExp2Bound = sizeof(T) == 4 ? T(65536) : T(1000);
+template <class T> constexpr T kRound = sizeof(T) == 4 ? T(393216) : T(6755399441055744);  // 1.5 * 2^18, 1.5 * 2^52: units of 1/32 and 1
 
 // 2^(i / 32)
 alignas(64) constexpr float kExp2Table[32] = {
@@ -33,46 +37,52 @@ alignas(64) constexpr float kExp2Table[32] = {
     1.414213562f, 1.445180807f, 1.476826146f, 1.509164428f, 1.542210825f, 1.575980845f, 1.610490332f, 1.645755478f,
     1.681792831f, 1.718619298f, 1.756252160f, 1.794709075f, 1.834008086f, 1.874167634f, 1.915206561f, 1.957144124f};
 
-// x = n + r with n the nearest multiple of 1/32: 2^x = 2^floor(n) * table[32 frac(n)] * (1 + c1 r + c2 r^2). Four operations of the
-// multiplier. c1 is ln 2 itself, so that 1 - 2^x is relatively right for small x; c2 then leaves at most 2.5e-7 at r = 1/64.
-template <> MEDSSM_INLINE Floats exp2_bounded<float>(Floats x) {
-  MEDSSM_OPAQUE(x);
-  constexpr float kRound = 393216.f;  // 1.5 * 2^18: its unit in the last place is 1/32, its low five bits are the index
-  const Floats shifted = x + kRound, n = shifted - kRound, r = x - n;
-  const Floats scale = (Floats)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)shifted, _mm512_load_ps(kExp2Table + 16));
-  const Floats q = fma(splat(0.24000969f), r, splat(0.69314718f)) * r;
-  return (Floats)_mm512_scalef_ps((__m512)fma(scale, q, scale), (__m512)n);
+// 2^floor(n) * table[32 frac(n)] * (1 + c1 r + c2 r^2). c1 is ln 2 itself, so that 1 - 2^x is relatively right for small x; c2 then leaves at
+// most 2.5e-7, at r = 1/64.
+template <> MEDSSM_INLINE Floats exp2_of<float>(const Split<float>& x) {
+  const Floats scale = (Floats)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)x.shifted, _mm512_load_ps(kExp2Table + 16));
+  const Floats q = fma(splat(0.24000969f), x.r, splat(0.69314718f)) * x.r;
+  return (Floats)_mm512_scalef_ps((__m512)fma(scale, q, scale), (__m512)x.n);
 }
 
 #else
 
 template <class T> constexpr T kExp2Bound = sizeof(T) == 4 ? T(125) : T(1000);
+template <class T> constexpr T kRound = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 * 2^23, 1.5 * 2^52: units of 1
 
-// x = n + r with n an integer: a polynomial for 2^r, then n is added to its exponent.
-template <> MEDSSM_INLINE Floats exp2_bounded<float>(Floats x) {
-  MEDSSM_OPAQUE(x);
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: its unit in the last place is 1
-  const Floats shifted = x + kRound, r = x - (shifted - kRound);
-  Floats p = fma(splat(0.001326472712f), r, splat(0.009671512645f));
-  p = fma(p, r, splat(0.05550733743f));
-  p = fma(p, r, splat(0.2402224209f));
-  p = fma(p, r, splat(0.6931469776f));
-  p = fma(p, r, splat(1.f));
-  return bit_cast<Floats>(bit_cast<Ints32>(p) + (bit_cast<Ints32>(shifted) << 23));
+// A polynomial for 2^r; n is added to its exponent.
+template <> MEDSSM_INLINE Floats exp2_of<float>(const Split<float>& x) {
+  Floats p = fma(splat(0.001326472712f), x.r, splat(0.009671512645f));
+  p = fma(p, x.r, splat(0.05550733743f));
+  p = fma(p, x.r, splat(0.2402224209f));
+  p = fma(p, x.r, splat(0.6931469776f));
+  p = fma(p, x.r, splat(1.f));
+  return bit_cast<Floats>(bit_cast<Ints32>(p) + (bit_cast<Ints32>(x.shifted) << 23));
 }
 
 #endif
 
-template <> MEDSSM_INLINE Doubles exp2_bounded<double>(Doubles x) {
-  MEDSSM_OPAQUE(x);
-  constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
+template <> MEDSSM_INLINE Doubles exp2_of<double>(const Split<double>& x) {
   constexpr double kTaylor[] = {1., 0.6931471805599453, 0.2402265069591007, 0.055504108664821576, 0.009618129107628477,
                                 0.0013333558146428441, 0.00015403530393381606, 1.5252733804059838e-05, 1.3215486790144305e-06,
                                 1.0178086009239696e-07, 7.054911620801121e-09, 4.44553827187081e-10, 2.5678435993488196e-11};  // ln(2)^k / k!
-  const Doubles shifted = x + kRound, r = x - (shifted - kRound);
   Doubles p = splat(kTaylor[12]);
-  for (int k = 11; k >= 0; --k) p = fma(p, r, splat(kTaylor[k]));
-  return bit_cast<Doubles>(bit_cast<Ints64>(p) + (bit_cast<Ints64>(shifted) << 52));
+  for (int k = 11; k >= 0; --k) p = fma(p, x.r, splat(kTaylor[k]));
+  return bit_cast<Doubles>(bit_cast<Ints64>(p) + (bit_cast<Ints64>(x.shifted) << 52));
+}
+
+// 2^x for |x| <= kExp2Bound<T>, and NaN for NaN. With AVX-512 it takes four operations of the multiplier, x itself included.
+template <class T> MEDSSM_INLINE Vec<T> exp2_bounded(Vec<T> x) {
+  MEDSSM_OPAQUE(x);
+  const Vec<T> shifted = x + kRound<T>, n = shifted - kRound<T>;
+  return exp2_of<T>({shifted, n, x - n});
+}
+
+// e^x for |x| <= kExpBound<T>, and NaN for NaN.
+template <class T> constexpr T kExpBound = kExp2Bound<T> * T(0.6931);
+template <class T> MEDSSM_INLINE Vec<T> exp_bounded(Vec<T> x) {
+  const Vec<T> log2e = splat(static_cast<T>(kLog2E)), shifted = fma(x, log2e, splat(kRound<T>)), n = shifted - kRound<T>;
+  return exp2_of<T>({shifted, n, fma(x, log2e, -n)});
 }
 
 // 2^x for every x: 0 at -inf, inf where it overflows, NaN at NaN. Results below the normal numbers may be 0.
@@ -84,40 +94,50 @@ template <class T> MEDSSM_INLINE Vec<T> exp2(Vec<T> x) {
 
 template <class T> MEDSSM_INLINE Vec<T> exp(Vec<T> x) { return exp2<T>(x * static_cast<T>(kLog2E)); }
 
-// e^-|x|: in [0, 1], NaN at NaN.
-template <class T> MEDSSM_INLINE Vec<T> exp_minus_abs(Vec<T> x) {
-  const Vec<T> scaled = abs(x) * static_cast<T>(-kLog2E);
-  return select(scaled < -kExp2Bound<T>, Vec<T>{}, exp2_bounded<T>(max(splat(-kExp2Bound<T>), scaled)));
+// e^-|x|, in [0, 1]; NaN at NaN. Where it would be below the normal numbers it may stop short of 0.
+template <class T> MEDSSM_INLINE Vec<T> exp_minus_abs(Vec<T> x) { return exp_bounded<T>(max(splat(-kExpBound<T>), -abs(x))); }
+
+// a / b for normal b below 2^126. AVX-512 has an estimate of 1 / b which one Newton step makes right to an ulp, in a third of a division's time.
+template <class T> MEDSSM_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) { return a / b; }
+#if defined(__AVX512F__)
+template <> MEDSSM_INLINE Floats quotient<float>(Floats a, Floats b) {
+  const Floats estimate = (Floats)_mm512_rcp14_ps((__m512)b);
+  return a * fma(estimate, fma(-b, estimate, splat(1.f)), estimate);
 }
+#endif
 
 // ln(1 + e) for e in [0, 1] as 2 atanh(s), s = e / (2 + e): relatively right down to the smallest e.
 template <class T> MEDSSM_INLINE Vec<T> log1p_unit(Vec<T> e);
 template <> MEDSSM_INLINE Floats log1p_unit<float>(Floats e) {
-  const Floats s = e / (e + 2.f), w = s * s;
-  Floats p = fma(splat(0.140059935f), w, splat(0.1400090262f));
-  p = fma(p, w, splat(0.2001076362f));
-  p = fma(p, w, splat(0.3333320814f));
-  p = fma(p, w, splat(1.f));
-  return (s + s) * p;
+  const Floats s = quotient<float>(e, e + 2.f), w = s * s;
+  Floats p = fma(splat(0.28011987f), w, splat(0.2800180524f));
+  p = fma(p, w, splat(0.4002152724f));
+  p = fma(p, w, splat(0.6666641628f));
+  return s * fma(p, w, splat(2.f));
 }
 template <> MEDSSM_INLINE Doubles log1p_unit<double>(Doubles e) {
   const Doubles s = e / (e + 2.), w = s * s;
-  Doubles p = splat(1. / 35);
-  for (int k = 16; k >= 0; --k) p = fma(p, w, splat(1. / (2 * k + 1)));
-  return (s + s) * p;
+  Doubles p = splat(2. / 35);
+  for (int k = 16; k >= 0; --k) p = fma(p, w, splat(2. / (2 * k + 1)));
+  return s * p;
 }
 
 // softplus(x) = ln(1 + e^x) and its derivative, which is sigmoid(x), from one exponential.
 template <class T> struct Softplus { Vec<T> value, slope; };
 template <class T> MEDSSM_INLINE Softplus<T> softplus(Vec<T> x) {
   const Vec<T> e = exp_minus_abs<T>(x), one = splat(static_cast<T>(1));
-  return {max(Vec<T>{}, x) + log1p_unit<T>(e), select(x < 0, e, one) / (one + e)};
+  return {max(Vec<T>{}, x) + log1p_unit<T>(e), quotient<T>(select(x < 0, e, one), one + e)};
 }
 
-template <class T> MEDSSM_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> e = exp_minus_abs<T>(x), one = splat(static_cast<T>(1));
-  return select(x < 0, e, one) / (one + e);
+// 1 / (1 + e^-x) for x >= kSigmoidFrom<T>, where it and its inverse are normal numbers.
+template <class T> constexpr T kSigmoidFrom = sizeof(T) == 4 ? T(-86) : T(-690);
+template <class T> MEDSSM_INLINE Vec<T> sigmoid_bounded(Vec<T> x) {
+  const Vec<T> one = splat(static_cast<T>(1));
+  return quotient<T>(one, one + exp_bounded<T>(max(splat(-kExpBound<T>), -x)));
 }
+
+// 1 / (1 + e^-x); it stops at kSigmoidFrom<T>, short of 0.
+template <class T> MEDSSM_INLINE Vec<T> sigmoid(Vec<T> x) { return sigmoid_bounded<T>(max(splat(kSigmoidFrom<T>), x)); }
 
 }  // namespace
 }  // namespace medssm

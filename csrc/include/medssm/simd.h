@@ -39,14 +39,17 @@ typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints32 __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Ints64 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t Words64 __attribute__((vector_size(kVectorBytes)));
 
 template <class T> struct VectorOf;
-template <> struct VectorOf<float> { using type = Floats; using ints = Ints32; };
-template <> struct VectorOf<double> { using type = Doubles; using ints = Ints64; };
+template <> struct VectorOf<float> { using type = Floats; using ints = Ints32; using words = Words; };
+template <> struct VectorOf<double> { using type = Doubles; using ints = Ints64; using words = Words64; };
 
 // The compute vector of T, the integers of the same width, and how many lanes both have.
 template <class T> using Vec = typename VectorOf<T>::type;
 template <class T> using IntVec = typename VectorOf<T>::ints;
+template <class T> using UIntVec = typename VectorOf<T>::words;
 template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
 struct BFloat16 { uint16_t bits; };
@@ -86,11 +89,21 @@ MEDSSM_INLINE Doubles max(Doubles bound, Doubles x) { return select(bound > x, b
 MEDSSM_INLINE Floats abs(Floats x) { return bit_cast<Floats>(bit_cast<Ints32>(x) & 0x7fffffff); }
 MEDSSM_INLINE Doubles abs(Doubles x) { return bit_cast<Doubles>(bit_cast<Ints64>(x) & 0x7fffffffffffffff); }
 
-// The larger of |a| and |b|, lane by lane; NaN counts as larger than everything.
-template <class T> MEDSSM_INLINE Vec<T> larger_magnitude(Vec<T> a, Vec<T> b) {
-  const IntVec<T> x = bit_cast<IntVec<T>>(abs(a)), y = bit_cast<IntVec<T>>(abs(b));
-  return bit_cast<Vec<T>>(x > y ? x : y);
-}
+// Lane by lane the largest of some magnitudes; a NaN counts as larger than everything.
+template <class T> class Largest {
+ public:
+  // |x|
+  MEDSSM_INLINE void add(Vec<T> x) { add_positive(abs(x)); }
+  // x, which is not negative, or a NaN of any sign
+  MEDSSM_INLINE void add_positive(Vec<T> x) {
+    const UIntVec<T> bits = bit_cast<UIntVec<T>>(x);
+    bits_ = bits_ > bits ? bits_ : bits;
+  }
+  MEDSSM_INLINE Vec<T> value() const { return bit_cast<Vec<T>>(bits_); }
+
+ private:
+  UIntVec<T> bits_{};  // as integers, numbers that are not negative keep their order
+};
 
 // Whether every lane is at most `bound`; a NaN is not.
 template <class T> MEDSSM_INLINE bool all_at_most(Vec<T> x, T bound) {
@@ -203,7 +216,6 @@ template <> struct Memory<float, float> {
 
 // Sixteen-bit storage: `Shorts` holds the bits of as many numbers as Floats has lanes.
 typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
 template <class S> MEDSSM_INLINE Shorts load_shorts(const S* p, int n) {
 #if defined(__AVX512F__)
