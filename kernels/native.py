@@ -84,6 +84,11 @@ def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def wide(*tensors: torch.Tensor | None) -> bool:
+    """Whether to compute in float64: if any input is; None is no input."""
+    return torch.float64 in [tensor.dtype for tensor in tensors if tensor is not None]
+
+
 def lanes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with adjacent channels (its last dimension), which fill the vector lanes: itself, or a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -59,7 +59,6 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
 def _problem(x, weight, bias, activation, index, starts, reverse, initial_state):
     """The fields of csrc/causal_conv1d/cpu.cpp's Problem."""
     batch, length, channels = x.shape
-    wide = torch.float64 in (x.dtype, weight.dtype, *(t.dtype for t in (bias, initial_state) if t is not None))
     initial = (0, 0, 0, 0, 0)
     if initial_state is not None:
         initial = (initial_state.data_ptr(), native.DTYPES[initial_state.dtype], *initial_state.stride())
@@ -68,4 +67,4 @@ def _problem(x, weight, bias, activation, index, starts, reverse, initial_state)
         weight.data_ptr(), native.pointer(bias), native.DTYPES[weight.dtype], 0 if bias is None else native.DTYPES[bias.dtype],
         channels, 1, 1, weight.shape[1], weight.stride(0), 0, 0, weight.stride(1), 0 if bias is None else bias.stride(0),
         *initial, native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0], reverse,
-        activation == "silu", wide, torch.get_num_threads())
+        activation == "silu", native.wide(x, weight, bias, initial_state), torch.get_num_threads())
