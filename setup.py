@@ -20,8 +20,20 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # One object per kernel and instruction set; the loader picks at run time. Other processors get the portable C++ alone.
 ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {"base": []}
 # Never -ffast-math: at link time it makes the loader flip denormals for the whole process, torch included.
-FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Wno-maybe-uninitialized".split()
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1".split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 def works(compiler: str, flags: list[str], scratch: Path) -> bool:
@@ -58,8 +70,10 @@ class Build(build_ext):
         except Exception as error:
             if want == "1":
                 raise
-            self.warn(f"the CPU kernels were not built ({error}); medssm will use its PyTorch reference. "
-                      "Install a C++ compiler, then: pip install --no-cache-dir --force-reinstall medssm")
+            self.warn(
+                f"the CPU kernels were not built ({error}); medssm will use its PyTorch reference. "
+                "Install a C++ compiler, then: pip install --no-cache-dir --force-reinstall medssm"
+            )
 
     def build_cpu(self, out: Path):
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")

@@ -22,10 +22,19 @@ def add_arguments(parser) -> None:
 
 def run(args) -> dict:
     """Print the machine, the backends of every op and the result of each small case; `failed` is true where a kernel is wrong."""
-    report = {"medssm": medssm.__version__, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-              "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "library": str(native.path()),
-              "instruction_set": None if native.reason() else native.isa(), "compiler": _compiler(), "missing": _missing(),
-              "ops": {op: _examine(op, table) for op, table in dispatch.backends().items()}}
+    report = {
+        "medssm": medssm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "library": str(native.path()),
+        "instruction_set": None if native.reason() else native.isa(),
+        "compiler": _compiler(),
+        "missing": _missing(),
+        "ops": {op: _examine(op, table) for op, table in dispatch.backends().items()},
+    }
     report["failed"] = any(line.startswith("wrong") for table in report["ops"].values() for line in table.values())
     if not (args.json or args.quiet):
         _print(report)
@@ -41,8 +50,12 @@ def _missing() -> list[str]:
     lines = []
     if native.reason():
         lines.append(f"compiled kernels: {native.reason()}")
-        lines.append(f"a C++ compiler is here ({_compiler()}); build the kernels with: {REINSTALL}" if _compiler() else
-                     f"install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), then: {REINSTALL}")
+        lines.append(
+            f"a C++ compiler is here ({_compiler()}); build the kernels with: {REINSTALL}"
+            if _compiler()
+            else "install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), "
+            f"then: {REINSTALL}"
+        )
     absent = sorted({name for name in EXTRAS if importlib.util.find_spec(name) is None})
     if absent:
         lines.append(f"for train, predict, evaluate and demo ({', '.join(absent)}): pip install 'medssm[segment]'")
@@ -58,10 +71,26 @@ def _cases() -> dict:
 
     A = -torch.rand(6, 8, generator=generator)
     return {
-        "selective_scan": (ops.selective_scan, (draw(2, 21, 6), draw(2, 21, 6), A, draw(2, 21, 8), draw(2, 21, 8), draw(6), draw(2, 21, 6), draw(6), True), {}),
-        "selective_scan_nd": (ops.selective_scan_nd, (draw(1, 3, 4, 5, 6), draw(1, 3, 4, 5, 6, 2), -torch.rand(6, 6, 8, generator=generator),
-                                                      draw(1, 3, 4, 5, 6, 8), draw(1, 3, 4, 5, 6, 8), draw(6, 6), draw(1, 3, 4, 5, 6), draw(6, 6), True),
-                              {"delta_proj": draw(6, 6, 2), "orders": orders.axes3d()}),
+        "selective_scan": (
+            ops.selective_scan,
+            (draw(2, 21, 6), draw(2, 21, 6), A, draw(2, 21, 8), draw(2, 21, 8), draw(6), draw(2, 21, 6), draw(6), True),
+            {},
+        ),
+        "selective_scan_nd": (
+            ops.selective_scan_nd,
+            (
+                draw(1, 3, 4, 5, 6),
+                draw(1, 3, 4, 5, 6, 2),
+                -torch.rand(6, 6, 8, generator=generator),
+                draw(1, 3, 4, 5, 6, 8),
+                draw(1, 3, 4, 5, 6, 8),
+                draw(6, 6),
+                draw(1, 3, 4, 5, 6),
+                draw(6, 6),
+                True,
+            ),
+            {"delta_proj": draw(6, 6, 2), "orders": orders.axes3d()},
+        ),
         "causal_conv1d": (ops.causal_conv1d, (draw(2, 21, 6), draw(6, 4), draw(6), "silu"), {}),
         "depthwise_conv": (ops.depthwise_conv, (draw(1, 5, 6, 7, 6), draw(6, 3, 3, 3), draw(6), "silu"), {}),
     }
@@ -70,8 +99,12 @@ def _cases() -> dict:
 def _examine(op: str, table: dict[str, str]) -> dict[str, str]:
     """Run the op's small case, output and gradients, on every backend that the machine has."""
     function, args, kwargs = _cases()[op]
-    wanted = _outputs(function, [a.double() if isinstance(a, torch.Tensor) else a for a in args],
-                      {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}, "reference")
+    wanted = _outputs(
+        function,
+        [a.double() if isinstance(a, torch.Tensor) else a for a in args],
+        {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
+        "reference",
+    )
     lines = {}
     for name, why in table.items():
         if why != "ok":
@@ -94,10 +127,14 @@ def _outputs(function, args, kwargs, backend: str) -> list[torch.Tensor]:
 
 
 def _print(report: dict) -> None:
-    print(f"medssm {report['medssm']}, torch {report['torch']}, Python {report['python']}, {report['machine']}, "
-          f"{report['threads']} threads, CUDA {'available' if report['cuda'] else 'not available'}")
-    print(f"compiled kernels: {report['library'] if report['instruction_set'] else 'none'}"
-          + (f" ({report['instruction_set']})" if report["instruction_set"] else ""))
+    print(
+        f"medssm {report['medssm']}, torch {report['torch']}, Python {report['python']}, {report['machine']}, "
+        f"{report['threads']} threads, CUDA {'available' if report['cuda'] else 'not available'}"
+    )
+    print(
+        f"compiled kernels: {report['library'] if report['instruction_set'] else 'none'}"
+        + (f" ({report['instruction_set']})" if report["instruction_set"] else "")
+    )
     for op, table in report["ops"].items():
         print(op)
         for name, line in table.items():

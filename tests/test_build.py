@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCAN = "import torch, medssm; t = torch.ones(1, 2, 1); print(medssm.explain('selective_scan', t, t, -torch.ones(1, 1), t, t)['chosen'], medssm.__file__)"
+SCAN = (
+    "import torch, medssm; t = torch.ones(1, 2, 1); print(medssm.explain('selective_scan', t, t, -torch.ones(1, 1), t, t)['chosen'], medssm.__file__)"
+)
 
 
 def checkout(tmp_path) -> Path:
@@ -68,7 +70,9 @@ def test_the_library_does_not_flip_denormals(wheel):
 def test_the_sdist_builds(tmp_path):
     copy = checkout(tmp_path)
     run(sys.executable, "-m", "pip", "install", "--quiet", "--target", tmp_path / "tools", "setuptools>=77", cwd=tmp_path)
-    run(sys.executable, "-c", "from setuptools import build_meta; print(build_meta.build_sdist('dist'))", cwd=copy, PYTHONPATH=str(tmp_path / "tools"))
+    run(
+        sys.executable, "-c", "from setuptools import build_meta; print(build_meta.build_sdist('dist'))", cwd=copy, PYTHONPATH=str(tmp_path / "tools")
+    )
     archive = next((copy / "dist").glob("*.tar.gz"))
     with tarfile.open(archive) as tar:
         names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
@@ -92,8 +96,9 @@ def test_without_a_compiler_it_installs_and_the_reference_serves(tmp_path):
 def test_a_demanded_build_fails_loudly(tmp_path):
     copy = checkout(tmp_path)
     env = {**os.environ, "MEDSSM_CPU": "1", "CXX": "no-such-compiler"}
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(tmp_path / "dist")], cwd=copy, env=env,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(tmp_path / "dist")], cwd=copy, env=env, capture_output=True, text=True
+    )
     assert done.returncode != 0
 
 
@@ -108,9 +113,11 @@ def test_a_link_that_became_a_text_file_still_imports(tmp_path):
 
 @pytest.mark.parametrize("isa", ["base", "v3"])
 def test_other_instruction_sets_give_the_same_numbers(isa):
-    code = ("import torch, medssm; from medssm.kernels import native; g = torch.Generator().manual_seed(0);"
-            "a = [torch.randn(2, 33, 19, generator=g), torch.rand(2, 33, 19, generator=g), -torch.rand(19, 16, generator=g),"
-            "torch.randn(2, 33, 16, generator=g), torch.randn(2, 33, 16, generator=g)];"
-            "y = medssm.ops.selective_scan(*a, backend='native'); r = medssm.ops.selective_scan(*(t.double() for t in a), backend='reference');"
-            "print(native.isa(), float((y - r).abs().max() / r.abs().max()) < 1e-6)")
+    code = (
+        "import torch, medssm; from medssm.kernels import native; g = torch.Generator().manual_seed(0);"
+        "a = [torch.randn(2, 33, 19, generator=g), torch.rand(2, 33, 19, generator=g), -torch.rand(19, 16, generator=g),"
+        "torch.randn(2, 33, 16, generator=g), torch.randn(2, 33, 16, generator=g)];"
+        "y = medssm.ops.selective_scan(*a, backend='native'); r = medssm.ops.selective_scan(*(t.double() for t in a), backend='reference');"
+        "print(native.isa(), float((y - r).abs().max() / r.abs().max()) < 1e-6)"
+    )
     assert run(sys.executable, "-c", code, cwd=ROOT, MEDSSM_CPU_ISA=isa).split() == [isa, "True"]

@@ -12,7 +12,7 @@ import torch
 
 from medssm import machine, ops
 from medssm.bench import measure, report
-from medssm.bench.goals import goals
+from medssm.bench.goals import judge
 from medssm.bench.peers import PEERS, installed
 from medssm.bench.rows import OURS, QUICK, ROWS, Row, channel_first, scan_inputs
 from medssm.errors import UserError
@@ -52,10 +52,12 @@ def run(args) -> dict:
         for points in _lengths(results["lengths"]):
             _keep(results, args, points)
     if not args.quick:  # the goals are about full-sized rows
-        results["goals"] = [goal._asdict() for goal in goals(results)]
+        results["goals"] = [goal._asdict() for goal in judge(results)]
     _keep(results, args, "")
     if not (args.json or args.quiet or args.quick):
-        print("\n".join(f"{'' if g['met'] is None else 'met   ' if g['met'] else 'MISSED'} {g['name']}: {g['reached']} ({g['wanted']})" for g in results["goals"]))
+        for goal in results["goals"]:
+            mark = {None: "      ", True: "met   ", False: "MISSED"}[goal["met"]]
+            print(f"{mark} {goal['name']}: {goal['reached']} ({goal['wanted']})")
     return results
 
 
@@ -67,7 +69,8 @@ def _row(name: str, row: Row, threads: int, args) -> dict:
               "times": {str(n): measure.times(sides, 0.1 if args.quick else args.seconds, n, row.limit) for n in counts}}
     if row.memory:
         del sides
-        result["memory"] = {side: measure.memory(name, side, counts[-1], args.quick) for side in result["times"][str(counts[-1])] if side != "ceiling"}
+        measured = [side for side in result["times"][str(counts[-1])] if side != "ceiling"]
+        result["memory"] = {side: measure.memory(name, side, counts[-1], args.quick) for side in measured}
     return result
 
 

@@ -16,7 +16,7 @@ class Goal(NamedTuple):
     met: bool | None
 
 
-def goals(results: dict) -> list[Goal]:
+def judge(results: dict) -> list[Goal]:
     """Every goal, from the rows of a run: {row: {"times": {threads: {side: {"min", …}}}, "memory": {side: bytes}}} and "extra"."""
     rows, extra = results["rows"], results.get("extra", {})
 

@@ -35,8 +35,16 @@ class Row:
 def scan_inputs(batch: int, channels: int, length: int, state: int, grad: bool = False) -> dict[str, torch.Tensor]:
     """Random inputs of a selective scan in our layout, with steps as Mamba starts with: softplus(delta + bias) from 1e-3 to 1e-1."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"u": (batch, length, channels), "delta": (batch, length, channels), "A": (channels, state), "B": (batch, length, state),
-              "C": (batch, length, state), "D": (channels,), "z": (batch, length, channels), "delta_bias": (channels,)}
+    shapes = {
+        "u": (batch, length, channels),
+        "delta": (batch, length, channels),
+        "A": (channels, state),
+        "B": (batch, length, state),
+        "C": (batch, length, state),
+        "D": (channels,),
+        "z": (batch, length, channels),
+        "delta_bias": (channels,),
+    }
     tensors = {k: torch.randn(s, generator=g) for k, s in shapes.items()}
     tensors["A"] = -torch.arange(1, state + 1, dtype=torch.float32).repeat(channels, 1)
     tensors["delta"] *= 0.5
@@ -89,9 +97,14 @@ SIX = orders.axes3d()
 
 def _volume_inputs(n: int, channels: int, rank: int | None) -> dict[str, torch.Tensor]:
     g, k, state = torch.Generator().manual_seed(0), len(SIX), 16
-    tensors = {"x": torch.randn(1, n, n, n, channels, generator=g), "A": -torch.arange(1, state + 1, dtype=torch.float32).repeat(k, channels, 1),
-               "B": torch.randn(1, n, n, n, k, state, generator=g), "C": torch.randn(1, n, n, n, k, state, generator=g),
-               "D": torch.randn(k, channels, generator=g), "delta_bias": torch.randn(k, channels, generator=g) - 4}
+    tensors = {
+        "x": torch.randn(1, n, n, n, channels, generator=g),
+        "A": -torch.arange(1, state + 1, dtype=torch.float32).repeat(k, channels, 1),
+        "B": torch.randn(1, n, n, n, k, state, generator=g),
+        "C": torch.randn(1, n, n, n, k, state, generator=g),
+        "D": torch.randn(k, channels, generator=g),
+        "delta_bias": torch.randn(k, channels, generator=g) - 4,
+    }
     tensors["delta"] = torch.randn(1, n, n, n, k, rank or channels, generator=g) * 0.5
     if rank:
         tensors["delta_proj"] = torch.randn(k, channels, rank, generator=g) * 0.3
@@ -109,8 +122,18 @@ def _six_orders(n: int = 64, channels: int = 96) -> dict[str, Side]:
             total = None
             for i, (a, order) in enumerate(zip(axes, SIX, strict=True)):
                 u = _along(tensors["x"], a, order.reverse)
-                y = ops.selective_scan(u, copies["delta"][i], tensors["A"][i], copies["B"][i], copies["C"][i], tensors["D"][i], None,
-                                       tensors["delta_bias"][i], True, backend="native")
+                y = ops.selective_scan(
+                    u,
+                    copies["delta"][i],
+                    tensors["A"][i],
+                    copies["B"][i],
+                    copies["C"][i],
+                    tensors["D"][i],
+                    None,
+                    tensors["delta_bias"][i],
+                    True,
+                    backend="native",
+                )
                 y = (y.flip(1) if order.reverse else y).view(1, n, n, n, channels).permute(0, *(1 + a.index(j) for j in range(3)), 4).contiguous()
                 total = y if total is None else total + y
             return total
@@ -119,10 +142,25 @@ def _six_orders(n: int = 64, channels: int = 96) -> dict[str, Side]:
         """As VMamba does: all six copies first, all six results, then the merge."""
         with torch.no_grad():
             us = [_along(tensors["x"], a, order.reverse) for a, order in zip(axes, SIX, strict=True)]
-            ys = [ops.selective_scan(us[i], copies["delta"][i], tensors["A"][i], copies["B"][i], copies["C"][i], tensors["D"][i], None,
-                                     tensors["delta_bias"][i], True, backend="native") for i in range(len(SIX))]
-            return sum((y.flip(1) if order.reverse else y).view(1, n, n, n, channels).permute(0, *(1 + a.index(j) for j in range(3)), 4)
-                       for y, a, order in zip(ys, axes, SIX, strict=True))
+            ys = [
+                ops.selective_scan(
+                    us[i],
+                    copies["delta"][i],
+                    tensors["A"][i],
+                    copies["B"][i],
+                    copies["C"][i],
+                    tensors["D"][i],
+                    None,
+                    tensors["delta_bias"][i],
+                    True,
+                    backend="native",
+                )
+                for i in range(len(SIX))
+            ]
+            return sum(
+                (y.flip(1) if order.reverse else y).view(1, n, n, n, channels).permute(0, *(1 + a.index(j) for j in range(3)), 4)
+                for y, a, order in zip(ys, axes, SIX, strict=True)
+            )
 
     def ours():
         with torch.no_grad():
@@ -172,9 +210,12 @@ def _depthwise(n: int = 48, channels: int = 96, grad: bool = False) -> dict[str,
 
         return both if grad else forward
 
-    return {OURS: run(lambda: ops.depthwise_conv(x, w, b, "silu", backend="native"), leaves),
-            "PyTorch, channels_last_3d": run(lambda: torch.nn.functional.silu(torch.nn.functional.conv3d(theirs[0], theirs[1], b, padding=1,
-                                                                                                         groups=channels)), theirs)}
+    return {
+        OURS: run(lambda: ops.depthwise_conv(x, w, b, "silu", backend="native"), leaves),
+        "PyTorch, channels_last_3d": run(
+            lambda: torch.nn.functional.silu(torch.nn.functional.conv3d(theirs[0], theirs[1], b, padding=1, groups=channels)), theirs
+        ),
+    }
 
 
 def _whole_model() -> dict[str, Side]:
@@ -198,8 +239,12 @@ def _whole_model() -> dict[str, Side]:
 
     enc = medssm.create_model("umamba_enc", 3, 1, 14)
     bot = medssm.create_model("umamba_bot", 3, 1, 14)
-    sides = {OURS: infer(enc, "native"), "U-Mamba Enc, reference backend": infer(enc, "reference"), "U-Mamba Bot, native": infer(bot, "native"),
-             "U-Mamba Bot, reference backend": infer(bot, "reference")}
+    sides = {
+        OURS: infer(enc, "native"),
+        "U-Mamba Enc, reference backend": infer(enc, "reference"),
+        "U-Mamba Bot, native": infer(bot, "native"),
+        "U-Mamba Bot, reference backend": infer(bot, "reference"),
+    }
     try:
         from monai.networks.nets import SegResNet
     except ModuleNotFoundError:
@@ -214,8 +259,12 @@ _MAIN, _WIDE, _DEEP, _LONG, _NARROW = (1, 96, 4096), (2, 384, 4096), (1, 192, 32
 def _scan_row(shape, state=16, grad=False, others=(), **options) -> Row:
     batch, channels, length = shape
     name = "forward and backward" if grad else "forward"
-    return Row(f"selective_scan {name}, (batch {batch}, {channels} channels, {length} tokens, state {state})",
-               partial(_scan, shape, state, grad, others), tokens=batch * channels * length, **options)
+    return Row(
+        f"selective_scan {name}, (batch {batch}, {channels} channels, {length} tokens, state {state})",
+        partial(_scan, shape, state, grad, others),
+        tokens=batch * channels * length,
+        **options,
+    )
 
 
 ROWS: dict[str, Row] = {
@@ -231,10 +280,13 @@ ROWS: dict[str, Row] = {
     "scan-narrow": _scan_row(_NARROW),
     "scan-narrow-train": _scan_row(_NARROW, grad=True),
     "six-orders": Row("six orders over 64^3, 96 channels, state 16", _six_orders, memory=True, tokens=6 * 96 * 64**3),
-    "low-rank": Row("six orders over 64^3, 96 channels: delta of rank 6 against the full delta", _low_rank, "all", memory=True, tokens=6 * 96 * 64**3),
+    "low-rank": Row(
+        "six orders over 64^3, 96 channels: delta of rank 6 against the full delta", _low_rank, "all", memory=True, tokens=6 * 96 * 64**3
+    ),
     "depthwise": Row("depthwise_conv 3x3x3 with silu, 96 channels, 48^3, forward", _depthwise, tokens=96 * 48**3),
-    "depthwise-train": Row("depthwise_conv 3x3x3 with silu, 96 channels, 48^3, forward and backward", partial(_depthwise, grad=True), limit=1.0,
-                           tokens=96 * 48**3),
+    "depthwise-train": Row(
+        "depthwise_conv 3x3x3 with silu, 96 channels, 48^3, forward and backward", partial(_depthwise, grad=True), limit=1.0, tokens=96 * 48**3
+    ),
     "model": Row("U-Mamba Enc, 3D, inference on a 96^3 patch", _whole_model, "all", limit=5.0),
 }
 

@@ -19,9 +19,23 @@ _SIZES = {
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def medssm_unet(*, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2, size: str = "small", mixer: str = "ss_nd",
-                features: Sequence[int] | None = None, depths: Sequence[int] | None = None, decoder_depths: Sequence[int] | None = None, strides=None,
-                scans_from: int | None = None, expand: float | None = None, d_state: int = 8, deep_supervision: bool = False, input_size: str = "any") -> UNet:
+def medssm_unet(
+    *,
+    spatial_dims: int = 3,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    size: str = "small",
+    mixer: str = "ss_nd",
+    features: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    decoder_depths: Sequence[int] | None = None,
+    strides=None,
+    scans_from: int | None = None,
+    expand: float | None = None,
+    d_state: int = 8,
+    deep_supervision: bool = False,
+    input_size: str = "any",
+) -> UNet:
     """A U-Net whose coarser stages are SS-ND mixers: global context in linear time, any input size, 2D and 3D.
 
     Args:
@@ -71,7 +85,9 @@ def medssm_unet(*, spatial_dims: int = 3, in_channels: int = 1, out_channels: in
         join = convolution(features[s] + skips[s], features[s], 3 if s == 0 else 1, padding=int(s == 0))
         up_stages.append(nn.Sequential(join, *([nn.SiLU()] if s == 0 else []), *stage(s, decoder_depths[i], False)))
         heads.append(convolution(features[s], out_channels, 1))
-    return UNet(Encoder(nn.Sequential(*stem), stages, skips, strides), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size)
+    return UNet(
+        Encoder(nn.Sequential(*stem), stages, skips, strides), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size
+    )
 
 
 def _list(name: str, value, length: int) -> list:

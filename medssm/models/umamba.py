@@ -92,8 +92,10 @@ class MambaLayer(nn.Module):
         if self.channel_tokens:
             tokens = x.flatten(2)
             if tokens.shape[-1] != self.dim:
-                raise ValueError(f"x: expected a map of {self.dim} voxels, which these channel-token weights are made for, got {tuple(x.shape[2:])}; "
-                                 "use the input size of the training")
+                raise ValueError(
+                    f"x: expected a map of {self.dim} voxels, which these channel-token weights are made for, got {tuple(x.shape[2:])}; "
+                    "use the input size of the training"
+                )
             return self.mamba(self.norm(tokens)).reshape(x.shape)
         return self.mamba(self.norm(x.movedim(1, -1))).movedim(-1, 1)
 
@@ -128,8 +130,22 @@ class UMambaEncoder(Encoder):
         return self.mamba_layers[s](self.stages[s](x))
 
 
-def _assemble(spec: Spec, spatial_dims, in_channels, out_channels, features, kernels, strides, blocks, decoder_blocks, deep_supervision, size,
-              stem_channels, mamba, joins):
+def _assemble(
+    spec: Spec,
+    spatial_dims,
+    in_channels,
+    out_channels,
+    features,
+    kernels,
+    strides,
+    blocks,
+    decoder_blocks,
+    deep_supervision,
+    size,
+    stem_channels,
+    mamba,
+    joins,
+):
     """The network; mamba is "bot", or the list of Enc's layers."""
     stem_channels, finest = stem_channels or features[0], len(features) - 2
 
@@ -150,10 +166,29 @@ def _assemble(spec: Spec, spatial_dims, in_channels, out_channels, features, ker
     return UNet(encoder, decoder, MambaLayer(features[-1]) if mamba == "bot" else None, size)
 
 
-def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2, features: Sequence[int] = (32, 64, 128, 256, 320, 320),
-           strides=None, kernels=None, blocks=2, decoder_blocks=2, conv_bias: bool = True, norm=None, norm_kwargs=None, act=nn.LeakyReLU, act_kwargs=None,
-           dropout=None, dropout_kwargs=None, deep_supervision: bool = False, size: str = "any", stem_channels: int | None = None,
-           channel_token_size: Sequence[int] | None = None) -> UNet:
+def umamba(
+    kind: str,
+    *,
+    spatial_dims: int = 3,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    features: Sequence[int] = (32, 64, 128, 256, 320, 320),
+    strides=None,
+    kernels=None,
+    blocks=2,
+    decoder_blocks=2,
+    conv_bias: bool = True,
+    norm=None,
+    norm_kwargs=None,
+    act=nn.LeakyReLU,
+    act_kwargs=None,
+    dropout=None,
+    dropout_kwargs=None,
+    deep_supervision: bool = False,
+    size: str = "any",
+    stem_channels: int | None = None,
+    channel_token_size: Sequence[int] | None = None,
+) -> UNet:
     """U-Mamba for any input size: kind "bot" or "enc".
 
     features, strides, kernels, blocks (convolutional blocks) are lists with one entry per stage, decoder_blocks one fewer; an int serves all.
@@ -168,8 +203,16 @@ def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
     blocks, decoder_blocks = _counts("blocks", blocks, n), _counts("decoder_blocks", decoder_blocks, n - 1)
     if norm is None:
         norm, norm_kwargs = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[spatial_dims], norm_kwargs or {"eps": 1e-5, "affine": True}
-    spec = Spec(spatial_dims, conv_bias, norm, norm_kwargs, act, {"inplace": True} if act is nn.LeakyReLU and act_kwargs is None else act_kwargs,
-                dropout, dropout_kwargs)
+    spec = Spec(
+        spatial_dims,
+        conv_bias,
+        norm,
+        norm_kwargs,
+        act,
+        {"inplace": True} if act is nn.LeakyReLU and act_kwargs is None else act_kwargs,
+        dropout,
+        dropout_kwargs,
+    )
     mamba, joins = "bot", [True] * (n - 1)
     if spatial_dims == 2:
         joins[-1] = False
@@ -184,13 +227,47 @@ def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
                 mamba.append(MambaLayer(voxels, channel_tokens=True))
             else:
                 mamba.append(MambaLayer(features[s]))
-    return _assemble(spec, spatial_dims, in_channels, out_channels, list(features), kernels, strides, blocks, decoder_blocks, deep_supervision, size,
-                     stem_channels, mamba, joins)
+    return _assemble(
+        spec,
+        spatial_dims,
+        in_channels,
+        out_channels,
+        list(features),
+        kernels,
+        strides,
+        blocks,
+        decoder_blocks,
+        deep_supervision,
+        size,
+        stem_channels,
+        mamba,
+        joins,
+    )
 
 
-def upstream(kind: str, *, input_channels, n_stages, features_per_stage, conv_op, kernel_sizes, strides, n_conv_per_stage, num_classes,
-             n_conv_per_stage_decoder, input_size=None, conv_bias=False, norm_op=None, norm_op_kwargs=None, dropout_op=None, dropout_op_kwargs=None,
-             nonlin=None, nonlin_kwargs=None, deep_supervision=False, stem_channels=None) -> UNet:
+def upstream(
+    kind: str,
+    *,
+    input_channels,
+    n_stages,
+    features_per_stage,
+    conv_op,
+    kernel_sizes,
+    strides,
+    n_conv_per_stage,
+    num_classes,
+    n_conv_per_stage_decoder,
+    input_size=None,
+    conv_bias=False,
+    norm_op=None,
+    norm_op_kwargs=None,
+    dropout_op=None,
+    dropout_op_kwargs=None,
+    nonlin=None,
+    nonlin_kwargs=None,
+    deep_supervision=False,
+    stem_channels=None,
+) -> UNet:
     """U-Mamba from the keywords of upstream's UMambaBot and UMambaEnc; classes may be given by name ("Conv3d")."""
     dims = {"Conv2d": 2, "Conv3d": 3}.get(conv_op if isinstance(conv_op, str) else conv_op.__name__)
     if dims is None:
@@ -198,15 +275,35 @@ def upstream(kind: str, *, input_channels, n_stages, features_per_stage, conv_op
     if kind == "enc" and input_size is None:
         raise ValueError("input_size: expected the patch size that the network was made for, got None")
     features = [features_per_stage * 2**s for s in range(n_stages)] if isinstance(features_per_stage, int) else list(features_per_stage)
-    blocks, decoder_blocks = _counts("n_conv_per_stage", n_conv_per_stage, n_stages), _counts("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1)
+    blocks, decoder_blocks = (
+        _counts("n_conv_per_stage", n_conv_per_stage, n_stages),
+        _counts("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
+    )
     for s in range(math.ceil(n_stages / 2), n_stages):
         blocks[s] = 1
     for s in range(math.ceil((n_stages - 1) / 2 + 0.5), n_stages - 1):
         decoder_blocks[s] = 1
-    return umamba(kind, spatial_dims=dims, in_channels=input_channels, out_channels=num_classes, features=features, strides=strides, kernels=kernel_sizes,
-                  blocks=blocks, decoder_blocks=decoder_blocks, conv_bias=conv_bias, norm=_class(norm_op), norm_kwargs=norm_op_kwargs, act=_class(nonlin),
-                  act_kwargs=nonlin_kwargs or {}, dropout=_class(dropout_op), dropout_kwargs=dropout_op_kwargs, deep_supervision=deep_supervision,
-                  stem_channels=stem_channels, channel_token_size=input_size)
+    return umamba(
+        kind,
+        spatial_dims=dims,
+        in_channels=input_channels,
+        out_channels=num_classes,
+        features=features,
+        strides=strides,
+        kernels=kernel_sizes,
+        blocks=blocks,
+        decoder_blocks=decoder_blocks,
+        conv_bias=conv_bias,
+        norm=_class(norm_op),
+        norm_kwargs=norm_op_kwargs,
+        act=_class(nonlin),
+        act_kwargs=nonlin_kwargs or {},
+        dropout=_class(dropout_op),
+        dropout_kwargs=dropout_op_kwargs,
+        deep_supervision=deep_supervision,
+        stem_channels=stem_channels,
+        channel_token_size=input_size,
+    )
 
 
 def _class(given):

@@ -59,7 +59,9 @@ def fit(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
     own = model.state_dict()
     missing = [f"missing    {k} {tuple(t.shape)}" for k, t in own.items() if k not in state]
     unexpected = [f"unexpected {k} {tuple(t.shape)}" for k, t in state.items() if k not in own]
-    shaped = [f"shape      {k}: expected {tuple(own[k].shape)}, got {tuple(t.shape)}" for k, t in state.items() if k in own and own[k].shape != t.shape]
+    shaped = [
+        f"shape      {k}: expected {tuple(own[k].shape)}, got {tuple(t.shape)}" for k, t in state.items() if k in own and own[k].shape != t.shape
+    ]
     lines = shaped + missing + unexpected
     if lines:
         shown = "\n  ".join(lines[:30]) + (f"\n  … and {len(lines) - 30} more" if len(lines) > 30 else "")

@@ -14,8 +14,25 @@ _KERNELS = {"native": native}
 _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_proj", "initial_state")
 
 
-def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, order=None, reverse=False,
-                   initial_state=None, return_final_state=False, layout="bld", backend=None):
+def selective_scan(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    *,
+    delta_proj=None,
+    order=None,
+    reverse=False,
+    initial_state=None,
+    return_final_state=False,
+    layout="bld",
+    backend=None,
+):
     """Selective scan (Mamba's S6), along the walk p = order.index(spatial):
 
         s_t = delta_t + delta_bias, softplus(s_t) if delta_softplus
@@ -46,14 +63,30 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     if order is None and layout == "bld" and registration.direct(tensors) and _usual(backend, *tensors):
-        out, state, _ = native.forward(u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, z, delta_bias, delta_softplus, None, None, None, reverse, None, False,
-                                       return_final_state)
+        out, state, _ = native.forward(
+            u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, z, delta_bias, delta_softplus, None, None, None, reverse, None, False, return_final_state
+        )
         return (out, state) if return_final_state else out
     if layout != "bld":
         checks.choice("layout", layout, ("bld", "bdl"))
         u, delta, B, C, z = (_channels_last(t, name, u) for t, name in ((u, "u"), (delta, "delta"), (B, "B"), (C, "C"), (z, "z")))
-        out = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj, order=order, reverse=reverse,
-                             initial_state=initial_state, return_final_state=return_final_state, backend=backend)
+        out = selective_scan(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            delta_softplus,
+            delta_proj=delta_proj,
+            order=order,
+            reverse=reverse,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+            backend=backend,
+        )
         return (out[0].movedim(-1, 1), out[1]) if return_final_state else out.movedim(-1, 1)
 
     spatial = _check(*tensors, nd=order is not None and not isinstance(order, torch.Tensor))
@@ -90,8 +123,9 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
     Returns (out (b, d), the new state). Stepping through a sequence equals scanning it.
     """
     u, delta, B, C, z = (None if t is None else t.unsqueeze(1) for t in (u, delta, B, C, z))
-    out, state = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj, initial_state=state,
-                                return_final_state=True, backend=backend)
+    out, state = selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj, initial_state=state, return_final_state=True, backend=backend
+    )
     return out.squeeze(1), state
 
 
@@ -161,7 +195,9 @@ def _groups(B, C, dims, channels):
 
 def _forward_impl(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state, index, order, spatial, reverse, delta_softplus, save, backend):
     way = walk.resolve(order, spatial, index, reverse, u.device)
-    out, state, checkpoints = _KERNELS[backend].forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, *way, initial_state, save, True)
+    out, state, checkpoints = _KERNELS[backend].forward(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, *way, initial_state, save, True
+    )
     return out, state, registration.absent(state) if checkpoints is None else checkpoints
 
 
@@ -173,8 +209,9 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state
     return u.new_empty((batch, length, channels)), u.new_empty((batch, channels, state), dtype=dtype), u.new_empty(checkpoints, dtype=dtype)
 
 
-def _backward_impl(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state, index, order, spatial, reverse,
-                   delta_softplus, backend):
+def _backward_impl(
+    dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state, index, order, spatial, reverse, delta_softplus, backend
+):
     way = walk.resolve(order, spatial, index, reverse, u.device)
     kernel = _KERNELS[backend]
     rest = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, *way, initial_state)
@@ -190,12 +227,16 @@ def _backward_fake(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bia
 
 
 _OPTIONS = "Tensor? index, str order, SymInt[] spatial, bool reverse, bool delta_softplus"
-_INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? delta_proj, "
-           "Tensor? initial_state")
-_forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor)",
-                                 _forward_impl, _forward_fake)
-_backward = registration.operator(f"{OP}_backward", f"(Tensor dout, Tensor? dstate, Tensor checkpoints, {_INPUTS}, {_OPTIONS}, str backend) -> ("
-                                  + ", ".join(["Tensor"] * len(_NAMES)) + ")", _backward_impl, _backward_fake)
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? delta_proj, Tensor? initial_state"
+_forward = registration.operator(
+    f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor)", _forward_impl, _forward_fake
+)
+_backward = registration.operator(
+    f"{OP}_backward",
+    f"(Tensor dout, Tensor? dstate, Tensor checkpoints, {_INPUTS}, {_OPTIONS}, str backend) -> (" + ", ".join(["Tensor"] * len(_NAMES)) + ")",
+    _backward_impl,
+    _backward_fake,
+)
 
 
 def _setup(ctx, inputs, output):
@@ -212,8 +253,12 @@ def _gradient(ctx, dout, dstate, _dcheckpoints):
 
 registration.differentiable(f"{OP}_forward", _setup, _gradient)
 registration.once_differentiable(f"{OP}_backward")
-registration.foldable(f"{OP}_forward", _forward, (*_NAMES, "index", "order", "spatial", "reverse", "delta_softplus", "save", "backend"),
-                      ("u", "delta", "B", "C", "z", "initial_state"))
+registration.foldable(
+    f"{OP}_forward",
+    _forward,
+    (*_NAMES, "index", "order", "spatial", "reverse", "delta_softplus", "save", "backend"),
+    ("u", "delta", "B", "C", "z", "initial_state"),
+)
 
 
 def _explained(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, initial_state=None, **_rest):

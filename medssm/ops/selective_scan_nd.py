@@ -12,8 +12,9 @@ _KERNELS = {"native": native}
 _NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_proj")
 
 
-def selective_scan_nd(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, orders, merge="sum",
-                      backend=None):
+def selective_scan_nd(
+    x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, orders, merge="sum", backend=None
+):
     """Scan x along every order in place, each with its own parameters, and merge: the core of VMamba's SS2D, in any dimension.
 
         y_k = selective_scan(x, delta_k, A_k, B_k, C_k, D_k, order=orders[k]),    out = merge_k(y_k) silu(z)
@@ -128,9 +129,15 @@ def _backward_fake(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta
 
 _INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? delta_proj"
 _OPTIONS = "str[] orders, SymInt[] spatial, bool delta_softplus, str merge"
-_forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor)", _forward_impl, _forward_fake)
-_backward = registration.operator(f"{OP}_backward", f"(Tensor dout, Tensor checkpoints, {_INPUTS}, {_OPTIONS}, str backend) -> ("
-                                  + ", ".join(["Tensor"] * len(_NAMES)) + ")", _backward_impl, _backward_fake)
+_forward = registration.operator(
+    f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor)", _forward_impl, _forward_fake
+)
+_backward = registration.operator(
+    f"{OP}_backward",
+    f"(Tensor dout, Tensor checkpoints, {_INPUTS}, {_OPTIONS}, str backend) -> (" + ", ".join(["Tensor"] * len(_NAMES)) + ")",
+    _backward_impl,
+    _backward_fake,
+)
 
 
 def _setup(ctx, inputs, output):
@@ -147,8 +154,9 @@ def _gradient(ctx, dout, _dcheckpoints):
 
 registration.differentiable(f"{OP}_forward", _setup, _gradient)
 registration.once_differentiable(f"{OP}_backward")
-registration.foldable(f"{OP}_forward", _forward, (*_NAMES, "orders", "spatial", "delta_softplus", "merge", "save", "backend"),
-                      ("x", "delta", "B", "C", "z"))
+registration.foldable(
+    f"{OP}_forward", _forward, (*_NAMES, "orders", "spatial", "delta_softplus", "merge", "save", "backend"), ("x", "delta", "B", "C", "z")
+)
 
 
 def _explained(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, **_rest):

@@ -33,9 +33,17 @@ def test_kernels_are_clean(sanitized, isa):
 
     if native.ISAS.index(isa) > native.ISAS.index(native.isa()):
         pytest.skip(f"this processor does not run {isa}")
-    runtimes = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")]
-    env = {**os.environ, "MEDSSM_CPU_LIBRARY": str(sanitized), "LD_PRELOAD": " ".join(runtimes), "MEDSSM_CPU_ISA": isa,
-           "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")
+    ]
+    env = {
+        **os.environ,
+        "MEDSSM_CPU_LIBRARY": str(sanitized),
+        "LD_PRELOAD": " ".join(runtimes),
+        "MEDSSM_CPU_ISA": isa,
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
     done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "clean" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
 
@@ -45,7 +53,12 @@ def sanitized(tmp_path_factory):
     """The library built with both sanitizers."""
     tmp = tmp_path_factory.mktemp("sanitized")
     env = {**os.environ, "MEDSSM_SANITIZE": "1", "MEDSSM_CPU": "1"}
-    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp / "lib"), "--build-temp", str(tmp / "temp")],
-                          cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp / "lib"), "--build-temp", str(tmp / "temp")],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return tmp / "lib" / "medssm" / "_lib" / LIBRARY

@@ -21,10 +21,10 @@ def test_names():
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", SMALL)
 def test_any_input_size_and_a_training_step(name, dims):
-    model = build(name, dims)
-    y = model(torch.randn(1, 2, *(17, 22, 9)[:dims]))
-    assert y.shape == (1, 3, *(17, 22, 9)[:dims])
-    y.square().mean().backward()
+    model = build(name, dims, deep_supervision=True)
+    outputs = model(torch.randn(1, 2, *(17, 22, 9)[:dims]))
+    assert outputs[0].shape == (1, 3, *(17, 22, 9)[:dims])
+    sum(y.square().mean() for y in outputs).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 

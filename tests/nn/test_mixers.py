@@ -75,7 +75,7 @@ def test_mamba_starts_with_mambas_steps_and_rates():
     torch.manual_seed(0)
     mixer = nn.Mamba(64)
     dt = torch.nn.functional.softplus(mixer.dt_proj.bias)
-    assert 1e-4 <= dt.min() and dt.max() <= 0.1 + 1e-6
+    assert dt.min() >= 1e-4 and dt.max() <= 0.1 + 1e-6
     torch.testing.assert_close(torch.exp(mixer.A_log[3]), torch.arange(1.0, 17.0))
     assert mixer.dt_rank == 4
 

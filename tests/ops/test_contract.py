@@ -423,7 +423,7 @@ def test_a_wrong_shape_names_the_argument(op, backend):
     for name, t in call.tensors.items():
         if name in ("x", "u"):
             continue
-        with pytest.raises(ValueError, match=rf"\w+: expected .*got"):
+        with pytest.raises(ValueError, match=r"\w+: expected .*got"):
             call.but(**{name: torch.cat([t, t], -1) if t.dim() else t}).run(backend)
     first = next(iter(call.tensors))
     with pytest.raises(ValueError, match=f"{first}: expected|expected"):
