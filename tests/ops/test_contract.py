@@ -402,7 +402,7 @@ def test_func_transforms_need_the_reference(op, backend):
 
     x = call.tensors[name]
     for transform in (lambda f: torch.func.grad(f)(x), lambda f: torch.func.jvp(f, (x,), (torch.ones_like(x),))):
-        with pytest.raises(ValueError, match="need.* backend='reference'"):
+        with pytest.raises(ValueError, match=r"need.* backend='reference'"):
             transform(lambda t: loss(t, backend))
         transform(lambda t: loss(t, "reference"))
     torch.testing.assert_close(torch.func.grad(lambda t: loss(t, None))(x), torch.func.grad(lambda t: loss(t, "reference"))(x))
