@@ -84,7 +84,7 @@ def medssm_unet(
         ups.append(Up(features[s + 1], features[s], spatial_dims, strides[s + 1]))
         join = convolution(features[s] + skips[s], features[s], 3 if s == 0 else 1, padding=int(s == 0))
         up_stages.append(nn.Sequential(join, *([nn.SiLU()] if s == 0 else []), *stage(s, decoder_depths[i], False)))
-        heads.append(convolution(features[s], out_channels, 1))
+        heads.append(convolution(features[s], out_channels, 1) if deep_supervision or s == 0 else None)
     return UNet(
         Encoder(nn.Sequential(*stem), stages, skips, strides), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size
     )

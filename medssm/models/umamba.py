@@ -12,7 +12,9 @@ What upstream's code does beside the paper, kept for its weights:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,21 +22,97 @@ from torch import nn
 from medssm.nn import Decoder, Encoder, Mamba, UNet
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2,
+           features: Sequence[int] = (32, 64, 128, 256, 320, 320), strides=None, kernels=3, blocks=2, decoder_blocks=2,
+           conv_bias: bool = True, norm=None, norm_kwargs=None, act=nn.LeakyReLU, act_kwargs=None, dropout=None, dropout_kwargs=None,
+           deep_supervision: bool = False, size: str = "any", stem_channels: int | None = None) -> UNet:
+    """U-Mamba for any input size: kind "bot" or "enc".
+
+    Args:
+        features: channels per stage. strides, kernels: per stage an int or one per axis; strides default to 1, then 2.
+        blocks, decoder_blocks: convolutional blocks per stage, in the decoder one entry fewer, from coarse to fine; an int serves all.
+        norm, act, dropout: classes, with their keywords; None is instance norm with weights for `norm`, and no dropout.
+        deep_supervision: a list of logits, the highest resolution first; without it the coarser heads are not made.
+        size: "any" pads and crops inside, "strict" raises where strides do not divide the input.
+        stem_channels: default features[0].
+    """
+    if spatial_dims not in _CONV:
+        raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}")
+    n = len(features)
+    shape = Shape(list(features), _per_axis("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims),
+                  _per_axis("kernels", kernels, n, spatial_dims), _per_stage("blocks", blocks, n),
+                  _per_stage("decoder_blocks", decoder_blocks, n - 1))
+    if norm is None:
+        norm, norm_kwargs = _NORM[spatial_dims], {"affine": True, **(norm_kwargs or {})}
+    if act_kwargs is None and act is nn.LeakyReLU:
+        act_kwargs = {"inplace": True}
+    layers = Layers(_CONV[spatial_dims], conv_bias, _maker(norm, norm_kwargs), _maker(act, act_kwargs), _maker(dropout, dropout_kwargs))
+    mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, (math.inf,) * spatial_dims)
+    return _network(layers, shape, in_channels, out_channels, mamba, deep_supervision, deep_supervision, size, stem_channels)
+
+
+def upstream(kind: str, *, input_channels, n_stages, features_per_stage, conv_op, kernel_sizes, strides, n_conv_per_stage, num_classes,
+             n_conv_per_stage_decoder, input_size=None, conv_bias=False, norm_op=None, norm_op_kwargs=None, dropout_op=None,
+             dropout_op_kwargs=None, nonlin=None, nonlin_kwargs=None, deep_supervision=False, stem_channels=None) -> UNet:
+    """U-Mamba from the keywords of upstream's UMambaBot and UMambaEnc; classes may be given by name ("Conv3d")."""
+    dims = {"Conv2d": 2, "Conv3d": 3}.get(getattr(_class("conv_op", conv_op), "__name__", None))
+    if dims is None:
+        raise ValueError(f"conv_op: expected Conv2d or Conv3d, got {conv_op!r}")
+    if kind == "enc" and (input_size is None or len(input_size) != dims):
+        raise ValueError(f"input_size: expected the {dims} sizes of the patch that the network was made for, got {input_size!r}")
+    features = [features_per_stage * 2**s for s in range(n_stages)] if isinstance(features_per_stage, int) else features_per_stage
+    shape = Shape(_per_stage("features_per_stage", features, n_stages), _per_axis("strides", strides, n_stages, dims),
+                  _per_axis("kernel_sizes", kernel_sizes, n_stages, dims), _per_stage("n_conv_per_stage", n_conv_per_stage, n_stages),
+                  _per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1))
+    for s in range(math.ceil(n_stages / 2), n_stages):
+        shape.blocks[s] = 1
+    for s in range(math.ceil((n_stages - 1) / 2 + 0.5), n_stages - 1):
+        shape.decoder_blocks[s] = 1
+    layers = Layers(_CONV[dims], conv_bias, _maker(_class("norm_op", norm_op), norm_op_kwargs), _maker(_class("nonlin", nonlin), nonlin_kwargs),
+                    _maker(_class("dropout_op", dropout_op), dropout_op_kwargs))
+    mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, input_size)
+    return _network(layers, shape, input_channels, num_classes, mamba, deep_supervision, True, "any", stem_channels)
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------------------
+
+
+class Layers(NamedTuple):
+    """What makes the convolutions, norms, activations and dropouts of all blocks."""
+
+    conv: type[nn.Module]
+    conv_bias: bool
+    norm: Callable[[int], nn.Module]
+    act: Callable[[], nn.Module]
+    dropout: Callable[[], nn.Module]
+
+
+class Shape(NamedTuple):
+    """The network's lists: one entry per stage, `decoder_blocks` one fewer and from coarse to fine."""
+
+    features: list[int]
+    strides: list[tuple[int, ...]]
+    kernels: list[tuple[int, ...]]
+    blocks: list[int]
+    decoder_blocks: list[int]
 
 
 class ResBlock(nn.Module):
     """conv, norm, act, conv, norm, plus a 1 x 1 convolution of the input, act. The first and the last convolution take the stride."""
 
-    def __init__(self, spec: Spec, channels_in: int, channels: int, kernel, stride=1):
+    def __init__(self, layers: Layers, channels_in: int, channels: int, kernel, stride=1):
         super().__init__()
         pad = [k // 2 for k in kernel]
-        self.conv1 = spec.conv(channels_in, channels, kernel, stride, pad)
-        self.norm1 = spec.norm(channels)
-        self.act1 = spec.act()
-        self.conv2 = spec.conv(channels, channels, kernel, 1, pad)
-        self.norm2 = spec.norm(channels)
-        self.act2 = spec.act()
-        self.conv3 = spec.conv(channels_in, channels, 1, stride)
+        self.conv1 = layers.conv(channels_in, channels, kernel, stride, pad)
+        self.norm1 = layers.norm(channels)
+        self.act1 = layers.act()
+        self.conv2 = layers.conv(channels, channels, kernel, 1, pad)
+        self.norm2 = layers.norm(channels)
+        self.act2 = layers.act()
+        self.conv3 = layers.conv(channels_in, channels, 1, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
@@ -44,12 +122,12 @@ class ResBlock(nn.Module):
 class ConvNorm(nn.Module):
     """conv, dropout if any, norm, act if asked."""
 
-    def __init__(self, spec: Spec, channels: int, kernel, act: bool):
+    def __init__(self, layers: Layers, channels: int, kernel, act: bool):
         super().__init__()
-        self.conv = spec.conv(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=spec.conv_bias)
-        self.dropout = spec.dropout()
-        self.norm = spec.norm(channels)
-        self.act = spec.act() if act else nn.Identity()
+        self.conv = layers.conv(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=layers.conv_bias)
+        self.dropout = layers.dropout()
+        self.norm = layers.norm(channels)
+        self.act = layers.act() if act else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(self.dropout(self.conv(x))))
@@ -58,11 +136,11 @@ class ConvNorm(nn.Module):
 class BasicBlock(nn.Module):
     """Two convolutions and the input itself."""
 
-    def __init__(self, spec: Spec, channels: int, kernel):
+    def __init__(self, layers: Layers, channels: int, kernel):
         super().__init__()
-        self.conv1 = ConvNorm(spec, channels, kernel, act=True)
-        self.conv2 = ConvNorm(spec, channels, kernel, act=False)
-        self.act = spec.act()
+        self.conv1 = ConvNorm(layers, channels, kernel, act=True)
+        self.conv2 = ConvNorm(layers, channels, kernel, act=False)
+        self.act = layers.act()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.conv2(self.conv1(x)) + x)
@@ -71,16 +149,19 @@ class BasicBlock(nn.Module):
 class Upsample(nn.Module):
     """Nearest neighbours, then a 1 x 1 convolution."""
 
-    def __init__(self, spec: Spec, channels_in: int, channels: int, stride):
+    def __init__(self, layers: Layers, channels_in: int, channels: int, stride):
         super().__init__()
-        self.conv, self.stride = spec.conv(channels_in, channels, 1), tuple(float(s) for s in stride)
+        self.conv, self.stride = layers.conv(channels_in, channels, 1), tuple(float(s) for s in stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(nn.functional.interpolate(x, scale_factor=self.stride, mode="nearest"))
 
 
 class MambaLayer(nn.Module):
-    """LayerNorm and Mamba over the voxels as tokens, or over the channels, on (b, c, *spatial). `dim` is the size of a token."""
+    """LayerNorm and Mamba over the voxels as tokens, or over the channels, on (b, c, *spatial). `dim` is the size of a token.
+
+    It runs outside autocast, in its weights' type: half precision here is where upstream's users met NaN.
+    """
 
     def __init__(self, dim: int, channel_tokens: bool = False):
         super().__init__()
@@ -89,34 +170,15 @@ class MambaLayer(nn.Module):
         self.mamba = Mamba(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.channel_tokens:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.norm.weight.dtype)
+            if not self.channel_tokens:
+                return self.mamba(self.norm(x.movedim(1, -1))).movedim(-1, 1)
             tokens = x.flatten(2)
             if tokens.shape[-1] != self.dim:
-                raise ValueError(
-                    f"x: expected a map of {self.dim} voxels, which these channel-token weights are made for, got {tuple(x.shape[2:])}; "
-                    "use the input size of the training"
-                )
+                raise ValueError(f"x: expected a map of {self.dim} voxels, which these channel-token weights are made for, got "
+                                 f"{tuple(x.shape[2:])}: use the input size of the training")
             return self.mamba(self.norm(tokens)).reshape(x.shape)
-        return self.mamba(self.norm(x.movedim(1, -1))).movedim(-1, 1)
-
-
-class Spec:
-    """The kind of convolution, norm, activation and dropout that all blocks share."""
-
-    def __init__(self, spatial_dims: int, conv_bias: bool, norm, norm_kwargs, act, act_kwargs, dropout, dropout_kwargs):
-        self.conv, self.conv_bias = _CONV[spatial_dims], conv_bias
-        self._norm, self._norm_kwargs = norm, norm_kwargs or {}
-        self._act, self._act_kwargs = act, act_kwargs or {}
-        self._dropout, self._dropout_kwargs = dropout, dropout_kwargs or {}
-
-    def norm(self, channels: int) -> nn.Module:
-        return nn.Identity() if self._norm is None else self._norm(channels, **self._norm_kwargs)
-
-    def act(self) -> nn.Module:
-        return nn.Identity() if self._act is None else self._act(**self._act_kwargs)
-
-    def dropout(self) -> nn.Module:
-        return nn.Identity() if self._dropout is None else self._dropout(**self._dropout_kwargs)
 
 
 class UMambaEncoder(Encoder):
@@ -130,205 +192,73 @@ class UMambaEncoder(Encoder):
         return self.mamba_layers[s](self.stages[s](x))
 
 
-def _assemble(
-    spec: Spec,
-    spatial_dims,
-    in_channels,
-    out_channels,
-    features,
-    kernels,
-    strides,
-    blocks,
-    decoder_blocks,
-    deep_supervision,
-    size,
-    stem_channels,
-    mamba,
-    joins,
-):
-    """The network; mamba is "bot", or the list of Enc's layers."""
-    stem_channels, finest = stem_channels or features[0], len(features) - 2
+def _network(layers: Layers, shape: Shape, in_channels: int, out_channels: int, mamba: MambaLayer | list[nn.Module], deep_supervision: bool,
+             all_heads: bool, size: str, stem_channels: int | None) -> UNet:
+    """The network; mamba is Bot's layer or the list of Enc's, all_heads makes those that only deep supervision uses in any case."""
+    features, n, stem_channels = shape.features, len(shape.features), stem_channels or shape.features[0]
 
     def level(channels_in, channels, kernel, stride, count):
-        return nn.Sequential(ResBlock(spec, channels_in, channels, kernel, stride), *(BasicBlock(spec, channels, kernel) for _ in range(count - 1)))
+        more = [BasicBlock(layers, channels, kernel) for _ in range(count - 1)]
+        return nn.Sequential(ResBlock(layers, channels_in, channels, kernel, stride), *more)
 
-    stem = level(in_channels, stem_channels, kernels[0], 1, blocks[0])
-    stages = [level(([stem_channels, *features])[s], features[s], kernels[s], strides[s], blocks[s]) for s in range(len(features))]
-    parts = (stem, stages, features, strides)
-    encoder = Encoder(*parts) if mamba == "bot" else UMambaEncoder(*parts, mamba_layers=mamba)
+    stem = level(in_channels, stem_channels, shape.kernels[0], 1, shape.blocks[0])
+    before = [stem_channels, *features]
+    stages = [level(before[s], features[s], shape.kernels[s], shape.strides[s], shape.blocks[s]) for s in range(n)]
+    parts, bottleneck = (stem, stages, features, shape.strides), None
+    if isinstance(mamba, MambaLayer):
+        encoder, bottleneck = Encoder(*parts), mamba
+    else:
+        encoder = UMambaEncoder(*parts, mamba_layers=mamba)
     ups, up_stages, heads = [], [], []
-    for s in range(finest + 1):
-        below, skip = features[-(s + 1)], features[-(s + 2)]
-        ups.append(Upsample(spec, below, skip, strides[-(s + 1)]))
-        up_stages.append(level(skip * (2 if joins[s] else 1), skip, kernels[-(s + 2)], 1, decoder_blocks[s]))
-        heads.append(spec.conv(skip, out_channels, 1))
-    decoder = Decoder(ups, up_stages, heads, joins, deep_supervision)
-    return UNet(encoder, decoder, MambaLayer(features[-1]) if mamba == "bot" else None, size)
+    joins = [len(shape.strides[0]) == 3 or s > 0 for s in range(n - 2, -1, -1)]
+    for s, join, count in zip(range(n - 2, -1, -1), joins, shape.decoder_blocks, strict=True):
+        ups.append(Upsample(layers, features[s + 1], features[s], shape.strides[s + 1]))
+        up_stages.append(level(features[s] * (2 if join else 1), features[s], shape.kernels[s], 1, count))
+        heads.append(layers.conv(features[s], out_channels, 1) if all_heads or s == 0 else None)
+    return UNet(encoder, Decoder(ups, up_stages, heads, joins, deep_supervision), bottleneck, size)
 
 
-def umamba(
-    kind: str,
-    *,
-    spatial_dims: int = 3,
-    in_channels: int = 1,
-    out_channels: int = 2,
-    features: Sequence[int] = (32, 64, 128, 256, 320, 320),
-    strides=None,
-    kernels=None,
-    blocks=2,
-    decoder_blocks=2,
-    conv_bias: bool = True,
-    norm=None,
-    norm_kwargs=None,
-    act=nn.LeakyReLU,
-    act_kwargs=None,
-    dropout=None,
-    dropout_kwargs=None,
-    deep_supervision: bool = False,
-    size: str = "any",
-    stem_channels: int | None = None,
-    channel_token_size: Sequence[int] | None = None,
-) -> UNet:
-    """U-Mamba for any input size: kind "bot" or "enc".
-
-    features, strides, kernels, blocks (convolutional blocks) are lists with one entry per stage, decoder_blocks one fewer; an int serves all.
-    strides default to 1 then 2; an entry is an int or one per axis. channel_token_size: the input size for which stages whose map has at
-    most as many voxels as channels take channels as tokens (upstream's Enc; None: never).
-    """
-    if spatial_dims not in _CONV:
-        raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}")
-    n = len(features)
-    strides = _per_stage("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims)
-    kernels = _per_stage("kernels", 3 if kernels is None else kernels, n, spatial_dims)
-    blocks, decoder_blocks = _counts("blocks", blocks, n), _counts("decoder_blocks", decoder_blocks, n - 1)
-    if norm is None:
-        norm, norm_kwargs = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[spatial_dims], norm_kwargs or {"eps": 1e-5, "affine": True}
-    spec = Spec(
-        spatial_dims,
-        conv_bias,
-        norm,
-        norm_kwargs,
-        act,
-        {"inplace": True} if act is nn.LeakyReLU and act_kwargs is None else act_kwargs,
-        dropout,
-        dropout_kwargs,
-    )
-    mamba, joins = "bot", [True] * (n - 1)
-    if spatial_dims == 2:
-        joins[-1] = False
-    if kind == "enc":
-        mamba, shape = [], list(channel_token_size or [math.inf] * spatial_dims)
-        for s in range(n):
-            shape = [a // b if a != math.inf else a for a, b in zip(shape, strides[s], strict=True)]
-            voxels = math.prod(shape)
-            if spatial_dims == 2 and s % 2 == n % 2:
-                mamba.append(nn.Identity())
-            elif voxels <= features[s]:
-                mamba.append(MambaLayer(voxels, channel_tokens=True))
-            else:
-                mamba.append(MambaLayer(features[s]))
-    return _assemble(
-        spec,
-        spatial_dims,
-        in_channels,
-        out_channels,
-        list(features),
-        kernels,
-        strides,
-        blocks,
-        decoder_blocks,
-        deep_supervision,
-        size,
-        stem_channels,
-        mamba,
-        joins,
-    )
+def _mamba_layers(shape: Shape, size: Sequence[int | float]) -> list[nn.Module]:
+    """Enc's layer after each stage, for an input size; infinite sizes have no channel tokens."""
+    layers, dims, n = [], len(size), len(shape.features)
+    for s, (channels, stride) in enumerate(zip(shape.features, shape.strides, strict=True)):
+        size = [a if a == math.inf else a // b for a, b in zip(size, stride, strict=True)]
+        voxels = math.prod(size)
+        if dims == 2 and s % 2 == n % 2:
+            layers.append(nn.Identity())
+        elif voxels <= channels:
+            layers.append(MambaLayer(voxels, channel_tokens=True))
+        else:
+            layers.append(MambaLayer(channels))
+    return layers
 
 
-def upstream(
-    kind: str,
-    *,
-    input_channels,
-    n_stages,
-    features_per_stage,
-    conv_op,
-    kernel_sizes,
-    strides,
-    n_conv_per_stage,
-    num_classes,
-    n_conv_per_stage_decoder,
-    input_size=None,
-    conv_bias=False,
-    norm_op=None,
-    norm_op_kwargs=None,
-    dropout_op=None,
-    dropout_op_kwargs=None,
-    nonlin=None,
-    nonlin_kwargs=None,
-    deep_supervision=False,
-    stem_channels=None,
-) -> UNet:
-    """U-Mamba from the keywords of upstream's UMambaBot and UMambaEnc; classes may be given by name ("Conv3d")."""
-    dims = {"Conv2d": 2, "Conv3d": 3}.get(conv_op if isinstance(conv_op, str) else conv_op.__name__)
-    if dims is None:
-        raise ValueError(f"conv_op: expected Conv2d or Conv3d, got {conv_op!r}")
-    if kind == "enc" and input_size is None:
-        raise ValueError("input_size: expected the patch size that the network was made for, got None")
-    features = [features_per_stage * 2**s for s in range(n_stages)] if isinstance(features_per_stage, int) else list(features_per_stage)
-    blocks, decoder_blocks = (
-        _counts("n_conv_per_stage", n_conv_per_stage, n_stages),
-        _counts("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
-    )
-    for s in range(math.ceil(n_stages / 2), n_stages):
-        blocks[s] = 1
-    for s in range(math.ceil((n_stages - 1) / 2 + 0.5), n_stages - 1):
-        decoder_blocks[s] = 1
-    return umamba(
-        kind,
-        spatial_dims=dims,
-        in_channels=input_channels,
-        out_channels=num_classes,
-        features=features,
-        strides=strides,
-        kernels=kernel_sizes,
-        blocks=blocks,
-        decoder_blocks=decoder_blocks,
-        conv_bias=conv_bias,
-        norm=_class(norm_op),
-        norm_kwargs=norm_op_kwargs,
-        act=_class(nonlin),
-        act_kwargs=nonlin_kwargs or {},
-        dropout=_class(dropout_op),
-        dropout_kwargs=dropout_op_kwargs,
-        deep_supervision=deep_supervision,
-        stem_channels=stem_channels,
-        channel_token_size=input_size,
-    )
+def _maker(kind: Callable[..., nn.Module] | None, kwargs: dict | None) -> Callable[..., nn.Module]:
+    """kind with its keywords; None makes nothing."""
+    return partial(kind or nn.Identity, **(kwargs or {}))
 
 
-def _class(given):
-    """A torch.nn class by itself or by name, in nnU-Net's long form too ("torch.nn.modules.conv.Conv3d")."""
+def _class(name: str, given):
+    """A class, or one of torch.nn by name, in nnU-Net's long form too ("torch.nn.modules.conv.Conv3d")."""
     if given is None or not isinstance(given, str):
         return given
     found = getattr(nn, given.rsplit(".", 1)[-1], None)
     if found is None:
-        raise ValueError(f"expected a class of torch.nn, got {given!r}")
+        raise ValueError(f"{name}: expected a class of torch.nn, got {given!r}")
     return found
 
 
-def _per_stage(name, value, stages, dims) -> list[tuple[int, ...]]:
-    """One tuple per stage, one entry per axis, from an int, a list of ints or a list of lists."""
-    value = [value] * stages if isinstance(value, int) else list(value)
-    if len(value) != stages:
-        raise ValueError(f"{name}: expected one entry for each of {stages} stages, got {len(value)}")
-    out = [(v,) * dims if isinstance(v, int) else tuple(v) for v in value]
+def _per_axis(name: str, value, stages: int, dims: int) -> list[tuple[int, ...]]:
+    """One tuple per stage with one entry per axis, from an int, a list of ints or a list of lists."""
+    out = [(v,) * dims if isinstance(v, int) else tuple(v) for v in _per_stage(name, value, stages)]
     for v in out:
         if len(v) != dims:
-            raise ValueError(f"{name}: expected {dims} values per stage, got {v}")
+            raise ValueError(f"{name}: expected {dims} values for each stage, got {v}")
     return out
 
 
-def _counts(name, value, stages) -> list[int]:
+def _per_stage(name: str, value, stages: int) -> list:
+    """A new list with one entry per stage, from one value or a list."""
     value = [value] * stages if isinstance(value, int) else list(value)
     if len(value) != stages:
         raise ValueError(f"{name}: expected one entry for each of {stages} stages, got {len(value)}")

@@ -37,17 +37,29 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """From the coarsest stage up: upsample, join the encoder's skip, a stage; a segmentation head per level.
 
-    upsample_layers, stages and seg_layers go from coarse to fine, one per stage of the encoder but the coarsest.
+    upsample_layers, stages and seg_layers go from coarse to fine, one per stage of the encoder but the coarsest; of the heads all but
+    the last may be None (a head that never sees a gradient would stop distributed training).
     joins[s] says whether level s concatenates its skip (the coarsest level first).
-    With `deep_supervision` forward returns a list, the highest resolution first (nnU-Net's contract), else the finest logits.
+    With `deep_supervision`, which may be switched at any time where all heads are there, forward returns a list of logits, the highest
+    resolution first (nnU-Net's contract), else the finest logits.
     """
 
-    def __init__(self, upsample_layers: Sequence[nn.Module], stages: Sequence[nn.Module], seg_layers: Sequence[nn.Module],
+    def __init__(self, upsample_layers: Sequence[nn.Module], stages: Sequence[nn.Module], seg_layers: Sequence[nn.Module | None],
                  joins: Sequence[bool] | None = None, deep_supervision: bool = False):
         super().__init__()
-        self.upsample_layers, self.stages = nn.ModuleList(upsample_layers), nn.ModuleList(stages)
-        self.seg_layers, self.deep_supervision = nn.ModuleList(seg_layers), deep_supervision
+        self.upsample_layers, self.stages, self.seg_layers = nn.ModuleList(upsample_layers), nn.ModuleList(stages), nn.ModuleList(seg_layers)
         self.joins = [True] * len(self.stages) if joins is None else list(joins)
+        self.deep_supervision = deep_supervision
+
+    @property
+    def deep_supervision(self) -> bool:
+        return self._deep_supervision
+
+    @deep_supervision.setter
+    def deep_supervision(self, value: bool) -> None:
+        if value and any(head is None for head in self.seg_layers):
+            raise ValueError("deep_supervision: this decoder has a head for the finest level alone; build it with deep_supervision=True")
+        self._deep_supervision = bool(value)
 
     def forward(self, skips: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         x, outputs, finest = skips[-1], [], len(self.stages) - 1

@@ -18,14 +18,16 @@ def test_names():
     assert set(SMALL) <= set(medssm.list_models()) and medssm.list_models("umamba*") == ["umamba_bot", "umamba_enc"]
 
 
+@pytest.mark.parametrize("deep_supervision", [False, True])
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", SMALL)
-def test_any_input_size_and_a_training_step(name, dims):
-    model = build(name, dims, deep_supervision=True)
-    outputs = model(torch.randn(1, 2, *(17, 22, 9)[:dims]))
+def test_any_input_size_and_every_parameter_learns(name, dims, deep_supervision):
+    model = build(name, dims, deep_supervision=deep_supervision)
+    y = model(torch.randn(1, 2, *(17, 22, 9)[:dims]))
+    outputs = y if deep_supervision else [y]
     assert outputs[0].shape == (1, 3, *(17, 22, 9)[:dims])
-    sum(y.square().mean() for y in outputs).backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    sum(o.square().mean() for o in outputs).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -48,7 +50,9 @@ def test_deep_supervision_is_nnunets_list(name):
     assert isinstance(outputs, list) and len(outputs) == len(model.encoder.strides) - 1
     assert [o.shape[2] for o in outputs] == [16 // 2**i for i in range(len(outputs))]
     model.decoder.deep_supervision = False
-    assert model(x).shape == (1, 3, 16, 16, 16)
+    assert torch.equal(model(x), outputs[0])
+    with pytest.raises(ValueError, match="deep_supervision: this decoder has a head for the finest level alone"):
+        build(name, 3).decoder.deep_supervision = True
 
 
 @pytest.mark.parametrize("name", SMALL)
