@@ -25,7 +25,7 @@ def refuse(*tensors) -> str | None:
     """Why this kernel cannot serve these tensors, or None."""
     for t in tensors:
         if t is not None and not (t.is_cpu and t.dtype in _DTYPES):
-            return f"it serves {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)} on the CPU, got {str(t.dtype).removeprefix('torch.')} on {t.device}"
+            return f"it serves {', '.join(_name(d) for d in _DTYPES)} on the CPU, got {_name(t.dtype)} on {t.device}"
     return None
 
 
@@ -47,7 +47,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, st
     state = torch.empty((batch, channels, n), dtype=dtype) if final else None
     checkpoints = torch.empty((batch, chunks(length, n), n, channels), dtype=dtype) if save else None
     if out.numel():
-        _scan(dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, 1.0, out, None, state, checkpoints)
+        _scan(dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, 1.0, out, None, state,
+              checkpoints)
     elif final:
         state.zero_() if initial_state is None else state.copy_(initial_state)
     return out, state, checkpoints
@@ -90,10 +91,11 @@ def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, sof
             gradients[-1].copy_(dstate)
         return tuple(gradients)
     du, ddelta, dB, dC, dz = (None if t is None else _new(t) for t in (u, delta, B, C, z))
-    dweights = [None if t is None else torch.empty(t.shape, dtype=dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
+    weights = (A, D, delta_bias, delta_proj, initial_state)
+    dweights = [None if t is None else torch.empty(t.shape, dtype=dtype) for t in weights]
     _scan_backward(dtype, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse,
                    initial_state, 1.0, du, None, ddelta, dB, dC, dz, None, *dweights)
-    dA, dD, dbias, dproj, dinitial = (None if g is None else g.to(t.dtype) for g, t in zip(dweights, (A, D, delta_bias, delta_proj, initial_state), strict=True))
+    dA, dD, dbias, dproj, dinitial = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dproj, dinitial
 
 
@@ -108,7 +110,8 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus
         return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
     k = A.shape[0]
     dx, ddelta, dB, dC, dz = (None if t is None else _new(t) for t in (x, delta, B, C, z))
-    dweights = [None if t is None else torch.empty(t.shape, dtype=dtype) for t in (A, D, delta_bias, delta_proj)]
+    weights = (A, D, delta_bias, delta_proj)
+    dweights = [None if t is None else torch.empty(t.shape, dtype=dtype) for t in weights]
     # Sums over all orders but the last.
     x_total = None if x.dim() == 4 or k == 1 else dx if dx.dtype is dtype else torch.empty_like(dx, dtype=dtype)
     z_total = None if z is None or k == 1 else dz if dz.dtype is dtype else torch.empty_like(dz, dtype=dtype)
@@ -119,7 +122,7 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus
             _row(delta_bias, i), softplus, _row(delta_proj, i), index, starts, reverse, None, 1 / k if merge == "mean" else 1.0,
             _slice(dx if last or x.dim() == 4 else x_total, i), None if i == 0 else x_total, ddelta[:, :, i], dB[:, :, i], dC[:, :, i],
             dz if last else z_total, None if i == 0 else z_total, *(_row(g, i) for g in dweights), None)
-    dA, dD, dbias, dproj = (None if g is None else g.to(t.dtype) for g, t in zip(dweights, (A, D, delta_bias, delta_proj), strict=True))
+    dA, dD, dbias, dproj = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
     return dx, ddelta, dA, dB, dC, dD, dz, dbias, dproj
 
 
@@ -170,6 +173,10 @@ def _output(out, earlier=None):
 def _new(t):
     """A gradient for t: contiguous, whatever t's strides are."""
     return torch.empty(t.shape, dtype=t.dtype)
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _compute_dtype(*tensors) -> torch.dtype:
