@@ -76,7 +76,7 @@ def test_the_sdist_builds(tmp_path):
     archive = next((copy / "dist").glob("*.tar.gz"))
     with tarfile.open(archive) as tar:
         names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
-        assert {"csrc/isa.cpp", "csrc/include/medssm/abi.h", "csrc/selective_scan/cpu.cpp", "medssm/kernels/native.py", "LICENSE"} <= names
+        assert {"csrc/isa.cpp", "csrc/include/medssm/abi.h", "csrc/selective_scan/cpu_forward.cpp", "medssm/kernels/native.py", "LICENSE"} <= names
         tar.extractall(tmp_path / "unpacked", filter="data")
     source = next((tmp_path / "unpacked").iterdir())
     run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", tmp_path / "again", cwd=source, MEDSSM_CPU="0")

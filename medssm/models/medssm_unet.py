@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from medssm.nn import SSND, Decoder, Encoder, UNet
-from medssm.nn.blocks import ChannelsLast, ConvBlock, Down, MixerBlock, Up
+from medssm.nn.blocks import ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up
 
 # Channels and blocks per stage, from full resolution down (0 blocks at full resolution: the skip is the image itself), the first stage
 # whose blocks scan, and the scans' inner channels over their outer.
 _SIZES = {
-    "tiny": {"features": (8, 24, 48, 96, 160), "depths": (0, 1, 2, 2, 2), "decoder_depths": (1, 1, 1, 0), "scans_from": 2, "expand": 1},
+    "tiny": {"features": (7, 16, 48, 96, 160), "depths": (0, 1, 1, 2, 1), "decoder_depths": (1, 1, 1, 0), "scans_from": 2, "expand": 1},
     "small": {"features": (16, 32, 64, 128, 256), "depths": (1, 1, 2, 2, 2), "decoder_depths": (1, 1, 1, 1), "scans_from": 2, "expand": 1},
     "base": {"features": (32, 64, 128, 256, 384, 384), "depths": (1, 1, 2, 2, 4, 2), "decoder_depths": (1, 1, 1, 1, 1), "scans_from": 2, "expand": 2},
 }
@@ -67,6 +67,8 @@ def medssm_unet(
     def stage(s: int, count: int, scans: bool) -> list[nn.Module]:
         if scans:
             return [MixerBlock(features[s], spatial_dims, SSND(features[s], d_state, expand=expand, spatial_dims=spatial_dims)) for _ in range(count)]
+        if s <= 1:
+            return [DenseBlock(features[s], features[s], spatial_dims) for _ in range(count)]
         return [ConvBlock(features[s], spatial_dims) for _ in range(count)]
 
     convolution = _CONV[spatial_dims]
@@ -82,9 +84,17 @@ def medssm_unet(
     ups, up_stages, heads = [], [], []
     for i, s in enumerate(range(n - 2, -1, -1)):
         ups.append(Up(features[s + 1], features[s], spatial_dims, strides[s + 1]))
-        join = convolution(features[s] + skips[s], features[s], 3 if s == 0 else 1, padding=int(s == 0))
-        up_stages.append(nn.Sequential(join, *([nn.SiLU()] if s == 0 else []), *stage(s, decoder_depths[i], False)))
-        heads.append(convolution(features[s], out_channels, 1) if deep_supervision or s == 0 else None)
+        joined = features[s] + skips[s]
+        if s == 0:
+            join = []
+        elif s == 1:
+            join = [DenseBlock(joined, features[1], spatial_dims)]
+        else:
+            join = [convolution(joined, features[s], 1)]
+        up_stages.append(nn.Sequential(*join, *stage(s, decoder_depths[i] - (s == 1), False)))
+        # Full kernels in the heads too: of many inputs, logits learn fast.
+        head = convolution(joined if s == 0 else features[s], out_channels, 3, padding=1)
+        heads.append(head if deep_supervision or s == 0 else None)
     return UNet(
         Encoder(nn.Sequential(*stem), stages, skips, strides), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size
     )

@@ -1,6 +1,7 @@
 """Blocks of a channels-last U-Net. They take and give (b, c, *spatial) in channels-last memory, so that every token is contiguous inside.
 
-All normalisation is over the channels of a voxel: no statistics cross space, so a volume could be streamed through slab by slab.
+At inference all normalisation is local: over the channels of a voxel, or by stored statistics (batch norm). No statistics cross space, so
+a volume could be streamed through slab by slab.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from medssm import ops
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -32,6 +34,23 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return image(super().forward(tokens(x)))
+
+
+class DenseBlock(nn.Module):
+    """silu(norm(conv(silu(norm(conv(x))))) + x): full kernels, where maps are large and channels few. The norm is a batch norm: at inference a
+    scale and a shift of each voxel."""
+
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, kernel: int = 3):
+        super().__init__()
+        self.conv1 = _CONV[spatial_dims](channels_in, channels, kernel, padding=kernel // 2, bias=False)
+        self.norm1 = _NORM[spatial_dims](channels)
+        self.conv2 = _CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, bias=False)
+        self.norm2 = _NORM[spatial_dims](channels)
+        self.skip = nn.Identity() if channels_in == channels else _CONV[spatial_dims](channels_in, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm2(self.conv2(nn.functional.silu(self.norm1(self.conv1(x)))))
+        return nn.functional.silu(y + self.skip(x))
 
 
 class ConvBlock(nn.Module):
