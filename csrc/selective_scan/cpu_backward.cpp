@@ -177,7 +177,10 @@ template <class T> class Backward {
       Channels<T>& channels = seat.channels;
       const Block& block = channels.block;
       const T* saved = static_cast<const T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + chunk / b_.chunk_ * p_.state * p_.channels + block.channel;
-      for (int64_t n = 0; n < p_.state; ++n) store(seat.starts + n * W, load_part<T>(saved + n * p_.channels, block.lanes));
+      for (int64_t n = 0; n < p_.state; ++n) {
+        store(seat.starts + n * W, load_part<T>(saved + n * p_.channels, block.lanes));
+        if (chunk > 0) __builtin_prefetch(saved + (n - p_.state) * p_.channels);  // the next to be loaded
+      }
       if (b_.chunk_ == kTile) return;
       std::memcpy(channels.state, seat.starts, sizeof(T) * p_.state * W);
       for (int64_t i = 0; i + 1 < tiles; ++i) {
@@ -222,23 +225,44 @@ template <class T> class Backward {
         const Vec<T> sum = load<T>(halves[0] + t * W);
         return second ? sum + load<T>(halves[1] + t * W) : sum;
       };
+      const bool gated = p_.z.data;
       Vec<T> dD{}, dbias{};
-      write<T>(a_.du, block, tile, [&](int64_t t) {
+      struct Gradients {
+        Vec<T> u, s, z;
+      };
+      const auto gradients = [&](int64_t t) -> Gradients {
         const Vec<T> u = load<T>(in.u[t]), dy = load<T>(buffers_.dy + t * W), of_B = both(along_B, t);
         const Vec<T> ds = fma(u, of_B, both(along_A, t) * static_cast<T>(kLn2)) * load<T>(in.slope + t * W);
-        store(in.slope + t * W, ds);
+        Vec<T> du = fma(load<T>(in.s + t * W), of_B, D * dy), dz{};
+        if (gated) dz = fma(D, u, both(y, t)) * load<T>(buffers_.gate + t * W);
+        if (gated && a_.dz.earlier) dz += earlier<T>(a_.dz, block, tile, t);
+        if (a_.du.earlier) du += earlier<T>(a_.du, block, tile, t);
         dD = fma(dy, u, dD);
         dbias += ds;
-        const Vec<T> du = fma(load<T>(in.s + t * W), of_B, D * dy);
-        return a_.du.earlier ? du + earlier<T>(a_.du, block, tile, t) : du;
-      });
-      if (p_.rank) expand_adjoint(channels, tile, low, in.slope, low_row, parts, add);
-      else write<T>(a_.ddelta, block, tile, [&](int64_t t) { return load<T>(in.slope + t * W); });
-      if (p_.z.data)
-        write<T>(a_.dz, block, tile, [&](int64_t t) {
-          const Vec<T> dz = fma(D, load<T>(in.u[t]), both(y, t)) * load<T>(buffers_.gate + t * W);
-          return a_.dz.earlier ? dz + earlier<T>(a_.dz, block, tile, t) : dz;
+        return {du, ds, dz};
+      };
+      if (block.lanes == W && !p_.rank && a_.du.type == a_.ddelta.type && (!gated || a_.du.type == a_.dz.type)) {
+        with_storage(a_.du.type, a_.du.data, [&](auto* du) {
+          auto *ddelta = static_cast<decltype(du)>(a_.ddelta.data), *dz = static_cast<decltype(du)>(a_.dz.data);
+          for (int64_t t = 0; t < tile.count; ++t) {
+            const Gradients g = gradients(t);
+            store(du + offset(a_.du, block, tile, t), g.u);
+            store(ddelta + offset(a_.ddelta, block, tile, t), g.s);
+            if (gated) store(dz + offset(a_.dz, block, tile, t), g.z);
+          }
         });
+      } else {  // by way of tiles that are not needed any more
+        for (int64_t t = 0; t < tile.count; ++t) {
+          const Gradients g = gradients(t);
+          store(in.s + t * W, g.u);
+          store(in.slope + t * W, g.s);
+          store(buffers_.gate + t * W, g.z);
+        }
+        write<T>(a_.du, block, tile, [&](int64_t t) { return load<T>(in.s + t * W); });
+        if (!p_.rank) write<T>(a_.ddelta, block, tile, [&](int64_t t) { return load<T>(in.slope + t * W); });
+        if (gated) write<T>(a_.dz, block, tile, [&](int64_t t) { return load<T>(buffers_.gate + t * W); });
+      }
+      if (p_.rank) expand_adjoint(channels, tile, low, in.slope, low_row, parts, add);
       T* last = parts + p_.rank * W;
       store(last, add ? load<T>(last) + dD : dD);
       store(last + W, add ? load<T>(last + W) + dbias : dbias);

@@ -174,13 +174,19 @@ template <class T> class Forward {
   void finish(const Channels<T>& channels, const Tile& tile, const View<T>& u, const T* y, const Buffers& buffers) const {
     const Block& block = channels.block;
     const Vec<T> D = channels.D, scale = splat(static_cast<T>(p_.scale));
-    const auto before_gate = [&](int64_t t) {
-      const Vec<T> sum = fma(D, load<T>(u[t]), load<T>(y + t * W));
-      return (a_.out.earlier ? sum + earlier<T>(a_.out, block, tile, t) : sum) * scale;
-    };
-    if (!p_.z.data) return write<T>(a_.out, block, tile, before_gate);
-    const View<T> z = block_view<T>(p_.z, block, tile, buffers.z);
-    write<T>(a_.out, block, tile, [&](int64_t t) { return before_gate(t) * silu<T>(load<T>(z[t])); });
+    const View<T> of_u = u;
+    T* const gate = buffers.z;
+    if (p_.z.data) {
+      const View<T> z = block_view<T>(p_.z, block, tile, buffers.z);
+      for (int64_t t = 0; t < tile.count; ++t) store(gate + t * W, silu<T>(load<T>(z[t])) * scale);
+    }
+    const auto before_gate = [=](int64_t t) { return fma(D, load<T>(of_u[t]), load<T>(y + t * W)); };
+    if (a_.out.earlier)
+      write<T>(a_.out, block, tile, [=, this, &block, &tile](int64_t t) {
+        return (before_gate(t) + earlier<T>(a_.out, block, tile, t)) * (p_.z.data ? load<T>(gate + t * W) : scale);
+      });
+    else if (p_.z.data) write<T>(a_.out, block, tile, [=](int64_t t) { return before_gate(t) * load<T>(gate + t * W); });
+    else write<T>(a_.out, block, tile, [=](int64_t t) { return before_gate(t) * scale; });
   }
 
   void store_state(const Channels<T>& channels, int64_t low, int64_t high) const {

@@ -56,19 +56,24 @@ void step_sizes(const Channels<T>& channels, View<T> delta, int64_t count, Input
   const View<T> u = in->u;
   T *const to_s = in->s, *const to_su = in->su, *const to_slope = in->slope;
   Largest<T> largest;
-  for (int64_t t = 0; t < count; ++t) {
-    Vec<T> s = load<T>(delta[t]) + bias;
-    if constexpr (kSoftplus) {
-      const Softplus<T> both = softplus<T>(s);
-      s = both.value;
-      largest.add_positive(s);
+  if constexpr (kSoftplus) {
+    // Exponentials first, logarithms after: of one long chain of operations too few steps fit into the processor's window.
+    for (int64_t t = 0; t < count; ++t) store(to_su + t * W, exp_minus_abs<T>(load<T>(delta[t]) + bias));
+    for (int64_t t = 0; t < count; ++t) {
+      const Softplus<T> both = softplus_of<T>(load<T>(delta[t]) + bias, load<T>(to_su + t * W));
+      largest.add_positive(both.value);
       if constexpr (kSlope) store(to_slope + t * W, both.slope);
-    } else {
+      store(to_s + t * W, both.value);
+      store(to_su + t * W, both.value * load<T>(u[t]));
+    }
+  } else {
+    for (int64_t t = 0; t < count; ++t) {
+      const Vec<T> s = load<T>(delta[t]) + bias;
       largest.add(s);
       if constexpr (kSlope) store(to_slope + t * W, splat<T>(1));
+      store(to_s + t * W, s);
+      store(to_su + t * W, s * load<T>(u[t]));
     }
-    store(to_s + t * W, s);
-    store(to_su + t * W, s * load<T>(u[t]));
   }
   in->bounded = all_at_most<T>(largest.value() * channels.steepest, kExp2Bound<T>);
 }

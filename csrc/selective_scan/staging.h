@@ -116,20 +116,28 @@ class Ahead {
   int count_ = 0;
 };
 
-// Writes value(t), a vector, for each token of the tile.
-template <class T, class F> MEDSSM_INLINE void write(const Output& out, const Block& block, const Tile& tile, F&& value) {
-  const int64_t offset = out.batch * block.batch + block.channel;
+// Where step t of a tile has the block's channels.
+MEDSSM_INLINE int64_t offset(const Output& out, const Block& block, const Tile& tile, int64_t t) {
+  return out.batch * block.batch + tile.token(t) * out.token + block.channel;
+}
+
+// Writes value(t), a vector, for each step of the tile.
+template <class T, class F> MEDSSM_INLINE void write(const Output& out, const Block& block, const Tile& tile, F value) {
   with_storage(out.type, out.data, [&](auto* data) {
-    if (block.lanes == kLanes<T>)
-      for (int64_t t = 0; t < tile.count; ++t) store(data + offset + tile.token(t) * out.token, value(t));
-    else
-      for (int64_t t = 0; t < tile.count; ++t) store_part(data + offset + tile.token(t) * out.token, value(t), block.lanes);
+    auto* const base = data + out.batch * block.batch + block.channel;
+    if (block.lanes == kLanes<T> && !tile.index) {
+      auto* to = base + tile.first * out.token;
+      const int64_t step = tile.direction * out.token;
+      for (int64_t t = 0; t < tile.count; ++t, to += step) store(to, value(t));
+    } else {
+      for (int64_t t = 0; t < tile.count; ++t) store_part(base + tile.token(t) * out.token, value(t), block.lanes);
+    }
   });
 }
 
 // The sum of earlier orders at step t of the tile.
 template <class T> MEDSSM_INLINE Vec<T> earlier(const Output& out, const Block& block, const Tile& tile, int64_t t) {
-  return load_part<T>(static_cast<const T*>(out.earlier) + out.batch * block.batch + tile.token(t) * out.token + block.channel, block.lanes);
+  return load_part<T>(static_cast<const T*>(out.earlier) + offset(out, block, tile, t), block.lanes);
 }
 
 // (d, n) or (b, d, n) weights and states as [n][lane], and columns [low, high) of them back. `item` is the row of the first channel.
