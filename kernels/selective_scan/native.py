@@ -19,6 +19,7 @@ _BACKWARD = struct.Struct(_PROBLEM + "38q").pack
 _ABSENT = (0, 0, 0, 0, 0)
 
 _DTYPES = native.DTYPES
+_Float = torch.FloatTensor  # an instance is a float32 tensor on the CPU: one question in place of two
 
 
 def refuse(*tensors) -> str | None:
@@ -52,6 +53,49 @@ def forward(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, st
     elif final:
         state.zero_() if initial_state is None else state.copy_(initial_state)
     return out, state, checkpoints
+
+
+def forward_usual(u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
+    """`forward` of a plain sequence on the CPU in float32, its shapes checked here; None where anything is not as usual.
+
+    Of a call that takes microseconds, finding out what the tensors are is the larger part: so this looks at each of them once.
+    """
+    shape, rates, rows = u.shape, A.shape, B.shape
+    if len(shape) != 3 or len(rates) != 2:
+        return None
+    batch, length, channels = shape
+    state = rates[1]
+    if delta.shape != shape or rates[0] != channels or rows != (batch, length, state) or C.shape != rows or not 1 <= state <= 256 or 0 in shape:
+        return None
+    if not (isinstance(u, _Float) and isinstance(delta, _Float) and isinstance(A, _Float) and isinstance(B, _Float) and isinstance(C, _Float)):
+        return None
+    at_D = at_bias = at_z = z_batch = z_token = z_channel = 0
+    if D is not None:
+        if D.shape != (channels,) or not isinstance(D, _Float) or not D.is_contiguous():
+            return None
+        at_D = D.data_ptr()
+    if delta_bias is not None:
+        if delta_bias.shape != (channels,) or not isinstance(delta_bias, _Float) or not delta_bias.is_contiguous():
+            return None
+        at_bias = delta_bias.data_ptr()
+    if z is not None:
+        if z.shape != shape or not isinstance(z, _Float):
+            return None
+        z_batch, z_token, z_channel = z.stride()
+        at_z = z.data_ptr()
+    u_batch, u_token, u_channel = u.stride()
+    if not A.is_contiguous() or u_channel != 1 or u_token != channels or u_batch != length * channels:
+        return None
+    delta_batch, delta_token, delta_channel = delta.stride()
+    B_batch, B_token, B_state = B.stride()
+    C_batch, C_token, C_state = C.stride()
+    out = torch.empty_like(u)
+    native.function("selective_scan_forward")(_FORWARD(
+        u.data_ptr(), 0, u_batch, u_token, u_channel, delta.data_ptr(), 0, delta_batch, delta_token, delta_channel,
+        at_z, 0, z_batch, z_token, z_channel, B.data_ptr(), 0, B_batch, B_token, 0, B_state, C.data_ptr(), 0, C_batch, C_token, 0, C_state,
+        A.data_ptr(), at_D, at_bias, 0, 0, 0, 0, 0, reverse, batch, length, channels, 1, state, 0, softplus, False,
+        torch.get_num_threads(), 1.0, out.data_ptr(), 0, u_batch, u_token, 0, 0, 0, 0))
+    return out
 
 
 def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge, save):

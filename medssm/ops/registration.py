@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("medssm", "DEF")
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Looked up once: `direct` is asked at every call.
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
+_is_compiling, _grad_enabled, _tracing = torch.compiler.is_compiling, torch.is_grad_enabled, torch._C._get_tracing_state
+_modes, _function_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def operator(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -69,15 +73,17 @@ def needs_grad(tensors: Sequence[torch.Tensor | None]) -> bool:
 
 def direct(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether a call may go straight to the C function: plain tensors, no gradients, nothing that traces or transforms."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if _is_compiling() or _modes() or _function_modes() or _transforms() is not None or forward_ad._current_level >= 0 or _tracing() is not None:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    grad = torch.is_grad_enabled()
+    grad = _grad_enabled()
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
+        kind = type(t)
+        if kind is not _Tensor and kind is not _Parameter:
+            if t is not None:
+                return False
+        elif grad and t.requires_grad:
             return False
-    return torch._C._get_tracing_state() is None
+    return True
 
 
 def transformed() -> str | None:

@@ -62,11 +62,11 @@ def selective_scan(
     Source: Gu and Dao, Mamba, arXiv 2312.00752.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
-    if order is None and layout == "bld" and registration.direct(tensors) and _usual(backend, *tensors):
-        out, state, _ = native.forward(
-            u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, z, delta_bias, delta_softplus, None, None, None, reverse, None, False, return_final_state
-        )
-        return (out, state) if return_final_state else out
+    if order is None and initial_state is None and delta_proj is None and not return_final_state and layout == "bld":
+        if dispatch.free(backend, "native") and not library.reason() and registration.direct(tensors):
+            out = native.forward_usual(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+            if out is not None:
+                return out
     if layout != "bld":
         checks.choice("layout", layout, ("bld", "bdl"))
         u, delta, B, C, z = (_channels_last(t, name, u) for t, name in ((u, "u"), (delta, "delta"), (B, "B"), (C, "C"), (z, "z")))
@@ -135,20 +135,6 @@ def _channels_last(t, name, u):
         return None
     checks.dims(name, t, *range(2, 12), form="(b, d, l)")
     return t.movedim(1, -1) if t.dim() == u.dim() else t.movedim((1, 2), (-2, -1))
-
-
-def _usual(backend, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state):
-    """Whether this is a sequence on the CPU with nothing wrong about it: the short way to the kernel. All else takes the long way, whose
-    checks say what does not fit."""
-    if library.reason() or not dispatch.free(backend, "native") or native.refuse(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state):
-        return False
-    shape, rates, rows = u.shape, A.shape, B.shape
-    if len(shape) != 3 or len(rates) != 2 or rates[0] != shape[2] or not 1 <= rates[1] <= 256 or C.shape != rows:
-        return False
-    if rows != (shape[0], shape[1], rates[1]) or delta_proj is not None or initial_state is not None or delta.shape != shape:
-        return False
-    channels = shape[2:]
-    return (z is None or z.shape == shape) and (D is None or D.shape == channels) and (delta_bias is None or delta_bias.shape == channels)
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state, nd):

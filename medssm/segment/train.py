@@ -112,7 +112,7 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
         dice = loop.run(show, lambda: _validate(network, fitted, held_out, fabric), validations if validation else 0)
     result = {"out": str(out), "model": name, "parameters": sum(p.numel() for p in network.parameters()),
               "cases": len(training), "validation_cases": len(validation), "steps": loop.done.step, "seconds": round(loop.done.seconds, 2),
-              "spacing": list(fitted.spacing), "patch": list(fitted.patch), "validation": dice}
+              "lr": lr, "spacing": list(fitted.spacing), "patch": list(fitted.patch), "validation": dice}
     if fabric.is_global_zero:
         loop.log({"finished": result})
         networks.save(out, network, config)

@@ -119,6 +119,7 @@ def _cell(value: float, best: float, digits: int, share: bool) -> str:
 
 def _method(metrics: Mapping) -> dict[str, str]:
     recipe, trained, tested = metrics["recipe"], metrics["split"]["trained"], metrics["split"]["tested"]
+    ours, monai = metrics["rows"][:2]
     edges, patch = (" x ".join(f"{value:g}" for value in recipe[name]) for name in ("spacing", "patch"))
     return {
         "Data": f"{metrics['data']['credit']} Cropped to the brain; the two sides of a structure are one class.",
@@ -126,10 +127,11 @@ def _method(metrics: Mapping) -> dict[str, str]:
                  "midline (x = 0) belong to neither, and each side is a file of its own: no window or patch reaches across.",
         "Left and right": "One hemisphere has one handedness. So half of the training patches, drawn at random, are mirrored left to "
                           "right, for both networks alike. The tested side is segmented as it is, never flipped.",
-        "Recipe": f"The same for both networks: {recipe['max_seconds']:g} seconds of training steps, {recipe['batch']} patches of {patch} "
+        "Recipe": f"For both networks: {recipe['max_seconds']:g} seconds of training steps, {recipe['batch']} patches of {patch} "
                   f"voxels at {edges} mm in a step, {recipe['foreground']:.0%} of them centred on a structure; rotation, zoom, noise, "
-                  f"blur, contrast and low resolution on some; Dice and cross-entropy; AdamW, the learning rate {recipe['lr']:g} down a "
-                  "cosine. It was chosen with the left side trained on and the right one tested.",
+                  "blur, contrast and low resolution on some; Dice and cross-entropy; AdamW, the learning rate down a cosine from "
+                  f"{ours['lr']:g} for {ours['title']} and {monai['lr']:g} for {monai['title']}. All this was chosen with the sides "
+                  "exchanged: trained on the left one, tested on the right one.",
         "Metrics": "By medssm evaluate, in millimetres. A class of which nothing was found has an HD95 of the image's diagonal.",
     }
 
