@@ -1,4 +1,4 @@
-"""medssm_unet: our own U-Net. Depthwise convolutions where maps are large and channels few, SS-ND scans where a voxel is worth a token."""
+"""medssm_unet: our own U-Net. Convolutions where maps are large and channels few, SS-ND scans where a voxel is worth a token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def medssm_unet(
     """A U-Net whose coarser stages are SS-ND mixers: global context in linear time, any input size, 2D and 3D.
 
     Args:
-        size: "tiny" (1.1 M parameters in 3D), "small", "base": presets of what follows.
+        size: "tiny" (0.9 M parameters in 3D), "small", "base": presets of what follows.
         mixer: of the scanning blocks; "ss_nd".
         features, depths: channels and blocks per stage, from full resolution down; decoder_depths: one entry fewer, from coarse to fine.
         strides: per stage, an int or one per axis (anisotropic spacing); default 1, then 2.
@@ -47,7 +47,8 @@ def medssm_unet(
         expand, d_state: of the scans. deep_supervision: a list of logits, the highest resolution first.
         input_size: "any" pads and crops inside, "strict" raises where strides do not divide the input.
 
-    Normalisation is over the channels of a voxel alone. Returns logits (b, out_channels, *spatial).
+    Returns logits (b, out_channels, *spatial). At inference no statistics cross space: the two finest stages have batch norms, the others
+    normalise a voxel's channels.
     """
     if spatial_dims not in _CONV:
         raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}")

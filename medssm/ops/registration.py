@@ -16,7 +16,8 @@ _library = torch.library.Library("medssm", "DEF")
 # Looked up once: `direct` is asked at every call.
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _is_compiling, _grad_enabled, _tracing = torch.compiler.is_compiling, torch.is_grad_enabled, torch._C._get_tracing_state
-_modes, _function_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._functorch.peek_interpreter_stack
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def operator(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:

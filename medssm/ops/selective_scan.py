@@ -62,11 +62,11 @@ def selective_scan(
     Source: Gu and Dao, Mamba, arXiv 2312.00752.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
-    if order is None and initial_state is None and delta_proj is None and not return_final_state and layout == "bld":
-        if dispatch.free(backend, "native") and not library.reason() and registration.direct(tensors):
-            out = native.forward_usual(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-            if out is not None:
-                return out
+    plain = order is None and initial_state is None and delta_proj is None and not return_final_state and layout == "bld"
+    if plain and dispatch.free(backend, "native") and not library.reason() and registration.direct(tensors):
+        out = native.forward_usual(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+        if out is not None:
+            return out
     if layout != "bld":
         checks.choice("layout", layout, ("bld", "bdl"))
         u, delta, B, C, z = (_channels_last(t, name, u) for t, name in ((u, "u"), (delta, "delta"), (B, "B"), (C, "C"), (z, "z")))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from medssm.errors import UserError
 from medssm.segment import networks
+from medssm.segment.allocator import keep_freed_memory
 from medssm.segment.data import FITTED, Case, cases_in
 from medssm.segment.files import NIFTI_ENDINGS, read_image, strip_ending, volume_shape, write_nifti
 from medssm.segment.inference import probabilities
@@ -79,6 +80,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
+    keep_freed_memory()
     result = predict([args.weights, *args.more_weights], args.inputs, args.out, device=args.device, overlap=args.overlap,
                      mirror=args.mirror, batch=args.batch, save_probabilities=args.save_probabilities, quiet=args.quiet)
     for message in result["failed"].values():

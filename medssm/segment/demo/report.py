@@ -47,7 +47,7 @@ pre { background: var(--paper); border: 1px solid var(--line); border-radius: 4p
 
 
 def write_report(path: Path, metrics: Mapping, figures: Mapping[str, Path]) -> None:
-    """`metrics` is what metrics.json holds (see `pipeline.structures`); `figures` names the PNG files overlays, split, dice and curves."""
+    """`metrics` is what metrics.json holds (see `pipeline.structures`); `figures` names the PNG files found, overlays, split, dice and curves."""
     write_bytes(path, _page(metrics, {name: _inline(file) for name, file in figures.items()}).encode())
 
 
@@ -62,6 +62,8 @@ def _page(metrics: Mapping, image: Mapping[str, str]) -> str:
 <p class="lead">{name} reaches a mean Dice of <b>{_mean(ours)}</b> on the {tested} hemisphere after {ours["seconds"]:.0f} seconds of
 training on the {trained} one; a MONAI convolutional U-Net of like size gets {_mean(monai)} in the same time. The {trained} side's
 labels, mirrored, get {_mean(mirrored)}, and intensity alone {_mean(look_up)}.</p>
+<figure><img alt="What {name} found, in three views" src="{image["found"]}"><figcaption>What {name} found on the {tested} side, which it was
+never trained on.</figcaption></figure>
 <p class="notice"><b>What this shows, and what not.</b> It is one volume, and its hemispheres are similar: this shows that the pipeline
 works from a file to a label map, not how accurate it is. Nothing here says how well either network does on another person, scanner or
 disease. Each was trained once, for minutes; a difference of a few hundredths between them may be chance.</p>
@@ -130,8 +132,9 @@ def _method(metrics: Mapping) -> dict[str, str]:
         "Recipe": f"For both networks: {recipe['max_seconds']:g} seconds of training steps, {recipe['batch']} patches of {patch} "
                   f"voxels at {edges} mm in a step, {recipe['foreground']:.0%} of them centred on a structure; rotation, zoom, noise, "
                   "blur, contrast and low resolution on some; Dice and cross-entropy; AdamW, the learning rate down a cosine from "
-                  f"{ours['lr']:g} for {ours['title']} and {monai['lr']:g} for {monai['title']}. All this was chosen with the sides "
-                  "exchanged: trained on the left one, tested on the right one.",
+                  f"{ours['lr']:g} for {ours['title']} and {monai['lr']:g} for {monai['title']}. Windows in prediction overlap by "
+                  f"{metrics['overlap']:.3g} of their edge. All this was chosen with the sides exchanged: trained on the left one, "
+                  "tested on the right one.",
         "Metrics": "By medssm evaluate, in millimetres. A class of which nothing was found has an HD95 of the image's diagonal.",
     }
 
