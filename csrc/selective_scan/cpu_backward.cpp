@@ -147,7 +147,8 @@ template <class T> class Backward {
           const Shared shared = shared_rows(seat.channels.block, tile);
           const Inputs<T> in = inputs(seat.channels, tile, shared.low);
           T* row = rows + (seat.item * b_.round_ + tile.from - from) * b_.row_;
-          const Ahead ahead = lines(seat.channels.block, tile.from);
+          const bool writes = !b_.halved_ || (tile.from - from + kTile) / kTile % 2 == seat.from;
+          const Ahead ahead = lines(seat.channels.block, tile.from, writes);
           const T* start = seat.starts + (tile.from - chunk) / kTile * p_.state * W;
           if (tile.fresh) std::memset(seat.channels.state, 0, sizeof(T) * p_.state * W);
           for (int half = seat.from; half < seat.to; ++half) {
@@ -417,13 +418,14 @@ template <class T> class Backward {
       return rows;
     }
 
-    // Of the steps before `end`.
-    Ahead lines(const Block& block, int64_t end) const {
+    // Of the steps before `end`; writes: whether this thread will write their gradients.
+    Ahead lines(const Block& block, int64_t end, bool writes) const {
       Ahead ahead(b_.walk_.steps(most<int64_t>(0, end - kTile), end));
       ahead.add(p_.u, block);
       if (!p_.rank) ahead.add(p_.delta, block);
       ahead.add(p_.z, block);
       ahead.add(a_.dout, block);
+      if (!writes) return ahead;
       ahead.add(a_.du, block);
       if (!p_.rank) ahead.add(a_.ddelta, block);
       ahead.add(a_.dz, block);

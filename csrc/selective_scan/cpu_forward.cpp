@@ -91,7 +91,7 @@ template <class T> class Forward {
         begin(mine, tile, 0, p_.state);
         Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
         prepare<T>(p_, mine, tile, rows.low, buffers.u, &in);
-        const Ahead ahead = lines(mine.block, next);
+        const Ahead ahead = lines(mine.block, next, true);
         advance_both<T>(p_, mine, in, rows.B, rows.C, tile.count, buffers.y, &ahead);
         finish(mine, tile, in.u, buffers.y[0], buffers);
       }
@@ -121,13 +121,15 @@ template <class T> class Forward {
         for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
           const int half = seat % 2;
           Channels<T>& one = channels.data()[seat - mine.begin];
-          for (int64_t from = begin_at; from < end;) {
-            const Tile tile = walk_.tile(from, end);
+          int64_t turns = 0;
+          for (int64_t from = begin_at; from < end; ++turns) {
+            const Tile tile = walk_.tile(from, end), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
+            const Ahead ahead = lines(one.block, next, from + tile.count < end ? turns % 2 != half : half == 0);
             const Shared rows = shared_rows(one.block, tile, buffers);
             begin(one, tile, half ? first_half(p_.state) : 0, half ? p_.state : first_half(p_.state));
             Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
             prepare<T>(p_, one, tile, rows.low, buffers.u, &in);
-            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, turn + (seat * kRound + from - begin_at) * W, nullptr);
+            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, turn + (seat * kRound + from - begin_at) * W, &ahead);
             from += tile.count;
           }
         }
@@ -161,12 +163,13 @@ template <class T> class Forward {
     for (int64_t n = low; n < high; ++n) store_part(to + n * p_.channels, load<T>(channels.state + n * W), block.lanes);
   }
 
-  Ahead lines(const Block& block, const Tile& next) const {
+  // finishes: whether this thread will write the tile's outputs.
+  Ahead lines(const Block& block, const Tile& next, bool finishes) const {
     Ahead ahead(next);
     ahead.add(p_.u, block);
     if (!p_.rank) ahead.add(p_.delta, block);
-    ahead.add(p_.z, block);
-    ahead.add(a_.out, block);
+    if (finishes) ahead.add(p_.z, block);
+    if (finishes) ahead.add(a_.out, block);
     return ahead;
   }
 

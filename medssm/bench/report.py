@@ -31,8 +31,8 @@ def markdown(results: dict) -> str:
     lines = [
         f"# Benchmark, {results['date']}, commit {results['commit']}",
         "",
-        f"{where['processor']}, {where['cores']} cores, {where['medssm']}, torch {where['torch']}, threads bound; sides interleaved in one process; "
-        "medians, ratios within a row.",
+        f"{where['processor']}, {where['cores']} cores, {where['medssm']}, torch {where['torch']}, threads bound; "
+        "the sides of a row take turns of at least 50 ms in one process; medians, ratios within a row.",
     ]
     if results.get("goals"):
         lines += ["", "| goal | wanted | reached | |", "|---|---|---|---|"]

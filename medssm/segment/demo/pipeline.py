@@ -73,8 +73,8 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str = OURS, m
         write_nifti(_prediction(out, brain, key), labels, brain.image.slicer[brain.tested.box])
         rows.append({"key": key, "title": title, "about": about, **_scores(out, brain, key)})
     metrics = {"version": medssm.__version__, "seed": seed, "classes": [name for name, value in brain.classes.items() if value],
-               "data": {"name": data, "title": brain.source.title, "credit": brain.source.credit},
-               "split": {"trained": brain.trained.side, "tested": brain.tested.side, "gap_mm": GAP_MM}, "recipe": shared, "overlap": OVERLAP, "nsd_mm": NSD_MM,
+               "data": {"name": data, "title": brain.source.title, "credit": brain.source.credit}, "overlap": OVERLAP,
+               "split": {"trained": brain.trained.side, "tested": brain.tested.side, "gap_mm": GAP_MM}, "recipe": shared, "nsd_mm": NSD_MM,
                "rows": rows, "checks": _checks(rows), "machine": machine.describe(), "commands": commands,
                "report": str(out / "report.html")}
     _say("figures and report", quiet)
