@@ -144,7 +144,7 @@ template <class T> class Backward {
         load_starts(seat, chunk, tiles);
         for (int64_t i = tiles - 1; i >= 0; --i) {
           const Tile& tile = tiles_.data()[i];
-          const Shared shared = shared_rows(seat.channels.block, tile);
+          const Shared<T> shared = shared_rows<T>(p_, seat.channels.block, tile, buffers_);
           const Inputs<T> in = inputs(seat.channels, tile, shared.low);
           T* row = rows + (seat.item * b_.round_ + tile.from - from) * b_.row_;
           const bool writes = !b_.halved_ || (tile.from - from + kTile) / kTile % 2 == seat.from;
@@ -187,7 +187,7 @@ template <class T> class Backward {
       for (int64_t i = 0; i + 1 < tiles; ++i) {
         const Tile &tile = tiles_.data()[i], &next = tiles_.data()[i + 1];
         if (tile.fresh) std::memset(channels.state, 0, sizeof(T) * p_.state * W);
-        const Shared shared = shared_rows(block, tile);
+        const Shared<T> shared = shared_rows<T>(p_, block, tile, buffers_);
         Inputs<T> in{{}, buffers_.s, buffers_.su, nullptr, true};
         prepare<T>(p_, channels, tile, shared.low, buffers_.u, &in);
         for (int half = seat.from; half < seat.to; ++half)
@@ -301,7 +301,7 @@ template <class T> class Backward {
       for (int64_t at = from; at < end; ++number) {
         const Tile tile = b_.walk_.tile(at, end);
         if (number % 2 == seat.from) {
-          const Shared shared = shared_rows(seat.channels.block, tile);
+          const Shared<T> shared = shared_rows<T>(p_, seat.channels.block, tile, buffers_);
           const Inputs<T> in = inputs(seat.channels, tile, shared.low);
           T *y[2], *along_A[2], *along_B[2];
           for (int half = 0; half < 2; ++half) {
@@ -402,20 +402,6 @@ template <class T> class Backward {
         if (a_.dD) store_weights<T>(dD, a_.dD, at.channel, at.lanes, 1, 0, 1);
         if (a_.dbias) store_weights<T>(dD + W, a_.dbias, at.channel, at.lanes, 1, 0, 1);
       }
-    }
-
-    // The rows of a tile that all blocks of a group share.
-    struct Shared {
-      View<T> B, C, low;
-    };
-    Shared shared_rows(const Block& block, const Tile& tile) const {
-      Shared rows{row_view<T>(p_.B, block.batch, block.group, p_.state, tile, buffers_.B),
-                  row_view<T>(p_.C, block.batch, block.group, p_.state, tile, buffers_.C), {}};
-      if (p_.rank) {
-        const Tokens& x = p_.delta;
-        rows.low = row_view<T>({x.data, x.type, x.batch, x.token, 0, x.channel}, block.batch, 0, p_.rank, tile, buffers_.low);
-      }
-      return rows;
     }
 
     // Of the steps before `end`; writes: whether this thread will write their gradients.

@@ -60,20 +60,6 @@ template <class T> class Forward {
     }
   };
 
-  // The rows of a tile that all blocks of a group share.
-  struct Shared {
-    View<T> B, C, low;
-  };
-  Shared shared_rows(const Block& block, const Tile& tile, const Buffers& buffers) const {
-    Shared rows{row_view<T>(p_.B, block.batch, block.group, p_.state, tile, buffers.B),
-                row_view<T>(p_.C, block.batch, block.group, p_.state, tile, buffers.C), {}};
-    if (p_.rank) {
-      const Tokens& x = p_.delta;
-      rows.low = row_view<T>({x.data, x.type, x.batch, x.token, 0, x.channel}, block.batch, 0, p_.rank, tile, buffers.low);
-    }
-    return rows;
-  }
-
   // The whole walk of `count` blocks of one batch element.
   void band(int64_t item, int64_t count, const Buffers& buffers) const {
     Scratch<T> memory(count * Channels<T>::size(p_));
@@ -84,10 +70,10 @@ template <class T> class Forward {
     }
     for (int64_t from = 0; from < p_.length;) {
       const Tile tile = walk_.tile(from, p_.length), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
-      Shared rows{};
+      Shared<T> rows{};
       for (int64_t i = 0; i < count; ++i) {
         Channels<T>& mine = channels[i];
-        if (i == 0 || mine.block.group != channels[i - 1].block.group) rows = shared_rows(mine.block, tile, buffers);
+        if (i == 0 || mine.block.group != channels[i - 1].block.group) rows = shared_rows<T>(p_, mine.block, tile, buffers);
         begin(mine, tile, 0, p_.state);
         Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
         prepare<T>(p_, mine, tile, rows.low, buffers.u, &in);
@@ -125,7 +111,7 @@ template <class T> class Forward {
           for (int64_t from = begin_at; from < end; ++turns) {
             const Tile tile = walk_.tile(from, end), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
             const Ahead ahead = lines(one.block, next, from + tile.count < end ? turns % 2 != half : half == 0);
-            const Shared rows = shared_rows(one.block, tile, buffers);
+            const Shared<T> rows = shared_rows<T>(p_, one.block, tile, buffers);
             begin(one, tile, half ? first_half(p_.state) : 0, half ? p_.state : first_half(p_.state));
             Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
             prepare<T>(p_, one, tile, rows.low, buffers.u, &in);

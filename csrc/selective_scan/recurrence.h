@@ -42,6 +42,19 @@ template <class T> struct Channels {
   }
 };
 
+// The rows of a tile that all blocks of a group share.
+template <class T> struct Shared {
+  View<T> B, C, low;
+};
+// In place where possible, else staged in the buffers of that name.
+template <class T, class Buffers> Shared<T> shared_rows(const Problem& p, const Block& block, const Tile& tile, const Buffers& buffers) {
+  Shared<T> rows{row_view<T>(p.B, block.batch, block.group, p.state, tile, buffers.B),
+                 row_view<T>(p.C, block.batch, block.group, p.state, tile, buffers.C), {}};
+  const Tokens& low = p.delta;
+  if (p.rank) rows.low = row_view<T>({low.data, low.type, low.batch, low.token, 0, low.channel}, block.batch, 0, p.rank, tile, buffers.low);
+  return rows;
+}
+
 // The inputs of a tile: one vector a step.
 template <class T> struct Inputs {
   View<T> u;

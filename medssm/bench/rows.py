@@ -117,24 +117,18 @@ def _six_orders(n: int = 64, channels: int = 96) -> dict[str, Side]:
     axes = [order.parameters["axes"] for order in SIX]
     copies = {k: [_along(tensors[k][..., i, :], axes[i], SIX[i].reverse) for i in range(len(SIX))] for k in ("delta", "B", "C")}
 
+    def scanned(i, u):
+        """An order's copy by the same kernel, and the result back in the volume's axes."""
+        of = {k: copies[k][i] for k in copies} | {k: tensors[k][i] for k in ("A", "D", "delta_bias")}
+        y = ops.selective_scan(u, **of, delta_softplus=True, backend="native")
+        y = (y.flip(1) if SIX[i].reverse else y).view(1, n, n, n, channels)
+        return y.permute(0, *(1 + axes[i].index(j) for j in range(3)), 4)
+
     def copied():
         with torch.no_grad():
             total = None
-            for i, (a, order) in enumerate(zip(axes, SIX, strict=True)):
-                u = _along(tensors["x"], a, order.reverse)
-                y = ops.selective_scan(
-                    u,
-                    copies["delta"][i],
-                    tensors["A"][i],
-                    copies["B"][i],
-                    copies["C"][i],
-                    tensors["D"][i],
-                    None,
-                    tensors["delta_bias"][i],
-                    True,
-                    backend="native",
-                )
-                y = (y.flip(1) if order.reverse else y).view(1, n, n, n, channels).permute(0, *(1 + a.index(j) for j in range(3)), 4).contiguous()
+            for i, order in enumerate(SIX):
+                y = scanned(i, _along(tensors["x"], axes[i], order.reverse)).contiguous()
                 total = y if total is None else total + y
             return total
 
@@ -142,25 +136,7 @@ def _six_orders(n: int = 64, channels: int = 96) -> dict[str, Side]:
         """As VMamba does: all six copies first, all six results, then the merge."""
         with torch.no_grad():
             us = [_along(tensors["x"], a, order.reverse) for a, order in zip(axes, SIX, strict=True)]
-            ys = [
-                ops.selective_scan(
-                    us[i],
-                    copies["delta"][i],
-                    tensors["A"][i],
-                    copies["B"][i],
-                    copies["C"][i],
-                    tensors["D"][i],
-                    None,
-                    tensors["delta_bias"][i],
-                    True,
-                    backend="native",
-                )
-                for i in range(len(SIX))
-            ]
-            return sum(
-                (y.flip(1) if order.reverse else y).view(1, n, n, n, channels).permute(0, *(1 + a.index(j) for j in range(3)), 4)
-                for y, a, order in zip(ys, axes, SIX, strict=True)
-            )
+            return sum([scanned(i, u) for i, u in enumerate(us)])
 
     def ours():
         with torch.no_grad():
