@@ -3,6 +3,7 @@
 The ops are in `medssm.ops`, scan orders in `medssm.orders`, layers in `medssm.nn`; `create_model` builds a backbone.
 """
 
+import importlib
 from pathlib import Path
 
 _here = Path(__file__).resolve().parent
@@ -16,12 +17,13 @@ __version__ = "0.1.0"
 __all__ = ["backends", "create_model", "explain", "from_upstream", "list_models", "ops", "orders", "register_model", "use_backend"]
 
 _MODELS = ("create_model", "list_models", "register_model", "from_upstream")
+_LATER = ("nn", "models")
 
 
 def __getattr__(name: str):
-    """The model registry on first use: importing medssm stays as light as its ops."""
+    """The layers and the model registry on first use: importing medssm stays as light as its ops."""
+    if name in _LATER:
+        return importlib.import_module(f"medssm.{name}")
     if name in _MODELS:
-        from medssm import models
-
-        return getattr(models, name)
+        return getattr(importlib.import_module("medssm.models"), name)
     raise AttributeError(f"module 'medssm' has no attribute {name!r}")

@@ -1,6 +1,8 @@
 """The README's Python runs as it stands, and the commands it names exist."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,8 @@ def test_python_blocks_run():
 def test_commands_exist():
     named = set(re.findall(r"^medssm (\w+)", README, re.M))
     assert named and named <= set(cli.COMMANDS)
+
+
+def test_layers_and_models_need_no_import_of_their_own():
+    code = "import medssm; print(medssm.nn.Mamba.__name__, medssm.create_model.__name__, hasattr(medssm, 'nothing'))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["Mamba", "create_model", "False"]
