@@ -27,4 +27,5 @@ def test_commands_exist():
 
 def test_layers_and_models_need_no_import_of_their_own():
     code = "import medssm; print(medssm.nn.Mamba.__name__, medssm.create_model.__name__, hasattr(medssm, 'nothing'))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["Mamba", "create_model", "False"]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Mamba", "create_model", "False"]
