@@ -77,7 +77,8 @@ template <class T> class Forward {
         begin(mine, tile, 0, p_.state);
         Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
         prepare<T>(p_, mine, tile, rows.low, buffers.u, &in);
-        const Ahead ahead = lines(mine.block, next, true);
+        const bool last = i + 1 == count;
+        const Ahead ahead = lines(channels[last ? 0 : i + 1].block, last ? next : tile, true);
         advance_both<T>(p_, mine, in, rows.B, rows.C, tile.count, buffers.y, &ahead);
         finish(mine, tile, in.u, buffers.y[0], buffers);
       }

@@ -86,15 +86,16 @@ def medssm_unet(
     for i, s in enumerate(range(n - 2, -1, -1)):
         ups.append(Up(features[s + 1], features[s], spatial_dims, strides[s + 1]))
         joined = features[s] + skips[s]
-        if s == 0:
-            join = []
-        elif s == 1:
-            join = [DenseBlock(joined, features[1], spatial_dims)]
+        depth, width = decoder_depths[i], features[s]
+        if s <= 1 and depth:
+            blocks = [DenseBlock(joined, width, spatial_dims), *stage(s, depth - 1, False)]
+        elif s == 0:
+            blocks, width = [], joined
         else:
-            join = [convolution(joined, features[s], 1)]
-        up_stages.append(nn.Sequential(*join, *stage(s, decoder_depths[i] - (s == 1), False)))
+            blocks = [convolution(joined, width, 1), *stage(s, depth, False)]
+        up_stages.append(nn.Sequential(*blocks))
         # Full kernels in the heads too: of many inputs, logits learn fast.
-        head = convolution(joined if s == 0 else features[s], out_channels, 3, padding=1)
+        head = convolution(width, out_channels, 3, padding=1)
         heads.append(head if deep_supervision or s == 0 else None)
     return UNet(
         Encoder(nn.Sequential(*stem), stages, skips, strides), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size

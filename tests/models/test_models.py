@@ -121,6 +121,23 @@ def test_registering_a_model():
         registry._models.pop("test_identity")
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_every_size_of_medssm_unet_trains(size, dims):
+    model = medssm.create_model("medssm_unet", dims, 1, 3, size=size)
+    out = model(torch.randn(2, 1, *(32,) * dims))
+    assert out.shape == (2, 3, *(32,) * dims)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("decoder_depths", [(0, 0), (1, 0), (0, 2), (2, 1)])
+def test_any_decoder_depth(decoder_depths):
+    model = build("medssm_unet", 2, features=(8, 12, 16), depths=(0, 1, 1), decoder_depths=decoder_depths, deep_supervision=True)
+    outs = model(torch.randn(2, 2, 16, 16))
+    assert [out.shape[1:] for out in outs] == [(3, 16, 16), (3, 8, 8)]
+
+
 def test_norms_do_not_see_other_voxels():
     """Streamable: away from the border of a change, a purely local network's output does not change."""
     model = build("medssm_unet", 2, features=(8, 8), depths=(1, 1), decoder_depths=(1,), scans_from=9).eval()
