@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from medssm import machine, ops
-from medssm.bench import measure, report
+from medssm.bench import apart, measure, report
 from medssm.bench.goals import judge
 from medssm.bench.peers import PEERS, installed
-from medssm.bench.rows import OURS, QUICK, ROWS, Row, channel_first, scan_inputs
+from medssm.bench.rows import OURS, QUICK, ROWS, channel_first, scan_inputs
 from medssm.errors import UserError
 from medssm.kernels import native
 from medssm.kernels.selective_scan.native import chunks
@@ -45,8 +45,7 @@ def run(args) -> dict:
     results = {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "machine": machine.describe(), "threads": threads,
                "absent": [name for name in PEERS if not installed(name)], "rows": {}, "extra": _extra()}
     for name in chosen:
-        row = _row(name, table[name], threads, args)
-        results["rows"][name] = row
+        row = results["rows"][name] = apart.row(name, 0.1 if args.quick else args.seconds, args.quick)
         _keep(results, args, report.markdown({**results, "rows": {name: row}}).split("\n\n## ", 1)[-1])
     if lengths:
         results["lengths"] = {}
@@ -60,19 +59,6 @@ def run(args) -> dict:
             mark = {None: "      ", True: "met   ", False: "MISSED"}[goal["met"]]
             print(f"{mark} {goal['name']}: {goal['reached']} ({goal['wanted']})")
     return results
-
-
-def _row(name: str, row: Row, threads: int, args) -> dict:
-    """One row on one and on all threads, and the memory of its sides."""
-    sides = row.sides()
-    counts = {"both": sorted({1, threads}), "all": [threads], "one": [1]}[row.threads]
-    result = {"title": row.title, "tokens": row.tokens,
-              "times": {str(n): measure.times(sides, 0.1 if args.quick else args.seconds, n, row.limit) for n in counts}}
-    if row.memory:
-        del sides
-        measured = [side for side in result["times"][str(counts[-1])] if side != "ceiling"]
-        result["memory"] = {side: measure.memory(name, side, counts[-1], args.quick) for side in measured}
-    return result
 
 
 def _extra() -> dict:

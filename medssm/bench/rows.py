@@ -19,13 +19,15 @@ OURS = "medssm"
 @dataclass(frozen=True)
 class Row:
     """make() gives the sides. threads: "one", "both" (one and all) or "all"; limit: seconds of a side's call beyond which it is called once;
-    memory: measure it too; tokens: token-channels of the work, for a time per each."""
+    memory: measure it too; kept: the allocator keeps what is freed, so that no side waits for the kernel's fresh pages; tokens:
+    token-channels of the work, for a time per each."""
 
     title: str
     make: Callable[[], dict[str, Side]]
     threads: str = "both"
     limit: float = 2.0
     memory: bool = False
+    kept: bool = False
     tokens: int | None = None
 
     def sides(self) -> dict[str, Side]:
@@ -260,6 +262,9 @@ ROWS: dict[str, Row] = {
         "six orders over 64^3, 96 channels: delta of rank 6 against the full delta", _low_rank, "all", memory=True, tokens=6 * 96 * 64**3
     ),
     "depthwise": Row("depthwise_conv 3x3x3 with silu, 96 channels, 48^3, forward", _depthwise, tokens=96 * 48**3),
+    "depthwise-kept": Row(
+        "depthwise_conv 3x3x3 with silu, 96 channels, 48^3, forward, the allocator keeping freed memory", _depthwise, kept=True, tokens=96 * 48**3
+    ),
     "depthwise-train": Row(
         "depthwise_conv 3x3x3 with silu, 96 channels, 48^3, forward and backward", partial(_depthwise, grad=True), limit=1.0, tokens=96 * 48**3
     ),

@@ -19,9 +19,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import Tensor, nn
 
+from medssm.allocator import keep_freed_memory
 from medssm.errors import UserError
 from medssm.segment import networks
-from medssm.segment.allocator import keep_freed_memory
 from medssm.segment.data import FITTED, Case, cases_in
 from medssm.segment.files import NIFTI_ENDINGS, read_image, strip_ending, volume_shape, write_nifti
 from medssm.segment.inference import probabilities

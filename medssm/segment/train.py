@@ -18,9 +18,9 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
+from medssm.allocator import keep_freed_memory
 from medssm.errors import UserError
 from medssm.segment import curves, networks
-from medssm.segment.allocator import keep_freed_memory
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.files import make_folder
 from medssm.segment.fit import fit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from medssm.segment.allocator import keep_freed_memory
+from medssm.allocator import keep_freed_memory
 from medssm.segment.demo.data import SIDES, SOURCES
 from medssm.segment.demo.pipeline import FAST_SECONDS, OURS, SECONDS, structures
 

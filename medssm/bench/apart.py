@@ -1,0 +1,42 @@
+"""One row in a process of its own: what earlier rows left in the allocator's hands would otherwise change its times.
+
+    python -m medssm.bench.apart ROW SECONDS QUICK      prints the row as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from medssm.allocator import keep_freed_memory
+from medssm.bench import measure
+from medssm.bench.rows import QUICK, ROWS
+
+
+def row(name: str, seconds: float, quick: bool) -> dict:
+    """A row on one and on all threads, and the memory of its sides: {"title", "tokens", "times", "memory"}."""
+    done = subprocess.run([sys.executable, "-m", "medssm.bench.apart", name, str(seconds), str(int(quick))], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"bench: row {name} ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(name: str, seconds: float, quick: bool) -> dict:
+    row, threads = (QUICK if quick else ROWS)[name], torch.get_num_threads()
+    if row.kept:
+        keep_freed_memory()
+    sides = row.sides()
+    counts = {"both": sorted({1, threads}), "all": [threads], "one": [1]}[row.threads]
+    result = {"title": row.title, "tokens": row.tokens, "times": {str(n): measure.times(sides, seconds, n, row.limit) for n in counts}}
+    if row.memory:
+        del sides
+        measured = [side for side in result["times"][str(counts[-1])] if side != "ceiling"]
+        result["memory"] = {side: measure.memory(name, side, counts[-1], quick) for side in measured}
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(sys.argv[1], float(sys.argv[2]), sys.argv[3] == "1")))
