@@ -1,11 +1,9 @@
-"""One row in a process of its own: what earlier rows left in the allocator's hands would otherwise change its times.
-
-    python -m medssm.bench.apart ROW SECONDS QUICK      prints the row as JSON
-"""
+"""One row in a process of its own: what earlier rows left in the allocator's hands would otherwise change its times."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,13 +13,21 @@ from medssm.allocator import keep_freed_memory
 from medssm.bench import measure
 from medssm.bench.rows import QUICK, ROWS
 
+_CORES = os.sched_getaffinity(os.getppid()) if hasattr(os, "sched_getaffinity") else None
+
 
 def row(name: str, seconds: float, quick: bool) -> dict:
     """A row on one and on all threads, and the memory of its sides: {"title", "tokens", "times", "memory"}."""
-    done = subprocess.run([sys.executable, "-m", "medssm.bench.apart", name, str(seconds), str(int(quick))], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", "from medssm.bench import apart; apart.main()", name, str(seconds), str(int(quick))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=_all_cores if hasattr(os, "sched_setaffinity") else None)
     if done.returncode:
         raise RuntimeError(f"bench: row {name} ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _all_cores() -> None:
+    """This process's thread is bound to one core and would hand that down; what it was started from is not."""
+    os.sched_setaffinity(0, _CORES)
 
 
 def _measure(name: str, seconds: float, quick: bool) -> dict:
@@ -38,5 +44,6 @@ def _measure(name: str, seconds: float, quick: bool) -> dict:
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The other process: print the row that the command line names, as JSON."""
     print(json.dumps(_measure(sys.argv[1], float(sys.argv[2]), sys.argv[3] == "1")))
