@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,6 @@ def run(args) -> dict:
     lengths = not args.quick and fnmatch.fnmatch("lengths", args.rows)
     if not chosen and not lengths:
         raise UserError(f"--rows: expected a pattern of {', '.join((*table, 'lengths'))}, got {args.rows!r}")
-    measure.bind_threads(sys.argv[2:] if sys.argv[1:2] == ["bench"] else ["--rows", args.rows])
     threads = torch.get_num_threads()
     results = {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "machine": machine.describe(), "threads": threads,
                "absent": [name for name in PEERS if not installed(name)], "rows": {}, "extra": _extra()}

@@ -13,21 +13,22 @@ from medssm.allocator import keep_freed_memory
 from medssm.bench import measure
 from medssm.bench.rows import QUICK, ROWS
 
-_CORES = os.sched_getaffinity(os.getppid()) if hasattr(os, "sched_getaffinity") else None
+_BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}  # two unbound threads may share a core, and then look no faster than one
 
 
 def row(name: str, seconds: float, quick: bool) -> dict:
-    """A row on one and on all threads, and the memory of its sides: {"title", "tokens", "times", "memory"}."""
+    """A row on one and on all threads, each thread bound to a core, and the memory of its sides: {"title", "tokens", "times", "memory"}."""
     command = [sys.executable, "-c", "from medssm.bench import apart; apart.main()", name, str(seconds), str(int(quick))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=_all_cores if hasattr(os, "sched_setaffinity") else None)
+    unbind = _all_cores if "OMP_PROC_BIND" in os.environ and hasattr(os, "sched_setaffinity") else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **_BOUND}, preexec_fn=unbind)
     if done.returncode:
         raise RuntimeError(f"bench: row {name} ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _all_cores() -> None:
-    """This process's thread is bound to one core and would hand that down; what it was started from is not."""
-    os.sched_setaffinity(0, _CORES)
+    """Where this process's own thread was bound at its start, the row's process would inherit that one core."""
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def _measure(name: str, seconds: float, quick: bool) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,13 +14,6 @@ import torch
 
 Side = Callable[[], object]
 _TURN = 0.05  # seconds
-
-
-def bind_threads(argv: list[str]) -> None:
-    """Start `medssm bench` again with one thread per core, fixed: two unbound threads may share a core, and then look no faster than one."""
-    wanted = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-    if any(k not in os.environ for k in wanted):
-        os.execve(sys.executable, [sys.executable, "-m", "medssm.cli", "bench", *argv], {**os.environ, **wanted})
 
 
 def times(sides: dict[str, Side], seconds: float, threads: int, limit: float | None = None) -> dict[str, dict]:

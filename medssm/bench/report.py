@@ -10,7 +10,7 @@ from medssm.bench.rows import OURS
 
 
 def write(results: dict, out: Path) -> list[Path]:
-    """results.json, results.md, ratios.png and lengths.png in `out`, each whole or not there."""
+    """results.json, results.md and, where it was measured, lengths.png in `out`, each whole or not there."""
     out.mkdir(parents=True, exist_ok=True)
     files = [_replace(out / "results.json", json.dumps(results, indent=1)), _replace(out / "results.md", markdown(results))]
     if results.get("lengths"):
@@ -76,7 +76,6 @@ def _plot_lengths(results: dict, path: Path) -> Path:
         width = 2.5 if name == OURS else 1.2
         axes.plot([p[0] for p in points], [p[1] / p[0] * 1e6 for p in points], marker="o", label=name, linewidth=width)
     axes.set(
-        xscale="log",
         yscale="log",
         xlabel="tokens",
         ylabel="microseconds per token",
