@@ -53,7 +53,7 @@ def call_overhead(side: Side, calls: int = 300, repeats: int = 40) -> float:
 
 def memory(row: str, side: str, threads: int, quick: bool) -> int | None:
     """Bytes that one call of a row's side takes above what was there before it, at its peak; None where the system does not tell."""
-    command = [sys.executable, "-m", "medssm.bench.measure", row, side, str(threads), str(int(quick))]
+    command = [sys.executable, "-c", "from medssm.bench import measure; measure.main()", row, side, str(threads), str(int(quick))]
     done = subprocess.run(command, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
 
@@ -73,8 +73,13 @@ def _peak_above(side: Side) -> int | None:
     return max(0, read("VmHWM") - before)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The other process: print the bytes of the side that the command line names."""
     from medssm.bench.rows import QUICK, ROWS
 
-    torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(_peak_above((QUICK if sys.argv[4] == "1" else ROWS)[sys.argv[1]].sides()[sys.argv[2]])))
+    row, side, threads, quick = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    for each in QUICK.values():  # code and threads that a first call brings in are no memory of the op
+        for call in each.sides().values():
+            call()
+    print(json.dumps(_peak_above((QUICK if quick == "1" else ROWS)[row].sides()[side])))
