@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 Side = Callable[[], object]
-_TURN = 0.05  # seconds
+_TURN = 0.3  # seconds
 
 
 def times(sides: dict[str, Side], seconds: float, threads: int, limit: float | None = None) -> dict[str, dict]:

@@ -32,7 +32,7 @@ def markdown(results: dict) -> str:
         f"# Benchmark, {results['date']}, commit {results['commit']}",
         "",
         f"{where['processor']}, {where['cores']} cores, {where['medssm']}, torch {where['torch']}, threads bound; "
-        "the sides of a row take turns of at least 50 ms in one process, of its own; medians, ratios within a row.",
+        "the sides of a row take turns of at least 0.3 s in one process, of its own; medians, ratios within a row.",
     ]
     if results.get("goals"):
         lines += ["", "| goal | wanted | reached | |", "|---|---|---|---|"]
