@@ -14,8 +14,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(2**22).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-seen = [faults() for _ in range(10)]
-print(seen[0], seen[-1])
+seen = [faults() for _ in range(60)]  # aligned blocks find their place after ten or so
+print(seen[0], max(seen[-20:]))
 """
 
 
