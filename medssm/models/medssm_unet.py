@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from medssm.nn import SSND, Decoder, Encoder, UNet
-from medssm.nn.blocks import ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up
+from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up, check_dims
 
 # Channels and blocks per stage, from full resolution down (0 blocks at full resolution: the skip is the image itself), the first stage
 # whose blocks scan, and the scans' inner channels over their outer.
@@ -16,7 +16,6 @@ _SIZES = {
     "small": {"features": (16, 32, 64, 128, 256), "depths": (1, 1, 2, 2, 2), "decoder_depths": (1, 1, 1, 1), "scans_from": 2, "expand": 1},
     "base": {"features": (32, 64, 128, 256, 384, 384), "depths": (1, 1, 2, 2, 4, 2), "decoder_depths": (1, 1, 1, 1, 1), "scans_from": 2, "expand": 2},
 }
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def medssm_unet(
@@ -50,8 +49,7 @@ def medssm_unet(
     Returns logits (b, out_channels, *spatial). At inference no statistics cross space: the two finest stages have batch norms, the others
     normalise a voxel's channels.
     """
-    if spatial_dims not in _CONV:
-        raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}")
+    check_dims(spatial_dims)
     if size not in _SIZES:
         raise ValueError(f"size: expected one of {', '.join(_SIZES)}, got {size!r}")
     if mixer != "ss_nd":
@@ -72,7 +70,7 @@ def medssm_unet(
             return [DenseBlock(features[s], features[s], spatial_dims) for _ in range(count)]
         return [ConvBlock(features[s], spatial_dims) for _ in range(count)]
 
-    convolution = _CONV[spatial_dims]
+    convolution = CONV[spatial_dims]
     bare = depths[0] == 0
     stem = [ChannelsLast(spatial_dims)] + ([] if bare else [convolution(in_channels, features[0], 3, padding=1)])
     stages = [nn.Sequential(*stage(0, depths[0], scans_from <= 0))]

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from medssm.models import weights
+from medssm.nn.unet import pad_to
 
 _models: dict[str, Callable[..., nn.Module]] = {}
-_upstream: dict[str, tuple[Callable[..., nn.Module], weights.Map]] = {}
+_upstream: dict[str, tuple[Callable[..., nn.Module], weights.Map | Callable[..., weights.Map]]] = {}
 
 
 def register_model(name: str, builder: Callable[..., nn.Module] | None = None):
@@ -26,8 +27,9 @@ def register_model(name: str, builder: Callable[..., nn.Module] | None = None):
     return builder
 
 
-def register_upstream(*names: str, builder: Callable[..., nn.Module], map: weights.Map | None = None) -> None:
-    """Enter a model that takes upstream's own keywords and weight names."""
+def register_upstream(*names: str, builder: Callable[..., nn.Module], map: weights.Map | Callable[..., weights.Map] | None = None) -> None:
+    """Enter a model that takes upstream's own keywords and weight names. map: how its weights are renamed, or a function of the keywords that
+    says it."""
     for name in names:
         _upstream[name] = (builder, map or weights.Map())
 
@@ -67,6 +69,8 @@ def from_upstream(name: str, state_dict: Mapping[str, torch.Tensor] | Path | str
     model = builder(**kwargs)
     if state_dict is None:
         return model
+    if not isinstance(map, weights.Map):
+        map = map(**kwargs)
     return weights.fit(model, map(state_dict if isinstance(state_dict, Mapping) else weights.read(state_dict)))
 
 
@@ -77,15 +81,15 @@ class Features(nn.Module):
         super().__init__()
         if not hasattr(model, "encoder"):
             raise ValueError(f"features_only: {type(model).__name__} has no encoder")
-        self.encoder, self._pad = model.encoder, model.pad
+        self.encoder, self.strides = model.encoder, []
         self.channels = list(model.encoder.output_channels)
-        reached, self.strides = (1,) * len(model.size_divisor), []
+        reached = (1,) * len(model.encoder.strides[0])
         for step in model.encoder.strides:
             reached = tuple(a * b for a, b in zip(reached, step, strict=True))
             self.strides.append(reached)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return self.encoder(self._pad(x))
+        return self.encoder(pad_to(x, self.strides[-1]))
 
 
 def _check_options(name: str, builder: Callable, options: dict) -> None:

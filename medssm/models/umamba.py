@@ -19,16 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, Mamba, UNet
-
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims
 
 
 def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2,
            features: Sequence[int] = (32, 64, 128, 256, 320, 320), strides=None, kernels=3, blocks=2, decoder_blocks=2,
            conv_bias: bool = True, norm=None, norm_kwargs=None, act=nn.LeakyReLU, act_kwargs=None, dropout=None, dropout_kwargs=None,
-           deep_supervision: bool = False, size: str = "any", stem_channels: int | None = None) -> UNet:
+           deep_supervision: bool = False, input_size: str = "any", stem_channels: int | None = None) -> UNet:
     """U-Mamba for any input size: kind "bot" or "enc".
 
     Args:
@@ -36,22 +35,21 @@ def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
         blocks, decoder_blocks: convolutional blocks per stage, in the decoder one entry fewer, from coarse to fine; an int serves all.
         norm, act, dropout: classes, with their keywords; None is instance norm with weights for `norm`, and no dropout.
         deep_supervision: a list of logits, the highest resolution first; without it the coarser heads are not made.
-        size: "any" pads and crops inside, "strict" raises where strides do not divide the input.
+        input_size: "any" pads and crops inside, "strict" raises where strides do not divide the input.
         stem_channels: default features[0].
     """
-    if spatial_dims not in _CONV:
-        raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}")
+    check_dims(spatial_dims)
     n = len(features)
     shape = Shape(list(features), _per_axis("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims),
                   _per_axis("kernels", kernels, n, spatial_dims), _per_stage("blocks", blocks, n),
                   _per_stage("decoder_blocks", decoder_blocks, n - 1))
     if norm is None:
-        norm, norm_kwargs = _NORM[spatial_dims], {"affine": True, **(norm_kwargs or {})}
+        norm, norm_kwargs = INSTANCE_NORM[spatial_dims], {"affine": True, **(norm_kwargs or {})}
     if act_kwargs is None and act is nn.LeakyReLU:
         act_kwargs = {"inplace": True}
-    layers = Layers(_CONV[spatial_dims], conv_bias, _maker(norm, norm_kwargs), _maker(act, act_kwargs), _maker(dropout, dropout_kwargs))
+    layers = Layers(CONV[spatial_dims], conv_bias, _maker(norm, norm_kwargs), _maker(act, act_kwargs), _maker(dropout, dropout_kwargs))
     mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, (math.inf,) * spatial_dims)
-    return _network(layers, shape, in_channels, out_channels, mamba, deep_supervision, deep_supervision, size, stem_channels)
+    return _network(layers, shape, in_channels, out_channels, mamba, deep_supervision, deep_supervision, input_size, stem_channels)
 
 
 def upstream(kind: str, *, input_channels, n_stages, features_per_stage, conv_op, kernel_sizes, strides, n_conv_per_stage, num_classes,
@@ -71,10 +69,14 @@ def upstream(kind: str, *, input_channels, n_stages, features_per_stage, conv_op
         shape.blocks[s] = 1
     for s in range(math.ceil((n_stages - 1) / 2 + 0.5), n_stages - 1):
         shape.decoder_blocks[s] = 1
-    layers = Layers(_CONV[dims], conv_bias, _maker(_class("norm_op", norm_op), norm_op_kwargs), _maker(_class("nonlin", nonlin), nonlin_kwargs),
+    layers = Layers(CONV[dims], conv_bias, _maker(_class("norm_op", norm_op), norm_op_kwargs), _maker(_class("nonlin", nonlin), nonlin_kwargs),
                     _maker(_class("dropout_op", dropout_op), dropout_op_kwargs))
     mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, input_size)
     return _network(layers, shape, input_channels, num_classes, mamba, deep_supervision, True, "any", stem_channels)
+
+
+# Upstream registers the encoder again inside the decoder, and every convolution and norm again in `all_modules`.
+MAP = Map(drop=(r"^decoder\.encoder\.", r"\.all_modules\."), rename=((r"^mamba_layer\.", "bottleneck."),))
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ from torch import nn
 
 
 class Map(NamedTuple):
-    """How upstream's state dict becomes ours: drop keys that repeat another tensor, then rename (pattern, replacement) in turn."""
+    """How upstream's state dict becomes ours: drop keys that repeat another tensor, then rename (pattern, replacement) in turn, as re.sub."""
 
     drop: Sequence[str] = ()
-    rename: Sequence[tuple[str, str]] = ()
+    rename: Sequence[tuple[str, str | Callable[[re.Match], str]]] = ()
 
     def __call__(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         kept = {}

@@ -14,9 +14,17 @@ from torch import nn
 
 from medssm import ops
 
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED_CONV = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def check_dims(spatial_dims: int) -> None:
+    """ValueError for anything but 2 and 3."""
+    if spatial_dims not in CONV:
+        raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}")
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
@@ -27,6 +35,15 @@ def tokens(x: torch.Tensor) -> torch.Tensor:
 def image(x: torch.Tensor) -> torch.Tensor:
     """(b, *spatial, c) -> (b, c, *spatial), a view."""
     return x.movedim(-1, 1)
+
+
+def spread(y: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    """(b, *spatial, prod(stride) c) -> (b, *(spatial stride), c): each voxel's values become a block of voxels."""
+    dims, coarse = len(stride), y.shape[1:-1]
+    y = y.unflatten(-1, (*stride, -1))  # (b, *spatial, *stride, c)
+    axes = [axis for i in range(dims) for axis in (1 + i, 1 + dims + i)]
+    y = y.permute(0, *axes, 1 + 2 * dims)
+    return y.reshape(y.shape[0], *(n * s for n, s in zip(coarse, stride, strict=True)), -1)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -42,11 +59,11 @@ class DenseBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, spatial_dims: int, kernel: int = 3):
         super().__init__()
-        self.conv1 = _CONV[spatial_dims](channels_in, channels, kernel, padding=kernel // 2, bias=False)
-        self.norm1 = _NORM[spatial_dims](channels)
-        self.conv2 = _CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, bias=False)
-        self.norm2 = _NORM[spatial_dims](channels)
-        self.skip = nn.Identity() if channels_in == channels else _CONV[spatial_dims](channels_in, channels, 1)
+        self.conv1 = CONV[spatial_dims](channels_in, channels, kernel, padding=kernel // 2, bias=False)
+        self.norm1 = BATCH_NORM[spatial_dims](channels)
+        self.conv2 = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, bias=False)
+        self.norm2 = BATCH_NORM[spatial_dims](channels)
+        self.skip = nn.Identity() if channels_in == channels else CONV[spatial_dims](channels_in, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm2(self.conv2(nn.functional.silu(self.norm1(self.conv1(x)))))
@@ -58,7 +75,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, channels: int, spatial_dims: int, kernel: int = 3, expand: float = 2):
         super().__init__()
-        self.conv = _CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.conv = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.norm = nn.LayerNorm(channels)
         self.up = nn.Linear(channels, int(expand * channels))
         self.down = nn.Linear(int(expand * channels), channels)
@@ -86,7 +103,7 @@ class Down(nn.Sequential):
     """Norm, then a convolution whose kernel is its stride."""
 
     def __init__(self, channels_in: int, channels: int, spatial_dims: int, stride: Sequence[int]):
-        super().__init__(ChannelNorm(channels_in), _CONV[spatial_dims](channels_in, channels, tuple(stride), tuple(stride)))
+        super().__init__(ChannelNorm(channels_in), CONV[spatial_dims](channels_in, channels, tuple(stride), tuple(stride)))
 
 
 class Up(nn.Module):
@@ -99,11 +116,7 @@ class Up(nn.Module):
         self.linear = nn.Linear(channels_in, math.prod(self.stride) * channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dims = len(self.stride)
-        y = self.linear(tokens(x)).unflatten(-1, (*self.stride, -1))  # (b, *spatial, *stride, c)
-        axes = [axis for i in range(dims) for axis in (1 + i, 1 + dims + i)]
-        y = y.permute(0, *axes, 1 + 2 * dims)
-        return image(y.reshape(x.shape[0], *(n * s for n, s in zip(x.shape[2:], self.stride, strict=True)), -1))
+        return image(spread(self.linear(tokens(x)), self.stride))
 
 
 class ChannelsLast(nn.Module):

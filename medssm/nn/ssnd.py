@@ -23,7 +23,8 @@ class SSND(nn.Module):
         d_model: channels in and out. d_state: n. d_conv: the side of the depthwise kernel, odd. expand: inner channels / d_model.
         dt_rank: "auto" is ceil(d_model / 16); the step is expanded inside the kernel, never stored. dt_*: as Mamba.
         spatial_dims: 2 or 3. orders: default cross2d() in 2D (VMamba's four), axes3d() in 3D (three axes, both ways).
-        dropout: after out_proj. conv_bias, bias: of the convolution, and of in_proj and out_proj.
+        dropout: after out_proj. conv_bias, bias: of the convolution, and of in_proj and out_proj. d_conv=1 leaves the convolution out.
+        gate: "silu"; "linear", out_norm(y) z; or None, without z (VMamba's later models).
 
     Input and output (b, *spatial, d_model), any size. Weights, k orders: in_proj, conv2d or conv3d, x_proj_weight (k, rank + 2n, inner),
     dt_projs_weight (k, inner, rank), dt_projs_bias (k, inner), A_logs (k inner, n), Ds (k inner), out_norm, out_proj: in 2D VMamba's.
@@ -31,18 +32,22 @@ class SSND(nn.Module):
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 3, expand: float = 2, dt_rank: int | str = "auto", dt_min: float = 0.001,
                  dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4, dropout: float = 0.0,
-                 conv_bias: bool = True, bias: bool = False, *, spatial_dims: int = 2, orders: Sequence[scan_orders.Order] | None = None):
+                 conv_bias: bool = True, bias: bool = False, *, spatial_dims: int = 2, orders: Sequence[scan_orders.Order] | None = None,
+                 gate: str | None = "silu"):
         super().__init__()
+        if gate not in ("silu", "linear", None):
+            raise ValueError(f"gate: expected 'silu', 'linear' or None, got {gate!r}")
         if orders is None:
             if spatial_dims not in (2, 3):
                 raise ValueError(f"orders: expected a list of orders for spatial_dims={spatial_dims}, got None")
             orders = scan_orders.cross2d() if spatial_dims == 2 else scan_orders.axes3d()
         self.orders = list(orders)
         k, inner, rank = len(self.orders), int(expand * d_model), math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        self.d_state, self.dt_rank, self.spatial_dims = d_state, rank, spatial_dims
-        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
-        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims]
-        self.add_module(f"conv{spatial_dims}d", convolution(inner, inner, d_conv, groups=inner, padding=d_conv // 2, bias=conv_bias))
+        self.d_state, self.dt_rank, self.spatial_dims, self.gate = d_state, rank, spatial_dims, gate
+        self.in_proj = nn.Linear(d_model, 2 * inner if gate else inner, bias=bias)
+        if d_conv > 1:
+            convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims]
+            self.add_module(f"conv{spatial_dims}d", convolution(inner, inner, d_conv, groups=inner, padding=d_conv // 2, bias=conv_bias))
         self.x_proj_weight = nn.Parameter(torch.stack([nn.Linear(inner, rank + 2 * d_state, bias=False).weight.detach() for _ in range(k)]))
         self.dt_projs_weight = nn.Parameter(torch.empty(k, inner, rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(k, inner))
@@ -56,12 +61,20 @@ class SSND(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         k = len(self.orders)
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        convolution = getattr(self, f"conv{self.spatial_dims}d")
-        u = ops.depthwise_conv(u, convolution.weight.squeeze(1), convolution.bias, "silu")
+        u, z = self.in_proj(x).chunk(2, dim=-1) if self.gate else (self.in_proj(x), None)
+        u = self._local(u)
         rows = nn.functional.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (k, -1))
         dt, B, C = rows.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(self.A_logs.float()).unflatten(0, (k, -1))
         y = ops.selective_scan_nd(u, dt, A, B, C, self.Ds.unflatten(0, (k, -1)), None, self.dt_projs_bias, True, delta_proj=self.dt_projs_weight,
                                   orders=self.orders)
-        return self.dropout(self.out_proj(self.out_norm(y) * nn.functional.silu(z)))
+        y = self.out_norm(y)
+        if self.gate:
+            y = y * (nn.functional.silu(z) if self.gate == "silu" else z)
+        return self.dropout(self.out_proj(y))
+
+    def _local(self, u: torch.Tensor) -> torch.Tensor:
+        convolution = getattr(self, f"conv{self.spatial_dims}d", None)
+        if convolution is None:
+            return nn.functional.silu(u)
+        return ops.depthwise_conv(u, convolution.weight.squeeze(1), convolution.bias, "silu")

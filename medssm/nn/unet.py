@@ -37,15 +37,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """From the coarsest stage up: upsample, join the encoder's skip, a stage; a segmentation head per level.
 
-    upsample_layers, stages and seg_layers go from coarse to fine, one per stage of the encoder but the coarsest; of the heads all but
-    the last may be None (a head that never sees a gradient would stop distributed training).
-    joins[s] says whether level s concatenates its skip (the coarsest level first).
-    With `deep_supervision`, which may be switched at any time where all heads are there, forward returns a list of logits, the highest
+    upsample_layers, stages and seg_layers go from coarse to fine, one per map but the coarsest; of the heads all but the last may be None:
+    a level without logits (a head that never sees a gradient would stop distributed training).
+    joins[s] says how level s, the coarsest first, takes its skip: True concatenates it behind, "sum" adds it, False leaves it out.
+    With `deep_supervision`, which may be switched at any time where there are several heads, forward returns a list of logits, the highest
     resolution first (nnU-Net's contract), else the finest logits.
     """
 
     def __init__(self, upsample_layers: Sequence[nn.Module], stages: Sequence[nn.Module], seg_layers: Sequence[nn.Module | None],
-                 joins: Sequence[bool] | None = None, deep_supervision: bool = False):
+                 joins: Sequence[bool | str] | None = None, deep_supervision: bool = False):
         super().__init__()
         self.upsample_layers, self.stages, self.seg_layers = nn.ModuleList(upsample_layers), nn.ModuleList(stages), nn.ModuleList(seg_layers)
         self.joins = [True] * len(self.stages) if joins is None else list(joins)
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
     @deep_supervision.setter
     def deep_supervision(self, value: bool) -> None:
-        if value and any(head is None for head in self.seg_layers):
+        if value and sum(head is not None for head in self.seg_layers) < min(2, len(self.seg_layers)):
             raise ValueError("deep_supervision: this decoder has a head for the finest level alone; build it with deep_supervision=True")
         self._deep_supervision = bool(value)
 
@@ -65,55 +65,76 @@ class Decoder(nn.Module):
         x, outputs, finest = skips[-1], [], len(self.stages) - 1
         for s, (upsample, stage, head, join) in enumerate(zip(self.upsample_layers, self.stages, self.seg_layers, self.joins, strict=True)):
             x = upsample(x)
-            x = stage(torch.cat((x, skips[-(s + 2)]), 1) if join else x)
-            if self.deep_supervision or s == finest:
+            if join:
+                x = x + skips[-(s + 2)] if join == "sum" else torch.cat((x, skips[-(s + 2)]), 1)
+            x = stage(x)
+            if head is not None and (self.deep_supervision or s == finest):
                 outputs.append(head(x))
         outputs.reverse()
         return outputs if self.deep_supervision else outputs[0]
 
 
-class UNet(nn.Module):
-    """An encoder, an optional bottleneck module on its coarsest output, and a decoder.
+class AnySize(nn.Module):
+    """A network for inputs (b, c, *spatial) of any size, though its strides divide few: `whole` sees multiples of `size_divisor` alone.
 
-    Input (b, c, *spatial), output logits (b, classes, *spatial), or their list. `size="any"` pads the input with zeros to a multiple of
-    the product of all strides and crops the output; `size="strict"` raises ValueError and names the axis.
+    `size="any"` pads the input with zeros behind it and crops the outputs, of any resolution; `size="strict"` raises ValueError and names
+    the axis. A subclass has `whole(x)`, which returns a tensor or a list of them.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, bottleneck: nn.Module | None = None, size: str = "any"):
+    def __init__(self, size_divisor: Sequence[int], size: str = "any"):
         super().__init__()
         if size not in ("any", "strict"):
             raise ValueError(f"size: expected 'any' or 'strict', got {size!r}")
-        self.encoder, self.bottleneck, self.decoder, self.size = encoder, bottleneck, decoder, size
-        self.size_divisor = tuple(math.prod(axis) for axis in zip(*encoder.strides, strict=True))
+        self.size_divisor, self.size = tuple(size_divisor), size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         spatial = x.shape[2:]
-        padded = self.pad(x)
-        skips = self.encoder(padded)
-        if self.bottleneck is not None:
-            skips[-1] = self.bottleneck(skips[-1])
-        y = self.decoder(skips)
+        padded = pad_to(x, self.size_divisor, self.size)
+        y = self.whole(padded)
         if padded is x:
             return y
-        return [self._crop(o, padded.shape[2:], spatial) for o in y] if isinstance(y, list) else self._crop(y, padded.shape[2:], spatial)
+        return [_crop(o, padded.shape[2:], spatial) for o in y] if isinstance(y, list) else _crop(y, padded.shape[2:], spatial)
 
-    def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """x with zeros behind it, up to a multiple of `size_divisor` along each axis."""
-        if x.dim() != 2 + len(self.size_divisor):
-            raise ValueError(f"x: expected (b, c, *spatial) with {len(self.size_divisor)} spatial axes, got {tuple(x.shape)}")
-        missing = [-n % d for n, d in zip(x.shape[2:], self.size_divisor, strict=True)]
-        if not any(missing):
-            return x
-        if self.size == "strict":
-            axis = next(i for i, m in enumerate(missing) if m)
-            raise ValueError(f"x: expected spatial axis {axis} to be a multiple of {self.size_divisor[axis]}, got {tuple(x.shape[2:])}")
-        return nn.functional.pad(x, [p for m in reversed(missing) for p in (0, m)])
 
-    @staticmethod
-    def _crop(y, padded, wanted):
-        """The part of an output (of any resolution) that lies over the unpadded input."""
-        kept = [-(-w * n // p) for n, p, w in zip(y.shape[2:], padded, wanted, strict=True)]
-        for axis, n in enumerate(kept):
-            y = y.narrow(2 + axis, 0, n)
-        return y
+def pad_to(x: torch.Tensor, divisor: Sequence[int], size: str = "any") -> torch.Tensor:
+    """(b, c, *spatial) with zeros behind it, up to a multiple of `divisor` along each axis; ValueError where size is "strict" and some lack."""
+    if x.dim() != 2 + len(divisor):
+        raise ValueError(f"x: expected (b, c, *spatial) with {len(divisor)} spatial axes, got {tuple(x.shape)}")
+    missing = [-n % d for n, d in zip(x.shape[2:], divisor, strict=True)]
+    if not any(missing):
+        return x
+    if size == "strict":
+        axis = next(i for i, m in enumerate(missing) if m)
+        raise ValueError(f"x: expected spatial axis {axis} to be a multiple of {divisor[axis]}, got {tuple(x.shape[2:])}")
+    return nn.functional.pad(x, [p for m in reversed(missing) for p in (0, m)])
 
+
+def _crop(y: torch.Tensor, padded: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+    """The part of an output (of any resolution) that lies over the unpadded input."""
+    kept = [-(-w * n // p) for n, p, w in zip(y.shape[2:], padded, wanted, strict=True)]
+    for axis, n in enumerate(kept):
+        y = y.narrow(2 + axis, 0, n)
+    return y
+
+
+class UNet(AnySize):
+    """An encoder, modules on its maps if any, and a decoder.
+
+    Input (b, c, *spatial), output logits (b, classes, *spatial), or their list. bottleneck: on the coarsest map alone. skips: one module
+    per map that the decoder takes; with one more than the encoder has stages, the first works on the image itself.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, bottleneck: nn.Module | None = None, size: str = "any",
+                 skips: Sequence[nn.Module] | None = None):
+        super().__init__([math.prod(axis) for axis in zip(*encoder.strides, strict=True)], size)
+        self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
+        self.skips = None if skips is None else nn.ModuleList(skips)
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        maps = self.encoder(x)
+        if self.skips is not None:
+            maps = [x, *maps] if len(self.skips) > len(maps) else maps
+            maps = [skip(m) for skip, m in zip(self.skips, maps, strict=True)]
+        if self.bottleneck is not None:
+            maps[-1] = self.bottleneck(maps[-1])
+        return self.decoder(maps)

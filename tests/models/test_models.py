@@ -5,17 +5,25 @@ import torch
 from safetensors.torch import save_file
 
 import medssm
+from medssm.nn.vss import DropPath, PatchMerging
 
-SMALL = {"medssm_unet": {"size": "tiny"}, "umamba_bot": {"features": (4, 8, 16)}, "umamba_enc": {"features": (4, 8, 16)}}
+# Segmentation networks with a head per level, those with one head, and classifiers; each as small as it goes.
+SMALL = {"medssm_unet": {"size": "tiny"}, "umamba_bot": {"features": (4, 8, 16)}, "umamba_enc": {"features": (4, 8, 16)},
+         "segmamba": {"features": (4, 6, 8), "depths": (1, 1, 1), "hidden": 8}, "swin_umamba": {"features": (4, 8, 16), "depths": (1, 1)},
+         "swin_umamba_d": {"features": (8, 16), "depths": (1, 1)}, "lightm_unet": {"features": 8, "depths": (1, 1, 1), "decoder_depths": (1, 1)}}
+SINGLE = {"vmunet": {"features": (8, 16), "depths": (1, 1), "decoder_depths": (1, 1)}, "ultralight_vmunet": {"features": (4, 4, 8, 8, 8, 8)}}
+CLASSIFIERS = {"vmamba": {"features": (8, 16), "depths": (1, 1)}, "medmamba": {"features": (8, 16), "depths": (1, 1)},
+               "vim": {"features": 16, "depth": 2, "image_size": 32, "patch": 8}}
+ALL = SMALL | SINGLE | CLASSIFIERS
 
 
 def build(name, dims, **kw):
     torch.manual_seed(0)
-    return medssm.create_model(name, spatial_dims=dims, in_channels=2, out_channels=3, **{**SMALL[name], **kw})
+    return medssm.create_model(name, spatial_dims=dims, in_channels=2, out_channels=3, **{**ALL[name], **kw})
 
 
 def test_names():
-    assert set(SMALL) <= set(medssm.list_models()) and medssm.list_models("umamba*") == ["umamba_bot", "umamba_enc"]
+    assert set(ALL) <= set(medssm.list_models()) and medssm.list_models("umamba*") == ["umamba_bot", "umamba_enc"]
 
 
 @pytest.mark.parametrize("deep_supervision", [False, True])
@@ -23,19 +31,73 @@ def test_names():
 @pytest.mark.parametrize("name", SMALL)
 def test_any_input_size_and_every_parameter_learns(name, dims, deep_supervision):
     model = build(name, dims, deep_supervision=deep_supervision)
-    y = model(torch.randn(1, 2, *(17, 22, 9)[:dims]))
+    y = model(torch.randn(1, 2, *(33, 38, 35)[:dims]))
     outputs = y if deep_supervision else [y]
-    assert outputs[0].shape == (1, 3, *(17, 22, 9)[:dims])
+    assert outputs[0].shape == (1, 3, *(33, 38, 35)[:dims])
     sum(o.square().mean() for o in outputs).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", SINGLE)
+def test_any_input_size_of_networks_with_one_head(name, dims):
+    model = build(name, dims)
+    y = model(torch.randn(1, 2, *(33, 38, 35)[:dims]))
+    assert y.shape == (1, 3, *(33, 38, 35)[:dims])
+    y.square().mean().backward()
+    learned = {n: p.grad is not None and bool(torch.isfinite(p.grad).all()) for n, p in model.named_parameters()}
+    assert all(learned.values()), [n for n, yes in learned.items() if not yes]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers_take_any_input_size(name, dims):
+    model = build(name, dims)
+    for size in ((32, 32, 32), (35, 29, 21)):
+        y = model(torch.randn(2, 2, *size[:dims]))
+        assert y.shape == (2, 3)
+    y.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_classifier_on_any_encoder():
+    features = medssm.create_model("umamba_enc", 3, 2, 3, features_only=True, **SMALL["umamba_enc"])
+    model = medssm.nn.Classifier(features.encoder, 5)
+    assert model(torch.randn(2, 2, 16, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("cls", ["middle", "first", "both", None])
+def test_vims_class_tokens(cls):
+    model = build("vim", 2, cls=cls).eval()
+    x = torch.randn(2, 2, 32, 40)
+    with torch.no_grad():
+        assert model(x).shape == (2, 3) and model.encoder(x)[0].shape == (2, 16, 4, 5)
+        assert len(model.encoder.tokens(x)[2]) == {None: 0, "both": 2}.get(cls, 1)
+
+
+def test_stochastic_depth_leaves_whole_samples_out():
+    torch.manual_seed(0)
+    drop, x = DropPath(0.25), torch.ones(4000, 2, 3)
+    y = drop(x)
+    kept = y[:, 0, 0] != 0
+    assert torch.equal(y[kept], x[kept] / 0.75) and not y[~kept].any() and abs(kept.float().mean() - 0.75) < 0.03
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_patch_merging_orders_voxels_as_vmamba():
+    x = torch.arange(2.0 * 3).view(1, 1, 2, 3)
+    merge = PatchMerging(1)
+    merge.norm, merge.reduction = torch.nn.Identity(), torch.nn.Identity()
+    assert merge(x).flatten().tolist() == [0, 3, 1, 4]
+    assert merge.__class__(1, pad=True).to(torch.float64)(x.double()).shape == (1, 2, 1, 2)
+
+
+@pytest.mark.parametrize("name", SMALL | SINGLE)
 def test_padding_changes_nothing_where_strides_divide(name):
     model = build(name, 2).eval()
     divisor = model.size_divisor
     x = torch.randn(1, 2, *(2 * d for d in divisor))
-    strict = build(name, 2, **({"input_size": "strict"} if name == "medssm_unet" else {"size": "strict"})).eval()
+    strict = build(name, 2, input_size="strict").eval()
     with torch.no_grad():
         assert torch.equal(model(x), strict(x))
         with pytest.raises(ValueError, match="expected spatial axis 1 to be a multiple of"):
@@ -47,15 +109,16 @@ def test_deep_supervision_is_nnunets_list(name):
     model = build(name, 3, deep_supervision=True)
     x = torch.randn(1, 2, 16, 16, 16)
     outputs = model(x)
-    assert isinstance(outputs, list) and len(outputs) == len(model.encoder.strides) - 1
-    assert [o.shape[2] for o in outputs] == [16 // 2**i for i in range(len(outputs))]
+    levels = {"segmamba": [1, 2, 4], "swin_umamba": [1, 2], "swin_umamba_d": [1, 4], "medssm_unet": [1, 2, 4, 8]}.get(name)
+    levels = levels or [2**s for s in range(len(model.encoder.strides) - 1)]
+    assert isinstance(outputs, list) and [o.shape[2] for o in outputs] == [16 // n for n in levels]
     model.decoder.deep_supervision = False
     assert torch.equal(model(x), outputs[0])
     with pytest.raises(ValueError, match="deep_supervision: this decoder has a head for the finest level alone"):
         build(name, 3).decoder.deep_supervision = True
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["medssm_unet", "umamba_bot", "umamba_enc"])
 def test_anisotropic_strides(name):
     model = build(name, 3, **({"features": (8, 8, 16), "depths": (1, 1, 1), "decoder_depths": (1, 1)} if name == "medssm_unet" else {}),
                   strides=[(1, 1, 1), (1, 2, 2), (2, 2, 2)])
@@ -63,26 +126,26 @@ def test_anisotropic_strides(name):
     assert model(torch.randn(1, 2, 6, 8, 12)).shape == (1, 3, 6, 8, 12)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ALL)
 def test_features_only(name):
     model = build(name, 2, features_only=True)
     maps = model(torch.randn(1, 2, 32, 32))
     assert [m.shape[1] for m in maps] == model.channels and [32 // m.shape[2] for m in maps] == [s[0] for s in model.strides]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["medssm_unet", "umamba_enc", "vmamba"])
 def test_pretrained_from_a_file_or_a_folder(name, tmp_path):
     model = build(name, 2)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
     torch.save({"network_weights": model.state_dict()}, tmp_path / "checkpoint.pth")
     for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "checkpoint.pth"):
         torch.manual_seed(1)
-        loaded = medssm.create_model(name, 2, 2, 3, pretrained=path, **SMALL[name])
+        loaded = medssm.create_model(name, 2, 2, 3, pretrained=path, **ALL[name])
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
     with pytest.raises(ValueError, match="pretrained: no file"):
-        medssm.create_model(name, 2, 2, 3, pretrained=tmp_path / "none.pth", **SMALL[name])
+        medssm.create_model(name, 2, 2, 3, pretrained=tmp_path / "none.pth", **ALL[name])
     with pytest.raises(ValueError, match="wrongly shaped"):
-        medssm.create_model(name, 2, 1, 3, pretrained=tmp_path, **SMALL[name])
+        medssm.create_model(name, 2, 1, 3, pretrained=tmp_path, **ALL[name])
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
@@ -97,7 +160,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
 
 
 def test_wrong_names_and_options_are_named():
-    with pytest.raises(ValueError, match="name: expected one of medssm_unet, umamba_bot"):
+    with pytest.raises(ValueError, match="name: expected one of lightm_unet, medmamba, medssm_unet"):
         medssm.create_model("unet")
     with pytest.raises(ValueError, match="width: expected one of medssm_unet's options"):
         medssm.create_model("medssm_unet", width=3)
@@ -148,7 +211,7 @@ def test_norms_do_not_see_other_voxels():
         torch.testing.assert_close(model(x)[..., :24, :], model(other)[..., :24, :])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ALL)
 def test_export(name):
     model = build(name, 2).eval()
     x = torch.randn(1, 2, 32, 32)

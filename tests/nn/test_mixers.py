@@ -87,3 +87,22 @@ def test_wrong_arguments_are_named():
         nn.SSND(8, spatial_dims=1)
     with pytest.raises(ValueError, match="walks 3 spatial axes"):
         nn.SSND(8, spatial_dims=2, orders=[orders.raster((0, 1, 2))])(torch.randn(1, 4, 4, 8))
+
+
+@pytest.mark.parametrize("gate", ["silu", "linear", None])
+def test_ssnd_gates(gate):
+    torch.manual_seed(0)
+    mixer = nn.SSND(8, d_state=4, gate=gate, d_conv=1)
+    x = torch.randn(2, 5, 6, 8)
+    inside = {}
+    mixer.out_norm.register_forward_hook(lambda module, args, out: inside.update(y=out))
+    out = mixer(x)
+    z = mixer.in_proj(x)[..., 16:]
+    wanted = inside["y"] * {"silu": torch.nn.functional.silu(z), "linear": z, None: 1.0}[gate]
+    torch.testing.assert_close(out, mixer.out_proj(wanted))
+    assert mixer.in_proj.out_features == (16 if gate is None else 32) and not any("conv" in name for name, _ in mixer.named_modules())
+
+
+def test_an_unknown_gate_is_named():
+    with pytest.raises(ValueError, match="gate: expected 'silu', 'linear' or None, got 'relu'"):
+        nn.SSND(8, gate="relu")

@@ -1,0 +1,136 @@
+"""Swin-UMamba and Swin-UMamba-D (Liu et al., arXiv 2402.03302): VMamba's encoder under a convolutional or an SS2D decoder; 2D, here 3D too.
+
+What upstream's code does beside the paper: the heads of deep supervision are always made, and the encoder's stochastic depth is always 0.2.
+`create_model` makes the heads that are asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from medssm.models.vmamba import EARLY, ENCODER, vss_encoder
+from medssm.models.weights import Map
+from medssm.nn import Decoder, Encoder, UNet, VSSBlock
+from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
+from medssm.nn.unetr import ResidualBlock, residual_decoder
+from medssm.nn.vss import PatchExpand, start_linears
+
+
+def swin_umamba(*, spatial_dims: int = 2, in_channels: int = 1, out_channels: int = 2, features: Sequence[int] = (48, 96, 192, 384, 768),
+                depths: Sequence[int] = (2, 2, 9, 2), hidden: int | None = None, drop_path: float = 0.2, residual: bool = True,
+                deep_supervision: bool = False, heads: int | None = None, input_size: str = "any") -> UNet:
+    """Swin-UMamba for any input size; logits (b, out_channels, *spatial).
+
+    Args:
+        features: channels of the stem, at 1/2 of the resolution, and of the encoder's stages, at 1/4, 1/8, …; depths: blocks per stage.
+        hidden: channels into the decoder, those of the last stage. drop_path: stochastic depth at the last block. residual: in the decoder.
+        deep_supervision: a list of logits at 1, 1/2, 1/4 and 1/8. heads: how many of them are made (default those in use).
+        input_size: "any" pads and crops inside, "strict" raises.
+    """
+    _check(spatial_dims, features, depths, stem=1)
+    if hidden not in (None, features[-1]):
+        raise ValueError(f"hidden: expected {features[-1]}, the channels of the last stage, got {hidden}")
+    convolution, n = CONV[spatial_dims], len(depths)
+    stem = nn.Sequential(convolution(in_channels, features[0], 7, 2, 3), INSTANCE_NORM[spatial_dims](features[0], affine=True))
+    stages = vss_encoder(features[0], features[1:], depths, spatial_dims, drop_path, patch=2)
+    levels = [stem, nn.Sequential(stages.stem, stages.stages[0]), *stages.stages[1:]]
+    encoder = Encoder(nn.Identity(), levels, features, [(2,) * spatial_dims] * (n + 1))
+    start_linears(encoder)
+    widths = [in_channels, *features]
+    skips = [ResidualBlock(a, b, spatial_dims, residual) for a, b in itertools.pairwise(widths)] + [nn.Identity()]
+    heads = heads or (n if deep_supervision else 1)
+    decoder = Decoder(**residual_decoder([*features, features[-1]], out_channels, spatial_dims, heads, residual), deep_supervision=deep_supervision)
+    return UNet(encoder, decoder, size=input_size, skips=skips)
+
+
+def swin_umamba_d(*, spatial_dims: int = 2, in_channels: int = 1, out_channels: int = 2, features: Sequence[int] = (96, 192, 384, 768),
+                  depths: Sequence[int] = (2, 2, 9, 2), drop_path: float = 0.2, d_state: int = 16, deep_supervision: bool = False,
+                  heads: int | None = None, input_size: str = "any") -> UNet:
+    """Swin-UMamba-D for any input size, its decoder of two SS2D blocks per level; logits (b, out_channels, *spatial).
+
+    Args:
+        features, depths: channels and blocks per encoder stage, at 1/4, 1/8, … of the resolution.
+        drop_path: stochastic depth, at the coarse ends of encoder and decoder. d_state: of the decoder's scans.
+        deep_supervision: a list of logits at 1, 1/4, 1/8 and 1/16. heads: how many of them are made (default those in use).
+        input_size: "any" pads and crops inside, "strict" raises.
+    """
+    _check(spatial_dims, features, depths)
+    n, convolution = len(features), CONV[spatial_dims]
+    encoder = vss_encoder(in_channels, features, depths, spatial_dims, drop_path)
+    rates = torch.linspace(drop_path, 0, 2 * (n - 1), device="cpu").tolist()
+    ups, stages = [], []
+    for i, s in enumerate(range(n - 2, -1, -1)):
+        ups.append(PatchExpand(features[s + 1], features[s], spatial_dims))
+        blocks = [VSSBlock(features[s], spatial_dims, rate, d_state=d_state) for rate in rates[2 * i : 2 * i + 2]]
+        stages.append(nn.Sequential(_Join(2 * features[s], features[s]), *blocks))
+    ups.append(PatchExpand(features[0], features[0], spatial_dims, 4))
+    stages.append(nn.Identity())
+    heads = heads or (n if deep_supervision else 1)
+    seg_layers = [convolution(features[max(s, 0)], out_channels, 1) if s + 1 < heads else None for s in range(n - 2, -2, -1)]
+    decoder = Decoder(ups, stages, seg_layers, [True] * (n - 1) + [False], deep_supervision)
+    start_linears(encoder)
+    start_linears(decoder)
+    return _FromSecond(encoder, decoder, size=input_size)
+
+
+class _FromSecond(UNet):
+    """The decoder's last level is the image's, which has no skip."""
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        maps = self.encoder(x)
+        return self.decoder([x, *maps])
+
+
+class _Join(nn.Linear):
+    """A linear layer over channels of (b, c, *spatial)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return image(super().forward(tokens(x)))
+
+
+def upstream(*, in_chans=1, out_chans=13, feat_size=(48, 96, 192, 384, 768), drop_path_rate=0, layer_scale_init_value=1e-6, hidden_size=768,
+             norm_name="instance", res_block=True, spatial_dims=2, deep_supervision=False) -> UNet:
+    """Swin-UMamba from upstream's keywords; drop_path_rate and layer_scale_init_value have no effect there either."""
+    if norm_name != "instance":
+        raise ValueError(f"norm_name: expected 'instance', got {norm_name!r}")
+    return swin_umamba(spatial_dims=spatial_dims, in_channels=in_chans, out_channels=out_chans, features=feat_size, hidden=hidden_size,
+                       residual=res_block, deep_supervision=deep_supervision, heads=4)
+
+
+def upstream_d(vss_args: Mapping, decoder_args: Mapping) -> UNet:
+    """Swin-UMamba-D from upstream's two dictionaries."""
+    vss = {"patch_size": 4, "in_chans": 3, "depths": (2, 2, 9, 2), "dims": (96, 192, 384, 768), "d_state": 16, "drop_path_rate": 0.2} | dict(vss_args)
+    decoder = {"drop_path_rate": 0.2, "d_state": 16} | dict(decoder_args)
+    for name, value, known in (("vss_args: patch_size", vss["patch_size"], 4), ("vss_args: d_state", vss["d_state"], 16)):
+        if value != known:
+            raise ValueError(f"{name}: expected {known}, got {value!r}")
+    features = [vss["dims"] * 2**s for s in range(len(vss["depths"]))] if isinstance(vss["dims"], int) else list(vss["dims"])
+    if list(decoder["features_per_stage"]) != features:
+        raise ValueError(f"decoder_args: features_per_stage: expected {features}, the encoder's, got {decoder['features_per_stage']}")
+    return swin_umamba_d(in_channels=vss["in_chans"], out_channels=decoder["num_classes"], features=features, depths=vss["depths"],
+                         drop_path=vss["drop_path_rate"], d_state=decoder["d_state"], heads=len(features),
+                         deep_supervision=decoder["deep_supervision"])
+
+
+_VSSM = ((r"^vssm_encoder\.", ""), (r"^downsamples\.(\d)\.", r"layers.\1.downsample."))
+MAP_D = Map(rename=(*_VSSM, *EARLY, *ENCODER, (r"^decoder\.expand_layers\.", "decoder.upsample_layers."),
+                    (r"^decoder\.concat_back_dim\.(\d)\.", r"decoder.stages.\1.0."),
+                    (r"^decoder\.stages\.(\d)\.blocks\.(\d)\.", lambda m: f"decoder.stages.{m[1]}.{int(m[2]) + 1}.")))
+MAP = Map(rename=(*_VSSM, *EARLY, *ENCODER,
+                  (r"^encoder\.stem\.", "encoder.stages.1.0."),
+                  (r"^encoder\.stages\.(\d)\.(blocks|down)\.", lambda m: f"encoder.stages.{int(m[1]) + 1}.{'1.' if m[1] == '0' else ''}{m[2]}."),
+                  (r"^stem\.", "encoder.stages.0."), (r"\.(conv\d|transp_conv|conv)\.conv\.", r".\1."),
+                  (r"^encoder(\d)\.layer\.", lambda m: f"skips.{int(m[1]) - 1}."),
+                  (r"^decoder([2-9])\.transp_conv\.", lambda m: f"decoder.upsample_layers.{6 - int(m[1])}."),
+                  (r"^decoder([2-9])\.conv_block\.", lambda m: f"decoder.stages.{6 - int(m[1])}.0."),
+                  (r"^decoder1\.layer\.", "decoder.stages.4.1."), (r"^out_layers\.(\d)\.conv\.", lambda m: f"decoder.seg_layers.{4 - int(m[1])}.")))
+
+
+def _check(spatial_dims: int, features: Sequence[int], depths: Sequence[int], stem: int = 0) -> None:
+    check_dims(spatial_dims)
+    if len(depths) != len(features) - stem:
+        raise ValueError(f"depths: expected {len(features) - stem} entries, one per stage, got {list(depths)}")

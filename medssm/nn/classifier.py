@@ -1,0 +1,26 @@
+"""A classification head on any encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from medssm.nn.blocks import ChannelNorm
+from medssm.nn.unet import Encoder
+
+
+class Classifier(nn.Module):
+    """Logits (b, classes): a linear layer on the mean over space of the encoder's coarsest map, which a norm over channels may precede.
+
+    Any input size that leaves a voxel at the coarsest level; nothing is padded.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, norm: bool = True):
+        super().__init__()
+        channels = encoder.output_channels[-1]
+        self.encoder = encoder
+        self.norm = ChannelNorm(channels) if norm else nn.Identity()
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.encoder(x)[-1]).flatten(2).mean(-1))

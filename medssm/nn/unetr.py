@@ -1,0 +1,43 @@
+"""Convolutional blocks of UNETR's decoder (Hatamizadeh et al., arXiv 2103.10504), which SegMamba and Swin-UMamba took over."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import instance_norm, leaky_relu
+
+from medssm.nn.blocks import CONV, TRANSPOSED_CONV
+
+
+class ResidualBlock(nn.Module):
+    """act(norm(conv2(act(norm(conv1(x))))) + skip(x)): 3 x 3 (x 3) convolutions without bias, instance norm without weights, leaky ReLU.
+
+    skip is the identity, or norm(conv3(x)) with a 1 x 1 convolution where the channels change. residual=False leaves skip(x) out.
+    """
+
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, residual: bool = True):
+        super().__init__()
+        conv, self.residual = CONV[spatial_dims], residual
+        self.conv1 = conv(channels_in, channels, 3, padding=1, bias=False)
+        self.conv2 = conv(channels, channels, 3, padding=1, bias=False)
+        self.conv3 = conv(channels_in, channels, 1, bias=False) if residual and channels_in != channels else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = instance_norm(self.conv2(leaky_relu(instance_norm(self.conv1(x)), 0.01)))
+        if self.residual:
+            y = y + (x if self.conv3 is None else instance_norm(self.conv3(x)))
+        return leaky_relu(y, 0.01)
+
+
+def residual_decoder(features: list[int], out_channels: int, spatial_dims: int, heads: int, residual: bool = True) -> dict[str, list]:
+    """Decoder's arguments for features from fine to coarse, every step twofold: transposed convolutions without bias, a residual block per
+    level and a second one at the finest, heads (1 x 1 convolutions) on the finest `heads` levels."""
+    ups, stages, seg_layers = [], [], []
+    for s in range(len(features) - 2, -1, -1):
+        ups.append(TRANSPOSED_CONV[spatial_dims](features[s + 1], features[s], 2, 2, bias=False))
+        blocks = [ResidualBlock(2 * features[s], features[s], spatial_dims, residual)]
+        if s == 0:
+            blocks.append(ResidualBlock(features[s], features[s], spatial_dims, residual))
+        stages.append(nn.Sequential(*blocks))
+        seg_layers.append(CONV[spatial_dims](features[s], out_channels, 1) if s < heads else None)
+    return {"upsample_layers": ups, "stages": stages, "seg_layers": seg_layers}

@@ -1,0 +1,117 @@
+"""Blocks of VMamba and its kin (VM-UNet, Swin-UMamba, MedMamba), in 2D and 3D: SS-ND blocks, patch merging and expansion.
+
+They take and give (b, c, *spatial) in channels-last memory, as `blocks` does. Weight names are VMamba's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from medssm.nn.blocks import image, spread, tokens
+from medssm.nn.ssnd import SSND
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., arXiv 1603.09382): in training a residual branch is left out for a sample with probability p, and
+    divided by 1 - p where it is kept."""
+
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.empty(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
+        return x * kept / (1 - self.p)
+
+
+def drop_paths(depths: Sequence[int], rate: float) -> list[list[float]]:
+    """The probabilities of each stage's blocks: from 0 at the first of all to `rate` at the last, evenly."""
+    all_of_them, out = torch.linspace(0, rate, sum(depths), device="cpu").tolist(), []
+    for depth in depths:
+        out.append(all_of_them[:depth])
+        all_of_them = all_of_them[depth:]
+    return out
+
+
+class VSSBlock(nn.Module):
+    """x + op(norm(x)), then, with mlp_ratio above 0, x + mlp(norm2(x)): the visual state space block. op is an SSND with `ssnd`'s options."""
+
+    def __init__(self, channels: int, spatial_dims: int = 2, drop_path: float = 0.0, mlp_ratio: float = 0.0, mlp_dropout: float = 0.0,
+                 eps: float = 1e-5, act: type[nn.Module] = nn.GELU, **ssnd):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps)
+        self.op = SSND(channels, spatial_dims=spatial_dims, **ssnd)
+        self.drop_path = DropPath(drop_path)
+        self.mlp = None
+        if mlp_ratio > 0:
+            self.norm2, self.mlp = nn.LayerNorm(channels, eps), MLP(channels, int(mlp_ratio * channels), mlp_dropout, act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = tokens(x)
+        t = t + self.drop_path(self.op(self.norm(t)))
+        if self.mlp is not None:
+            t = t + self.drop_path(self.mlp(self.norm2(t)))
+        return image(t)
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))) on (b, *spatial, c)."""
+
+    def __init__(self, channels: int, hidden: int, dropout: float = 0.0, act: type[nn.Module] = nn.GELU):
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.dropout = nn.Linear(channels, hidden), act(), nn.Linear(hidden, channels), nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+
+
+class PatchMerging(nn.Module):
+    """Each block of 2 x 2 (x 2) voxels becomes one: its voxels' channels side by side, the first axis fastest, a norm, a linear layer without
+    bias to twice the channels. Of an odd axis the last voxel falls away, or, with pad, a voxel of zeros is added."""
+
+    def __init__(self, channels: int, spatial_dims: int = 2, channels_out: int | None = None, pad: bool = False):
+        super().__init__()
+        self.norm = nn.LayerNorm(2**spatial_dims * channels)
+        self.reduction = nn.Linear(2**spatial_dims * channels, channels_out or 2 * channels, bias=False)
+        self.pad = pad
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dims = x.dim() - 2
+        if self.pad:
+            x = nn.functional.pad(x, [p for n in reversed(x.shape[2:]) for p in (0, n % 2)])
+        t = tokens(x)
+        for axis in range(1, 1 + dims):
+            t = t.narrow(axis, 0, t.shape[axis] // 2 * 2)
+        t = t.reshape(t.shape[0], *(size for n in t.shape[1:-1] for size in (n // 2, 2)), t.shape[-1])
+        coarse, inside = range(1, 1 + 2 * dims, 2), range(2 * dims, 1, -2)
+        t = t.permute(0, *coarse, *inside, 1 + 2 * dims).flatten(1 + dims)
+        return image(self.reduction(self.norm(t)))
+
+
+class PatchExpand(nn.Module):
+    """A linear layer without bias from each voxel to a block of scale^dims voxels with `channels` each, then a norm over channels."""
+
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int = 2, scale: int = 2):
+        super().__init__()
+        self.stride = (scale,) * spatial_dims
+        self.expand = nn.Linear(channels_in, math.prod(self.stride) * channels, bias=False)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return image(self.norm(spread(self.expand(tokens(x)), self.stride)))
+
+
+@torch.no_grad()
+def start_linears(module: nn.Module) -> None:
+    """Linear layers from a normal distribution of deviation 0.02, cut at 2, without bias, as vision transformers start."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
