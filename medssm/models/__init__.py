@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from medssm.models import lightm_unet, medmamba, mixers, segmamba, swin_umamba, ultralight_vmunet, umamba, vim, vmamba, vmunet
+from medssm.models import lightm_unet, medmamba, mixers, monai, segmamba, swin_umamba, ultralight_vmunet, umamba, vim, vmamba, vmunet
 from medssm.models.medssm_unet import medssm_unet
 from medssm.models.registry import create_model, from_upstream, list_models, register_model, register_upstream
 
@@ -29,6 +29,8 @@ register_model("lightm_unet", lightm_unet.lightm_unet)
 register_upstream("lightm_unet", builder=lightm_unet.upstream, map=lightm_unet.weight_map)
 register_model("vim", vim.Vim)
 register_upstream("vim", builder=vim.upstream, map=vim.MAP)
+for _name, _builder in monai.BUILDERS.items():
+    register_model(_name, _builder)
 register_upstream("mamba", builder=mixers.mamba)
 register_upstream("bimamba_v2", "mamba_v2_mixer", builder=mixers.vim)
 register_upstream("bimamba_v3", "mamba_v3_mixer", builder=mixers.segmamba)

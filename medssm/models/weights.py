@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,7 +30,8 @@ class Map(NamedTuple):
 
 
 def read(path: Path | str) -> dict[str, torch.Tensor]:
-    """A state dict from model.safetensors, a folder that holds it, or a PyTorch file (tensors only: nothing in it is run).
+    """A state dict from model.safetensors, a folder that holds it, or a PyTorch file: tensors, plain Python values and NumPy's numbers (which
+    nnU-Net's checkpoints log), nothing else; nothing in a file is run.
 
     Checkpoints that keep the state dict under "state_dict", "model" or "network_weights" are opened. Raises ValueError.
     """
@@ -43,7 +45,8 @@ def read(path: Path | str) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpys_numbers()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"pretrained: {path} cannot be read as weights: {error}") from error
     for key in ("network_weights", "state_dict", "model"):
@@ -52,6 +55,13 @@ def read(path: Path | str) -> dict[str, torch.Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"pretrained: {path} holds no state dict")
     return dict(state)
+
+
+def _numpys_numbers() -> list:
+    """What unpickles NumPy's scalars and their types, under the names of NumPy 1 and 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
+    return [np.dtype, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), *kinds]
 
 
 def fit(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -1,5 +1,8 @@
 """The registry and the networks: any size, deep supervision, anisotropic strides, weights from files, export."""
 
+import zipfile
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -148,6 +151,32 @@ def test_pretrained_from_a_file_or_a_folder(name, tmp_path):
         medssm.create_model(name, 2, 1, 3, pretrained=tmp_path, **ALL[name])
 
 
+@pytest.mark.parametrize("numpy_1", [False, True])
+def test_nnunets_checkpoints_are_read(tmp_path, numpy_1):
+    """nnU-Net keeps its log of NumPy numbers beside the weights; the name of NumPy's module changed with its version 2."""
+    model = build("umamba_enc", 2)
+    log = {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "dice_per_class": [[np.float64(0.5)]], "epoch": np.int64(3)}
+    path = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": model.state_dict(), "optimizer_state": {"lr": 1e-2}, "grad_scaler_state": None, "logging": log,
+                "_best_ema": np.float64(0.7), "current_epoch": 3, "init_args": {"plans": {"a": [1, 2]}, "fold": 0}, "trainer_name": "nnUNetTrainer",
+                "inference_allowed_mirroring_axes": (0, 1)}, path)
+    if numpy_1:
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        assert any(b"cnumpy._core.multiarray\n" in data for data in parts.values())
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in parts.items():
+                archive.writestr(name, data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    loaded = medssm.create_model("umamba_enc", 2, 2, 3, pretrained=path, **SMALL["umamba_enc"])
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_numpys_objects_are_not_read(tmp_path):
+    torch.save({"model": {"a": torch.ones(2)}, "log": np.array([{"an": "object"}], dtype=object)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        medssm.create_model("medssm_unet", 2, pretrained=tmp_path / "x.pth")
+
+
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -182,6 +211,19 @@ def test_registering_a_model():
         from medssm.models import registry
 
         registry._models.pop("test_identity")
+
+
+@pytest.mark.parametrize(("name", "options"), [("monai_segresnet", {"init_filters": 8}), ("monai_dynunet", {"filters": [4] * 6}),
+                                               ("monai_mednext", {"init_filters": 4, "kernel_size": 3}),
+                                               ("monai_unetr", {"img_size": 32, "hidden_size": 24, "mlp_dim": 24}),
+                                               ("monai_swin_unetr", {"feature_size": 12})])
+def test_monais_networks_for_comparison(name, options):
+    model = medssm.create_model(name, 2, 2, 3, **options).eval()
+    size = (32, 32) if name == "monai_unetr" else (37, 70)
+    with torch.no_grad():
+        assert model(torch.randn(1, 2, *size)).shape == (1, 3, *size)
+    with pytest.raises(ValueError, match=f"{name}: .*width"):
+        medssm.create_model(name, 2, width=3)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
