@@ -20,6 +20,8 @@ COMMANDS = {
     "train": ("medssm.segment.train", "train a network on your data"),
     "predict": ("medssm.segment.predict", "segment a NIfTI file or a folder of them"),
     "evaluate": ("medssm.segment.evaluate", "Dice, HD95 and surface Dice of predictions against references"),
+    "export": ("medssm.export", "write a trained network for other software: a MONAI bundle"),
+    "nnunet": ("medssm.integrations.nnunet.command", "nnU-Net's plans with a network of medssm's, and trainers for nnU-Net"),
     "bench": ("medssm.bench", "time the ops on this machine against what people use today"),
 }
 

@@ -1,0 +1,273 @@
+"""medssm export bundle: a trained network as a MONAI bundle, which MONAI's own runner takes from a NIfTI file to its label map.
+
+    medssm export bundle RUN OUT
+    cd OUT && python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json --dataset_dir SCANS
+
+The bundle repeats `medssm predict` (without mirroring) in MONAI's transforms: RAS, spacing, intensities by channel, padding to the patch, a
+gaussian sliding window over probabilities, probabilities back to the scan's grid, the largest of them. The weights are a PyTorch state dict.
+Networks of MONAI run without medssm; medssm's are built by `medssm.create_model`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import monai
+import nibabel
+import numpy as np
+import torch
+from monai.utils import IgniteInfo
+from torch import nn
+
+import medssm
+from medssm.errors import UserError
+from medssm.segment import networks
+from medssm.segment.data import FITTED
+from medssm.segment.files import disk_error, read_json, write_bytes, write_json
+from medssm.segment.losses import finest_first
+from medssm.segment.preprocess import Fitted
+
+SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
+# MONAI's NormalizeIntensity leaves zeros where they are; training moved them too.
+_ZSCORE = ("$lambda x: (x - x[x != 0].double().mean().nan_to_num()) / "
+           "(x[x != 0].double().std(correction=0).nan_to_num() or 1.0)")
+
+
+def export_bundle(run: Path | str, out: Path | str, *, name: str | None = None, version: str = "0.1.0", authors: str = "not stated",
+                  license: Path | str | None = None) -> dict:
+    """Write the network of `run`, a folder written by `medssm.segment.train` (of folds, one of them), as a MONAI bundle into the new folder `out`.
+
+    name      of the bundle, by default that of `out`; version and authors go into its metadata
+    license   a text file, the weights' licence; without it the bundle says that none was stated
+
+    Returns {"out", "name", "model", "parameters", "requires"}. Raises UserError for what cannot be read, or written, or be a bundle; `out` is
+    written whole or not at all.
+    """
+    run, out = Path(run), Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"out: expected a new folder, {out} exists")
+    fitted, config = _read(run)
+    network, kwargs = _with_one_output(networks.load(run), config, fitted)
+    requires = {"nibabel": nibabel.__version__, "pytorch-ignite": str(IgniteInfo.OPT_IMPORT_VERSION.value)}
+    if not config["model"].startswith(networks.MONAI):
+        requires = {"medssm": medssm.__version__, **requires}
+    name = name or out.resolve().name
+    metadata = _metadata(config["model"], fitted, name, version, authors, requires)
+    licence = _read_text(license) if license else "No licence was stated for these weights. Ask their authors before you use or share them.\n"
+
+    weights = io.BytesIO()
+    torch.save({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, weights)
+    temporary = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for folder in ("configs", "models", "docs"):
+            (temporary / folder).mkdir(parents=True)
+        write_json(temporary / "configs/metadata.json", metadata)
+        write_json(temporary / "configs/inference.json", _inference(config["model"], kwargs, fitted))
+        write_bytes(temporary / "models/model.pt", weights.getvalue())
+        write_bytes(temporary / "docs/README.md", _readme(name, config["model"], fitted, requires).encode())
+        write_bytes(temporary / "LICENSE", licence.encode())
+        os.replace(temporary, out)
+    except OSError as error:
+        raise disk_error(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {"out": str(out), "name": name, "model": config["model"], "parameters": sum(p.numel() for p in network.parameters()),
+            "requires": requires}
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("run", help="folder written by medssm train")
+    parser.add_argument("out", help="new folder for the bundle")
+    parser.add_argument("--name", help="of the bundle (default: the folder's)")
+    parser.add_argument("--bundle-version", default="0.1.0", metavar="VERSION", help="of the bundle (default %(default)s)")
+    parser.add_argument("--authors", default="not stated", help="for the metadata")
+    parser.add_argument("--license", metavar="FILE", help="the weights' licence, a text file")
+
+
+def run(args) -> dict:
+    result = export_bundle(args.run, args.out, name=args.name, version=args.bundle_version, authors=args.authors, license=args.license)
+    if not (args.quiet or args.json):
+        print(f"{result['name']}: {result['model']}, {result['parameters']:,} parameters")
+        print(f"written: {result['out']} (docs/README.md says how to run it)")
+    return result
+
+
+def _read(run: Path) -> tuple[Fitted, dict]:
+    """The settings and the network's description of one trained network."""
+    if not (run / FITTED).is_file():
+        folds = sorted(file.parent.name for file in run.glob(f"*/{FITTED}"))
+        raise UserError(f"run: {run}: expected one network, got the folds {', '.join(folds)}: name one of them" if folds else
+                        f"run: {run}: no {FITTED} in it: not written by medssm train")
+    if not (run / networks.WEIGHTS).is_file():
+        raise UserError(f"run: {run / networks.WEIGHTS}: no such file (the training is not finished)")
+    config = read_json(run / networks.CONFIG)
+    if not config.get("model"):
+        raise UserError(f"run: {run}: trained from a {config.get('class')} given as a module; a bundle has to name its network")
+    return Fitted.load(run / FITTED), config
+
+
+@torch.no_grad()
+def _with_one_output(network: nn.Module, config: dict, fitted: Fitted) -> tuple[nn.Module, dict]:
+    """The network and its keywords; where it gives a list (deep supervision), the same network built to give the finest logits alone."""
+    kwargs, patch = dict(config["kwargs"]), torch.rand(1, len(fitted.channels), *fitted.patch, generator=torch.Generator().manual_seed(0))
+    output = network.eval()(patch)
+    if isinstance(output, torch.Tensor) and output.ndim == patch.ndim:
+        return network, kwargs
+    if "deep_supervision" in kwargs:
+        kwargs["deep_supervision"] = False
+        single = networks.build(config["model"], **kwargs).eval()
+        weights = network.state_dict()
+        missing = single.load_state_dict({key: weights[key] for key in single.state_dict() if key in weights}, strict=False).missing_keys
+        if not missing and torch.equal(single(patch), finest_first(output, patch.ndim)[0]):
+            return single, kwargs
+    raise UserError(f"run: {config['model']} with {kwargs} gives several outputs; a bundle takes a network that gives one")
+
+
+def _inference(model: str, kwargs: dict, fitted: Fitted) -> dict:
+    """configs/inference.json."""
+    target = {"_target_": model} if model.startswith(networks.MONAI) else {"_target_": "medssm.create_model", "name": model}
+    files, keys, joined = "{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii*'))", ["image"], []
+    if len(fitted.channels) > 1:
+        keys = [f"image_{i}" for i in range(len(fitted.channels))]
+        files = (f"{{f'image_{{i}}': path.replace('_0000.nii', f'_{{i:04d}}.nii') for i in range({len(keys)})}} "
+                 "for path in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))")
+        # Joined here, not by LoadImage: MONAI 1.6 cannot save the label map of an image that it stacked where its first two axes lie in a plane.
+        joined = [{"_target_": "ConcatItemsd", "keys": keys, "name": "image"}, {"_target_": "DeleteItemsd", "keys": keys}]
+    window = {"_target_": "SlidingWindowInfererAdapt"} if fitted.slice_axis is None else \
+        {"_target_": "SliceInferer", "spatial_dim": fitted.slice_axis}
+    values = list(fitted.classes.values())
+    renamed = [] if values == list(range(len(values))) else [
+        {"_target_": "MapLabelValued", "keys": "pred", "orig_labels": list(range(len(values))), "target_labels": values}]
+    memory = str(networks.memory_format(len(fitted.patch)))
+    return {
+        "imports": ["$import glob"],
+        "bundle_root": ".",
+        "dataset_dir": "$@bundle_root + '/data'",
+        "output_dir": "$@bundle_root + '/eval'",
+        "datalist": f"$[{files}]",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "network_def": {**target, **kwargs},
+        "network": f"$torch.nn.Sequential(@network_def, torch.nn.Softmax(1)).to(@device, memory_format={memory})",
+        "intensity": [_intensity(how) for how in fitted.intensity],
+        "preprocessing": {"_target_": "Compose", "transforms": [
+            {"_target_": "LoadImaged", "keys": keys, "ensure_channel_first": True},
+            *joined,
+            {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
+            {"_target_": "Spacingd", "keys": "image", "pixdim": list(fitted.spacing), "mode": "bilinear", "padding_mode": "border",
+             "dtype": "$np.float32"},
+            {"_target_": "Lambdad", "keys": "image",
+             "func": "$lambda x, scales=@intensity: torch.cat([scale(channel) for scale, channel in zip(scales, x.split(1))])"},
+            # The margin is each channel's minimum, which SpatialPad cannot be told: infinity marks it, then it is filled.
+            {"_target_": "SpatialPadd", "keys": "image", "spatial_size": list(fitted.volume_patch), "value": "$float('inf')"},
+            {"_target_": "Lambdad", "keys": "image", "func": "$lambda x: torch.where(x.isinf(), x.amin((1, 2, 3), keepdim=True), x)"},
+        ]},
+        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
+        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
+        "inferer": {**window, "roi_size": list(fitted.patch), "sw_batch_size": 1, "overlap": 0.5, "mode": "gaussian"},
+        "postprocessing": {"_target_": "Compose", "transforms": [
+            {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False},
+            {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+            *renamed,
+            {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": "seg", "separate_folder": False,
+             "output_dtype": f"$np.{np.result_type(*(np.min_scalar_type(value) for value in (0, *values)))}"},
+        ]},
+        "evaluator": {"_target_": "SupervisedEvaluator", "device": "@device", "val_data_loader": "@dataloader", "network": "@network",
+                      "inferer": "@inferer", "postprocessing": "@postprocessing", "amp": "$@device.type == 'cuda'"},
+        "initialize": ["$@network_def.load_state_dict(torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True))"],
+        "run": ["$@evaluator.run()"],
+    }
+
+
+def _intensity(how: dict) -> dict:
+    """What scales one channel, as `preprocess.scaling` does."""
+    if how["scheme"] == "ct":
+        low, high, mean, deviation = (how[key] for key in ("low", "high", "mean", "deviation"))
+        return {"_target_": "ScaleIntensityRange", "a_min": low, "a_max": high, "b_min": (low - mean) / deviation,
+                "b_max": (high - mean) / deviation, "clip": True}
+    return {"_target_": "Identity"} if how["scheme"] == "none" else {"_target_": "Lambda", "func": _ZSCORE}
+
+
+def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str, requires: dict) -> dict:
+    """configs/metadata.json, by MONAI's schema."""
+    classes, ct = list(fitted.classes), all(how["scheme"] == "ct" for how in fitted.intensity)
+    tensor = {"type": "image", "spatial_shape": list(fitted.patch), "dtype": "float32", "value_range": [], "is_patch_data": True}
+    return {
+        "schema": SCHEMA,
+        "version": version,
+        "changelog": {version: "exported by medssm"},
+        "monai_version": _number(monai.__version__),
+        "pytorch_version": _number(torch.__version__),
+        "numpy_version": _number(np.__version__),
+        "required_packages_version": requires,
+        "name": name,
+        "task": f"Segmentation of {', '.join(classes[1:])}",
+        "description": f"{model}, trained by medssm on {', '.join(fitted.channels)} to segment {', '.join(classes[1:])}",
+        "authors": authors,
+        "copyright": f"Copyright (c) {authors}" if authors != "not stated" else "not stated",
+        "data_type": "nibabel",
+        "pred_classes": ", ".join(f"{value} is {name}" for name, value in fitted.classes.items()),
+        "intended_use": "Research; not a medical device",
+        "network_data_format": {
+            "inputs": {"image": {**tensor, "format": "hounsfield" if ct else "magnitude", "modality": ", ".join(fitted.channels),
+                                 "num_channels": len(fitted.channels), "channel_def": _numbered(fitted.channels)}},
+            "outputs": {"pred": {**tensor, "format": "labels", "num_channels": len(classes), "channel_def": _numbered(classes)}},
+        },
+    }
+
+
+def _readme(name: str, model: str, fitted: Fitted, requires: dict) -> str:
+    several = len(fitted.channels) > 1
+    files = "CASE_0000.nii.gz, CASE_0001.nii.gz, ..., one for each channel" if several else "CASE.nii.gz"
+    steps = {"ct": "clipped, less the training cases' mean, over their deviation", "none": "as it is",
+             "zscore": "less the mean, over the deviation of the image's own nonzero voxels"}
+    channels = "\n".join(f"| {i} | {channel} | {steps[how['scheme']]} |"
+                         for i, (channel, how) in enumerate(zip(fitted.channels, fitted.intensity, strict=True)))
+    classes = "\n".join(f"| {value} | {label} |" for label, value in fitted.classes.items())
+    spacing = " x ".join(f"{edge:g}" if edge else "the image's own" for edge in fitted.spacing)
+    window = f"{' x '.join(map(str, fitted.patch))} voxels"
+    if fitted.slice_axis is not None:
+        window += f", slice by slice across axis {fitted.slice_axis}"
+    return f"""# {name}
+
+{model}, trained by medssm. Segments {", ".join(list(fitted.classes)[1:])}. For research; not a medical device.
+
+## Run
+Needs MONAI with fire, {", ".join(f"{package} {number}" for package, number in requires.items())}. In this folder:
+
+    python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json --dataset_dir SCANS --output_dir LABELS
+
+SCANS holds 3D NIfTI files ({files}); LABELS gets CASE{"_0000" if several else ""}_seg.nii.gz on each scan's own grid.
+
+## What it does
+Turned to RAS, resampled to {spacing} mm, scaled by channel, padded to the window; windows of {window}, half overlapping, gaussian weights;
+probabilities resampled back, the largest taken. These are the steps of `medssm predict` without mirroring, which besides averages folds, takes
+planes and four-dimensional files, and refuses voxels that are not finite.
+
+| channel | name | intensity |
+|---|---|---|
+{channels}
+
+| label | class |
+|---|---|
+{classes}
+"""
+
+
+def _read_text(path: Path | str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"license: {path}: not a readable text file ({error})") from error
+
+
+def _number(version: str) -> str:
+    return version.partition("+")[0]
+
+
+def _numbered(names: Sequence[str]) -> dict[str, str]:
+    return {str(i): name for i, name in enumerate(names)}
