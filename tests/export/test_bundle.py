@@ -1,6 +1,7 @@
 """medssm export bundle: MONAI's transforms and runner give medssm predict's labels."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_monais_runner_gives_predicts_labels(runs, bundles, scans, tmp_path, nam
     pytest.importorskip("fire")
     subprocess.run([sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", "--meta_file", "configs/metadata.json",
                     "--dataset_dir", scans / name, "--output_dir", tmp_path / "found", "--device", "$torch.device('cpu')"],
-                   cwd=bundles / name, check=True)
+                   cwd=bundles / name, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
     compare_with_predict(runs / name, scans / name, tmp_path, "_0000" if name == "2d" else "")
 
 
