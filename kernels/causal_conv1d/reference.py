@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from medssm.kernels.autocast import without_autocast
 from medssm.kernels.selective_scan.reference import walk_steps
 
 
@@ -23,7 +24,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, index=None, starts=None
     """
     inputs = (x, weight, bias, initial_state)
     dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         out_dtype = x.dtype
         x, weight, bias, initial_state = (None if t is None else t.to(dtype) for t in inputs)
         batch, length, channels = x.shape

@@ -12,6 +12,8 @@ import itertools
 import torch
 from torch.nn import functional
 
+from medssm.kernels.autocast import without_autocast
+
 
 def depthwise_conv(x, weight, bias=None, activation=None):
     """x (b,*spatial,d); weight (d,*kernel), odd sides; bias (d,). Returns x's shape and dtype.
@@ -20,7 +22,7 @@ def depthwise_conv(x, weight, bias=None, activation=None):
     """
     inputs = (x, weight, bias)
     dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         out_dtype = x.dtype
         x, weight, bias = (None if t is None else t.to(dtype) for t in inputs)
         spatial, kernel = x.shape[1:-1], weight.shape[1:]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from medssm.kernels.autocast import without_autocast
+
 
 def walk_steps(length: int, index: torch.Tensor | None, starts: torch.Tensor | None, reverse: bool, device) -> tuple[torch.Tensor, set[int]]:
     """The token visited at each step, and the steps at which the state begins anew (step 0 left out: initial_state precedes it)."""
@@ -30,7 +32,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         out_dtype = u.dtype
         u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = (None if t is None else t.to(dtype) for t in inputs)
         batch, length, channels = u.shape
@@ -79,7 +81,7 @@ def selective_scan_nd(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
         u = (x if x.dim() == 3 else x[:, :, k]).to(dtype)
         y, _ = selective_scan(u, delta[:, :, k], one[0], B[:, :, k], C[:, :, k], one[1], None, one[2], delta_softplus, one[3], index, starts, reverse)
         outputs.append(y)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if merge == "stack":
             y = torch.stack(outputs, 2)
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from medssm import machine, ops
-from medssm.bench import apart, measure, report
+from medssm.bench import apart, measure, networks, report
 from medssm.bench.goals import judge
 from medssm.bench.peers import PEERS, installed
 from medssm.bench.rows import OURS, QUICK, ROWS, channel_first, scan_inputs
@@ -25,7 +25,8 @@ _LENGTHS = tuple(2**i for i in range(10, 22))
 
 def add_arguments(parser) -> None:
     parser.add_argument("--rows", default="*", help=f"shell pattern of rows (default all: {', '.join(ROWS)}); 'lengths' is the plot")
-    parser.add_argument("--out", help="folder for results.json, results.md and lengths.png (default: print alone)")
+    parser.add_argument("--networks", nargs="?", const="*", metavar="PATTERN", help="whole networks instead of ops: shell pattern (default all)")
+    parser.add_argument("--out", help="folder for results.json, results.md and lengths.png, or networks.json (default: print alone)")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="for the rounds of each row (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds: to see it work")
 
@@ -34,14 +35,15 @@ def run(args) -> dict:
     """Measure; with --out the files are written anew after every row, so that an interrupted run keeps what it has."""
     if native.reason():
         raise UserError(f"the benchmark needs the compiled kernels: {native.reason()}")
+    if args.networks:
+        return _networks(args)
     table = QUICK if args.quick else ROWS
     chosen = [name for name in table if fnmatch.fnmatch(name, args.rows)]
     lengths = not args.quick and fnmatch.fnmatch("lengths", args.rows)
     if not chosen and not lengths:
         raise UserError(f"--rows: expected a pattern of {', '.join((*table, 'lengths'))}, got {args.rows!r}")
-    threads = torch.get_num_threads()
-    results = {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "machine": machine.describe(), "threads": threads,
-               "absent": [name for name in PEERS if not installed(name)], "rows": {}, "extra": _extra()}
+    absent = [name for name in PEERS if not installed(name)]
+    results = _about() | {"threads": torch.get_num_threads(), "absent": absent, "rows": {}, "extra": _extra()}
     for name in chosen:
         row = results["rows"][name] = apart.row(name, 0.1 if args.quick else args.seconds, args.quick)
         _keep(results, args, report.markdown({**results, "rows": {name: row}}).split("\n\n## ", 1)[-1])
@@ -57,6 +59,24 @@ def run(args) -> dict:
             mark = {None: "      ", True: "met   ", False: "MISSED"}[goal["met"]]
             print(f"{mark} {goal['name']}: {goal['reached']} ({goal['wanted']})")
     return results
+
+
+def _networks(args) -> dict:
+    names = networks.names(args.networks)
+    if not names:
+        raise UserError(f"--networks: expected a pattern of {', '.join(networks.names('*'))}, got {args.networks!r}")
+    results = _about() | {"networks": {}}
+    for name in names:
+        figures = results["networks"][name] = networks.network(name, args.quick)
+        if args.out:
+            report.write_networks(results, Path(args.out))
+        if not (args.json or args.quiet):
+            print(report.network_line(name, figures), flush=True)
+    return results
+
+
+def _about() -> dict:
+    return {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "machine": machine.describe()}
 
 
 def _extra() -> dict:

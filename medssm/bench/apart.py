@@ -18,11 +18,16 @@ _BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}  # two unbound threads
 
 def row(name: str, seconds: float, quick: bool) -> dict:
     """A row on one and on all threads, each thread bound to a core, and the memory of its sides: {"title", "tokens", "times", "memory"}."""
-    command = [sys.executable, "-c", "from medssm.bench import apart; apart.main()", name, str(seconds), str(int(quick))]
+    return run("apart", name, str(seconds), str(int(quick)))
+
+
+def run(module: str, *arguments: str) -> dict:
+    """What main() of a module of medssm.bench prints, as JSON in its last line, in another process whose threads are each bound to a core."""
+    command = [sys.executable, "-c", f"from medssm.bench import {module}; {module}.main()", *arguments]
     unbind = _all_cores if "OMP_PROC_BIND" in os.environ and hasattr(os, "sched_setaffinity") else None
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **_BOUND}, preexec_fn=unbind)
     if done.returncode:
-        raise RuntimeError(f"bench: row {name} ended with status {done.returncode}")
+        raise RuntimeError(f"bench: {' '.join(arguments)} ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -58,7 +58,7 @@ def memory(row: str, side: str, threads: int, quick: bool) -> int | None:
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
 
 
-def _peak_above(side: Side) -> int | None:
+def peak_above(side: Side) -> int | None:
     """Peak resident memory of one call above the level before it (Linux: VmHWM, reset through clear_refs)."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists():
@@ -82,4 +82,4 @@ def main() -> None:
     for each in QUICK.values():  # code and threads that a first call brings in are no memory of the op
         for call in each.sides().values():
             call()
-    print(json.dumps(_peak_above((QUICK if quick == "1" else ROWS)[row].sides()[side])))
+    print(json.dumps(peak_above((QUICK if quick == "1" else ROWS)[row].sides()[side])))

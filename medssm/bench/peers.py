@@ -1,14 +1,18 @@
-"""What people run on a CPU today, each written anew from its algorithm: channel-first (b, d, l) scans as their users have them.
+"""What people run on a CPU today, each written anew from its algorithm: channel-first (b, d, l) scans as their users have them; and networks
+that run on one of them.
 
-All take u, delta, z (b, d, l); A (d, n); B, C (b, n, l); D, delta_bias (d,) and apply bias, softplus, D and the gate as mamba_ssm does.
+All scans take u, delta, z (b, d, l); A (d, n); B, C (b, n, l); D, delta_bias (d,) and apply bias, softplus, D and the gate as mamba_ssm does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
 from torch.nn.functional import pad, silu, softplus
+
+from medssm import ops
 
 
 def _prepare(delta, delta_bias):
@@ -16,7 +20,8 @@ def _prepare(delta, delta_bias):
 
 
 def _finish(y, u, D, z):
-    return (y + D[:, None] * u) * silu(z)
+    y = y + D[:, None] * u
+    return y if z is None else y * silu(z)
 
 
 def literal(u, delta, A, B, C, D, z, delta_bias):
@@ -92,3 +97,55 @@ def installed(name: str) -> bool:
 
 
 PEERS = {"mamba_ssm reference": literal, "reference, unbound": unbound, "mambapy": mambapy, "two-level": two_level}
+
+
+@contextlib.contextmanager
+def in_pytorch(scan=two_level):
+    """Networks of medssm run on `scan` and PyTorch's convolutions meanwhile, gathering and scattering each order, as they would without our
+    kernels."""
+
+    def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, order=None, **_):
+        spatial = u.shape[1:-1]
+        index = None if order is None else order.index(tuple(spatial))
+        delta = delta if delta_proj is None else delta @ delta_proj.T
+
+        def walk(t):
+            flat = t.flatten(1, -2)
+            return (flat if index is None else flat[:, index]).transpose(1, 2).contiguous()
+
+        y = scan(walk(u), walk(delta), A, walk(B), walk(C), D, None if z is None else walk(z), delta_bias).transpose(1, 2)
+        if index is not None:
+            y = torch.empty_like(y).index_copy_(1, index, y)
+        return y.unflatten(1, spatial).to(u.dtype)
+
+    def selective_scan_nd(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, orders, **_):
+        total = 0
+        for k, order in enumerate(orders):
+            total = total + selective_scan(x, delta[..., k, :], A[k], B[..., k, :], C[..., k, :], D[k], None, delta_bias[k],
+                                           delta_proj=None if delta_proj is None else delta_proj[k], order=order)
+        return total
+
+    def causal_conv1d(x, weight, bias=None, activation=None, *, order=None, **_):
+        spatial, taps = x.shape[1:-1], weight.shape[1]
+        index = None if order is None else order.index(tuple(spatial))
+        flat = x.flatten(1, -2)
+        t = (flat if index is None else flat[:, index]).transpose(1, 2)
+        y = torch.nn.functional.conv1d(pad(t, (taps - 1, 0)), weight[:, None], bias, groups=len(weight))
+        y = (silu(y) if activation else y).transpose(1, 2)
+        if index is not None:
+            y = torch.empty_like(y).index_copy_(1, index, y)
+        return y.unflatten(1, spatial)
+
+    def depthwise_conv(x, weight, bias=None, activation=None, **_):
+        convolution = {2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[x.dim() - 2]
+        y = convolution(x.movedim(-1, 1), weight[:, None], bias, padding=[k // 2 for k in weight.shape[1:]], groups=len(weight)).movedim(1, -1)
+        return silu(y) if activation else y
+
+    ours = {f.__name__: getattr(ops, f.__name__) for f in (selective_scan, selective_scan_nd, causal_conv1d, depthwise_conv)}
+    for f in (selective_scan, selective_scan_nd, causal_conv1d, depthwise_conv):
+        setattr(ops, f.__name__, f)
+    try:
+        yield
+    finally:
+        for name, f in ours.items():
+            setattr(ops, name, f)

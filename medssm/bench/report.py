@@ -18,6 +18,40 @@ def write(results: dict, out: Path) -> list[Path]:
     return files
 
 
+def write_networks(results: dict, out: Path) -> list[Path]:
+    """networks.json and networks.md in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    return [_replace(out / "networks.json", json.dumps(results, indent=1)), _replace(out / "networks.md", networks_markdown(results))]
+
+
+def networks_markdown(results: dict) -> str:
+    """One table for inference, one for a training step: median seconds by way, and ratios to our kernels in float32."""
+    where = results["machine"]
+    lines = [f"# Networks, {results['date']}, commit {results['commit']}", "",
+             f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the ways of a network take turns in one "
+             "process, medians; a way that takes over 3 s was called once. Training: forward, cross-entropy, backward, an SGD step, on two samples."]
+    for kind in ("inference", "training"):
+        ways = list(dict.fromkeys(way for n in results["networks"].values() for way in n[kind]))
+        lines += ["", f"## {kind}", "", f"| network | input | {' | '.join(ways)} |" + (" same label under bf16 |" if kind == "inference" else ""),
+                  "|---|---|" + "---|" * (len(ways) + (kind == "inference"))]
+        for name, n in results["networks"].items():
+            ours = next(iter(n[kind].values()))["median"]
+            cells = [_against(n[kind][way]["median"], ours) if way in n[kind] else "" for way in ways]
+            agreed = f" {n['bf16_agrees'] * 100:.2f} % |" if kind == "inference" else ""
+            lines.append(f"| {name} | {' x '.join(map(str, n['input'][1:]))} | {' | '.join(cells)} |{agreed}")
+    return "\n".join(lines) + "\n"
+
+
+def network_line(name: str, figures: dict) -> str:
+    """A network's figures in a line."""
+    ways = ", ".join(f"{way} {_seconds(t['median'])}" for way, t in figures["inference"].items())
+    return f"{name}: {ways}; training " + ", ".join(f"{way} {_seconds(t['median'])}" for way, t in figures["training"].items())
+
+
+def _against(seconds: float, ours: float) -> str:
+    return _seconds(seconds) + (f" ({seconds / ours:.2g} x)" if seconds != ours else "")
+
+
 def _replace(path: Path, text: str) -> Path:
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text)

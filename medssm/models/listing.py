@@ -1,31 +1,86 @@
-"""medssm models: the networks that create_model builds, with their size at a stated input."""
+"""medssm models: the networks that create_model builds, with their size, their cost at a stated input, and where they come from."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import torch
 
 from medssm.errors import UserError
 from medssm.models import create_model, list_models
+from medssm.models.facts import FACTS, Fact
+
+MEASURED = Path(__file__).with_name("measured.json")  # what `medssm bench --networks` wrote
+_COLUMNS = ("network", "dimensions", "parameters", "input", "multiply-adds", "memory", "CPU", "bf16", "source", "licence", "parity")
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of model names, for instance 'umamba*' (default: all)")
-    parser.add_argument("--dims", type=int, choices=(2, 3), default=3, help="spatial dimensions to count parameters at (default 3)")
+    parser.add_argument("--markdown", action="store_true", help="the table as Markdown, as the docs have it")
 
 
 def run(args) -> dict:
-    """Name and parameter count, for one input and two output channels; nothing is allocated (meta device)."""
+    """The table; sizes are counted without allocating, costs are those measured for this release and the machine that they were measured on."""
     names = list_models(args.pattern)
     if not names:
         raise UserError(f"no model matches {args.pattern!r}; the models are {', '.join(list_models())}")
-    rows = []
-    for name in names:
-        with torch.device("meta"):
-            model = create_model(name, spatial_dims=args.dims, in_channels=1, out_channels=2)
-        rows.append({"name": name, "spatial_dims": args.dims, "parameters": sum(p.numel() for p in model.parameters())})
-    if not (args.json or args.quiet):
-        width = max(len(name) for name in names)
-        print(f"{'model':<{width}}  parameters ({args.dims}D, 1 input and 2 output channels)")
-        for row in rows:
-            print(f"{row['name']:<{width}}  {row['parameters']:>12,}")
-    return {"models": rows}
+    measured = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {"networks": {}}
+    rows = [_row(name, measured["networks"].get(name)) for name in names]
+    note = _note(measured)
+    if args.markdown:
+        print(markdown(rows, note))
+    elif not (args.json or args.quiet):
+        table = [_COLUMNS, *(_cells(row) for row in rows)]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(_COLUMNS))]
+        print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table))
+        print(note)
+    return {"models": rows, "measured": {k: v for k, v in measured.items() if k != "networks"}}
+
+
+def markdown(rows: list[dict], note: str) -> str:
+    """The docs' page."""
+    lines = ["# Networks", "", "`medssm models` prints this table, `medssm models --markdown` this page.", "", f"| {' | '.join(_COLUMNS)} |",
+             f"|{'---|' * len(_COLUMNS)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in rows), "", note])
+
+
+def _row(name: str, measured: dict | None) -> dict:
+    """name, parameters in 3D and 2D (1 input channel, 2 classes; None where the network needs a library that is missing or reads values as it
+    is built), the facts, and what was measured."""
+    sizes = {}
+    for dims in (2, 3):
+        try:
+            with torch.device("meta"):
+                sizes[dims] = sum(p.numel() for p in create_model(name, dims).parameters())
+        except (ValueError, RuntimeError):
+            sizes[dims] = None
+    fact = FACTS.get(name, Fact("", "", "", ""))
+    return {"name": name, "parameters": {f"{dims}d": count for dims, count in sizes.items()}, **fact._asdict(), "measured": measured}
+
+
+def _cells(row: dict) -> list[str]:
+    m = row["measured"]
+    source = row["source"] + (f" (arXiv {row['paper']})" if row["paper"] else "")
+    if m is None:
+        sizes = ", ".join(_millions(n) for n in row["parameters"].values() if n is not None)
+        return [row["name"], "2, 3", sizes, "", "", "", "", "", source, row["licence"], row["parity"]]
+    seconds = {way: t["median"] for way, t in m["inference"].items()}
+    products = "" if m["multiply_adds"] is None else f"{m['multiply_adds'] / 1e9:.1f} G"
+    costs = [f"{m['memory'] / 2**20:.0f} MiB", f"{seconds['native'] * 1e3:.0f} ms", f"{seconds['native, bf16'] * 1e3:.0f} ms"]
+    size = " x ".join(map(str, m["input"][1:]))
+    return [row["name"], "2, 3", _millions(m["parameters"]), size, products, *costs, source, row["licence"], row["parity"]]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.0f} k"
+
+
+def _note(measured: dict) -> str:
+    where = measured.get("machine")
+    if not where:
+        return "Nothing was measured for this release: medssm bench --networks."
+    return ("Parameters, multiply-adds of convolutions and matrix products, memory above the network's own and median time of one inference, float32 "
+            "and under bf16 autocast, for one input of channels x spatial size; "
+            f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {measured['date']}. "
+            "Parity: against values recorded from the source's own classes; no released checkpoint has been loaded.")

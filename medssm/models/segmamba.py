@@ -75,7 +75,7 @@ class GatedSpatialConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         def through(conv, y):
-            return relu(instance_norm(conv(y)))
+            return relu(instance_norm(conv(y)), inplace=True)
 
         return x + through(self.proj4, through(self.proj2, through(self.proj, x)) + through(self.proj3, x))
 
@@ -89,7 +89,7 @@ class MambaLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         t = tokens(x)
-        return image(t + self.mamba(self.norm(t)))
+        return image(t + self.mamba(self.norm(t))).contiguous()  # the convolutions around it work channel by channel
 
 
 class _Stage(nn.Module):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from medssm.kernels.autocast import without_autocast
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, Mamba, UNet
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims
@@ -172,7 +173,7 @@ class MambaLayer(nn.Module):
         self.mamba = Mamba(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             x = x.to(self.norm.weight.dtype)
             if not self.channel_tokens:
                 return self.mamba(self.norm(x.movedim(1, -1))).movedim(-1, 1)

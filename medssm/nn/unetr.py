@@ -23,10 +23,11 @@ class ResidualBlock(nn.Module):
         self.conv3 = conv(channels_in, channels, 1, bias=False) if residual and channels_in != channels else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = instance_norm(self.conv2(leaky_relu(instance_norm(self.conv1(x)), 0.01)))
+        # In place where autograd allows it: at full resolution the pages of a fresh map cost as much as the arithmetic on it.
+        y = instance_norm(self.conv2(leaky_relu(instance_norm(self.conv1(x)), 0.01, inplace=True)))
         if self.residual:
-            y = y + (x if self.conv3 is None else instance_norm(self.conv3(x)))
-        return leaky_relu(y, 0.01)
+            y += x if self.conv3 is None else instance_norm(self.conv3(x))
+        return leaky_relu(y, 0.01, inplace=True)
 
 
 def residual_decoder(features: list[int], out_channels: int, spatial_dims: int, heads: int, residual: bool = True) -> dict[str, list]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from medssm import cli, ops
+from medssm import cli, nn, ops
 from medssm.bench import goals, peers, rows
 
 
@@ -54,3 +54,21 @@ def test_a_quick_run_writes_its_files(tmp_path):
 def test_an_unknown_row_is_one_line(capsys):
     assert cli.main(["bench", "--rows", "nothing*"]) == 2
     assert "--rows: expected a pattern of scan" in capsys.readouterr().err
+
+
+def test_a_network_on_every_way(tmp_path, capsys):
+    assert cli.main(["bench", "--networks", "ultralight*", "--quick", "--out", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "networks.json").read_text())["networks"]["ultralight_vmunet"]
+    assert set(figures["inference"]) == {"native", "native, bf16", "time-chunked scan in PyTorch", "reference backend"}
+    assert figures["multiply_adds"] > 1e6 and figures["parameters"] == 49_484 and figures["memory"] > 0 and figures["bf16_agrees"] > 0.9
+    assert "ultralight_vmunet: native" in capsys.readouterr().out and "| ultralight_vmunet |" in (tmp_path / "networks.md").read_text()
+
+
+@pytest.mark.parametrize("mixer", [nn.Mamba(8), nn.TriMamba(8, slices=3), nn.SSND(8, spatial_dims=3)])
+def test_networks_compute_the_same_on_pytorch_scans(mixer):
+    x = torch.randn(2, 3, 4, 5, 8)
+    with torch.no_grad():
+        ours = mixer(x)
+        with peers.in_pytorch():
+            torch.testing.assert_close(mixer(x), ours, rtol=1e-3, atol=1e-4)
+        assert torch.equal(mixer(x), ours)

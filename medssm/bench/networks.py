@@ -1,0 +1,120 @@
+"""medssm bench --networks: every network at a stated input, inference and one training step, on our kernels, under bf16 autocast, and on the
+PyTorch scans that it would run on without them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import medssm
+from medssm.bench import apart, measure, peers
+
+# Axes of the input by network, where it is no volume of 64^3 (and one channel): what each was made for.
+INPUTS = {"segmamba": (4, 96, 96, 96), "vmunet": (3, 256, 256), "swin_umamba": (1, 256, 256), "swin_umamba_d": (1, 256, 256),
+          "ultralight_vmunet": (3, 256, 256), "vmamba": (3, 224, 224), "medmamba": (3, 224, 224), "vim": (3, 224, 224),
+          "monai_unetr": (1, 96, 96, 96), "monai_dynunet": (4, 96, 96, 96)}
+CLASSES = {"vmamba": 1000, "medmamba": 1000, "vim": 1000}
+NATIVE, BF16, REFERENCE, CHUNKED = "native", "native, bf16", "reference backend", "time-chunked scan in PyTorch"
+_LIMIT = 3.0  # seconds of a call beyond which a side is called once
+
+
+def names(pattern: str) -> list[str]:
+    """The registered networks that match a shell pattern."""
+    return medssm.list_models(pattern)
+
+
+def network(name: str, quick: bool = False) -> dict:
+    """A network's figures, measured in a process of its own: {"input", "classes", "parameters", "multiply_adds", "inference", "training",
+    "memory", "bf16_agrees"}: seconds by side, bytes of one inference above the network's own, the share of voxels (or of samples) whose label
+    is the same under bf16 autocast."""
+    return apart.run("networks", name, str(int(quick)))
+
+
+def build(name: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
+    """The network with its default options, and its input (1, c, *spatial)."""
+    channels, *spatial = INPUTS.get(name, (1, 64, 64, 64))
+    if quick and name != "monai_unetr":
+        spatial = [64] * len(spatial)
+    torch.manual_seed(0)
+    return medssm.create_model(name, len(spatial), channels, CLASSES.get(name, 4)), torch.randn(1, channels, *spatial)
+
+
+def multiply_adds(name: str, quick: bool = False) -> int | None:
+    """Of convolutions and matrix products in one inference, counted without computing; the scans' are left out. None where it cannot be."""
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.device("meta"):
+            model, x = build(name, quick)
+        with torch.no_grad(), counter:
+            model.eval()(x)
+    except (RuntimeError, NotImplementedError):  # a constructor or a forward that reads values
+        return None
+    return counter.get_total_flops() // 2
+
+
+def main() -> None:
+    """The other process: print the figures of the network that the command line names."""
+    name, quick = sys.argv[1], sys.argv[2] == "1"
+    threads = torch.get_num_threads()
+    model, x = build(name, quick)
+    scans = not name.startswith("monai_")
+    ways = {NATIVE: nullcontext, BF16: _autocast}
+    if scans:
+        ways |= {CHUNKED: peers.in_pytorch, REFERENCE: _reference}
+    model.eval()
+    with torch.no_grad():
+        memory = measure.peak_above(lambda: model(x))
+    seconds = 0.1 if quick else 4.0
+    result = {"input": list(x.shape), "classes": CLASSES.get(name, 4), "parameters": sum(p.numel() for p in model.parameters()),
+              "multiply_adds": multiply_adds(name, quick), "memory": memory, "threads": threads,
+              "inference": measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)}
+    with torch.no_grad():
+        plain = model(x).argmax(1)
+        with _autocast():
+            result["bf16_agrees"] = float((model(x).argmax(1) == plain).float().mean())
+    model.train()
+    ways.pop(REFERENCE, None)
+    result["training"] = measure.times({way: _step(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)
+    print(json.dumps(result))
+
+
+def _infer(model: nn.Module, x: torch.Tensor, context: Callable) -> measure.Side:
+    def run():
+        with torch.no_grad(), context():
+            model(x)
+
+    return run
+
+
+def _step(model: nn.Module, x: torch.Tensor, context: Callable) -> measure.Side:
+    """Forward, cross-entropy, backward, a step of SGD that changes nothing."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batch = torch.cat((x, x.flip(-1)))  # two samples: batch norms of a single voxel have no statistics
+
+    def run():
+        with context():
+            y = model(batch)
+            loss = nn.functional.cross_entropy(y.float(), torch.zeros_like(y[:, 0], dtype=torch.long))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+@contextmanager
+def _autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@contextmanager
+def _reference():
+    with medssm.use_backend("reference", strict=True):
+        yield
