@@ -1,0 +1,55 @@
+"""causal_conv1d on medssm's op: causal_conv1d's layout and arguments, gradients by autograd."""
+
+from __future__ import annotations
+
+import torch
+
+from medssm import ops
+
+_ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
+
+
+def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None):
+    """The causal depthwise convolution in causal_conv1d's layout, `medssm.ops.causal_conv1d(..., layout="bdl")`.
+
+    Args:
+        x: (b, d, l). weight: (d, w), any width. bias: (d,). initial_states, final_states_out (written to): (b, d, w-1).
+        activation: None, "silu" or "swish"; the first releases of causal_conv1d took it in seq_idx's place, and so may a call here.
+
+    Returns out (b, d, l), contiguous, in x's dtype, or (out, final states). Raises NotImplementedError for seq_idx, ValueError as the op.
+    """
+    if isinstance(seq_idx, str):
+        seq_idx, activation = None, seq_idx
+    if seq_idx is not None:
+        raise NotImplementedError("seq_idx: expected None (packed sequences are not in this release of medssm), got a tensor")
+    out = ops.causal_conv1d(x, weight, bias, _activation(activation), initial_state=initial_states, return_final_state=return_final_states,
+                            layout="bdl")
+    if not return_final_states:
+        return out.contiguous()
+    out, states = out
+    return out.contiguous(), states if final_states_out is None else final_states_out.copy_(states)
+
+
+@torch.no_grad()
+def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None):
+    """The convolution of the next tokens; `conv_state` (b, d, at least w-1), oldest first, is updated in place. No gradients, as upstream.
+
+    Args: x (b, d) or (b, d, l); weight (d, w); bias (d,); activation as causal_conv1d_fn.
+    Returns out in x's shape and dtype. Raises NotImplementedError for cache_seqlens and conv_state_indices.
+    """
+    for name, value in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
+        if value is not None:
+            raise NotImplementedError(f"{name}: expected None (it is not in this release of medssm), got a tensor")
+    taps, kept = weight.shape[1] - 1, conv_state.shape[-1]
+    if kept < taps:
+        raise ValueError(f"conv_state: expected (b, d, at least {taps}), got {tuple(conv_state.shape)}")
+    tokens = x.unsqueeze(-1) if x.dim() == 2 else x
+    out = ops.causal_conv1d(tokens, weight, bias, _activation(activation), initial_state=conv_state[..., kept - taps :], layout="bdl")
+    conv_state.copy_(torch.cat([conv_state, tokens.to(conv_state.dtype)], dim=-1)[..., -kept:])
+    return out.reshape(x.shape)
+
+
+def _activation(name):
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected None, 'silu' or 'swish', got {name!r}")
+    return _ACTIVATIONS[name]

@@ -1,0 +1,101 @@
+"""mamba_ssm.ops.selective_scan_interface and selective_state_update on medssm's ops: mamba_ssm's layout and arguments, gradients by autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from medssm import ops
+
+
+def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+    """The selective scan in mamba_ssm's layout, `medssm.ops.selective_scan(..., layout="bdl")`.
+
+    Args:
+        u, delta, z: (b, d, l). A: (d, n), real. D, delta_bias: (d,).
+        B, C: (b, n, l), (b, g, n, l), or (d, n) for what does not change with the token (each channel is then a group of its own).
+        return_last_state: return (out, last state (b, d, n) in float32), differentiable in both.
+
+    Returns out (b, d, l), contiguous, in u's dtype. Raises ValueError or TypeError as medssm.ops.selective_scan: a complex A, B or C is refused.
+    """
+    B, C = grouped(B, C, u)
+    out = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_final_state=return_last_state, layout="bdl")
+    return (out[0].contiguous(), out[1]) if return_last_state else out.contiguous()
+
+
+def mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, C=None, D=None,
+                   delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1, b_rms_weight=None,
+                   c_rms_weight=None, dt_rms_weight=None, b_c_dt_rms_eps=1e-6):
+    """All of a Mamba mixer behind in_proj: convolution, projections, scan, gate and out_proj; (b, l, d_model).
+
+    Args:
+        xz: (b, 2d, l). conv1d_weight: (d, 1, w). x_proj_weight: (r + n + n, d), less the rows of a B or C that is given.
+        delta_proj_weight: (d, r). out_proj_weight: (d_model, d). A: (d, n). B, C: None where they come from x_proj, else as selective_scan_fn.
+        B_proj_bias, C_proj_bias: (n,). D, delta_bias: (d,). checkpoint_lvl: of no effect. The norms of B, C and delta are refused.
+    """
+    for name, weight in (("b_rms_weight", b_rms_weight), ("c_rms_weight", c_rms_weight), ("dt_rms_weight", dt_rms_weight)):
+        if weight is not None:
+            raise NotImplementedError(f"{name}: expected None (norms of B, C and delta are not in this release of medssm), got a weight")
+    u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
+    y = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight)
+    return linear(y, out_proj_weight, out_proj_bias)
+
+
+def mamba_inner_fn_no_out_proj(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B=None, C=None, D=None, delta_bias=None,
+                               B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1):
+    """mamba_inner_fn without out_proj, as Vim's and SegMamba's forks have it; (b, d, l), contiguous."""
+    u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
+    y = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight)
+    return y.movedim(-1, 1).contiguous()
+
+
+def bimamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B=None, C=None,
+                     D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1):
+    """Vim's first bidirectional mixer: mamba_inner_fn with a second, reversed scan that has its own A_b (d, n) and shares the rest."""
+    u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
+    y, back = (ops.selective_scan(u, delta, a, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight, reverse=reverse)
+               for a, reverse in ((A, False), (A_b, True)))
+    return linear(y + back, out_proj_weight, out_proj_bias)
+
+
+@torch.no_grad()
+def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+    """One token of the scan; `state` is updated in place. No gradients, as upstream.
+
+    Args:
+        state: (b, d, n), or with heads (b, h, p, n). x, dt, z: (b, d) or (b, h, p). A: (d, n) or (h, p, n). D, dt_bias: (d,) or (h, p).
+        B, C: (b, n) or (b, g, n).
+
+    Returns out in x's shape and dtype.
+    """
+    if state.dim() == 4:  # heads are neighbouring channels
+        x_, dt, z = (None if t is None else t.flatten(1) for t in (x, dt, z))
+        A, D, dt_bias = (None if t is None else t.flatten(0, 1) for t in (A, D, dt_bias))
+    else:
+        x_ = x
+    out, new = ops.selective_scan_step(state.reshape(len(x), -1, state.shape[-1]), x_, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    state.copy_(new.reshape(state.shape))
+    return out.reshape(x.shape)
+
+
+def grouped(B, C, u):
+    """B and C of selective_scan_fn as (b, g, n, l) with the same number of groups; u (b, d, l) tells batch and length."""
+    forms = {2: lambda t: t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1]), 3: lambda t: t.unsqueeze(1)}
+    B, C = (forms[t.dim()](t) if t.dim() in forms else t for t in (B, C))
+    groups = max(B.shape[1], C.shape[1])
+    return tuple(t if groups % t.shape[1] else t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B, C))
+
+
+def _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias):
+    """u (b, l, d), the low-rank delta (b, l, r), B and C (b, l, g, n), z (b, l, d)."""
+    u, z = xz.movedim(1, -1).chunk(2, dim=-1)
+    u = ops.causal_conv1d(u, conv1d_weight.squeeze(1), conv1d_bias, "silu")
+    rows, rank, state = linear(u, x_proj_weight), delta_proj_weight.shape[1], A.shape[1]
+    if B is None:
+        B = rows[..., rank : rank + state]
+        B = (B if B_proj_bias is None else B + B_proj_bias.to(B.dtype)).movedim(-1, 1)
+    if C is None:
+        C = rows[..., -state:]
+        C = (C if C_proj_bias is None else C + C_proj_bias.to(C.dtype)).movedim(-1, 1)
+    B, C = (t.movedim(-1, 1) for t in grouped(B, C, xz))
+    return u, rows[..., :rank], B, C, z

@@ -1,0 +1,67 @@
+"""What the stand-in has: {module: {name: object}}, by upstream's module and name."""
+
+from __future__ import annotations
+
+import medssm
+from medssm.integrations.mamba_ssm import kernels
+from medssm.integrations.mamba_ssm.absent import absent
+from medssm.integrations.mamba_ssm.convolution import causal_conv1d_fn, causal_conv1d_update
+from medssm.integrations.mamba_ssm.mixer import Block, Mamba, create_block
+from medssm.integrations.mamba_ssm.norm import RMSNorm, layer_norm_fn, layer_norm_fn_v1, rms_norm_fn, rms_norm_fn_v1
+from medssm.integrations.mamba_ssm.scan import (
+    bimamba_inner_fn,
+    mamba_inner_fn,
+    mamba_inner_fn_no_out_proj,
+    selective_scan_fn,
+    selective_state_update,
+)
+
+# Upstream's plain-PyTorch twins of its kernels (..._ref) are the same functions here.
+_SCAN = {"selective_scan_fn": selective_scan_fn, "mamba_inner_fn": mamba_inner_fn, "bimamba_inner_fn": bimamba_inner_fn}
+_SCAN_TWINS = {"selective_scan_ref": selective_scan_fn, "mamba_inner_ref": mamba_inner_fn, "bimamba_inner_ref": bimamba_inner_fn}
+_CONVOLUTION = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
+_CONVOLUTION_TWINS = {"causal_conv1d_ref": causal_conv1d_fn, "causal_conv1d_update_ref": causal_conv1d_update}
+_SECOND = absent("Mamba2", "Mamba2Simple")
+_LANGUAGE = absent("MambaLMHeadModel", "MixerModel")
+
+MODULES = {
+    "mamba_ssm": {"__version__": f"2.2.4+medssm.{medssm.__version__}", "Mamba": Mamba, **_SCAN, **_SECOND, **_LANGUAGE},
+    "mamba_ssm.modules": {},
+    "mamba_ssm.modules.mamba_simple": {"Mamba": Mamba, "Block": Block},
+    "mamba_ssm.modules.block": {"Block": Block},
+    "mamba_ssm.modules.mamba2": {"Mamba2": _SECOND["Mamba2"]},
+    "mamba_ssm.modules.mamba2_simple": {"Mamba2Simple": _SECOND["Mamba2Simple"]},
+    "mamba_ssm.modules.ssd_minimal": absent("ssd_minimal_discrete"),
+    "mamba_ssm.modules.mha": absent("MHA"),
+    "mamba_ssm.modules.mlp": absent("GatedMLP"),
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.selective_scan_interface": {**_SCAN, **_SCAN_TWINS, "mamba_inner_fn_no_out_proj": mamba_inner_fn_no_out_proj},
+    "mamba_ssm.ops.triton": {},
+    "mamba_ssm.ops.triton.layer_norm": {"RMSNorm": RMSNorm, "layer_norm_fn": layer_norm_fn, "rms_norm_fn": rms_norm_fn},
+    "mamba_ssm.ops.triton.layernorm": {"RMSNorm": RMSNorm, "layer_norm_fn": layer_norm_fn_v1, "rms_norm_fn": rms_norm_fn_v1},
+    "mamba_ssm.ops.triton.layernorm_gated": absent("RMSNorm", "LayerNorm", "rmsnorm_fn", "layernorm_fn"),
+    "mamba_ssm.ops.triton.selective_state_update": {
+        "selective_state_update": selective_state_update,
+        "selective_state_update_ref": selective_state_update,
+    },
+    "mamba_ssm.ops.triton.ssd_combined": absent("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined", "mamba_chunk_scan"),
+    "mamba_ssm.models": {},
+    "mamba_ssm.models.config_mamba": absent("MambaConfig"),
+    "mamba_ssm.models.mixer_seq_simple": {"create_block": create_block, **_LANGUAGE},
+    "mamba_ssm.utils": {},
+    "mamba_ssm.utils.generation": absent("GenerationMixin", "InferenceParams"),
+    "mamba_ssm.utils.hf": absent("load_config_hf", "load_state_dict_hf"),
+    "causal_conv1d": {"__version__": f"1.4.0+medssm.{medssm.__version__}", **_CONVOLUTION},
+    "causal_conv1d.causal_conv1d_interface": {**_CONVOLUTION, **_CONVOLUTION_TWINS},
+    "causal_conv1d.causal_conv1d_varlen": absent("causal_conv1d_varlen_states"),
+    "causal_conv1d_cuda": {
+        "causal_conv1d_fwd": kernels.causal_conv1d_fwd,
+        "causal_conv1d_bwd": kernels.causal_conv1d_bwd,
+        "causal_conv1d_update": kernels.causal_conv1d_update,
+    },
+    "selective_scan_cuda": {"fwd": kernels.fwd, "bwd": kernels.bwd},
+    "selective_scan_cuda_core": {"fwd": kernels.core_fwd, "bwd": kernels.core_bwd},
+    "selective_scan_cuda_oflex": {"fwd": kernels.oflex_fwd, "bwd": kernels.oflex_bwd},
+    "selective_scan_cuda_ndstate": {"fwd": kernels.ndstate_fwd, "bwd": kernels.ndstate_bwd},
+}
+PACKAGES = tuple(name for name in MODULES if "." not in name)
