@@ -1,0 +1,46 @@
+"""Run a script or module that imports mamba_ssm or causal_conv1d, with medssm standing in for them.
+
+    python -m medssm.run [--force] script.py [arguments]
+    python -m medssm.run [--force] -m module [arguments]
+
+--force takes the place of installed packages too. See medssm.integrations.mamba_ssm.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+from medssm.integrations import mamba_ssm
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as the command line says; returns 0, or 2 where it makes no sense. What the script raises, SystemExit too, passes through."""
+    rest = list(sys.argv[1:] if argv is None else argv)
+    force = rest[:1] == ["--force"]
+    rest = rest[force:]
+    module = rest[:1] == ["-m"]
+    target, *arguments = rest[module:] or [None]
+    if target in (None, "-h", "--help"):
+        print(__doc__.strip(), file=sys.stderr if target is None else sys.stdout)
+        return 2 if target is None else 0
+    if target.startswith("-"):
+        print(f"medssm.run: expected --force, -m or a script, got {target}", file=sys.stderr)
+        return 2
+    if not module and not os.path.exists(target):
+        print(f"medssm.run: no such file: {target}", file=sys.stderr)
+        return 2
+    sys.argv = [target, *arguments]
+    if not module and not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python script.py` has it; it may hold what is not to be shadowed
+    mamba_ssm.install(force)
+    if module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(target, run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
