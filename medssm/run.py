@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"medssm.run: no such file: {target}", file=sys.stderr)
         return 2
     sys.argv = [target, *arguments]
-    if not module and not sys.flags.safe_path:
+    if not module and not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python script.py` has it; it may hold what is not to be shadowed
     mamba_ssm.install(force)
     if module:
