@@ -173,3 +173,16 @@ def test_found_structures_are_coloured_and_none_is_no_error(demo, tmp_path):
         figures.draw_found(brain, found, tmp_path / f"{name}.png")
     full, empty = (np.ptp(imread(tmp_path / f"{name}.png")[50:-60, :, :3], axis=-1).max() for name in ("all", "none"))
     assert empty < 0.1 < full  # grey, coloured
+
+
+def test_several_networks_side_by_side(monkeypatch, tmp_path):
+    (tmp_path / "source").mkdir()
+    install(monkeypatch, tmp_path / "source")
+    names = [OURS["model"], "lightm_unet"]
+    metrics = structures(tmp_path / "out", **{**SHORT, "model": names})
+    assert [row["key"] for row in metrics["rows"]] == ["ours", "lightm_unet", "monai", "mirrored", "look_up"]
+    assert "--model monai.networks.nets.UNet lightm_unet" in metrics["commands"][0]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(f"<th>{row['title']}</th>" in page for row in metrics["rows"]) and page.count("seconds to segment the tested side") == 3
+    with pytest.raises(UserError, match="model: expected different names, got lightm_unet, lightm_unet"):
+        structures(tmp_path / "out", **{**SHORT, "model": ["lightm_unet", "lightm_unet"]})

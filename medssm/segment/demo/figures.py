@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ from medssm.segment.demo.data import Brain, whole
 from medssm.segment.files import atomic
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's, told apart by colour-blind eyes
-MARKERS = ("o", "s", "^", "x")
+MARKERS = ("o", "s", "^", "D", "v", "P", "x")
+NETWORKS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # of curves and marks, the first ours
 _INK, _DARK = "#1c2733", "#0b0f14"
 _MARGIN_MM = 16
 _VIEWS = {"axial": 2, "coronal": 1, "sagittal": 0}  # by the RAS axis that the slice is cut across
@@ -85,11 +87,12 @@ def draw_split(brain: Brain, labels: np.ndarray, path: Path) -> None:
 
 
 def draw_dice(dice: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """{row: {class: Dice}} as one line of marks for each class, the mean among them."""
+    """{row: {class: Dice}} as one line of marks for each class, the mean among them; the last two rows are no networks, in grey."""
     classes = list(next(iter(dice.values())))
     figure = Figure(figsize=(8, 0.44 * len(classes) + 1.2), dpi=130, layout="constrained")
     axes = figure.subplots()
-    for marker, colour, (title, values) in zip(MARKERS, ("#D55E00", "#0072B2", "#7a8794", "#7a8794"), dice.items(), strict=True):
+    colours = [*itertools.islice(itertools.cycle(NETWORKS), len(dice) - 2), "#7a8794", "#7a8794"]
+    for marker, colour, (title, values) in zip(itertools.cycle(MARKERS), colours, dice.items(), strict=False):
         axes.scatter([values[name] for name in classes], range(len(classes)), marker=marker, s=55, color=colour, label=title, zorder=3,
                      alpha=0.9)
     axes.set(xlim=(-0.02, 1), xlabel="Dice on the side never trained on", yticks=range(len(classes)), yticklabels=classes)
@@ -103,7 +106,7 @@ def draw_curves(logs: Mapping[str, Path], path: Path) -> None:
     """{network: metrics.jsonl}: training loss by seconds of training, with its running mean."""
     figure = Figure(figsize=(8, 3.6), dpi=130, layout="constrained")
     axes = figure.subplots()
-    for colour, (title, log) in zip(("#D55E00", "#0072B2"), logs.items(), strict=False):
+    for colour, (title, log) in zip(itertools.cycle(NETWORKS), logs.items(), strict=False):
         records = [record for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
         seconds, loss = (np.array([record[key] for record in records]) for key in ("seconds", "loss"))
         axes.plot(seconds, loss, ".-", color=colour, alpha=0.3, lw=1, ms=3)

@@ -9,7 +9,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,15 @@ OVERLAP = 0.625  # of the windows in prediction: a window knows least near its b
 FAST = {"spacing": [3.0, 3.0, 3.0], "patch": [32, 32, 32]}
 
 
-def structures(out: Path | str, *, data: str = "icbm2009c", model: str = OURS, model_kwargs: Mapping | None = None,
+def structures(out: Path | str, *, data: str = "icbm2009c", model: str | Sequence[str] = OURS, model_kwargs: Mapping | None = None,
                seconds: float | None = None, trained: str = "right", seed: int = 0, device: str = "auto", fast: bool = False,
                prepare: bool = False, overwrite: bool = False, quiet: bool = False) -> dict:
     """Run the demo in the folder `out`, or go on with one that was stopped there.
 
     data      a key of `data.SOURCES`
     model     a name of `medssm.list_models()`, or one of MONAI's as monai.networks.nets.NAME, with its keywords; medssm_unet is "tiny",
-              of MONAI's size, where they name none
-    seconds   of training steps, for each of the two networks (210; 20 where `fast`)
+              of MONAI's size, where they name none. Of several names the keywords are the first one's, the others take their defaults
+    seconds   of training steps, for each of the networks (210; 20 where `fast`)
     trained   the side to train on; the other is tested
     fast      at 3 mm and for seconds: to see it work, not to see it good
     prepare   write the data set and stop: the way to try other settings of `medssm train` on it
@@ -57,10 +57,11 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str = OURS, m
     """
     out = Path(out)
     shared = RECIPE | (FAST if fast else {}) | {"max_seconds": float(seconds or (FAST_SECONDS if fast else SECONDS))}
-    nets = {"ours": (model, {**(OURS_KWARGS if model == OURS else {}), **(model_kwargs or {})}), "monai": (UNET, UNET_KWARGS)}
+    nets = _networks([model] if isinstance(model, str) else list(model), dict(model_kwargs or {}))
     recipes = {key: shared | ({"lr": LEARNING_RATES[name]} if name in LEARNING_RATES else {}) for key, (name, _) in nets.items()}
     brain = load_brain(data, trained)
-    settings = {"data": data, "trained": trained, "seed": seed, "model": model, "model_kwargs": nets["ours"][1], **recipes["ours"]}
+    named = model if isinstance(model, str) else list(model)
+    settings = {"data": data, "trained": trained, "seed": seed, "model": named, "model_kwargs": nets["ours"][1], **recipes["ours"]}
     _keep_settings(out / "demo.json", settings, overwrite)
     _say(f"data: {brain.source.title}", quiet)
     write_dataset(brain, out / "data")
@@ -83,6 +84,15 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str = OURS, m
     write_json(out / "metrics.json", metrics)
     write_report(out / "report.html", metrics, pictures)
     return metrics
+
+
+def _networks(names: Sequence[str], kwargs: dict) -> dict[str, tuple[str, dict]]:
+    """{key: (model, keywords)}: the first of `names` is "ours", the others go by their names, MONAI's U-Net is "monai"."""
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"model: expected different names, got {', '.join(names) or 'none'}")
+    nets = {key: (name, dict(OURS_KWARGS) if name == OURS else {}) for key, name in zip(("ours", *names[1:]), names, strict=True)}
+    nets["ours"][1].update(kwargs)
+    return {**nets, "monai": (UNET, UNET_KWARGS)}
 
 
 def _network_row(out: Path, brain: Brain, key: str, model: str, kwargs: Mapping, recipe: Mapping, *, seed: int, device: str,
@@ -124,26 +134,27 @@ def _scores(out: Path, brain: Brain, key: str) -> dict:
 
 def _checks(rows: list[dict]) -> dict:
     """What the demo promises of its first row, on a machine that gives it enough steps."""
-    ours, monai, _, look_up = (row["dice"] for row in rows)
+    ours, monai, look_up = ({row["key"]: row["dice"] for row in rows}[key] for key in ("ours", "monai", "look_up"))
     return {"ours_minus_monai": ours["mean"] - monai["mean"],
             "above_look_up_in_every_class": all(ours[name] > look_up[name] for name in ours)}
 
 
 def _draw(out: Path, brain: Brain, rows: list[dict]) -> dict[str, Path]:
     pictures = {name: out / f"{name}.png" for name in ("found", "overlays", "split", "dice", "curves")}
-    shown = {f"{row['title']}, Dice {row['dice']['mean']:.2f}": _labels(out, brain, row["key"]) for row in rows[:3]}
+    shown = {f"{row['title']}, Dice {row['dice']['mean']:.2f}": _labels(out, brain, row["key"]) for row in rows if row["key"] != "look_up"}
     figures.draw_found(brain, _labels(out, brain, "ours"), pictures["found"])
     figures.draw_overlays(brain, brain.labels[brain.tested.box], shown, pictures["overlays"])
     figures.draw_split(brain, _labels(out, brain, "ours"), pictures["split"])
     figures.draw_dice({row["title"]: row["dice"] for row in rows}, pictures["dice"])
-    figures.draw_curves({row["title"]: out / "networks" / row["key"] / LOG for row in rows[:2]}, pictures["curves"])
+    figures.draw_curves({row["title"]: out / "networks" / row["key"] / LOG for row in rows if "steps" in row}, pictures["curves"])
     return pictures
 
 
 def _commands(brain: Brain, data: str, nets: Mapping, recipes: Mapping, seed: int, fast: bool) -> list[str]:
     """The demo as one command, then as those it is made of, run in its folder."""
-    model, kwargs = nets["ours"]
-    options = ["--data", data, "--trained", brain.trained.side, "--model", model, "--model-kwargs", json.dumps(kwargs),
+    kwargs = nets["ours"][1]
+    models = [name for key, (name, _) in nets.items() if key != "monai"]
+    options = ["--data", data, "--trained", brain.trained.side, "--model", *models, "--model-kwargs", json.dumps(kwargs),
                "--seconds", f"{recipes['ours']['max_seconds']:g}", "--seed", str(seed)]
     commands = [shlex.join(["medssm", "demo", "structures", *options, *["--fast"] * fast])]
     for key, (model, kwargs) in nets.items():

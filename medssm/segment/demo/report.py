@@ -52,7 +52,7 @@ def write_report(path: Path, metrics: Mapping, figures: Mapping[str, Path]) -> N
 
 
 def _page(metrics: Mapping, image: Mapping[str, str]) -> str:
-    ours, monai, mirrored, look_up = metrics["rows"]
+    ours, monai, mirrored, look_up = ({row["key"]: row for row in metrics["rows"]}[key] for key in ("ours", "monai", "mirrored", "look_up"))
     name, trained, tested = escape(ours["title"]), metrics["split"]["trained"], metrics["split"]["tested"]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -65,13 +65,13 @@ labels, mirrored, get {_mean(mirrored)}, and intensity alone {_mean(look_up)}.</
 <figure><img alt="What {name} found, in three views" src="{image["found"]}"><figcaption>What {name} found on the {tested} side, which it was
 never trained on.</figcaption></figure>
 <p class="notice"><b>What this shows, and what not.</b> It is one volume, and its hemispheres are similar: this shows that the pipeline
-works from a file to a label map, not how accurate it is. Nothing here says how well either network does on another person, scanner or
+works from a file to a label map, not how accurate it is. Nothing here says how well any of these networks does on another person, scanner or
 disease. Each was trained once, for minutes; a difference of a few hundredths between them may be chance.</p>
 
 <h2>Results on the {tested} side</h2>
 {_scores(metrics)}
 <figure><img alt="Dice of every class and row" src="{image["dice"]}"></figure>
-{_pairs({row["title"]: row["about"] for row in metrics["rows"]})}
+{_pairs({row["title"]: _about(row) for row in metrics["rows"]})}
 
 <h2>What was found</h2>
 <figure><img alt="Label maps in three views" src="{image["overlays"]}"><figcaption>The {tested} side, never trained on. First row: the
@@ -100,6 +100,10 @@ data (the two sides), networks (weights and config), predictions (the label map 
 """
 
 
+def _about(row: Mapping) -> str:
+    return row["about"] + (f" {row['predict_seconds']:.1f} seconds to segment the tested side." if "predict_seconds" in row else "")
+
+
 def _scores(metrics: Mapping) -> str:
     """A table for each metric: rows by classes, the best of each class in bold, a bar behind what lies between 0 and 1."""
     columns, tables = [*metrics["classes"], "mean"], []
@@ -121,18 +125,18 @@ def _cell(value: float, best: float, digits: int, share: bool) -> str:
 
 def _method(metrics: Mapping) -> dict[str, str]:
     recipe, trained, tested = metrics["recipe"], metrics["split"]["trained"], metrics["split"]["tested"]
-    ours, monai = metrics["rows"][:2]
+    rates = " and ".join(f"{row['lr']:g} for {row['title']}" for row in metrics["rows"] if "steps" in row)
     edges, patch = (" x ".join(f"{value:g}" for value in recipe[name]) for name in ("spacing", "patch"))
     return {
         "Data": f"{metrics['data']['credit']} Cropped to the brain; the two sides of a structure are one class.",
         "Split": f"Trained on the {trained} hemisphere, tested on the {tested} one. The {metrics['split']['gap_mm']:g} mm about the "
                  "midline (x = 0) belong to neither, and each side is a file of its own: no window or patch reaches across.",
         "Left and right": "One hemisphere has one handedness. So half of the training patches, drawn at random, are mirrored left to "
-                          "right, for both networks alike. The tested side is segmented as it is, never flipped.",
-        "Recipe": f"For both networks: {recipe['max_seconds']:g} seconds of training steps, {recipe['batch']} patches of {patch} "
+                          "right, for all networks alike. The tested side is segmented as it is, never flipped.",
+        "Recipe": f"For each network: {recipe['max_seconds']:g} seconds of training steps, {recipe['batch']} patches of {patch} "
                   f"voxels at {edges} mm in a step, {recipe['foreground']:.0%} of them centred on a structure; rotation, zoom, noise, "
                   "blur, contrast and low resolution on some; Dice and cross-entropy; AdamW, the learning rate down a cosine from "
-                  f"{ours['lr']:g} for {ours['title']} and {monai['lr']:g} for {monai['title']}. Windows in prediction overlap by "
+                  f"{rates}. Windows in prediction overlap by "
                   f"{metrics['overlap']:.3g} of their edge. All this was chosen with the sides exchanged: trained on the left one, "
                   "tested on the right one.",
         "Metrics": "By medssm evaluate, in millimetres. A class of which nothing was found has an HD95 of the image's diagonal.",
