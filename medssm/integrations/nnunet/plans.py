@@ -1,0 +1,215 @@
+"""nnU-Net's plans, rewritten so that nnU-Net builds one of medssm's networks. Nothing else of them changes, so preprocessed data serve as they are.
+
+Both generations are read: that with `architecture` in each configuration, and that before it, with UNet_class_name, conv_kernel_sizes,
+pool_op_kernel_sizes and their like beside the rest. The first is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from medssm.errors import UserError
+from medssm.integrations.nnunet.networks import Network, output_resolutions, resolutions
+from medssm.models import create_model, list_models
+from medssm.segment.files import read_json, write_json
+
+_CLASS = "medssm.integrations.nnunet.Network"
+_OLD_KEYS = ("UNet_class_name", "UNet_base_num_features", "unet_max_num_features", "n_conv_per_stage_encoder", "n_conv_per_stage_decoder",
+             "num_pool_per_axis", "pool_op_kernel_sizes", "conv_kernel_sizes")
+_OURS = ("spatial_dims", "in_channels", "out_channels", "deep_supervision", "pretrained", "features_only")
+
+
+class Shape(NamedTuple):
+    """What a configuration says of nnU-Net's own U-Net; lists have an entry per stage, decoder_blocks one fewer."""
+
+    patch: list[int]
+    batch: int
+    features: list[int]
+    strides: list[list[int]]
+    kernels: list[list[int]]
+    blocks: list[int]
+    decoder_blocks: list[int]
+
+
+def rewrite(plans: Path | str, model: str, out: Path | str | None = None, *, configurations: Sequence[str] = (), name: str | None = None,
+            options: Mapping[str, Any] | None = None, overwrite: bool = False) -> dict:
+    """Write the plans file `plans` anew, with `model` as the network of its configurations.
+
+    Args:
+        model: one of medssm.list_models() that segments. options: more keywords of create_model, which win over what the plans say.
+        out: the new file, by default NAME.json beside `plans`, where nnU-Net looks for it. name: the plans' identifier, for nnU-Net's -p;
+            by default that of `out`, else the old one and the model.
+        configurations: those to rewrite, by default all that have a network of their own.
+        overwrite: replace `out` if it exists.
+
+    Each network is run on its configuration's patch without computing anything, so that what nnU-Net's loss would refuse is refused here.
+    Raises UserError. Returns {"plans", "name", "dataset", "model", "configurations": {name: {"patch_size", "outputs", "parameters"}}}; outputs: how
+    many of the input's voxels one voxel of each supervised output spans, one entry where there is the full resolution alone.
+    """
+    if model not in list_models():
+        raise UserError(f"model: expected one of {', '.join(list_models())}, got {model!r}")
+    plans = Path(plans)
+    content = read_json(plans)
+    known = content.get("configurations") if isinstance(content, dict) else None
+    if not isinstance(known, dict) or not isinstance(content.get("plans_name"), str):
+        raise UserError(f"{plans}: expected nnU-Net's plans, a JSON object with plans_name and configurations")
+    name = name or (Path(out).stem if out else f"{content['plans_name']}_{model}")
+    if not re.fullmatch(r"[\w.-]+", name) or "__" in name:
+        raise UserError(f"name: expected letters, digits, '.', '-' and single '_' (nnU-Net splits its folders' names at '__'), got {name!r}")
+    out = Path(out) if out else plans.with_name(f"{name}.json")
+    if out.exists() and (not overwrite or out.resolve() == plans.resolve()):
+        raise UserError(f"{out}: expected a new file, got one that exists" + ("" if overwrite else " (--overwrite replaces it)"))
+    for option in options or {}:
+        if option in _OURS:
+            raise UserError(f"{option}: expected an option of the model, got one that nnU-Net sets")
+    for configuration in configurations:
+        if configuration not in known:
+            raise UserError(f"configuration: expected one of {', '.join(known)}, got {configuration!r}")
+    result = {"plans": str(out), "name": name, "dataset": content.get("dataset_name"), "model": model, "configurations": {}}
+    written = copy.deepcopy(content)
+    for configuration in configurations or [key for key, own in known.items() if {"architecture", "UNet_class_name", "patch_size"} & set(own)]:
+        shape = _shape(f"{plans}: {configuration}", _inherited(known, configuration))
+        try:
+            arguments, network = _arguments(model, shape, dict(options or {}))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{configuration}: {error}") from error
+        spans = sorted(set(resolutions(arguments["strides"])[:-1]))
+        result["configurations"][configuration] = {"patch_size": shape.patch, "outputs": spans,
+                                                   "parameters": sum(p.numel() for p in network.parameters())}
+        entry = written["configurations"][configuration]
+        for key in _OLD_KEYS:
+            entry.pop(key, None)
+        entry["architecture"] = {"network_class_name": _CLASS, "arch_kwargs": arguments, "_kw_requires_import": []}
+    if not result["configurations"]:
+        raise UserError(f"{plans}: expected a configuration with a network of its own, got {', '.join(known) or 'none'}")
+    written["plans_name"] = name
+    write_json(out, written)
+    return result
+
+
+def _inherited(configurations: Mapping[str, Mapping], name: str) -> dict:
+    """A configuration with what it inherits."""
+    entry, seen = dict(configurations[name]), [name]
+    while "inherits_from" in entry:
+        parent = entry.pop("inherits_from")
+        if parent not in configurations or parent in seen:
+            raise UserError(f"configuration: {name}: expected to inherit from another one of {', '.join(configurations)}, got {parent!r}")
+        seen.append(parent)
+        entry = {**configurations[parent], **entry}
+    return entry
+
+
+def _shape(where: str, entry: Mapping) -> Shape:
+    """The U-Net of a configuration, of either generation."""
+    try:
+        if "architecture" in entry:
+            own = entry["architecture"]
+            if own["network_class_name"] == _CLASS:
+                raise UserError(f"{where}: expected nnU-Net's own network, got {_CLASS}: start from the plans that nnU-Net wrote")
+            unet = own["arch_kwargs"]
+            features, strides, kernels = unet["features_per_stage"], unet["strides"], unet["kernel_sizes"]
+            blocks = unet["n_blocks_per_stage"] if "n_blocks_per_stage" in unet else unet["n_conv_per_stage"]
+            decoder_blocks = unet["n_conv_per_stage_decoder"]
+        else:
+            strides, kernels = entry["pool_op_kernel_sizes"], entry["conv_kernel_sizes"]
+            blocks, decoder_blocks = entry["n_conv_per_stage_encoder"], entry["n_conv_per_stage_decoder"]
+            features = [min(entry["UNet_base_num_features"] * 2**s, entry["unet_max_num_features"]) for s in range(len(strides))]
+        shape = Shape(list(entry["patch_size"]), int(entry["batch_size"]), *map(list, (features, strides, kernels, blocks, decoder_blocks)))
+        dims, stages = len(shape.patch), len(shape.features)
+        fits = dims in (2, 3) and all(len(step) == dims for step in (*shape.strides, *shape.kernels))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: expected the lists of nnU-Net's U-Net and a patch size, got none or a wrong one ({error!r})") from error
+    if not fits or [len(shape.strides), len(shape.kernels), len(shape.blocks), len(shape.decoder_blocks)] != [stages, stages, stages, stages - 1]:
+        raise UserError(f"{where}: expected one entry of each list per stage and per axis, got {stages} features, {shape.strides} as strides and "
+                        f"{shape.kernels} as kernels, {shape.blocks} and {shape.decoder_blocks} blocks for the patch {shape.patch}")
+    return shape
+
+
+def _arguments(model: str, shape: Shape, options: dict) -> tuple[dict, nn.Module]:
+    """What the plans tell Network, and the network that it makes of that."""
+    dims = len(shape.patch)
+    options = _from_plans(model, shape, options) | options
+    arguments = {"model": model, "spatial_dims": dims, "strides": _strides(model, shape.patch, options), "options": options}
+    network = Network(1, 2, **arguments, deep_supervision=True)
+    _check(network, arguments, shape)
+    return arguments, network
+
+
+def _from_plans(model: str, shape: Shape, options: Mapping) -> dict:
+    """The options that a model takes from the plans: the U-Net's lists, where its stages are free, and the patch, where it is made for one size.
+
+    `features`, and medssm_unet's `size`, given among the options settle the number of stages; strides and kernels are then the first ones.
+    """
+    dims, lists = len(shape.patch), {}
+    if model in ("umamba_bot", "umamba_enc", "medssm_unet"):
+        if "features" in options:
+            if not isinstance(options["features"], Sequence) or isinstance(options["features"], str):
+                raise ValueError(f"features: expected a list with one entry per stage, got {options['features']!r}")
+            stages = len(options["features"])
+        elif "size" in options:
+            stages = len(create_model(model, dims, **options).encoder.strides)
+        else:
+            stages, lists["features"] = len(shape.features), shape.features
+        if stages > len(shape.features) and "strides" not in options:
+            raise ValueError(f"strides: expected {stages} entries, one per stage of the network, got the {len(shape.features)} of the plans")
+        lists["strides"] = shape.strides[:stages]
+        if model == "medssm_unet":
+            return lists if "size" in options else {**lists, "depths": [1, 1, *[2] * stages][:stages], "decoder_depths": [1] * (stages - 1)}
+        lists["kernels"] = shape.kernels[:stages]
+        return lists if "features" in options else {**lists, "blocks": shape.blocks, "decoder_blocks": shape.decoder_blocks}
+    if model == "monai_dynunet":
+        return {"filters": shape.features, "strides": shape.strides, "kernel_size": shape.kernels, "upsample_kernel_size": shape.strides[1:]}
+    return {"img_size": shape.patch} if model == "monai_unetr" else {}
+
+
+def _strides(model: str, patch: Sequence[int], options: Mapping) -> list[list[int]]:
+    """From output to output for nnU-Net's loss, and from the last to the coarsest map. Outputs whose voxels do not divide the patch are left out:
+    nnU-Net's labels would lie elsewhere. Without a second output all are 1: see Network."""
+    try:
+        network = create_model(model, len(patch), 1, 2, deep_supervision=True, **options)
+    except (TypeError, ValueError):
+        network = create_model(model, len(patch), 1, 2, **options)  # the error, if it is about anything else
+    outputs = list(itertools.takewhile(lambda output: not any(p % n for p, n in zip(patch, output, strict=True)), output_resolutions(network)))
+    if len(outputs) < 2:
+        return [[1] * len(patch)] * 3
+    levels = [(1,) * len(patch), *outputs, network.size_divisor]
+    return [[b // a for a, b in zip(fine, coarse, strict=True)] for fine, coarse in itertools.pairwise(levels)]
+
+
+def _check(network: nn.Module, arguments: Mapping, shape: Shape) -> None:
+    """ValueError where the network refuses the configuration's patch or gives logits that nnU-Net's loss would refuse. Nothing is computed."""
+    try:
+        with _quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            given = network(torch.zeros(shape.batch, 1, *shape.patch))
+    except Exception as error:  # whatever a network raises
+        message = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model: {arguments['model']} does not take patches of {shape.patch}: {message}") from error
+    wanted = [(shape.batch, 2, *(round(p / n) for p, n in zip(shape.patch, output, strict=True)))
+              for output in resolutions(arguments["strides"])[:-1]]
+    got = [tuple(logits.shape) for logits in given]
+    if got != wanted:
+        raise ValueError(f"model: expected one that segments, with logits {wanted} for a batch of patches of {shape.patch}, got {got} from "
+                         f"{arguments['model']}")
+
+
+@contextlib.contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """Without PyTorch's log of what a fake tensor's operator raises: `_check` says it in one line."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
