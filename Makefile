@@ -3,16 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+INTEGRATIONS := build/integrations
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.h')
 export OMP_PROC_BIND ?= true
 
-.PHONY: demo test lint sanitize bench clean
+.PHONY: demo test test-integrations lint sanitize bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+# With the other frameworks, in an environment of its own: nnU-Net runs on a real brain at 3 mm.
+test-integrations: $(INTEGRATIONS)/installed-nnunet
+	PYTHONPATH=tests/integrations/nnunet/torchvision_shim $(INTEGRATIONS)/bin/python -m pytest -q -rP tests/integrations/nnunet/real_run.py
+	PYTHONPATH=tests/integrations/nnunet/torchvision_shim $(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -33,6 +39,11 @@ $(VENV)/installed: $(SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(INTEGRATIONS)/installed-nnunet: $(SOURCES)
+	$(MAKE) VENV=$(INTEGRATIONS) $(INTEGRATIONS)/installed-dev
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nnunet]'
 	touch $@
 
 clean:
