@@ -62,7 +62,7 @@ TEST_CASES.append(
     ]
 )
 
-SMALL = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "features": (4, 8, 8)}
+SMALL = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "features": (16, 16, 16)}
 
 
 @skipUnless(has_medssm, "Requires medssm")

@@ -11,6 +11,8 @@ import medssm
 from medssm.integrations import monai
 from tests.models.test_models import ALL, CLASSIFIERS
 
+# Not the 4 channels of other tests: the backward of torch 2.13 for a 1 x 1 convolution with stride 2 on few channels-last channels crashes on a CPU.
+ALL = ALL | {name: {"features": (16, 16, 32)} for name in ("umamba_bot", "umamba_enc")}
 SEGMENTING = [name for name in ALL if name not in CLASSIFIERS]
 AFFINE = torch.tensor([[0, 0, 2.0, 5], [-1.5, 0, 0, 6], [0, 1, 0, -7], [0, 0, 0, 1]], dtype=torch.float64)
 
