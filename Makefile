@@ -44,6 +44,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(INTEGRATIONS)/installed-nnunet: $(SOURCES)
 	$(MAKE) VENV=$(INTEGRATIONS) $(INTEGRATIONS)/installed-dev
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nnunet]'
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --no-deps timm
 	touch $@
 
 clean:

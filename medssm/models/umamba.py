@@ -115,11 +115,13 @@ class ResBlock(nn.Module):
         self.conv2 = layers.conv(channels, channels, kernel, 1, pad)
         self.norm2 = layers.norm(channels)
         self.act2 = layers.act()
-        self.conv3 = layers.conv(channels_in, channels, 1, stride)
+        self.conv3 = layers.conv(channels_in, channels, 1)
+        self.stride = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
-        return self.act2(y + self.conv3(x))
+        # Every stride-th voxel, then the 1 x 1 convolution: its own stride crashes torch 2.13's backward on channels-last maps on a CPU.
+        return self.act2(y + self.conv3(x[(..., *(slice(None, None, n) for n in self.stride))]))
 
 
 class ConvNorm(nn.Module):

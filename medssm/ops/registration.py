@@ -102,4 +102,4 @@ def transformed() -> str | None:
 
 def absent(like: torch.Tensor) -> torch.Tensor:
     """What an operator returns in place of an output that the call does not have (operators cannot return None)."""
-    return like.new_empty(0)
+    return like.new_empty((0,))
