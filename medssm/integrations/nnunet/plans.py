@@ -62,7 +62,7 @@ def rewrite(plans: Path | str, model: str, out: Path | str | None = None, *, con
     plans = Path(plans)
     content = read_json(plans)
     known = content.get("configurations") if isinstance(content, dict) else None
-    if not isinstance(known, dict) or not isinstance(content.get("plans_name"), str):
+    if not isinstance(known, dict) or not all(isinstance(own, dict) for own in known.values()) or not isinstance(content.get("plans_name"), str):
         raise UserError(f"{plans}: expected nnU-Net's plans, a JSON object with plans_name and configurations")
     name = name or (Path(out).stem if out else f"{content['plans_name']}_{model}")
     if not re.fullmatch(r"[\w.-]+", name) or "__" in name:
@@ -82,8 +82,10 @@ def rewrite(plans: Path | str, model: str, out: Path | str | None = None, *, con
         shape = _shape(f"{plans}: {configuration}", _inherited(known, configuration))
         try:
             arguments, network = _arguments(model, shape, dict(options or {}))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{configuration}: {error}") from error
+        except ValueError as error:
+            raise UserError(f"{configuration}: {' '.join(str(error).split())}") from error
+        except (TypeError, RuntimeError) as error:  # a value of the wrong kind, a layer of an impossible size
+            raise UserError(f"{configuration}: {model} does not take the options {options}: {' '.join(str(error).split())}") from error
         spans = sorted(set(resolutions(arguments["strides"])[:-1]))
         result["configurations"][configuration] = {"patch_size": shape.patch, "outputs": spans,
                                                    "parameters": sum(p.numel() for p in network.parameters())}
