@@ -1,0 +1,34 @@
+"""medssm models: every network has its facts, and the docs are what the command prints."""
+
+import json
+from pathlib import Path
+
+import medssm
+from medssm import cli
+from medssm.models.facts import FACTS
+from medssm.models.listing import MEASURED
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_network_has_facts_and_figures(capsys):
+    assert set(FACTS) == set(medssm.list_models())
+    assert cli.main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    assert set(rows) == set(FACTS)
+    for name, row in rows.items():
+        assert row["source"] and row["licence"] and row["parity"], name
+        assert row["measured"]["parameters"] > 0 and row["measured"]["memory"] > 0, name
+        assert row["measured"]["inference"]["native"]["median"] > 0, name
+    assert rows["umamba_enc"]["parameters"]["3d"] > 1e7
+
+
+def test_the_docs_are_the_commands_table(capsys):
+    assert cli.main(["models", "--markdown"]) == 0
+    assert (ROOT / "docs" / "models.md").read_text() == capsys.readouterr().out
+    assert json.loads(MEASURED.read_text()) == json.loads((ROOT / "bench" / "results" / "networks.json").read_text())
+
+
+def test_a_pattern_that_fits_nothing_is_one_line(capsys):
+    assert cli.main(["models", "resnet*"]) == 2
+    assert "no model matches 'resnet*'" in capsys.readouterr().err
