@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import subprocess
 import time
 from functools import partial
@@ -66,6 +67,10 @@ def _networks(args) -> dict:
     if not names:
         raise UserError(f"--networks: expected a pattern of {', '.join(networks.names('*'))}, got {args.networks!r}")
     results = _about() | {"networks": {}}
+    before = Path(args.out) / "networks.json" if args.out else None
+    if before is not None and before.is_file():  # a run that was stopped, or of other networks, goes on
+        kept = json.loads(before.read_text())
+        results["networks"] = kept["networks"] if kept["commit"] == results["commit"] else {}
     for name in names:
         figures = results["networks"][name] = networks.network(name, args.quick)
         if args.out:

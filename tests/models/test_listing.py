@@ -11,15 +11,16 @@ from medssm.models.listing import MEASURED
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_network_has_facts_and_figures(capsys):
+def test_every_network_has_facts(capsys):
     assert set(FACTS) == set(medssm.list_models())
     assert cli.main(["models", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
     assert set(rows) == set(FACTS)
     for name, row in rows.items():
         assert row["source"] and row["licence"] and row["parity"], name
-        assert row["measured"]["parameters"] > 0 and row["measured"]["memory"] > 0, name
-        assert row["measured"]["inference"]["native"]["median"] > 0, name
+        if row["measured"]:
+            assert row["measured"]["parameters"] > 0 and row["measured"]["inference"]["native"]["median"] > 0, name
+    assert rows["segmamba"]["measured"] and rows["umamba_enc"]["measured"] and rows["medssm_unet"]["measured"]
     assert rows["umamba_enc"]["parameters"]["3d"] > 1e7
 
 
