@@ -80,6 +80,9 @@ def main() -> None:
         plain = model(x).argmax(1)
         with _autocast():
             result["bf16_agrees"] = float((model(x).argmax(1) == plain).float().mean())
+    if x[0, 0].numel() > 64**3:  # two samples of these do not train in the memory of the machines that this is for
+        print(json.dumps(result | {"training": {}}))
+        return
     model.train()
     ways = {way: context for way, context in ways.items() if way in (NATIVE, BF16) or (way == CHUNKED and x.dim() == 4)}  # of volumes: not in memory
     result["training"] = measure.times({way: _step(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)

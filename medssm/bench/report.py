@@ -35,6 +35,8 @@ def networks_markdown(results: dict) -> str:
         lines += ["", f"## {kind}", "", f"| network | input | {' | '.join(ways)} |" + (" same label under bf16 |" if kind == "inference" else ""),
                   "|---|---|" + "---|" * (len(ways) + (kind == "inference"))]
         for name, n in results["networks"].items():
+            if not n[kind]:
+                continue
             ours = next(iter(n[kind].values()))["median"]
             cells = [_against(n[kind][way]["median"], ours) if way in n[kind] else "" for way in ways]
             agreed = f" {n['bf16_agrees'] * 100:.2f} % |" if kind == "inference" else ""
