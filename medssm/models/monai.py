@@ -42,6 +42,8 @@ def _build(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
         network = getattr(nets, constructor)(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **{**defaults, **options})
     except TypeError as error:
         raise ValueError(f"{kind}: {error}") from error
+    except ImportError as error:  # MONAI imports einops when UNETR or SwinUNETR is built
+        raise ValueError(f"name: {kind} needs a package that MONAI leaves optional: pip install 'medssm[segment]' ({error.args[0].splitlines()[0]})") from error
     return network if divisor is None else Padded(network, (divisor,) * spatial_dims)
 
 
