@@ -18,18 +18,15 @@ _TURN = 0.3  # seconds
 
 def times(sides: dict[str, Side], seconds: float, threads: int, limit: float | None = None) -> dict[str, dict]:
     """Seconds of each side: {"min", "median", "calls"}. The sides take turns until the time is spent, at least three rounds. A turn is one
-    call, or several of a short one: the first after another side finds that side's data in the caches. A side whose first call takes
-    longer than `limit` is called that once."""
+    call, or several of a short one: the first after another side finds that side's data in the caches. The first call of each side is not
+    counted; a side that takes longer than `limit` there takes part in one round alone."""
     torch.set_num_threads(threads)
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    live = dict(sides)
-    for name, side in sides.items():
-        first = _time(side)
-        if limit is not None and first > limit:
-            taken[name].append(first)
-            del live[name]
-    begun, rounds = time.perf_counter(), 0
+    first = {name: _time(side) for name, side in sides.items()}
+    begun, rounds, live = time.perf_counter(), 0, dict(sides)
     while live and (rounds < 3 or (time.perf_counter() - begun < seconds and rounds < 200)):
+        if rounds == 1 and limit is not None:
+            live = {name: side for name, side in sides.items() if first[name] <= limit}
         for name, side in live.items():
             ends = time.perf_counter() + _TURN
             taken[name].append(_time(side))

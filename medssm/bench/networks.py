@@ -19,6 +19,7 @@ from medssm.bench import apart, measure, peers
 INPUTS = {"segmamba": (4, 96, 96, 96), "vmunet": (3, 256, 256), "swin_umamba": (1, 256, 256), "swin_umamba_d": (1, 256, 256),
           "ultralight_vmunet": (3, 256, 256), "vmamba": (3, 224, 224), "medmamba": (3, 224, 224), "vim": (3, 224, 224),
           "monai_unetr": (1, 96, 96, 96), "monai_dynunet": (4, 96, 96, 96)}
+SMALL = (64, 32, 32)  # where volumes are measured on the reference backend and trained on both peers: at full size that takes minutes and all memory
 CLASSES = {"vmamba": 1000, "medmamba": 1000, "vim": 1000}
 NATIVE, BF16, REFERENCE, CHUNKED = "native", "native, bf16", "reference backend", "time-chunked scan in PyTorch"
 _LIMIT = 3.0  # seconds of a call beyond which a side is called once
@@ -31,8 +32,8 @@ def names(pattern: str) -> list[str]:
 
 def network(name: str, quick: bool = False) -> dict:
     """A network's figures, measured in a process of its own: {"input", "classes", "parameters", "multiply_adds", "inference", "training",
-    "memory", "bf16_agrees"}: seconds by side, bytes of one inference above the network's own, the share of voxels (or of samples) whose label
-    is the same under bf16 autocast."""
+    "memory", "bf16_agrees", "small"}: seconds by side, bytes of one inference above the network's own, the share of voxels (or of samples) whose
+    label is the same under bf16 autocast; input, inference and training of a volume that the reference backend serves too (None of images)."""
     return apart.run("networks", name, str(int(quick)))
 
 
@@ -45,16 +46,11 @@ def build(name: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
     return medssm.create_model(name, len(spatial), channels, CLASSES.get(name, 4)), torch.randn(1, channels, *spatial)
 
 
-def multiply_adds(name: str, quick: bool = False) -> int | None:
-    """Of convolutions and matrix products in one inference, counted without computing; the scans' are left out. None where it cannot be."""
+def multiply_adds(model: nn.Module, x: torch.Tensor) -> int:
+    """Of convolutions and matrix products in one inference, counted without computing; the scans' are left out. The model's values are lost."""
     counter = FlopCounterMode(display=False)
-    try:
-        with torch.device("meta"):
-            model, x = build(name, quick)
-        with torch.no_grad(), counter:
-            model.eval()(x)
-    except (RuntimeError, NotImplementedError):  # a constructor or a forward that reads values
-        return None
+    with torch.no_grad(), counter:
+        model.eval().to("meta")(x.to("meta"))
     return counter.get_total_flops() // 2
 
 
@@ -67,26 +63,36 @@ def main() -> None:
     ways = {NATIVE: nullcontext, BF16: _autocast}
     if scans:
         ways[CHUNKED] = peers.in_pytorch
-        if x.dim() == 4:  # of volumes it takes minutes
+        if x.dim() == 4:
             ways[REFERENCE] = _reference
     model.eval()
     with torch.no_grad():
         memory = measure.peak_above(lambda: model(x))
     seconds = 0.1 if quick else 2.0
     result = {"input": list(x.shape), "classes": CLASSES.get(name, 4), "parameters": sum(p.numel() for p in model.parameters()),
-              "multiply_adds": multiply_adds(name, quick), "memory": memory, "threads": threads,
+              "memory": memory, "threads": threads,
               "inference": measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)}
     with torch.no_grad():
         plain = model(x).argmax(1)
         with _autocast():
             result["bf16_agrees"] = float((model(x).argmax(1) == plain).float().mean())
-    if x[0, 0].numel() > 64**3:  # two samples of these do not train in the memory of the machines that this is for
-        print(json.dumps(result | {"training": {}}))
-        return
+    result["small"] = _small(model, x, seconds, threads) if scans and x.dim() == 5 else None
     model.train()
-    ways = {way: context for way, context in ways.items() if way in (NATIVE, BF16) or (way == CHUNKED and x.dim() == 4)}  # of volumes: not in memory
+    ways = {way: context for way, context in ways.items() if way in (NATIVE, BF16) or x.dim() == 4}
+    if x[0, 0].numel() > 64**3:  # two samples of these do not train in the memory of the machines that this is for
+        ways = {}
     result["training"] = measure.times({way: _step(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)
-    print(json.dumps(result))
+    print(json.dumps(result | {"multiply_adds": multiply_adds(model, x)}))
+
+
+def _small(model: nn.Module, x: torch.Tensor, seconds: float, threads: int) -> dict:
+    """Inference and training on both peers, of a volume that they take in bearable time."""
+    ways, x = {NATIVE: nullcontext, CHUNKED: peers.in_pytorch, REFERENCE: _reference}, x[:, :, : SMALL[0], : SMALL[1], : SMALL[2]].contiguous()
+    model.eval()
+    inference = measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)
+    model.train()
+    training = measure.times({way: _step(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)
+    return {"input": list(x.shape), "inference": inference, "training": training}
 
 
 def _infer(model: nn.Module, x: torch.Tensor, context: Callable) -> measure.Side:

@@ -29,19 +29,27 @@ def networks_markdown(results: dict) -> str:
     where = results["machine"]
     lines = [f"# Networks, {results['date']}, commit {results['commit']}", "",
              f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the ways of a network take turns in one "
-             "process, medians; a way that takes over 3 s was called once. Training: forward, cross-entropy, backward, an SGD step, on two samples."]
-    for kind in ("inference", "training"):
-        ways = list(dict.fromkeys(way for n in results["networks"].values() for way in n[kind]))
-        lines += ["", f"## {kind}", "", f"| network | input | {' | '.join(ways)} |" + (" same label under bf16 |" if kind == "inference" else ""),
-                  "|---|---|" + "---|" * (len(ways) + (kind == "inference"))]
-        for name, n in results["networks"].items():
-            if not n[kind]:
-                continue
-            ours = next(iter(n[kind].values()))["median"]
-            cells = [_against(n[kind][way]["median"], ours) if way in n[kind] else "" for way in ways]
-            agreed = f" {n['bf16_agrees'] * 100:.2f} % |" if kind == "inference" else ""
-            lines.append(f"| {name} | {' x '.join(map(str, n['input'][1:]))} | {' | '.join(cells)} |{agreed}")
+             "process, medians; a way that takes over 3 s was timed once, after a first call. "
+             "Training: forward, cross-entropy, backward, an SGD step, on two samples."]
+    small = {name: n["small"] for name, n in results["networks"].items() if n["small"]}
+    lines += _network_table("Inference", "inference", results["networks"]) + _network_table("Training", "training", results["networks"])
+    lines += _network_table("Inference on a small volume", "inference", small) + _network_table("Training on small volumes", "training", small)
     return "\n".join(lines) + "\n"
+
+
+def _network_table(title: str, kind: str, networks: dict) -> list[str]:
+    networks = {name: n for name, n in networks.items() if n[kind]}
+    ways = list(dict.fromkeys(way for n in networks.values() for way in n[kind]))
+    agreement = kind == "inference" and any("bf16_agrees" in n for n in networks.values())
+    columns = ["network", "input", *ways, *["same label under bf16"] * agreement]
+    lines = ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, n in networks.items():
+        ours = next(iter(n[kind].values()))["median"]
+        cells = [name, " x ".join(map(str, n["input"][1:])), *(_against(n[kind][way]["median"], ours) if way in n[kind] else "" for way in ways)]
+        if agreement:
+            cells.append(f"{n['bf16_agrees'] * 100:.2f} %")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def network_line(name: str, figures: dict) -> str:

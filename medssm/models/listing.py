@@ -66,10 +66,10 @@ def _cells(row: dict) -> list[str]:
         sizes = ", ".join(_millions(n) for n in row["parameters"].values() if n is not None)
         return [row["name"], "2, 3", sizes, "", "", "", "", "", source, row["licence"], row["parity"]]
     seconds = {way: t["median"] for way, t in m["inference"].items()}
-    products = "" if m["multiply_adds"] is None else f"{m['multiply_adds'] / 1e9:.1f} G"
-    costs = [f"{m['memory'] / 2**20:.0f} MiB", f"{seconds['native'] * 1e3:.0f} ms", f"{seconds['native, bf16'] * 1e3:.0f} ms"]
+    times = (f"{seconds[way] * 1e3:.0f} ms" for way in ("native", "native, bf16"))
+    costs = [f"{m['multiply_adds'] / 1e9:.1f} G", f"{m['memory'] / 2**20:.0f} MiB", *times]
     size = " x ".join(map(str, m["input"][1:]))
-    return [row["name"], "2, 3", _millions(m["parameters"]), size, products, *costs, source, row["licence"], row["parity"]]
+    return [row["name"], "2, 3", _millions(m["parameters"]), size, *costs, source, row["licence"], row["parity"]]
 
 
 def _millions(count: int) -> str:

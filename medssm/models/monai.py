@@ -43,7 +43,8 @@ def _build(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
     except TypeError as error:
         raise ValueError(f"{kind}: {error}") from error
     except ImportError as error:  # MONAI imports einops when UNETR or SwinUNETR is built
-        raise ValueError(f"name: {kind} needs a package that MONAI leaves optional: pip install 'medssm[segment]' ({error.args[0].splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        raise ValueError(f"name: {kind} needs a package that MONAI leaves optional: pip install 'medssm[segment]' ({why})") from error
     return network if divisor is None else Padded(network, (divisor,) * spatial_dims)
 
 

@@ -103,10 +103,10 @@ def selective_scan(
     tensors = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
 
     chosen = dispatch.choose(OP, backend, tensors)
-    if chosen == "reference":
+    if chosen == "reference" and not u.is_meta:  # of a meta tensor only shapes are wanted: the operator has them without a loop
         way = walk.resolve(spec, spatial, index, reverse, u.device)
         out, state = reference.selective_scan(*tensors[:8], delta_softplus, delta_proj, *way, initial_state)
-    elif registration.direct(tensors):
+    elif chosen != "reference" and registration.direct(tensors):
         way = walk.resolve(spec, spatial, index, reverse, u.device)
         out, state, _ = _KERNELS[chosen].forward(*tensors[:8], delta_softplus, delta_proj, *way, initial_state, False, return_final_state)
     else:

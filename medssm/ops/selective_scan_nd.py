@@ -46,10 +46,10 @@ def selective_scan_nd(
     tensors = (x, delta, A, B, C, D, z, delta_bias, delta_proj)
 
     chosen = dispatch.choose(OP, backend, tensors)
-    if chosen == "reference":
+    if chosen == "reference" and not x.is_meta:  # of a meta tensor only shapes are wanted: the operator has them without a loop
         walks = [walk.resolve(spec, spatial, None, False, x.device) for spec in specs]
         out = reference.selective_scan_nd(*tensors[:8], delta_softplus, delta_proj, walks, merge)
-    elif registration.direct(tensors):
+    elif chosen != "reference" and registration.direct(tensors):
         walks = [walk.resolve(spec, spatial, None, False, x.device) for spec in specs]
         out, _ = _KERNELS[chosen].forward_nd(*tensors[:8], delta_softplus, delta_proj, walks, merge, False)
     else:

@@ -366,6 +366,27 @@ def test_autocast_never_reaches_the_recurrence(op, backend):
     assert got.dtype is torch.float32 and torch.equal(got, want)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_meta_tensor_costs_no_loop(op):
+    """Shapes and dtypes of the outputs and gradients, of lengths that nothing could compute."""
+    call, described = calls_example(op), []
+    for device in ("cpu", "meta"):
+        tensors = {name: t.detach().to(device).requires_grad_() for name, t in call.tensors.items()}
+        out = call.but(**tensors).run(None)
+        outputs = out if isinstance(out, tuple) else (out,)
+        gradients = torch.autograd.grad(outputs, list(tensors.values()), [torch.ones_like(o) for o in outputs])
+        assert all(t.device.type == device for t in (*outputs, *gradients))
+        described.append([(t.shape, t.dtype) for t in (*outputs, *gradients)])
+    assert described[0] == described[1]
+
+
+def test_a_long_meta_scan_takes_no_time():
+    u, A = torch.empty(1, 10**7, 8, device="meta"), torch.empty(8, 16, device="meta")
+    B = torch.empty(1, 10**7, 16, device="meta")
+    assert medssm.ops.selective_scan(u, u, A, B, B).shape == u.shape
+    assert medssm.ops.selective_scan_nd(u, u.unsqueeze(2), A[None], B.unsqueeze(2), B.unsqueeze(2), orders=[medssm.orders.raster()]).shape == u.shape
+
+
 @every
 def test_metatensor(op, backend):
     MetaTensor = pytest.importorskip("monai.data").MetaTensor
