@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from medssm import cli
+from medssm.integrations import mamba_ssm as stand_in
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -16,8 +17,11 @@ def test_python_blocks_run():
     pytest.importorskip("monai")
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+    try:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), {})
+    finally:
+        stand_in.uninstall()
 
 
 def test_commands_exist():

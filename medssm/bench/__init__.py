@@ -68,11 +68,12 @@ def _networks(args) -> dict:
         raise UserError(f"--networks: expected a pattern of {', '.join(networks.names('*'))}, got {args.networks!r}")
     results = _about() | {"networks": {}}
     before = Path(args.out) / "networks.json" if args.out else None
-    if before is not None and before.is_file():  # a run that was stopped, or of other networks, goes on
+    if before is not None and before.is_file():  # what was measured earlier on this machine stays, each network with its own commit and date
         kept = json.loads(before.read_text())
-        results["networks"] = kept["networks"] if kept["commit"] == results["commit"] else {}
+        results["networks"] = kept["networks"] if kept["machine"] == results["machine"] else {}
     for name in names:
-        figures = results["networks"][name] = networks.network(name, args.quick)
+        figures = networks.network(name, args.quick) | {key: results[key] for key in ("commit", "date")}
+        results["networks"] = dict(sorted((results["networks"] | {name: figures}).items()))
         if args.out:
             report.write_networks(results, Path(args.out))
         if not (args.json or args.quiet):

@@ -27,13 +27,14 @@ def write_networks(results: dict, out: Path) -> list[Path]:
 def networks_markdown(results: dict) -> str:
     """One table for inference, one for a training step: median seconds by way, and ratios to our kernels in float32."""
     where = results["machine"]
-    lines = [f"# Networks, {results['date']}, commit {results['commit']}", "",
+    commits = sorted({n["commit"] for n in results["networks"].values()})
+    lines = [f"# Networks, {results['date']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}", "",
              f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the ways of a network take turns in one "
              "process, medians; a way that takes over 3 s was timed once, after a first call. "
              "Training: forward, cross-entropy, backward, an SGD step, on two samples."]
     small = {name: n["small"] for name, n in results["networks"].items() if n["small"]}
     lines += _network_table("Inference", "inference", results["networks"]) + _network_table("Training", "training", results["networks"])
-    lines += _network_table("Inference on a small volume", "inference", small) + _network_table("Training on small volumes", "training", small)
+    lines += _network_table("Inference of a small input", "inference", small) + _network_table("Training on small inputs", "training", small)
     return "\n".join(lines) + "\n"
 
 

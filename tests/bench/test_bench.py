@@ -59,7 +59,8 @@ def test_an_unknown_row_is_one_line(capsys):
 def test_a_network_on_every_way(tmp_path, capsys):
     assert cli.main(["bench", "--networks", "ultralight*", "--quick", "--out", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "networks.json").read_text())["networks"]["ultralight_vmunet"]
-    assert set(figures["inference"]) == {"native", "native, bf16", "time-chunked scan in PyTorch", "reference backend"}
+    assert set(figures["inference"]) == {"native", "native, bf16", "time-chunked scan in PyTorch"}
+    assert set(figures["small"]["training"]) == {"native", "time-chunked scan in PyTorch", "reference backend"}
     assert figures["multiply_adds"] > 1e6 and figures["parameters"] == 49_484 and figures["memory"] > 0 and figures["bf16_agrees"] > 0.9
     assert "ultralight_vmunet: native" in capsys.readouterr().out and "| ultralight_vmunet |" in (tmp_path / "networks.md").read_text()
 

@@ -1,11 +1,13 @@
 """nnU-Net itself on a real brain at 3 mm: plan, preprocess, train, validate and predict with rewritten plans, and trainers of both makes.
 
 `make test-integrations` runs it; its name keeps it out of `make test`. One hemisphere is trained on and validated, the other predicted: after an
-epoch of some iterations this shows that everything fits together, not how accurate anything is.
+epoch of some iterations this shows that everything fits together, not how accurate anything is. The five cases, so that nnU-Net can split them, are
+the same hemisphere's voxels from five places to start at.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +24,9 @@ from medssm.segment.demo.data import load_brain
 DATASET, CONFIGURATION, STEP = "Dataset501_Brain", "3d_fullres", 3
 BIN = Path(sys.executable).parent
 SHIM = Path(__file__).with_name("torchvision_shim")
-OPTIONS = {"umamba_bot": ["features=[8,16,32,32]"], "ultralight_vmunet": []}  # with heads at several levels, and with one
+README = Path(__file__).parents[3] / "README.md"
+OPTIONS = {"umamba_enc": ["features=[8,16,32,32]"], "ultralight_vmunet": []}  # with heads at several levels, and with one
+STARTS = ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1), (2, 2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +48,25 @@ def nnunet(tmp_path_factory):
         yield folder
 
 
-@pytest.mark.parametrize("model", OPTIONS)
-def test_train_validate_and_predict(nnunet, model):
+def test_the_readmes_commands(nnunet, monkeypatch):
+    """As they stand there, but for a short epoch on the CPU."""
+    (block,) = (b for b in re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL) if "nnUNetv2_train" in b)
+    assert "nnUNetTrainerMedssm " in block
+    (nnunet / "scans").symlink_to(nnunet / "raw" / DATASET / "imagesTs")
+    monkeypatch.delenv("nnUNet_extTrainer")
+    monkeypatch.setenv("PATH", os.pathsep.join((str(BIN), os.environ["PATH"])))
+    block = re.sub(r"\bnnUNetTrainerMedssm\b", "nnUNetTrainerMedssmShort", block)
+    run("bash", "-e", "-c", re.sub(r"^nnUNetv2_.*", r"\g<0> -device cpu", block, flags=re.MULTILINE), cwd=nnunet)
+    report("umamba_bot", nnunet, "fold_0", nnunet / "labels")
+
+
+def test_train_validate_and_predict(nnunet):
+    model = "ultralight_vmunet"
     settings = ("-tr", "nnUNetTrainerMedssmShort", "-p", f"nnUNetPlans_{model}", "-device", "cpu")
     run("nnUNetv2_train", 501, CONFIGURATION, "all", *settings)
-    trained = nnunet / "results" / DATASET / f"nnUNetTrainerMedssmShort__nnUNetPlans_{model}__{CONFIGURATION}" / "fold_all"
-    summary = json.loads((trained / "validation" / "summary.json").read_text())
-    dice = summary["foreground_mean"]["Dice"]
-    raw = nnunet / "raw" / DATASET
-    run("nnUNetv2_predict", "-i", raw / "imagesTs", "-o", nnunet / model, "-d", 501, "-c", CONFIGURATION, "-f", "all", *settings, "--disable_tta",
-        "-npp", 1, "-nps", 1)
-    found, image = nib.load(nnunet / model / "left.nii.gz"), nib.load(raw / "imagesTs" / "left_0000.nii.gz")
-    labels = np.asanyarray(nib.load(raw / "labelsTs" / "left.nii.gz").dataobj)
-    assert found.shape == image.shape and np.allclose(found.affine, image.affine, atol=1e-4)
-    predicted = np.asanyarray(found.dataobj)
-    assert set(np.unique(predicted)) <= set(range(8)) and 0 <= dice <= 1
-    scores = [2 * ((labels == i) & (predicted == i)).sum() / max(1, (labels == i).sum() + (predicted == i).sum()) for i in range(1, 8)]
-    print(f"{model}: mean Dice {dice:.3f} of the trained hemisphere, {np.mean(scores):.3f} of the other")
+    run("nnUNetv2_predict", "-i", nnunet / "raw" / DATASET / "imagesTs", "-o", nnunet / model, "-d", 501, "-c", CONFIGURATION, "-f", "all", *settings,
+        "--disable_tta", "-npp", 1, "-nps", 1)
+    report(model, nnunet, "fold_all", nnunet / model)
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerMedssm", "nnUNetTrainerMedssmNoDeepSupervision"])
@@ -100,23 +106,40 @@ def path_of_trainers() -> str:
     return subprocess.run([BIN / "medssm", "nnunet", "path"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run(program: str, *arguments, **environment) -> None:
+def run(program: str, *arguments, cwd: Path | None = None, **environment) -> None:
     """Run one of nnU-Net's commands and say how long it took; its output is shown where it fails."""
     started = time.perf_counter()
-    done = subprocess.run([BIN / program, *map(str, arguments)], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
+    where = program if program == "bash" else BIN / program
+    done = subprocess.run([where, *map(str, arguments)], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, cwd=cwd)
     assert done.returncode == 0, done.stdout[-5000:]
     print(f"{program} {time.perf_counter() - started:.0f} s")
+
+
+def report(model: str, nnunet: Path, fold: str, labels: Path) -> None:
+    """Check what nnU-Net wrote of the trained hemisphere and of the other, and print both mean Dices."""
+    trained = nnunet / "results" / DATASET / f"nnUNetTrainerMedssmShort__nnUNetPlans_{model}__{CONFIGURATION}" / fold
+    dice = json.loads((trained / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"]
+    raw = nnunet / "raw" / DATASET
+    found, image = nib.load(labels / "left.nii.gz"), nib.load(raw / "imagesTs" / "left_0000.nii.gz")
+    assert found.shape == image.shape and np.allclose(found.affine, image.affine, atol=1e-4)
+    predicted, truth = np.asanyarray(found.dataobj), np.asanyarray(nib.load(raw / "labelsTs" / "left.nii.gz").dataobj)
+    assert set(np.unique(predicted)) <= set(range(8)) and 0 <= dice <= 1
+    scores = [2 * ((truth == i) & (predicted == i)).sum() / max(1, (truth == i).sum() + (predicted == i).sum()) for i in range(1, 8)]
+    print(f"{model}: mean Dice {dice:.3f} of the trained hemisphere, {np.mean(scores):.3f} of the other")
 
 
 def write_dataset(folder: Path) -> None:
     """Every third voxel of both hemispheres, the right one to train on."""
     brain = load_brain("icbm2009c")
-    for half, section in ((brain.trained, "Tr"), (brain.tested, "Ts")):
-        image = brain.image.slicer[half.box].slicer[::STEP, ::STEP, ::STEP]
-        labels = brain.labels[half.box][::STEP, ::STEP, ::STEP]
-        for kind, data, name in (("images", np.asanyarray(image.dataobj, np.float32), f"{half.side}_0000"), ("labels", labels, half.side)):
-            (folder / f"{kind}{section}").mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(data, image.affine), folder / f"{kind}{section}" / f"{name}.nii.gz")
-    content = {"channel_names": {"0": "T1"}, "labels": brain.classes, "numTraining": 1, "file_ending": ".nii.gz"}
+    for half, section, starts in ((brain.trained, "Tr", STARTS), (brain.tested, "Ts", STARTS[:1])):
+        for number, start in enumerate(starts):
+            grid = tuple(slice(first, None, STEP) for first in start)
+            image = brain.image.slicer[half.box].slicer[grid]
+            name = half.side if section == "Ts" else f"{half.side}{number}"
+            voxels, labels = np.asanyarray(image.dataobj, np.float32), brain.labels[half.box][grid]
+            for kind, data, file in (("images", voxels, f"{name}_0000"), ("labels", labels, name)):
+                (folder / f"{kind}{section}").mkdir(parents=True, exist_ok=True)
+                nib.save(nib.Nifti1Image(data, image.affine), folder / f"{kind}{section}" / f"{file}.nii.gz")
+    content = {"channel_names": {"0": "T1"}, "labels": brain.classes, "numTraining": len(STARTS), "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(content))
