@@ -124,9 +124,12 @@ def _keep(results: dict, args, text: str) -> None:
 
 
 def _commit() -> str:
-    """The checkout's commit, or the version of an installed package."""
+    """The checkout's commit, "-dirty" where its code was changed since, or the version of an installed package."""
     import medssm
 
     root = Path(medssm.__file__).resolve().parent.parent
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else f"version {medssm.__version__}"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    if commit.returncode:
+        return f"version {medssm.__version__}"
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "medssm", "kernels", "csrc"], cwd=root).returncode
+    return commit.stdout.strip() + "-dirty" * changed

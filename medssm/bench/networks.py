@@ -33,8 +33,8 @@ def names(pattern: str) -> list[str]:
 
 def network(name: str, quick: bool = False) -> dict:
     """A network's figures, measured in a process of its own: {"input", "classes", "parameters", "multiply_adds", "inference", "training",
-    "memory", "bf16_agrees", "small"}: seconds by side, bytes of one inference above the network's own, the share of voxels (or of samples) whose
-    label is the same under bf16 autocast; input, inference and training of a small input, on the reference backend too (None without scans)."""
+    "memory", "small"}: seconds by side; bytes of one inference above the network's own; input, inference and training of a small input, on the
+    reference backend too (None without scans)."""
     return apart.run("networks", name, str(int(quick)))
 
 
@@ -71,10 +71,6 @@ def main() -> None:
     result = {"input": list(x.shape), "classes": CLASSES.get(name, 4), "parameters": sum(p.numel() for p in model.parameters()),
               "memory": memory, "threads": threads,
               "inference": measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)}
-    with torch.no_grad():
-        plain = model(x).argmax(1)
-        with _autocast():
-            result["bf16_agrees"] = float((model(x).argmax(1) == plain).float().mean())
     result["small"] = _small(model, x, seconds, threads) if scans else None
     model.train()
     ways.pop(CHUNKED, None)

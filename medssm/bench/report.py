@@ -41,14 +41,11 @@ def networks_markdown(results: dict) -> str:
 def _network_table(title: str, kind: str, networks: dict) -> list[str]:
     networks = {name: n for name, n in networks.items() if n[kind]}
     ways = list(dict.fromkeys(way for n in networks.values() for way in n[kind]))
-    agreement = kind == "inference" and any("bf16_agrees" in n for n in networks.values())
-    columns = ["network", "input", *ways, *["same label under bf16"] * agreement]
+    columns = ["network", "input", *ways]
     lines = ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, n in networks.items():
         ours = next(iter(n[kind].values()))["median"]
         cells = [name, " x ".join(map(str, n["input"][1:])), *(_against(n[kind][way]["median"], ours) if way in n[kind] else "" for way in ways)]
-        if agreement:
-            cells.append(f"{n['bf16_agrees'] * 100:.2f} %")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -61,7 +61,7 @@ def test_a_network_on_every_way(tmp_path, capsys):
     figures = json.loads((tmp_path / "networks.json").read_text())["networks"]["ultralight_vmunet"]
     assert set(figures["inference"]) == {"native", "native, bf16", "time-chunked scan in PyTorch"}
     assert set(figures["small"]["training"]) == {"native", "time-chunked scan in PyTorch", "reference backend"}
-    assert figures["multiply_adds"] > 1e6 and figures["parameters"] == 49_484 and figures["memory"] > 0 and figures["bf16_agrees"] > 0.9
+    assert figures["multiply_adds"] > 1e6 and figures["parameters"] == 49_484 and figures["memory"] > 0
     assert "ultralight_vmunet: native" in capsys.readouterr().out and "| ultralight_vmunet |" in (tmp_path / "networks.md").read_text()
 
 
