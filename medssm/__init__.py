@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["backends", "create_model", "explain", "from_upstream", "list_models", "ops", "orders", "register_model", "use_backend"]
 
 _MODELS = ("create_model", "list_models", "register_model", "from_upstream")
-_LATER = ("nn", "models")
+_LATER = ("integrations", "models", "nn")
 
 
 def __getattr__(name: str):

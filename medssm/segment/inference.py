@@ -18,11 +18,12 @@ _ON_DEVICE = 2 * 2**30  # bytes of probabilities that are summed on the device r
 
 
 @torch.inference_mode()
-def probabilities(network: nn.Module, image: Tensor, fitted: Fitted, *, device: torch.device, overlap: float = 0.5, mirror: bool = False,
-                  batch: int = 1, show: Callable[[float], None] = lambda fraction: None) -> Tensor:
+def probabilities(network: nn.Module, image: Tensor, fitted: Fitted, *, device: torch.device, half: torch.dtype | None = None,
+                  overlap: float = 0.5, mirror: bool = False, batch: int = 1, show: Callable[[float], None] = lambda fraction: None) -> Tensor:
     """(classes, x, y, z) of an image (c, x, y, z) at the network's spacing, not yet scaled; the softmax is taken in every window.
 
-    `mirror` averages over all mirrorings of the axes that training mirrored. On a GPU the network runs in half precision.
+    `half` is the type the network runs in under autocast, None for float32. `mirror` averages over all mirrorings of the axes that training
+    mirrored.
     """
     scaled, inside = pad(scaling(image, fitted.intensity)(image), fitted.volume_patch)
     small = scaled[0].numel() * 4 * len(fitted.classes) <= _ON_DEVICE
@@ -37,7 +38,7 @@ def probabilities(network: nn.Module, image: Tensor, fitted: Fitted, *, device: 
         nonlocal done
         done += 1
         show(done / calls)
-        with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype=half, enabled=half is not None):
             return predict(windows)
 
     return window(scaled[None], predict_and_show)[0][(slice(None), *inside)].cpu()

@@ -28,15 +28,18 @@ from medssm.segment.inference import probabilities
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 
+_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
 
-def predict(weights: Path | str | Sequence[Path | str], inputs: Path | str, out: Path | str, *, device: str = "auto", overlap: float = 0.5,
-            mirror: bool = False, batch: int = 1, save_probabilities: bool = False, model: nn.Module | None = None,
+
+def predict(weights: Path | str | Sequence[Path | str], inputs: Path | str, out: Path | str, *, device: str = "auto", precision: str = "auto",
+            overlap: float = 0.5, mirror: bool = False, batch: int = 1, save_probabilities: bool = False, model: nn.Module | None = None,
             quiet: bool = False) -> dict:
     """Segment the file or the folder `inputs` into the file or the folder `out`.
 
     weights             a folder written by `train`, a folder of such folders (fold_0, fold_1, ...), or a list of them: averaged
     inputs              a NIfTI file or a folder of them; several channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ... or a fourth axis
     out                 a file (.nii.gz, .nii) for a single case, else a folder for CASE.nii.gz
+    precision           32-true, bf16-mixed or 16-mixed; auto is 16-mixed on CUDA, else 32-true
     overlap             of neighbouring windows, 0 to less than 1; mirror averages over the mirrorings the network was trained with
     save_probabilities  also CASE_probabilities.nii.gz, float32 with the classes on the last axis
     model               the module to load the weights into, where `train` was given one
@@ -47,6 +50,7 @@ def predict(weights: Path | str | Sequence[Path | str], inputs: Path | str, out:
     if not 0 <= overlap < 1:
         raise UserError(f"overlap: expected 0 to less than 1, got {overlap}")
     device, begun = _device(device), time.perf_counter()
+    half = _half(precision, device)
     folds = [_load(folder, model, device) for folder in _weight_folders(weights)]
     _check_alike(folds)
     cases = cases_in(inputs, len(folds[0].fitted.channels))
@@ -55,8 +59,8 @@ def predict(weights: Path | str | Sequence[Path | str], inputs: Path | str, out:
     with progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
             try:
-                _predict_case(case, folds, targets[case.name], device, save_probabilities, overlap=overlap, mirror=mirror, batch=batch,
-                              show=lambda part, i=i, case=case: show((i + part) / len(cases), case.name))
+                _predict_case(case, folds, targets[case.name], device, save_probabilities, half=half, overlap=overlap, mirror=mirror,
+                              batch=batch, show=lambda part, i=i, case=case: show((i + part) / len(cases), case.name))
                 written[case.name] = str(targets[case.name])
             except UserError as error:
                 if len(cases) == 1:
@@ -71,6 +75,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("out", help="file for one case, else a folder")
     parser.add_argument("--more-weights", nargs="+", default=[], metavar="FOLDER", help="further folds: probabilities are averaged")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default %(default)s)")
+    parser.add_argument("--precision", default="auto", help=f"{', '.join(_PRECISIONS)} (default: 16-mixed on CUDA, else 32-true)")
     parser.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default %(default)s)")
     parser.add_argument("--mirror", action="store_true", help="average over the mirrorings the network was trained with")
     parser.add_argument("--batch", type=int, default=1, help="windows at a time (default %(default)s)")
@@ -81,8 +86,8 @@ def add_arguments(parser) -> None:
 
 def run(args) -> dict:
     keep_freed_memory()
-    result = predict([args.weights, *args.more_weights], args.inputs, args.out, device=args.device, overlap=args.overlap,
-                     mirror=args.mirror, batch=args.batch, save_probabilities=args.save_probabilities, quiet=args.quiet)
+    result = predict([args.weights, *args.more_weights], args.inputs, args.out, device=args.device, precision=args.precision,
+                     overlap=args.overlap, mirror=args.mirror, batch=args.batch, save_probabilities=args.save_probabilities, quiet=args.quiet)
     for message in result["failed"].values():
         print(f"medssm predict: {message}", file=sys.stderr)
     if not (args.quiet or args.json):
@@ -175,6 +180,15 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _half(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type that autocast takes, or None for float32."""
+    if precision == "auto":
+        return torch.float16 if device.type == "cuda" else None
+    if precision not in _PRECISIONS:
+        raise UserError(f"precision: expected auto, {', '.join(_PRECISIONS)}, got {precision!r}")
+    return _PRECISIONS[precision]
 
 
 def _smallest(values: np.ndarray) -> np.dtype:

@@ -229,7 +229,8 @@ def _validate(network: nn.Module, fitted: Fitted, volumes: Sequence[tuple[torch.
     """Mean Dice of each class over the held-out cases at the network's spacing; a class absent from label and prediction is left out."""
     sums = torch.zeros(2, len(fitted.classes), dtype=torch.float64)
     for image, label in volumes:
-        predicted = probabilities(network, image, fitted, device=fabric.device).argmax(0)
+        half = torch.float16 if fabric.device.type == "cuda" else None
+        predicted = probabilities(network, image, fitted, device=fabric.device, half=half).argmax(0)
         for i in range(1, len(fitted.classes)):
             truth, found = label == i, (predicted == i) & (label != IGNORE)
             size = int(truth.sum() + found.sum())

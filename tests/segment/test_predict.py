@@ -45,6 +45,20 @@ def test_any_orientation_comes_back_on_its_own_grid(only, tmp_path, name):
     assert min(dice(np.asarray(back.dataobj), label)) > 0.85
 
 
+def test_half_precision_finds_the_same_labels(only, tmp_path):
+    path = write(tmp_path / "a.nii.gz", volume(7)[0][..., 0])
+    for precision in ("32-true", "bf16-mixed"):
+        predict(only, path, tmp_path / precision, precision=precision, device="cpu", save_probabilities=True, quiet=True)
+    one, other = (np.asanyarray(nib.load(tmp_path / p / "a_probabilities.nii.gz").dataobj) for p in ("32-true", "bf16-mixed"))
+    assert 0 < np.abs(one - other).max() < 0.1 and (one.argmax(-1) == other.argmax(-1)).mean() > 0.995
+
+
+def test_an_unknown_precision_is_one_line(only, tmp_path, capsys):
+    path = write(tmp_path / "a.nii.gz", volume(7)[0][..., 0])
+    assert cli.main(["predict", str(only), str(path), str(tmp_path / "out"), "--precision", "half"]) == 2
+    assert "precision: expected auto, 32-true, bf16-mixed, 16-mixed, got 'half'" in capsys.readouterr().err
+
+
 def test_turning_the_axes_turns_the_result_and_nothing_else(only, tmp_path):
     image, _ = volume(7)
     first = write(tmp_path / "a.nii.gz", image[..., 0])
