@@ -23,7 +23,7 @@ INPUTS = {"segmamba": (4, 96, 96, 96), "vmunet": (3, 256, 256), "swin_umamba": (
 SMALL = {2: (64, 64), 3: (64, 32, 32)}
 CLASSES = {"vmamba": 1000, "medmamba": 1000, "vim": 1000}
 NATIVE, BF16, REFERENCE, CHUNKED = "native", "native, bf16", "reference backend", "time-chunked scan in PyTorch"
-_LIMIT = 3.0  # seconds of a call beyond which a side is called once
+_LIMIT = 3.0  # seconds of a call beyond which a side is timed once
 
 
 def names(pattern: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -78,7 +79,8 @@ class AnySize(nn.Module):
     """A network for inputs (b, c, *spatial) of any size, though its strides divide few: `whole` sees multiples of `size_divisor` alone.
 
     `size="any"` pads the input with zeros behind it and crops the outputs, of any resolution; `size="strict"` raises ValueError and names
-    the axis. A subclass has `whole(x)`, which returns a tensor or a list of them.
+    the axis. Instance norms have no statistics of the single voxel that an input of one `size_divisor` becomes: such a network sees two.
+    A subclass has `whole(x)`, which returns a tensor or a list of them.
     """
 
     def __init__(self, size_divisor: Sequence[int], size: str = "any"):
@@ -90,10 +92,16 @@ class AnySize(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         spatial = x.shape[2:]
         padded = pad_to(x, self.size_divisor, self.size)
+        if self.size == "any" and self._has_instance_norms and padded.shape[2:] == self.size_divisor:
+            padded = pad_to(padded, (*self.size_divisor[:-1], 2 * self.size_divisor[-1]))
         y = self.whole(padded)
         if padded is x:
             return y
         return [_crop(o, padded.shape[2:], spatial) for o in y] if isinstance(y, list) else _crop(y, padded.shape[2:], spatial)
+
+    @functools.cached_property
+    def _has_instance_norms(self) -> bool:
+        return any(isinstance(m, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for m in self.modules())
 
 
 def pad_to(x: torch.Tensor, divisor: Sequence[int], size: str = "any") -> torch.Tensor:

@@ -29,6 +29,16 @@ def test_names():
     assert set(ALL) <= set(medssm.list_models()) and medssm.list_models("umamba*") == ["umamba_bot", "umamba_enc"]
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", SMALL | SINGLE)
+def test_an_input_that_shrinks_to_one_voxel(name, training):
+    """Instance norms have no statistics of it; upstream raises."""
+    model = build(name, 3).train(training)
+    y = model(torch.randn(2, 2, *model.size_divisor))
+    assert y.shape == (2, 3, *model.size_divisor) and torch.isfinite(y).all()
+    y.square().mean().backward()
+
+
 @pytest.mark.parametrize("deep_supervision", [False, True])
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", SMALL)
