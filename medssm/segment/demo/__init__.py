@@ -53,10 +53,17 @@ def _print_table(metrics: dict) -> None:
     table = Table(title=f"Dice on the {split['tested']} hemisphere, trained on the {split['trained']} one", caption="one volume, similar "
                   "hemispheres: that it works, not how accurate it is")
     table.add_column(no_wrap=True)
-    for row in metrics["rows"]:
-        table.add_column(row["title"], justify="right")
-    for name in (*metrics["classes"], "mean"):
-        table.add_row(name, *(f"{row['dice'][name]:.3f}" for row in metrics["rows"]), end_section=name == metrics["classes"][-1])
+    if len(metrics["rows"]) > 4:  # the classes stand in the report
+        for title in ("mean Dice", "training steps", "seconds to segment"):
+            table.add_column(title, justify="right")
+        for row in metrics["rows"]:
+            costs = (str(row["steps"]), f"{row['predict_seconds']:.1f}") if "steps" in row else ("", "")
+            table.add_row(row["title"], f"{row['dice']['mean']:.3f}", *costs)
+    else:
+        for row in metrics["rows"]:
+            table.add_column(row["title"], justify="right")
+        for name in (*metrics["classes"], "mean"):
+            table.add_row(name, *(f"{row['dice'][name]:.3f}" for row in metrics["rows"]), end_section=name == metrics["classes"][-1])
     console = Console()
     console.print(table)
     console.print(f"report: {metrics['report']}", soft_wrap=True)
