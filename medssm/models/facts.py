@@ -24,7 +24,7 @@ FACTS = {
     "swin_umamba_d": Fact("2402.03302", "JiarunLiu/Swin-UMamba", "Apache-2.0", _CARDS),
     "vmunet": Fact("2402.02491", "JCruan519/VM-UNet", "Apache-2.0", _CARDS),
     "ultralight_vmunet": Fact("2403.20035", "wurenkai/UltraLight-VM-UNet", "MIT", _CARDS),
-    "lightm_unet": Fact("2403.05246", "MrBlankness/LightM-UNet", "Apache-2.0", "weight names; outputs to 0.05 of their deviation, see its tests"),
+    "lightm_unet": Fact("2403.05246", "MrBlankness/LightM-UNet", "Apache-2.0", "weight names; outputs to 0.1 of their deviation, see its tests"),
     "vmamba": Fact("2401.10166", "MzeroMiko/VMamba", "MIT", _CARDS),
     "medmamba": Fact("2403.03849", "YubiaoYue/MedMamba", "none given", _CARDS),
     "vim": Fact("2401.09417", "hustvl/Vim", "Apache-2.0", _CARDS),

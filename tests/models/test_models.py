@@ -236,6 +236,15 @@ def test_monais_networks_for_comparison(name, options):
         medssm.create_model(name, 2, width=3)
 
 
+def test_what_monai_leaves_optional_is_named(monkeypatch):
+    def without_einops(**_options):
+        raise ImportError("from einops.layers.torch import Rearrange (No module named 'einops').\nmore")
+
+    monkeypatch.setattr("monai.networks.nets.UNETR", without_einops)
+    with pytest.raises(ValueError, match=r"monai_unetr needs .*pip install 'medssm\[segment\]' \(from einops.*\)$"):
+        medssm.create_model("monai_unetr", 2)
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_every_size_of_medssm_unet_trains(size, dims):

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from medssm import cli
 from medssm.errors import UserError
-from medssm.segment.demo import data, figures, report
+from medssm.segment.demo import _print_table, data, figures, report
 from medssm.segment.demo.pipeline import structures
 from medssm.segment.loop import CHECKPOINT, Loop
 from medssm.segment.networks import CONFIG, WEIGHTS
@@ -175,7 +175,7 @@ def test_found_structures_are_coloured_and_none_is_no_error(demo, tmp_path):
     assert empty < 0.1 < full  # grey, coloured
 
 
-def test_several_networks_side_by_side(monkeypatch, tmp_path):
+def test_several_networks_side_by_side(monkeypatch, tmp_path, capsys):
     (tmp_path / "source").mkdir()
     install(monkeypatch, tmp_path / "source")
     names = [OURS["model"], "lightm_unet"]
@@ -184,5 +184,8 @@ def test_several_networks_side_by_side(monkeypatch, tmp_path):
     assert "--model monai.networks.nets.UNet lightm_unet" in metrics["commands"][0]
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(f"<th>{row['title']}</th>" in page for row in metrics["rows"]) and page.count("seconds to segment the tested side") == 3
+    _print_table(metrics)
+    shown = capsys.readouterr().out
+    assert "training steps" in shown and all(row["title"] in shown for row in metrics["rows"])  # a row each: columns of nine would not fit
     with pytest.raises(UserError, match="model: expected different names, got lightm_unet, lightm_unet"):
         structures(tmp_path / "out", **{**SHORT, "model": ["lightm_unet", "lightm_unet"]})
