@@ -19,6 +19,7 @@ from medssm.bench.rows import OURS, QUICK, ROWS, channel_first, scan_inputs
 from medssm.errors import UserError
 from medssm.kernels import native
 from medssm.kernels.selective_scan.native import chunks
+from medssm.models import list_models
 
 _SECONDS = 4.0  # for the rounds of one row and number of threads
 _LENGTHS = tuple(2**i for i in range(10, 22))
@@ -63,9 +64,9 @@ def run(args) -> dict:
 
 
 def _networks(args) -> dict:
-    names = networks.names(args.networks)
+    names = list_models(args.networks)
     if not names:
-        raise UserError(f"--networks: expected a pattern of {', '.join(networks.names('*'))}, got {args.networks!r}")
+        raise UserError(f"--networks: expected a pattern of {', '.join(list_models('*'))}, got {args.networks!r}")
     results = _about() | {"networks": {}}
     before = Path(args.out) / "networks.json" if args.out else None
     if before is not None and before.is_file():  # what was measured earlier on this machine stays, each network with its own commit and date

@@ -26,11 +26,6 @@ NATIVE, BF16, REFERENCE, CHUNKED = "native", "native, bf16", "reference backend"
 _LIMIT = 3.0  # seconds of a call beyond which a side is timed once
 
 
-def names(pattern: str) -> list[str]:
-    """The registered networks that match a shell pattern."""
-    return medssm.list_models(pattern)
-
-
 def network(name: str, quick: bool = False) -> dict:
     """A network's figures, measured in a process of its own: {"input", "classes", "parameters", "multiply_adds", "inference", "training",
     "memory", "small"}: seconds by side; bytes of one inference above the network's own; input, inference and training of a small input, on the
