@@ -7,6 +7,8 @@ a preference: the call falls back with one logged reason, unless `strict`.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import os
 import threading
@@ -36,6 +38,12 @@ _explainers: dict[str, Callable] = {}
 
 def _serves(*_args) -> None:
     return None
+
+
+@functools.cache
+def kernel(op: str, backend: str):
+    """The module of an op's kernels, imported at its first use: medssm.kernels.<op>.<backend>."""
+    return importlib.import_module(f"medssm.kernels.{op}.{backend}")
 
 
 def register(op: str, arguments: Callable, **served: Backend) -> None:

@@ -43,7 +43,7 @@ MEDSSM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MEDSSM_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 MEDSSM_INLINE int64_t element_size(int64_t type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
 
-// Tokens between checkpoints: they take at most a quarter of the memory of u in float32. native.py's `chunks` says the same.
+// Tokens between checkpoints: they take at most a quarter of the memory of u in float32. kernels/selective_scan/plan.py says the same.
 MEDSSM_INLINE int64_t chunk_tokens(int64_t state) { return kTile * ceil_div(state, 16); }
 
 // Threads share the work by items: a block of one batch element. Where items are fewer than threads, by halves of an item's states:

@@ -11,6 +11,7 @@ import struct
 import torch
 
 from medssm.kernels import native
+from medssm.kernels.selective_scan.plan import chunks
 
 # The fields of csrc/selective_scan: Problem; then Forward's or Backward's own.
 _PROBLEM = "45qd"
@@ -28,11 +29,6 @@ def refuse(*tensors) -> str | None:
         if t is not None and not (t.is_cpu and t.dtype in _DTYPES):
             return f"it serves {', '.join(_name(d) for d in _DTYPES)} on the CPU, got {_name(t.dtype)} on {t.device}"
     return None
-
-
-def chunks(length: int, state: int) -> int:
-    """How many checkpoints of the state a forward saves: one every 64 ceil(n / 16) steps, at most a quarter of u's size in float32."""
-    return -(-length // (64 * -(-state // 16)))
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, save, final):

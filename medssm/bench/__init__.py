@@ -18,7 +18,7 @@ from medssm.bench.peers import PEERS, installed
 from medssm.bench.rows import OURS, QUICK, ROWS, channel_first, scan_inputs
 from medssm.errors import UserError
 from medssm.kernels import native
-from medssm.kernels.selective_scan.native import chunks
+from medssm.kernels.selective_scan.plan import chunks
 from medssm.models import list_models
 
 _SECONDS = 4.0  # for the rounds of one row and number of threads

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from medssm import dispatch
-from medssm.kernels import native as library
+from medssm.kernels import triton
 from medssm.kernels.causal_conv1d import native, reference
 from medssm.ops import checks, registration, walk
 
 OP = "causal_conv1d"
-_KERNELS = {"native": native}
+_kernel = functools.partial(dispatch.kernel, OP)
 _NAMES = ("x", "weight", "bias", "initial_state")
+_WIDEST = 8  # taps that Triton's kernels unroll
 
 
 def causal_conv1d(x, weight, bias=None, activation=None, *, order=None, reverse=False, initial_state=None, return_final_state=False,
@@ -61,7 +64,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, *, order=None, reverse=
         out, state = reference.causal_conv1d(x, weight, bias, activation, *way, initial_state)
     elif registration.direct(tensors):
         way = walk.resolve(spec, spatial, index, reverse, x.device)
-        out, state = _KERNELS[chosen].forward(x, weight, bias, activation, *way, initial_state, return_final_state)
+        out, state = _kernel(chosen).forward(x, weight, bias, activation, *way, initial_state, return_final_state)
     else:
         out, state = _forward(*tensors, index, spec, spatial, reverse, activation, chosen)
     if order is not None:
@@ -103,7 +106,7 @@ def _check(x, weight, bias, activation, initial_state, nd):
 
 def _forward_impl(x, weight, bias, initial_state, index, order, spatial, reverse, activation, backend):
     way = walk.resolve(order, spatial, index, reverse, x.device)
-    return _KERNELS[backend].forward(x, weight, bias, activation, *way, initial_state, True)
+    return _kernel(backend).forward(x, weight, bias, activation, *way, initial_state, True)
 
 
 def _forward_fake(x, weight, bias, initial_state, index, order, spatial, reverse, activation, backend):
@@ -113,7 +116,7 @@ def _forward_fake(x, weight, bias, initial_state, index, order, spatial, reverse
 
 def _backward_impl(dout, dstate, x, weight, bias, initial_state, index, order, spatial, reverse, activation, backend):
     way = walk.resolve(order, spatial, index, reverse, x.device)
-    gradients = _KERNELS[backend].backward(dout, dstate, x, weight, bias, activation, *way, initial_state)
+    gradients = _kernel(backend).backward(dout, dstate, x, weight, bias, activation, *way, initial_state)
     return tuple(registration.absent(x) if g is None else g for g in gradients)
 
 
@@ -151,4 +154,9 @@ def _explained(x, weight, bias=None, activation=None, *, initial_state=None, **_
     return x, weight, bias, initial_state
 
 
-dispatch.register(OP, _explained, native=dispatch.Backend(library.reason, lambda *args: registration.transformed() or native.refuse(*args)))
+def _triton_refuses(x, weight, bias, initial_state):
+    return triton.refuse(x, weight, bias, initial_state) or (
+        None if weight.shape[1] <= _WIDEST else f"it serves kernels of at most {_WIDEST} taps, got {weight.shape[1]}")
+
+
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from medssm import dispatch
-from medssm.kernels import native as library
+from medssm.kernels import triton
 from medssm.kernels.depthwise_conv import native, reference
 from medssm.ops import checks, registration
 
 OP = "depthwise_conv"
-_KERNELS = {"native": native}
+_kernel = functools.partial(dispatch.kernel, OP)
 _NAMES = ("x", "weight", "bias")
 
 
@@ -36,7 +38,7 @@ def depthwise_conv(x, weight, bias=None, activation=None, *, backend=None):
     if chosen == "reference":
         return reference.depthwise_conv(x, weight, bias, activation)
     if registration.direct(tensors):
-        return _KERNELS[chosen].forward(x, weight, bias, activation)
+        return _kernel(chosen).forward(x, weight, bias, activation)
     return _forward(x, weight, bias, activation, chosen)
 
 
@@ -57,7 +59,7 @@ def _check(x, weight, bias, activation):
 
 
 def _forward_impl(x, weight, bias, activation, backend):
-    return _KERNELS[backend].forward(x, weight, bias, activation)
+    return _kernel(backend).forward(x, weight, bias, activation)
 
 
 def _forward_fake(x, weight, bias, activation, backend):
@@ -65,7 +67,7 @@ def _forward_fake(x, weight, bias, activation, backend):
 
 
 def _backward_impl(dout, x, weight, bias, activation, backend):
-    gradients = _KERNELS[backend].backward(dout, x, weight, bias, activation)
+    gradients = _kernel(backend).backward(dout, x, weight, bias, activation)
     return tuple(registration.absent(x) if g is None else g for g in gradients)
 
 
@@ -99,4 +101,9 @@ def _explained(x, weight, bias=None, activation=None, **_rest):
     return x, weight, bias
 
 
-dispatch.register(OP, _explained, native=dispatch.Backend(library.reason, lambda *args: registration.transformed() or native.refuse(*args)))
+def _triton_refuses(x, weight, bias):
+    return triton.refuse(x, weight, bias) or (
+        None if x.dim() <= 5 else f"it serves up to three spatial axes, x has {x.dim() - 2}")
+
+
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses))

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd import forward_ad
 
+from medssm import dispatch
+from medssm.kernels import cuda, native, triton
+
 _library = torch.library.Library("medssm", "DEF")
 
 # Looked up once: `direct` is asked at every call.
@@ -98,6 +101,18 @@ def transformed() -> str | None:
         if level.key() != torch._C._functorch.TransformType.Vmap:
             return f"torch.func.{level.key().name.lower()} needs backend='reference'"
     return None
+
+
+_LIBRARIES = {"native": native, "triton": triton, "cuda": cuda}
+
+
+def kernels(**refusals: Callable) -> dict[str, dispatch.Backend]:
+    """The backends that an op has, each with the function that says why it cannot serve a call's tensors, or None."""
+
+    def backend(library, refuse):
+        return dispatch.Backend(library.reason, lambda *args: transformed() or refuse(*args))
+
+    return {name: backend(_LIBRARIES[name], refuse) for name, refuse in refusals.items()}
 
 
 def absent(like: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from medssm import dispatch
 from medssm.kernels import native as library
-from medssm.kernels.selective_scan import native, reference
+from medssm.kernels import triton
+from medssm.kernels.selective_scan import native, plan, reference
 from medssm.ops import checks, registration, walk
 
 OP = "selective_scan"
-_KERNELS = {"native": native}
+_kernel = functools.partial(dispatch.kernel, "selective_scan")
 _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_proj", "initial_state")
 
 
@@ -108,7 +111,7 @@ def selective_scan(
         out, state = reference.selective_scan(*tensors[:8], delta_softplus, delta_proj, *way, initial_state)
     elif chosen != "reference" and registration.direct(tensors):
         way = walk.resolve(spec, spatial, index, reverse, u.device)
-        out, state, _ = _KERNELS[chosen].forward(*tensors[:8], delta_softplus, delta_proj, *way, initial_state, False, return_final_state)
+        out, state, _ = _kernel(chosen).forward(*tensors[:8], delta_softplus, delta_proj, *way, initial_state, False, return_final_state)
     else:
         save = registration.needs_grad(tensors) and length > 0
         out, state, _ = _forward(*tensors, index, spec, spatial, reverse, delta_softplus, save, chosen)
@@ -181,7 +184,7 @@ def _groups(B, C, dims, channels):
 
 def _forward_impl(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state, index, order, spatial, reverse, delta_softplus, save, backend):
     way = walk.resolve(order, spatial, index, reverse, u.device)
-    out, state, checkpoints = _KERNELS[backend].forward(
+    out, state, checkpoints = _kernel(backend).forward(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, *way, initial_state, save, True
     )
     return out, state, registration.absent(state) if checkpoints is None else checkpoints
@@ -191,7 +194,7 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state
     batch, length, channels = u.shape
     state = A.shape[1]
     dtype = checks.compute_dtype(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
-    checkpoints = (batch, native.chunks(length, state), state, channels) if save else (0,)
+    checkpoints = (batch, plan.chunks(length, state), state, channels) if save else (0,)
     return u.new_empty((batch, length, channels)), u.new_empty((batch, channels, state), dtype=dtype), u.new_empty(checkpoints, dtype=dtype)
 
 
@@ -199,7 +202,7 @@ def _backward_impl(
     dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state, index, order, spatial, reverse, delta_softplus, backend
 ):
     way = walk.resolve(order, spatial, index, reverse, u.device)
-    kernel = _KERNELS[backend]
+    kernel = _kernel(backend)
     rest = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, *way, initial_state)
     if checkpoints.dim() == 1 and u.numel():
         checkpoints = kernel.forward(*rest, True, False)[2]
@@ -251,4 +254,4 @@ def _explained(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplu
     return u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state
 
 
-dispatch.register(OP, _explained, native=dispatch.Backend(library.reason, lambda *args: registration.transformed() or native.refuse(*args)))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))

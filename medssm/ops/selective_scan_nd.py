@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from medssm import dispatch
-from medssm.kernels import native as library
-from medssm.kernels.selective_scan import native, reference
+from medssm.kernels import triton
+from medssm.kernels.selective_scan import native, plan, reference
 from medssm.ops import checks, registration, walk
 
 OP = "selective_scan_nd"
-_KERNELS = {"native": native}
+_kernel = functools.partial(dispatch.kernel, "selective_scan")
 _NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_proj")
 
 
@@ -51,7 +53,7 @@ def selective_scan_nd(
         out = reference.selective_scan_nd(*tensors[:8], delta_softplus, delta_proj, walks, merge)
     elif chosen != "reference" and registration.direct(tensors):
         walks = [walk.resolve(spec, spatial, None, False, x.device) for spec in specs]
-        out, _ = _KERNELS[chosen].forward_nd(*tensors[:8], delta_softplus, delta_proj, walks, merge, False)
+        out, _ = _kernel(chosen).forward_nd(*tensors[:8], delta_softplus, delta_proj, walks, merge, False)
     else:
         save = registration.needs_grad(tensors) and x.numel() > 0
         out, _ = _forward(*tensors, specs, spatial, delta_softplus, merge, save, chosen)
@@ -102,7 +104,7 @@ def _walks(orders, spatial, device):
 
 def _forward_impl(x, delta, A, B, C, D, z, delta_bias, delta_proj, orders, spatial, delta_softplus, merge, save, backend):
     walks = _walks(orders, spatial, x.device)
-    out, checkpoints = _KERNELS[backend].forward_nd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, walks, merge, save)
+    out, checkpoints = _kernel(backend).forward_nd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, walks, merge, save)
     return out, registration.absent(out) if checkpoints is None else checkpoints
 
 
@@ -110,13 +112,13 @@ def _forward_fake(x, delta, A, B, C, D, z, delta_bias, delta_proj, orders, spati
     batch, length, channels = x.shape[0], x.shape[1], x.shape[-1]
     k, _, state = A.shape
     dtype = checks.compute_dtype(x, delta, A, B, C, D, z, delta_bias, delta_proj) if save else x.dtype
-    checkpoints = (batch, k, native.chunks(length, state), state, channels) if save else (0,)
+    checkpoints = (batch, k, plan.chunks(length, state), state, channels) if save else (0,)
     out = (batch, length, k, channels) if merge == "stack" else (batch, length, channels)
     return x.new_empty(out), x.new_empty(checkpoints, dtype=dtype)
 
 
 def _backward_impl(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_proj, orders, spatial, delta_softplus, merge, backend):
-    walks, kernel = _walks(orders, spatial, x.device), _KERNELS[backend]
+    walks, kernel = _walks(orders, spatial, x.device), _kernel(backend)
     rest = (x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, walks, merge)
     if checkpoints.dim() == 1 and x.numel():
         checkpoints = kernel.forward_nd(*rest, True)[1]
@@ -163,4 +165,4 @@ def _explained(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplu
     return x, delta, A, B, C, D, z, delta_bias, delta_proj
 
 
-dispatch.register(OP, _explained, native=dispatch.Backend(library.reason, lambda *args: registration.transformed() or native.refuse(*args, None)))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))

@@ -16,6 +16,7 @@ from tests.ops.calls import BACKENDS, OPS, SEQUENCE, Call, available, calls, com
 PAIRS = available()
 KERNELS = [(op, backend) for op, backend in PAIRS if backend != "reference"]
 every = pytest.mark.parametrize("op, backend", PAIRS)
+exact = pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if pair[1] != "triton"])  # it has no float64
 every_kernel = pytest.mark.parametrize("op, backend", KERNELS)
 TOKENS = {"selective_scan": ("u", "delta", "B", "C", "z"), "causal_conv1d": ("x",), "selective_scan_nd": ("x", "delta", "B", "C", "z"),
           "depthwise_conv": ("x",)}
@@ -32,7 +33,7 @@ def test_every_op_has_both_backends():
     assert {(op, b) for op in OPS for b in BACKENDS} <= set(PAIRS)
 
 
-@every
+@exact
 @given(data=st.data())
 def test_float64_equals_the_reference_to_rounding(op, backend, data):
     call = data.draw(calls(op))
@@ -79,7 +80,7 @@ def test_mixed_types_are_accepted_and_gradients_have_their_inputs_dtype(op, back
     compare(got, mixed.to(torch.float64).results("reference"), 1e-2, 2e-2)
 
 
-@every
+@exact
 @settings(max_examples=8)
 @given(data=st.data())
 def test_gradcheck(op, backend, data):

@@ -1,0 +1,142 @@
+"""Depthwise convolution on a GPU, in Triton.
+
+A program has a tile of positions and channels of one batch entry, with channels in the lanes: every offset of the kernel loads whole rows, and
+neighbouring programs find them in the caches. The gradient of x is the same kernel with its offsets turned round, on the gradient before the
+activation; that is worked out first and kept in float32 (without an activation it is dout itself). The gradient of the weight has a program per
+offset and share of the positions; PyTorch adds the shares in a fixed order. Nothing is added atomically.
+
+The caller has checked shapes and dtypes. Images and sequences are volumes with leading axes of size 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from medssm.kernels.triton import INTERPRETED, on, present, strides
+
+POSITIONS, CHANNELS = 256 if INTERPRETED else 32, 64  # of a tile
+SHARE = 2048  # positions that one program sums the gradient of a weight over
+
+
+@triton.jit
+def _axis(position, size_y, size_x):
+    """(z, y, x) of flat positions."""
+    row = position // size_x
+    return row // size_y, row % size_y, position % size_x
+
+
+@triton.jit
+def _conv(x, weight, bias, dout, out, size, size_z, size_y, size_x, channels, x_batch, x_z, x_y, x_x, x_channel, w_channel, w_z, w_y, w_x, bias_channel,
+          o_batch, o_z, o_y, o_x, o_channel, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TURN: tl.constexpr, BIAS: tl.constexpr,
+          SILU: tl.constexpr, BEFORE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """out = act(bias + sum_o weight_o x_{p+o}). TURN: of x_{p-o}. BEFORE: out is instead dout times the activation's derivative there."""
+    tiles = tl.cdiv(size, POSITIONS)
+    b = tl.program_id(0) // tiles
+    p = tl.program_id(0) % tiles * POSITIONS + tl.arange(0, POSITIONS)
+    d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    live, here = p < size, d < channels
+    pz, py, px = _axis(p, size_y, size_x)
+    y = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    for o in range(KZ * KY * KX):
+        oz, oy, ox = o // (KY * KX) - KZ // 2, o // KX % KY - KY // 2, o % KX - KX // 2
+        w = tl.load(weight + d * w_channel + (oz + KZ // 2) * w_z + (oy + KY // 2) * w_y + (ox + KX // 2) * w_x, mask=here, other=0.0)
+        if TURN:
+            z, yy, xx = pz - oz, py - oy, px - ox
+        else:
+            z, yy, xx = pz + oz, py + oy, px + ox
+        inside = live & (z >= 0) & (z < size_z) & (yy >= 0) & (yy < size_y) & (xx >= 0) & (xx < size_x)
+        at = (b * x_batch + z * x_z + yy * x_y + xx * x_x)[:, None] + (d * x_channel)[None, :]
+        y += tl.load(x + at, mask=inside[:, None] & here[None, :], other=0.0).to(tl.float32) * w.to(tl.float32)[None, :]
+    if BIAS:
+        y += tl.load(bias + d * bias_channel, mask=here, other=0.0).to(tl.float32)[None, :]
+    keep = live[:, None] & here[None, :]
+    if BEFORE:
+        s = 1 / (1 + tl.exp(-y))
+        at = (b * o_batch + pz * o_z + py * o_y + px * o_x)[:, None] + (d * o_channel)[None, :]
+        y = tl.load(dout + at, mask=keep, other=0.0).to(tl.float32) * s * (1 + y * (1 - s))
+    elif SILU:
+        y = y / (1 + tl.exp(-y))
+    tl.store(out + (b * size + p)[:, None] * channels + d[None, :], y.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _weights(g, x, sums, size, size_z, size_y, size_x, channels, g_batch, g_z, g_y, g_x, g_channel, x_batch, x_z, x_y, x_x, x_channel, KZ: tl.constexpr,
+             KY: tl.constexpr, KX: tl.constexpr, SHARE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """sums (batch * shares, offsets + 1, channels): of g_p x_{p+o} over a share of the positions; behind the offsets, of g_p alone."""
+    d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    here = d < channels
+    offsets = KZ * KY * KX
+    o = tl.program_id(2)
+    oz, oy, ox = o // (KY * KX) - KZ // 2, o // KX % KY - KY // 2, o % KX - KX // 2
+    shares = tl.cdiv(size, SHARE)
+    b, share = tl.program_id(0) // shares, tl.program_id(0) % shares
+    total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    for step in range(tl.cdiv(tl.minimum(size - share * SHARE, SHARE), POSITIONS)):
+        p = share * SHARE + step * POSITIONS + tl.arange(0, POSITIONS)
+        live = p < size
+        z, y, xx = _axis(p, size_y, size_x)
+        at = (b * g_batch + z * g_z + y * g_y + xx * g_x)[:, None] + (d * g_channel)[None, :]
+        before = tl.load(g + at, mask=live[:, None] & here[None, :], other=0.0).to(tl.float32)
+        z, y, xx = z + oz, y + oy, xx + ox
+        inside = live & (z >= 0) & (z < size_z) & (y >= 0) & (y < size_y) & (xx >= 0) & (xx < size_x)
+        at = (b * x_batch + z * x_z + y * x_y + xx * x_x)[:, None] + (d * x_channel)[None, :]
+        seen = tl.load(x + at, mask=inside[:, None] & here[None, :], other=0.0).to(tl.float32)
+        total += before * tl.where(o < offsets, seen, 1.0)
+    rows = (b * shares + share) * (offsets + 1) + o
+    tl.store(sums + rows * channels + d, tl.sum(total, 0), mask=here)
+
+
+def forward(x, weight, bias, activation):
+    """Arguments as in `reference.depthwise_conv`. Returns out, contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _run(x, weight, bias, out, silu=activation == "silu")
+    return out
+
+
+def backward(dout, x, weight, bias, activation):
+    """Gradients of x, weight and bias (None where there is none), each in its input's dtype and contiguous."""
+    dx, g = torch.empty(x.shape, dtype=x.dtype, device=x.device), dout
+    if not x.numel():
+        return dx, torch.zeros(weight.shape, dtype=weight.dtype, device=x.device), None if bias is None else torch.zeros_like(bias)
+    if activation == "silu":
+        g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        _run(x, weight, bias, g, dout=dout)
+    _run(g, weight, None, dx, turn=True)
+    batch, *size, channels = x.shape
+    size, kernel = _axes(size, 1), _axes(weight.shape[1:], 1)
+    offsets, shares = weight[0].numel(), triton.cdiv(math.prod(size), SHARE)
+    sums = torch.empty((batch * shares, offsets + 1, channels), dtype=torch.float32, device=x.device)
+    with on(x):
+        _weights[batch * shares, triton.cdiv(channels, CHANNELS), offsets + 1](
+            g, x, sums, math.prod(size), *size, channels, *_strides(g), *_strides(x), *kernel, SHARE=SHARE, POSITIONS=POSITIONS, CHANNELS=CHANNELS)
+    total = sums.sum(0)
+    dweight = total[:offsets].t().reshape(weight.shape).to(weight.dtype).contiguous()
+    return dx, dweight, None if bias is None else total[offsets].to(bias.dtype)
+
+
+def _run(x, weight, bias, out, *, dout=None, turn=False, silu=False):
+    """_conv into `out`, contiguous."""
+    if not out.numel():
+        return
+    batch, *size, channels = x.shape
+    size = _axes(size, 1)
+    with on(x):
+        _conv[batch * triton.cdiv(math.prod(size), POSITIONS), triton.cdiv(channels, CHANNELS)](
+            x, weight, *present(x, bias, dout), out, math.prod(size), *size, channels, *_strides(x), weight.stride(0), *_axes(weight.stride()[1:], 0),
+            *strides(bias, 1), *(_strides(dout) if dout is not None else (0,) * 5), *_axes(weight.shape[1:], 1), TURN=turn, BIAS=bias is not None,
+            SILU=silu, BEFORE=dout is not None, POSITIONS=POSITIONS, CHANNELS=CHANNELS)
+
+
+def _strides(tensor) -> tuple[int, ...]:
+    """Of batch, z, y, x and channel."""
+    first, *axes, last = tensor.stride()
+    return first, *_axes(axes, 0), last
+
+
+def _axes(values, absent: int) -> tuple[int, ...]:
+    """(z, y, x); leading axes that an image or a sequence lacks get `absent`."""
+    return (*(absent,) * (3 - len(values)), *values)
