@@ -3,7 +3,7 @@
 // Each input vector is loaded once for all the steps that see it. `taps` are packed per channel vector: width taps, then the bias.
 // kWidth: the width where it is known at compile time, else 0.
 #pragma once
-#include "medssm/silu.h"
+#include "medssm/activation.h"
 #include "medssm/simd.h"
 #include "medssm/stream.h"
 

@@ -11,7 +11,7 @@
 #include "medssm/abi.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
-#include "medssm/silu.h"
+#include "medssm/activation.h"
 #include "medssm/simd.h"
 #include "medssm/stream.h"
 #include "medssm/taps.h"

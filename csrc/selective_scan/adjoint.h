@@ -1,9 +1,4 @@
-// The adjoint of the recurrence of one block over one tile. With g_t the gradient of h_t that comes from later steps:
-//
-//   dh_t = g_t + dy_t C_t                        dC_t = sum over channels of dy_t h_t
-//   g_{t-1} = e_t dh_t,  e_t = 2^(s_t rate)      dB_t = sum over channels of dh_t s_t u_t
-//   w_t = g_{t-1} h_{t-1}, the gradient of s_t A    dA = sum over t of w_t s_t
-//   along_A_t = sum over n of w_t rate_n         along_B_t = sum over n of dh_t B_t   (ds = u along_B + ln 2 along_A, du = s along_B)
+// The adjoint of the recurrence (medssm/step.h) of one block over one tile.
 //
 // A tile is walked forwards once more, keeping e and h of a few states in the first-level cache, then backwards: fifteen operations of the
 // multiplier per step and state with AVX-512, against seven forwards.
@@ -48,7 +43,7 @@ template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)
       const Vec<T> e = power<T, kBounded>(s * load<T>(a.rates + n * W));
       store(kept + 2 * n * W, e);
       store(kept + (2 * n + 1) * W, h[n]);
-      h[n] = fma(e, h[n], su * B[n]);
+      h[n] = next_state<T>(e, h[n], su, B[n]);
       if constexpr (kY) y = fma(splat(C[n]), h[n], y);
     }
     if constexpr (kY) store(a.y + t * W, y);
@@ -69,15 +64,12 @@ template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)
     Vec<T> rows[2 * kStates];
 #pragma GCC unroll 8
     for (int n = 0; n < kStates; ++n) {
-      const Vec<T> dh = fma(splat(C[n]), dy, g[n]);
-      rows[n] = dh * su;
-      rows[kStates + n] = dy * h[n];
-      along_B = fma(splat(B[n]), dh, along_B);
-      g[n] = load<T>(kept + 2 * n * W) * dh;
-      h[n] = load<T>(kept + (2 * n + 1) * W);
-      const Vec<T> w = g[n] * h[n];
-      along_A = fma(w, load<T>(a.rates + n * W), along_A);
-      dA[n] = fma(w, s, dA[n]);
+      const Vec<T> before = load<T>(kept + (2 * n + 1) * W);
+      const RowTerms<T> terms = step_back<T>(load<T>(kept + 2 * n * W), h[n], before, s, su, dy, load<T>(a.rates + n * W), B[n], C[n], g[n], dA[n],
+                                             along_A, along_B);
+      rows[n] = terms.dB;
+      rows[kStates + n] = terms.dC;
+      h[n] = before;
     }
     store(a.along_A + t * W, along_A);
     store(a.along_B + t * W, along_B);

@@ -6,7 +6,7 @@
 #include "adjoint.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
-#include "medssm/silu.h"
+#include "medssm/activation.h"
 
 using namespace medssm;
 

@@ -4,7 +4,7 @@
 // shared, the rows of B and C. Softplus, D, the gate and conversions happen on tiles that stay in the first-level cache.
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
-#include "medssm/silu.h"
+#include "medssm/activation.h"
 #include "recurrence.h"
 
 using namespace medssm;

@@ -3,48 +3,13 @@
 // A block is one vector of channels (fewer at the end of a group). A tile is a run of at most 64 steps of the walk that no segment start
 // interrupts. A chunk is the run of steps between two checkpoints of the state.
 #pragma once
-#include <cstdint>
-
-#include "medssm/abi.h"
+#include "arguments.h"
 #include "medssm/simd.h"
 
 namespace medssm {
 namespace {
 
-// kernels/selective_scan/native.py packs these structs field by field. Strides are in elements.
-struct Tokens {  // (b, l, d): u, delta, z, dout
-  const void* data;
-  int64_t type, batch, token, channel;
-};
-struct Rows {  // (b, l, g, n): B, C
-  const void* data;
-  int64_t type, batch, token, group, state;
-};
-struct Problem {
-  Tokens u, delta, z;
-  Rows B, C;
-  const void *A, *D, *bias, *proj, *initial;  // (d, n), (d), (d), (d, r), (b, d, n): dense, the compute type; all but A may be null
-  const int64_t *index, *starts;              // null: raster; null: no segment begins after step 0
-  int64_t start_count, reverse;
-  int64_t batch, length, channels, groups, state, rank;  // rank 0: delta has a value for every channel
-  int64_t softplus, wide, threads;                       // wide: compute in double
-  double scale;                                          // of y, before the gate
-};
-// An output (b, l, d) with adjacent channels. earlier: null, or what to add to, the compute type and the same strides.
-struct Output {
-  void* data;
-  int64_t type, batch, token;
-  const void* earlier;
-};
-
-constexpr int64_t kTile = 64;
-
-MEDSSM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-MEDSSM_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 MEDSSM_INLINE int64_t element_size(int64_t type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
-
-// Tokens between checkpoints: they take at most a quarter of the memory of u in float32. kernels/selective_scan/plan.py says the same.
-MEDSSM_INLINE int64_t chunk_tokens(int64_t state) { return kTile * ceil_div(state, 16); }
 
 // Threads share the work by items: a block of one batch element. Where items are fewer than threads, by halves of an item's states:
 // the sums over states are always those of the first half plus those of the second, so that the bits do not depend on who adds.

@@ -3,7 +3,8 @@
 // Channels lie in the lanes, the states of a unit in registers. With AVX-512 a state costs seven operations of the multiplier a step: four
 // for the exponential and three for the recurrence and y; the rest runs beside it.
 #pragma once
-#include "medssm/math.h"
+#include "medssm/activation.h"
+#include "medssm/step.h"
 #include "staging.h"
 
 namespace medssm {
@@ -143,7 +144,7 @@ template <class T, int kStates, bool kBoth, bool kBounded> __attribute__((noinli
 #pragma GCC unroll 8
       for (int n = 0; n < kStates; ++n) {
         const Vec<T> e = power<T, kBounded>(s * load<T>(rates[k] + n * W));
-        h[k][n] = fma(e, h[k][n], su * B[k * unit.half + n]);
+        h[k][n] = next_state<T>(e, h[k][n], su, B[k * unit.half + n]);
         y[k] = fma(splat(C[k * unit.half + n]), h[k][n], y[k]);
       }
     }

@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "medssm/abi.h"
+#include "medssm/storage.h"
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
@@ -22,8 +22,6 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
-
-#define MEDSSM_INLINE inline __attribute__((always_inline, unused))
 
 namespace medssm {
 namespace {
@@ -52,19 +50,6 @@ template <class T> using Vec = typename VectorOf<T>::type;
 template <class T> using IntVec = typename VectorOf<T>::ints;
 template <class T> using UIntVec = typename VectorOf<T>::words;
 template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
-
-template <class To, class From> MEDSSM_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-template <class T> MEDSSM_INLINE constexpr T least(T a, T b) { return b < a ? b : a; }
-template <class T> MEDSSM_INLINE constexpr T most(T a, T b) { return a < b ? b : a; }
 
 template <class T> MEDSSM_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 
@@ -131,39 +116,6 @@ template <class V> MEDSSM_INLINE auto sum_lanes(V x) {
   for (int i = 1; i < static_cast<int>(sizeof(V) / sizeof(x[0])); ++i) sum += x[i];
   return sum;
 }
-
-// -- scalar conversions -------------------------------------------------------------------------------------------------------------
-
-template <class T> MEDSSM_INLINE T to_compute(float x) { return static_cast<T>(x); }
-template <class T> MEDSSM_INLINE T to_compute(double x) { return static_cast<T>(x); }
-template <class T> MEDSSM_INLINE T to_compute(BFloat16 x) { return static_cast<T>(bit_cast<float>(static_cast<uint32_t>(x.bits) << 16)); }
-template <class T> MEDSSM_INLINE T to_compute(Float16 x) {
-  // Exponent and mantissa in a float's places, then the bias by a multiplication, which is right for denormals too.
-  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
-  float value = bit_cast<float>(magnitude) * 0x1p112f;
-  if (magnitude >= 0x7c00u << 13) value = bit_cast<float>(magnitude | 0x7f800000u);
-  return static_cast<T>(bit_cast<float>(bit_cast<uint32_t>(value) | sign));
-}
-
-template <class S> MEDSSM_INLINE S to_storage(float x);
-template <> MEDSSM_INLINE float to_storage<float>(float x) { return x; }
-template <> MEDSSM_INLINE double to_storage<double>(float x) { return static_cast<double>(x); }
-template <> MEDSSM_INLINE BFloat16 to_storage<BFloat16>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
-}
-template <> MEDSSM_INLINE Float16 to_storage<Float16>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  uint32_t half;
-  if (magnitude > 0x7f800000) half = 0x7e00;
-  else if (magnitude >= 0x477ff000) half = 0x7c00;  // 65520 and above round to infinity
-  else if (magnitude < 0x38800000) half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // denormal: 0.5 has its last place at 2^-24
-  else half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  return {static_cast<uint16_t>(half | sign)};
-}
-template <class S> MEDSSM_INLINE S to_storage(double x) { return to_storage<S>(static_cast<float>(x)); }
-template <> MEDSSM_INLINE double to_storage<double>(double x) { return x; }
 
 // -- loads and stores ---------------------------------------------------------------------------------------------------------------
 
@@ -277,24 +229,6 @@ template <class S> MEDSSM_INLINE void store_part(S* p, Doubles v, int n) { Memor
 // Lanes kFrom, …, kFrom + kCount - 1 to memory, unconverted.
 template <class T, int kCount, int kFrom = 0> MEDSSM_INLINE void store_first(T* p, Vec<T> v) {
   std::memcpy(p, reinterpret_cast<const char*>(&v) + kFrom * sizeof(T), kCount * sizeof(T));
-}
-
-// Calls body(pointer) with data cast to the storage type that dtype names.
-template <class Body> MEDSSM_INLINE void with_storage(int64_t dtype, const void* data, Body&& body) {
-  switch (dtype) {
-    case kFloat32: return body(static_cast<const float*>(data));
-    case kFloat64: return body(static_cast<const double*>(data));
-    case kBFloat16: return body(static_cast<const BFloat16*>(data));
-    default: return body(static_cast<const Float16*>(data));
-  }
-}
-template <class Body> MEDSSM_INLINE void with_storage(int64_t dtype, void* data, Body&& body) {
-  switch (dtype) {
-    case kFloat32: return body(static_cast<float*>(data));
-    case kFloat64: return body(static_cast<double*>(data));
-    case kBFloat16: return body(static_cast<BFloat16*>(data));
-    default: return body(static_cast<Float16*>(data));
-  }
 }
 
 }  // namespace

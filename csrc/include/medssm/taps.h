@@ -8,8 +8,6 @@
 namespace medssm {
 namespace {
 
-MEDSSM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How many threads `elements` outputs in `tasks` tasks are worth: starting one costs as much as some ten thousand of them.
 MEDSSM_INLINE int64_t worthwhile(int64_t threads, int64_t tasks, int64_t elements) {
   return least(threads, least(tasks, ceil_div(elements, 16384)));

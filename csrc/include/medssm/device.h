@@ -1,0 +1,120 @@
+// A GPU's side of what formulas are written in (see lanes.h), and what kernels there share: launches, storage, sums across lanes.
+//
+// Kernels are written for one number per thread: Vec<T> is T. They take all of their shared memory by size at the launch, as `shared_memory<T>()`,
+// and use __syncthreads and __shfl_xor_sync alone, so that tests/emulation can run them on a CPU, thread by thread.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "medssm/storage.h"
+
+// `name` is called from Python: the stream is the first field of the block, the result null or an error's text.
+#define MEDSSM_CUDA_EXPORT(name) MEDSSM_VISIBLE const char* medssm_##name##_cuda
+
+namespace medssm {
+namespace {
+
+template <class T> using Vec = T;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <class T> MEDSSM_INLINE T splat(T x) { return x; }
+template <class T> MEDSSM_INLINE T select(bool mask, T a, T b) { return mask ? a : b; }
+template <class T> MEDSSM_INLINE T min(T bound, T x) { return bound < x ? bound : x; }
+template <class T> MEDSSM_INLINE T max(T bound, T x) { return bound > x ? bound : x; }
+template <class T> MEDSSM_INLINE T abs(T x) { return x < 0 ? -x : x; }
+MEDSSM_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+MEDSSM_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+
+// a / b. A float's reciprocal comes from the special-function unit: right to 2 units in the last place for normal b below 2^126.
+template <class T> MEDSSM_INLINE T quotient(T a, T b) { return a / b; }
+// 2^x: a float's from the special-function unit too, right to 2 units in the last place; results below the normal numbers are 0.
+template <class T> MEDSSM_INLINE T exp2(T x) { return ::exp2(x); }
+#if defined(__CUDA_ARCH__)
+template <> MEDSSM_INLINE float quotient<float>(float a, float b) { return __fdividef(a, b); }
+template <> MEDSSM_INLINE float exp2<float>(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+#else
+template <> MEDSSM_INLINE float exp2<float>(float x) { return ::exp2f(x); }
+#endif
+
+// e^x for |x| <= kExpBound<T>, where it and its inverse are normal numbers.
+template <class T> constexpr T kExpBound = sizeof(T) == 4 ? T(86) : T(690);
+template <class T> MEDSSM_INLINE T exp_bounded(T x) { return exp2<T>(x * static_cast<T>(kLog2E)); }
+
+// -- memory -------------------------------------------------------------------------------------------------------------------------
+
+// Element `at` of a tensor whose storage type is known at run time: all threads take the same branch.
+template <class T> MEDSSM_INLINE T read(const void* data, int64_t type, int64_t at) {
+  switch (type) {
+    case kFloat32: return to_compute<T>(static_cast<const float*>(data)[at]);
+    case kFloat64: return to_compute<T>(static_cast<const double*>(data)[at]);
+    case kBFloat16: return to_compute<T>(static_cast<const BFloat16*>(data)[at]);
+    default: return to_compute<T>(static_cast<const Float16*>(data)[at]);
+  }
+}
+template <class T> MEDSSM_INLINE void write(void* data, int64_t type, int64_t at, T value) {
+  switch (type) {
+    case kFloat32: static_cast<float*>(data)[at] = to_storage<float>(value); break;
+    case kFloat64: static_cast<double*>(data)[at] = to_storage<double>(value); break;
+    case kBFloat16: static_cast<BFloat16*>(data)[at] = to_storage<BFloat16>(value); break;
+    default: static_cast<Float16*>(data)[at] = to_storage<Float16>(value); break;
+  }
+}
+
+#if defined(__CUDACC__)
+// The block's shared memory.
+template <class T> __device__ T* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return reinterpret_cast<T*>(memory);
+}
+#endif
+
+// -- across lanes -------------------------------------------------------------------------------------------------------------------
+
+constexpr int kWarp = 32;
+
+// Sums `kCount` values (a power of two) over lanes that differ in bits [low, high) of their number, both powers of two. While there are values to
+// share out, a step halves them: each of two lanes keeps the sums of one half. Afterwards a lane holds in values[0 … kept) the sums of the values from
+// the returned number on, kept = max(1, kCount * low / high); where lanes are more than values, several lanes hold the same.
+template <int kCount, class T> __device__ __forceinline__ int sum_across(T* values, int low, int high) {
+  const int lane = threadIdx.x % kWarp;
+  int first = 0;
+  int bit = high / 2;
+  if constexpr (kCount > 1) {
+    if (bit >= low) {
+      constexpr int kHalf = kCount / 2;
+      const bool upper = lane & bit;
+#pragma unroll
+      for (int i = 0; i < kHalf; ++i) {
+        const T kept = upper ? values[i + kHalf] : values[i], sent = upper ? values[i] : values[i + kHalf];
+        values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, bit);
+      }
+      first = upper ? kHalf : 0;
+      return first + sum_across<kHalf>(values, low, bit);
+    }
+    return 0;
+  } else {
+    for (; bit >= low; bit /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], bit);
+    return 0;
+  }
+}
+
+// -- launches -----------------------------------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+// All blocks lie along the grid's first axis, which alone takes more than 65,535.
+template <class... P, class... A> void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t bytes, void* stream, A... arguments) {
+  if (blocks > 0) kernel<<<static_cast<unsigned>(blocks), threads, bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+}
+#endif
+
+// Why the launches since the last call failed, or null.
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace medssm
