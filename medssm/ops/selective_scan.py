@@ -7,8 +7,8 @@ import functools
 import torch
 
 from medssm import dispatch
+from medssm.kernels import cuda, triton
 from medssm.kernels import native as library
-from medssm.kernels import triton
 from medssm.kernels.selective_scan import native, plan, reference
 from medssm.ops import checks, registration, walk
 
@@ -254,4 +254,4 @@ def _explained(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplu
     return u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse, cuda=cuda.refuse))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from medssm import dispatch
-from medssm.kernels import triton
+from medssm.kernels import cuda, triton
 from medssm.kernels.selective_scan import native, plan, reference
 from medssm.ops import checks, registration, walk
 
@@ -165,4 +165,4 @@ def _explained(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplu
     return x, delta, A, B, C, D, z, delta_bias, delta_proj
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse, cuda=cuda.refuse))

@@ -1,0 +1,380 @@
+// Selective scan, backward, on a GPU.
+//
+// As forward, mirrored: `local` runs the adjoint of each chunk with nothing coming from later steps, which needs no state: g_{t-1} = e_t (g_t + dy_t C_t);
+// `carry` joins the chunks from the last to the first; `apply` then knows the gradient that enters each chunk, and walks it from its end in runs of 64
+// steps, between which forward left the state. A run is scanned once forwards, keeping the state at the beginning of each tile of kBack steps, then tile
+// by tile from the last: forwards with e and h of its steps in registers, and backwards through them. So a step costs three exponentials a state
+// (forward: two), and nothing of the size of the states is written.
+//
+// dB and dC are sums over channels: within a warp by shuffles that halve the values at each step, over a block's warps through shared memory, over
+// tiles of channels by PyTorch. What is summed over time is added in registers and, over chunks, by PyTorch. Every sum has a fixed order: no atomics.
+#include "cuda.h"
+
+namespace medssm {
+namespace {
+
+// kernels/selective_scan/cuda.py packs this. Scratch is of the compute type, dense.
+struct Arguments {
+  void* stream;
+  Problem problem;
+  Tokens dout;
+  const void *dstate, *checkpoints;  // (b, d, n), may be null; (b, l / 64, n, d)
+  int64_t checkpoint_batch;
+  Output du, ddelta, dz;             // ddelta where delta has a value for every channel, dz where there is z
+  void* dinitial;                    // (b, d, n), the compute type, may be null
+  int64_t chunk;
+  void *ends, *sums;                 // (b, chunks, n, d), (b, chunks, d): scratch, with more than one chunk
+  void *dB, *dC;                     // (tiles of a group, b, l, g, n): sums over each tile's channels
+  void* dlow;                        // (tiles, b, l, r), where delta is low-rank
+  void *dA, *dD, *dbias, *dproj;     // (b, chunks, n, d), (b, chunks, d), (b, chunks, d), (b, chunks, r, d): sums over each chunk; all but dA may be null
+};
+
+// -- the adjoint of each chunk by itself --------------------------------------------------------------------------------------------
+
+template <class S> size_t local_bytes(const Cut& cut) {
+  return sizeof(typename S::T) * S::kSteps * (2 * cut.channels + cut.share * S::kStates) + 16;
+}
+
+template <class S> __global__ void __launch_bounds__(S::kThreads) local_adjoint(Arguments a, Cut cut) {
+  using T = typename S::T;
+  constexpr int kSteps = S::kSteps, kStates = S::kStates;
+  const Problem& p = a.problem;
+  const Seat<S> seat(p, cut, 1, cut.chunks - 1);  // what leaves the first chunk is worked out by `apply`
+  T *s = shared_memory<T>() + 16 / sizeof(T), *dy = s + kSteps * seat.channels, *C = dy + kSteps * seat.channels;
+  unsigned* fresh = shared_memory<unsigned>();
+  Starts starts;
+  T rates[kStates], g[kStates] = {}, span = 0;
+  seat.load_rates(p, rates);
+  bool cut_inside = false;
+  for (int64_t from = seat.from + (seat.end - 1 - seat.from) / kSteps * kSteps; from >= seat.from; from -= kSteps) {
+    const int64_t count = least<int64_t>(kSteps, seat.end - from);
+    if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
+    stage_steps<S, kSteps>(p, seat, from, count, &a.dout, s, nullptr, dy);
+    stage_rows<S, kSteps>(p, seat, p.C, from, count, C);
+    __syncthreads();
+    const unsigned anew = *fresh;
+    T part = 0;
+#pragma unroll 4
+    for (int t = kSteps - 1; t >= 0; --t) {
+      const T step = s[t * seat.channels + seat.channel], gradient = dy[t * seat.channels + seat.channel];
+      const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(C + t * seat.states + seat.state);
+      part += step;
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) g[i] = exp2<T>(step * rates[i]) * fma(gradient, c.at[i], g[i]);
+      if (anew >> t & 1) {
+        cut_inside = true;
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) g[i] = 0;
+      }
+    }
+    span += part;
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kStates; ++i)
+    if (seat.has(p, i)) static_cast<T*>(a.ends)[seat.in_chunks(p, cut.chunks, seat.chunk, i)] = g[i];
+  if (seat.state == 0 && seat.channel < seat.live)
+    static_cast<T*>(a.sums)[(seat.batch * cut.chunks + seat.chunk) * p.channels + seat.first + seat.channel] =
+        cut_inside ? static_cast<T>(INFINITY) : span;
+}
+
+// -- the gradients ------------------------------------------------------------------------------------------------------------------
+
+// A tile's shared memory. along: y, along_A, along_B [step][channel]; rows: each warp's sums of dB and dC [warp][step][state].
+template <class S> struct Tile {
+  using T = typename S::T;
+  T *s, *su, *dy, *along, *B, *C, *rows;
+  unsigned* fresh;
+
+  static size_t bytes(const Cut& cut) {
+    const int states = cut.share * S::kStates, warps = cut.threads() / kWarp;
+    return sizeof(T) * S::kBack * (6 * cut.channels + 2 * states + 2 * states * warps) + 16;
+  }
+  __device__ explicit Tile(const Seat<S>& seat) {
+    const int column = S::kBack * seat.channels, row = S::kBack * seat.states;
+    fresh = shared_memory<unsigned>();
+    s = shared_memory<T>() + 16 / sizeof(T);
+    su = s + column;
+    dy = su + column;
+    along = dy + column;
+    B = along + 3 * column;
+    C = B + row;
+    rows = C + row;
+  }
+};
+
+// Advances the state over a tile that is staged.
+template <class S> __device__ void advance(const Seat<S>& seat, const Tile<S>& tile, const typename S::T* rates, typename S::T* h) {
+  using T = typename S::T;
+  const unsigned anew = *tile.fresh;
+#pragma unroll
+  for (int t = 0; t < S::kBack; ++t) {
+    if (anew >> t & 1) {
+#pragma unroll
+      for (int i = 0; i < S::kStates; ++i) h[i] = 0;
+    }
+    const T step = tile.s[t * seat.channels + seat.channel], input = tile.su[t * seat.channels + seat.channel];
+    const Pack<T, S::kStates> b = *reinterpret_cast<const Pack<T, S::kStates>*>(tile.B + t * seat.states + seat.state);
+#pragma unroll
+    for (int i = 0; i < S::kStates; ++i) h[i] = next_state<T>(exp2<T>(step * rates[i]), h[i], input, b.at[i]);
+  }
+}
+
+// Forwards through a staged tile from h, then backwards: g moves to the tile's beginning, dA is added to, along and rows are filled.
+template <class S>
+__device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, const typename S::T* rates, const typename S::T* h, typename S::T* g,
+                        typename S::T* dA) {
+  using T = typename S::T;
+  constexpr int kBack = S::kBack, kStates = S::kStates;
+  const unsigned anew = *tile.fresh;
+  T e[kBack][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, unless that begins anew
+#pragma unroll
+  for (int t = 0; t < kBack; ++t) {
+    const T step = tile.s[t * seat.channels + seat.channel], input = tile.su[t * seat.channels + seat.channel];
+    const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * seat.states + seat.state);
+    const bool begins = anew >> t & 1;
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      if (t == 0) after[0][i] = h[i];
+      e[t][i] = exp2<T>(step * rates[i]);
+      after[t + 1][i] = next_state<T>(e[t][i], begins ? T(0) : after[t][i], input, b.at[i]);
+    }
+  }
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int column = kBack * seat.channels;
+#pragma unroll
+  for (int t = kBack - 1; t >= 0; --t) {
+    const int at = t * seat.channels + seat.channel;
+    const T step = tile.s[at], input = tile.su[at], gradient = tile.dy[at];
+    const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * seat.states + seat.state);
+    const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(tile.C + t * seat.states + seat.state);
+    const bool begins = anew >> t & 1;
+    T terms[2 * kStates], along[4] = {};  // y, along_A, along_B, and nothing
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      if (with_y) along[0] = fma(c.at[i], after[t + 1][i], along[0]);
+      const RowTerms<T> term = step_back<T>(e[t][i], after[t + 1][i], begins ? T(0) : after[t][i], step, input, gradient, rates[i], b.at[i], c.at[i], g[i],
+                                            dA[i], along[1], along[2]);
+      terms[i] = term.dB;
+      terms[kStates + i] = term.dC;
+      if (begins) g[i] = 0;
+    }
+    // Over the threads of a channel: y, along_A and along_B. One thread each writes what it was left with.
+    const int share = seat.share, first = sum_across<4>(along, 1, share);
+    if ((lane & ((share / 4 > 1 ? share / 4 : 1) - 1)) == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < 4 / share || i == 0) {
+          if (first + i < 3) tile.along[(first + i) * column + at] = along[i];
+        }
+    }
+    // Over the channels of a warp: dB and dC.
+    constexpr int kTerms = 2 * kStates;
+    const int channels = kWarp / share, from = sum_across<kTerms>(terms, share, kWarp);
+    if ((lane / share & ((channels / kTerms > 1 ? channels / kTerms : 1) - 1)) == 0) {
+      T* row = tile.rows + (warp * kBack + t) * 2 * seat.states;
+#pragma unroll
+      for (int i = 0; i < kTerms; ++i)
+        if (i < kTerms / channels || i == 0) {
+          const int term = from + i;
+          row[term < kStates ? seat.state + term : seat.states + seat.state + term - kStates] = terms[i];
+        }
+    }
+  }
+}
+
+// A tile's outputs token by token: du, ddelta, dz. D and bias: sums over time of this thread's channel, added to. With a low-rank delta the gradient of
+// every channel's step is left in along_A's place.
+template <class S>
+__device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int64_t from, int64_t count, typename S::T D,
+                             typename S::T* dD, typename S::T* dbias) {
+  using T = typename S::T;
+  const Problem& p = a.problem;
+  const int64_t channel = seat.first + seat.column;
+  const int column = S::kBack * seat.channels;
+  for (int t = seat.row; t < S::kBack; t += seat.rows) {
+    const int at = t * seat.channels + seat.column;
+    T dstep = 0;
+    if (t < count && seat.column < seat.live) {
+      const int64_t token = token_at(p, from + t);
+      const T u = read_token<T>(p.u, seat.batch, token, channel), dy = tile.dy[at];
+      const T along_A = tile.along[column + at], along_B = tile.along[2 * column + at];
+      const Softplus<T> step = step_size<T>(p, raw_step<T>(p, seat.batch, token, channel));
+      dstep = fma(u, along_B, static_cast<T>(kLn2) * along_A) * step.slope;
+      *dbias += dstep;
+      *dD = fma(dy, u, *dD);
+      T du = fma(step.value, along_B, D * dy);
+      const int64_t du_at = seat.batch * a.du.batch + token * a.du.token + channel;
+      if (a.du.earlier) du += static_cast<const T*>(a.du.earlier)[du_at];
+      write<T>(a.du.data, a.du.type, du_at, du);
+      if (a.ddelta.data) write<T>(a.ddelta.data, a.ddelta.type, seat.batch * a.ddelta.batch + token * a.ddelta.token + channel, dstep);
+      if (p.z.data) {
+        const int64_t dz_at = seat.batch * a.dz.batch + token * a.dz.token + channel;
+        T dz = static_cast<T>(p.scale) * read_token<T>(a.dout, seat.batch, token, channel) * fma(D, u, tile.along[at]) *
+               silu_slope<T>(read_token<T>(p.z, seat.batch, token, channel));
+        if (a.dz.earlier) dz += static_cast<const T*>(a.dz.earlier)[dz_at];
+        write<T>(a.dz.data, a.dz.type, dz_at, dz);
+      }
+    }
+    if (p.rank) tile.along[column + at] = dstep;
+  }
+}
+
+// A tile's rows of dB and dC: the warps' sums, added in order.
+template <class S> __device__ void write_rows(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int64_t from, int64_t count) {
+  using T = typename S::T;
+  const Problem& p = a.problem;
+  const int threads = seat.channels * seat.share, warps = threads / kWarp, row = 2 * seat.states;
+  for (int i = static_cast<int>(threadIdx.x); i < count * row; i += threads) {
+    const int t = i / row, term = i % row, state = term % seat.states;
+    if (state >= p.state) continue;
+    T sum = 0;
+    for (int w = 0; w < warps; ++w) sum += tile.rows[(w * S::kBack + t) * row + term];
+    const int64_t token = token_at(p, from + t);
+    T* to = static_cast<T*>(term < seat.states ? a.dB : a.dC);
+    to[(((seat.within * p.batch + seat.batch) * p.length + token) * p.groups + seat.group) * p.state + state] = sum;
+  }
+}
+
+// A tile's share of the gradients of a low-rank delta and of its projection.
+template <class S> __device__ void write_low_rank(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int64_t from, int64_t count, bool begin) {
+  using T = typename S::T;
+  const Problem& p = a.problem;
+  const int threads = seat.channels * seat.share, rank = static_cast<int>(p.rank);
+  const T* dsteps = tile.along + S::kBack * seat.channels;
+  for (int i = static_cast<int>(threadIdx.x); i < count * rank; i += threads) {
+    const int t = i / rank, r = i % rank;
+    const T* weights = static_cast<const T*>(p.proj) + r * p.channels + seat.first;
+    T sum = 0;
+    for (int c = 0; c < seat.live; ++c) sum = fma(dsteps[t * seat.channels + c], weights[c], sum);
+    static_cast<T*>(a.dlow)[((seat.tile * p.batch + seat.batch) * p.length + token_at(p, from + t)) * rank + r] = sum;
+  }
+  T* dproj = static_cast<T*>(a.dproj) + (seat.batch * ceil_div(p.length, a.chunk) + seat.chunk) * rank * p.channels + seat.first;
+  for (int i = static_cast<int>(threadIdx.x); i < rank * seat.channels; i += threads) {
+    const int r = i / seat.channels, c = i % seat.channels;
+    if (c >= seat.live) continue;
+    T sum = begin ? T(0) : dproj[r * p.channels + c];  // the same thread's from the tile before
+    for (int t = 0; t < count; ++t)
+      sum = fma(dsteps[t * seat.channels + c], read<T>(p.delta.data, p.delta.type,
+                                                      seat.batch * p.delta.batch + token_at(p, from + t) * p.delta.token + r * p.delta.channel), sum);
+    dproj[r * p.channels + c] = sum;
+  }
+}
+
+template <class S> __global__ void __launch_bounds__(S::kThreads) apply_adjoint(Arguments a, Cut cut) {
+  using T = typename S::T;
+  constexpr int kBack = S::kBack, kStates = S::kStates, kTiles = static_cast<int>(kTile) / kBack;
+  const Problem& p = a.problem;
+  const Seat<S> seat(p, cut, 0, cut.chunks);
+  const Tile<S> tile(seat);
+  Starts starts;
+  T rates[kStates], g[kStates], dA[kStates] = {}, dD = 0, dbias = 0;
+  seat.load_rates(p, rates);
+  const T* later = static_cast<const T*>(cut.chunks > 1 ? a.ends : a.dstate);
+#pragma unroll
+  for (int i = 0; i < kStates; ++i)
+    g[i] = later && seat.has(p, i) ? later[cut.chunks > 1 ? seat.in_chunks(p, cut.chunks, seat.chunk, i) : seat.in_state(p, i)] : T(0);
+  const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[seat.first + seat.column] : T(0);
+
+  const auto stage = [&](int64_t from, int64_t end, bool with_gradients) {
+    const int64_t count = least<int64_t>(kBack, end - from);
+    if (threadIdx.x == 0) *tile.fresh = starts.mask(p, from, count);
+    stage_steps<S, kBack>(p, seat, from, count, with_gradients ? &a.dout : nullptr, tile.s, tile.su, with_gradients ? tile.dy : nullptr);
+    stage_rows<S, kBack>(p, seat, p.B, from, count, tile.B);
+    if (with_gradients) stage_rows<S, kBack>(p, seat, p.C, from, count, tile.C);
+    __syncthreads();
+    return count;
+  };
+
+  for (int64_t run = (seat.end - 1) / kTile * kTile; run >= seat.from; run -= kTile) {
+    const int64_t end = least(seat.end, run + kTile);
+    const int tiles = static_cast<int>(ceil_div(end - run, kBack));
+    T h[kStates], kept[S::kKeep ? kTiles : 1][kStates];
+    const auto begin_run = [&] {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i)
+        h[i] = seat.has(p, i) ? static_cast<const T*>(a.checkpoints)[seat.batch * a.checkpoint_batch +
+                                                                     (run / kTile * p.state + seat.state + i) * p.channels + seat.first + seat.channel]
+                              : T(0);
+    };
+    const auto advance_to = [&](int last) {  // the beginning of tile `last`; kept gets those before it
+      begin_run();
+      for (int j = 0; j < last; ++j) {
+        if constexpr (S::kKeep) {
+#pragma unroll
+          for (int k = 0; k < kTiles; ++k)  // chosen by comparison, not by address: the array stays in registers
+#pragma unroll
+            for (int i = 0; i < kStates; ++i) kept[k][i] = k == j ? h[i] : kept[k][i];
+        }
+        stage(run + j * kBack, end, false);
+        advance<S>(seat, tile, rates, h);
+        __syncthreads();
+      }
+    };
+    if constexpr (S::kKeep) advance_to(tiles - 1);
+    for (int j = tiles - 1; j >= 0; --j) {
+      if constexpr (S::kKeep) {
+        if (j < tiles - 1) {
+#pragma unroll
+          for (int k = 0; k < kTiles; ++k)
+#pragma unroll
+            for (int i = 0; i < kStates; ++i) h[i] = k == j ? kept[k][i] : h[i];
+        }
+      } else {
+        advance_to(j);
+      }
+      const int64_t from = run + j * kBack, count = stage(from, end, true);
+      retreat<S>(seat, tile, p.z.data != nullptr, rates, h, g, dA);
+      __syncthreads();
+      write_tokens<S>(a, seat, tile, from, count, D, &dD, &dbias);
+      write_rows<S>(a, seat, tile, from, count);
+      if (p.rank) {
+        __syncthreads();
+        write_low_rank<S>(a, seat, tile, from, count, from + kBack >= seat.end);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kStates; ++i)
+    if (seat.has(p, i)) {
+      static_cast<T*>(a.dA)[seat.in_chunks(p, cut.chunks, seat.chunk, i)] = dA[i];
+      if (a.dinitial && seat.chunk == 0) static_cast<T*>(a.dinitial)[seat.in_state(p, i)] = g[i];
+    }
+  if (a.dD == nullptr && a.dbias == nullptr) return;
+  // The rows of threads that worked token by token each have a part of their channel's sum.
+  T* parts = tile.s;
+  __syncthreads();
+  parts[(0 * seat.rows + seat.row) * seat.channels + seat.column] = dD;
+  parts[(1 * seat.rows + seat.row) * seat.channels + seat.column] = dbias;
+  __syncthreads();
+  if (seat.row == 0 && seat.column < seat.live) {
+    T* const to[2] = {static_cast<T*>(a.dD), static_cast<T*>(a.dbias)};
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      if (!to[which]) continue;
+      T sum = 0;
+      for (int row = 0; row < seat.rows; ++row) sum += parts[(which * seat.rows + row) * seat.channels + seat.column];
+      to[which][(seat.batch * cut.chunks + seat.chunk) * p.channels + seat.first + seat.column] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+MEDSSM_CUDA_EXPORT(selective_scan_backward)(const Arguments* arguments) {
+  const Arguments& a = *arguments;
+  const Problem& p = a.problem;
+  with_shape(p, [&](auto shape) {
+    using S = decltype(shape);
+    const Cut cut = Cut::of(p, a.chunk, shape);
+    if (cut.chunks > 1) {
+      launch(local_adjoint<S>, p.batch * (cut.chunks - 1) * cut.tiles, cut.threads(), local_bytes<S>(cut), a.stream, a, cut);
+      launch_carry<typename S::T, true>(p, cut.chunks, a.dstate, a.ends, a.sums, a.stream);
+    }
+    launch(apply_adjoint<S>, p.batch * cut.chunks * cut.tiles, cut.threads(), Tile<S>::bytes(cut), a.stream, a, cut);
+  });
+  return launch_error();
+}
+
+}  // namespace medssm

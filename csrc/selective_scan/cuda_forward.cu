@@ -1,0 +1,159 @@
+// Selective scan, forward, on a GPU.
+//
+// Three kernels over (batch, chunk of time, tile of channels): `local` scans each chunk from a zero state and sums its step sizes; `carry` joins the
+// chunks: what is left of an earlier state behind a chunk is one exponential of A times that sum; `apply` scans again from the right state and writes
+// the outputs. Where batch and channels alone fill a GPU there is one chunk, and `apply` does it all.
+//
+// Per token and channel and pass: an exponential a state, two more for softplus, four multiply-adds a state, two values read from global memory.
+#include "cuda.h"
+
+namespace medssm {
+namespace {
+
+// kernels/selective_scan/cuda.py packs this.
+struct Arguments {
+  void* stream;
+  Problem problem;
+  Output out;                // data may be null: nobody asks
+  void *state, *checkpoints; // (b, d, n); (b, l / spacing, n, d): the compute type; may be null
+  int64_t checkpoint_batch, spacing, chunk;
+  void *ends, *sums;         // (b, chunks, n, d), (b, chunks, d): scratch, with more than one chunk
+};
+
+template <class S> size_t tile_bytes(const Cut& cut, int columns, int rows) {
+  return sizeof(typename S::T) * S::kSteps * (columns * cut.channels + rows * cut.share * S::kStates) + 16;
+}
+
+template <class S> __global__ void __launch_bounds__(S::kThreads) local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
+  using T = typename S::T;
+  constexpr int kSteps = S::kSteps, kStates = S::kStates;
+  const Seat<S> seat(p, cut, 0, cut.chunks - 1);  // the last chunk's end leads nowhere
+  T *s = shared_memory<T>() + 16 / sizeof(T), *su = s + kSteps * seat.channels, *B = su + kSteps * seat.channels;
+  unsigned* fresh = shared_memory<unsigned>();
+  Starts starts;
+  T rates[kStates], h[kStates] = {}, span = 0;
+  seat.load_rates(p, rates);
+  bool cut_inside = false;
+  for (int64_t from = seat.from; from < seat.end; from += kSteps) {
+    const int64_t count = least<int64_t>(kSteps, seat.end - from);
+    if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
+    stage_steps<S, kSteps>(p, seat, from, count, nullptr, s, su, nullptr);
+    stage_rows<S, kSteps>(p, seat, p.B, from, count, B);
+    __syncthreads();
+    const unsigned anew = *fresh;
+    T part = 0;
+#pragma unroll 4
+    for (int t = 0; t < kSteps; ++t) {
+      if (anew >> t & 1) {
+        cut_inside = true;
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) h[i] = 0;
+      }
+      const T step = s[t * seat.channels + seat.channel], input = su[t * seat.channels + seat.channel];
+      const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(B + t * seat.states + seat.state);
+      part += step;
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) h[i] = next_state<T>(exp2<T>(step * rates[i]), h[i], input, b.at[i]);
+    }
+    span += part;
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kStates; ++i)
+    if (seat.has(p, i)) ends[seat.in_chunks(p, cut.chunks, seat.chunk, i)] = h[i];
+  if (seat.state == 0 && seat.channel < seat.live)
+    sums[(seat.batch * cut.chunks + seat.chunk) * p.channels + seat.first + seat.channel] = cut_inside ? static_cast<T>(INFINITY) : span;
+}
+
+template <class S> __global__ void __launch_bounds__(S::kThreads) apply(Arguments a, Cut cut) {
+  using T = typename S::T;
+  constexpr int kSteps = S::kSteps, kStates = S::kStates;
+  const Problem& p = a.problem;
+  const Seat<S> seat(p, cut, 0, cut.chunks);
+  T *s = shared_memory<T>() + 16 / sizeof(T), *su = s + kSteps * seat.channels, *y = su + kSteps * seat.channels, *B = y + kSteps * seat.channels,
+    *C = B + kSteps * seat.states;
+  unsigned* fresh = shared_memory<unsigned>();
+  Starts starts;
+  T rates[kStates], h[kStates];
+  seat.load_rates(p, rates);
+  const T* before = static_cast<const T*>(cut.chunks > 1 ? a.ends : p.initial);
+#pragma unroll
+  for (int i = 0; i < kStates; ++i)
+    h[i] = before && seat.has(p, i) ? before[cut.chunks > 1 ? seat.in_chunks(p, cut.chunks, seat.chunk, i) : seat.in_state(p, i)] : T(0);
+  const int64_t column = seat.first + seat.column;
+  const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[column] : T(0);
+
+  for (int64_t from = seat.from; from < seat.end; from += kSteps) {
+    const int64_t count = least<int64_t>(kSteps, seat.end - from);
+    if (a.checkpoints && from % a.spacing == 0) {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i)
+        if (seat.has(p, i))
+          static_cast<T*>(a.checkpoints)[seat.batch * a.checkpoint_batch + (from / a.spacing * p.state + seat.state + i) * p.channels + seat.first +
+                                         seat.channel] = h[i];
+    }
+    if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
+    stage_steps<S, kSteps>(p, seat, from, count, nullptr, s, su, nullptr);
+    stage_rows<S, kSteps>(p, seat, p.B, from, count, B);
+    if (a.out.data) stage_rows<S, kSteps>(p, seat, p.C, from, count, C);
+    __syncthreads();
+    const unsigned anew = *fresh;
+#pragma unroll 4
+    for (int t = 0; t < kSteps; ++t) {
+      if (anew >> t & 1) {
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) h[i] = 0;
+      }
+      const T step = s[t * seat.channels + seat.channel], input = su[t * seat.channels + seat.channel];
+      const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(B + t * seat.states + seat.state);
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) h[i] = next_state<T>(exp2<T>(step * rates[i]), h[i], input, b.at[i]);
+      if (a.out.data) {
+        const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(C + t * seat.states + seat.state);
+        T sum = 0;
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) sum = fma(c.at[i], h[i], sum);
+        sum_across<1>(&sum, 1, seat.share);
+        if (seat.state == 0) y[t * seat.channels + seat.channel] = sum;
+      }
+    }
+    __syncthreads();
+    if (a.out.data && seat.column < seat.live) {
+      for (int t = seat.row; t < count; t += seat.rows) {
+        const int64_t token = token_at(p, from + t), at = seat.batch * a.out.batch + token * a.out.token + column;
+        T value = y[t * seat.channels + seat.column];
+        if (p.D) value = fma(D, read_token<T>(p.u, seat.batch, token, column), value);
+        if (a.out.earlier) value += static_cast<const T*>(a.out.earlier)[at];
+        value *= static_cast<T>(p.scale);
+        if (p.z.data) value *= silu<T>(read_token<T>(p.z, seat.batch, token, column));
+        write<T>(a.out.data, a.out.type, at, value);
+      }
+    }
+  }
+  if (a.state && seat.chunk == cut.chunks - 1) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i)
+      if (seat.has(p, i)) static_cast<T*>(a.state)[seat.in_state(p, i)] = h[i];
+  }
+}
+
+}  // namespace
+
+MEDSSM_CUDA_EXPORT(selective_scan_forward)(const Arguments* arguments) {
+  const Arguments& a = *arguments;
+  const Problem& p = a.problem;
+  with_shape(p, [&](auto shape) {
+    using S = decltype(shape);
+    using T = typename S::T;
+    const Cut cut = Cut::of(p, a.chunk, shape);
+    if (cut.chunks > 1) {
+      launch(local<S>, p.batch * (cut.chunks - 1) * cut.tiles, cut.threads(), tile_bytes<S>(cut, 2, 1), a.stream, p, cut, static_cast<T*>(a.ends),
+             static_cast<T*>(a.sums));
+      launch_carry<T, false>(p, cut.chunks, p.initial, a.ends, a.sums, a.stream);
+    }
+    launch(apply<S>, p.batch * cut.chunks * cut.tiles, cut.threads(), tile_bytes<S>(cut, 3, 2), a.stream, a, cut);
+  });
+  return launch_error();
+}
+
+}  // namespace medssm
