@@ -1,7 +1,7 @@
 // What the scan's kernels on a GPU share: how the work is cut, and tiles of tokens in shared memory.
 //
 // The state of a channel lies in the registers of `share` neighbouring threads, kStates of them in each; so a warp has 32 / share channels, and a block
-// up to 64. Time runs serially inside a block. With one block per 64 channels a batch of one would leave most of a GPU idle: so time is cut into chunks,
+// up to 64 (48 of 16 states: 96, 192 and 384 channels fill such tiles). Time runs serially inside a block. With one block per 64 channels a batch of one would leave most of a GPU idle: so time is cut into chunks,
 // which a first pass scans from a zero state, a second joins, and a third scans again from the right state (see cuda_forward.cu).
 //
 // A tile is kSteps steps of the walk. The block reads it with channels along its threads, which any order and most strides give whole sectors,
@@ -16,7 +16,7 @@ namespace medssm {
 namespace {
 
 // How a compute type and a number of states are served. kShare: threads of a channel, 0 where known at the launch only. kSteps: of a tile forwards,
-// kBack: of a tile backwards. kKeep: backwards, the states at the tiles' beginnings of a run between checkpoints stay in registers; else
+// kBack: of a tile backwards. kKeep: backwards, the states at the tiles' beginnings of a run between checkpoints are kept; else
 // they are scanned anew for each tile.
 template <class T_, int kStates_, int kShare_, int kThreads_, int kSteps_, int kBack_, bool kKeep_> struct Shape {
   using T = T_;
@@ -29,27 +29,27 @@ template <class Body> void with_shape(const Problem& p, Body&& body) {
   if (p.wide) body(Shape<double, 8, 0, 64, 4, 2, false>{});
   else if (p.state == 1) body(Shape<float, 1, 1, 64, 16, 8, true>{});
   else if (p.state > 4 && p.state <= 8) body(Shape<float, 4, 2, 128, 16, 8, true>{});
-  else if (p.state > 8 && p.state <= 16) body(Shape<float, 4, 4, 256, 16, 8, true>{});
-  else if (p.state <= 128) body(Shape<float, 4, 0, 128, 8, 8, true>{});
+  else if (p.state > 8 && p.state <= 16) body(Shape<float, 4, 4, 192, 16, 8, true>{});
+  else if (p.state <= 128) body(Shape<float, 4, 0, 64, 8, 8, true>{});
   else body(Shape<float, 8, 0, 128, 8, 4, false>{});
 }
 
 // The cut of a problem into blocks. kernels/selective_scan/cuda.py knows `per_group` and `tiles` too: it allocates by them.
 struct Cut {
-  int share, channels;               // threads of a channel; channels of a block
-  int64_t width, per_group, tiles;   // channels of a group; tiles of channels of a group, and in all
-  int64_t chunk, chunks;             // steps of a chunk of time, and how many
+  int share, channels;          // threads of a channel; channels of a block
+  int width, per_group, tiles;  // channels of a group; tiles of channels of a group, and in all
+  int chunk, chunks;            // steps of a chunk of time, and how many
 
   template <class S> static Cut of(const Problem& p, int64_t chunk, S) {
     Cut cut;
     cut.share = 1;
     while (cut.share * S::kStates < p.state) cut.share *= 2;
-    cut.width = p.channels / p.groups;
-    cut.channels = static_cast<int>(least<int64_t>(least(64, S::kThreads / cut.share), round_up(cut.width, most(1, kWarp / cut.share))));
-    cut.per_group = ceil_div(cut.width, cut.channels);
-    cut.tiles = cut.per_group * p.groups;
-    cut.chunk = chunk;
-    cut.chunks = ceil_div(p.length, chunk);
+    cut.width = static_cast<int>(p.channels / p.groups);
+    cut.per_group = static_cast<int>(ceil_div(cut.width, least(64, S::kThreads / cut.share)));
+    cut.channels = static_cast<int>(round_up(ceil_div(cut.width, cut.per_group), most(1, kWarp / cut.share)));  // alike, of whole warps
+    cut.tiles = cut.per_group * static_cast<int>(p.groups);
+    cut.chunk = static_cast<int>(chunk);
+    cut.chunks = static_cast<int>(ceil_div(p.length, chunk));
     return cut;
   }
   int threads() const { return channels * share; }
@@ -59,27 +59,27 @@ struct Cut {
 template <class S> struct Seat {
   using T = typename S::T;
   int share, channels, states;        // of the cut; states of a channel, zeros included
-  int64_t batch, chunk, from, end;    // the chunk and its steps
-  int64_t tile, within, group, first; // the tile of channels, in all and in its group; the group; the first channel
+  int batch, chunk, from, end;        // the chunk's steps
+  int tile, within, group, first;     // the tile of channels, in all and in its group; the group; the first channel
   int live;                           // channels of the tile that exist
   int channel, state;                 // this thread's: channel of the tile, first state
   int column, row, rows;              // this thread's where the block works token by token: channel of the tile, first step, steps between
 
   // Blocks of `chunks` chunks, the tiles of channels next to each other: they read the same B and C.
-  __device__ Seat(const Problem& p, const Cut& cut, int64_t first_chunk, int64_t chunk_count) {
+  __device__ Seat(const Problem& p, const Cut& cut, int first_chunk, int chunk_count) {
     share = S::kShare ? S::kShare : cut.share;
     channels = cut.channels;
     states = share * S::kStates;
-    const int64_t at = blockIdx.x / cut.tiles;
-    tile = blockIdx.x % cut.tiles;
+    const int at = static_cast<int>(blockIdx.x) / cut.tiles;
+    tile = static_cast<int>(blockIdx.x) % cut.tiles;
     batch = at / chunk_count;
     chunk = first_chunk + at % chunk_count;
     from = chunk * cut.chunk;
-    end = least(p.length, from + cut.chunk);
+    end = static_cast<int>(least<int64_t>(p.length, int64_t(from) + cut.chunk));
     group = tile / cut.per_group;
     within = tile % cut.per_group;
     first = group * cut.width + within * channels;
-    live = static_cast<int>(least<int64_t>(channels, cut.width - within * channels));
+    live = least(channels, cut.width - within * channels);
     channel = static_cast<int>(threadIdx.x) / share;
     state = static_cast<int>(threadIdx.x) % share * S::kStates;
     column = static_cast<int>(threadIdx.x) % channels;
@@ -100,7 +100,7 @@ template <class S> struct Seat {
   }
 };
 
-MEDSSM_INLINE int64_t token_at(const Problem& p, int64_t step) {
+MEDSSM_INLINE int64_t token_at(const Problem& p, int step) {
   const int64_t at = p.reverse ? p.length - 1 - step : step;
   return p.index ? p.index[at] : at;
 }
@@ -109,7 +109,7 @@ MEDSSM_INLINE int64_t token_at(const Problem& p, int64_t step) {
 class Starts {
  public:
   // Bit t of the result: the state begins anew at step from + t. Step 0 is left out: the initial state precedes it.
-  __device__ unsigned mask(const Problem& p, int64_t from, int64_t count) {
+  __device__ unsigned mask(const Problem& p, int from, int count) {
     if (p.start_count == 0) return 0;
     if (next_ < 0) seek(p, from);
     while (next_ > 0 && start(p, next_ - 1) >= from) --next_;
@@ -142,6 +142,7 @@ template <class T> MEDSSM_INLINE T raw_step(const Problem& p, int64_t batch, int
   const int64_t at = batch * p.delta.batch + token * p.delta.token;
   T x = p.bias ? static_cast<const T*>(p.bias)[channel] : T(0);
   if (p.rank == 0) return x + read<T>(p.delta.data, p.delta.type, at + channel * p.delta.channel);
+#pragma unroll 1
   for (int64_t r = 0; r < p.rank; ++r)  // delta_proj lies as (r, d) here: neighbours read neighbours
     x = fma(read<T>(p.delta.data, p.delta.type, at + r * p.delta.channel), static_cast<const T*>(p.proj)[r * p.channels + channel], x);
   return x;
@@ -156,8 +157,9 @@ template <class T> MEDSSM_INLINE T read_token(const Tokens& x, int64_t batch, in
 
 // Rows of B or C of a tile, states beyond the last and steps behind the end as zeros.
 template <class S, int kSteps>
-__device__ void stage_rows(const Problem& p, const Seat<S>& seat, const Rows& rows, int64_t from, int64_t count, typename S::T* to) {
+__device__ void stage_rows(const Problem& p, const Seat<S>& seat, const Rows& rows, int from, int count, typename S::T* to) {
   using T = typename S::T;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kSteps * seat.states; i += seat.channels * seat.share) {
     const int t = i / seat.states, n = i % seat.states;
     T value = 0;
@@ -169,10 +171,11 @@ __device__ void stage_rows(const Problem& p, const Seat<S>& seat, const Rows& ro
 
 // s, and where asked s u and dy = dout scale silu(z), of a tile; zeros where there is no step or no channel.
 template <class S, int kSteps>
-__device__ void stage_steps(const Problem& p, const Seat<S>& seat, int64_t from, int64_t count, const Tokens* dout, typename S::T* s, typename S::T* su,
+__device__ void stage_steps(const Problem& p, const Seat<S>& seat, int from, int count, const Tokens* dout, typename S::T* s, typename S::T* su,
                             typename S::T* dy) {
   using T = typename S::T;
   const int64_t channel = seat.first + seat.column;
+#pragma unroll 2
   for (int t = seat.row; t < kSteps; t += seat.rows) {
     T step = 0, input = 0, gradient = 0;
     if (t < count && seat.column < seat.live) {
@@ -222,7 +225,7 @@ template <class T, bool kBack> __global__ void __launch_bounds__(128) carry(Prob
   }
 }
 
-template <class T, bool kBack> void launch_carry(const Problem& p, int64_t chunks, const void* initial, void* states, const void* sums, void* stream) {
+template <class T, bool kBack> void launch_carry(const Problem& p, int chunks, const void* initial, void* states, const void* sums, void* stream) {
   launch(carry<T, kBack>, ceil_div(p.batch * p.state * p.channels, 128), 128, 0, stream, p, chunks, static_cast<const T*>(initial),
          static_cast<T*>(states), static_cast<const T*>(sums));
 }

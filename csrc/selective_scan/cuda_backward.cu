@@ -35,7 +35,7 @@ template <class S> size_t local_bytes(const Cut& cut) {
   return sizeof(typename S::T) * S::kSteps * (2 * cut.channels + cut.share * S::kStates) + 16;
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads) local_adjoint(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 1024 / S::kThreads : 1) local_adjoint(Arguments a, Cut cut) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Problem& p = a.problem;
@@ -46,15 +46,15 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) local_adjoint(
   T rates[kStates], g[kStates] = {}, span = 0;
   seat.load_rates(p, rates);
   bool cut_inside = false;
-  for (int64_t from = seat.from + (seat.end - 1 - seat.from) / kSteps * kSteps; from >= seat.from; from -= kSteps) {
-    const int64_t count = least<int64_t>(kSteps, seat.end - from);
+  for (int from = seat.from + (seat.end - 1 - seat.from) / kSteps * kSteps; from >= seat.from; from -= kSteps) {
+    const int count = least(kSteps, seat.end - from);
     if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
     stage_steps<S, kSteps>(p, seat, from, count, &a.dout, s, nullptr, dy);
     stage_rows<S, kSteps>(p, seat, p.C, from, count, C);
     __syncthreads();
     const unsigned anew = *fresh;
     T part = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int t = kSteps - 1; t >= 0; --t) {
       const T step = s[t * seat.channels + seat.channel], gradient = dy[t * seat.channels + seat.channel];
       const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(C + t * seat.states + seat.state);
@@ -80,15 +80,22 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) local_adjoint(
 
 // -- the gradients ------------------------------------------------------------------------------------------------------------------
 
-// A tile's shared memory. along: y, along_A, along_B [step][channel]; rows: each warp's sums of dB and dC [warp][step][state].
+constexpr int kRun = static_cast<int>(kTile);  // steps between two states that forward left
+
+// A tile's shared memory. along: y, along_A, along_B [step][channel]; rows: each warp's sums of dB and dC [warp][step][state]; kept: the states at the
+// beginnings of a run's tiles but the first and the last [tile][thread], in registers there would be room for one block where now there are two.
 template <class S> struct Tile {
   using T = typename S::T;
+  using States = Pack<T, S::kStates>;
+  static constexpr int kTiles = kRun / S::kBack;
   T *s, *su, *dy, *along, *B, *C, *rows;
+  States* kept;
   unsigned* fresh;
 
   static size_t bytes(const Cut& cut) {
     const int states = cut.share * S::kStates, warps = cut.threads() / kWarp;
-    return sizeof(T) * S::kBack * (6 * cut.channels + 2 * states + 2 * states * warps) + 16;
+    const int kept = S::kKeep ? (kTiles - 2) * cut.threads() * S::kStates : 0;
+    return sizeof(T) * (S::kBack * (6 * cut.channels + 2 * states + 2 * states * warps) + kept) + 16;
   }
   __device__ explicit Tile(const Seat<S>& seat) {
     const int column = S::kBack * seat.channels, row = S::kBack * seat.states;
@@ -100,6 +107,7 @@ template <class S> struct Tile {
     B = along + 3 * column;
     C = B + row;
     rows = C + row;
+    kept = reinterpret_cast<States*>(rows + 2 * row * (seat.channels * seat.share / kWarp));
   }
 };
 
@@ -127,7 +135,8 @@ __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, c
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
   const unsigned anew = *tile.fresh;
-  T e[kBack][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, unless that begins anew
+  constexpr int kAnew = (kBack + 1) / 3;  // the first steps' exponentials are worked out twice: kept, they would spill
+  T e[kBack - kAnew][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, unless that begins anew
 #pragma unroll
   for (int t = 0; t < kBack; ++t) {
     const T step = tile.s[t * seat.channels + seat.channel], input = tile.su[t * seat.channels + seat.channel];
@@ -136,8 +145,9 @@ __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, c
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       if (t == 0) after[0][i] = h[i];
-      e[t][i] = exp2<T>(step * rates[i]);
-      after[t + 1][i] = next_state<T>(e[t][i], begins ? T(0) : after[t][i], input, b.at[i]);
+      const T decay = exp2<T>(step * rates[i]);
+      if (t >= kAnew) e[t - kAnew][i] = decay;
+      after[t + 1][i] = next_state<T>(decay, begins ? T(0) : after[t][i], input, b.at[i]);
     }
   }
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -153,7 +163,8 @@ __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, c
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       if (with_y) along[0] = fma(c.at[i], after[t + 1][i], along[0]);
-      const RowTerms<T> term = step_back<T>(e[t][i], after[t + 1][i], begins ? T(0) : after[t][i], step, input, gradient, rates[i], b.at[i], c.at[i], g[i],
+      const T decay = t >= kAnew ? e[t - kAnew][i] : exp2<T>(step * rates[i]);
+      const RowTerms<T> term = step_back<T>(decay, after[t + 1][i], begins ? T(0) : after[t][i], step, input, gradient, rates[i], b.at[i], c.at[i], g[i],
                                             dA[i], along[1], along[2]);
       terms[i] = term.dB;
       terms[kStates + i] = term.dC;
@@ -183,15 +194,17 @@ __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, c
   }
 }
 
-// A tile's outputs token by token: du, ddelta, dz. D and bias: sums over time of this thread's channel, added to. With a low-rank delta the gradient of
+// A tile's outputs token by token: du, ddelta, dz. dD and dbias: sums over time of this thread's channel, added to. With a low-rank delta the gradient of
 // every channel's step is left in along_A's place.
 template <class S>
-__device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int64_t from, int64_t count, typename S::T D,
-                             typename S::T* dD, typename S::T* dbias) {
+__device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int from, int count, typename S::T* dD,
+                             typename S::T* dbias) {
   using T = typename S::T;
   const Problem& p = a.problem;
   const int64_t channel = seat.first + seat.column;
   const int column = S::kBack * seat.channels;
+  const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[channel] : T(0);
+#pragma unroll 1
   for (int t = seat.row; t < S::kBack; t += seat.rows) {
     const int at = t * seat.channels + seat.column;
     T dstep = 0;
@@ -221,14 +234,16 @@ __device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile
 }
 
 // A tile's rows of dB and dC: the warps' sums, added in order.
-template <class S> __device__ void write_rows(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int64_t from, int64_t count) {
+template <class S> __device__ void write_rows(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int from, int count) {
   using T = typename S::T;
   const Problem& p = a.problem;
   const int threads = seat.channels * seat.share, warps = threads / kWarp, row = 2 * seat.states;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count * row; i += threads) {
     const int t = i / row, term = i % row, state = term % seat.states;
     if (state >= p.state) continue;
     T sum = 0;
+#pragma unroll 1
     for (int w = 0; w < warps; ++w) sum += tile.rows[(w * S::kBack + t) * row + term];
     const int64_t token = token_at(p, from + t);
     T* to = static_cast<T*>(term < seat.states ? a.dB : a.dC);
@@ -237,15 +252,17 @@ template <class S> __device__ void write_rows(const Arguments& a, const Seat<S>&
 }
 
 // A tile's share of the gradients of a low-rank delta and of its projection.
-template <class S> __device__ void write_low_rank(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int64_t from, int64_t count, bool begin) {
+template <class S> __device__ void write_low_rank(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int from, int count, bool begin) {
   using T = typename S::T;
   const Problem& p = a.problem;
   const int threads = seat.channels * seat.share, rank = static_cast<int>(p.rank);
   const T* dsteps = tile.along + S::kBack * seat.channels;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count * rank; i += threads) {
     const int t = i / rank, r = i % rank;
     const T* weights = static_cast<const T*>(p.proj) + r * p.channels + seat.first;
     T sum = 0;
+#pragma unroll 1
     for (int c = 0; c < seat.live; ++c) sum = fma(dsteps[t * seat.channels + c], weights[c], sum);
     static_cast<T*>(a.dlow)[((seat.tile * p.batch + seat.batch) * p.length + token_at(p, from + t)) * rank + r] = sum;
   }
@@ -254,6 +271,7 @@ template <class S> __device__ void write_low_rank(const Arguments& a, const Seat
     const int r = i / seat.channels, c = i % seat.channels;
     if (c >= seat.live) continue;
     T sum = begin ? T(0) : dproj[r * p.channels + c];  // the same thread's from the tile before
+#pragma unroll 1
     for (int t = 0; t < count; ++t)
       sum = fma(dsteps[t * seat.channels + c], read<T>(p.delta.data, p.delta.type,
                                                       seat.batch * p.delta.batch + token_at(p, from + t) * p.delta.token + r * p.delta.channel), sum);
@@ -261,9 +279,9 @@ template <class S> __device__ void write_low_rank(const Arguments& a, const Seat
   }
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads) apply_adjoint(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 384 / S::kThreads : 1) apply_adjoint(Arguments a, Cut cut) {
   using T = typename S::T;
-  constexpr int kBack = S::kBack, kStates = S::kStates, kTiles = static_cast<int>(kTile) / kBack;
+  constexpr int kBack = S::kBack, kStates = S::kStates;
   const Problem& p = a.problem;
   const Seat<S> seat(p, cut, 0, cut.chunks);
   const Tile<S> tile(seat);
@@ -274,10 +292,9 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) apply_adjoint(
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
     g[i] = later && seat.has(p, i) ? later[cut.chunks > 1 ? seat.in_chunks(p, cut.chunks, seat.chunk, i) : seat.in_state(p, i)] : T(0);
-  const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[seat.first + seat.column] : T(0);
 
-  const auto stage = [&](int64_t from, int64_t end, bool with_gradients) {
-    const int64_t count = least<int64_t>(kBack, end - from);
+  const auto stage = [&](int from, int end, bool with_gradients) {
+    const int count = least(kBack, end - from);
     if (threadIdx.x == 0) *tile.fresh = starts.mask(p, from, count);
     stage_steps<S, kBack>(p, seat, from, count, with_gradients ? &a.dout : nullptr, tile.s, tile.su, with_gradients ? tile.dy : nullptr);
     stage_rows<S, kBack>(p, seat, p.B, from, count, tile.B);
@@ -286,47 +303,46 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) apply_adjoint(
     return count;
   };
 
-  for (int64_t run = (seat.end - 1) / kTile * kTile; run >= seat.from; run -= kTile) {
-    const int64_t end = least(seat.end, run + kTile);
+  for (int run = (seat.end - 1) / kRun * kRun; run >= seat.from; run -= kRun) {
+    const int end = least(seat.end, run + kRun);
     const int tiles = static_cast<int>(ceil_div(end - run, kBack));
-    T h[kStates], kept[S::kKeep ? kTiles : 1][kStates];
+    T h[kStates];
     const auto begin_run = [&] {
 #pragma unroll
       for (int i = 0; i < kStates; ++i)
         h[i] = seat.has(p, i) ? static_cast<const T*>(a.checkpoints)[seat.batch * a.checkpoint_batch +
-                                                                     (run / kTile * p.state + seat.state + i) * p.channels + seat.first + seat.channel]
+                                                                     (run / kRun * p.state + seat.state + i) * p.channels + seat.first + seat.channel]
                               : T(0);
     };
-    const auto advance_to = [&](int last) {  // the beginning of tile `last`; kept gets those before it
+    typename Tile<S>::States* const kept = tile.kept + threadIdx.x;  // this thread's
+    const auto advance_to = [&](int last) {  // the beginning of tile `last`
       begin_run();
+#pragma unroll 1
       for (int j = 0; j < last; ++j) {
-        if constexpr (S::kKeep) {
+        if (S::kKeep && j > 0) {
 #pragma unroll
-          for (int k = 0; k < kTiles; ++k)  // chosen by comparison, not by address: the array stays in registers
-#pragma unroll
-            for (int i = 0; i < kStates; ++i) kept[k][i] = k == j ? h[i] : kept[k][i];
+          for (int i = 0; i < kStates; ++i) kept[(j - 1) * seat.channels * seat.share].at[i] = h[i];
         }
         stage(run + j * kBack, end, false);
         advance<S>(seat, tile, rates, h);
         __syncthreads();
       }
     };
-    if constexpr (S::kKeep) advance_to(tiles - 1);
+    if (S::kKeep) advance_to(tiles - 1);
+#pragma unroll 1
     for (int j = tiles - 1; j >= 0; --j) {
-      if constexpr (S::kKeep) {
-        if (j < tiles - 1) {
-#pragma unroll
-          for (int k = 0; k < kTiles; ++k)
-#pragma unroll
-            for (int i = 0; i < kStates; ++i) h[i] = k == j ? kept[k][i] : h[i];
-        }
-      } else {
+      if (!S::kKeep) {
         advance_to(j);
+      } else if (j == 0) {
+        begin_run();
+      } else if (j < tiles - 1) {
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) h[i] = kept[(j - 1) * seat.channels * seat.share].at[i];
       }
-      const int64_t from = run + j * kBack, count = stage(from, end, true);
+      const int from = run + j * kBack, count = stage(from, end, true);
       retreat<S>(seat, tile, p.z.data != nullptr, rates, h, g, dA);
       __syncthreads();
-      write_tokens<S>(a, seat, tile, from, count, D, &dD, &dbias);
+      write_tokens<S>(a, seat, tile, from, count, &dD, &dbias);
       write_rows<S>(a, seat, tile, from, count);
       if (p.rank) {
         __syncthreads();

@@ -24,7 +24,7 @@ template <class S> size_t tile_bytes(const Cut& cut, int columns, int rows) {
   return sizeof(typename S::T) * S::kSteps * (columns * cut.channels + rows * cut.share * S::kStates) + 16;
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads) local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 1024 / S::kThreads : 1) local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Seat<S> seat(p, cut, 0, cut.chunks - 1);  // the last chunk's end leads nowhere
@@ -34,15 +34,15 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) local(Problem 
   T rates[kStates], h[kStates] = {}, span = 0;
   seat.load_rates(p, rates);
   bool cut_inside = false;
-  for (int64_t from = seat.from; from < seat.end; from += kSteps) {
-    const int64_t count = least<int64_t>(kSteps, seat.end - from);
+  for (int from = seat.from; from < seat.end; from += kSteps) {
+    const int count = least(kSteps, seat.end - from);
     if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
     stage_steps<S, kSteps>(p, seat, from, count, nullptr, s, su, nullptr);
     stage_rows<S, kSteps>(p, seat, p.B, from, count, B);
     __syncthreads();
     const unsigned anew = *fresh;
     T part = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int t = 0; t < kSteps; ++t) {
       if (anew >> t & 1) {
         cut_inside = true;
@@ -65,7 +65,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) local(Problem 
     sums[(seat.batch * cut.chunks + seat.chunk) * p.channels + seat.first + seat.channel] = cut_inside ? static_cast<T>(INFINITY) : span;
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads) apply(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1) apply(Arguments a, Cut cut) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Problem& p = a.problem;
@@ -83,8 +83,8 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) apply(Argument
   const int64_t column = seat.first + seat.column;
   const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[column] : T(0);
 
-  for (int64_t from = seat.from; from < seat.end; from += kSteps) {
-    const int64_t count = least<int64_t>(kSteps, seat.end - from);
+  for (int from = seat.from; from < seat.end; from += kSteps) {
+    const int count = least(kSteps, seat.end - from);
     if (a.checkpoints && from % a.spacing == 0) {
 #pragma unroll
       for (int i = 0; i < kStates; ++i)
@@ -98,7 +98,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) apply(Argument
     if (a.out.data) stage_rows<S, kSteps>(p, seat, p.C, from, count, C);
     __syncthreads();
     const unsigned anew = *fresh;
-#pragma unroll 4
+#pragma unroll 2
     for (int t = 0; t < kSteps; ++t) {
       if (anew >> t & 1) {
 #pragma unroll
@@ -119,6 +119,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads) apply(Argument
     }
     __syncthreads();
     if (a.out.data && seat.column < seat.live) {
+#pragma unroll 1
       for (int t = seat.row; t < count; t += seat.rows) {
         const int64_t token = token_at(p, from + t), at = seat.batch * a.out.batch + token * a.out.token + column;
         T value = y[t * seat.channels + seat.column];

@@ -21,11 +21,15 @@ _BACKWARD = struct.Struct("q" + PROBLEM + "34q").pack
 ENOUGH, WANTED = 256, 1024
 
 
+# Up to how many states a thread of a channel has how many, and threads of a block: csrc/selective_scan/cuda.h's with_shape.
+_SHAPES = ((1, 1, 64), (4, 4, 64), (8, 4, 128), (16, 4, 192), (128, 4, 64), (256, 8, 128))
+
+
 def _tiles(state: int, width: int, wide: bool) -> int:
     """Tiles of channels of a group of `width`: what csrc/selective_scan/cuda.h's Cut makes of it."""
-    states, threads = (8, 64) if wide else (1, 64) if state == 1 else (4, 256 if 8 < state <= 16 else 128) if state <= 128 else (8, 128)
-    share = 1 << max(0, math.ceil(math.log2(-(-state // states))))
-    return -(-width // min(64, threads // share, _round_up(width, max(1, 32 // share))))
+    states, threads = (8, 64) if wide else next(shape for most, *shape in _SHAPES if state <= most)
+    share = 1 << (-(-state // states) - 1).bit_length()
+    return -(-width // min(64, threads // share))
 
 
 def _round_up(value: int, unit: int) -> int:
