@@ -4,8 +4,8 @@ Correctness first: the contract suite on CUDA tensors for the Triton and the CUD
 beyond 2**31, a second stream, graph capture and replay, compile and autocast, equal bits, memory. Then the table of times against what a user would
 run instead and against the floors. Writes gpu.json, gpu.md and gpu.png; the summary comes last; exits with 1 where a check failed.
 
---peers: a folder with a built mamba_ssm (and causal_conv1d) and fla; a peer that does not import is reported absent. --rehearse: everything at sizes
-of a toy, on the CPU where there is no GPU (with MEDSSM_CUDA_LIBRARY=an emulated library, TRITON_INTERPRET=1): the script runs, its times mean nothing.
+--peers: a folder with a built mamba_ssm (and causal_conv1d) and fla; a peer that does not import is reported absent. --rehearse: everything at toy
+sizes, on the CPU where there is no GPU (MEDSSM_CUDA_LIBRARY=an emulated library, TRITON_INTERPRET=1): the script runs, its times mean nothing.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def goals(results: dict) -> list[tuple[str, float | None, float]]:
 
 def summary(results: dict) -> str:
     where = results["machine"]
-    lines = ["", f"{where['device'] or 'no GPU'}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}, {results['seconds']:.0f} s"]
+    ran = f"{where['device'] or 'no GPU'}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}, {results['seconds']:.0f} s"
+    lines = ["", ran]
     lines += [f"  {name}: {outcome['said'].splitlines()[0]}" for name, outcome in results["checks"].items()]
     for what, reached, wanted in goals(results):
         verdict = "not measured" if reached is None else f"{reached:.2f}, {'met' if reached >= wanted else 'missed'}"
@@ -76,10 +77,12 @@ def summary(results: dict) -> str:
 
 def markdown(results: dict) -> str:
     where = results["machine"]
-    lines = [f"# On a GPU: {where['device'] or 'none, a rehearsal'}, {where['date']}, commit {where['commit']}", "",
-             f"driver {where['driver'] or 'none'}, torch {where['torch']}, triton {where['triton']}, library for {where['library'] or 'nothing'}; bf16, "
-             "medians, the sides take turns, inputs outgrow the second-level cache. "
-             f"Floor: {results['floor']['bytes'] / 1e12:.2f} TB/s copied, {results['floor']['exps'] / 1e12:.2f} T exponentials/s.", "", "## Checks", ""]
+    speeds = results["floor"]
+    lines = [
+        f"# On a GPU: {where['device'] or 'none, a rehearsal'}, {where['date']}, commit {where['commit']}", "",
+        f"driver {where['driver'] or 'none'}, torch {where['torch']}, triton {where['triton']}, library for {where['library'] or 'nothing'}; "
+        "bf16, medians, the sides take turns, inputs outgrow the second-level cache. "
+        f"Floor: {speeds['bytes'] / 1e12:.2f} TB/s copied, {speeds['exps'] / 1e12:.2f} T exponentials/s.", "", "## Checks", ""]
     lines += [f"- {name}: {outcome['said'].splitlines()[0]}" for name, outcome in results["checks"].items()]
     lines += ["", "## Times", "", "| row | figures |", "|---|---|"]
     lines += [f"| {row['title']} | {'; '.join(cells(row))} |" for row in results["rows"]]

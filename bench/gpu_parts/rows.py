@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from gpu_parts import peers
-from gpu_parts.timing import DEVICE, Floor, copies, peak_memory, times
 
 import medssm
+from gpu_parts import peers
+from gpu_parts.timing import DEVICE, Floor, copies, peak_memory, times
 from medssm import ops, orders
 
 OURS = ("cuda", "triton")
