@@ -1,6 +1,7 @@
 """Which backend serves a call: one readable priority list, and a reason for every refusal.
 
-Every op registers its backends here. `auto` takes the first of PRIORITY that this machine has and that serves the arguments.
+Every op registers its backends here. `auto` takes the first of PRIORITY that this machine has and that serves the arguments;
+on a GPU, medssm/thresholds.py says by size which comes first.
 `backend=` on a call raises where that backend cannot serve; `use_backend` and the environment variable MEDSSM_BACKEND express
 a preference: the call falls back with one logged reason, unless `strict`.
 """
@@ -14,6 +15,8 @@ import os
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
+
+from medssm import thresholds
 
 logger = logging.getLogger("medssm")
 
@@ -112,10 +115,18 @@ def choose(op: str, backend: str | None, args: tuple) -> str:
         if forced:
             raise ValueError(f"backend={wanted!r} cannot serve this {op}: {why}")
         _tell(op, wanted, why)
-    for name in PRIORITY:
+    for name in _priority(op, args[0]):
         if _why_not(op, name, args) is None:
             return name
     raise AssertionError("the reference serves every call")
+
+
+def _priority(op: str, tensor) -> tuple[str, ...]:
+    """PRIORITY; for a tensor on a GPU what thresholds.FIRST names comes first."""
+    if not tensor.is_cuda:
+        return PRIORITY
+    name = thresholds.first(op, tensor.numel())
+    return (name, *(other for other in PRIORITY if other != name))
 
 
 def free(backend: str | None, name: str) -> bool:

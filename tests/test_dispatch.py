@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import medssm
-from medssm import dispatch, ops
+from medssm import dispatch, ops, thresholds
 
 
 def arguments():
@@ -38,6 +38,21 @@ def test_explain_gives_every_reason():
     assert meta["chosen"] == "reference" and "meta" in meta["native"]
     with pytest.raises(ValueError, match="op: expected one of"):
         medssm.explain("scan", 1)
+
+
+def test_on_a_gpu_the_table_of_thresholds_says_which_backend_is_asked_first(monkeypatch):
+    class OnGpu:
+        is_cuda = True
+
+        def __init__(self, elements):
+            self.numel = lambda: elements
+
+    assert set(thresholds.FIRST) == set(medssm.backends())
+    assert all(rows[-1][0] == float("inf") for rows in thresholds.FIRST.values())
+    monkeypatch.setitem(thresholds.FIRST, "selective_scan", ((1000, "triton"), (float("inf"), "cuda")))
+    assert dispatch._priority("selective_scan", OnGpu(1000)) == ("triton", "cuda", "native", "reference")
+    assert dispatch._priority("selective_scan", OnGpu(1001)) == dispatch.PRIORITY
+    assert dispatch._priority("selective_scan", torch.ones(1)) == dispatch.PRIORITY
 
 
 def test_use_backend_is_a_context_manager_and_a_setter():
