@@ -1,8 +1,9 @@
 // What the scan's kernels on a GPU share: how the work is cut, and tiles of tokens in shared memory.
 //
 // The state of a channel lies in the registers of `share` neighbouring threads, kStates of them in each; so a warp has 32 / share channels, and a block
-// up to 64 (48 of 16 states: 96, 192 and 384 channels fill such tiles). Time runs serially inside a block. With one block per 64 channels a batch of one would leave most of a GPU idle: so time is cut into chunks,
-// which a first pass scans from a zero state, a second joins, and a third scans again from the right state (see cuda_forward.cu).
+// up to 64 (48 of 16 states: 96, 192 and 384 channels fill such tiles). Time runs serially inside a block. With one block per 64 channels a batch of
+// one would leave most of a GPU idle: so time is cut into chunks, which a first pass scans from a zero state, a second joins, and a third scans again
+// from the right state (see cuda_forward.cu).
 //
 // A tile is kSteps steps of the walk. The block reads it with channels along its threads, which any order and most strides give whole sectors,
 // works the step size out once per token and channel, and then every thread finds s and s u of its channel and B and C of its states in shared memory.
@@ -59,7 +60,7 @@ struct Cut {
 template <class S> struct Seat {
   using T = typename S::T;
   int share, channels, states;        // of the cut; states of a channel, zeros included
-  int batch, chunk, from, end;        // the chunk's steps
+  int batch, chunk, from, end;        // from, end: the chunk's steps
   int tile, within, group, first;     // the tile of channels, in all and in its group; the group; the first channel
   int live;                           // channels of the tile that exist
   int channel, state;                 // this thread's: channel of the tile, first state

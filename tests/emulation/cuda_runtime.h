@@ -1,7 +1,7 @@
 // CUDA's runtime as far as medssm's kernels use it, on a CPU: for tests without a GPU.
 //
 // A block's threads are fibers of one thread, run in turn: each up to its next __syncthreads or shuffle, which it leaves when all threads of the block
-// or the warp have arrived. Blocks run one after another. A block whose threads wait at different places stops the process with a message.
+// or the warp have arrived; now the first thread goes first, now the last, so that what depends on their order shows. Blocks run one after another. A block whose threads wait at different places stops the process with a message.
 // A block's shared memory starts out as NaNs, so that what is read before it is written shows.
 #pragma once
 #include <ucontext.h>
@@ -97,9 +97,10 @@ inline void run_block(int count) {
     state.fibers[i]->waits = kRuns;
     state.turn[i] = 0;
   }
-  for (;;) {
+  for (bool forwards = true;; forwards = !forwards) {
     bool ran = false, done = true;
-    for (int i = 0; i < count; ++i) {
+    for (int k = 0; k < count; ++k) {
+      const int i = forwards ? k : count - 1 - k;
       if (state.fibers[i]->waits == kRuns) {
         resume(i);
         ran = true;
