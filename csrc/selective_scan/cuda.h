@@ -23,13 +23,14 @@ template <class T_, int kStates_, int kShare_, int kThreads_, int kSteps_, int k
   using T = T_;
   static constexpr int kStates = kStates_, kShare = kShare_, kThreads = kThreads_, kSteps = kSteps_, kBack = kBack_;
   static constexpr bool kKeep = kKeep_;
+  template <int kOf> static constexpr int kRows = kOf / (kShare ? kShare : 1);  // of a tile of kOf steps, a thread's where it works token by token
 };
 
 // Calls body(Shape) with the shape that serves a problem.
 template <class Body> void with_shape(const Problem& p, Body&& body) {
   if (p.wide) body(Shape<double, 8, 0, 64, 4, 2, false>{});
-  else if (p.state == 1) body(Shape<float, 1, 1, 64, 16, 8, true>{});
-  else if (p.state > 4 && p.state <= 8) body(Shape<float, 4, 2, 128, 16, 8, true>{});
+  else if (p.state == 1) body(Shape<float, 1, 1, 64, 8, 8, true>{});
+  else if (p.state > 4 && p.state <= 8) body(Shape<float, 4, 2, 128, 8, 8, true>{});
   else if (p.state > 8 && p.state <= 16) body(Shape<float, 4, 4, 192, 16, 8, true>{});
   else if (p.state <= 128) body(Shape<float, 4, 0, 64, 8, 8, true>{});
   else body(Shape<float, 8, 0, 128, 8, 4, false>{});
@@ -138,13 +139,13 @@ class Starts {
 // Several numbers that one instruction moves.
 template <class T, int kCount> struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack { T at[kCount]; };
 
-// What goes before the softplus at a token of a channel.
-template <class T> MEDSSM_INLINE T raw_step(const Problem& p, int64_t batch, int64_t token, int64_t channel) {
-  const int64_t at = batch * p.delta.batch + token * p.delta.token;
+// What goes before the softplus at a token of a channel, from the tensor's own value where there is one for every channel.
+template <class T> MEDSSM_INLINE T raw_step(const Problem& p, int batch, int64_t token, int channel, T delta) {
   T x = p.bias ? static_cast<const T*>(p.bias)[channel] : T(0);
-  if (p.rank == 0) return x + read<T>(p.delta.data, p.delta.type, at + channel * p.delta.channel);
+  if (p.rank == 0) return x + delta;
+  const int64_t at = batch * p.delta.batch + token * p.delta.token;
 #pragma unroll 1
-  for (int64_t r = 0; r < p.rank; ++r)  // delta_proj lies as (r, d) here: neighbours read neighbours
+  for (int r = 0; r < p.rank; ++r)  // delta_proj lies as (r, d) here: neighbours read neighbours
     x = fma(read<T>(p.delta.data, p.delta.type, at + r * p.delta.channel), static_cast<const T*>(p.proj)[r * p.channels + channel], x);
   return x;
 }
@@ -156,42 +157,78 @@ template <class T> MEDSSM_INLINE T read_token(const Tokens& x, int64_t batch, in
   return read<T>(x.data, x.type, batch * x.batch + token * x.token + channel * x.channel);
 }
 
-// Rows of B or C of a tile, states beyond the last and steps behind the end as zeros.
-template <class S, int kSteps>
-__device__ void stage_rows(const Problem& p, const Seat<S>& seat, const Rows& rows, int from, int count, typename S::T* to) {
+// A thread's share of a tile on its way into shared memory: one channel at kRows of its steps, from its step number `row` on. `load` only asks memory for
+// it, so that a kernel can work on one tile while the next is under way. kInput: u too, for s u; kGradient: dout and z, for dy = dout scale silu(z).
+template <class S, int kSteps, bool kInput, bool kGradient, int kRows = S::template kRows<kSteps>> class Columns {
+ public:
   using T = typename S::T;
+
+  __device__ void load(const Problem& p, const Seat<S>& seat, int from, int end, const Tokens* dout, int row = 0) {
+    first_ = seat.row + row * seat.rows;
+    from_ = from;
+    count_ = seat.column < seat.live ? least(kSteps, end - from) : 0;
+    const int channel = seat.first + seat.column;
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int t = first_ + k * seat.rows;
+      if (t >= count_) continue;
+      const int64_t token = token_at(p, from + t);
+      if (p.rank == 0) ask(p.delta, seat.batch, token, channel, &delta_[k]);
+      if (kInput) ask(p.u, seat.batch, token, channel, &u_[k]);
+      if (kGradient) ask(*dout, seat.batch, token, channel, &dout_[k]);
+      if (kGradient && p.z.data) ask(p.z, seat.batch, token, channel, &z_[k]);
+    }
+  }
+
+  // s, s u and dy of the tile, zeros where there is no step or no channel.
+  __device__ void store(const Problem& p, const Seat<S>& seat, const Tokens* dout, T* s, T* su, T* dy) const {
+    const int channel = seat.first + seat.column;
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int t = first_ + k * seat.rows;
+      if (t >= kSteps) break;
+      T step = 0, input = 0, gradient = 0;
+      if (t < count_) {
+        const int64_t token = p.rank ? token_at(p, from_ + t) : 0;
+        step = step_size<T>(p, raw_step<T>(p, seat.batch, token, channel, p.rank ? T(0) : delta_[k].value(p.delta.type))).value;
+        if (kInput) input = step * u_[k].value(p.u.type);
+        if (kGradient) {
+          gradient = static_cast<T>(p.scale) * dout_[k].value(dout->type);
+          if (p.z.data) gradient *= silu<T>(z_[k].value(p.z.type));
+        }
+      }
+      const int at = t * seat.channels + seat.column;
+      s[at] = step;
+      if (kInput) su[at] = input;
+      if (kGradient) dy[at] = gradient;
+    }
+  }
+
+ private:
+  static MEDSSM_INLINE void ask(const Tokens& x, int batch, int64_t token, int channel, Bits<T>* bits) {
+    bits->load(x.data, x.type, batch * x.batch + token * x.token + channel * x.channel);
+  }
+  int from_, count_, first_;
+  Bits<T> delta_[kRows], u_[kInput ? kRows : 1], dout_[kGradient ? kRows : 1], z_[kGradient ? kRows : 1];
+};
+
+// Rows of B and, where asked, C of a tile, states beyond the last and steps behind the end as zeros.
+template <class S, int kSteps>
+__device__ void stage_rows(const Problem& p, const Seat<S>& seat, int from, int end, typename S::T* B, typename S::T* C) {
+  using T = typename S::T;
+  const int count = least(kSteps, end - from);
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kSteps * seat.states; i += seat.channels * seat.share) {
     const int t = i / seat.states, n = i % seat.states;
-    T value = 0;
-    if (t < count && n < p.state)
-      value = read<T>(rows.data, rows.type, seat.batch * rows.batch + token_at(p, from + t) * rows.token + seat.group * rows.group + n * rows.state);
-    to[i] = value;
-  }
-}
-
-// s, and where asked s u and dy = dout scale silu(z), of a tile; zeros where there is no step or no channel.
-template <class S, int kSteps>
-__device__ void stage_steps(const Problem& p, const Seat<S>& seat, int from, int count, const Tokens* dout, typename S::T* s, typename S::T* su,
-                            typename S::T* dy) {
-  using T = typename S::T;
-  const int64_t channel = seat.first + seat.column;
-#pragma unroll 2
-  for (int t = seat.row; t < kSteps; t += seat.rows) {
-    T step = 0, input = 0, gradient = 0;
-    if (t < count && seat.column < seat.live) {
+    const bool there = t < count && n < p.state;
+    Bits<T> b, c;
+    if (there) {
       const int64_t token = token_at(p, from + t);
-      step = step_size<T>(p, raw_step<T>(p, seat.batch, token, channel)).value;
-      if (su) input = step * read_token<T>(p.u, seat.batch, token, channel);
-      if (dy) {
-        gradient = static_cast<T>(p.scale) * read_token<T>(*dout, seat.batch, token, channel);
-        if (p.z.data) gradient *= silu<T>(read_token<T>(p.z, seat.batch, token, channel));
-      }
+      if (B) b.load(p.B.data, p.B.type, seat.batch * p.B.batch + token * p.B.token + seat.group * p.B.group + n * p.B.state);
+      if (C) c.load(p.C.data, p.C.type, seat.batch * p.C.batch + token * p.C.token + seat.group * p.C.group + n * p.C.state);
     }
-    const int at = t * seat.channels + seat.column;
-    s[at] = step;
-    if (su) su[at] = input;
-    if (dy) dy[at] = gradient;
+    if (B) B[i] = there ? b.value(p.B.type) : T(0);
+    if (C) C[i] = there ? c.value(p.C.type) : T(0);
   }
 }
 

@@ -8,6 +8,8 @@
 //
 // dB and dC are sums over channels: within a warp by shuffles that halve the values at each step, over a block's warps through shared memory, over
 // tiles of channels by PyTorch. What is summed over time is added in registers and, over chunks, by PyTorch. Every sum has a fixed order: no atomics.
+#include <type_traits>
+
 #include "cuda.h"
 
 namespace medssm {
@@ -35,7 +37,7 @@ template <class S> size_t local_bytes(const Cut& cut) {
   return sizeof(typename S::T) * S::kSteps * (2 * cut.channels + cut.share * S::kStates) + 16;
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 1024 / S::kThreads : 1) local_adjoint(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1) local_adjoint(Arguments a, Cut cut) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Problem& p = a.problem;
@@ -46,12 +48,16 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 102
   T rates[kStates], g[kStates] = {}, span = 0;
   seat.load_rates(p, rates);
   bool cut_inside = false;
-  for (int from = seat.from + (seat.end - 1 - seat.from) / kSteps * kSteps; from >= seat.from; from -= kSteps) {
-    const int count = least(kSteps, seat.end - from);
-    if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
-    stage_steps<S, kSteps>(p, seat, from, count, &a.dout, s, nullptr, dy);
-    stage_rows<S, kSteps>(p, seat, p.C, from, count, C);
+  const int last = seat.from + (seat.end - 1 - seat.from) / kSteps * kSteps;
+  Columns<S, kSteps, false, true> columns;
+  columns.load(p, seat, last, seat.end, &a.dout);
+#pragma unroll 1
+  for (int from = last; from >= seat.from; from -= kSteps) {
+    if (threadIdx.x == 0) *fresh = starts.mask(p, from, least(kSteps, seat.end - from));
+    columns.store(p, seat, &a.dout, s, nullptr, dy);
+    stage_rows<S, kSteps>(p, seat, from, seat.end, nullptr, C);
     __syncthreads();
+    if (from > seat.from) columns.load(p, seat, from - kSteps, seat.end, &a.dout);
     const unsigned anew = *fresh;
     T part = 0;
 #pragma unroll 2
@@ -115,7 +121,7 @@ template <class S> struct Tile {
 template <class S> __device__ void advance(const Seat<S>& seat, const Tile<S>& tile, const typename S::T* rates, typename S::T* h) {
   using T = typename S::T;
   const unsigned anew = *tile.fresh;
-#pragma unroll
+#pragma unroll 2
   for (int t = 0; t < S::kBack; ++t) {
     if (anew >> t & 1) {
 #pragma unroll
@@ -135,7 +141,7 @@ __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, c
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
   const unsigned anew = *tile.fresh;
-  constexpr int kAnew = (kBack + 1) / 3;  // the first steps' exponentials are worked out twice: kept, they would spill
+  constexpr int kAnew = kBack / 2;  // the first steps' exponentials are worked out twice: kept, they would spill
   T e[kBack - kAnew][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, unless that begins anew
 #pragma unroll
   for (int t = 0; t < kBack; ++t) {
@@ -201,7 +207,7 @@ __device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile
                              typename S::T* dbias) {
   using T = typename S::T;
   const Problem& p = a.problem;
-  const int64_t channel = seat.first + seat.column;
+  const int channel = seat.first + seat.column;
   const int column = S::kBack * seat.channels;
   const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[channel] : T(0);
 #pragma unroll 1
@@ -212,7 +218,7 @@ __device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile
       const int64_t token = token_at(p, from + t);
       const T u = read_token<T>(p.u, seat.batch, token, channel), dy = tile.dy[at];
       const T along_A = tile.along[column + at], along_B = tile.along[2 * column + at];
-      const Softplus<T> step = step_size<T>(p, raw_step<T>(p, seat.batch, token, channel));
+      const Softplus<T> step = step_size<T>(p, raw_step<T>(p, seat.batch, token, channel, p.rank ? T(0) : read_token<T>(p.delta, seat.batch, token, channel)));
       dstep = fma(u, along_B, static_cast<T>(kLn2) * along_A) * step.slope;
       *dbias += dstep;
       *dD = fma(dy, u, *dD);
@@ -279,7 +285,7 @@ template <class S> __device__ void write_low_rank(const Arguments& a, const Seat
   }
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 384 / S::kThreads : 1) apply_adjoint(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2 ? 2 : S::kShare ? 384 / S::kThreads : 1) apply_adjoint(Arguments a, Cut cut) {
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
   const Problem& p = a.problem;
@@ -293,14 +299,18 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 38
   for (int i = 0; i < kStates; ++i)
     g[i] = later && seat.has(p, i) ? later[cut.chunks > 1 ? seat.in_chunks(p, cut.chunks, seat.chunk, i) : seat.in_state(p, i)] : T(0);
 
-  const auto stage = [&](int from, int end, bool with_gradients) {
-    const int count = least(kBack, end - from);
-    if (threadIdx.x == 0) *tile.fresh = starts.mask(p, from, count);
-    stage_steps<S, kBack>(p, seat, from, count, with_gradients ? &a.dout : nullptr, tile.s, tile.su, with_gradients ? tile.dy : nullptr);
-    stage_rows<S, kBack>(p, seat, p.B, from, count, tile.B);
-    if (with_gradients) stage_rows<S, kBack>(p, seat, p.C, from, count, tile.C);
+  const auto stage = [&](int from, int end, auto gradients) {
+    constexpr bool kGradients = decltype(gradients)::value;
+    if (threadIdx.x == 0) *tile.fresh = starts.mask(p, from, least(kBack, end - from));
+    constexpr int kRows = S::template kRows<kBack>, kAtOnce = S::kKeep ? least(kRows, 2) : 1;
+#pragma unroll 1
+    for (int row = 0; row < kRows; row += kAtOnce) {
+      Columns<S, kBack, true, kGradients, kAtOnce> columns;
+      columns.load(p, seat, from, end, &a.dout, row);
+      columns.store(p, seat, &a.dout, tile.s, tile.su, kGradients ? tile.dy : nullptr);
+    }
+    stage_rows<S, kBack>(p, seat, from, end, tile.B, kGradients ? tile.C : nullptr);
     __syncthreads();
-    return count;
   };
 
   for (int run = (seat.end - 1) / kRun * kRun; run >= seat.from; run -= kRun) {
@@ -323,7 +333,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 38
 #pragma unroll
           for (int i = 0; i < kStates; ++i) kept[(j - 1) * seat.channels * seat.share].at[i] = h[i];
         }
-        stage(run + j * kBack, end, false);
+        stage(run + j * kBack, end, std::false_type{});
         advance<S>(seat, tile, rates, h);
         __syncthreads();
       }
@@ -339,7 +349,8 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 38
 #pragma unroll
         for (int i = 0; i < kStates; ++i) h[i] = kept[(j - 1) * seat.channels * seat.share].at[i];
       }
-      const int from = run + j * kBack, count = stage(from, end, true);
+      const int from = run + j * kBack, count = least(kBack, end - from);
+      stage(from, end, std::true_type{});
       retreat<S>(seat, tile, p.z.data != nullptr, rates, h, g, dA);
       __syncthreads();
       write_tokens<S>(a, seat, tile, from, count, &dD, &dbias);

@@ -24,7 +24,7 @@ template <class S> size_t tile_bytes(const Cut& cut, int columns, int rows) {
   return sizeof(typename S::T) * S::kSteps * (columns * cut.channels + rows * cut.share * S::kStates) + 16;
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 1024 / S::kThreads : 1) local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1) local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Seat<S> seat(p, cut, 0, cut.chunks - 1);  // the last chunk's end leads nowhere
@@ -34,12 +34,15 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 102
   T rates[kStates], h[kStates] = {}, span = 0;
   seat.load_rates(p, rates);
   bool cut_inside = false;
+  Columns<S, kSteps, true, false> columns;
+  columns.load(p, seat, seat.from, seat.end, nullptr);
+#pragma unroll 1
   for (int from = seat.from; from < seat.end; from += kSteps) {
-    const int count = least(kSteps, seat.end - from);
-    if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
-    stage_steps<S, kSteps>(p, seat, from, count, nullptr, s, su, nullptr);
-    stage_rows<S, kSteps>(p, seat, p.B, from, count, B);
+    if (threadIdx.x == 0) *fresh = starts.mask(p, from, least(kSteps, seat.end - from));
+    columns.store(p, seat, nullptr, s, su, nullptr);
+    stage_rows<S, kSteps>(p, seat, from, seat.end, B, nullptr);
     __syncthreads();
+    if (from + kSteps < seat.end) columns.load(p, seat, from + kSteps, seat.end, nullptr);
     const unsigned anew = *fresh;
     T part = 0;
 #pragma unroll 2
@@ -65,7 +68,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 102
     sums[(seat.batch * cut.chunks + seat.chunk) * p.channels + seat.first + seat.channel] = cut_inside ? static_cast<T>(INFINITY) : span;
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1) apply(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 576 / S::kThreads : 1) apply(Arguments a, Cut cut) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Problem& p = a.problem;
@@ -83,6 +86,9 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
   const int64_t column = seat.first + seat.column;
   const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[column] : T(0);
 
+  Columns<S, kSteps, true, false> columns;
+  columns.load(p, seat, seat.from, seat.end, nullptr);
+#pragma unroll 1
   for (int from = seat.from; from < seat.end; from += kSteps) {
     const int count = least(kSteps, seat.end - from);
     if (a.checkpoints && from % a.spacing == 0) {
@@ -93,10 +99,10 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
                                          seat.channel] = h[i];
     }
     if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
-    stage_steps<S, kSteps>(p, seat, from, count, nullptr, s, su, nullptr);
-    stage_rows<S, kSteps>(p, seat, p.B, from, count, B);
-    if (a.out.data) stage_rows<S, kSteps>(p, seat, p.C, from, count, C);
+    columns.store(p, seat, nullptr, s, su, nullptr);
+    stage_rows<S, kSteps>(p, seat, from, seat.end, B, a.out.data ? C : nullptr);
     __syncthreads();
+    if (from + kSteps < seat.end) columns.load(p, seat, from + kSteps, seat.end, nullptr);
     const unsigned anew = *fresh;
 #pragma unroll 2
     for (int t = 0; t < kSteps; ++t) {

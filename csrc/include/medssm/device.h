@@ -63,6 +63,26 @@ template <class T> MEDSSM_INLINE void write(void* data, int64_t type, int64_t at
   }
 }
 
+// The same in two halves, so that several loads are under way before the first is waited for: the bits as they lie in memory, and what they mean.
+template <class T> struct Bits;
+template <> struct Bits<float> {
+  uint32_t bits;
+  MEDSSM_INLINE void load(const void* data, int64_t type, int64_t at) {
+    if (type == kFloat32) bits = static_cast<const uint32_t*>(data)[at];
+    else bits = static_cast<const uint16_t*>(data)[at];
+  }
+  MEDSSM_INLINE float value(int64_t type) const {
+    if (type == kFloat32) return bit_cast<float>(bits);
+    if (type == kBFloat16) return bit_cast<float>(bits << 16);
+    return to_compute<float>(Float16{static_cast<uint16_t>(bits)});
+  }
+};
+template <> struct Bits<double> {
+  double number;
+  MEDSSM_INLINE void load(const void* data, int64_t type, int64_t at) { number = read<double>(data, type, at); }
+  MEDSSM_INLINE double value(int64_t) const { return number; }
+};
+
 #if defined(__CUDACC__)
 // The block's shared memory.
 template <class T> __device__ T* shared_memory() {
