@@ -35,8 +35,8 @@ FLAGS = [
 ]
 # What GPUs of a major version share; code for the last one is kept as PTX too, which the driver compiles for newer ones.
 CUDA_ARCHS = os.environ.get("MEDSSM_CUDA_ARCHS", "80 90 100").split()
-CUDA_FLAGS = ["-std=c++17", "-O3", "-DMEDSSM_DEVICE", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", "-Wno-deprecated-gpu-targets"]
-EMULATE = ["-x", "c++", "-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-DMEDSSM_DEVICE", "-Wall", "-Wno-unknown-pragmas"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-DMEDSSM_DEVICE", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
+EMULATE = ["-x", "c++", *FLAGS, "-O1", "-DMEDSSM_DEVICE", "-Wno-unknown-pragmas"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 

@@ -13,6 +13,7 @@ import os
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,11 +35,10 @@ def reason() -> str | None:
 
 def refuse(*tensors: torch.Tensor | None) -> str | None:
     """Why these kernels cannot serve these tensors, or None."""
-    device = "cpu" if INTERPRETED else "cuda"
     for t in tensors:
-        if t is not None and (t.device.type != device or t.dtype not in DTYPES):
+        if t is not None and (t.device.type != DEVICE or t.dtype not in DTYPES):
             served = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            return f"it serves {served} on {device}, got {str(t.dtype).removeprefix('torch.')} on {t.device}"
+            return f"it serves {served} on {DEVICE}, got {str(t.dtype).removeprefix('torch.')} on {t.device}"
     return None
 
 

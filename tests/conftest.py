@@ -11,6 +11,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "ci", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
+# For backends that run slowly here: Triton's interpreter, CUDA kernels emulated.
+settings.register_profile(
+    "brief", deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 settings.register_profile("deep", deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

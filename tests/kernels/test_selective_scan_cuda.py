@@ -1,4 +1,4 @@
-"""What is special about the CUDA kernels of selective scan: chunks of time, shapes of blocks. On a GPU, or emulated (see tests/ops/test_emulation.py)."""
+"""What is special about the CUDA kernels of selective scan: chunks of time, shapes of blocks. On a GPU, or emulated (test_slow_backends.py)."""
 
 from __future__ import annotations
 

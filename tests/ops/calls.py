@@ -1,26 +1,32 @@
-"""Random calls of every op, for the contract suite: what hypothesis draws, and how to run a call on a backend."""
+"""Random calls of every op, for the contract suite: what hypothesis draws, and how to run a call on a backend.
+
+Tensors live on MEDSSM_TEST_DEVICE, the CPU unless said otherwise; numbers are always drawn on the CPU.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import strategies as st
 
 from medssm import backends, ops, orders
+from medssm.kernels import cuda, triton
 
 SEQUENCE = ("selective_scan", "causal_conv1d")  # with a state, a walk and `reverse`
 VOLUME = ("selective_scan_nd", "depthwise_conv")
 OPS = (*SEQUENCE, *VOLUME)
-BACKENDS = ("reference", "native")
+DEVICE = os.environ.get("MEDSSM_TEST_DEVICE", "cpu")
+SERVES = {"reference": DEVICE, "native": "cpu", "triton": triton.DEVICE, "cuda": cuda.DEVICE}  # the device that each backend works on
+BACKENDS = tuple(name for name, device in SERVES.items() if device == DEVICE and backends()["selective_scan"][name] == "ok")
 
 
 def available() -> list[tuple[str, str]]:
-    """Every (op, backend) of this machine. The native backend must be there: a build that failed is no reason to test less."""
-    have = backends()
-    assert have["selective_scan"]["native"] == "ok", have["selective_scan"]["native"]
-    return [(op, name) for op in OPS for name in have[op] if have[op][name] == "ok"]
+    """Every (op, backend) of this machine and device. On a CPU the native backend must be there: a build that failed is no reason to test less."""
+    assert DEVICE != "cpu" or "native" in BACKENDS, backends()["selective_scan"]["native"]
+    return [(op, name) for op in OPS for name in BACKENDS]
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Call:
         named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
         if gradients:
             generator = torch.Generator().manual_seed(1)
-            cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o.dtype) for o in outputs]
+            cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o) for o in outputs]
             live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]  # an empty walk's zero state has no input
             grads = torch.autograd.grad([o for o, _ in live], list(call.tensors.values()), [c for _, c in live], allow_unused=True)
             named |= {f"gradient of {k}": torch.zeros_like(t) if g is None else g
@@ -81,7 +87,15 @@ def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], forward
 
 
 def _normal(shape, seed, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def _rates(shape, seed):
+    return -4 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def permutation(length, seed):
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 @st.composite
@@ -116,7 +130,7 @@ def selective_scan(draw, small=False):
     tensors = {
         "u": _normal((batch, *spatial, channels), seed),
         "delta": steps((batch, *spatial, channels if rank is None else rank), seed + 1, rank is None and draw(st.booleans())),
-        "A": -torch.rand((channels, state), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 4,
+        "A": _rates((channels, state), seed),
         "B": _normal(bc, seed + 2), "C": _normal(bc, seed + 3)}
     optional = {"D": (channels,), "z": (batch, *spatial, channels), "delta_bias": (channels,), "initial_state": (batch, channels, state)}
     for i, (name, shape) in enumerate(optional.items()):
@@ -133,7 +147,7 @@ def selective_scan(draw, small=False):
             tensors["delta_bias"] = tensors["delta_bias"].abs()
     options = {"delta_softplus": softplus, "reverse": draw(st.booleans()), "return_final_state": draw(st.booleans()), "order": None}
     if kind == "index":
-        options["order"] = torch.randperm(spatial[0], generator=torch.Generator().manual_seed(seed))
+        options["order"] = permutation(spatial[0], seed)
     elif kind == "order":
         options["order"] = draw(any_order(len(spatial)))
     return Call("selective_scan", tensors, options)
@@ -154,7 +168,7 @@ def causal_conv1d(draw, small=False):
     options = {"activation": draw(st.sampled_from([None, "silu"])), "reverse": draw(st.booleans()),
                "return_final_state": draw(st.booleans()), "order": None}
     if kind == "index":
-        options["order"] = torch.randperm(spatial[0], generator=torch.Generator().manual_seed(seed))
+        options["order"] = permutation(spatial[0], seed)
     elif kind == "order":
         options["order"] = draw(any_order(len(spatial)))
     return Call("causal_conv1d", tensors, options)
@@ -172,7 +186,7 @@ def selective_scan_nd(draw, small=False):
     tensors = {
         "x": _normal((batch, *spatial, channels) if shared else (batch, *spatial, k, channels), seed),
         "delta": _normal((batch, *spatial, k, channels if rank is None else rank), seed + 1),
-        "A": -torch.rand((k, channels, state), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 4,
+        "A": _rates((k, channels, state), seed),
         "B": _normal(bc, seed + 2), "C": _normal(bc, seed + 3)}
     for i, (name, shape) in enumerate({"D": (k, channels), "z": (batch, *spatial, channels), "delta_bias": (k, channels)}.items()):
         if draw(st.booleans()):

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 import medssm
 from medssm import ops
-from tests.ops.calls import BACKENDS, OPS, SEQUENCE, Call, available, calls, compare
+from tests.ops.calls import BACKENDS, DEVICE, OPS, SEQUENCE, Call, available, calls, compare, permutation
 
 PAIRS = available()
 KERNELS = [(op, backend) for op, backend in PAIRS if backend != "reference"]
 every = pytest.mark.parametrize("op, backend", PAIRS)
 exact = pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if pair[1] != "triton"])  # it has no float64
+every_sequence = pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if pair[0] in SEQUENCE])
 every_kernel = pytest.mark.parametrize("op, backend", KERNELS)
 TOKENS = {"selective_scan": ("u", "delta", "B", "C", "z"), "causal_conv1d": ("x",), "selective_scan_nd": ("x", "delta", "B", "C", "z"),
           "depthwise_conv": ("x",)}
@@ -29,8 +30,14 @@ def token_dims(call: Call) -> int:
     return next(iter(call.tensors.values())).dim() - 2
 
 
-def test_every_op_has_both_backends():
-    assert {(op, b) for op in OPS for b in BACKENDS} <= set(PAIRS)
+@pytest.mark.parametrize("op", OPS)
+def test_triton_refuses_float64(op):
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton serves nothing here")
+    call = calls_example(op).to(torch.float64)
+    with pytest.raises(ValueError, match="serves float32, bfloat16, float16 on"):
+        call.run("triton")
+    assert medssm.explain(op, **call.tensors, **call.options)["chosen"] != "triton"
 
 
 @exact
@@ -113,7 +120,7 @@ def test_second_derivatives_of_a_kernel_raise(op, backend):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("op, backend", [p for p in PAIRS if p[0] in SEQUENCE])
+@every_sequence
 @given(data=st.data())
 def test_split_with_state_equals_whole(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32).with_options(order=None, return_final_state=True)
@@ -135,7 +142,7 @@ def test_split_with_state_equals_whole(op, backend, data):
     compare({"output": joined, "state": carried}, {"output": whole, "state": state}, 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("op, backend", [p for p in PAIRS if p[0] in SEQUENCE])
+@every_sequence
 @given(data=st.data())
 def test_reverse_equals_flipped(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32).with_options(order=None, return_final_state=True)
@@ -146,14 +153,14 @@ def test_reverse_equals_flipped(op, backend, data):
     compare({"output": out.flip(1), "state": state}, {"output": expected, "state": final}, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("op, backend", [p for p in PAIRS if p[0] in SEQUENCE])
+@every_sequence
 @given(data=st.data())
 def test_an_order_equals_gather_scan_scatter(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True, reverse=False)
     spatial = token_dims(call)
     flat = call.but(**{k: t.flatten(1, spatial) for k, t in call.tensors.items() if k in TOKENS[op]})
     length = next(iter(flat.tensors.values())).shape[1]
-    p = torch.randperm(length, generator=torch.Generator().manual_seed(length))
+    p = permutation(length, length)
     gathered = flat.but(**{k: t[:, p] for k, t in flat.tensors.items() if k in TOKENS[op]})
     expected, final = gathered.run(backend, order=None)
     out, state = flat.run(backend, order=p)
@@ -170,7 +177,7 @@ def test_linear_in_its_input(op, backend, data):
         call.tensors.pop(absent, None)
     name = next(iter(call.tensors))
     a = call.tensors[name]
-    b = torch.randn(a.shape, generator=torch.Generator().manual_seed(3))
+    b = torch.randn(a.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     together, one, two = (output(call.but(**{name: t}).run(backend)) for t in (2 * a - 3 * b, a, b))
     if together.numel():
         scale = (2 * one.abs() + 3 * two.abs()).max().clamp_min(1e-3)
@@ -199,7 +206,7 @@ def test_any_strides_and_nothing_written_outside(op, backend, data):
     for name, t in call.tensors.items():
         dims = list(data.draw(st.permutations(range(t.dim()))))
         step = data.draw(st.integers(1, 2))
-        big = torch.full([n * step + 2 for n in (t.shape[d] for d in dims)], math.nan)
+        big = torch.full([n * step + 2 for n in (t.shape[d] for d in dims)], math.nan, device=DEVICE)
         view = big[tuple(slice(1, 1 + n * step, step) for n in (t.shape[d] for d in dims))].permute([dims.index(i) for i in range(t.dim())])
         view.copy_(t)
         buffers[name], views[name] = big, view
@@ -211,7 +218,7 @@ def test_any_strides_and_nothing_written_outside(op, backend, data):
     outs = Call(op, leaves, call.options).run(backend)
     outs = outs if isinstance(outs, tuple) else (outs,)
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o.dtype) for o in outs]
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o) for o in outs]
     grads = torch.autograd.grad(outs, list(leaves.values()), cotangents, allow_unused=True)
     for (k, t), g in zip(leaves.items(), grads, strict=True):
         assert torch.equal(torch.zeros_like(t) if g is None else g, want[f"gradient of {k}"]), k
@@ -219,10 +226,9 @@ def test_any_strides_and_nothing_written_outside(op, backend, data):
         assert torch.equal(b.isnan(), before[k].isnan()) and torch.equal(b.nan_to_num(), before[k].nan_to_num()), k
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_sequence
 @given(data=st.data())
-def test_bdl_layout_equals_bld(backend, data):
-    op = data.draw(st.sampled_from(SEQUENCE))
+def test_bdl_layout_equals_bld(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True)
     tokens = {}
     for name in TOKENS[op]:
@@ -235,11 +241,10 @@ def test_bdl_layout_equals_bld(backend, data):
     assert torch.equal(got.movedim(1, -1), out) and torch.equal(final, state)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_sequence
 @given(data=st.data())
-def test_steps_equal_the_scan(backend, data):
-    op = data.draw(st.sampled_from(SEQUENCE))
-    call = data.draw(calls(op)).to(torch.float32).with_options(order=None, reverse=False, return_final_state=True)
+def test_steps_equal_the_scan(op, backend, data):
+    call = data.draw(calls(op, small=True)).to(torch.float32).with_options(order=None, reverse=False, return_final_state=True)
     flat = call.but(**{k: t.flatten(1, token_dims(call)) for k, t in call.tensors.items() if k in TOKENS[op]})
     whole, final = flat.run(backend)
     assume(0 < whole.shape[1] <= 9)
@@ -254,7 +259,7 @@ def test_steps_equal_the_scan(backend, data):
     compare({"output": torch.stack(outs, 1), "state": state}, {"output": whole, "state": final}, 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("op, backend", [p for p in PAIRS if p[0] in SEQUENCE])
+@every_sequence
 @given(data=st.data())
 def test_state_is_never_an_alias_and_empty_sequences_return_it(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True)
@@ -278,15 +283,18 @@ def calls_example(op: str) -> Call:
     g = torch.Generator().manual_seed(0)
 
     def n(*shape):
-        return torch.randn(shape, generator=g)
+        return torch.randn(shape, generator=g).to(DEVICE)
+
+    def rates(*shape):
+        return -torch.rand(shape, generator=g).to(DEVICE)
 
     return {
-        "selective_scan": lambda: Call(op, {"u": n(2, 13, 6), "delta": n(2, 13, 2), "A": -torch.rand((6, 4), generator=g), "B": n(2, 13, 4),
+        "selective_scan": lambda: Call(op, {"u": n(2, 13, 6), "delta": n(2, 13, 2), "A": rates(6, 4), "B": n(2, 13, 4),
                                             "C": n(2, 13, 4), "D": n(6), "z": n(2, 13, 6), "delta_bias": n(6), "initial_state": n(2, 6, 4),
                                             "delta_proj": n(6, 2)}, {"delta_softplus": True, "return_final_state": True}),
         "causal_conv1d": lambda: Call(op, {"x": n(2, 13, 6), "weight": n(6, 4), "bias": n(6), "initial_state": n(2, 6, 3)},
                                       {"activation": "silu", "return_final_state": True}),
-        "selective_scan_nd": lambda: Call(op, {"x": n(2, 3, 4, 6), "delta": n(2, 3, 4, 4, 2), "A": -torch.rand((4, 6, 4), generator=g),
+        "selective_scan_nd": lambda: Call(op, {"x": n(2, 3, 4, 6), "delta": n(2, 3, 4, 4, 2), "A": rates(4, 6, 4),
                                                "B": n(2, 3, 4, 4, 4), "C": n(2, 3, 4, 4, 4), "D": n(4, 6), "z": n(2, 3, 4, 6),
                                                "delta_bias": n(4, 6), "delta_proj": n(4, 6, 2)},
                                           {"delta_softplus": True, "orders": medssm.orders.cross2d()}),
@@ -362,7 +370,7 @@ def test_export_keeps_one_operator(op, backend):
 def test_autocast_never_reaches_the_recurrence(op, backend):
     call = calls_example(op)
     want = output(call.run(backend))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = output(call.run(backend))
     assert got.dtype is torch.float32 and torch.equal(got, want)
 
@@ -371,7 +379,7 @@ def test_autocast_never_reaches_the_recurrence(op, backend):
 def test_a_meta_tensor_costs_no_loop(op):
     """Shapes and dtypes of the outputs and gradients, of lengths that nothing could compute."""
     call, described = calls_example(op), []
-    for device in ("cpu", "meta"):
+    for device in (DEVICE, "meta"):
         tensors = {name: t.detach().to(device).requires_grad_() for name, t in call.tensors.items()}
         out = call.but(**tensors).run(None)
         outputs = out if isinstance(out, tuple) else (out,)
@@ -458,7 +466,7 @@ def test_a_wrong_shape_names_the_argument(op, backend):
 def test_a_wrong_device_names_the_argument(op, backend):
     call = calls_example(op)
     name = list(call.tensors)[1]
-    with pytest.raises(ValueError, match=f"{name}: expected device cpu"):
+    with pytest.raises(ValueError, match=f"{name}: expected device {DEVICE}"):
         call.but(**{name: call.tensors[name].to("meta")}).run(backend)
 
 
@@ -470,24 +478,37 @@ def test_what_is_no_tensor_raises(op, backend):
         call.but(**{name: [1.0]}).run(backend)
 
 
-def test_an_order_that_is_no_permutation_raises():
-    call = calls_example("selective_scan")
+@every_sequence
+def test_an_order_that_is_no_permutation_raises(op, backend):
+    call = calls_example(op)
     with pytest.raises(ValueError, match="order: expected a permutation"):
-        call.run("native", order=torch.zeros(13, dtype=torch.int64))
+        call.run(backend, order=torch.zeros(13, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match="order: expected an int64"):
-        call.run("native", order=torch.arange(5))
+        call.run(backend, order=torch.arange(5, device=DEVICE))
     with pytest.raises(TypeError, match="order: expected an Order"):
-        call.run("native", order="raster")
+        call.run(backend, order="raster")
 
 
-def test_more_than_two_to_the_31_bytes_are_addressed():
+@every
+def test_more_than_two_to_the_31_elements_are_addressed(op, backend):
     """Offsets are 64-bit: a strided view whose last token lies beyond 2**31 elements (a sparse buffer, never touched in between)."""
     stride = (2**31 + 4096) // 2
-    big = torch.empty(0).set_(torch.UntypedStorage(4 * (2 * stride + 8)), 0, (1, 3, 4), (0, stride, 1))
+    big = torch.empty(0, device=DEVICE).set_(torch.UntypedStorage(4 * (2 * stride + 8), device=DEVICE), 0, (1, 3, 4), (0, stride, 1))
     g = torch.Generator().manual_seed(0)
-    u = torch.randn(1, 3, 4, generator=g)
-    big.copy_(u)
-    rest = [torch.rand(1, 3, 4, generator=g), -torch.rand(4, 2, generator=g), torch.randn(1, 3, 2, generator=g), torch.randn(1, 3, 2, generator=g)]
-    assert torch.equal(ops.selective_scan(big, *rest, backend="native"), ops.selective_scan(u, *rest, backend="native"))
-    weight = torch.randn(4, 3, generator=g)
-    assert torch.equal(ops.causal_conv1d(big, weight, backend="native"), ops.causal_conv1d(u, weight, backend="native"))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g).to(DEVICE)
+
+    small = normal(1, 3, 4)
+    big.copy_(small)
+    rows = normal(1, 3, 1, 2)
+    rest = {
+        "selective_scan": {"delta": normal(1, 3, 4).abs(), "A": -normal(4, 2).abs(), "B": rows, "C": rows},
+        "selective_scan_nd": {"delta": normal(1, 3, 1, 4).abs(), "A": -normal(1, 4, 2).abs(), "B": rows, "C": rows},
+        "causal_conv1d": {"weight": normal(4, 3)},
+        "depthwise_conv": {"weight": normal(4, 3)},
+    }[op]
+    options = {"orders": [medssm.orders.raster()]} if op == "selective_scan_nd" else {}
+    name = next(iter(calls_example(op).tensors))
+    got, want = (Call(op, {name: t, **rest}, options).run(backend) for t in (big, small))
+    assert torch.equal(got, want)
