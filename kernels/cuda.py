@@ -94,6 +94,11 @@ def call(name: str, block: bytes, tensor: torch.Tensor) -> None:
         raise RuntimeError(f"{name} on {tensor.device}: {error.decode()}")
 
 
+def strided(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """The fields of device.h's Strided<dims>."""
+    return (0,) * (2 + dims) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride())
+
+
 def stream(tensor: torch.Tensor) -> int:
     """The stream that torch uses on the tensor's device at the moment."""
     return 0 if EMULATED else torch.cuda.current_stream(tensor.device).cuda_stream

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from medssm.kernels.causal_conv1d.walks import begins, state
 from medssm.kernels.triton import on, present, strides
 
 STEPS, CHANNELS = 32, 64  # of a tile
@@ -135,14 +136,14 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
     batch, length, channels = x.shape
     width = weight.shape[1]
     out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
-    begin = _begin(starts, length, width, reverse, x.device)
+    begin = begins(starts, length, width, reverse)
     if out.numel():
         with on(x):
             _forward[_grid(batch, length, channels)](
                 x, weight, *present(x, bias, initial_state, index, begin), out, length, channels, *x.stride(), *weight.stride(),
                 *strides(bias, 1), *strides(initial_state, 3), W=width, SILU=activation == "silu", BIAS=bias is not None,
                 INITIAL=initial_state is not None, WALK=index is not None, BEGINS=begin is not None, REVERSE=reverse, STEPS=STEPS, CHANNELS=CHANNELS)
-    return out, _state(x, width, index, begin, reverse, initial_state) if final else None
+    return out, state(x, width, index, begin, reverse, initial_state) if final else None
 
 
 def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, initial_state):
@@ -156,7 +157,7 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
         if dinitial is not None:
             dinitial.zero_() if dstate is None else dinitial.copy_(dstate)  # the empty walk's final state is its initial one
         return dx, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), dinitial
-    begin = _begin(starts, length, width, reverse, x.device)
+    begin = begins(starts, length, width, reverse)
     grid = _grid(batch, length + width - 1, channels)
     sums = torch.empty((grid[0], width + 1, channels), dtype=torch.float32, device=x.device)
     with on(x):
@@ -172,30 +173,3 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
 
 def _grid(batch: int, steps: int, channels: int) -> tuple[int, int]:
     return batch * triton.cdiv(steps, STEPS), triton.cdiv(channels, CHANNELS)
-
-
-def _begin(starts, length, width, reverse, device) -> torch.Tensor | None:
-    """(l,) the earliest step that each step sees; None where all see back to the initial state."""
-    if starts is None or not length:
-        return None
-    fresh = length - starts if reverse else starts
-    begin = torch.full((length + 1,), 1 - width, dtype=torch.int64, device=device).scatter_(0, fresh, fresh)
-    begin[0] = 1 - width  # the initial state precedes step 0
-    return begin[:length].cummax(0).values
-
-
-def _state(x, width, index, begin, reverse, initial_state) -> torch.Tensor:
-    """(b,d,w-1): the last w - 1 steps that the walk's end sees, oldest first, zeros before them."""
-    batch, length, channels = x.shape
-    state = x.new_zeros((batch, channels, width - 1))
-    for tap in range(width - 1):
-        step = length - (width - 1) + tap
-        if step >= 0:
-            token = length - 1 - step if reverse else step
-            kept = x[:, token] if index is None else x.index_select(1, index[token : token + 1])[:, 0]
-        elif initial_state is not None:
-            kept = initial_state[:, :, step + width - 1]
-        else:
-            continue
-        state[:, :, tap] = kept if begin is None else torch.where(begin[-1] <= step, kept, 0)
-    return state

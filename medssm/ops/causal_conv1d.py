@@ -7,7 +7,7 @@ import functools
 import torch
 
 from medssm import dispatch
-from medssm.kernels import triton
+from medssm.kernels import cuda, triton
 from medssm.kernels.causal_conv1d import native, reference
 from medssm.ops import checks, registration, walk
 
@@ -159,4 +159,4 @@ def _triton_refuses(x, weight, bias, initial_state):
         None if weight.shape[1] <= _WIDEST else f"it serves kernels of at most {_WIDEST} taps, got {weight.shape[1]}")
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses, cuda=cuda.refuse))

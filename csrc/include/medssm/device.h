@@ -63,6 +63,20 @@ template <class T> MEDSSM_INLINE void write(void* data, int64_t type, int64_t at
   }
 }
 
+// A tensor of any strides, in elements; data may be null where a call has none.
+template <int kDims> struct Strided {
+  const void* data;
+  int64_t type, stride[kDims];
+  template <class... I> MEDSSM_INLINE int64_t at(I... index) const {
+    static_assert(sizeof...(I) == kDims, "an index for each dimension");
+    const int64_t indices[] = {static_cast<int64_t>(index)...};
+    int64_t offset = 0;
+    for (int i = 0; i < kDims; ++i) offset += indices[i] * stride[i];
+    return offset;
+  }
+  template <class T, class... I> MEDSSM_INLINE T get(I... index) const { return read<T>(data, type, at(index...)); }
+};
+
 // The same in two halves, so that several loads are under way before the first is waited for: the bits as they lie in memory, and what they mean.
 template <class T> struct Bits;
 template <> struct Bits<float> {
