@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from medssm import dispatch
-from medssm.kernels import triton
+from medssm.kernels import cuda, triton
 from medssm.kernels.depthwise_conv import native, reference
 from medssm.ops import checks, registration
 
@@ -101,9 +101,10 @@ def _explained(x, weight, bias=None, activation=None, **_rest):
     return x, weight, bias
 
 
-def _triton_refuses(x, weight, bias):
-    return triton.refuse(x, weight, bias) or (
+def _gpu(library):
+    """What a GPU's kernels refuse: what their library does, and more axes than they have."""
+    return lambda x, weight, bias: library.refuse(x, weight, bias) or (
         None if x.dim() <= 5 else f"it serves up to three spatial axes, x has {x.dim() - 2}")
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_gpu(triton), cuda=_gpu(cuda)))
