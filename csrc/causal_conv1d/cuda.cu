@@ -211,7 +211,7 @@ template <class T, int kWidth> __global__ void __launch_bounds__(kThreads) backw
 }
 
 // Any width: a step gathers from the outputs that saw it; then each weight gathers over the run.
-template <class T> __global__ void __launch_bounds__(kThreads) backward_any(Arguments a) {
+template <class T> __global__ void __launch_bounds__(kThreads, 1) backward_any(Arguments a) {
   const int width = static_cast<int>(a.width);
   const Place place(a, ceil_div(a.length + width - 1, kRun), width - 1);
   const T bias = a.bias.data && place.live ? a.bias.get<T>(place.channel) : T(0);

@@ -104,7 +104,7 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads) convol
 
 // out (batch * shares, offsets + 1, channels), the compute type: the sum over a share's rows of g_p x_{p+o}, behind the offsets of g_p alone. g is dout
 // here. A block has a row of the kernel; the row through its centre sums g too.
-template <class T, int kSide> __global__ void __launch_bounds__(kThreads) weights(Arguments a) {
+template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) weights(Arguments a) {
   const int side = kSide ? kSide : static_cast<int>(a.side[2]);
   const int64_t tiles = ceil_div(a.channels, kColumns), rows_of_kernel = a.side[0] * a.side[1];
   const int channel = static_cast<int>(blockIdx.x % tiles) * kColumns + static_cast<int>(threadIdx.x) % kColumns;
@@ -128,11 +128,13 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads) weight
   // The sums of kCount offsets from `from` on, and of g.
   const auto gather = [&](int from, auto count, T* sums, T* total) {
     constexpr int kCount = decltype(count)::value;
+#pragma unroll 1
     for (int64_t row = first + threadIdx.x / kColumns; live && row < last; row += kRuns) {
       const int64_t z = row / a.size[1], y = row % a.size[1];
       const bool inside = z + kz >= 0 && z + kz < a.size[0] && y + ky >= 0 && y + ky < a.size[1];
       if (!inside && !central) continue;
       const int64_t g_line = a.dout.at(batch, z, y, 0, channel), x_line = inside ? a.x.at(batch, z + kz, y + ky, 0, channel) : 0;
+#pragma unroll 1
       for (int64_t begin = 0; begin < a.size[2]; begin += kRun) {
         Bits<T> g[kRun], seen[kRun + kCount - 1];
 #pragma unroll
