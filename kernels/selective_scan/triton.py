@@ -22,6 +22,7 @@ STATES = 16  # of a launch: as many vectors as stay in registers
 LANES = 32  # of a warp
 GROUP = 32  # chunks that the carry reads ahead
 SHELVES = 1024  # programs of a backward, for 16 states: eight on each multiprocessor of a large GPU; their shelves, 32 KB each, fit its cache
+HELD = 2  # steps whose states a backward holds at a time
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
@@ -63,7 +64,7 @@ class _Scan(NamedTuple):
     def options(self) -> dict:
         """What all kernels are compiled for."""
         n = self.A.shape[1]
-        return {"N": n, "K": 4 if n > 8 else 8, "RANK": 0 if self.proj is None else self.proj.shape[0], "BIAS": self.bias is not None,
+        return {"N": n, "K": 4 if n > 4 else 8, "RANK": 0 if self.proj is None else self.proj.shape[0], "BIAS": self.bias is not None,
                 "SOFTPLUS": self.softplus, "WALK": self.index is not None, "KEEP": self.keep is not None, "REVERSE": self.reverse, **OPTIONS}
 
 
@@ -220,7 +221,7 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             _carry(exits, sums, A, None if after is None else dstate[:, :, of], keep, steps, backward=True)
         A_sums = _floats(like, batch, chunks, A.shape[1], channels)
         B_sums, C_sums = (_floats(like, tiles // groups, *B.shape) for _ in range(2))
-        shelf = _floats(like, programs, chunk // options["K"], A.shape[1], LANES)
+        shelf = _floats(like, programs, chunk // HELD, A.shape[1], LANES)
         du_target, du_earlier = du.next()
         dz_target, dz_earlier = (None, None) if dz is None else dz.next()
         if low_rank:
@@ -237,7 +238,7 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             *C.stride(), *strides(z, 3), *saved.stride()[:2], *strides(exits, 4), *du_target.stride()[:2], *strides(du_earlier, 3)[:2],
             *delta_target.stride()[:2], *strides(delta_earlier, 3)[:2], *strides(dz_target, 3)[:2], *strides(dz_earlier, 3)[:2], *strides(into, 3),
             CHUNK=chunk, SKIP=D is not None, EXIT=exits is not None, INITIAL=into is not None, DU_EARLIER=du_earlier is not None,
-            DD_EARLIER=delta_earlier is not None, DZ_EARLIER=dz_earlier is not None, **options)
+            DD_EARLIER=delta_earlier is not None, DZ_EARLIER=dz_earlier is not None, **options | {"K": HELD})
         dA[:, of] = A_sums.sum((0, 1)).t()
         dB[..., of] = B_sums.sum(0)
         dC[..., of] = C_sums.sum(0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.selective_scan.triton_steps import decay, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors, where_live
+from medssm.kernels.selective_scan.triton_steps import decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors, where_live
 
 
 @triton.jit
@@ -23,8 +23,9 @@ def local(u, delta, A, B, bias, proj, index, keep, ends, sums, length, channels,
           RANK: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
     """ends (b,chunks,n,d): the state after each chunk, from zero; sums (b,chunks,d): of its steps."""
     tiles = groups * tl.cdiv(channels // groups, TILE)
-    program = tl.program_id(0).to(tl.int64)
-    chunk, b = program // tiles % chunks, program // tiles // chunks
+    program = tl.program_id(0)
+    chunk, b = program // tiles % chunks, (program // tiles // chunks).to(tl.int64)
+    b_state, d_channel = tl.cast(b_state, tl.int64), tl.cast(d_channel, tl.int64)
     group, d, here = tile_of(program % tiles, channels, groups, TILE)
     a = rates(A, d, here, a_channel, a_state, N)
     shift = tl.zeros((TILE,), tl.float32)
@@ -41,16 +42,16 @@ def local(u, delta, A, B, bias, proj, index, keep, ends, sums, length, channels,
         raw = raw_steps(delta, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
         inputs = rows(u, tokens, here, u_token, K)
         s = positive(raw, live, K, SOFTPLUS)
+        su = drives(s, inputs, live, K)
         for k in tl.static_range(K):
-            su = tl.where(live[k], s[k] * inputs[k], 0.0)
             total += s[k]
             after = ()
             for n in tl.static_range(N):
                 B_t = tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
-                after = after + (decay(s[k], a[n], fades[k], KEEP) * h[n] + su * B_t,)
+                after = after + (decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t,)
             h = after
     for n in tl.static_range(N):
-        tl.store(ends + b * e_batch + chunk * e_chunk + n * channels + d, h[n], mask=here)
+        tl.store(ends + b * e_batch + chunk.to(tl.int64) * e_chunk + n * channels + d, h[n], mask=here)
     tl.store(sums + (b * chunks + chunk) * channels + d, total, mask=here)
 
 
@@ -116,8 +117,9 @@ def apply(u, delta, A, B, C, D, z, bias, proj, index, keep, entry, out, earlier,
     checkpoints (b,.,n,d): the state before every CHUNK steps (SAVE); state (b,d,n): after the last (FINAL).
     """
     tiles = groups * tl.cdiv(channels // groups, TILE)
-    program = tl.program_id(0).to(tl.int64)
-    chunk, b = program // tiles % chunks, program // tiles // chunks
+    program = tl.program_id(0)
+    chunk, b = program // tiles % chunks, (program // tiles // chunks).to(tl.int64)
+    b_state, c_state, d_channel = tl.cast(b_state, tl.int64), tl.cast(c_state, tl.int64), tl.cast(d_channel, tl.int64)
     group, d, here = tile_of(program % tiles, channels, groups, TILE)
     a = rates(A, d, here, a_channel, a_state, N)
     shift = tl.zeros((TILE,), tl.float32)
@@ -132,12 +134,12 @@ def apply(u, delta, A, B, C, D, z, bias, proj, index, keep, entry, out, earlier,
     C += b * c_batch + group * c_group
     out += b * o_batch + d
     earlier += b * y_batch + d
-    h = vectors(entry + b * e_batch + chunk * e_chunk + d * e_channel, here, e_state, N, ENTRY, shift)
+    h = vectors(entry + b * e_batch + chunk.to(tl.int64) * e_chunk + d * e_channel, here, e_state, N, ENTRY, shift)
     end = tl.minimum((chunk + 1) * steps, length)
     for begin in range(chunk * steps, end, CHUNK):
         if SAVE:
             for n in tl.static_range(N):
-                tl.store(checkpoints + b * k_batch + begin // CHUNK * k_chunk + n * channels + d, h[n], mask=here)
+                tl.store(checkpoints + b * k_batch + tl.cast(begin // CHUNK, tl.int64) * k_chunk + n * channels + d, h[n], mask=here)
         for first in range(begin, tl.minimum(begin + CHUNK, end), K):
             tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
             raw = raw_steps(delta, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
@@ -149,16 +151,16 @@ def apply(u, delta, A, B, C, D, z, bias, proj, index, keep, entry, out, earlier,
             else:
                 y = vectors(out, here, 0, K, False, shift)
             s = positive(raw, live, K, SOFTPLUS)
+            su = drives(s, inputs, live, K)
             # Stores come after all of the loads: one that might alias them would hold them up.
             results = ()
             for k in tl.static_range(K):
-                su = tl.where(live[k], s[k] * inputs[k], 0.0)
                 after = ()
                 result = tl.zeros((TILE,), tl.float32)
                 for n in tl.static_range(N):
                     B_t = tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
                     C_t = tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
-                    v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su * B_t
+                    v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t
                     result += v * C_t
                     after = after + (v,)
                 h = after

@@ -16,7 +16,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def softplus(x):
     """log(1 + e^x), relative error 2e-7 at every x: max(x, 0) + log1p(v), v = e^-|x|, where log1p(v) = 2 atanh(r), r = v / (v + 2) <= 1/3,
     and 2 atanh(r) / r a polynomial of r^2 (Chebyshev points, 4e-9). The GPU's own logarithm has an absolute error: useless for small steps."""
-    v = tl.exp(-tl.abs(x))
+    v = tl.exp2(tl.abs(x) * -LOG2_E)
     r = v / (v + 2.0)
     q = r * r
     return tl.maximum(x, 0.0) + r * (2.0 + q * (0.66666317 + q * (0.40024853 + q * (0.27961418 + q * 0.28174657))))
@@ -24,7 +24,7 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    v = tl.exp(-tl.abs(x))
+    v = tl.exp2(tl.abs(x) * -LOG2_E)
     return tl.where(x >= 0, 1.0, v) / (1.0 + v)
 
 
@@ -38,12 +38,12 @@ def tile_of(program, channels, groups, TILE: tl.constexpr):
     tiles = tl.cdiv(per_group, TILE)
     group = program // tiles
     inside = (program % tiles) * TILE + tl.arange(0, TILE)
-    return group, group * per_group + inside, inside < per_group
+    return group, (group * per_group + inside).to(tl.int64), inside < per_group
 
 
 @triton.jit
 def places(index, keep, first, end, length, K: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
-    """Of K steps from `first`: the token, whether it is before `end`, and what `decay` adds: -inf where the state begins anew, else 0."""
+    """Of K steps from `first`, which are 32-bit: the token (64-bit: offsets are, and a product of two numbers of 32 bits is one instruction), whether it is before `end`, and what `decay` adds: -inf where the state begins anew, else 0."""
     tokens, live, fades = (), (), ()
     for k in tl.static_range(K):
         step = tl.minimum(first + k, end - 1)
@@ -51,8 +51,8 @@ def places(index, keep, first, end, length, K: tl.constexpr, WALK: tl.constexpr,
         if REVERSE:
             token = length - 1 - token
         if WALK:
-            token = tl.load(index + token)
-        tokens = tokens + (token,)
+            token = tl.load(index + token).to(tl.int32)
+        tokens = tokens + (token.to(tl.int64),)
         live = live + (first + k < end,)
         if KEEP:
             fades = fades + (tl.where(first + k < end, tl.load(keep + step), 0.0),)
@@ -134,3 +134,12 @@ def positive(raw, live, K: tl.constexpr, SOFTPLUS: tl.constexpr):
         else:
             s = s + (tl.where(live[k], raw[k], 0.0),)
     return s
+
+
+@triton.jit
+def drives(s, u, live, K: tl.constexpr):
+    """s u of K tokens; 0 past the end, whatever is read there."""
+    v = ()
+    for k in tl.static_range(K):
+        v = v + (tl.where(live[k], s[k] * u[k], 0.0),)
+    return v
