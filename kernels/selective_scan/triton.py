@@ -154,8 +154,8 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus
     z_total = None if z is None else _Total(dz, k * _launches(A))
     with on(x):
         for i, (index, starts, reverse) in enumerate(walks):
-            scan = _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z, _row(delta_bias, i), softplus, _row(delta_proj, i),
-                         index, starts, reverse, None)
+            scan = _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z, _row(delta_bias, i), softplus,
+                         _row(delta_proj, i), index, starts, reverse, None)
             _backward(scan, 1 / k if merge == "mean" else 1.0, _slice(dout, i), None, checkpoints[:, i],
                       _Total(dx[:, :, i], _launches(A)) if own else x_total, ddelta[:, :, i], dB[:, :, i], dC[:, :, i], z_total,
                       *(_row(g, i) for g in dweights), None)
@@ -190,11 +190,11 @@ def _forward(scan, scale, total, checkpoints, state):
             factor = scale
         final = None if state is None else state[:, :, of]
         apply[batch * chunks * tiles,](
-            u, delta, A, B, C, *present(u, D, z, bias, proj, index, keep, entries), target, *present(u, earlier, saved, final), factor, length, channels,
-            groups, steps, chunks, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(z, 3), *strides(entries, 4),
-            *target.stride()[:2], *strides(earlier, 3)[:2], *strides(saved, 4)[:2], *strides(final, 3), CHUNK=plan.chunk(n), SKIP=D is not None,
-            GATE=z is not None, ENTRY=entries is not None, EARLIER=earlier is not None, SAVE=saved is not None, FINAL=final is not None, **options)
-
+            u, delta, A, B, C, *present(u, D, z, bias, proj, index, keep, entries), target, *present(u, earlier, saved, final), factor, length,
+            channels, groups, steps, chunks, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(z, 3),
+            *strides(entries, 4), *target.stride()[:2], *strides(earlier, 3)[:2], *strides(saved, 4)[:2], *strides(final, 3), CHUNK=plan.chunk(n),
+            SKIP=D is not None, GATE=z is not None, ENTRY=entries is not None, EARLIER=earlier is not None, SAVE=saved is not None,
+            FINAL=final is not None, **options) 
 
 def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA, dD, dbias, dproj, dinitial):
     """The gradients along one walk: added to the totals du and dz, written into the others."""
@@ -208,16 +208,16 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
     D_sums, bias_sums = _floats(like, batch, chunks, channels), _floats(like, batch, chunks, channels)
     low_rank = scan.proj is not None
     rank = scan.proj.shape[0] if low_rank else 0
-    delta_total = None if low_rank else _Total(ddelta, _launches(scan.A))
+    delta_total, delta_sums = None if low_rank else _Total(ddelta, _launches(scan.A)), []
     for of, part in scan.parts():
-        u, delta, A, B, C, D, z, bias, _, proj, index, keep, _, initial = part
+        u, delta, A, B, C, D, z, bias, _, proj, index, keep, _, _ = part
         options = part.options() | {"TILE": LANES, "GATE": z is not None}
         exits = _by_chunk(None if dstate is None else dstate[:, :, of])
         if chunks > 1:
             after, exits = exits, _floats(like, batch, chunks, A.shape[1], channels)
             local_adjoint[items,](
-                dout, delta, A, C, *present(u, z, bias, proj, index, keep), exits, sums, scale, length, channels, groups, steps, chunks, *dout.stride(),
-                *delta.stride(), *A.stride(), *C.stride(), *strides(z, 3), *exits.stride()[:2], **options)
+                dout, delta, A, C, *present(u, z, bias, proj, index, keep), exits, sums, scale, length, channels, groups, steps, chunks,
+                *dout.stride(), *delta.stride(), *A.stride(), *C.stride(), *strides(z, 3), *exits.stride()[:2], **options)
             _carry(exits, sums, A, None if after is None else dstate[:, :, of], keep, steps, backward=True)
         A_sums = _floats(like, batch, chunks, A.shape[1], channels)
         B_sums, C_sums = (_floats(like, tiles // groups, *B.shape) for _ in range(2))
@@ -248,9 +248,9 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             _add(dbias, bias_sums.sum((0, 1)), of)
         if low_rank:
             _add(dproj, proj_sums.sum((0, 1)).t(), of)
-            delta_sum = delta_target.sum(0) if of.start == 0 else delta_sum + delta_target.sum(0)
+            delta_sums.append(delta_target.sum(0))
     if low_rank:
-        ddelta.copy_(delta_sum)
+        ddelta.copy_(sum(delta_sums[1:], delta_sums[0]))
 
 
 def _carry(values, sums, A, entry, keep, steps, backward):

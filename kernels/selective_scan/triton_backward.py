@@ -10,21 +10,36 @@ With g_t the gradient of h_t that comes from later steps, e_t = exp(s_t A) and d
 As forward, a program is a warp with channels in its lanes, one each here, and N <= 16 states in registers; g goes over the chunks as the state does,
 from the last (`local_adjoint`, `carry`, `adjoint`), and its decay through a chunk is the same.
 
-`adjoint` takes the runs between two checkpoints from the last. Each it walks forwards from its checkpoint, for dC and what dz needs, and puts the state
-before every K steps on a shelf; then backwards in blocks of K steps, whose e_t and h_{t-1} it computes anew and holds. K N <= 32 is what 255
-registers have room for beside the rates, g and dA of all states; more would spill. Keeping every step's state would move 128 bytes a token and channel,
-the shelf moves 64 at 16 states, 16 at 8. It belongs to the program, not to the chunk: there is a fixed number of programs, and each takes
-chunk after chunk.
+`adjoint` takes the runs between two checkpoints from the last. Each it walks forwards from its checkpoint, for dC and what dz needs, and puts
+the state before every K steps on a shelf; then backwards in blocks of K steps, whose e_t and h_{t-1} it computes anew and holds: with K = 2 and 16
+states 64 registers, beside the 48 of the rates, g and dA. K = 4 spills, and gains nothing: these kernels wait for instructions to issue, not
+for the shelf (2 x 64 bytes a token and channel if every step were on it, half of that with K = 2). The shelf belongs to the program, not to
+the chunk: there is a fixed number of programs, and each takes chunk after chunk.
 
 Sums over channels leave the lanes 32 at a time: lanes exchange halves (`sums`), 31 shuffles in place of 160, and the sums of K steps are one store.
 """
+
+# ruff: noqa: RUF005, SIM102 (Triton compiles neither starred tuples nor every conditional expression)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from medssm.kernels.selective_scan.triton_steps import LN_2, decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors, where_live
+from medssm.kernels.selective_scan.triton_steps import (
+    LN_2,
+    decay,
+    drives,
+    places,
+    positive,
+    rates,
+    raw_steps,
+    rows,
+    sigmoid,
+    tile_of,
+    vectors,
+    where_live,
+)
 
 
 @triton.jit
@@ -133,9 +148,9 @@ def walk_backwards(g, A_sums, h, a, s, su, dy, fades, tokens, B, C, b_token, b_s
 
 
 @triton.jit
-def local_adjoint(dout, delta, A, C, z, bias, proj, index, keep, ends, totals, scale, length, channels, groups, steps, chunks, o_batch, o_token, o_channel,
-                  d_batch, d_token, d_channel, a_channel, a_state, c_batch, c_token, c_group, c_state, z_batch, z_token, z_channel, e_batch, e_chunk,
-                  N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
+def local_adjoint(dout, delta, A, C, z, bias, proj, index, keep, ends, totals, scale, length, channels, groups, steps, chunks, o_batch, o_token,
+                  o_channel, d_batch, d_token, d_channel, a_channel, a_state, c_batch, c_token, c_group, c_state, z_batch, z_token, z_channel,
+                  e_batch, e_chunk, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
                   SOFTPLUS: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
     """ends (b,chunks,n,d): g before each chunk, from none after it; totals (b,chunks,d): of its steps."""
     tiles = groups * tl.cdiv(channels // groups, TILE)
@@ -176,14 +191,14 @@ def local_adjoint(dout, delta, A, C, z, bias, proj, index, keep, ends, totals, s
 @triton.jit
 def adjoint(dout, u, delta, A, B, C, D, z, bias, proj, index, keep, checkpoints, exit, shelf, du, du_earlier, ddelta, ddelta_earlier, dz, dz_earlier,
             dA, dB, dC, dD, dbias, dproj, dinitial, scale, items, batch, length, channels, groups, steps, chunks, g_batch, g_token, g_channel,
-            u_batch, u_token, u_channel, d_batch, d_token, d_channel, a_channel, a_state, b_batch, b_token, b_group, b_state, c_batch, c_token, c_group,
-            c_state, z_batch, z_token, z_channel, k_batch, k_chunk, e_batch, e_chunk, e_state, e_channel, du_batch, du_token, du_earlier_batch,
-            du_earlier_token, dd_batch, dd_token, dd_earlier_batch, dd_earlier_token, dz_batch, dz_token, dz_earlier_batch, dz_earlier_token,
-            i_batch, i_channel, i_state, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
-            BIAS: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, EXIT: tl.constexpr, INITIAL: tl.constexpr, DU_EARLIER: tl.constexpr, DD_EARLIER: tl.constexpr,
-            DZ_EARLIER: tl.constexpr, SOFTPLUS: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
-    """Gradients along each chunk from g after it (exit, (b,chunks,n,d)) and the states at its checkpoints (b,.,n,d).
-
+            u_batch, u_token, u_channel, d_batch, d_token, d_channel, a_channel, a_state, b_batch, b_token, b_group, b_state, c_batch, c_token,
+            c_group, c_state, z_batch, z_token, z_channel, k_batch, k_chunk, e_batch, e_chunk, e_state, e_channel, du_batch, du_token,
+            du_earlier_batch, du_earlier_token, dd_batch, dd_token, dd_earlier_batch, dd_earlier_token, dz_batch, dz_token, dz_earlier_batch,
+            dz_earlier_token, i_batch, i_channel, i_state, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+            RANK: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, EXIT: tl.constexpr, INITIAL: tl.constexpr,
+            DU_EARLIER: tl.constexpr, DD_EARLIER: tl.constexpr, DZ_EARLIER: tl.constexpr, SOFTPLUS: tl.constexpr, WALK: tl.constexpr,
+            KEEP: tl.constexpr, REVERSE: tl.constexpr): """Gradients along each chunk from g after it (exit,
+            (b,chunks,n,d)) and the states at its checkpoints (b,.,n,d). 
     du, ddelta, dz (b,l,d): added to what is earlier. Partial sums: dA (b,chunks,n,d), dD, dbias (b,chunks,d), dB, dC (tiles,b,l,g,n);
     low-rank: ddelta (tiles of all groups,b,l,r), dproj (b,chunks,r,d), zeros before. dinitial (b,d,n). shelf (programs, CHUNK / K, N, TILE).
     """
@@ -275,7 +290,7 @@ def adjoint(dout, u, delta, A, B, C, D, z, bias, proj, index, keep, checkpoints,
                             ds += tl.load(ddelta_earlier + b * dd_earlier_batch + tokens[k] * dd_earlier_token + d, mask=here, other=0.0)
                         tl.store(ddelta + b * dd_batch + tokens[k] * dd_token + d, ds.to(ddelta.dtype.element_ty), mask=where_live(here, live[k]))
                 if RANK > 0:
-                    for r in range(RANK):
+                    for r in tl.range(RANK, loop_unroll_factor=1):
                         p = tl.load(proj + r * channels + d, mask=here, other=0.0)
                         to_proj = dproj + ((b * chunks + chunk) * RANK + r) * channels + d
                         proj_sum = tl.load(to_proj, mask=here, other=0.0)

@@ -9,6 +9,8 @@ The walk is cut in chunks where batch and channels alone leave the chip idle. Of
 `carry` goes over the chunks; `apply` scans from the entry states and writes the outputs. With one chunk there is only `apply`.
 """
 
+# ruff: noqa: RUF005, SIM102, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+
 from __future__ import annotations
 
 import triton

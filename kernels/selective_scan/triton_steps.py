@@ -3,6 +3,8 @@
 Several steps are read before the first is used, as tuples of K vectors of channels, so that a warp has many loads in flight.
 """
 
+# ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+
 from __future__ import annotations
 
 import triton
@@ -43,7 +45,10 @@ def tile_of(program, channels, groups, TILE: tl.constexpr):
 
 @triton.jit
 def places(index, keep, first, end, length, K: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
-    """Of K steps from `first`, which are 32-bit: the token (64-bit: offsets are, and a product of two numbers of 32 bits is one instruction), whether it is before `end`, and what `decay` adds: -inf where the state begins anew, else 0."""
+    """Of K steps from `first`: the token, whether the step is before `end`, and what `decay` adds: -inf where the state begins anew, else 0.
+
+    Steps have 32 bits, tokens 64: offsets do.
+    """
     tokens, live, fades = (), (), ()
     for k in tl.static_range(K):
         step = tl.minimum(first + k, end - 1)
@@ -113,9 +118,9 @@ def raw_steps(delta, proj, bias, tokens, d, here, channels, d_token, d_channel, 
         for k in tl.static_range(K):
             s = s + (tl.load(delta + tokens[k] * d_token + d * d_channel, mask=here, other=0.0).to(tl.float32) + bias,)
     else:
-        for k in tl.static_range(K):
+        for _ in tl.static_range(K):
             s = s + (bias,)
-        for r in range(RANK):
+        for r in tl.range(RANK, loop_unroll_factor=1):
             p = tl.load(proj + r * channels + d, mask=here, other=0.0)
             sums = ()
             for k in tl.static_range(K):
