@@ -184,7 +184,7 @@ def _forward(scan, scale, total, checkpoints, state):
                 *delta.stride(), *A.stride(), *B.stride(), *entries.stride()[:2], **options)
             _carry(entries, sums, A, initial, keep, steps, backward=False)
         target, earlier = total.next()
-        if total.left:
+        if total.left:  # only the last launch scales and gates
             z, factor = None, 1.0
         else:
             factor = scale
@@ -194,7 +194,8 @@ def _forward(scan, scale, total, checkpoints, state):
             channels, groups, steps, chunks, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(z, 3),
             *strides(entries, 4), *target.stride()[:2], *strides(earlier, 3)[:2], *strides(saved, 4)[:2], *strides(final, 3), CHUNK=plan.chunk(n),
             SKIP=D is not None, GATE=z is not None, ENTRY=entries is not None, EARLIER=earlier is not None, SAVE=saved is not None,
-            FINAL=final is not None, **options) 
+            FINAL=final is not None, **options)
+
 
 def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA, dD, dbias, dproj, dinitial):
     """The gradients along one walk: added to the totals du and dz, written into the others."""

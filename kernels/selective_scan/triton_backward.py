@@ -197,8 +197,9 @@ def adjoint(dout, u, delta, A, B, C, D, z, bias, proj, index, keep, checkpoints,
             dz_earlier_token, i_batch, i_channel, i_state, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
             RANK: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, EXIT: tl.constexpr, INITIAL: tl.constexpr,
             DU_EARLIER: tl.constexpr, DD_EARLIER: tl.constexpr, DZ_EARLIER: tl.constexpr, SOFTPLUS: tl.constexpr, WALK: tl.constexpr,
-            KEEP: tl.constexpr, REVERSE: tl.constexpr): """Gradients along each chunk from g after it (exit,
-            (b,chunks,n,d)) and the states at its checkpoints (b,.,n,d). 
+            KEEP: tl.constexpr, REVERSE: tl.constexpr):
+    """Gradients along each chunk from g after it (exit, (b,chunks,n,d)) and the states at its checkpoints (b,.,n,d).
+
     du, ddelta, dz (b,l,d): added to what is earlier. Partial sums: dA (b,chunks,n,d), dD, dbias (b,chunks,d), dB, dC (tiles,b,l,g,n);
     low-rank: ddelta (tiles of all groups,b,l,r), dproj (b,chunks,r,d), zeros before. dinitial (b,d,n). shelf (programs, CHUNK / K, N, TILE).
     """
