@@ -21,9 +21,10 @@ from medssm.kernels.triton import on, present, strides
 STATES = 16  # of a launch: as many vectors as stay in registers
 LANES = 32  # of a warp
 GROUP = 32  # chunks that the carry reads ahead
-SHELVES = 1024  # programs of a backward, for 16 states: eight on each multiprocessor of a large GPU; their shelves, 32 KB each, fit its cache
 HELD = 2  # steps whose states a backward holds at a time
+SHELVES = 2**26  # bytes, of all programs of a backward: 1024 programs with 16 states, as many as a large GPU runs at a time
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+UNSPILLED = {"maxnreg": 255}  # else the assembler may spill a few registers so that more programs run at a time
 
 
 class _Scan(NamedTuple):
@@ -203,7 +204,8 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
     n, groups, chunk = scan.A.shape[1], scan.B.shape[2], plan.chunk(scan.A.shape[1])
     tiles, steps, chunks = scan.cut(LANES, n)
     items = batch * chunks * tiles
-    programs = min(items, max(SHELVES * plan.TILE // chunk, 1))
+    shelf_of_one = (chunk // HELD, min(n, STATES), LANES)
+    programs = min(items, plan.PROGRAMS, max(SHELVES // (4 * math.prod(shelf_of_one)), 1))
     like = scan.u
     sums = _floats(like, batch, chunks, channels) if chunks > 1 else None
     D_sums, bias_sums = _floats(like, batch, chunks, channels), _floats(like, batch, chunks, channels)
@@ -222,7 +224,7 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             _carry(exits, sums, A, None if after is None else dstate[:, :, of], keep, steps, backward=True)
         A_sums = _floats(like, batch, chunks, A.shape[1], channels)
         B_sums, C_sums = (_floats(like, tiles // groups, *B.shape) for _ in range(2))
-        shelf = _floats(like, programs, chunk // HELD, A.shape[1], LANES)
+        shelf = _floats(like, programs, *shelf_of_one)
         du_target, du_earlier = du.next()
         dz_target, dz_earlier = (None, None) if dz is None else dz.next()
         if low_rank:
@@ -239,7 +241,7 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             *C.stride(), *strides(z, 3), *saved.stride()[:2], *strides(exits, 4), *du_target.stride()[:2], *strides(du_earlier, 3)[:2],
             *delta_target.stride()[:2], *strides(delta_earlier, 3)[:2], *strides(dz_target, 3)[:2], *strides(dz_earlier, 3)[:2], *strides(into, 3),
             CHUNK=chunk, SKIP=D is not None, EXIT=exits is not None, INITIAL=into is not None, DU_EARLIER=du_earlier is not None,
-            DD_EARLIER=delta_earlier is not None, DZ_EARLIER=dz_earlier is not None, **options | {"K": HELD})
+            DD_EARLIER=delta_earlier is not None, DZ_EARLIER=dz_earlier is not None, **options | UNSPILLED | {"K": HELD})
         dA[:, of] = A_sums.sum((0, 1)).t()
         dB[..., of] = B_sums.sum(0)
         dC[..., of] = C_sums.sum(0)

@@ -291,7 +291,7 @@ def adjoint(dout, u, delta, A, B, C, D, z, bias, proj, index, keep, checkpoints,
                             ds += tl.load(ddelta_earlier + b * dd_earlier_batch + tokens[k] * dd_earlier_token + d, mask=here, other=0.0)
                         tl.store(ddelta + b * dd_batch + tokens[k] * dd_token + d, ds.to(ddelta.dtype.element_ty), mask=where_live(here, live[k]))
                 if RANK > 0:
-                    for r in tl.range(RANK, loop_unroll_factor=1):
+                    for r in range(RANK):
                         p = tl.load(proj + r * channels + d, mask=here, other=0.0)
                         to_proj = dproj + ((b * chunks + chunk) * RANK + r) * channels + d
                         proj_sum = tl.load(to_proj, mask=here, other=0.0)

@@ -120,7 +120,7 @@ def raw_steps(delta, proj, bias, tokens, d, here, channels, d_token, d_channel, 
     else:
         for _ in tl.static_range(K):
             s = s + (bias,)
-        for r in tl.range(RANK, loop_unroll_factor=1):
+        for r in range(RANK):
             p = tl.load(proj + r * channels + d, mask=here, other=0.0)
             sums = ()
             for k in tl.static_range(K):
