@@ -13,3 +13,15 @@ def chunk(state: int) -> int:
 def chunks(length: int, state: int) -> int:
     """How many checkpoints of the state a forward saves."""
     return -(-length // chunk(state))
+
+
+# Programs of one warp that fill a large GPU, some sixteen on each of its multiprocessors: a constant, so that every GPU gives the same bits.
+PROGRAMS = 2048
+# Below as many chunks, reading everything twice costs more than it gains.
+FEWEST = 4
+
+
+def steps(programs: int, length: int, state: int) -> int:
+    """Steps that a program on a GPU walks, a multiple of `chunk`: all of them where batch and tiles of channels make `programs` enough."""
+    pieces = min(PROGRAMS // max(programs, 1), chunks(length, state))
+    return chunk(state) * -(-chunks(length, state) // (pieces if pieces >= FEWEST else 1))

@@ -1,0 +1,320 @@
+"""Selective scan on a GPU, in Triton: allocates and launches. The kernels are in triton_forward.py and triton_backward.py.
+
+The caller has checked shapes, dtypes and the walk (index, starts, reverse), as `native.py` says; the functions have the same arguments.
+A launch serves at most 16 states of one walk: further states and further walks add to what earlier launches left, in float32, and the last
+writes the result. Partial sums of gradients are added by PyTorch in a fixed order. Nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from medssm.kernels.selective_scan import plan
+from medssm.kernels.selective_scan.triton_backward import adjoint, local_adjoint
+from medssm.kernels.selective_scan.triton_forward import apply, carry, local
+from medssm.kernels.triton import on, present, strides
+
+STATES = 16  # of a launch: as many vectors as stay in registers
+LANES = 32  # of a warp
+GROUP = 32  # chunks that the carry reads ahead
+HELD = 2  # steps whose states a backward holds at a time
+SHELVES = 2**26  # bytes, of all programs of a backward: 1024 programs with 16 states, as many as a large GPU runs at a time
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+UNSPILLED = {"maxnreg": 255}  # else the assembler may spill a few registers so that more programs run at a time
+
+
+class _Scan(NamedTuple):
+    """What forward and backward read of one walk. Weights are dense, in float32."""
+
+    u: torch.Tensor  # (b,l,d)
+    delta: torch.Tensor  # (b,l,d) or (b,l,r)
+    A: torch.Tensor  # (d,n)
+    B: torch.Tensor  # (b,l,g,n)
+    C: torch.Tensor  # (b,l,g,n)
+    D: torch.Tensor | None
+    z: torch.Tensor | None
+    bias: torch.Tensor | None
+    softplus: bool
+    proj: torch.Tensor | None  # (r,d)
+    index: torch.Tensor | None
+    keep: torch.Tensor | None  # (l,): what `decay` adds at each step, -inf where the state begins anew, else 0
+    reverse: bool
+    initial: torch.Tensor | None  # (b,d,n)
+
+    def parts(self):
+        """(states, the scan of these states alone) for every launch; D goes with the last."""
+        n = self.A.shape[1]
+        for first in range(0, n, STATES):
+            of = slice(first, first + STATES)
+            initial = None if self.initial is None else self.initial[:, :, of]
+            D = self.D if first + STATES >= n else None
+            yield of, self._replace(A=self.A[:, of], B=self.B[..., of], C=self.C[..., of], D=D, initial=initial)
+
+    def cut(self, tile: int, states: int) -> tuple[int, int, int]:
+        """How many tiles of channels, steps in a chunk and chunks; states: of all parts together."""
+        batch, length, channels = self.u.shape
+        groups = self.B.shape[2]
+        tiles = groups * triton.cdiv(channels // groups, tile)
+        steps = plan.steps(batch * tiles, length, states)
+        return tiles, steps, triton.cdiv(length, steps)
+
+    def options(self) -> dict:
+        """What all kernels are compiled for."""
+        n = self.A.shape[1]
+        return {"N": n, "K": 4 if n > 4 else 8, "RANK": 0 if self.proj is None else self.proj.shape[0], "BIAS": self.bias is not None,
+                "SOFTPLUS": self.softplus, "WALK": self.index is not None, "KEEP": self.keep is not None, "REVERSE": self.reverse, **OPTIONS}
+
+
+class _Total:
+    """A result (b,l,d) that several launches add to, one after the other: in float32 until the last, which writes it."""
+
+    def __init__(self, result: torch.Tensor, launches: int):
+        self.result, self.left, self.earlier = result, launches, None
+        self.sum = result if launches == 1 or result.dtype is torch.float32 else torch.empty(result.shape, dtype=torch.float32, device=result.device)
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the next launch writes, and what it adds to."""
+        self.left -= 1
+        target, earlier = self.sum if self.left else self.result, self.earlier
+        self.earlier = target
+        return target, earlier
+
+
+def forward(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, save, final):
+    """As `native.forward`: out (b,l,d), the state (b,d,n) or None, the checkpoints (b,chunks,n,d) or None."""
+    u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = _plain(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
+    batch, length, channels = u.shape
+    n = A.shape[1]
+    out = _new(u)
+    state = _floats(u, batch, channels, n) if final else None
+    checkpoints = _floats(u, batch, plan.chunks(length, n), n, channels) if save else None
+    if out.numel():
+        with on(u):
+            scan = _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state)
+            _forward(scan, 1.0, _Total(out, _launches(A)), checkpoints, state)
+    elif final:
+        state.zero_() if initial_state is None else state.copy_(initial_state)
+    return out, state, checkpoints
+
+
+def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge, save):
+    """As `native.forward_nd`: out (b,l,d), or (b,l,k,d) for merge="stack", and the checkpoints (b,k,chunks,n,d) or None."""
+    x, delta, A, B, C, D, z, delta_bias, delta_proj = _plain(x, delta, A, B, C, D, z, delta_bias, delta_proj)
+    k, channels, n = A.shape
+    batch, length = x.shape[:2]
+    stack = merge == "stack"
+    out = torch.empty((batch, length, k, channels) if stack else (batch, length, channels), dtype=x.dtype, device=x.device)
+    checkpoints = _floats(x, batch, k, plan.chunks(length, n), n, channels) if save else None
+    if out.numel():
+        merged = None if stack else _Total(out, k * _launches(A))
+        with on(x):
+            for i, (index, starts, reverse) in enumerate(walks):
+                scan = _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z, _row(delta_bias, i), softplus,
+                             _row(delta_proj, i), index, starts, reverse, None)
+                total = _Total(out[:, :, i], _launches(A)) if stack else merged
+                _forward(scan, 1 / k if merge == "mean" else 1.0, total, None if checkpoints is None else checkpoints[:, i], None)
+    return out, checkpoints
+
+
+def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state):
+    """As `native.backward`: gradients of u, delta, A, B, C, D, z, delta_bias, delta_proj and initial_state, None where the input is."""
+    dout, dstate, checkpoints, *inputs = _plain(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
+    u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = inputs
+    if not u.numel():
+        gradients = [None if t is None else torch.zeros_like(t) for t in inputs]
+        if initial_state is not None and dstate is not None:
+            gradients[-1].copy_(dstate)
+        return tuple(gradients)
+    du, ddelta, dB, dC, dz, dinitial = (None if t is None else _new(t) for t in (u, delta, B, C, z, initial_state))
+    weights = (A, D, delta_bias, delta_proj)
+    dweights = [None if t is None else _floats(t, *t.shape) for t in weights]
+    launches = _launches(A)
+    with on(u):
+        scan = _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state)
+        _backward(scan, 1.0, dout, dstate, checkpoints, _Total(du, launches), ddelta, dB, dC, None if z is None else _Total(dz, launches), *dweights,
+                  dinitial)
+    dA, dD, dbias, dproj = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dproj, dinitial
+
+
+def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge):
+    """As `native.backward_nd`: gradients of x, delta, A, B, C, D, z, delta_bias and delta_proj, None where the input is."""
+    dout, checkpoints, *inputs = _plain(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_proj)
+    x, delta, A, B, C, D, z, delta_bias, delta_proj = inputs
+    if not x.numel():
+        return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
+    dx, ddelta, dB, dC, dz = (None if t is None else _new(t) for t in (x, delta, B, C, z))
+    weights = (A, D, delta_bias, delta_proj)
+    dweights = [None if t is None else _floats(t, *t.shape) for t in weights]
+    k, own = A.shape[0], x.dim() == 4
+    x_total = None if own else _Total(dx, k * _launches(A))
+    z_total = None if z is None else _Total(dz, k * _launches(A))
+    with on(x):
+        for i, (index, starts, reverse) in enumerate(walks):
+            scan = _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z, _row(delta_bias, i), softplus,
+                         _row(delta_proj, i), index, starts, reverse, None)
+            _backward(scan, 1 / k if merge == "mean" else 1.0, _slice(dout, i), None, checkpoints[:, i],
+                      _Total(dx[:, :, i], _launches(A)) if own else x_total, ddelta[:, :, i], dB[:, :, i], dC[:, :, i], z_total,
+                      *(_row(g, i) for g in dweights), None)
+    dA, dD, dbias, dproj = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
+    return dx, ddelta, dA, dB, dC, dD, dz, dbias, dproj
+
+
+def _forward(scan, scale, total, checkpoints, state):
+    """total += y + D u along one walk; its last launch scales and gates. Fills checkpoints (b,chunks,n,d) and state (b,d,n) where given."""
+    batch, length, channels = scan.u.shape
+    n, groups = scan.A.shape[1], scan.B.shape[2]
+    per_group = channels // groups
+    tile = 2 * LANES if per_group % (2 * LANES) == 0 or per_group > 8 * LANES else LANES  # two channels a lane, unless that leaves many idle
+    tiles, steps, chunks = scan.cut(tile, n)
+    sums = _floats(scan.u, batch, chunks, channels) if chunks > 1 else None
+    for of, part in scan.parts():
+        u, delta, A, B, C, D, z, bias, _, proj, index, keep, _, initial = part
+        options = part.options() | {"TILE": tile}
+        saved = None if checkpoints is None else checkpoints[:, :, of]
+        entries = _by_chunk(initial)
+        if chunks > 1:
+            # Where checkpoints are saved, those at the chunks' begins hold their ends and then their entry states: no further memory.
+            entries = _floats(u, batch, chunks, A.shape[1], channels) if saved is None else saved[:, :: steps // plan.chunk(n)]
+            local[batch * chunks * tiles,](
+                u, delta, A, B, *present(u, bias, proj, index, keep), entries, sums, length, channels, groups, steps, chunks, *u.stride(),
+                *delta.stride(), *A.stride(), *B.stride(), *entries.stride()[:2], **options)
+            _carry(entries, sums, A, initial, keep, steps, backward=False)
+        target, earlier = total.next()
+        if total.left:  # only the last launch scales and gates
+            z, factor = None, 1.0
+        else:
+            factor = scale
+        final = None if state is None else state[:, :, of]
+        apply[batch * chunks * tiles,](
+            u, delta, A, B, C, *present(u, D, z, bias, proj, index, keep, entries), target, *present(u, earlier, saved, final), factor, length,
+            channels, groups, steps, chunks, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(z, 3),
+            *strides(entries, 4), *target.stride()[:2], *strides(earlier, 3)[:2], *strides(saved, 4)[:2], *strides(final, 3), CHUNK=plan.chunk(n),
+            SKIP=D is not None, GATE=z is not None, ENTRY=entries is not None, EARLIER=earlier is not None, SAVE=saved is not None,
+            FINAL=final is not None, **options)
+
+
+def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA, dD, dbias, dproj, dinitial):
+    """The gradients along one walk: added to the totals du and dz, written into the others."""
+    batch, length, channels = scan.u.shape
+    n, groups, chunk = scan.A.shape[1], scan.B.shape[2], plan.chunk(scan.A.shape[1])
+    tiles, steps, chunks = scan.cut(LANES, n)
+    items = batch * chunks * tiles
+    shelf_of_one = (chunk // HELD, min(n, STATES), LANES)
+    programs = min(items, plan.PROGRAMS, max(SHELVES // (4 * math.prod(shelf_of_one)), 1))
+    like = scan.u
+    sums = _floats(like, batch, chunks, channels) if chunks > 1 else None
+    D_sums, bias_sums = _floats(like, batch, chunks, channels), _floats(like, batch, chunks, channels)
+    low_rank = scan.proj is not None
+    rank = scan.proj.shape[0] if low_rank else 0
+    delta_total, delta_sums = None if low_rank else _Total(ddelta, _launches(scan.A)), []
+    for of, part in scan.parts():
+        u, delta, A, B, C, D, z, bias, _, proj, index, keep, _, _ = part
+        options = part.options() | {"TILE": LANES, "GATE": z is not None}
+        exits = _by_chunk(None if dstate is None else dstate[:, :, of])
+        if chunks > 1:
+            after, exits = exits, _floats(like, batch, chunks, A.shape[1], channels)
+            local_adjoint[items,](
+                dout, delta, A, C, *present(u, z, bias, proj, index, keep), exits, sums, scale, length, channels, groups, steps, chunks,
+                *dout.stride(), *delta.stride(), *A.stride(), *C.stride(), *strides(z, 3), *exits.stride()[:2], **options)
+            _carry(exits, sums, A, None if after is None else dstate[:, :, of], keep, steps, backward=True)
+        A_sums = _floats(like, batch, chunks, A.shape[1], channels)
+        B_sums, C_sums = (_floats(like, tiles // groups, *B.shape) for _ in range(2))
+        shelf = _floats(like, programs, *shelf_of_one)
+        du_target, du_earlier = du.next()
+        dz_target, dz_earlier = (None, None) if dz is None else dz.next()
+        if low_rank:
+            delta_target, delta_earlier = _floats(like, tiles, batch, length, rank), None
+            proj_sums = torch.zeros((batch, chunks, rank, channels), dtype=torch.float32, device=like.device)
+        else:
+            (delta_target, delta_earlier), proj_sums = delta_total.next(), None
+        into = None if dinitial is None else dinitial[:, :, of]
+        saved = checkpoints[:, :, of]
+        adjoint[programs,](
+            dout, u, delta, A, B, C, *present(u, D, z, bias, proj, index, keep), saved, *present(u, exits), shelf, du_target, *present(u, du_earlier),
+            delta_target, *present(u, delta_earlier, dz_target, dz_earlier), A_sums, B_sums, C_sums, D_sums, bias_sums, *present(u, proj_sums, into),
+            scale, items, batch, length, channels, groups, steps, chunks, *dout.stride(), *u.stride(), *delta.stride(), *A.stride(), *B.stride(),
+            *C.stride(), *strides(z, 3), *saved.stride()[:2], *strides(exits, 4), *du_target.stride()[:2], *strides(du_earlier, 3)[:2],
+            *delta_target.stride()[:2], *strides(delta_earlier, 3)[:2], *strides(dz_target, 3)[:2], *strides(dz_earlier, 3)[:2], *strides(into, 3),
+            CHUNK=chunk, SKIP=D is not None, EXIT=exits is not None, INITIAL=into is not None, DU_EARLIER=du_earlier is not None,
+            DD_EARLIER=delta_earlier is not None, DZ_EARLIER=dz_earlier is not None, **options | UNSPILLED | {"K": HELD})
+        dA[:, of] = A_sums.sum((0, 1)).t()
+        dB[..., of] = B_sums.sum(0)
+        dC[..., of] = C_sums.sum(0)
+        if D is not None:
+            torch.sum(D_sums, (0, 1), out=dD)
+        if bias is not None:
+            _add(dbias, bias_sums.sum((0, 1)), of)
+        if low_rank:
+            _add(dproj, proj_sums.sum((0, 1)).t(), of)
+            delta_sums.append(delta_target.sum(0))
+    if low_rank:
+        ddelta.copy_(sum(delta_sums[1:], delta_sums[0]))
+
+
+def _carry(values, sums, A, entry, keep, steps, backward):
+    """values (b,chunks,n,d), what each chunk gives from zero, become what enters each; sums (b,chunks,d); entry (b,d,n) enters the first."""
+    batch, chunks, n, channels = values.shape
+    fades = None
+    if keep is not None:
+        fades = torch.nn.functional.pad(keep[:-1], (0, chunks * steps - keep.shape[0] + 1)).view(chunks, steps).amin(1)
+    entry_strides = (0, 0, 0) if entry is None else (entry.stride(0), entry.stride(2), entry.stride(1))
+    carry[batch * n * triton.cdiv(channels, LANES),](
+        values, sums, A, *present(A, entry, fades), channels, n, chunks, *values.stride()[:2], *A.stride(), *entry_strides, TILE=LANES,
+        GROUP=min(GROUP, triton.next_power_of_2(chunks)), ENTRY=entry is not None, KEEP=keep is not None, BACKWARD=backward, **OPTIONS)
+
+
+def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state) -> _Scan:
+    proj = None if delta_proj is None else _dense(delta_proj.t())  # lanes read a rank's row of channels
+    keep = None
+    if starts is not None:
+        length = u.shape[1]
+        keep = torch.zeros(length + 1, dtype=torch.float32, device=u.device).index_fill_(0, length - starts if reverse else starts, -math.inf)
+        keep[0] = 0.0  # the initial state precedes step 0
+    return _Scan(u, delta, _dense(A), B, C, _dense(D), z, _dense(delta_bias), softplus, proj, index, keep, reverse, initial_state)
+
+
+def _launches(A) -> int:
+    return triton.cdiv(A.shape[-1], STATES)
+
+
+def _by_chunk(state):
+    """(b,d,n) as the (b,1,n,d) that enters the only chunk."""
+    return None if state is None else state.transpose(1, 2).unsqueeze(1)
+
+
+def _add(total, part, of):
+    """The first states' part is the total so far."""
+    total.copy_(part) if of.start == 0 else total.add_(part)
+
+
+def _plain(*tensors):
+    """Tensors without the behaviour of a subclass: a launch wants none of it."""
+    return (t if t is None or type(t) is torch.Tensor else t.as_subclass(torch.Tensor) for t in tensors)
+
+
+def _new(t):
+    """A gradient for t: contiguous, whatever t's strides are."""
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def _floats(like, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _dense(t):
+    """A weight as the kernels read it: contiguous, in float32."""
+    return None if t is None else t.to(torch.float32).contiguous()
+
+
+def _slice(x, i):
+    """Order i's tokens: a tensor (b,l,k,d) has its own for every order, (b,l,d) serves all."""
+    return x[:, :, i] if x.dim() == 4 else x
+
+
+def _row(weight, i):
+    return None if weight is None else weight[i]

@@ -1,0 +1,315 @@
+"""Selective scan backward on a GPU: the kernels. `triton.py` launches them.
+
+With g_t the gradient of h_t that comes from later steps, e_t = exp(s_t A) and dy_t = dout_t silu(z_t) scale:
+
+    dh_t = g_t + dy_t C_t                 dC_t = sum over channels of dy_t h_t
+    g_{t-1} = e_t dh_t                    dB_t = sum over channels of dh_t s_t u_t
+    w_t = g_{t-1} h_{t-1}                 dA = sum over t of w_t s_t
+    ds_t = u_t sum_n dh_t B_t + sum_n w_t A,    du_t = s_t sum_n dh_t B_t + D dy_t
+
+As forward, a program is a warp with channels in its lanes, one each here, and N <= 16 states in registers; g goes over the chunks as the state does,
+from the last (`local_adjoint`, `carry`, `adjoint`), and its decay through a chunk is the same.
+
+`adjoint` takes the runs between two checkpoints from the last. Each it walks forwards from its checkpoint, for dC and what dz needs, and puts
+the state before every K steps on a shelf; then backwards in blocks of K steps, whose e_t and h_{t-1} it computes anew and holds: with K = 2 and 16
+states 64 registers, beside the 48 of the rates, g and dA. K = 4 spills, and gains nothing: these kernels wait for instructions to issue, not
+for the shelf (2 x 64 bytes a token and channel if every step were on it, half of that with K = 2). The shelf belongs to the program, not to
+the chunk: there is a fixed number of programs, and each takes chunk after chunk.
+
+Sums over channels leave the lanes 32 at a time: lanes exchange halves (`sums`), 31 shuffles in place of 160, and the sums of K steps are one store.
+"""
+
+# ruff: noqa: RUF005, SIM102 (Triton compiles neither starred tuples nor every conditional expression)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from medssm.kernels.selective_scan.triton_steps import (
+    LN_2,
+    decay,
+    drives,
+    places,
+    positive,
+    rates,
+    raw_steps,
+    rows,
+    sigmoid,
+    tile_of,
+    vectors,
+    where_live,
+)
+
+
+@triton.jit
+def sums(values):
+    """The sums over 32 lanes of up to 32 vectors (32,): lane i gets that of value i.
+
+    Two vectors are folded into one: an even lane keeps its part of the first and takes that of its neighbour, an odd lane likewise of the second;
+    then pairs of pairs. What is left to do once one vector remains is an ordinary butterfly.
+    """
+    lane = tl.arange(0, 32)
+    for level in tl.static_range(5):
+        odd = (lane >> level & 1) != 0
+        neighbour = lane ^ (1 << level)
+        folded = ()
+        for i in tl.static_range(len(values) // 2):
+            kept = tl.where(odd, values[2 * i + 1], values[2 * i])
+            given = tl.where(odd, values[2 * i], values[2 * i + 1])
+            folded = folded + (kept + tl.gather(given, neighbour, 0),)
+        if len(values) % 2 == 1:
+            folded = folded + (values[len(values) - 1] + tl.gather(values[len(values) - 1], neighbour, 0),)
+        values = folded
+    return values[0]
+
+
+@triton.jit
+def upstream(dout, z, tokens, here, live, scale, o_token, z_token, K: tl.constexpr, GATE: tl.constexpr):
+    """dy of K tokens, and the gradient of z over y (zeros without a gate); both 0 past the end."""
+    dy, dgate = (), ()
+    for k in tl.static_range(K):
+        g = tl.load(dout + tokens[k] * o_token, mask=where_live(here, live[k]), other=0.0).to(tl.float32) * scale
+        if GATE:
+            gate = tl.load(z + tokens[k] * z_token, mask=here, other=0.0).to(tl.float32)
+            open = sigmoid(gate)
+            dgate = dgate + (g * open * (1.0 + gate * (1.0 - open)),)
+            g *= gate * open
+        else:
+            dgate = dgate + (0.0,)
+        dy = dy + (g,)
+    return dy, dgate
+
+
+@triton.jit
+def store_rows(to, values, tokens, live, token_step, K: tl.constexpr):
+    """Stores K rows of sums over lanes, one a token; values: those of the first token, then those of the second, …"""
+    width: tl.constexpr = len(values) // K
+    lane = tl.arange(0, 32)
+    at = tl.zeros((32,), tl.int64)
+    there = lane < 0
+    for k in tl.static_range(K):
+        mine = lane // width == k
+        at = tl.where(mine, tokens[k] * token_step, at)
+        there = there | where_live(mine, live[k])
+    tl.store(to + at + lane % width, sums(values), mask=there)
+
+
+@triton.jit
+def walk_forwards(h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_token, c_state, N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr,
+                  KEEP: tl.constexpr):
+    """K steps: (h after them, dC's products, y without D u, zero where no gate needs it)."""
+    products, outputs = (), ()
+    for k in tl.static_range(K):
+        after = ()
+        y = tl.zeros_like(s[k])
+        for n in tl.static_range(N):
+            B_t = tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
+            v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t
+            if GATE:
+                y += v * tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
+            products = products + (dy[k] * v,)
+            after = after + (v,)
+        h = after
+        outputs = outputs + (y,)
+    return h, products, outputs
+
+
+@triton.jit
+def walk_backwards(g, A_sums, h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_token, c_state, N: tl.constexpr, K: tl.constexpr,
+                   KEEP: tl.constexpr):
+    """K steps from the last, h the state before them: (g before them, A_sums, dB's products, sum_n dh_t B_t, sum_n w_t A log2 e)."""
+    before, decays = (), ()  # h_{t-1} and e_t, N of each token
+    for k in tl.static_range(K):
+        after = ()
+        for n in tl.static_range(N):
+            e = decay(s[k], a[n], fades[k], KEEP)
+            before = before + (h[n],)
+            decays = decays + (e,)
+            after = after + (e * h[n] + su[k] * tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32),)
+        h = after
+    products, along_B, along_A = (), (), ()
+    for k in tl.static_range(K - 1, -1, -1):
+        by_B = tl.zeros_like(s[k])
+        by_A = tl.zeros_like(s[k])
+        earlier, totals, row = (), (), ()
+        for n in tl.static_range(N):
+            dh = g[n] + dy[k] * tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
+            row = row + (dh * su[k],)
+            by_B += dh * tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
+            dh *= decays[k * N + n]
+            w = dh * before[k * N + n]
+            by_A += w * a[n]
+            totals = totals + (A_sums[n] + w * s[k],)
+            earlier = earlier + (dh,)
+        g, A_sums = earlier, totals
+        products, along_B, along_A = row + products, (by_B,) + along_B, (by_A,) + along_A
+    return g, A_sums, products, along_B, along_A
+
+
+@triton.jit
+def local_adjoint(dout, delta, A, C, z, bias, proj, index, keep, ends, totals, scale, length, channels, groups, steps, chunks, o_batch, o_token,
+                  o_channel, d_batch, d_token, d_channel, a_channel, a_state, c_batch, c_token, c_group, c_state, z_batch, z_token, z_channel,
+                  e_batch, e_chunk, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
+                  SOFTPLUS: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
+    """ends (b,chunks,n,d): g before each chunk, from none after it; totals (b,chunks,d): of its steps."""
+    tiles = groups * tl.cdiv(channels // groups, TILE)
+    program = tl.program_id(0)
+    chunk, b = program // tiles % chunks, (program // tiles // chunks).to(tl.int64)
+    c_state, d_channel = tl.cast(c_state, tl.int64), tl.cast(d_channel, tl.int64)
+    group, d, here = tile_of(program % tiles, channels, groups, TILE)
+    a = rates(A, d, here, a_channel, a_state, N)
+    shift = tl.zeros((TILE,), tl.float32)
+    if BIAS:
+        shift = tl.load(bias + d, mask=here, other=0.0)
+    dout += b * o_batch + d * o_channel
+    delta += b * d_batch
+    z += b * z_batch + d * z_channel
+    C += b * c_batch + group * c_group
+    g = vectors(ends, here, 0, N, False, shift)
+    total = tl.zeros((TILE,), tl.float32)
+    end = tl.minimum((chunk + 1) * steps, length)
+    blocks = tl.cdiv(end - chunk * steps, K)
+    for block in range(blocks):
+        first = chunk * steps + (blocks - 1 - block) * K
+        tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
+        raw = raw_steps(delta, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+        dy, _ = upstream(dout, z, tokens, here, live, scale, o_token, z_token, K, GATE)
+        s = positive(raw, live, K, SOFTPLUS)
+        for k in tl.static_range(K - 1, -1, -1):
+            total += s[k]
+            before = ()
+            for n in tl.static_range(N):
+                C_t = tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
+                before = before + (decay(s[k], a[n], fades[k], KEEP) * (g[n] + dy[k] * C_t),)
+            g = before
+    for n in tl.static_range(N):
+        tl.store(ends + b * e_batch + tl.cast(chunk, tl.int64) * e_chunk + n * channels + d, g[n], mask=here)
+    tl.store(totals + (b * chunks + chunk) * channels + d, total, mask=here)
+
+
+@triton.jit
+def adjoint(dout, u, delta, A, B, C, D, z, bias, proj, index, keep, checkpoints, exit, shelf, du, du_earlier, ddelta, ddelta_earlier, dz, dz_earlier,
+            dA, dB, dC, dD, dbias, dproj, dinitial, scale, items, batch, length, channels, groups, steps, chunks, g_batch, g_token, g_channel,
+            u_batch, u_token, u_channel, d_batch, d_token, d_channel, a_channel, a_state, b_batch, b_token, b_group, b_state, c_batch, c_token,
+            c_group, c_state, z_batch, z_token, z_channel, k_batch, k_chunk, e_batch, e_chunk, e_state, e_channel, du_batch, du_token,
+            du_earlier_batch, du_earlier_token, dd_batch, dd_token, dd_earlier_batch, dd_earlier_token, dz_batch, dz_token, dz_earlier_batch,
+            dz_earlier_token, i_batch, i_channel, i_state, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+            RANK: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, EXIT: tl.constexpr, INITIAL: tl.constexpr,
+            DU_EARLIER: tl.constexpr, DD_EARLIER: tl.constexpr, DZ_EARLIER: tl.constexpr, SOFTPLUS: tl.constexpr, WALK: tl.constexpr,
+            KEEP: tl.constexpr, REVERSE: tl.constexpr):
+    """Gradients along each chunk from g after it (exit, (b,chunks,n,d)) and the states at its checkpoints (b,.,n,d).
+
+    du, ddelta, dz (b,l,d): added to what is earlier. Partial sums: dA (b,chunks,n,d), dD, dbias (b,chunks,d), dB, dC (tiles,b,l,g,n);
+    low-rank: ddelta (tiles of all groups,b,l,r), dproj (b,chunks,r,d), zeros before. dinitial (b,d,n). shelf (programs, CHUNK / K, N, TILE).
+    """
+    tiles_of_group = tl.cdiv(channels // groups, TILE)
+    tiles = groups * tiles_of_group
+    b_state, c_state, d_channel = tl.cast(b_state, tl.int64), tl.cast(c_state, tl.int64), tl.cast(d_channel, tl.int64)
+    lane = tl.arange(0, TILE)
+    shelf += tl.program_id(0).to(tl.int64) * (CHUNK // K * N * TILE) + lane
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        tile, chunk, b = item % tiles, item // tiles % chunks, tl.cast(item // tiles // chunks, tl.int64)
+        group, d, here = tile_of(tile, channels, groups, TILE)
+        a = rates(A, d, here, a_channel, a_state, N)
+        shift = tl.zeros((TILE,), tl.float32)
+        if BIAS:
+            shift = tl.load(bias + d, mask=here, other=0.0)
+        if SKIP:
+            skip = tl.load(D + d, mask=here, other=0.0)
+        dout_at = dout + b * g_batch + d * g_channel
+        u_at = u + b * u_batch + d * u_channel
+        delta_at = delta + b * d_batch
+        z_at = z + b * z_batch + d * z_channel
+        B_at = B + b * b_batch + group * b_group
+        C_at = C + b * c_batch + group * c_group
+        row = ((tile % tiles_of_group * batch + b) * length * groups + group) * N  # of dB and dC
+        g = vectors(exit + b * e_batch + tl.cast(chunk, tl.int64) * e_chunk + d * e_channel, here, e_state, N, EXIT, shift)
+        A_sums = vectors(exit, here, 0, N, False, shift)
+        D_sum = tl.zeros((TILE,), tl.float32)
+        bias_sum = tl.zeros((TILE,), tl.float32)
+        end_of_chunk = tl.minimum((chunk + 1) * steps, length)
+        runs = tl.cdiv(end_of_chunk - chunk * steps, CHUNK)
+        for run in range(runs):
+            begin = chunk * steps + (runs - 1 - run) * CHUNK
+            end = tl.minimum(begin + CHUNK, end_of_chunk)
+            blocks = tl.cdiv(end - begin, K)
+
+            h = vectors(checkpoints + b * k_batch + tl.cast(begin // CHUNK, tl.int64) * k_chunk + d, here, channels, N, True, shift)
+            for block in range(blocks):
+                for n in tl.static_range(N):
+                    tl.store(shelf + (block * N + n) * TILE, h[n])
+                tokens, live, fades = places(index, keep, begin + block * K, end, length, K, WALK, KEEP, REVERSE)
+                raw = raw_steps(delta_at, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+                inputs = rows(u_at, tokens, here, u_token, K)
+                dy, dgate = upstream(dout_at, z_at, tokens, here, live, scale, g_token, z_token, K, GATE)
+                if DZ_EARLIER:
+                    gate_sums = rows(dz_earlier + b * dz_earlier_batch + d, tokens, here, dz_earlier_token, K)
+                s = positive(raw, live, K, SOFTPLUS)
+                su = drives(s, inputs, live, K)
+                h, products, y = walk_forwards(h, a, s, su, dy, fades, tokens, B_at, C_at, b_token, b_state, c_token, c_state, N, K, GATE, KEEP)
+                store_rows(dC + row, products, tokens, live, groups * N, K)
+                if GATE:
+                    for k in tl.static_range(K):
+                        dgated = y[k]
+                        if SKIP:
+                            dgated += skip * inputs[k]
+                        dgated *= dgate[k]
+                        if DZ_EARLIER:
+                            dgated += gate_sums[k]
+                        tl.store(dz + b * dz_batch + tokens[k] * dz_token + d, dgated.to(dz.dtype.element_ty), mask=where_live(here, live[k]))
+            tl.debug_barrier()  # lanes may read from the shelf what others put there
+
+            for i in range(blocks):
+                block = blocks - 1 - i
+                tokens, live, fades = places(index, keep, begin + block * K, end, length, K, WALK, KEEP, REVERSE)
+                raw = raw_steps(delta_at, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+                inputs = rows(u_at, tokens, here, u_token, K)
+                dy, _ = upstream(dout_at, z_at, tokens, here, live, scale, g_token, z_token, K, GATE)
+                s = positive(raw, live, K, SOFTPLUS)
+                su = drives(s, inputs, live, K)
+                before = vectors(shelf + block * N * TILE, lane >= 0, TILE, N, True, shift)
+                g, A_sums, products, along_B, along_A = walk_backwards(g, A_sums, before, a, s, su, dy, fades, tokens, B_at, C_at, b_token, b_state,
+                                                                       c_token, c_state, N, K, KEEP)
+                store_rows(dB + row, products, tokens, live, groups * N, K)
+                dsteps = ()
+                for k in tl.static_range(K):
+                    x = s[k] * along_B[k]
+                    if SKIP:
+                        x += skip * dy[k]
+                        D_sum += dy[k] * inputs[k]
+                    if DU_EARLIER:
+                        x += tl.load(du_earlier + b * du_earlier_batch + tokens[k] * du_earlier_token + d, mask=here, other=0.0)
+                    tl.store(du + b * du_batch + tokens[k] * du_token + d, x.to(du.dtype.element_ty), mask=where_live(here, live[k]))
+                    ds = tl.where(live[k], inputs[k] * along_B[k] + along_A[k] * LN_2, 0.0)
+                    if SOFTPLUS:
+                        ds *= sigmoid(raw[k])
+                    bias_sum += ds
+                    dsteps = dsteps + (ds,)
+                    if RANK == 0:
+                        if DD_EARLIER:
+                            ds += tl.load(ddelta_earlier + b * dd_earlier_batch + tokens[k] * dd_earlier_token + d, mask=here, other=0.0)
+                        tl.store(ddelta + b * dd_batch + tokens[k] * dd_token + d, ds.to(ddelta.dtype.element_ty), mask=where_live(here, live[k]))
+                if RANK > 0:
+                    for r in range(RANK):
+                        p = tl.load(proj + r * channels + d, mask=here, other=0.0)
+                        to_proj = dproj + ((b * chunks + chunk) * RANK + r) * channels + d
+                        proj_sum = tl.load(to_proj, mask=here, other=0.0)
+                        parts = ()
+                        for k in tl.static_range(K):
+                            proj_sum += dsteps[k] * tl.load(delta_at + tokens[k] * d_token + r * d_channel).to(tl.float32)
+                            parts = parts + (dsteps[k] * p,)
+                        tl.store(to_proj, proj_sum, mask=here)
+                        store_rows(ddelta + (tile * batch + b) * length * RANK + r, parts, tokens, live, RANK, K)
+            tl.debug_barrier()  # before the next run takes the shelf
+        partial = (b * chunks + chunk) * channels + d
+        for n in tl.static_range(N):
+            tl.store(dA + ((b * chunks + chunk) * N + n) * channels + d, A_sums[n], mask=here)
+        if SKIP:
+            tl.store(dD + partial, D_sum, mask=here)
+        if BIAS:
+            tl.store(dbias + partial, bias_sum, mask=here)
+        if INITIAL:
+            if chunk == 0:
+                for n in tl.static_range(N):
+                    tl.store(dinitial + b * i_batch + d * i_channel + n * i_state, g[n].to(dinitial.dtype.element_ty), mask=here)

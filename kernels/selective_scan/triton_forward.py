@@ -1,0 +1,180 @@
+"""Selective scan forward on a GPU: the kernels. `triton.py` launches them.
+
+A program is one warp; its lanes are channels (TILE of them, one or two a lane), and the N <= 16 states of each are N vectors that stay in
+registers through the whole walk. So a step exchanges nothing between lanes, any walk through a volume reads whole rows, and B_t and C_t, the same
+for all lanes, are read once for the tile.
+
+The walk is cut in chunks where batch and channels alone leave the chip idle. Of a chunk two things are needed before its entry state is known:
+`local` scans it from a zero state to its end state and the sum of its steps, since the decay through a whole chunk is one exp(A sum s_t);
+`carry` goes over the chunks; `apply` scans from the entry states and writes the outputs. With one chunk there is only `apply`.
+"""
+
+# ruff: noqa: RUF005, SIM102, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from medssm.kernels.selective_scan.triton_steps import decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors, where_live
+
+
+@triton.jit
+def local(u, delta, A, B, bias, proj, index, keep, ends, sums, length, channels, groups, steps, chunks, u_batch, u_token, u_channel, d_batch, d_token,
+          d_channel, a_channel, a_state, b_batch, b_token, b_group, b_state, e_batch, e_chunk, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+          RANK: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
+    """ends (b,chunks,n,d): the state after each chunk, from zero; sums (b,chunks,d): of its steps."""
+    tiles = groups * tl.cdiv(channels // groups, TILE)
+    program = tl.program_id(0)
+    chunk, b = program // tiles % chunks, (program // tiles // chunks).to(tl.int64)
+    b_state, d_channel = tl.cast(b_state, tl.int64), tl.cast(d_channel, tl.int64)
+    group, d, here = tile_of(program % tiles, channels, groups, TILE)
+    a = rates(A, d, here, a_channel, a_state, N)
+    shift = tl.zeros((TILE,), tl.float32)
+    if BIAS:
+        shift = tl.load(bias + d, mask=here, other=0.0)
+    u += b * u_batch + d * u_channel
+    delta += b * d_batch
+    B += b * b_batch + group * b_group
+    h = vectors(ends, here, 0, N, False, shift)
+    total = tl.zeros((TILE,), tl.float32)
+    end = tl.minimum((chunk + 1) * steps, length)
+    for first in range(chunk * steps, end, K):
+        tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
+        raw = raw_steps(delta, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+        inputs = rows(u, tokens, here, u_token, K)
+        s = positive(raw, live, K, SOFTPLUS)
+        su = drives(s, inputs, live, K)
+        for k in tl.static_range(K):
+            total += s[k]
+            after = ()
+            for n in tl.static_range(N):
+                B_t = tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
+                after = after + (decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t,)
+            h = after
+    for n in tl.static_range(N):
+        tl.store(ends + b * e_batch + chunk.to(tl.int64) * e_chunk + n * channels + d, h[n], mask=here)
+    tl.store(sums + (b * chunks + chunk) * channels + d, total, mask=here)
+
+
+@triton.jit
+def _group(values, sums, first, chunks, here, channels, v_chunk, GROUP: tl.constexpr, BACKWARD: tl.constexpr):
+    """GROUP chunks' values and sums from the first on; zeros past the last."""
+    v, s = (), ()
+    for i in tl.static_range(GROUP):
+        at = first + i
+        live = where_live(here, at < chunks)
+        if BACKWARD:
+            at = chunks - 1 - at
+        v = v + (tl.load(values + at * v_chunk, mask=live, other=0.0),)
+        s = s + (tl.load(sums + at * channels, mask=live, other=0.0),)
+    return v, s
+
+
+@triton.jit
+def carry(values, sums, A, entry, fades, channels, states, chunks, v_batch, v_chunk, a_channel, a_state, e_batch, e_state, e_channel,
+          TILE: tl.constexpr, GROUP: tl.constexpr, ENTRY: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr):
+    """values (b,chunks,n,d): what each chunk gives from zero becomes what enters it; BACKWARD: from the last chunk to the first.
+
+    entry (b,n,d) enters the first of them; fades (chunks,): -inf where the state begins anew within the chunk. A program has one state and a tile of
+    channels. The chain from chunk to chunk is one multiply-add long; what it waits for is memory: a group is read while the one before is used.
+    """
+    tiles = tl.cdiv(channels, TILE)
+    program = tl.program_id(0).to(tl.int64)
+    n, b = program // tiles % states, program // tiles // states
+    d = program % tiles * TILE + tl.arange(0, TILE)
+    here = d < channels
+    a = tl.load(A + d * a_channel + n * a_state, mask=here, other=0.0) * 1.4426950408889634
+    h = tl.zeros((TILE,), tl.float32)
+    if ENTRY:
+        h = tl.load(entry + b * e_batch + n * e_state + d * e_channel, mask=here, other=0.0).to(tl.float32)
+    values += b * v_batch + n * channels + d
+    sums += b * chunks * channels + d
+    chunk = tl.zeros((), tl.int64)
+    v, s = _group(values, sums, chunk, chunks, here, channels, v_chunk, GROUP, BACKWARD)
+    for first in range(chunk, chunks, GROUP):
+        next_v, next_s = _group(values, sums, first + GROUP, chunks, here, channels, v_chunk, GROUP, BACKWARD)
+        for i in tl.static_range(GROUP):
+            at = first + i
+            live = at < chunks
+            if BACKWARD:
+                at = chunks - 1 - at
+            fade = 0.0
+            if KEEP:
+                fade = tl.load(fades + at, mask=live, other=0.0)
+            tl.store(values + at * v_chunk, h, mask=where_live(here, live))
+            h = decay(s[i], a, fade, KEEP) * h + v[i]
+        v, s = next_v, next_s
+
+
+@triton.jit
+def apply(u, delta, A, B, C, D, z, bias, proj, index, keep, entry, out, earlier, checkpoints, state, scale, length, channels, groups, steps, chunks,
+          u_batch, u_token, u_channel, d_batch, d_token, d_channel, a_channel, a_state, b_batch, b_token, b_group, b_state, c_batch, c_token, c_group,
+          c_state, z_batch, z_token, z_channel, e_batch, e_chunk, e_state, e_channel, o_batch, o_token, y_batch, y_token, k_batch, k_chunk,
+          h_batch, h_channel, h_state, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
+          BIAS: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, ENTRY: tl.constexpr, EARLIER: tl.constexpr, SAVE: tl.constexpr,
+          FINAL: tl.constexpr, SOFTPLUS: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
+    """out = scale (y + D u + earlier) silu(z) along each chunk from its entry state (b,chunks,n,d).
+
+    checkpoints (b,.,n,d): the state before every CHUNK steps (SAVE); state (b,d,n): after the last (FINAL).
+    """
+    tiles = groups * tl.cdiv(channels // groups, TILE)
+    program = tl.program_id(0)
+    chunk, b = program // tiles % chunks, (program // tiles // chunks).to(tl.int64)
+    b_state, c_state, d_channel = tl.cast(b_state, tl.int64), tl.cast(c_state, tl.int64), tl.cast(d_channel, tl.int64)
+    group, d, here = tile_of(program % tiles, channels, groups, TILE)
+    a = rates(A, d, here, a_channel, a_state, N)
+    shift = tl.zeros((TILE,), tl.float32)
+    if BIAS:
+        shift = tl.load(bias + d, mask=here, other=0.0)
+    if SKIP:
+        skip = tl.load(D + d, mask=here, other=0.0)
+    u += b * u_batch + d * u_channel
+    delta += b * d_batch
+    z += b * z_batch + d * z_channel
+    B += b * b_batch + group * b_group
+    C += b * c_batch + group * c_group
+    out += b * o_batch + d
+    earlier += b * y_batch + d
+    h = vectors(entry + b * e_batch + chunk.to(tl.int64) * e_chunk + d * e_channel, here, e_state, N, ENTRY, shift)
+    end = tl.minimum((chunk + 1) * steps, length)
+    for begin in range(chunk * steps, end, CHUNK):
+        if SAVE:
+            for n in tl.static_range(N):
+                tl.store(checkpoints + b * k_batch + tl.cast(begin // CHUNK, tl.int64) * k_chunk + n * channels + d, h[n], mask=here)
+        for first in range(begin, tl.minimum(begin + CHUNK, end), K):
+            tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
+            raw = raw_steps(delta, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+            inputs = rows(u, tokens, here, u_token, K)
+            if GATE:
+                gates = rows(z, tokens, here, z_token, K)
+            if EARLIER:
+                y = rows(earlier, tokens, here, y_token, K)
+            else:
+                y = vectors(out, here, 0, K, False, shift)
+            s = positive(raw, live, K, SOFTPLUS)
+            su = drives(s, inputs, live, K)
+            # Stores come after all of the loads: one that might alias them would hold them up.
+            results = ()
+            for k in tl.static_range(K):
+                after = ()
+                result = tl.zeros((TILE,), tl.float32)
+                for n in tl.static_range(N):
+                    B_t = tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
+                    C_t = tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
+                    v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t
+                    result += v * C_t
+                    after = after + (v,)
+                h = after
+                if SKIP:
+                    result += skip * inputs[k]
+                result = (result + y[k]) * scale
+                if GATE:
+                    result *= gates[k] * sigmoid(gates[k])
+                results = results + (result,)
+            for k in tl.static_range(K):
+                tl.store(out + tokens[k] * o_token, results[k].to(out.dtype.element_ty), mask=where_live(here, live[k]))
+    if FINAL:
+        if chunk == chunks - 1:
+            for n in tl.static_range(N):
+                tl.store(state + b * h_batch + d * h_channel + n * h_state, h[n], mask=here)
