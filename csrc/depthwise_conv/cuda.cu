@@ -126,6 +126,7 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) wei
     }
   };
   // The sums of kCount offsets from `from` on, and of g.
+  constexpr int kSpan = kSide ? kRun : kRun / 2;  // positions whose values are under way together
   const auto gather = [&](int from, auto count, T* sums, T* total) {
     constexpr int kCount = decltype(count)::value;
 #pragma unroll 1
@@ -135,29 +136,29 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) wei
       if (!inside && !central) continue;
       const int64_t g_line = a.dout.at(batch, z, y, 0, channel), x_line = inside ? a.x.at(batch, z + kz, y + ky, 0, channel) : 0;
 #pragma unroll 1
-      for (int64_t begin = 0; begin < a.size[2]; begin += kRun) {
-        Bits<T> g[kRun], seen[kRun + kCount - 1];
+      for (int64_t begin = 0; begin < a.size[2]; begin += kSpan) {
+        Bits<T> g[kSpan], seen[kSpan + kCount - 1];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i)
+        for (int i = 0; i < kSpan; ++i)
           if (begin + i < a.size[2]) g[i].load(a.dout.data, a.dout.type, g_line + (begin + i) * a.dout.stride[3]);
 #pragma unroll
-        for (int i = 0; i < kRun + kCount - 1; ++i) {
+        for (int i = 0; i < kSpan + kCount - 1; ++i) {
           const int64_t x = begin + i + from - side / 2;
           if (inside && x >= 0 && x < a.size[2]) seen[i].load(a.x.data, a.x.type, x_line + x * a.x.stride[3]);
         }
-        T values[kRun];
+        T values[kSpan];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
+        for (int i = 0; i < kSpan; ++i) {
           values[i] = begin + i < a.size[2] ? g[i].value(a.dout.type) : T(0);
           *total += values[i];
         }
 #pragma unroll
-        for (int i = 0; i < kRun + kCount - 1; ++i) {
+        for (int i = 0; i < kSpan + kCount - 1; ++i) {
           const int64_t x = begin + i + from - side / 2;
           const T value = inside && x >= 0 && x < a.size[2] ? seen[i].value(a.x.type) : T(0);
 #pragma unroll
           for (int k = 0; k < kCount; ++k)
-            if (i - k >= 0 && i - k < kRun) sums[k] = fma(values[i - k], value, sums[k]);
+            if (i - k >= 0 && i - k < kSpan) sums[k] = fma(values[i - k], value, sums[k]);
         }
       }
     }
