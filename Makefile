@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INTEGRATIONS := build/integrations
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 export OMP_PROC_BIND ?= true
 
-.PHONY: demo test test-integrations lint sanitize bench clean
+.PHONY: demo test test-integrations lint sanitize gpu-kernels bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out
@@ -25,6 +25,10 @@ lint: $(VENV)/installed-dev
 
 sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q tests/kernels/test_sanitizers.py
+
+# Every Triton kernel in every configuration, compiled for three generations of GPUs: registers, stack and memory of each.
+gpu-kernels: $(VENV)/installed-dev
+	$(BIN)/python tests/kernels/triton_resources.py --all
 
 bench: $(VENV)/installed-dev
 	$(BIN)/medssm bench

@@ -1,7 +1,8 @@
 """Builds medssm/_lib/libmedssm_cpu.so and, where nvcc is, libmedssm_cuda.so: a plain C ABI, no torch and no Python headers.
 
-Knobs (environment): CXX, NVCC, CUDA_HOME; MEDSSM_CPU and MEDSSM_CUDA=auto|0|1 (0: do not build, 1: fail where it does not build); MEDSSM_CUDA_ARCHS
-("80 90 100"); MEDSSM_SANITIZE=1 (AddressSanitizer and UBSan); MEDSSM_EMULATE=1 (the CUDA kernels for the CPU, see tests/emulation).
+Knobs (environment): CXX, NVCC, CUDA_HOME; MEDSSM_CPU and MEDSSM_CUDA=auto|0|1 (0: do not build, 1: fail where it does not build); MEDSSM_CPU_ISAS
+("base v3 v4") and MEDSSM_CUDA_ARCHS ("80 90 100"): what to compile for; MEDSSM_SANITIZE=1 (AddressSanitizer and UBSan); MEDSSM_EMULATE=1 (the CUDA
+kernels for the CPU, see tests/emulation).
 """
 
 import os
@@ -19,6 +20,7 @@ SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # One object per kernel and instruction set; the loader picks at run time. Other processors get the portable C++ alone.
 ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {"base": []}
+ISAS = {name: flags for name, flags in ISAS.items() if name in os.environ.get("MEDSSM_CPU_ISAS", "base v3 v4").split()}
 # Never -ffast-math: at link time it makes the loader flip denormals for the whole process, torch included.
 FLAGS = [
     "-std=c++17",

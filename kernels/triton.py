@@ -42,6 +42,11 @@ def refuse(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def plain(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Of a subclass (MONAI's MetaTensor) the tensor itself: a launch takes nothing else."""
+    return tuple(t if t is None or type(t) is torch.Tensor else t.detach().as_subclass(torch.Tensor) for t in tensors)
+
+
 def present(instead: torch.Tensor, *tensors: torch.Tensor | None):
     """A kernel's pointers: one that is not there is `instead`, which the kernel then never reads in its place."""
     return (instead if t is None else t for t in tensors)

@@ -10,7 +10,7 @@ import torch
 
 import medssm
 from medssm import dispatch, ops, orders
-from medssm.kernels import native
+from medssm.kernels import cuda, native, triton
 
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps medssm"
 EXTRAS = {"monai": "segment", "nibabel": "segment", "lightning": "segment", "scipy": "segment", "rich": "segment", "matplotlib": "segment"}
@@ -32,6 +32,8 @@ def run(args) -> dict:
         "library": str(native.path()),
         "instruction_set": None if native.reason() else native.isa(),
         "compiler": _compiler(),
+        "cuda_library": {"file": str(cuda.path()), "targets": cuda.targets() or None, "idle": cuda.reason()},
+        "triton": triton.reason() or "ok",
         "missing": _missing(),
         "ops": {op: _examine(op, table) for op, table in dispatch.backends().items()},
     }
@@ -135,6 +137,9 @@ def _print(report: dict) -> None:
         f"compiled kernels: {report['library'] if report['instruction_set'] else 'none'}"
         + (f" ({report['instruction_set']})" if report["instruction_set"] else "")
     )
+    library = report["cuda_library"]
+    print(f"CUDA kernels: {library['idle'] or library['file']}")
+    print(f"Triton: {report['triton']}")
     for op, table in report["ops"].items():
         print(op)
         for name, line in table.items():

@@ -1,7 +1,7 @@
 """Which GPU backend `auto` asks first, by size: the one table, filled from what bench/gpu.py measures.
 
-FIRST[op]: rows (elements, backend) by rising size; the first row that holds a call's first tensor names the backend. The others follow where it cannot
-serve. Not measured yet: every size asks CUDA first, whose launches pass through no Python, and Triton where the compiled library is missing.
+FIRST[op]: rows (elements, backend) by rising size; the first row that holds a call's first tensor names the backend. The others follow where it
+cannot serve. Not measured yet: every size asks CUDA first, whose launches pass through no Python, and Triton where the compiled library is missing.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "ci", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
-# For backends that run slowly here: Triton's interpreter, CUDA kernels emulated.
-settings.register_profile(
-    "brief", deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+# For backends that run slowly here: CUDA kernels emulated, and Triton's interpreter, which takes seconds for a scan.
+for name, examples in (("brief", 8), ("few", 2)):
+    settings.register_profile(
+        name, deadline=None, max_examples=examples, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    )
 settings.register_profile("deep", deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -33,7 +33,7 @@ def checkout(tmp_path) -> Path:
 
 
 def run(*command, cwd, **changes):
-    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("MEDSSM_", "PYTHONPATH"))}, **changes}
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("MEDSSM_", "PYTHONPATH"))}, "MEDSSM_CUDA": "0", **changes}
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -76,6 +76,7 @@ def test_the_sdist_builds(tmp_path):
     archive = next((copy / "dist").glob("*.tar.gz"))
     with tarfile.open(archive) as tar:
         names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
+        assert "csrc/selective_scan/cuda_forward.cu" in names
         assert {"csrc/isa.cpp", "csrc/include/medssm/abi.h", "csrc/selective_scan/cpu_forward.cpp", "medssm/kernels/native.py", "LICENSE"} <= names
         tar.extractall(tmp_path / "unpacked", filter="data")
     source = next((tmp_path / "unpacked").iterdir())

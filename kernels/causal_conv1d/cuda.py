@@ -47,7 +47,8 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
     return dx, total[:width].t().to(weight.dtype).contiguous(), dbias, dinitial
 
 
-def _arguments(x, weight, bias, activation, index, begin, reverse, initial_state, out=None, dout=None, dstate=None, dx=None, dinitial=None, sums=None):
+def _arguments(x, weight, bias, activation, index, begin, reverse, initial_state, out=None, dout=None, dstate=None, dx=None, dinitial=None,
+               sums=None):
     return _PACK(
         cuda.stream(x), *cuda.strided(x, 3), *cuda.strided(weight, 2), *cuda.strided(bias, 1), *cuda.strided(initial_state, 3), pointer(index),
         pointer(begin), reverse, *x.shape, weight.shape[1], activation == "silu", wide(x, weight, bias, initial_state), pointer(out),

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.causal_conv1d.walks import begins, state
-from medssm.kernels.triton import on, present, strides
+from medssm.kernels.triton import INTERPRETED, on, plain, present, strides
 
-STEPS, CHANNELS = 32, 64  # of a tile
+STEPS, CHANNELS = (32, 64) if INTERPRETED else (16, 32)  # of a tile: four numbers a thread, which backward has registers for
 
 
 @triton.jit
@@ -133,6 +133,7 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
 
     Returns (out (b,l,d) contiguous, state (b,d,w-1) or None).
     """
+    x, weight, bias, initial_state = plain(x, weight, bias, initial_state)
     batch, length, channels = x.shape
     width = weight.shape[1]
     out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
@@ -148,6 +149,7 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
 
 def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, initial_state):
     """Gradients of x, weight, bias and initial_state (None where that input is), each in its input's dtype and contiguous."""
+    dout, dstate, x, weight, bias, initial_state = plain(dout, dstate, x, weight, bias, initial_state)
     batch, length, channels = x.shape
     width = weight.shape[1]
     dx, dinitial = torch.empty(x.shape, dtype=x.dtype, device=x.device), None

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from medssm.kernels.triton import INTERPRETED, on, present, strides
+from medssm.kernels.triton import INTERPRETED, on, plain, present, strides
 
 POSITIONS, CHANNELS = 256 if INTERPRETED else 32, 64  # of a tile
 SHARE = 2048  # positions that one program sums the gradient of a weight over
@@ -30,9 +30,9 @@ def _axis(position, size_y, size_x):
 
 
 @triton.jit
-def _conv(x, weight, bias, dout, out, size, size_z, size_y, size_x, channels, x_batch, x_z, x_y, x_x, x_channel, w_channel, w_z, w_y, w_x, bias_channel,
-          o_batch, o_z, o_y, o_x, o_channel, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TURN: tl.constexpr, BIAS: tl.constexpr,
-          SILU: tl.constexpr, BEFORE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+def _conv(x, weight, bias, dout, out, size, size_z, size_y, size_x, channels, x_batch, x_z, x_y, x_x, x_channel, w_channel, w_z, w_y, w_x,
+          bias_channel, o_batch, o_z, o_y, o_x, o_channel, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TURN: tl.constexpr,
+          BIAS: tl.constexpr, SILU: tl.constexpr, BEFORE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
     """out = act(bias + sum_o weight_o x_{p+o}). TURN: of x_{p-o}. BEFORE: out is instead dout times the activation's derivative there."""
     tiles = tl.cdiv(size, POSITIONS)
     b = tl.program_id(0) // tiles
@@ -64,8 +64,8 @@ def _conv(x, weight, bias, dout, out, size, size_z, size_y, size_x, channels, x_
 
 
 @triton.jit
-def _weights(g, x, sums, size, size_z, size_y, size_x, channels, g_batch, g_z, g_y, g_x, g_channel, x_batch, x_z, x_y, x_x, x_channel, KZ: tl.constexpr,
-             KY: tl.constexpr, KX: tl.constexpr, SHARE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+def _weights(g, x, sums, size, size_z, size_y, size_x, channels, g_batch, g_z, g_y, g_x, g_channel, x_batch, x_z, x_y, x_x, x_channel,
+             KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SHARE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
     """sums (batch * shares, offsets + 1, channels): of g_p x_{p+o} over a share of the positions; behind the offsets, of g_p alone."""
     d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     here = d < channels
@@ -92,6 +92,7 @@ def _weights(g, x, sums, size, size_z, size_y, size_x, channels, g_batch, g_z, g
 
 def forward(x, weight, bias, activation):
     """Arguments as in `reference.depthwise_conv`. Returns out, contiguous."""
+    x, weight, bias = plain(x, weight, bias)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _run(x, weight, bias, out, silu=activation == "silu")
     return out
@@ -99,6 +100,7 @@ def forward(x, weight, bias, activation):
 
 def backward(dout, x, weight, bias, activation):
     """Gradients of x, weight and bias (None where there is none), each in its input's dtype and contiguous."""
+    dout, x, weight, bias = plain(dout, x, weight, bias)
     dx, g = torch.empty(x.shape, dtype=x.dtype, device=x.device), dout
     if not x.numel():
         return dx, torch.zeros(weight.shape, dtype=weight.dtype, device=x.device), None if bias is None else torch.zeros_like(bias)

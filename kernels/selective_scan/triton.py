@@ -16,7 +16,7 @@ import triton
 from medssm.kernels.selective_scan import plan
 from medssm.kernels.selective_scan.triton_backward import adjoint, local_adjoint
 from medssm.kernels.selective_scan.triton_forward import apply, carry, local
-from medssm.kernels.triton import on, present, strides
+from medssm.kernels.triton import on, plain, present, strides
 
 STATES = 16  # of a launch: as many vectors as stay in registers
 LANES = 32  # of a warp
@@ -86,7 +86,7 @@ class _Total:
 
 def forward(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, save, final):
     """As `native.forward`: out (b,l,d), the state (b,d,n) or None, the checkpoints (b,chunks,n,d) or None."""
-    u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = _plain(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
+    u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = plain(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     batch, length, channels = u.shape
     n = A.shape[1]
     out = _new(u)
@@ -103,7 +103,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, st
 
 def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge, save):
     """As `native.forward_nd`: out (b,l,d), or (b,l,k,d) for merge="stack", and the checkpoints (b,k,chunks,n,d) or None."""
-    x, delta, A, B, C, D, z, delta_bias, delta_proj = _plain(x, delta, A, B, C, D, z, delta_bias, delta_proj)
+    x, delta, A, B, C, D, z, delta_bias, delta_proj = plain(x, delta, A, B, C, D, z, delta_bias, delta_proj)
     k, channels, n = A.shape
     batch, length = x.shape[:2]
     stack = merge == "stack"
@@ -122,7 +122,7 @@ def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks,
 
 def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state):
     """As `native.backward`: gradients of u, delta, A, B, C, D, z, delta_bias, delta_proj and initial_state, None where the input is."""
-    dout, dstate, checkpoints, *inputs = _plain(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
+    dout, dstate, checkpoints, *inputs = plain(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = inputs
     if not u.numel():
         gradients = [None if t is None else torch.zeros_like(t) for t in inputs]
@@ -143,7 +143,7 @@ def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, sof
 
 def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge):
     """As `native.backward_nd`: gradients of x, delta, A, B, C, D, z, delta_bias and delta_proj, None where the input is."""
-    dout, checkpoints, *inputs = _plain(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_proj)
+    dout, checkpoints, *inputs = plain(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_proj)
     x, delta, A, B, C, D, z, delta_bias, delta_proj = inputs
     if not x.numel():
         return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
@@ -290,11 +290,6 @@ def _by_chunk(state):
 def _add(total, part, of):
     """The first states' part is the total so far."""
     total.copy_(part) if of.start == 0 else total.add_(part)
-
-
-def _plain(*tensors):
-    """Tensors without the behaviour of a subclass: a launch wants none of it."""
-    return (t if t is None or type(t) is torch.Tensor else t.as_subclass(torch.Tensor) for t in tensors)
 
 
 def _new(t):

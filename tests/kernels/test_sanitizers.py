@@ -52,7 +52,7 @@ def test_kernels_are_clean(sanitized, isa):
 def sanitized(tmp_path_factory):
     """The library built with both sanitizers."""
     tmp = tmp_path_factory.mktemp("sanitized")
-    env = {**os.environ, "MEDSSM_SANITIZE": "1", "MEDSSM_CPU": "1"}
+    env = {**os.environ, "MEDSSM_SANITIZE": "1", "MEDSSM_CPU": "1", "MEDSSM_CUDA": "0", "MEDSSM_CPU_ISAS": "base v4"}
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp / "lib"), "--build-temp", str(tmp / "temp")],
         cwd=ROOT,

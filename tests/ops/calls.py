@@ -211,6 +211,7 @@ def depthwise_conv(draw, small=False):
 
 
 def calls(op: str, small: bool = False):
-    """Random calls of one op; `small` ones suit gradcheck."""
+    """Random calls of one op; `small` ones suit gradcheck and Triton's interpreter."""
+    small = small or triton.INTERPRETED
     return {"selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "selective_scan_nd": selective_scan_nd,
             "depthwise_conv": depthwise_conv}[op](small=small)

@@ -1,0 +1,29 @@
+"""Every Triton kernel compiles for three generations of GPUs without one here, and no register spills."""
+
+import importlib.util
+
+import pytest
+
+from tests.kernels import resources
+
+if importlib.util.find_spec("triton") is None or resources.cuobjdump() is None:
+    pytest.skip("needs Triton and cuobjdump", allow_module_level=True)
+
+from tests.kernels import triton_resources
+
+KERNELS = {
+    "selective_scan": {"local", "carry", "apply", "local_adjoint", "adjoint"},
+    "selective_scan_nd": {"local", "carry", "apply", "local_adjoint", "adjoint"},
+    "causal_conv1d": {"_forward", "_backward"},
+    "depthwise_conv": {"_conv", "_weights"},
+}
+
+
+def test_kernels_compile_for_every_target_and_do_not_spill():
+    """One configuration an op here; `make gpu-kernels` compiles all of them."""
+    rows = triton_resources.rows()
+    for target in triton_resources.TARGETS:
+        for op, kernels in KERNELS.items():
+            assert {row["kernel"] for row in rows if row["op"] == op and row["target"] == f"sm_{target}"} == kernels, (op, target)
+    spilled = [row for row in rows if row["stack"] or row["local"]]
+    assert not spilled, spilled

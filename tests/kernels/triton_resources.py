@@ -1,0 +1,194 @@
+"""Compiles the Triton kernels for GPUs that are not here, and reads what they take: python tests/kernels/triton_resources.py [--all] [TARGET ...]
+
+The ops' own wrappers run on tensors of the CPU with the launcher replaced by a recorder, so that what is compiled is what they would launch: the same
+kernels, constants, types and divisibilities. Prints a line of JSON a kernel. --all: every configuration of the table, else the first of each op.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from tests.kernels import resources  # noqa: E402
+
+TARGETS = ("80", "90", "100")
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+# -- the calls ----------------------------------------------------------------------------------------------------------------------
+
+
+def _scan(n, dtype, options, rank=None, length=65536, channels=96):
+    """Forward and backward of selective_scan, over several chunks; with options every one that there is."""
+    from medssm.kernels.selective_scan import plan
+    from medssm.kernels.selective_scan import triton as kernel
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    weight = torch.float32
+    u, few = new(1, length, channels), torch.tensor([0, 64])
+    given = [u, new(1, length, rank or channels), new(channels, n, dtype=weight), new(1, length, 1, n), new(1, length, 1, n)]
+    given += [new(channels, dtype=weight), new(1, length, channels), new(channels, dtype=weight)] if options else [None] * 3
+    given += [True, None if rank is None else new(channels, rank, dtype=weight)]
+    given += [torch.arange(length), few, True, new(1, channels, n, dtype=weight)] if options else [None, None, False, None]
+    kernel.forward(*given, True, options)
+    saved = torch.empty(1, plan.chunks(length, n), n, channels)
+    kernel.backward(torch.empty_like(u), new(1, channels, n, dtype=weight) if options else None, saved, *given)
+
+
+def _scan_nd(n, dtype, length=65536, channels=96):
+    """Two walks, the second adding to the first."""
+    from medssm.kernels.selective_scan import plan
+    from medssm.kernels.selective_scan import triton as kernel
+
+    x = torch.empty(1, length, channels, dtype=dtype)
+    rows = torch.empty(1, length, 2, 1, n, dtype=dtype)
+    given = [x, torch.empty(1, length, 2, channels, dtype=dtype), torch.empty(2, channels, n), rows, rows]
+    given += [torch.empty(2, channels), x, None, True, None]
+    walks = [(None, None, False), (torch.arange(length), None, False)]
+    kernel.forward_nd(*given, walks, "sum", True)
+    kernel.backward_nd(x, torch.empty(1, 2, plan.chunks(length, n), n, channels), *given, walks, "sum")
+
+
+def _causal(width, dtype, options, length=4096, channels=96):
+    from medssm.kernels.causal_conv1d import triton as kernel
+
+    x, initial = torch.empty(2, length, channels, dtype=dtype), torch.empty(2, channels, width - 1, dtype=dtype)
+    given = [x, torch.empty(channels, width)]
+    if options:
+        given += [torch.empty(channels), "silu", torch.arange(length), torch.tensor([0, 64]), True, initial]
+    else:
+        given += [None, None, None, None, False, None]
+    kernel.forward(*given, options)
+    kernel.backward(torch.empty_like(x), initial if options else None, *given)
+
+
+def _depthwise(side, dims, dtype, options, channels=96):
+    from medssm.kernels.depthwise_conv import triton as kernel
+
+    x = torch.empty(1, *(12,) * dims, channels, dtype=dtype)
+    given = [x, torch.empty(channels, *(side,) * dims), torch.empty(channels) if options else None, "silu" if options else None]
+    kernel.forward(*given)
+    kernel.backward(torch.empty_like(x), *given)
+
+
+BF16, FLOAT = torch.bfloat16, torch.float32
+CALLS = {
+    "selective_scan": [lambda: _scan(8, BF16, True, 6)]
+    + [lambda n=n, d=d, o=o, r=r: _scan(n, d, o, r) for n, d, (o, r) in itertools.product(
+        (1, 2, 4, 8, 16, 24), (BF16, FLOAT), ((False, None), (True, None), (True, 6)))]
+    + [lambda: _scan(16, BF16, True, channels=128), lambda: _scan(16, torch.float16, True, channels=67)],
+    "selective_scan_nd": [lambda: _scan_nd(1, BF16), lambda: _scan_nd(16, BF16), lambda: _scan_nd(8, FLOAT)],
+    "causal_conv1d": [lambda: _causal(4, BF16, True)] + [lambda w=w, d=d, o=o: _causal(w, d, o) for w, d, o in itertools.product(
+        (1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
+    "depthwise_conv": [lambda: _depthwise(3, 3, BF16, True)] + [lambda s=s, n=n, d=d, o=o: _depthwise(s, n, d, o) for s, n, d, o in itertools.product(
+        (3, 7), (1, 2, 3), (BF16, FLOAT), (False, True))],
+}
+
+
+# -- recording and compiling --------------------------------------------------------------------------------------------------------
+
+
+def recorded(everything: bool) -> list[tuple]:
+    """(op, kernel, arguments, constants) of every launch that the calls make."""
+    seen, launches = [], []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        seen.append((self, args, kwargs))
+
+    real, JITFunction.run = JITFunction.run, record
+    try:
+        for op, calls in CALLS.items():
+            seen.clear()
+            for call in calls if everything else calls[:1]:
+                call()
+            launches += [(op, *launch) for launch in seen]
+    finally:
+        JITFunction.run = real
+    return launches
+
+
+def source(kernel, args, kwargs):
+    """What a launch compiles, the kernel with its types, constants and divisibilities; the compiler's options; and all of it as text."""
+    names = kernel.arg_names
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(zip(names, args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], constants[(i,)] = "constexpr", 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    for name, value in kwargs.items():
+        if name in names:
+            signature[name], constants[(names.index(name),)] = "constexpr", value
+    text = f"{kernel.__name__} {signature} {constants} {attributes} {options}"
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options, text
+
+
+def compiled(number: int, target: str, everything: bool) -> dict:
+    """The resources of one of the distinct launches; made anew here, since a kernel does not travel between processes."""
+    op, kernel, args, kwargs = distinct(everything)[number]
+    made, options, _ = source(kernel, args, kwargs)
+    result = triton.compile(made, target=GPUTarget("cuda", int(target), 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(result.asm["cubin"])
+        (row,) = resources.usage(cubin)
+    constants = {k: v for k, v in kwargs.items() if isinstance(v, int) and k in kernel.arg_names}
+    return {"op": op, "kernel": kernel.__name__, "target": f"sm_{target}", "registers": row.registers, "stack": row.stack, "shared": row.shared,
+            "local": row.local, "constants": constants}
+
+
+def distinct(everything: bool) -> list[tuple]:
+    found = {}
+    for launch in recorded(everything):
+        found.setdefault((launch[0], source(*launch[1:])[2]), launch)
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=TARGETS)
+    parser.add_argument("--all", action="store_true")
+    args = parser.parse_args()
+    jobs = [(i, target, args.all) for i in range(len(distinct(args.all))) for target in args.targets]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(compiled, *zip(*jobs, strict=True)):
+            print(json.dumps(row), flush=True)
+
+
+def rows(*arguments: str) -> list[dict]:
+    """This script in a process of its own, not interpreted."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    main()
