@@ -119,13 +119,17 @@ def _examine(op: str, table: dict[str, str]) -> dict[str, str]:
 
 
 def _outputs(function, args, kwargs, backend: str) -> list[torch.Tensor]:
-    """The output and the gradient of every floating-point argument."""
-    args = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
-    kwargs = {k: v.detach().clone().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    """The output and the gradient of every floating-point argument, worked out on the device that the backend serves."""
+    device = {"triton": triton.DEVICE, "cuda": cuda.DEVICE}.get(backend, "cpu")
+
+    def leaf(value):
+        return value.detach().clone().to(device).requires_grad_() if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = [leaf(a) for a in args], {k: leaf(v) for k, v in kwargs.items()}
     out = function(*args, **kwargs, backend=backend)
     leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).to(device)
+    return [t.cpu() for t in (out.detach(), *torch.autograd.grad(out, leaves, weight))]
 
 
 def _print(report: dict) -> None:
