@@ -253,9 +253,9 @@ def test_nothing_is_written_outside_and_everything_inside(isa, monkeypatch, chan
     """Every tensor that the kernel's Python side allocates lies between guard bands and is full of NaN."""
     buffers, plain = [], torch.empty
 
-    def guarded(shape, dtype=torch.float32):
+    def guarded(shape, dtype=torch.float32, device="cpu"):
         size = math.prod(shape)
-        buffer = torch.full((size + 2 * 256,), math.nan, dtype=dtype)
+        buffer = torch.full((size + 2 * 256,), math.nan, dtype=dtype, device=device)
         buffers.append((buffer, size))
         return buffer[256: 256 + size].view(shape)
 
