@@ -29,7 +29,7 @@ struct Arguments {
 template <class T> class Backward {
  public:
   explicit Backward(const Arguments& arguments)
-      : a_(arguments), p_(arguments.problem), walk_(p_), blocks_(p_), chunk_(chunk_tokens(p_.state)), half_(first_half(p_.state)),
+      : a_(arguments), p_(arguments.problem), walk_(walk_of(p_)), blocks_(p_), chunk_(chunk_tokens(p_.state)), half_(first_half(p_.state)),
         row_(round_up(2 * p_.state + p_.rank, W)), sum_((p_.state + p_.rank + 2) * W),
         halved_(p_.batch * blocks_.count < p_.threads && p_.state > 1), seats_(halved_ ? 2 : 1),
         batches_(least(p_.batch, ceil_div(4 * p_.threads, blocks_.count))), items_(batches_ * blocks_.count),

@@ -20,7 +20,7 @@ struct Arguments {
 
 template <class T> class Forward {
  public:
-  explicit Forward(const Arguments& arguments) : a_(arguments), p_(arguments.problem), walk_(p_), blocks_(p_), chunk_(chunk_tokens(p_.state)) {}
+  explicit Forward(const Arguments& arguments) : a_(arguments), p_(arguments.problem), walk_(walk_of(p_)), blocks_(p_), chunk_(chunk_tokens(p_.state)) {}
 
   void run() const {
     const int64_t items = p_.batch * blocks_.count;
