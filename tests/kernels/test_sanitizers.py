@@ -14,7 +14,7 @@ LIBRARY = "libmedssm_cpu.so"
 CODE = """
 import hypothesis, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from tests.ops.calls import OPS, calls
+from tests.ops.cases import OPS, calls
 for op in OPS:
     @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(call=calls(op), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), threads=st.sampled_from([1, 2]))

@@ -1,44 +1,42 @@
-"""Random calls of every op, for the contract suite: what hypothesis draws, and how to run a call on a backend.
+"""A call of an op, for the contract suite: how it runs on a backend, how results compare, and the numbers and orders that calls are drawn from.
+
+What each op's calls are is in tests/ops/cases.
 
 Tensors live on MEDSSM_TEST_DEVICE, the CPU unless said otherwise; numbers are always drawn on the CPU.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import strategies as st
 
-from medssm import backends, ops, orders
+from medssm import ops, orders
 from medssm.kernels import cuda, triton
 
-SEQUENCE = ("selective_scan", "causal_conv1d")  # with a state, a walk and `reverse`
-VOLUME = ("selective_scan_nd", "depthwise_conv")
-OPS = (*SEQUENCE, *VOLUME)
 DEVICE = os.environ.get("MEDSSM_TEST_DEVICE", "cpu")
 SERVES = {"reference": DEVICE, "native": "cpu", "triton": triton.DEVICE, "cuda": cuda.DEVICE}  # the device that each backend works on
-BACKENDS = tuple(name for name, device in SERVES.items() if device == DEVICE and backends()["selective_scan"][name] == "ok")
-
-
-def available() -> list[tuple[str, str]]:
-    """Every (op, backend) of this machine and device. On a CPU the native backend must be there: a build that failed is no reason to test less."""
-    assert DEVICE != "cpu" or "native" in BACKENDS, backends()["selective_scan"]["native"]
-    return [(op, name) for op in OPS for name in BACKENDS]
 
 
 @dataclass
 class Call:
-    """One call of an op: tensors by argument name, and the rest."""
+    """One call of an op: tensors by argument name, and the rest. The first tensor is a token tensor whose dtype the output has and in which the op
+    is linear. A tuple of states is here initial_state_0, initial_state_1, …"""
 
     op: str
     tensors: dict[str, torch.Tensor]
     options: dict = field(default_factory=dict)
 
     def run(self, backend: str, **changes):
-        return getattr(ops, self.op)(**self.tensors, **{**self.options, **changes}, backend=backend)
+        return getattr(ops, self.op)(**self.arguments(), **{**self.options, **changes}, backend=backend)
+
+    def arguments(self) -> dict:
+        """The tensors as the public function takes them."""
+        states = [self.tensors[name] for name in sorted(self.tensors) if name.startswith("initial_state_")]
+        tensors = {name: t for name, t in self.tensors.items() if not name.startswith("initial_state_")}
+        return {**tensors, "initial_state": tuple(states)} if states else tensors
 
     def to(self, dtype: torch.dtype) -> Call:
         return replace(self, tensors={k: t.to(dtype) for k, t in self.tensors.items()})
@@ -55,8 +53,7 @@ class Call:
     def results(self, backend: str, gradients: bool = True) -> dict[str, torch.Tensor]:
         """Outputs and, asked for, the gradient of every tensor for fixed random cotangents (exact in every type), by name."""
         call = self.leaves() if gradients else self
-        out = call.run(backend)
-        outputs = out if isinstance(out, tuple) else (out,)
+        outputs = flat(call.run(backend))
         named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
         if gradients:
             generator = torch.Generator().manual_seed(1)
@@ -66,6 +63,16 @@ class Call:
             named |= {f"gradient of {k}": torch.zeros_like(t) if g is None else g
                       for (k, t), g in zip(call.tensors.items(), grads, strict=True)}
         return named
+
+
+def flat(result) -> tuple[torch.Tensor, ...]:
+    """An op's result as a flat tuple: the output, then the final state or states."""
+    return sum(map(flat, result), ()) if isinstance(result, tuple) else (result,)
+
+
+def initial(state) -> dict[str, torch.Tensor]:
+    """A final state as the tensors of a call that goes on from it."""
+    return {f"initial_state_{i}": s for i, s in enumerate(state)} if isinstance(state, tuple) else {"initial_state": state}
 
 
 def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], forward: float, gradient: float) -> None:
@@ -86,11 +93,11 @@ def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], forward
 # -- drawing ----------------------------------------------------------------------------------------------------------------------
 
 
-def _normal(shape, seed, scale=1.0):
+def normal(shape, seed, scale=1.0):
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
-def _rates(shape, seed):
+def rates(shape, seed):
     return -4 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
@@ -112,106 +119,5 @@ def any_order(draw, dims: int):
 
 def steps(shape, seed, mamba_like):
     """delta before softplus and its bias: softplus(normal), or steps of 1e-4 to 1e-1 as Mamba starts with."""
-    raw = _normal(shape, seed)
+    raw = normal(shape, seed)
     return raw * 0.5 - 5.0 if mamba_like else raw
-
-
-@st.composite
-def selective_scan(draw, small=False):
-    batch, groups, per = draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([1, 3] if small else [1, 5, 8, 17]))
-    channels, state = groups * per, draw(st.sampled_from([1, 3] if small else [1, 2, 8, 16, 19, 40]))
-    kind = draw(st.sampled_from(["plain", "index", "order"]))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 6), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
-        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 7, 64, 65, 150])),)
-    seed = draw(st.integers(0, 1000))
-    rank = draw(st.sampled_from([None, 1, 3]))
-    grouped = groups > 1 or draw(st.booleans())
-    bc = (batch, *spatial, groups, state) if grouped else (batch, *spatial, state)
-    tensors = {
-        "u": _normal((batch, *spatial, channels), seed),
-        "delta": steps((batch, *spatial, channels if rank is None else rank), seed + 1, rank is None and draw(st.booleans())),
-        "A": _rates((channels, state), seed),
-        "B": _normal(bc, seed + 2), "C": _normal(bc, seed + 3)}
-    optional = {"D": (channels,), "z": (batch, *spatial, channels), "delta_bias": (channels,), "initial_state": (batch, channels, state)}
-    for i, (name, shape) in enumerate(optional.items()):
-        if draw(st.booleans()):
-            tensors[name] = _normal(shape, seed + 4 + i)
-    if rank is not None:
-        tensors["delta_proj"] = _normal((channels, rank), seed + 9, 0.5)
-    softplus = draw(st.booleans())
-    if not softplus:
-        tensors["delta"] = tensors["delta"].abs() * 0.3
-        if rank is not None:
-            tensors["delta_proj"] = tensors["delta_proj"].abs()
-        if "delta_bias" in tensors:
-            tensors["delta_bias"] = tensors["delta_bias"].abs()
-    options = {"delta_softplus": softplus, "reverse": draw(st.booleans()), "return_final_state": draw(st.booleans()), "order": None}
-    if kind == "index":
-        options["order"] = permutation(spatial[0], seed)
-    elif kind == "order":
-        options["order"] = draw(any_order(len(spatial)))
-    return Call("selective_scan", tensors, options)
-
-
-@st.composite
-def causal_conv1d(draw, small=False):
-    batch, channels, width = draw(st.integers(1, 2)), draw(st.sampled_from([1, 3] if small else [1, 5, 16, 33])), draw(st.integers(1, 5))
-    kind = draw(st.sampled_from(["plain", "index", "order"]))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
-        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 2, 9, 70])),)
-    seed = draw(st.integers(0, 1000))
-    tensors = {"x": _normal((batch, *spatial, channels), seed), "weight": _normal((channels, width), seed + 1)}
-    if draw(st.booleans()):
-        tensors["bias"] = _normal((channels,), seed + 2)
-    if draw(st.booleans()):
-        tensors["initial_state"] = _normal((batch, channels, width - 1), seed + 3)
-    options = {"activation": draw(st.sampled_from([None, "silu"])), "reverse": draw(st.booleans()),
-               "return_final_state": draw(st.booleans()), "order": None}
-    if kind == "index":
-        options["order"] = permutation(spatial[0], seed)
-    elif kind == "order":
-        options["order"] = draw(any_order(len(spatial)))
-    return Call("causal_conv1d", tensors, options)
-
-
-@st.composite
-def selective_scan_nd(draw, small=False):
-    batch, groups, per = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2] if small else [1, 9, 16]))
-    channels, state, k = groups * per, draw(st.sampled_from([1, 2] if small else [1, 8, 16])), draw(st.integers(1, 2 if small else 4))
-    spatial = draw(st.lists(st.integers(1, 2 if small else 5), min_size=1, max_size=3).map(tuple))
-    seed, rank = draw(st.integers(0, 1000)), draw(st.sampled_from([None, 2]))
-    grouped = groups > 1 or draw(st.booleans())
-    bc = (batch, *spatial, k, groups, state) if grouped else (batch, *spatial, k, state)
-    shared = draw(st.booleans())
-    tensors = {
-        "x": _normal((batch, *spatial, channels) if shared else (batch, *spatial, k, channels), seed),
-        "delta": _normal((batch, *spatial, k, channels if rank is None else rank), seed + 1),
-        "A": _rates((k, channels, state), seed),
-        "B": _normal(bc, seed + 2), "C": _normal(bc, seed + 3)}
-    for i, (name, shape) in enumerate({"D": (k, channels), "z": (batch, *spatial, channels), "delta_bias": (k, channels)}.items()):
-        if draw(st.booleans()):
-            tensors[name] = _normal(shape, seed + 4 + i)
-    if rank is not None:
-        tensors["delta_proj"] = _normal((k, channels, rank), seed + 9, 0.5)
-    options = {"delta_softplus": True, "merge": draw(st.sampled_from(["sum", "mean", "stack"])),
-               "orders": [draw(any_order(len(spatial))) for _ in range(k)]}
-    return Call("selective_scan_nd", tensors, options)
-
-
-@st.composite
-def depthwise_conv(draw, small=False):
-    dims = draw(st.integers(1, 3))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 7), min_size=dims, max_size=dims).map(tuple))
-    kernel = draw(st.lists(st.sampled_from([1, 3] if small else [1, 3, 5, 7]), min_size=dims, max_size=dims).map(tuple))
-    batch, channels, seed = draw(st.integers(1, 2)), draw(st.sampled_from([1, 3] if small else [1, 5, 16, 33])), draw(st.integers(0, 1000))
-    tensors = {"x": _normal((batch, *spatial, channels), seed), "weight": _normal((channels, *kernel), seed + 1) / math.prod(kernel) ** 0.5}
-    if draw(st.booleans()):
-        tensors["bias"] = _normal((channels,), seed + 2)
-    return Call("depthwise_conv", tensors, {"activation": draw(st.sampled_from([None, "silu"]))})
-
-
-def calls(op: str, small: bool = False):
-    """Random calls of one op; `small` ones suit gradcheck and Triton's interpreter."""
-    small = small or triton.INTERPRETED
-    return {"selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "selective_scan_nd": selective_scan_nd,
-            "depthwise_conv": depthwise_conv}[op](small=small)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import medssm
 from medssm import ops
-from tests.ops.calls import BACKENDS, DEVICE, OPS, SEQUENCE, Call, available, calls, compare, permutation
+from tests.ops.calls import DEVICE, Call, compare, flat, initial, permutation
+from tests.ops.cases import CASES, OPS, SEQUENCE, available, calls, example, flattened, tokens
 
 PAIRS = available()
 KERNELS = [(op, backend) for op, backend in PAIRS if backend != "reference"]
@@ -19,22 +20,13 @@ every = pytest.mark.parametrize("op, backend", PAIRS)
 exact = pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if pair[1] != "triton"])  # it has no float64
 every_sequence = pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if pair[0] in SEQUENCE])
 every_kernel = pytest.mark.parametrize("op, backend", KERNELS)
-TOKENS = {"selective_scan": ("u", "delta", "B", "C", "z"), "causal_conv1d": ("x",), "selective_scan_nd": ("x", "delta", "B", "C", "z"),
-          "depthwise_conv": ("x",)}
-
-
-def token_dims(call: Call) -> int:
-    """How many dimensions of each token tensor are spatial."""
-    if call.op == "selective_scan_nd":
-        return call.tensors["delta"].dim() - 3
-    return next(iter(call.tensors.values())).dim() - 2
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_triton_refuses_float64(op):
-    if "triton" not in BACKENDS:
-        pytest.skip("Triton serves nothing here")
-    call = calls_example(op).to(torch.float64)
+    if (op, "triton") not in PAIRS:
+        pytest.skip("Triton does not serve it here")
+    call = example(op).to(torch.float64)
     with pytest.raises(ValueError, match="serves float32, bfloat16, float16 on"):
         call.run("triton")
     assert medssm.explain(op, **call.tensors, **call.options)["chosen"] != "triton"
@@ -113,7 +105,7 @@ def test_reference_is_differentiable_twice(op, data):
 
 @every_kernel
 def test_second_derivatives_of_a_kernel_raise(op, backend):
-    call = calls_example(op).leaves()
+    call = example(op).leaves()
     first = next(iter(call.tensors.values()))
     (gradient,) = torch.autograd.grad(output(call.run(backend)).square().sum(), first, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives need backend='reference'"):
@@ -123,48 +115,40 @@ def test_second_derivatives_of_a_kernel_raise(op, backend):
 @every_sequence
 @given(data=st.data())
 def test_split_with_state_equals_whole(op, backend, data):
-    call = data.draw(calls(op)).to(torch.float32).with_options(order=None, return_final_state=True)
-    spatial = token_dims(call)
-    flat = call.but(**{k: t.flatten(1, spatial) for k, t in call.tensors.items() if k in TOKENS[op]})
-    length = next(iter(flat.tensors.values())).shape[1]
+    call = flattened(data.draw(calls(op)).to(torch.float32).with_options(order=None, return_final_state=True))
+    length = next(iter(call.tensors.values())).shape[1]
     cut = data.draw(st.integers(0, length))
-    whole, state = flat.run(backend)
+    whole, state = call.run(backend)
     parts = [slice(0, cut), slice(cut, length)]
-    if flat.options["reverse"]:
+    if call.options["reverse"]:
         parts.reverse()
-    outs, carried = {}, flat.tensors.get("initial_state")
+    outs, carried = {}, {}
     for part in parts:
-        piece = flat.but(**{k: t[:, part] for k, t in flat.tensors.items() if k in TOKENS[op]})
-        if carried is not None:
-            piece = piece.but(initial_state=carried)
-        outs[part.start, part.stop], carried = piece.run(backend)
+        piece = call.but(**{k: t[:, part] for k, t in tokens(call).items()}, **carried)
+        outs[part.start, part.stop], last = piece.run(backend)
+        carried = initial(last)
     joined = torch.cat([outs[s] for s in sorted(outs)], 1)
-    compare({"output": joined, "state": carried}, {"output": whole, "state": state}, 1e-5, 1e-5)
+    compare({"output": joined, **carried}, {"output": whole, **initial(state)}, 1e-5, 1e-5)
 
 
 @every_sequence
 @given(data=st.data())
 def test_reverse_equals_flipped(op, backend, data):
-    call = data.draw(calls(op)).to(torch.float32).with_options(order=None, return_final_state=True)
-    flat = call.but(**{k: t.flatten(1, token_dims(call)) for k, t in call.tensors.items() if k in TOKENS[op]})
-    out, state = flat.run(backend, reverse=True)
-    mirrored = flat.but(**{k: t.flip(1) for k, t in flat.tensors.items() if k in TOKENS[op]})
-    expected, final = mirrored.run(backend, reverse=False)
-    compare({"output": out.flip(1), "state": state}, {"output": expected, "state": final}, 1e-6, 1e-6)
+    call = flattened(data.draw(calls(op)).to(torch.float32).with_options(order=None, return_final_state=True))
+    out, state = call.run(backend, reverse=True)
+    expected, final = call.but(**{k: t.flip(1) for k, t in tokens(call).items()}).run(backend, reverse=False)
+    compare({"output": out.flip(1), **initial(state)}, {"output": expected, **initial(final)}, 1e-6, 1e-6)
 
 
 @every_sequence
 @given(data=st.data())
 def test_an_order_equals_gather_scan_scatter(op, backend, data):
-    call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True, reverse=False)
-    spatial = token_dims(call)
-    flat = call.but(**{k: t.flatten(1, spatial) for k, t in call.tensors.items() if k in TOKENS[op]})
-    length = next(iter(flat.tensors.values())).shape[1]
+    call = flattened(data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True, reverse=False))
+    length = next(iter(call.tensors.values())).shape[1]
     p = permutation(length, length)
-    gathered = flat.but(**{k: t[:, p] for k, t in flat.tensors.items() if k in TOKENS[op]})
-    expected, final = gathered.run(backend, order=None)
-    out, state = flat.run(backend, order=p)
-    compare({"output": out[:, p], "state": state}, {"output": expected, "state": final}, 1e-6, 1e-6)
+    expected, final = call.but(**{k: t[:, p] for k, t in tokens(call).items()}).run(backend, order=None)
+    out, state = call.run(backend, order=p)
+    compare({"output": out[:, p], **initial(state)}, {"output": expected, **initial(final)}, 1e-6, 1e-6)
 
 
 @every
@@ -173,8 +157,8 @@ def test_linear_in_its_input(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32)
     if "activation" in call.options:
         call = call.with_options(activation=None)
-    for absent in ("bias", "initial_state"):
-        call.tensors.pop(absent, None)
+    for absent in [name for name in call.tensors if name == "bias" or name.startswith("initial_state")]:
+        call.tensors.pop(absent)
     name = next(iter(call.tensors))
     a = call.tensors[name]
     b = torch.randn(a.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -215,8 +199,7 @@ def test_any_strides_and_nothing_written_outside(op, backend, data):
     out = output(strided.run(backend))
     leaves = {k: v.requires_grad_() if v.is_leaf else v for k, v in ((k, v.detach()) for k, v in views.items())}
     assert torch.equal(out, want["output 0"])
-    outs = Call(op, leaves, call.options).run(backend)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    outs = flat(Call(op, leaves, call.options).run(backend))
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o) for o in outs]
     grads = torch.autograd.grad(outs, list(leaves.values()), cotangents, allow_unused=True)
@@ -226,49 +209,47 @@ def test_any_strides_and_nothing_written_outside(op, backend, data):
         assert torch.equal(b.isnan(), before[k].isnan()) and torch.equal(b.nan_to_num(), before[k].nan_to_num()), k
 
 
-@every_sequence
+@pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if hasattr(CASES[pair[0]], "LAYOUTS")])
 @given(data=st.data())
 def test_bdl_layout_equals_bld(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True)
-    tokens = {}
-    for name in TOKENS[op]:
-        if name in call.tensors:
-            t, first = call.tensors[name], next(iter(call.tensors.values()))
-            grouped = name in ("B", "C") and t.dim() == first.dim() + 1
-            tokens[name] = t.movedim((-2, -1), (1, 2)) if grouped else t.movedim(-1, 1)
+    moved, first = {}, next(iter(call.tensors.values()))
+    for name, t in tokens(call).items():
+        grouped = name in ("B", "C") and t.dim() == first.dim() + 1
+        moved[name] = t.movedim((-2, -1), (1, 2)) if grouped else t.movedim(-1, 1)
     out, state = call.run(backend)
-    got, final = call.but(**tokens).run(backend, layout="bdl")
+    got, final = call.but(**moved).run(backend, layout="bdl")
     assert torch.equal(got.movedim(1, -1), out) and torch.equal(final, state)
 
 
 @every_sequence
 @given(data=st.data())
 def test_steps_equal_the_scan(op, backend, data):
-    call = data.draw(calls(op, small=True)).to(torch.float32).with_options(order=None, reverse=False, return_final_state=True)
-    flat = call.but(**{k: t.flatten(1, token_dims(call)) for k, t in call.tensors.items() if k in TOKENS[op]})
-    whole, final = flat.run(backend)
+    call = flattened(data.draw(calls(op, small=True)).to(torch.float32).with_options(order=None, reverse=False, return_final_state=True))
+    whole, final = call.run(backend)
     assume(0 < whole.shape[1] <= 9)
-    state = flat.tensors.pop("initial_state", torch.zeros_like(final))
-    step = getattr(ops, f"{op}_step")
-    options = {k: v for k, v in flat.options.items() if k in ("delta_softplus", "activation")}
+    arguments = call.arguments()
+    state = arguments.pop("initial_state", tuple(map(torch.zeros_like, final)) if isinstance(final, tuple) else torch.zeros_like(final))
+    options = {k: v for k, v in call.options.items() if k in CASES[op].STEP_OPTIONS}
     outs = []
     for t in range(whole.shape[1]):
-        token = {k: v[:, t] if k in TOKENS[op] else v for k, v in flat.tensors.items()}
-        out, state = step(state, **token, **options, backend=backend)
+        token = {k: v[:, t] if k in CASES[op].TOKENS else v for k, v in arguments.items()}
+        out, state = getattr(ops, f"{op}_step")(state, **token, **options, backend=backend)
         outs.append(out)
-    compare({"output": torch.stack(outs, 1), "state": state}, {"output": whole, "state": final}, 1e-5, 1e-5)
+    compare({"output": torch.stack(outs, 1), **initial(state)}, {"output": whole, **initial(final)}, 1e-5, 1e-5)
 
 
 @every_sequence
 @given(data=st.data())
 def test_state_is_never_an_alias_and_empty_sequences_return_it(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True)
-    out, state = call.run(backend)
-    initial = call.tensors.get("initial_state")
-    if initial is not None and state.numel():
-        assert state.data_ptr() != initial.data_ptr()
-    if not out.numel() and state.numel() and out.shape[-1]:
-        assert torch.equal(state, torch.zeros_like(state) if initial is None else initial)
+    out, final = call.run(backend)
+    for name, state in initial(final).items():
+        before = call.tensors.get(name)
+        if before is not None and state.numel():
+            assert state.data_ptr() != before.data_ptr()
+        if not out.numel() and state.numel() and out.shape[-1]:
+            assert torch.equal(state, torch.zeros_like(state) if before is None else before)
 
 
 # -- PyTorch ----------------------------------------------------------------------------------------------------------------------
@@ -276,30 +257,6 @@ def test_state_is_never_an_alias_and_empty_sequences_return_it(op, backend, data
 
 def output(result):
     return result[0] if isinstance(result, tuple) else result
-
-
-def calls_example(op: str) -> Call:
-    """One fixed float32 call with every option that all PyTorch features must carry."""
-    g = torch.Generator().manual_seed(0)
-
-    def n(*shape):
-        return torch.randn(shape, generator=g).to(DEVICE)
-
-    def rates(*shape):
-        return -torch.rand(shape, generator=g).to(DEVICE)
-
-    return {
-        "selective_scan": lambda: Call(op, {"u": n(2, 13, 6), "delta": n(2, 13, 2), "A": rates(6, 4), "B": n(2, 13, 4),
-                                            "C": n(2, 13, 4), "D": n(6), "z": n(2, 13, 6), "delta_bias": n(6), "initial_state": n(2, 6, 4),
-                                            "delta_proj": n(6, 2)}, {"delta_softplus": True, "return_final_state": True}),
-        "causal_conv1d": lambda: Call(op, {"x": n(2, 13, 6), "weight": n(6, 4), "bias": n(6), "initial_state": n(2, 6, 3)},
-                                      {"activation": "silu", "return_final_state": True}),
-        "selective_scan_nd": lambda: Call(op, {"x": n(2, 3, 4, 6), "delta": n(2, 3, 4, 4, 2), "A": rates(4, 6, 4),
-                                               "B": n(2, 3, 4, 4, 4), "C": n(2, 3, 4, 4, 4), "D": n(4, 6), "z": n(2, 3, 4, 6),
-                                               "delta_bias": n(4, 6), "delta_proj": n(4, 6, 2)},
-                                          {"delta_softplus": True, "orders": medssm.orders.cross2d()}),
-        "depthwise_conv": lambda: Call(op, {"x": n(2, 4, 5, 6), "weight": n(6, 3, 3), "bias": n(6)}, {"activation": "silu"}),
-    }[op]()
 
 
 class Module(torch.nn.Module):
@@ -318,7 +275,7 @@ class Module(torch.nn.Module):
 @every_kernel
 def test_opcheck(op, backend, monkeypatch):
     """torch.library's own check of schema, fake kernel, autograd registration and compiled use, on the operator as it is called."""
-    call = calls_example(op).leaves()
+    call = example(op).leaves()
     module = __import__(f"medssm.ops.{op}", fromlist=["_forward"])
     seen = []
     real = module._forward
@@ -331,7 +288,7 @@ def test_opcheck(op, backend, monkeypatch):
 
 @every_kernel
 def test_compile_fullgraph_with_gradients(op, backend):
-    call = calls_example(op)
+    call = example(op)
     module = Module(call, backend)
     x = next(iter(call.tensors.values())).clone().requires_grad_()
     want = module(x)
@@ -345,7 +302,7 @@ def test_compile_fullgraph_with_gradients(op, backend):
 
 @every_kernel
 def test_compile_sees_the_context_manager(op, backend):
-    call = calls_example(op)
+    call = example(op)
 
     def run(x):
         with medssm.use_backend(backend, strict=True):
@@ -357,7 +314,7 @@ def test_compile_sees_the_context_manager(op, backend):
 
 @every_kernel
 def test_export_keeps_one_operator(op, backend):
-    call = calls_example(op)
+    call = example(op)
     module = Module(call, backend).eval()
     x = next(iter(call.tensors.values()))
     with torch.no_grad():
@@ -368,7 +325,7 @@ def test_export_keeps_one_operator(op, backend):
 
 @every
 def test_autocast_never_reaches_the_recurrence(op, backend):
-    call = calls_example(op)
+    call = example(op)
     want = output(call.run(backend))
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = output(call.run(backend))
@@ -378,11 +335,10 @@ def test_autocast_never_reaches_the_recurrence(op, backend):
 @pytest.mark.parametrize("op", OPS)
 def test_a_meta_tensor_costs_no_loop(op):
     """Shapes and dtypes of the outputs and gradients, of lengths that nothing could compute."""
-    call, described = calls_example(op), []
+    call, described = example(op), []
     for device in (DEVICE, "meta"):
         tensors = {name: t.detach().to(device).requires_grad_() for name, t in call.tensors.items()}
-        out = call.but(**tensors).run(None)
-        outputs = out if isinstance(out, tuple) else (out,)
+        outputs = flat(call.but(**tensors).run(None))
         gradients = torch.autograd.grad(outputs, list(tensors.values()), [torch.ones_like(o) for o in outputs])
         assert all(t.device.type == device for t in (*outputs, *gradients))
         described.append([(t.shape, t.dtype) for t in (*outputs, *gradients)])
@@ -401,7 +357,7 @@ def test_a_meta_scan_never_runs_the_recurrence(monkeypatch):
 @every
 def test_metatensor(op, backend):
     MetaTensor = pytest.importorskip("monai.data").MetaTensor
-    call = calls_example(op)
+    call = example(op)
     name = next(iter(call.tensors))
     wrapped = call.but(**{name: MetaTensor(call.tensors[name])})
     got = output(wrapped.run(backend))
@@ -413,20 +369,22 @@ def test_metatensor(op, backend):
 
 @every_kernel
 def test_vmap_folds_tokens_and_refuses_weights(op, backend):
-    call = calls_example(op)
+    call = example(op)
     name = next(iter(call.tensors))
     batched = torch.stack([call.tensors[name], 2 * call.tensors[name], -call.tensors[name]])
     got = torch.vmap(lambda t: output(call.but(**{name: t}).run(backend)))(batched)
     for i in range(3):
         torch.testing.assert_close(got[i], output(call.but(**{name: batched[i]}).run(backend)))
-    weight = "weight" if "weight" in call.tensors else "A"
+    weight = CASES[op].WEIGHT
+    if weight is None:
+        return
     with pytest.raises(ValueError, match="vmap over weights"):
         torch.vmap(lambda t: output(call.but(**{weight: t}).run(backend)))(torch.stack([call.tensors[weight]] * 2))
 
 
 @every_kernel
 def test_func_transforms_need_the_reference(op, backend):
-    call = calls_example(op)
+    call = example(op)
     name = next(iter(call.tensors))
 
     def loss(t, chosen):
@@ -442,7 +400,7 @@ def test_func_transforms_need_the_reference(op, backend):
 
 @every
 def test_complex_and_integers_are_refused(op, backend):
-    call = calls_example(op)
+    call = example(op)
     name = next(iter(call.tensors))
     for dtype in (torch.complex64, torch.int32):
         with pytest.raises(ValueError, match=f"{name}: expected float32"):
@@ -451,7 +409,7 @@ def test_complex_and_integers_are_refused(op, backend):
 
 @every
 def test_a_wrong_shape_names_the_argument(op, backend):
-    call = calls_example(op)
+    call = example(op)
     for name, t in call.tensors.items():
         if name in ("x", "u"):
             continue
@@ -464,7 +422,7 @@ def test_a_wrong_shape_names_the_argument(op, backend):
 
 @every
 def test_a_wrong_device_names_the_argument(op, backend):
-    call = calls_example(op)
+    call = example(op)
     name = list(call.tensors)[1]
     with pytest.raises(ValueError, match=f"{name}: expected device {DEVICE}"):
         call.but(**{name: call.tensors[name].to("meta")}).run(backend)
@@ -472,7 +430,7 @@ def test_a_wrong_device_names_the_argument(op, backend):
 
 @every
 def test_what_is_no_tensor_raises(op, backend):
-    call = calls_example(op)
+    call = example(op)
     name = list(call.tensors)[1]
     with pytest.raises(TypeError, match=f"{name}: expected a tensor, got list"):
         call.but(**{name: [1.0]}).run(backend)
@@ -480,7 +438,7 @@ def test_what_is_no_tensor_raises(op, backend):
 
 @every_sequence
 def test_an_order_that_is_no_permutation_raises(op, backend):
-    call = calls_example(op)
+    call = example(op)
     with pytest.raises(ValueError, match="order: expected a permutation"):
         call.run(backend, order=torch.zeros(13, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match="order: expected an int64"):
@@ -492,23 +450,17 @@ def test_an_order_that_is_no_permutation_raises(op, backend):
 @every
 def test_more_than_two_to_the_31_elements_are_addressed(op, backend):
     """Offsets are 64-bit: a strided view whose last token lies beyond 2**31 elements (a sparse buffer, never touched in between)."""
-    stride = (2**31 + 4096) // 2
-    big = torch.empty(0, device=DEVICE).set_(torch.UntypedStorage(4 * (2 * stride + 8), device=DEVICE), 0, (1, 3, 4), (0, stride, 1))
-    g = torch.Generator().manual_seed(0)
+    case, stride = CASES[op], (2**31 + 4096) // 2
+    generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape):
-        return torch.randn(shape, generator=g).to(DEVICE)
+    def n(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
 
-    small = normal(1, 3, 4)
+    small = n(*getattr(case, "FAR", (1, 3, 4)))
+    sparse = torch.UntypedStorage(4 * (2 * stride + 8), device=DEVICE)
+    big = torch.empty(0, device=DEVICE).set_(sparse, 0, small.shape, (0, stride, *small.stride()[2:]))
     big.copy_(small)
-    rows = normal(1, 3, 1, 2)
-    rest = {
-        "selective_scan": {"delta": normal(1, 3, 4).abs(), "A": -normal(4, 2).abs(), "B": rows, "C": rows},
-        "selective_scan_nd": {"delta": normal(1, 3, 1, 4).abs(), "A": -normal(1, 4, 2).abs(), "B": rows, "C": rows},
-        "causal_conv1d": {"weight": normal(4, 3)},
-        "depthwise_conv": {"weight": normal(4, 3)},
-    }[op]
-    options = {"orders": [medssm.orders.raster()]} if op == "selective_scan_nd" else {}
-    name = next(iter(calls_example(op).tensors))
+    rest, options = case.far(n)
+    name = next(iter(example(op).tensors))
     got, want = (Call(op, {name: t, **rest}, options).run(backend) for t in (big, small))
     assert torch.equal(got, want)
