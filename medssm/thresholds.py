@@ -13,6 +13,7 @@ FIRST: dict[str, tuple[tuple[float, str], ...]] = {
     "selective_scan_nd": ((math.inf, "cuda"),),
     "causal_conv1d": ((math.inf, "cuda"),),
     "depthwise_conv": ((math.inf, "cuda"),),
+    "delta_rule": ((math.inf, "triton"),),
 }
 
 

@@ -1,0 +1,55 @@
+"""What the contract suite draws of delta_rule: keys of at most unit length and beta in [0, 1], where the recurrence is stable."""
+
+import torch
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from tests.ops.calls import Call, any_order, normal, permutation
+
+TOKENS = ("q", "k", "v", "beta", "g")
+FEATURES = 2
+WEIGHT = None
+STEP_OPTIONS = ("scale",)
+FAR = (1, 3, 1, 4)
+
+
+@st.composite
+def calls(draw, small=False):
+    batch, heads = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3]))
+    dk, dv = draw(st.sampled_from([1, 3] if small else [1, 5, 16, 33])), draw(st.sampled_from([1, 3] if small else [1, 5, 16, 37]))
+    kind = draw(st.sampled_from(["plain", "index", "order"]))
+    spatial = draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
+        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 6, 64, 65, 131])),)
+    seed = draw(st.integers(0, 1000))
+    tokens = (batch, *spatial, heads)
+    tensors = {
+        "q": normal((*tokens, dk), seed),
+        "k": functional.normalize(normal((*tokens, dk), seed + 1), dim=-1) * draw(st.sampled_from([1.0, 0.5])),
+        "v": normal((*tokens, dv), seed + 2),
+        "beta": torch.sigmoid(2 * normal(tokens, seed + 3))}
+    if draw(st.booleans()):
+        tensors["g"] = -normal(tokens, seed + 4).abs() * draw(st.sampled_from([0.01, 1.0, 50.0]))
+    if draw(st.booleans()):
+        tensors["initial_state"] = normal((batch, heads, dk, dv), seed + 5)
+    options = {"scale": draw(st.sampled_from([None, 0.7])), "reverse": draw(st.booleans()), "return_final_state": draw(st.booleans()), "order": None}
+    if kind == "index":
+        options["order"] = permutation(spatial[0], seed)
+    elif kind == "order":
+        options["order"] = draw(any_order(len(spatial)))
+    return Call("delta_rule", tensors, options)
+
+
+def example(n):
+    tensors = {
+        "q": n(2, 13, 3, 6),
+        "k": functional.normalize(n(2, 13, 3, 6), dim=-1),
+        "v": n(2, 13, 3, 5),
+        "beta": torch.sigmoid(n(2, 13, 3)),
+        "g": -n(2, 13, 3).abs(),
+        "initial_state": n(2, 3, 6, 5),
+    }
+    return Call("delta_rule", tensors, {"return_final_state": True})
+
+
+def far(n):
+    return {"k": functional.normalize(n(1, 3, 1, 4), dim=-1), "v": n(1, 3, 1, 2), "beta": torch.sigmoid(n(1, 3, 1))}, {}
