@@ -24,7 +24,7 @@ SHARE = 2048  # positions that one program sums the gradient of a weight over
 
 @triton.jit
 def _axis(position, size_y, size_x):
-    """(z, y, x) of flat positions."""
+    """(z, y, x) of flat positions, 64-bit as they are: their products with strides are offsets."""
     row = position // size_x
     return row // size_y, row % size_y, position % size_x
 
@@ -35,8 +35,8 @@ def _conv(x, weight, bias, dout, out, size, size_z, size_y, size_x, channels, x_
           BIAS: tl.constexpr, SILU: tl.constexpr, BEFORE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
     """out = act(bias + sum_o weight_o x_{p+o}). TURN: of x_{p-o}. BEFORE: out is instead dout times the activation's derivative there."""
     tiles = tl.cdiv(size, POSITIONS)
-    b = tl.program_id(0) // tiles
-    p = tl.program_id(0) % tiles * POSITIONS + tl.arange(0, POSITIONS)
+    b = tl.program_id(0).to(tl.int64) // tiles
+    p = tl.program_id(0).to(tl.int64) % tiles * POSITIONS + tl.arange(0, POSITIONS)
     d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     live, here = p < size, d < channels
     pz, py, px = _axis(p, size_y, size_x)
@@ -73,7 +73,7 @@ def _weights(g, x, sums, size, size_z, size_y, size_x, channels, g_batch, g_z, g
     o = tl.program_id(2)
     oz, oy, ox = o // (KY * KX) - KZ // 2, o // KX % KY - KY // 2, o % KX - KX // 2
     shares = tl.cdiv(size, SHARE)
-    b, share = tl.program_id(0) // shares, tl.program_id(0) % shares
+    b, share = tl.program_id(0).to(tl.int64) // shares, tl.program_id(0).to(tl.int64) % shares
     total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
     for step in range(tl.cdiv(tl.minimum(size - share * SHARE, SHARE), POSITIONS)):
         p = share * SHARE + step * POSITIONS + tl.arange(0, POSITIONS)
