@@ -101,6 +101,7 @@ def _cases() -> dict:
             (draw(2, 21, 2, 6), functional.normalize(draw(2, 21, 2, 6), dim=-1), draw(2, 21, 2, 5), torch.sigmoid(draw(2, 21, 2))),
             {"g": -draw(2, 21, 2).abs()},
         ),
+        "linear_attention": (ops.linear_attention, (draw(2, 21, 2, 6), draw(2, 21, 2, 6), draw(2, 21, 2, 5)), {}),
     }
 
 

@@ -3,10 +3,19 @@
 from medssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from medssm.ops.delta_rule import delta_rule, delta_rule_step
 from medssm.ops.depthwise_conv import depthwise_conv
+from medssm.ops.linear_attention import linear_attention, linear_attention_step
 from medssm.ops.selective_scan import selective_scan, selective_scan_step
 from medssm.ops.selective_scan_nd import selective_scan_nd
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "delta_rule", "delta_rule_step", "depthwise_conv", "selective_scan", "selective_scan_nd",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "delta_rule",
+    "delta_rule_step",
+    "depthwise_conv",
+    "linear_attention",
+    "linear_attention_step",
+    "selective_scan",
+    "selective_scan_nd",
     "selective_scan_step",
 ]
