@@ -102,6 +102,11 @@ def _cases() -> dict:
             {"g": -draw(2, 21, 2).abs()},
         ),
         "linear_attention": (ops.linear_attention, (draw(2, 21, 2, 6), draw(2, 21, 2, 6), draw(2, 21, 2, 5)), {}),
+        "ssd": (
+            ops.ssd,
+            (draw(2, 21, 4, 6), draw(2, 21, 4), A[:4, 0], draw(2, 21, 2, 8), draw(2, 21, 2, 8), draw(4), draw(2, 21, 4, 6), draw(4), True),
+            {},
+        ),
     }
 
 

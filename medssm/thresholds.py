@@ -15,6 +15,7 @@ FIRST: dict[str, tuple[tuple[float, str], ...]] = {
     "depthwise_conv": ((math.inf, "cuda"),),
     "delta_rule": ((math.inf, "triton"),),
     "linear_attention": ((math.inf, "triton"),),
+    "ssd": ((math.inf, "triton"),),
 }
 
 

@@ -6,6 +6,7 @@ from medssm.ops.depthwise_conv import depthwise_conv
 from medssm.ops.linear_attention import linear_attention, linear_attention_step
 from medssm.ops.selective_scan import selective_scan, selective_scan_step
 from medssm.ops.selective_scan_nd import selective_scan_nd
+from medssm.ops.ssd import ssd, ssd_step
 
 __all__ = [
     "causal_conv1d",
@@ -18,4 +19,6 @@ __all__ = [
     "selective_scan",
     "selective_scan_nd",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
 ]

@@ -18,7 +18,7 @@ import torch
 from medssm import backends
 from medssm.kernels import triton
 from tests.ops.calls import DEVICE, SERVES, Call
-from tests.ops.cases import causal_conv1d, delta_rule, depthwise_conv, linear_attention, selective_scan, selective_scan_nd
+from tests.ops.cases import causal_conv1d, delta_rule, depthwise_conv, linear_attention, selective_scan, selective_scan_nd, ssd
 
 CASES = {
     "selective_scan": selective_scan,
@@ -27,6 +27,7 @@ CASES = {
     "depthwise_conv": depthwise_conv,
     "delta_rule": delta_rule,
     "linear_attention": linear_attention,
+    "ssd": ssd,
 }
 OPS = tuple(CASES)
 SEQUENCE = tuple(op for op, case in CASES.items() if hasattr(case, "STEP_OPTIONS"))
