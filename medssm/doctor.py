@@ -96,6 +96,7 @@ def _cases() -> dict:
         ),
         "causal_conv1d": (ops.causal_conv1d, (draw(2, 21, 6), draw(6, 4), draw(6), "silu"), {}),
         "depthwise_conv": (ops.depthwise_conv, (draw(1, 5, 6, 7, 6), draw(6, 3, 3, 3), draw(6), "silu"), {}),
+        "bi_wkv": (ops.bi_wkv, (0.1 * draw(6), draw(6), draw(2, 21, 6), draw(2, 21, 6)), {}),
         "delta_rule": (
             ops.delta_rule,
             (draw(2, 21, 2, 6), functional.normalize(draw(2, 21, 2, 6), dim=-1), draw(2, 21, 2, 5), torch.sigmoid(draw(2, 21, 2))),

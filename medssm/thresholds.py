@@ -14,6 +14,7 @@ FIRST: dict[str, tuple[tuple[float, str], ...]] = {
     "causal_conv1d": ((math.inf, "cuda"),),
     "depthwise_conv": ((math.inf, "cuda"),),
     "delta_rule": ((math.inf, "triton"),),
+    "bi_wkv": ((math.inf, "triton"),),
     "linear_attention": ((math.inf, "triton"),),
     "ssd": ((math.inf, "triton"),),
 }

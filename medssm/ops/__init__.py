@@ -1,5 +1,6 @@
 """The public functions: one file per op, the same contract on every backend."""
 
+from medssm.ops.bi_wkv import bi_wkv
 from medssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from medssm.ops.delta_rule import delta_rule, delta_rule_step
 from medssm.ops.depthwise_conv import depthwise_conv
@@ -9,6 +10,7 @@ from medssm.ops.selective_scan_nd import selective_scan_nd
 from medssm.ops.ssd import ssd, ssd_step
 
 __all__ = [
+    "bi_wkv",
     "causal_conv1d",
     "causal_conv1d_step",
     "delta_rule",

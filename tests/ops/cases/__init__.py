@@ -18,7 +18,7 @@ import torch
 from medssm import backends
 from medssm.kernels import triton
 from tests.ops.calls import DEVICE, SERVES, Call
-from tests.ops.cases import causal_conv1d, delta_rule, depthwise_conv, linear_attention, selective_scan, selective_scan_nd, ssd
+from tests.ops.cases import bi_wkv, causal_conv1d, delta_rule, depthwise_conv, linear_attention, selective_scan, selective_scan_nd, ssd
 
 CASES = {
     "selective_scan": selective_scan,
@@ -26,6 +26,7 @@ CASES = {
     "selective_scan_nd": selective_scan_nd,
     "depthwise_conv": depthwise_conv,
     "delta_rule": delta_rule,
+    "bi_wkv": bi_wkv,
     "linear_attention": linear_attention,
     "ssd": ssd,
 }
