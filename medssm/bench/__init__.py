@@ -15,7 +15,9 @@ from medssm import machine, ops
 from medssm.bench import apart, measure, networks, report
 from medssm.bench.goals import judge
 from medssm.bench.peers import PEERS, installed
-from medssm.bench.rows import OURS, QUICK, ROWS, channel_first, scan_inputs
+from medssm.bench.row import OURS
+from medssm.bench.rows import QUICK, ROWS
+from medssm.bench.scans import channel_first, scan_inputs
 from medssm.errors import UserError
 from medssm.kernels import native
 from medssm.kernels.selective_scan.plan import chunks
@@ -45,9 +47,17 @@ def run(args) -> dict:
     if not chosen and not lengths:
         raise UserError(f"--rows: expected a pattern of {', '.join((*table, 'lengths'))}, got {args.rows!r}")
     absent = [name for name in PEERS if not installed(name)]
-    results = _about() | {"threads": torch.get_num_threads(), "absent": absent, "rows": {}, "extra": _extra()}
+    about = _about()
+    results = about | {"threads": torch.get_num_threads(), "absent": absent, "rows": {}, "extra": _extra()}
+    before = Path(args.out or "") / "results.json"
+    if args.out and not args.quick and before.is_file():  # what was measured earlier on this machine stays, each row with its own commit and date
+        kept = json.loads(before.read_text())
+        if _alike(kept, results):
+            results |= {key: kept[key] for key in ("rows", "lengths") if key in kept}
+            results["rows"] = {name: {key: kept[key] for key in ("commit", "date")} | row for name, row in kept["rows"].items()}
     for name in chosen:
-        row = results["rows"][name] = apart.row(name, 0.1 if args.quick else args.seconds, args.quick)
+        row = apart.row(name, 0.1 if args.quick else args.seconds, args.quick) | {key: about[key] for key in ("commit", "date")}
+        results["rows"] = {key: row if key == name else results["rows"][key] for key in table if key == name or key in results["rows"]}
         _keep(results, args, report.markdown({**results, "rows": {name: row}}).split("\n\n## ", 1)[-1])
     if lengths:
         results["lengths"] = {}
@@ -71,7 +81,7 @@ def _networks(args) -> dict:
     before = Path(args.out) / "networks.json" if args.out else None
     if before is not None and before.is_file():  # what was measured earlier on this machine stays, each network with its own commit and date
         kept = json.loads(before.read_text())
-        results["networks"] = kept["networks"] if kept["machine"] == results["machine"] else {}
+        results["networks"] = kept["networks"] if _alike(kept, results) else {}
     for name in names:
         figures = networks.network(name, args.quick) | {key: results[key] for key in ("commit", "date")}
         results["networks"] = dict(sorted((results["networks"] | {name: figures}).items()))
@@ -80,6 +90,11 @@ def _networks(args) -> dict:
         if not (args.json or args.quiet):
             print(report.network_line(name, figures), flush=True)
     return results
+
+
+def _alike(one: dict, other: dict) -> bool:
+    """Whether two results are of machines on which times are the same."""
+    return all(one["machine"][key] == other["machine"][key] for key in ("processor", "cores", "threads", "GPU", "torch"))
 
 
 def _about() -> dict:

@@ -11,6 +11,7 @@ import torch
 
 from medssm.allocator import keep_freed_memory
 from medssm.bench import measure
+from medssm.bench.row import COMPILED
 from medssm.bench.rows import QUICK, ROWS
 
 _BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}  # two unbound threads may share a core, and then look no faster than one
@@ -45,7 +46,7 @@ def _measure(name: str, seconds: float, quick: bool) -> dict:
     result = {"title": row.title, "tokens": row.tokens, "times": {str(n): measure.times(sides, seconds, n, row.limit) for n in counts}}
     if row.memory:
         del sides
-        measured = [side for side in result["times"][str(counts[-1])] if side != "ceiling"]
+        measured = [side for side in result["times"][str(counts[-1])] if side not in ("ceiling", COMPILED)]
         result["memory"] = {side: measure.memory(name, side, counts[-1], quick) for side in measured}
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from medssm.bench.rows import OURS
+from medssm.bench.row import OURS
 
 
 class Goal(NamedTuple):
@@ -54,6 +54,18 @@ def judge(results: dict) -> list[Goal]:
         _goal("checkpoints for backward / one float32 u", extra.get("checkpoint_share"), "<=", 0.25),
         _goal("low-rank delta / full delta, peak memory", room("low-rank", OURS, "full delta"), "<=", 0.25),
         _goal("call overhead without gradients, microseconds", extra.get("overhead_us"), "<=", 8),
+        _goal("linear_attention, non-causal: eager PyTorch / ours, forward", over("linear-attention", "eager PyTorch"), ">=", 5),
+        _goal("the same, forward and backward", over("linear-attention-train", "eager PyTorch"), ">=", 5),
+        _goal("gated_linear_attention, decay per head: chunked PyTorch / ours, forward", over("gla", "chunked PyTorch"), ">=", 5),
+        _goal("the same, forward and backward", over("gla-train", "chunked PyTorch"), ">=", 5),
+        _goal("gated_linear_attention, decay per key: chunked PyTorch / ours, forward", over("gla-keys", "chunked PyTorch"), ">=", 5),
+        _goal("the same, forward and backward", over("gla-keys-train", "chunked PyTorch"), ">=", 5),
+        _goal("ssd: chunked PyTorch / ours, forward", over("ssd", "chunked PyTorch"), ">=", 5),
+        _goal("the same, forward and backward", over("ssd-train", "chunked PyTorch"), ">=", 5),
+        _goal("delta_rule: chunked PyTorch / ours, forward", over("delta", "chunked PyTorch"), ">=", 4),
+        _goal("the same, forward and backward", over("delta-train", "chunked PyTorch"), ">=", 4),
+        _goal("bi_wkv: loop over tokens in PyTorch / ours, forward", over("wkv", "loop over tokens in PyTorch"), ">=", 50),
+        _goal("the same, forward and backward", over("wkv-train", "loop over tokens in PyTorch"), ">=", 50),
     ]
 
 

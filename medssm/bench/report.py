@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from medssm.bench.rows import OURS
+from medssm.bench.row import OURS
 
 
 def write(results: dict, out: Path) -> list[Path]:
@@ -85,6 +85,8 @@ def markdown(results: dict) -> str:
         lines += [
             "",
             f"## {row['title']}",
+            "",
+            f"{row['date']}, commit {row['commit']}",
             "",
             "| side | threads | median | min | calls | / ours | ns per token and channel | peak memory |",
             "|---|---|---|---|---|---|---|---|",

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from medssm import cli, nn, ops
-from medssm.bench import goals, peers, rows
+from medssm.bench import goals, peers, scans
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_a_peer_computes_the_same(name):
     if not peers.installed(name):
         pytest.skip(f"{name} is not installed")
-    tensors = {k: t.double() for k, t in rows.scan_inputs(2, 5, 70, 3).items()}
+    tensors = {k: t.double() for k, t in scans.scan_inputs(2, 5, 70, 3).items()}
     want = ops.selective_scan(**tensors, delta_softplus=True, backend="reference")
-    got = peers.PEERS[name](**rows.channel_first(tensors)).transpose(1, 2)
+    got = peers.PEERS[name](**scans.channel_first(tensors)).transpose(1, 2)
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("make", [lambda: rows._six_orders(5, 8), lambda: rows._low_rank(4, 8, 2), lambda: rows._depthwise(6, 8)])
+@pytest.mark.parametrize("make", [lambda: scans._six_orders(5, 8), lambda: scans._low_rank(4, 8, 2), lambda: scans._depthwise(6, 8)])
 def test_the_sides_of_a_row_do_the_same_work(make):
     ours, *others = (side() for side in make().values())
     for other in others:

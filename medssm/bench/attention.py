@@ -1,0 +1,120 @@
+"""Rows of the other linear-time mixers: linear attention, gated linear attention, the delta rule, SSD and bidirectional WKV, each against the
+PyTorch form that it replaces, and that form under torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from medssm import ops
+from medssm.bench import attention_peers as peers
+from medssm.bench.measure import Side
+from medssm.bench.row import COMPILED, OURS, Row, call
+
+_EAGER, _CHUNKED, _LOOP = "eager PyTorch", "chunked PyTorch", "loop over tokens in PyTorch"
+
+
+def _sides(ours: Callable, theirs: Callable, name: str, tensors: dict[str, torch.Tensor], grad: bool, compiled: bool = True) -> dict[str, Side]:
+    """Our op on channel-last tokens, the peer on its own layout, and the peer compiled."""
+    mine = {k: t.clone().requires_grad_(grad) for k, t in tensors.items()}
+    other = {k: (t.movedim(1, 2).contiguous() if t.dim() > 2 and name != _LOOP else t.clone()).requires_grad_(grad) for k, t in tensors.items()}
+    sides = {OURS: call(ours, mine), name: call(theirs, other)}
+    return sides | {COMPILED: call(torch.compile(theirs), other)} if compiled else sides
+
+
+def _draw(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def _heads(length: int, heads: int, width: int) -> dict[str, torch.Tensor]:
+    return _draw(q=(1, length, heads, width), k=(1, length, heads, width), v=(1, length, heads, width))
+
+
+def _linear(length: int, heads: int, width: int, grad: bool = False, causal: bool = False, compiled: bool = True) -> dict[str, Side]:
+    ours = partial(ops.linear_attention, causal=causal, backend="native")
+    theirs = peers.causal_linear_attention if causal else peers.linear_attention
+    return _sides(ours, theirs, _CHUNKED if causal else _EAGER, _heads(length, heads, width), grad, compiled)
+
+
+def _gated(length: int, heads: int, width: int, grad: bool = False, per_key: bool = False, compiled: bool = True) -> dict[str, Side]:
+    tensors = _heads(length, heads, width)
+    g = torch.randn(tensors["k"].shape if per_key else (1, length, heads), generator=torch.Generator().manual_seed(1))
+    tensors["g"] = torch.nn.functional.logsigmoid(g + 3)
+    return _sides(partial(ops.gated_linear_attention, backend="native"), peers.gated_linear_attention, _CHUNKED, tensors, grad, compiled)
+
+
+def _delta(length: int, heads: int, width: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
+    tensors = _heads(length, heads, width)
+    tensors["k"] = torch.nn.functional.normalize(tensors["k"], dim=-1)
+    tensors["beta"] = torch.rand((1, length, heads), generator=torch.Generator().manual_seed(1))
+    return _sides(partial(ops.delta_rule, backend="native"), peers.delta_rule, _CHUNKED, tensors, grad, compiled)
+
+
+def _ssd(length: int, heads: int, width: int, state: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
+    tensors = _draw(x=(1, length, heads, width), dt=(1, length, heads), A=(heads,), B=(1, length, 1, state), C=(1, length, 1, state), D=(heads,),
+                    z=(1, length, heads, width), dt_bias=(heads,))
+    tensors["A"] = -torch.linspace(1, 16, heads)
+    tensors["dt_bias"] -= 4
+    return _sides(partial(ops.ssd, dt_softplus=True, backend="native"), peers.ssd, _CHUNKED, tensors, grad, compiled)
+
+
+def _wkv(length: int, channels: int, grad: bool = False) -> dict[str, Side]:
+    tensors = _draw(w=(channels,), u=(channels,), k=(1, length, channels), v=(1, length, channels))
+    tensors["w"], tensors["u"] = tensors["w"] / length, tensors["u"] / length
+    return _sides(partial(ops.bi_wkv, backend="native"), peers.bi_wkv, _LOOP, tensors, grad, compiled=False)
+
+
+def _mamba2(length: int, channels: int) -> dict[str, Side]:
+    """The whole mixer, inference: what transformers runs where mamba_ssm is absent is its slow path."""
+    from medssm.nn import Mamba2
+
+    torch.manual_seed(0)
+    x = torch.randn(1, length, channels)
+    ours = Mamba2(channels, d_state=64, headdim=64).eval()
+
+    def run(module):
+        def forward():
+            with torch.no_grad():
+                return module(x)
+
+        return forward
+
+    sides = {OURS: run(ours)}
+    try:
+        from transformers import Mamba2Config
+        from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+    except ImportError:
+        return sides
+    config = Mamba2Config(hidden_size=channels, num_heads=2 * channels // 64, head_dim=64, state_size=64, n_groups=1, expand=2, chunk_size=64)
+    return sides | {"transformers' Mamba-2, slow path": run(Mamba2Mixer(config, 0).eval())}
+
+
+def _rows() -> dict[str, Row]:
+    rows = {}
+    kinds = {
+        "linear-attention": ("linear_attention, non-causal", _linear, 6, 16, {}),
+        "linear-attention-causal": ("linear_attention, causal", partial(_linear, causal=True), 4, 32, {}),
+        "gla": ("gated_linear_attention, decay per head", _gated, 4, 64, {}),
+        "gla-keys": ("gated_linear_attention, decay per key", partial(_gated, per_key=True), 4, 64, {}),
+        "delta": ("delta_rule", _delta, 4, 64, {}),
+        "ssd": ("ssd, state 64", _ssd, 4, 64, {"state": 64}),
+    }
+    for name, (title, make, heads, width, more) in kinds.items():
+        for grad in (False, True):
+            what = "forward and backward" if grad else "forward"
+            rows[name + "-train" * grad] = Row(f"{title}, {heads} heads of {width}, 32,768 tokens, {what}",
+                                               partial(make, 32768, heads, width, grad=grad, **more), limit=1.0, memory=True,
+                                               tokens=32768 * heads * width)
+    rows["wkv"] = Row("bi_wkv, 192 channels, 16,384 tokens, forward", partial(_wkv, 16384, 192), limit=1.0, memory=True, tokens=16384 * 192)
+    rows["wkv-train"] = Row("bi_wkv, 192 channels, 16,384 tokens, forward and backward", partial(_wkv, 16384, 192, True), limit=1.0, memory=True,
+                            tokens=16384 * 192)
+    rows["mamba2"] = Row("Mamba-2 mixer, 256 channels, 4,096 tokens, inference", partial(_mamba2, 4096, 256), limit=1.0, tokens=4096 * 256)
+    return rows
+
+
+ROWS = _rows()
+QUICK = {"linear-attention": Row("linear_attention, non-causal, 2 heads of 8, 256 tokens, forward", partial(_linear, 256, 2, 8, compiled=False),
+                                 tokens=256 * 2 * 8)}
