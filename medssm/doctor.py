@@ -95,6 +95,11 @@ def _cases() -> dict:
             {"delta_proj": draw(6, 6, 2), "orders": orders.axes3d()},
         ),
         "causal_conv1d": (ops.causal_conv1d, (draw(2, 21, 6), draw(6, 4), draw(6), "silu"), {}),
+        "gated_linear_attention": (
+            ops.gated_linear_attention,
+            (draw(2, 21, 3, 5), draw(2, 21, 3, 5), draw(2, 21, 3, 6), -torch.rand(2, 21, 3, 5, generator=generator)),
+            {},
+        ),
         "depthwise_conv": (ops.depthwise_conv, (draw(1, 5, 6, 7, 6), draw(6, 3, 3, 3), draw(6), "silu"), {}),
         "bi_wkv": (ops.bi_wkv, (0.1 * draw(6), draw(6), draw(2, 21, 6), draw(2, 21, 6)), {}),
         "delta_rule": (

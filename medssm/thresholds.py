@@ -17,6 +17,7 @@ FIRST: dict[str, tuple[tuple[float, str], ...]] = {
     "bi_wkv": ((math.inf, "triton"),),
     "linear_attention": ((math.inf, "triton"),),
     "ssd": ((math.inf, "triton"),),
+    "gated_linear_attention": ((math.inf, "triton"),),
 }
 
 

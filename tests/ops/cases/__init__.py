@@ -18,7 +18,17 @@ import torch
 from medssm import backends
 from medssm.kernels import triton
 from tests.ops.calls import DEVICE, SERVES, Call
-from tests.ops.cases import bi_wkv, causal_conv1d, delta_rule, depthwise_conv, linear_attention, selective_scan, selective_scan_nd, ssd
+from tests.ops.cases import (
+    bi_wkv,
+    causal_conv1d,
+    delta_rule,
+    depthwise_conv,
+    gated_linear_attention,
+    linear_attention,
+    selective_scan,
+    selective_scan_nd,
+    ssd,
+)
 
 CASES = {
     "selective_scan": selective_scan,
@@ -27,6 +37,7 @@ CASES = {
     "depthwise_conv": depthwise_conv,
     "delta_rule": delta_rule,
     "bi_wkv": bi_wkv,
+    "gated_linear_attention": gated_linear_attention,
     "linear_attention": linear_attention,
     "ssd": ssd,
 }
