@@ -18,10 +18,12 @@ from medssm.bench import apart, measure, peers
 # Axes of the input by network, where it is no volume of 64^3 (and one channel): what each was made for.
 INPUTS = {"segmamba": (4, 96, 96, 96), "vmunet": (3, 256, 256), "swin_umamba": (1, 256, 256), "swin_umamba_d": (1, 256, 256),
           "ultralight_vmunet": (3, 256, 256), "vmamba": (3, 224, 224), "medmamba": (3, 224, 224), "vim": (3, 224, 224),
+          "mlla": (3, 224, 224), "vrwkv": (3, 224, 224), "efficientvit_seg": (3, 256, 256),
           "monai_unetr": (1, 96, 96, 96), "monai_dynunet": (4, 96, 96, 96)}
 # What the reference backend is measured on, and both peers in training: at full size that takes minutes, and more memory than there is.
 SMALL = {2: (64, 64), 3: (64, 32, 32)}
-CLASSES = {"vmamba": 1000, "medmamba": 1000, "vim": 1000}
+CLASSES = {"vmamba": 1000, "medmamba": 1000, "vim": 1000, "mlla": 1000, "vrwkv": 1000, "efficientvit_seg": 19}
+SCANLESS = ("mlla", "vrwkv", "efficientvit_seg")  # no selective scan for a peer to compute
 NATIVE, BF16, REFERENCE, CHUNKED = "native", "native, bf16", "reference backend", "time-chunked scan in PyTorch"
 _LIMIT = 3.0  # seconds of a call beyond which a side is timed once
 
@@ -55,7 +57,7 @@ def main() -> None:
     name, quick = sys.argv[1], sys.argv[2] == "1"
     threads = torch.get_num_threads()
     model, x = build(name, quick)
-    scans = not name.startswith("monai_")
+    scans = not name.startswith("monai_") and name not in SCANLESS
     ways = {NATIVE: nullcontext, BF16: _autocast}
     if scans:
         ways[CHUNKED] = peers.in_pytorch

@@ -24,7 +24,7 @@ from medssm.models.registry import Features
 from medssm.nn import Encoder
 from medssm.nn.blocks import ChannelNorm
 
-_SIZES = {model: ("tiny", "small", "base") for model in ("medmamba", "medssm_unet", "vim", "vmamba")}
+_SIZES = {model: ("tiny", "small", "base") for model in ("medmamba", "medssm_unet", "mlla", "vim", "vmamba", "vrwkv")}
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.9}
 _NO_DECAY = {"A_log", "A_b_log", "A_s_log", "A_logs", "D", "D_b", "D_s", "Ds", "cls_token", "pos_embed"}
 

@@ -2,7 +2,22 @@
 
 from functools import partial
 
-from medssm.models import lightm_unet, medmamba, mixers, monai, segmamba, swin_umamba, ultralight_vmunet, umamba, vim, vmamba, vmunet
+from medssm.models import (
+    efficientvit_seg,
+    lightm_unet,
+    medmamba,
+    mixers,
+    mlla,
+    monai,
+    segmamba,
+    swin_umamba,
+    ultralight_vmunet,
+    umamba,
+    vim,
+    vmamba,
+    vmunet,
+    vrwkv,
+)
 from medssm.models.medssm_unet import medssm_unet
 from medssm.models.registry import create_model, from_upstream, list_models, register_model, register_upstream
 
@@ -29,6 +44,16 @@ register_model("lightm_unet", lightm_unet.lightm_unet)
 register_upstream("lightm_unet", builder=lightm_unet.upstream, map=lightm_unet.weight_map)
 register_model("vim", vim.Vim)
 register_upstream("vim", builder=vim.upstream, map=vim.MAP)
+register_model("efficientvit_seg", efficientvit_seg.efficientvit_seg)
+for _size in efficientvit_seg.SIZES:
+    register_upstream(f"efficientvit_seg_{_size}", builder=partial(efficientvit_seg.upstream, _size), map=efficientvit_seg.weight_map(_size))
+register_model("mlla", mlla.mlla)
+register_upstream("mlla", builder=mlla.upstream, map=mlla.MAP)
+register_upstream("mlla_block", builder=mlla.upstream_block, map=mlla.BLOCK_MAP)
+register_model("vrwkv", vrwkv.vrwkv)
+register_upstream("vrwkv", builder=vrwkv.upstream, map=vrwkv.MAP)
+register_upstream("vrwkv_spatialmix", builder=vrwkv.upstream_spatial_mix)
+register_upstream("vrwkv_channelmix", builder=vrwkv.upstream_channel_mix)
 for _name, _builder in monai.BUILDERS.items():
     register_model(_name, _builder)
 register_upstream("mamba", builder=mixers.mamba)

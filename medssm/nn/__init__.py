@@ -1,9 +1,33 @@
 """Layers: mixers (a sequence op between projections), blocks, norms and the U-Net assembler. Tokens are channel-last."""
 
 from medssm.nn.classifier import Classifier
+from medssm.nn.efficientvit import EfficientViTBlock, LiteMLA
+from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.mamba import BiMamba, Mamba, TriMamba
+from medssm.nn.mlla import MLLA, LinearAttention, MLLABlock
+from medssm.nn.rwkv import ChannelMix, SpatialMix, q_shift
 from medssm.nn.ssnd import SSND
 from medssm.nn.unet import AnySize, Decoder, Encoder, UNet
 from medssm.nn.vss import VSSBlock
 
-__all__ = ["SSND", "AnySize", "BiMamba", "Classifier", "Decoder", "Encoder", "Mamba", "TriMamba", "UNet", "VSSBlock"]
+__all__ = [
+    "MLLA",
+    "SSND",
+    "AnySize",
+    "BiMamba",
+    "ChannelMix",
+    "Classifier",
+    "Decoder",
+    "EfficientViTBlock",
+    "Encoder",
+    "GatedLinearAttention",
+    "LinearAttention",
+    "LiteMLA",
+    "MLLABlock",
+    "Mamba",
+    "SpatialMix",
+    "TriMamba",
+    "UNet",
+    "VSSBlock",
+    "q_shift",
+]

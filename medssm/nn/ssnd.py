@@ -37,11 +37,7 @@ class SSND(nn.Module):
         super().__init__()
         if gate not in ("silu", "linear", None):
             raise ValueError(f"gate: expected 'silu', 'linear' or None, got {gate!r}")
-        if orders is None:
-            if spatial_dims not in (2, 3):
-                raise ValueError(f"orders: expected a list of orders for spatial_dims={spatial_dims}, got None")
-            orders = scan_orders.cross2d() if spatial_dims == 2 else scan_orders.axes3d()
-        self.orders = list(orders)
+        self.orders = orders_of(spatial_dims, orders)
         k, inner, rank = len(self.orders), int(expand * d_model), math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.d_state, self.dt_rank, self.spatial_dims, self.gate = d_state, rank, spatial_dims, gate
         self.in_proj = nn.Linear(d_model, 2 * inner if gate else inner, bias=bias)
@@ -78,3 +74,12 @@ class SSND(nn.Module):
         if convolution is None:
             return nn.functional.silu(u)
         return ops.depthwise_conv(u, convolution.weight.squeeze(1), convolution.bias, "silu")
+
+
+def orders_of(spatial_dims: int, orders: Sequence[scan_orders.Order] | None) -> list[scan_orders.Order]:
+    """`orders`, or where there are none cross2d() in 2D and axes3d() in 3D."""
+    if orders is not None:
+        return list(orders)
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"orders: expected a list of orders for spatial_dims={spatial_dims}, got None")
+    return scan_orders.cross2d() if spatial_dims == 2 else scan_orders.axes3d()

@@ -15,7 +15,7 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that
 
 # Not the 4 channels of other tests: the backward of torch 2.13 for a 1 x 1 convolution with stride 2 on few channels-last channels crashes on a CPU.
 ALL = ALL | {name: {"features": (16, 16, 32)} for name in ("umamba_bot", "umamba_enc")}
-SIZED = {"medssm_unet": "tiny", "medmamba": "tiny", "vim": "tiny", "vmamba": "tiny"}
+SIZED = {"medssm_unet": "tiny", "medmamba": "tiny", "vim": "tiny", "vmamba": "tiny", "mlla": "tiny", "vrwkv": "tiny"}
 
 
 @pytest.fixture(scope="module", autouse=True)

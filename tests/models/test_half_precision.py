@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models.test_models import ALL, build
+from tests.models.test_models import ALL, CLASSIFIERS, build
 
 _STEPS = 200
 
@@ -14,7 +14,7 @@ def test_two_hundred_steps_without_nan(name):
     torch.manual_seed(0)
     model = build(name, 2)
     x = torch.randn(4, 2, 32, 32)
-    labels = torch.arange(4) % 3 if name in ("vmamba", "medmamba", "vim") else (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+    labels = torch.arange(4) % 3 if name in CLASSIFIERS else (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
     for _ in range(_STEPS):

@@ -14,9 +14,12 @@ from medssm.nn.vss import DropPath, PatchMerging
 SMALL = {"medssm_unet": {"size": "tiny"}, "umamba_bot": {"features": (4, 8, 16)}, "umamba_enc": {"features": (4, 8, 16)},
          "segmamba": {"features": (4, 6, 8), "depths": (1, 1, 1), "hidden": 8}, "swin_umamba": {"features": (4, 8, 16), "depths": (1, 1)},
          "swin_umamba_d": {"features": (8, 16), "depths": (1, 1)}, "lightm_unet": {"features": 8, "depths": (1, 1, 1), "decoder_depths": (1, 1)}}
-SINGLE = {"vmunet": {"features": (8, 16), "depths": (1, 1), "decoder_depths": (1, 1)}, "ultralight_vmunet": {"features": (4, 4, 8, 8, 8, 8)}}
+SINGLE = {"vmunet": {"features": (8, 16), "depths": (1, 1), "decoder_depths": (1, 1)}, "ultralight_vmunet": {"features": (4, 4, 8, 8, 8, 8)},
+          "efficientvit_seg": {}}
 CLASSIFIERS = {"vmamba": {"features": (8, 16), "depths": (1, 1)}, "medmamba": {"features": (8, 16), "depths": (1, 1)},
-               "vim": {"features": 16, "depth": 2, "image_size": 32, "patch": 8}}
+               "vim": {"features": 16, "depth": 2, "image_size": 32, "patch": 8},
+               "vrwkv": {"features": 16, "depth": 2, "image_size": 32, "patch": 8},
+               "mlla": {"features": (8, 16), "depths": (1, 1), "heads": (2, 2)}}
 ALL = SMALL | SINGLE | CLASSIFIERS
 
 
@@ -141,7 +144,7 @@ def test_anisotropic_strides(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_features_only(name):
-    model = build(name, 2, features_only=True)
+    model = build(name, 2, features_only=True).eval()
     maps = model(torch.randn(1, 2, 32, 32))
     assert [m.shape[1] for m in maps] == model.channels and [32 // m.shape[2] for m in maps] == [s[0] for s in model.strides]
 
@@ -199,7 +202,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
 
 
 def test_wrong_names_and_options_are_named():
-    with pytest.raises(ValueError, match="name: expected one of lightm_unet, medmamba, medssm_unet"):
+    with pytest.raises(ValueError, match="name: expected one of efficientvit_seg, lightm_unet, medmamba, medssm_unet"):
         medssm.create_model("unet")
     with pytest.raises(ValueError, match="width: expected one of medssm_unet's options"):
         medssm.create_model("medssm_unet", width=3)

@@ -1,0 +1,114 @@
+"""MLLA's linear attention (Han et al., "Demystify Mamba in Vision: A Linear Attention Perspective", arXiv 2405.16605), in 2D and 3D."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from medssm import ops
+from medssm.nn.blocks import CONV, check_dims
+from medssm.nn.vss import MLP, DropPath
+
+
+class LinearAttention(nn.Module):
+    """Non-causal linear attention with rotary positions in the numerator and a local encoding of v, on (b, *spatial, c):
+
+        q, k = elu(qk(x)) + 1;   v = x;   o_t = R_t q_t (sum_i R_i k_i v_i^T) / (q_t . sum_i k_i + 1e-6 l);   out = o + lepe(v)
+
+    R rotates by the voxel's position (`rotations`, over all channels before the heads divide them), l is the number of voxels.
+
+    Args:
+        channels: in and out. heads: each has channels / heads of them, an even number, since rotations take two. bias: of qk.
+        rotary=False leaves the rotation out. kernel: the side of lepe's depthwise kernel.
+
+    Weights: qk (2c, c) and lepe, as MLLA's.
+    """
+
+    def __init__(self, channels: int, heads: int, spatial_dims: int = 2, bias: bool = True, rotary: bool = True, kernel: int = 3):
+        super().__init__()
+        check_dims(spatial_dims)
+        if channels % heads or (rotary and channels // heads % 2):
+            raise ValueError(f"heads: expected a number that divides {channels} channels into even parts, got {heads}")
+        self.heads, self.rotary = heads, rotary
+        self.qk = nn.Linear(channels, 2 * channels, bias=bias)
+        self.lepe = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spatial, channels = x.shape[1:-1], x.shape[-1]
+        q, k = self.qk(x).flatten(1, -2).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        v = x.flatten(1, -2).unflatten(-1, (self.heads, -1))
+        rotary = None
+        if self.rotary:
+            rotary = tuple(t.unflatten(-1, (self.heads, -1)) for t in rotations(tuple(spatial), channels, x.device))
+        o = ops.linear_attention(q, k, v, feature_map="elu", rotary=rotary, eps=1e-6 * math.prod(spatial))
+        return o.flatten(-2).view_as(x) + ops.depthwise_conv(x, self.lepe.weight.squeeze(1), self.lepe.bias)
+
+
+class MLLA(nn.Module):
+    """Linear attention with Mamba's gate: out_proj(attn(silu(dwc(in_proj(x)))) silu(act_proj(x))), on (b, *spatial, c).
+
+    Arguments as LinearAttention. Weights: in_proj, act_proj, dwc (depthwise), attn, out_proj.
+    """
+
+    def __init__(self, channels: int, heads: int, spatial_dims: int = 2, bias: bool = True, rotary: bool = True, kernel: int = 3):
+        super().__init__()
+        self.in_proj, self.act_proj = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.dwc = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.attn = LinearAttention(channels, heads, spatial_dims, bias, rotary, kernel)
+        self.out_proj = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = nn.functional.silu(self.act_proj(x))
+        v = ops.depthwise_conv(self.in_proj(x), self.dwc.weight.squeeze(1), self.dwc.bias, "silu")
+        return self.out_proj(self.attn(v) * gate)
+
+
+class MLLABlock(nn.Module):
+    """x + cpe1(x), then + mixer(norm1(x)), then + cpe2(x), then + mlp(norm2(x)), on (b, *spatial, c); cpe1 and cpe2 are depthwise convolutions.
+
+    mlp_ratio: hidden channels of the MLP over outer; dropout: in it; drop_path: of mixer and MLP. The others as LinearAttention.
+    """
+
+    def __init__(self, channels: int, heads: int, spatial_dims: int = 2, mlp_ratio: float = 4.0, bias: bool = True, dropout: float = 0.0,
+                 drop_path: float = 0.0):
+        super().__init__()
+        self.cpe1, self.cpe2 = (CONV[spatial_dims](channels, channels, 3, padding=1, groups=channels) for _ in range(2))
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.mixer = MLLA(channels, heads, spatial_dims, bias)
+        self.mlp, self.drop_path = MLP(channels, int(mlp_ratio * channels), dropout), DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + ops.depthwise_conv(x, self.cpe1.weight.squeeze(1), self.cpe1.bias)
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        x = x + ops.depthwise_conv(x, self.cpe2.weight.squeeze(1), self.cpe2.bias)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def rotations(spatial: Sequence[int], channels: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), (l, channels) each, of the angles by which the voxels of `spatial` rotate neighbouring pairs of channels.
+
+    With m = channels // (2 dims), the first m pairs turn with the position along the first axis, pair j by 10000^(-j / m) radians a voxel,
+    the next m with the second axis, and so on; channels that are left over do not turn. Made for the size at hand and kept for the last
+    eight sizes, since each is as large as two of the maps.
+    """
+    make = _rotations.__wrapped__ if torch.compiler.is_compiling() else _rotations
+    return make(tuple(spatial), channels, str(device))
+
+
+@functools.lru_cache(maxsize=8)
+def _rotations(spatial: tuple[int, ...], channels: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        pairs = channels // (2 * len(spatial))
+        rates = 10000.0 ** (-torch.arange(pairs, device=device, dtype=torch.float64) / max(pairs, 1))
+        cos = torch.ones(*spatial, channels, device=device, dtype=torch.float32)
+        sin = torch.zeros_like(cos)
+        for axis, size in enumerate(spatial):
+            angles = (torch.arange(size, device=device, dtype=torch.float64)[:, None] * rates).repeat_interleave(2, -1)
+            shape = [size if i == axis else 1 for i in range(len(spatial))]
+            part = slice(2 * pairs * axis, 2 * pairs * (axis + 1))
+            cos[..., part], sin[..., part] = angles.cos().float().view(*shape, -1), angles.sin().float().view(*shape, -1)
+        return cos.flatten(0, -2), sin.flatten(0, -2)
