@@ -7,7 +7,7 @@ import functools
 import torch
 
 from medssm import dispatch
-from medssm.kernels.delta_rule import reference
+from medssm.kernels.delta_rule import native, reference
 from medssm.ops import checks, registration, walk
 
 OP = "delta_rule"
@@ -161,4 +161,4 @@ def _explained(q, k, v, beta, *, g=None, initial_state=None, **_rest):
     return q, k, v, beta, g, initial_state
 
 
-dispatch.register(OP, _explained)
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))

@@ -1,0 +1,232 @@
+// Gradients of the delta rule. With u_t = beta_t (v_t - recalled_t) the state is a plain gated recurrence, S_t = e_t S_{t-1} + k_t u_t^T, and with X_t the
+// gradient of S_t that comes from later tokens (do' = scale do):
+//
+//   dS_t = X_t + q_t do'_t^T;  du_t = dS_t^T k_t;  dv_t = beta_t du_t;  X_{t-1} = e_t (dS_t - k_t dv_t^T)
+//   dq_t = scale S_t do_t;  dk_t = dS_t u_t - S'_t dv_t;  dbeta_t = du_t . (v_t - recalled_t)
+//
+// Three passes: X with the columns of S in the lanes gives du; S and X with the rows in the lanes give dq and dk. The gradient of g_t is the sum over the
+// tokens from t on of q . S' do' - v . X^T dv-like terms, each as small as the decay makes it, and it begins anew from <S, X> every kChunk steps: its
+// rounding does not grow with the length.
+#include "medssm/abi.h"
+#include "medssm/parallel.h"
+#include "passes.h"
+
+using namespace medssm;
+
+namespace {
+
+constexpr int64_t kChunk = 256;
+
+struct Backward {
+  Problem problem;
+  Tokens dout;
+  const void *dstate, *recalled;  // dense, the compute type; dstate may be null
+  void *dq, *dk, *dv;             // dense, the compute type, as are all below
+  void *dbeta, *dg;               // (b, l, h); dg null without g
+  void* dinitial;                 // may be null
+};
+
+// The tiles of steps [from, end), from the last to the first.
+template <class F> void each_tile_back(const Walk& walk, int64_t from, int64_t end, const F& f) {
+  Tile tiles[kTileSteps];
+  for (int64_t low = (end - 1) / kTileSteps * kTileSteps; low >= from; low -= kTileSteps)
+    for (int64_t i = walk.tiles(low, least(low + kTileSteps, end), tiles) - 1; i >= 0; --i) f(tiles[i]);
+}
+
+// What the passes hand on, and the shares that items add to a token's dbeta and dg, by step.
+template <class T> struct Between {
+  const Items<T> by_values, by_keys;
+  const int64_t length, chunks;
+  const Scratch<T> u;                      // (b, l, h, dv)
+  const Scratch<T> dbeta, later, earlier;  // shares (item, l): of by_values, by_values, by_keys
+  const Scratch<T> inner;                  // <S, X> at the end of each chunk: shares (item, chunk) of by_keys
+
+  explicit Between(const Problem& p)
+      : by_values(p, p.values), by_keys(p, p.keys), length(p.length), chunks(ceil_div(p.length, kChunk)), u(p.batch * p.length * p.heads * p.values),
+        dbeta(by_values.count * length), later(by_values.count * length), earlier(by_keys.count * length), inner(by_keys.count * chunks) {
+    prefer_huge_pages(u.data(), p.batch * p.length * p.heads * p.values * static_cast<int64_t>(sizeof(T)));
+  }
+};
+
+// Rows of an item in a dense (b, l, h, d) tensor.
+template <class T> struct Target {
+  T* data;
+  int64_t token;
+  Target(const void* tensor, const Problem& p, const Item& item, int64_t features)
+      : data(static_cast<T*>(const_cast<void*>(tensor)) + (item.batch * p.length * p.heads + item.head) * features + item.first), token(p.heads * features) {}
+  T* operator[](int64_t t) const { return data + t * token; }
+};
+
+template <class T> MEDSSM_INLINE void put_shares(Vec<T>* sums, const Block& block, T* out) {
+  T sum[kBlock];
+  sum_all<T, kBlock>(sums, sum);
+  for (int j = 0; j < block.count; ++j) out[block.step[j]] = sum[j];
+}
+
+// dv, u, dinitial and shares of dbeta and dg: columns of S in the lanes, from the last token to the first.
+template <class T, int N> void values_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i) {
+  using L = Lanes<T, N>;
+  const Problem& p = a.problem;
+  const Item item = between.by_values[i];
+  const int64_t at_state = (item.batch * p.heads + item.head) * p.keys * p.values + item.first;
+  const T scale = static_cast<T>(p.scale);
+  Rows<T> q(p.q, item, 0, p.keys), k(p.k, item, 0, p.keys), v(p.v, item, item.first, item.lanes), dout(a.dout, item, item.first, item.lanes),
+      recalled(dense<T>(a.recalled, p, p.values), item, item.first, item.lanes);
+  const Target<T> dv(a.dv, p, item, p.values), u(between.u.data(), p, item, p.values);
+  State<T, N, 2, 2> state(p.keys);
+  state.set(a.dstate, at_state, p.values, 1, item.lanes);
+  each_tile_back(walk, 0, p.length, [&](const Tile& tile) {
+    each_block(tile, false, [&](const Block& block) {
+      T e[kBlock], beta[kBlock];
+      decays(p.g, item, block, e);
+      scalars(p.beta, item, block, T(0), beta);
+      L x[kBlock];
+      for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(dout.of(block)[j], item.lanes);
+      const T *const *values = v.of(block), *const *held = recalled.of(block);
+      Vec<T> of_beta[kBlock] = {}, of_g[kBlock] = {};
+      read_between(state, {q.of(block), k.of(block)}, e, ahead(walk, p.length, block, false, q, k, v, dout, recalled), x,
+                   [&](int j, const L& later, T own) {
+                     const L du = later + own * x[j], v_j = L::at(values[j], item.lanes), held_j = L::at(held[j], item.lanes), error = v_j - held_j;
+                     const L y = beta[j] * du;
+                     of_beta[j] = (du * error).sum();
+                     of_g[j] = -beta[j] * (own * (held_j * x[j]) + v_j * later).sum();
+                     if (j < block.count) {
+                       y.put(dv[block.token[j]], item.lanes);
+                       (beta[j] * error).put(u[block.token[j]], item.lanes);
+                     }
+                     return y;
+                   });
+      put_shares(of_beta, block, between.dbeta.data() + i * p.length);
+      put_shares(of_g, block, between.later.data() + i * p.length);
+    });
+    if (tile.fresh) state.clear();
+  });
+  if (a.dinitial) state.get(a.dinitial, at_state, p.values, item.lanes);
+}
+
+// dq, the S' dv of dk, shares of dg, and the states at the ends of chunks if `kept`: rows of S in the lanes.
+template <class T, int N> void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, T* kept) {
+  using L = Lanes<T, N>;
+  const Problem& p = a.problem;
+  const Item item = between.by_keys[i];
+  const T scale = static_cast<T>(p.scale);
+  Rows<T> u(dense<T>(between.u.data(), p, p.values), item, 0, p.values), dv(dense<T>(a.dv, p, p.values), item, 0, p.values),
+      dout(a.dout, item, 0, p.values), q(p.q, item, item.first, item.lanes), k(p.k, item, item.first, item.lanes);
+  const Target<T> dq(a.dq, p, item, p.keys), dk(a.dk, p, item, p.keys);
+  State<T, N, 3, 1> state(p.values);
+  state.set(p.initial, ((item.batch * p.heads + item.head) * p.keys + item.first) * p.values, 1, p.values, item.lanes);
+  for (int64_t from = 0; from < p.length;) {
+    const Tile tile = walk.tile(from, p.length);
+    if (tile.fresh) state.clear();
+    each_block(tile, true, [&](const Block& block) {
+      T e[kBlock];
+      decays(p.g, item, block, e);
+      const T *const *queries = q.of(block), *const *keys = k.of(block);
+      Vec<T> of_g[kBlock] = {};
+      write_then_read(
+          state, {u.of(block), dv.of(block), dout.of(block)}, e, ahead(walk, p.length, block, true, u, dv, dout, q, k),
+          [&](int j, const L& before) {
+            if (j < block.count) (T(-1) * before).put(dk[block.token[j]], item.lanes);
+            return L::at(keys[j], item.lanes);
+          },
+          [&](int j, const L& after, T own, const L& x) {
+            of_g[j] = scale * (L::at(queries[j], item.lanes) * after).sum();
+            if (j < block.count) (scale * (after + own * x)).put(dq[block.token[j]], item.lanes);
+          });
+      put_shares(of_g, block, between.earlier.data() + i * p.length);
+    });
+    from += tile.count;
+    if (kept && (from % kChunk == 0 || from == p.length))
+      std::memcpy(kept + (from - 1) / kChunk * state.size(), state.value(), static_cast<std::size_t>(state.size()) * sizeof(T));
+  }
+}
+
+// The dS u of dk, and <S, X> at the ends of chunks if `kept`: rows of X in the lanes, from the last token to the first.
+template <class T, int N> void keys_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, const T* kept) {
+  using L = Lanes<T, N>;
+  const Problem& p = a.problem;
+  const Item item = between.by_keys[i];
+  const T scale = static_cast<T>(p.scale);
+  Rows<T> u(dense<T>(between.u.data(), p, p.values), item, 0, p.values), dv(dense<T>(a.dv, p, p.values), item, 0, p.values),
+      dout(a.dout, item, 0, p.values), q(p.q, item, item.first, item.lanes), k(p.k, item, item.first, item.lanes),
+      partial(dense<T>(a.dk, p, p.keys), item, item.first, item.lanes);
+  const Target<T> dk(a.dk, p, item, p.keys);
+  State<T, N, 3, 2> state(p.values);
+  state.set(a.dstate, ((item.batch * p.heads + item.head) * p.keys + item.first) * p.values, 1, p.values, item.lanes);
+  for (int64_t chunk = between.chunks - 1; chunk >= 0; --chunk) {
+    if (kept) {
+      const T *x = state.value(), *s = kept + chunk * state.size();
+      Vec<T> sum{};
+      for (int64_t at = 0; at < state.size(); at += kLanes<T>) sum = fma(load<T>(x + at), load<T>(s + at), sum);
+      between.inner.data()[i * between.chunks + chunk] = sum_lanes(sum);
+    }
+    each_tile_back(walk, chunk * kChunk, least((chunk + 1) * kChunk, p.length), [&](const Tile& tile) {
+      each_block(tile, false, [&](const Block& block) {
+        T e[kBlock];
+        decays(p.g, item, block, e);
+        L x[kBlock];
+        for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(q.of(block)[j], item.lanes);
+        const T *const *keys = k.of(block), *const *before = partial.of(block);
+        read_between(state, {dout.of(block), dv.of(block), u.of(block)}, e, ahead(walk, p.length, block, false, u, dv, dout, q, k, partial), x,
+                     [&](int j, const L& later, T own) {
+                       if (j < block.count) (L::at(before[j], item.lanes) + later + own * x[j]).put(dk[block.token[j]], item.lanes);
+                       return L::at(keys[j], item.lanes);
+                     });
+      });
+      if (tile.fresh) state.clear();
+    });
+  }
+}
+
+// dbeta and dg of one head from the shares of its items.
+template <class T> void add_shares(const Backward& a, const Walk& walk, const Between<T>& between, int64_t head) {
+  const Problem& p = a.problem;
+  const auto add = [&](const Scratch<T>& shares, const Items<T>& items, int64_t length, int64_t at) {
+    T sum = T(0);
+    for (int64_t block = 0; block < items.blocks; ++block) sum += shares.data()[(head * items.blocks + block) * length + at];
+    return sum;
+  };
+  const int64_t offset = head / p.heads * p.length * p.heads + head % p.heads;
+  T *dbeta = static_cast<T*>(a.dbeta) + offset, *dg = static_cast<T*>(a.dg) + offset;
+  for (int64_t chunk = between.chunks - 1; chunk >= 0; --chunk) {
+    T sum = a.dg ? add(between.inner, between.by_keys, between.chunks, chunk) : T(0);
+    each_tile_back(walk, chunk * kChunk, least((chunk + 1) * kChunk, p.length), [&](const Tile& tile) {
+      for (int64_t t = tile.count - 1; t >= 0; --t) {
+        const int64_t step = tile.from + t, at = tile.token(t) * p.heads;
+        dbeta[at] = add(between.dbeta, between.by_values, p.length, step);
+        if (!a.dg) continue;
+        sum += add(between.earlier, between.by_keys, p.length, step) + add(between.later, between.by_values, p.length, step);
+        if (tile.fresh && t == 0) sum = T(0);  // no state before it: nothing decays
+        dg[at] = sum;
+      }
+    });
+  }
+}
+
+template <class T> void backward(const Backward& a) {
+  const Problem& p = a.problem;
+  const Walk walk = p.walk();
+  const Between<T> between(p);
+  const int64_t tokens = p.batch * p.length * p.heads, size = static_cast<int64_t>(sizeof(T));
+  for (void* gradient : {a.dq, a.dk}) prefer_huge_pages(gradient, tokens * p.keys * size);
+  prefer_huge_pages(a.dv, tokens * p.values * size);
+  parallel(team_size(p, most(between.by_values.count, between.by_keys.count)), [&](const Team& team) {
+    const Range values = share(between.by_values.count, team), keys = share(between.by_keys.count, team), heads = share(p.batch * p.heads, team);
+    for (int64_t i = values.begin; i < values.end; ++i)
+      with_vectors<T>(between.by_values[i], [&](auto n) { values_pass<T, n>(a, walk, between, i); });
+    team.barrier();
+    const Scratch<T> states(a.dg ? between.chunks * p.values * kVectors * kLanes<T> : 0);
+    T* const kept = a.dg ? states.data() : nullptr;
+    for (int64_t i = keys.begin; i < keys.end; ++i)
+      with_vectors<T>(between.by_keys[i], [&](auto n) {
+        queries_pass<T, n>(a, walk, between, i, kept);
+        keys_pass<T, n>(a, walk, between, i, kept);
+      });
+    team.barrier();
+    for (int64_t head = heads.begin; head < heads.end; ++head) add_shares(a, walk, between, head);
+  });
+}
+
+}  // namespace
+
+MEDSSM_EXPORT(delta_rule_backward)(const Backward* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }

@@ -1,0 +1,69 @@
+// The delta rule along a walk: for each head, with the state S (dk, dv), columns in the lanes,
+//
+//   S' = exp(g_t) S;  recalled_t = S'^T k_t;  S = S' + k_t (beta_t (v_t - recalled_t))^T;  o_t = scale S^T q_t
+#include "medssm/abi.h"
+#include "medssm/parallel.h"
+#include "passes.h"
+
+using namespace medssm;
+
+namespace {
+
+struct Forward {
+  Problem problem;
+  void* out;        // (b, l, h, dv), dense, v's type
+  void* state;      // (b, h, dk, dv), dense, the compute type; may be null
+  void* recalled;   // (b, l, h, dv), dense, the compute type; may be null
+};
+
+template <class T, int kVectors> void run(const Forward& a, const Walk& walk, const Item& item) {
+  using L = Lanes<T, kVectors>;
+  const Problem& p = a.problem;
+  const int64_t head = item.batch * p.heads + item.head, at_state = head * p.keys * p.values + item.first;
+  const auto at = [&](int64_t token) { return ((item.batch * p.length + token) * p.heads + item.head) * p.values + item.first; };
+  const T scale = static_cast<T>(p.scale);
+  Rows<T> k(p.k, item, 0, p.keys), q(p.q, item, 0, p.keys), v(p.v, item, item.first, item.lanes);
+  State<T, kVectors, 2, 1> state(p.keys);
+  state.set(p.initial, at_state, p.values, 1, item.lanes);
+  for (int64_t from = 0; from < p.length;) {
+    const Tile tile = walk.tile(from, p.length);
+    if (tile.fresh) state.clear();
+    each_block(tile, true, [&](const Block& block) {
+      T e[kBlock], beta[kBlock];
+      decays(p.g, item, block, e);
+      scalars(p.beta, item, block, T(0), beta);
+      const T* const* values = v.of(block);
+      write_then_read(
+          state, {k.of(block), q.of(block)}, e, ahead(walk, p.length, block, true, k, q, v),
+          [&](int j, const L& recalled) {
+            if (a.recalled && j < block.count) recalled.put(static_cast<T*>(a.recalled) + at(block.token[j]), item.lanes);
+            return beta[j] * (L::at(values[j], item.lanes) - recalled);
+          },
+          [&](int j, const L& after, T own, const L& x) {
+            if (j >= block.count) return;
+            const L o = scale * (after + own * x);
+            with_storage(p.v.type, a.out, [&](auto* out) { o.put(out + at(block.token[j]), item.lanes); });
+          });
+    });
+    from += tile.count;
+  }
+  if (a.state) state.get(a.state, at_state, p.values, item.lanes);
+}
+
+template <class T> void forward(const Forward& a) {
+  const Problem& p = a.problem;
+  const Walk walk = p.walk();
+  const Items<T> items(p, p.values);
+  const int64_t elements = p.batch * p.length * p.heads * p.values;
+  prefer_huge_pages(a.out, elements * element_size(p.v.type));
+  if (a.recalled) prefer_huge_pages(a.recalled, elements * static_cast<int64_t>(sizeof(T)));
+  parallel(team_size(p, items.count), [&](const Team& team) {
+    const Range mine = share(items.count, team);
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      with_vectors<T>(items[i], [&](auto vectors) { run<T, vectors>(a, walk, items[i]); });
+  });
+}
+
+}  // namespace
+
+MEDSSM_EXPORT(delta_rule_forward)(const Forward* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }

@@ -1,0 +1,152 @@
+// The tokens of a block as rows of the compute type, and the numbers that belong to them.
+#pragma once
+#include "arguments.h"
+#include "medssm/math.h"
+#include "medssm/scratch.h"
+
+namespace medssm {
+namespace {
+
+constexpr int kBlock = 4;  // tokens that a sweep over the state takes at once
+
+// `count` tokens of the walk, in the order in which a pass takes them. The others do not exist: their rows are zero.
+struct Block {
+  int count;
+  int64_t step[kBlock], token[kBlock];
+};
+
+// f(block) for the tokens of a tile, forward or from its end.
+template <class F> void each_block(const Tile& tile, bool forward, const F& f) {
+  for (int64_t t = 0; t < tile.count; t += kBlock) {
+    Block block{static_cast<int>(least<int64_t>(kBlock, tile.count - t)), {}, {}};
+    for (int j = 0; j < block.count; ++j) {
+      const int64_t at = forward ? t + j : tile.count - 1 - t - j;
+      block.step[j] = tile.from + at;
+      block.token[j] = tile.token(at);
+    }
+    f(block);
+  }
+}
+
+// Lines that the block after the next will need. A sweep asks for them one a row: the distance between tokens, and any walk along another axis, defeat
+// the processor's own prefetcher, and all at once would overflow its queue.
+class Ahead {
+ public:
+  void add(const char* line) {
+    if (count_ < kMost) lines_[count_++] = line;
+  }
+  MEDSSM_INLINE void ask(int64_t i) const {
+    if (i < count_) __builtin_prefetch(lines_[i]);
+  }
+
+ private:
+  static constexpr int kMost = 96;
+  const char* lines_[kMost];
+  int64_t count_ = 0;
+};
+
+// Features [first, first + count) of one head's tokens: in place where they are of the compute type, else copies.
+template <class T> class Rows {
+ public:
+  Rows(const Tokens& x, const Item& item, int64_t first, int64_t count)
+      : x_(x), offset_(x.batch * item.batch + x.head * item.head + first), count_(count), step_(round_up(count, kLanes<T>)),
+        in_place_(x.type == (sizeof(T) == 8 ? kFloat64 : kFloat32)), copies_((in_place_ ? 1 : kBlock + 1) * step_) {
+    for (int64_t i = 0; i < step_; ++i) copies_.data()[i] = T(0);
+  }
+
+  // Adds a token's lines to those to be asked for.
+  void ahead(int64_t token, Ahead& lines) const {
+    const int64_t size = element_size(x_.type);
+    const char* line = static_cast<const char*>(x_.data) + (offset_ + token * x_.token) * size;
+    for (int64_t i = 0; i < count_ * size; i += 64) lines.add(line + i);
+  }
+
+  // Valid until the next call.
+  const T* const* of(const Block& block) {
+    for (int j = 0; j < kBlock; ++j) rows_[j] = j < block.count ? row(block.token[j], j) : copies_.data();
+    return rows_;
+  }
+
+ private:
+  const T* row(int64_t token, int j) {
+    const int64_t at = offset_ + token * x_.token;
+    if (in_place_) return static_cast<const T*>(x_.data) + at;
+    T* copy = copies_.data() + (j + 1) * step_;
+    with_storage(x_.type, x_.data, [&](const auto* data) {
+      for (int64_t i = 0; i < count_; i += kLanes<T>)
+        store(copy + i, load_part<T>(data + at + i, static_cast<int>(least<int64_t>(kLanes<T>, count_ - i))));
+    });
+    return copy;
+  }
+
+  const Tokens x_;
+  const int64_t offset_, count_, step_;
+  const bool in_place_;
+  const Scratch<T> copies_;  // the first row is zero
+  const T* rows_[kBlock];
+};
+
+// What a block after the next needs of some rows.
+template <class... R> Ahead ahead(const Walk& walk, int64_t length, const Block& block, bool forward, const R&... rows) {
+  Ahead lines;
+  for (int64_t j = 2 * kBlock; j < 3 * kBlock; ++j) {
+    const int64_t step = forward ? block.step[0] + j : block.step[0] - j;
+    if (step < 0 || step >= length) break;
+    const int64_t token = walk.steps(step, step + 1).token(0);
+    (rows.ahead(token, lines), ...);
+  }
+  return lines;
+}
+
+// beta or g of a block; `absent` where there is no token.
+template <class T> void scalars(const Scalars& x, const Item& item, const Block& block, T absent, T* out) {
+  with_storage(x.type, x.data, [&](const auto* data) {
+    data += x.batch * item.batch + x.head * item.head;
+    for (int j = 0; j < kBlock; ++j) out[j] = j < block.count ? to_compute<T>(data[block.token[j] * x.token]) : absent;
+  });
+}
+
+// exp(g) of a block's tokens, 1 without decay.
+template <class T> void decays(const Scalars& g, const Item& item, const Block& block, T* e) {
+  constexpr int W = kLanes<T>;
+  alignas(64) T log[round_up(kBlock, W)] = {};
+  if (g.data) scalars<T>(g, item, block, T(0), log);
+  for (int j = 0; j < kBlock; j += W) store(log + j, exp<T>(load<T>(log + j)));
+  for (int j = 0; j < kBlock; ++j) e[j] = log[j];
+}
+
+// A row's lanes of an item: kVectors vectors, the last one in part.
+template <class T, int kVectors> struct Lanes {
+  Vec<T> v[kVectors];
+
+  static MEDSSM_INLINE Lanes at(const T* row, int lanes) {
+    Lanes x;
+#pragma GCC unroll 2
+    for (int l = 0; l < kVectors; ++l)
+      x.v[l] = lanes >= (l + 1) * kLanes<T> ? load<T>(row + l * kLanes<T>) : load_part<T>(row + l * kLanes<T>, lanes - l * kLanes<T>);
+    return x;
+  }
+  template <class S> MEDSSM_INLINE void put(S* row, int lanes) const {
+#pragma GCC unroll 2
+    for (int l = 0; l < kVectors; ++l)
+      if (lanes >= (l + 1) * kLanes<T>) store(row + l * kLanes<T>, v[l]);
+      else store_part(row + l * kLanes<T>, v[l], lanes - l * kLanes<T>);
+  }
+  MEDSSM_INLINE Vec<T> sum() const {
+    Vec<T> s = v[0];
+    for (int l = 1; l < kVectors; ++l) s += v[l];
+    return s;
+  }
+};
+#define MEDSSM_LANEWISE(expression)                                   \
+  Lanes<T, N> r;                                                      \
+  _Pragma("GCC unroll 2") for (int l = 0; l < N; ++l) r.v[l] = expression; \
+  return r;
+template <class T, int N> MEDSSM_INLINE Lanes<T, N> operator*(T a, const Lanes<T, N>& x) { MEDSSM_LANEWISE(a * x.v[l]) }
+template <class T, int N> MEDSSM_INLINE Lanes<T, N> operator*(const Lanes<T, N>& a, const Lanes<T, N>& x) { MEDSSM_LANEWISE(a.v[l] * x.v[l]) }
+template <class T, int N> MEDSSM_INLINE Lanes<T, N> operator+(const Lanes<T, N>& a, const Lanes<T, N>& x) { MEDSSM_LANEWISE(a.v[l] + x.v[l]) }
+template <class T, int N> MEDSSM_INLINE Lanes<T, N> operator-(const Lanes<T, N>& a, const Lanes<T, N>& x) { MEDSSM_LANEWISE(a.v[l] - x.v[l]) }
+#undef MEDSSM_LANEWISE
+
+}  // namespace
+}  // namespace medssm
