@@ -7,7 +7,7 @@ import functools
 import torch
 
 from medssm import dispatch
-from medssm.kernels.bi_wkv import reference
+from medssm.kernels.bi_wkv import native, reference
 from medssm.ops import checks, registration, walk
 
 OP = "bi_wkv"
@@ -121,4 +121,4 @@ def _explained(w, u, k, v, **_rest):
     return v, k, w, u
 
 
-dispatch.register(OP, _explained)
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))

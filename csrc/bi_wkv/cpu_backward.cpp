@@ -1,0 +1,161 @@
+// Bidirectional WKV, backward, on a CPU.
+//
+// With o_t = (sum_i W_ti v_i) / D_t, x_t = do_t / D_t and y_t = x_t o_t:
+//
+//     dv_i = sum_t W_ti x_t,    dk_i = sum_t W_ti (x_t v_i - y_t)
+//
+// which are sums like the forward ones with the roles of tokens and outputs exchanged: of the key -log D_t and the values x_t and y_t. The forward pass is made
+// again; it gives them (D_t as e^top and a number beside it), and the gradients of w, from the sums' derivatives, and of u. The outputs that lie behind a token are summed
+// on the way, their sums before each tile kept; a sweep from the end goes through each tile both ways. Nothing that it keeps but x, y and top is longer
+// than the number of tiles.
+//
+// Each block adds up its own shares of dw and du; those of the batch elements are added in order: any number of threads gives the same bits.
+#include <vector>
+
+#include "medssm/abi.h"
+#include "outputs.h"
+
+using namespace medssm;
+
+namespace {
+
+struct Arguments {
+  Problem problem;
+  Tokens dout, dk, dv;
+  void *dw, *du;  // (b, d), dense, the compute type
+};
+
+// An output, as the tokens see it: its key is -top, its values x and y.
+template <class T> struct Output { Vec<T> top, x, y; };
+
+template <class T> struct Memory {
+  int64_t tiles, length;
+  Scratch<Sums<T>> ahead, behind;  // of each tile of a segment: tokens, outputs; block after block
+  Scratch<Output<T>> outputs;      // of each step
+  Memory(const Problem& p, int64_t blocks)
+      : tiles(Segment::most_tiles(p)), length(p.length), ahead(blocks * tiles), behind(blocks * tiles), outputs(blocks * length) {
+    medssm::prefer_huge_pages(outputs.data(), blocks * length * static_cast<int64_t>(sizeof(Output<T>)));
+  }
+};
+
+template <class T, bool kUpstream> class Backward {
+ public:
+  // i: the block's place in the memory.
+  Backward(const Arguments& a, const Walk& walk, const Block<T>& block, const Memory<T>& memory, int64_t i)
+      : a_(a), p_(a.problem), forward_(p_, walk, block, memory.ahead.data() + i * memory.tiles), kept_behind_(memory.behind.data() + i * memory.tiles),
+        outputs_(memory.outputs.data() + i * memory.length) {}
+
+  void begin() {
+    forward_.begin();
+    behind_ = Sums<T>::empty();
+    future_ = Behind<T, kUpstream>();
+  }
+  void retreat(int64_t i, const Run& run) { forward_.retreat(i, run); }
+
+  // The outputs of a tile, and its shares of dw and du.
+  void advance(int64_t i, const Run& run) {
+    Vec<T> dout[kTile], dw = {}, du = {};
+    forward_.block().load_rows(a_.dout, forward_.rows(run), dout);
+    kept_behind_[i] = behind_;
+    Sums<T> past = behind_;
+    const Vec<T> w = forward_.rate().w;
+    forward_.advance(i, run, [&](int64_t t, Vec<T> v, const Quotient<T>& q) __attribute__((always_inline)) {
+      const Vec<T> x = dout[t] * q.inverse, y = x * q.out;
+      outputs_[run.from + t] = {q.top, x, y};
+      dw += x * q.slope_a - y * q.slope_b;
+      du += q.own * (x * v - y);
+      past.template add<false>(w, -q.top, x, y);
+    });
+    behind_ = past;
+    dw_ += dw;
+    du_ += du;
+  }
+
+  // dk and dv of a tile.
+  void finish(int64_t i, const Run& run) {
+    const Block<T>& block = forward_.block();
+    const Rate<T> rate = forward_.rate();
+    const Tile rows = forward_.rows(run);
+    const Vec<T> u = block.weight(p_.u);
+    const Output<T>* outputs = outputs_ + run.from;
+    Vec<T> k[kTile], v[kTile], dk[kTile], dv[kTile];
+    block.load_rows(p_.k, rows, k);
+    block.load_rows(p_.v, rows, v);
+    const auto share = [&](int64_t t, const Term<T>& term) __attribute__((always_inline)) {
+      const Vec<T> scale = exp_below<T>(k[t] + term.shift);
+      dk[t] = fma(scale, term.a * v[t] - term.b, dk[t]);
+      dv[t] = fma(scale, term.a, dv[t]);
+    };
+    Sums<T> past = kept_behind_[i];
+    for (int64_t t = 0; t < run.count; ++t) {
+      const Output<T>& o = outputs[t];
+      const Vec<T> own = exp_below<T>(u + k[t] - o.top);
+      dk[t] = own * (o.x * v[t] - o.y);
+      dv[t] = own * o.x;
+      share(t, ahead<T, kUpstream>(rate, past.seen));
+      past.template add<false>(rate.w, -o.top, o.x, o.y);
+    }
+    if (run.last) future_.enter(rate);
+    Behind<T, kUpstream> future = future_;
+    for (int64_t t = run.count - 1; t >= 0; --t) {
+      constexpr int kTerms = Behind<T, kUpstream>::kTerms;
+      const Output<T>& o = outputs[t];
+      Term<T> terms[kTerms];
+      future.template take<false>(rate, -o.top, o.x, o.y);
+      future.template see<false>(rate, terms);
+      const int seen = kUpstream && run.first && t == 0 ? kTerms - 1 : kTerms;  // nothing is taken of a chunk's first token
+      for (int term = 0; term < seen; ++term) share(t, terms[term]);
+      future.template add<false>(rate, -o.top, o.x, o.y);
+    }
+    future_ = future;
+    block.store_rows(a_.dk, rows, dk);
+    block.store_rows(a_.dv, rows, dv);
+  }
+
+  void write_sums() const {
+    const Block<T>& block = forward_.block();
+    const int64_t at = block.batch * p_.channels + block.channel;
+    store_part(static_cast<T*>(a_.dw) + at, dw_, block.lanes);
+    store_part(static_cast<T*>(a_.du) + at, du_, block.lanes);
+  }
+
+ private:
+  const Arguments& a_;
+  const Problem& p_;
+  Outputs<T, kUpstream, true> forward_;
+  Sums<T>* const kept_behind_;
+  Output<T>* const outputs_;
+  Sums<T> behind_ = Sums<T>::empty();  // outputs
+  Behind<T, kUpstream> future_;        // outputs
+  Vec<T> dw_ = {}, du_ = {};
+};
+
+template <class T, bool kUpstream> void backward(const Arguments& a) {
+  const Problem& p = a.problem;
+  const Walk walk(p.length, p.index, nullptr, 0, p.reverse);
+  prefer_huge_pages(p, a.dk);
+  prefer_huge_pages(p, a.dv);
+  each_group<T, Memory<T>>(p, [&](const Memory<T>& memory, int64_t first, int64_t count) {
+    std::vector<Backward<T, kUpstream>> blocks;
+    for (int64_t i = 0; i < count; ++i) blocks.emplace_back(a, walk, Block<T>(p, first + i), memory, i);
+    each_segment(p, [&](const Segment& segment) {
+      for (auto& block : blocks) block.begin();
+      segment.each_tile_back([&](int64_t i, const Run& run) {
+        for (auto& block : blocks) block.retreat(i, run);
+      });
+      segment.each_tile([&](int64_t i, const Run& run) {
+        for (auto& block : blocks) block.advance(i, run);
+      });
+      segment.each_tile_back([&](int64_t i, const Run& run) {
+        for (auto& block : blocks) block.finish(i, run);
+      });
+    });
+    for (auto& block : blocks) block.write_sums();
+  });
+}
+
+template <class T> void backward(const Arguments& a) { a.problem.upstream ? backward<T, true>(a) : backward<T, false>(a); }
+
+}  // namespace
+
+MEDSSM_EXPORT(bi_wkv_backward)(const Arguments* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }

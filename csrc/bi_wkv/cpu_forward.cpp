@@ -1,0 +1,49 @@
+// Bidirectional WKV, forward, on a CPU: threads share the blocks of channels of all batch elements.
+#include <vector>
+
+#include "medssm/abi.h"
+#include "outputs.h"
+
+using namespace medssm;
+
+namespace {
+
+struct Arguments {
+  Problem problem;
+  Tokens out;
+};
+
+template <class T> struct Memory {
+  int64_t tiles;
+  Scratch<Sums<T>> ahead;  // of each tile, block after block
+  Memory(const Problem& p, int64_t blocks) : tiles(Segment::most_tiles(p)), ahead(blocks * tiles) {}
+};
+
+template <class T, bool kUpstream> void forward(const Arguments& a) {
+  const Problem& p = a.problem;
+  const Walk walk(p.length, p.index, nullptr, 0, p.reverse);
+  prefer_huge_pages(p, a.out);
+  each_group<T, Memory<T>>(p, [&](const Memory<T>& memory, int64_t first, int64_t count) {
+    std::vector<Outputs<T, kUpstream, false>> blocks;
+    for (int64_t i = 0; i < count; ++i) blocks.emplace_back(p, walk, Block<T>(p, first + i), memory.ahead.data() + i * memory.tiles);
+    each_segment(p, [&](const Segment& segment) {
+      for (auto& block : blocks) block.begin();
+      segment.each_tile_back([&](int64_t i, const Run& run) {
+        for (auto& block : blocks) block.retreat(i, run);
+      });
+      segment.each_tile([&](int64_t i, const Run& run) {
+        for (auto& block : blocks) {
+          Vec<T> out[kTile];
+          block.advance(i, run, [&](int64_t t, Vec<T>, const Quotient<T>& q) __attribute__((always_inline)) { out[t] = q.out; });
+          block.block().store_rows(a.out, block.rows(run), out);
+        }
+      });
+    });
+  });
+}
+
+template <class T> void forward(const Arguments& a) { a.problem.upstream ? forward<T, true>(a) : forward<T, false>(a); }
+
+}  // namespace
+
+MEDSSM_EXPORT(bi_wkv_forward)(const Arguments* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }

@@ -1,0 +1,122 @@
+// A call of bidirectional WKV: its arguments, and how a segment of the walk is cut into tiles.
+#pragma once
+#include <type_traits>
+
+#include "medssm/parallel.h"
+#include "medssm/scratch.h"
+#include "medssm/simd.h"
+#include "medssm/walk.h"
+
+namespace medssm {
+namespace {
+
+// What kernels/bi_wkv/native.py packs. Strides in elements.
+struct Tokens {  // (b, l, d), channels adjacent
+  void* data;    // of an input it is only read
+  int64_t type, batch, token;
+};
+struct Problem {
+  Tokens k, v;
+  const void *w, *u;               // (d,), dense, the compute type
+  const int64_t *index, *bounds;   // the token of each step, null for raster; the segments' first steps and the length, null for one segment
+  int64_t segments, reverse;       // reverse: index backwards; bounds are of the walk as it is made
+  int64_t batch, length, channels;
+  int64_t upstream, wide, threads;  // wide: compute in double
+};
+
+// A result of k's shape, about to be written.
+MEDSSM_INLINE void prefer_huge_pages(const Problem& p, const Tokens& result) {
+  const int64_t size = result.type == kFloat64 ? 8 : result.type == kFloat32 ? 4 : 2;
+  medssm::prefer_huge_pages(result.data, p.batch * p.length * p.channels * size);
+}
+
+constexpr int64_t kTile = 32;     // steps, at most
+constexpr int64_t kChunks = 32;   // of a segment, in mode "upstream"
+constexpr double kEps = 1e-6;     // there, of the denominator
+
+// Steps [from, from + count) of the walk, in one chunk.
+struct Run {
+  int64_t from, count;
+  bool first, last;  // of its chunk
+};
+
+// A segment's steps in chunks, chunks in tiles; in mode "exact" the segment is one chunk.
+class Segment {
+ public:
+  Segment(const Problem& p, int64_t i)
+      : begin_(p.bounds ? p.bounds[i] : 0), end_(p.bounds ? p.bounds[i + 1] : p.length),
+        chunk_(p.upstream ? ceil_div(end_ - begin_, kChunks) : end_ - begin_), tiles_(ceil_div(chunk_, kTile)) {}
+
+  static int64_t most_tiles(const Problem& p) { return ceil_div(p.length, kTile) + 2 * kChunks; }
+
+  // f(i, run) for each tile, from the first on, and from the last.
+  template <class F> void each_tile(const F& f) const {
+    for (int64_t i = 0; i < count(); ++i) visit(i, f);
+  }
+  template <class F> void each_tile_back(const F& f) const {
+    for (int64_t i = count() - 1; i >= 0; --i) visit(i, f);
+  }
+
+ private:
+  int64_t count() const { return end_ > begin_ ? ceil_div(end_ - begin_, chunk_) * tiles_ : 0; }
+  template <class F> void visit(int64_t i, const F& f) const {
+    const int64_t chunk = begin_ + i / tiles_ * chunk_, end = least(chunk + chunk_, end_), from = chunk + i % tiles_ * kTile;
+    if (from < end) f(i, Run{from, least(kTile, end - from), from == chunk, from + kTile >= end});  // the last chunk may end before its tiles do
+  }
+
+  int64_t begin_, end_, chunk_, tiles_;
+};
+
+template <class Body> void each_segment(const Problem& p, const Body& body) {
+  for (int64_t i = 0; i < p.segments; ++i) body(Segment(p, i));
+}
+
+// A vector of channels of one batch element, or its first lanes.
+template <class T> struct Block {
+  static constexpr int W = kLanes<T>;
+  int64_t batch, channel;
+  int lanes;
+
+  Block(const Problem& p, int64_t item)
+      : batch(item / count(p)), channel(item % count(p) * W), lanes(static_cast<int>(least<int64_t>(W, p.channels - channel))) {}
+  static int64_t count(const Problem& p) { return ceil_div(p.channels, W); }
+
+  Vec<T> weight(const void* data) const { return load_part<T>(static_cast<const T*>(data) + channel, lanes); }
+
+  // A run's tokens in the compute type, a vector each.
+  void load_rows(const Tokens& tokens, const Tile& run, Vec<T>* rows) const {
+    with_storage(tokens.type, static_cast<const void*>(tokens.data), [&](const auto* data) {
+      data += batch * tokens.batch + channel;
+      for (int64_t t = 0; t < run.count; ++t) {
+        const auto* row = data + run.token(t) * tokens.token;
+        rows[t] = lanes == W ? load<T>(row) : load_part<T>(row, lanes);
+      }
+    });
+  }
+  void store_rows(const Tokens& tokens, const Tile& run, const Vec<T>* rows) const {
+    with_storage(tokens.type, tokens.data, [&](auto* data) {
+      data += batch * tokens.batch + channel;
+      for (int64_t t = 0; t < run.count; ++t) {
+        auto* row = data + run.token(t) * tokens.token;
+        if (lanes == W) medssm::store(row, rows[t]);
+        else store_part(row, rows[t], lanes);
+      }
+    });
+  }
+};
+
+// Blocks that are walked together, tile by tile: neighbours share a row's page and its memory burst. Which ones are changes no bits.
+constexpr int64_t kTogether = 4;
+
+// body(memory, first, count) for this thread's share of the blocks of all batch elements, kTogether at a time; Memory(p) is made once a thread.
+template <class T, class Memory, class Body> void each_group(const Problem& p, const Body& body) {
+  const int64_t items = p.batch * Block<T>::count(p);
+  parallel(least(least(p.threads, items), ceil_div(p.batch * p.length * p.channels, 4096)), [&](const Team& team) {
+    const Range mine = share(items, team);
+    const Memory memory(p, least(kTogether, mine.end - mine.begin));
+    for (int64_t item = mine.begin; item < mine.end; item += kTogether) body(memory, item, least(kTogether, mine.end - item));
+  });
+}
+
+}  // namespace
+}  // namespace medssm
