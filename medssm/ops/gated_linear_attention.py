@@ -7,7 +7,7 @@ import functools
 import torch
 
 from medssm import dispatch
-from medssm.kernels.gated_linear_attention import reference
+from medssm.kernels.gated_linear_attention import native, reference
 from medssm.ops import checks, registration, walk
 
 OP = "gated_linear_attention"
@@ -147,4 +147,4 @@ def _explained(q, k, v, g, *, initial_state=None, **_rest):
     return q, k, v, g, initial_state
 
 
-dispatch.register(OP, _explained, **registration.kernels())
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))

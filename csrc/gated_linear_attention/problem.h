@@ -1,0 +1,98 @@
+// The call of gated linear attention, and what its passes share: buffers for a tile's operands, and the decays.
+#pragma once
+#include "medssm/math.h"
+#include "medssm/matrix_scan.h"
+
+namespace medssm {
+namespace {
+
+// What kernels/gated_linear_attention/native.py packs. Strides in elements.
+struct Problem {
+  HeadTokens q, k, v, g;  // (b,l,h,dk), (b,l,h,dk), (b,l,h,dv), (b,l,h) or (b,l,h,dk)
+  StateTensor initial;    // (b,h,dk,dv); the data may be null
+  const int64_t *index, *starts;
+  int64_t start_count, reverse;
+  int64_t batch, length, heads, keys, values;
+  int64_t per_key, wide, threads;  // per_key: g has a value per key; wide: compute in double
+  double scale;
+};
+
+// The same memory with rows and lanes exchanged.
+MEDSSM_INLINE StateTensor transposed(const StateTensor& s) { return {s.data, s.type, s.batch, s.head, s.lane, s.row}; }
+
+// A pass that reads two tensors as rows and one as lanes, and scales the latter.
+template <class T, class PassForm> class Reader {
+ public:
+  using Form = PassForm;
+
+  // q, k: rows of `rows` elements; v: lanes.
+  Reader(const Problem& p, int64_t rows, const HeadTokens& q, const HeadTokens& k, const HeadTokens& v, double scale)
+      : p_(p), rows_(rows), q_(q), k_(k), v_(v), scale_(splat(static_cast<T>(scale))), scaled_(scale != 1),
+        memory_(kTileSteps * (2 * padded_rows(rows) + W + decay_size())) {
+    q_rows_ = memory_.data();
+    k_rows_ = q_rows_ + kTileSteps * padded_rows(rows);
+    v_lanes_ = k_rows_ + kTileSteps * padded_rows(rows);
+    decay_ = v_lanes_ + kTileSteps * W;
+  }
+
+  void enter(const Seat<T>&) const {}
+  void begin(const Seat<T>&, const Tile&) const {}
+  void leave(const Seat<T>&) const {}
+
+  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
+    const int64_t padded = padded_rows(rows_);
+    return {rows_of<T>(q_, seat.batch, seat.head, 0, rows_, padded, tile, q_rows_), rows_of<T>(k_, seat.batch, seat.head, 0, rows_, padded, tile, k_rows_),
+            {}, decay_of_rows(seat, tile), tile.count};
+  }
+
+  void lanes(const Seat<T>& seat, const Tile& tile, int64_t block, Operands<T>* in) const {
+    in->v = rows_of<T>(v_, seat.batch, seat.head, block * W, seat.width(block), W, tile, v_lanes_);
+    if (scaled_) {
+      for (int64_t t = 0; t < tile.count; ++t) store(v_lanes_ + t * W, load<T>(in->v[t]) * scale_);
+      in->v = {v_lanes_, W};
+    }
+    if constexpr (Form::kDecay == Decay::kLanes) {
+      stage_rows<T>(p_.g, seat.batch, seat.head, block * W, seat.width(block), W, tile, decay_);
+      exponentials(tile.count * W);
+      in->decay = {decay_, W};
+    }
+  }
+
+ protected:
+  static constexpr int W = kLanes<T>;
+  const Problem& p_;
+
+ private:
+  int64_t decay_size() const { return Form::kDecay == Decay::kRows ? round_up(rows_, W) : Form::kDecay == Decay::kLanes ? W : 1; }
+
+  View<T> decay_of_rows(const Seat<T>& seat, const Tile& tile) const {
+    if constexpr (Form::kDecay == Decay::kWhole) {
+      stage_numbers<T>(p_.g, seat.batch, seat.head, tile, decay_);
+      exponentials(tile.count);
+      return {decay_, 1};
+    } else if constexpr (Form::kDecay == Decay::kRows) {
+      stage_rows<T>(p_.g, seat.batch, seat.head, 0, rows_, round_up(rows_, W), tile, decay_);
+      exponentials(tile.count * round_up(rows_, W));
+      return {decay_, round_up(rows_, W)};
+    } else {
+      return {};
+    }
+  }
+
+  void exponentials(int64_t count) const {
+    for (int64_t i = 0; i < count; i += W) {
+      const int some = static_cast<int>(least<int64_t>(W, count - i));
+      store_part(decay_ + i, exp<T>(load_part<T>(decay_ + i, some)), some);
+    }
+  }
+
+  const int64_t rows_;
+  const HeadTokens q_, k_, v_;
+  const Vec<T> scale_;
+  const bool scaled_;
+  const Scratch<T> memory_;
+  T *q_rows_, *k_rows_, *v_lanes_, *decay_;
+};
+
+}  // namespace
+}  // namespace medssm

@@ -1,0 +1,92 @@
+// The recurrence of a matrix state over one tile of steps, for one vector of its columns ("lanes"):
+//
+//   S = e_t S;  S += k_t v_t;  o_t = q_t S        S (rows, lanes), q and k (rows), v and o (lanes)
+//
+// Every pass of linear attention, gated linear attention and SSD, forward and backward, is of this form with other names for q, k and v:
+//
+//   forward        o  = scan(q, k, v)
+//   its gradients  dq = scan(q: do, k: v, v: k)                       the state transposed
+//                  dv = scan backward in time(q: k, k: q, v: do)      the gradient of the state
+//                  dk = scan backward in time(q: v, k: do, v: q)      that, transposed
+//
+// The state's rows lie in registers, kStrip at a time, while a strip walks through the tile: with AVX-512 a step costs a row three operations
+// of the multiplier, two without decay. Nothing but e_t is exponentiated, so that no decay, however strong, overflows or divides.
+#pragma once
+#include "medssm/simd.h"
+#include "medssm/token_rows.h"
+
+namespace medssm {
+namespace {
+
+// What e_t has: no value, one for the whole state, one for each row, one for each lane.
+enum class Decay { kNone, kWhole, kRows, kLanes };
+
+// How a pass walks. kAfter: S = e_t S comes last, not first, which is what a walk backward in time wants of the same e_t. kStrict: o_t is read
+// after the decay that comes first and before k_t v_t is added, so that it lacks (q_t . k_t) v_t: then q_t o_t is what flowed through the
+// decays, whose gradient needs it without that term, which may be larger by any factor.
+template <Decay kKind, bool kIsAfter, bool kIsStrict> struct Form {
+  static constexpr Decay kDecay = kKind;
+  static constexpr bool kAfter = kIsAfter, kStrict = kIsStrict;
+};
+
+// Rows are padded with zeros to a multiple of this, the shorter of two strips.
+constexpr int64_t kShortStrip = 8;
+constexpr int64_t kStrip = kVectorBytes == 64 ? 16 : 8;
+MEDSSM_INLINE int64_t padded_rows(int64_t rows) { return round_up(rows, kShortStrip); }
+
+// The operands of a tile: q and k with padded_rows(rows) elements a step, v with one vector a step; decay with 1, rows or one vector a step.
+template <class T> struct Operands {
+  View<T> q, k, v, decay;
+  int64_t count;
+};
+
+template <class T, class F, int kRows> __attribute__((noinline)) void advance_strip(const Operands<T>& in, int64_t row, bool first, T* state, T* o) {
+  constexpr int W = kLanes<T>;
+  Vec<T> S[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) S[r] = load<T>(state + r * W);
+  const T *q = in.q.rows + row, *k = in.k.rows + row, *v = in.v.rows, *e = in.decay.rows + (F::kDecay == Decay::kRows ? row : 0);
+  for (int64_t t = 0; t < in.count; ++t, q += in.q.step, k += in.k.step, v += in.v.step, e += in.decay.step, o += W) {
+    const Vec<T> v_t = load<T>(v);
+    [[maybe_unused]] Vec<T> decay;
+    if constexpr (F::kDecay == Decay::kWhole) decay = splat(*e);
+    if constexpr (F::kDecay == Decay::kLanes) decay = load<T>(e);
+    Vec<T> sum[2] = {first ? Vec<T>{} : load<T>(o), Vec<T>{}};  // two: one alone would wait for itself
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (F::kDecay == Decay::kRows) decay = splat(e[r]);
+      if constexpr (F::kDecay != Decay::kNone && !F::kAfter) S[r] = S[r] * decay;
+      if constexpr (F::kStrict) sum[r % 2] = fma(splat(q[r]), S[r], sum[r % 2]);
+      S[r] = fma(splat(k[r]), v_t, S[r]);
+      if constexpr (!F::kStrict) sum[r % 2] = fma(splat(q[r]), S[r], sum[r % 2]);
+      if constexpr (F::kDecay != Decay::kNone && F::kAfter) S[r] = S[r] * decay;
+    }
+    store(o, sum[0] + sum[1]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) store(state + r * W, S[r]);
+}
+
+// A tile: state [padded rows][lane] moves on, o [step][lane] is set.
+template <class T, class F> void advance(const Operands<T>& in, int64_t rows, T* state, T* o) {
+  int64_t row = 0;
+  for (; rows - row > kStrip - kShortStrip; row += kStrip) advance_strip<T, F, kStrip>(in, row, row == 0, state + row * kLanes<T>, o);
+  if constexpr (kStrip > kShortStrip)
+    if (row < rows) advance_strip<T, F, kShortStrip>(in, row, row == 0, state + row * kLanes<T>, o);
+}
+
+// q_t . k_t of each step, what kStrict leaves out of o_t.
+template <class T> void own_products(const View<T>& q, const View<T>& k, int64_t rows, int64_t count, T* own) {
+  constexpr int W = kLanes<T>;
+  for (int64_t t = 0; t < count; ++t) {
+    Vec<T> sum{};
+    for (int64_t r = 0; r < rows; r += W) {
+      const int lanes = static_cast<int>(least<int64_t>(W, rows - r));
+      sum = fma(load_part<T>(q[t] + r, lanes), load_part<T>(k[t] + r, lanes), sum);
+    }
+    own[t] = sum_lanes(sum);
+  }
+}
+
+}  // namespace
+}  // namespace medssm

@@ -1,0 +1,71 @@
+"""Gated linear attention on the CPU: allocates, packs one argument block, calls csrc/gated_linear_attention.
+
+The caller has checked shapes, dtypes and the walk.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from medssm.kernels import native
+
+# The fields of csrc/gated_linear_attention/problem.h's Problem, then those of cpu_forward.cpp.
+_PROBLEM = "38qd"
+_FORWARD = struct.Struct(_PROBLEM + "11q").pack
+_ABSENT = (0, 0, 0, 0, 0, 0)
+
+
+def refuse(*tensors) -> str | None:
+    """Why this kernel cannot serve these tensors, or None."""
+    for t in tensors:
+        if t is not None and t.device.type != "cpu":
+            return f"it serves tensors on the CPU, got {t.device}"
+    return None
+
+
+def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final):
+    """Arguments as in `reference.gated_linear_attention`; final: whether the final state is wanted.
+
+    Returns (out (b,l,h,dv) contiguous, state (b,h,dk,dv) or None).
+    """
+    batch, _, heads, keys = q.shape
+    dtype = _compute_dtype(q, k, v, g, initial_state)
+    out = native.like(v)
+    state = torch.empty((batch, heads, keys, v.shape[3]), dtype=dtype, device=v.device) if final else None
+    if out.numel():
+        tensors = [native.lanes(t) for t in (q, k, v)]
+        native.function("gated_linear_attention_forward")(_FORWARD(
+            *_problem(*tensors, _decays(g), scale, index, starts, reverse, initial_state, dtype), *_tokens(out), *_state(state)))
+    elif final:
+        state.copy_(initial_state) if initial_state is not None else state.zero_()
+    return out, state
+
+
+def _compute_dtype(*tensors) -> torch.dtype:
+    return torch.float64 if native.wide(*tensors) else torch.float32
+
+
+def _decays(g):
+    """g with adjacent values where it has one per key."""
+    return native.lanes(g) if g.dim() == 4 else g
+
+
+def _problem(q, k, v, g, scale, index, starts, reverse, initial_state, dtype):
+    """The fields of Problem."""
+    batch, length, heads, keys = q.shape
+    return (
+        *_tokens(q), *_tokens(k), *_tokens(v), *_tokens(g), *_state(initial_state),
+        native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0], reverse,
+        batch, length, heads, keys, v.shape[3], g.dim() == 4, dtype is torch.float64, torch.get_num_threads(), scale)
+
+
+def _tokens(t):
+    """The fields of HeadTokens and HeadOutput: (b,l,h,d) with adjacent elements, or (b,l,h)."""
+    return t.data_ptr(), native.DTYPES[t.dtype], *t.stride()[:3]
+
+
+def _state(t):
+    """The fields of StateTensor."""
+    return _ABSENT if t is None else (t.data_ptr(), native.DTYPES[t.dtype], *t.stride())
