@@ -4,6 +4,7 @@ from medssm.nn.classifier import Classifier
 from medssm.nn.efficientvit import EfficientViTBlock, LiteMLA
 from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.mamba import BiMamba, Mamba, TriMamba
+from medssm.nn.mamba2 import Mamba2
 from medssm.nn.mlla import MLLA, LinearAttention, MLLABlock
 from medssm.nn.rwkv import ChannelMix, SpatialMix, q_shift
 from medssm.nn.ssnd import SSND
@@ -25,6 +26,7 @@ __all__ = [
     "LiteMLA",
     "MLLABlock",
     "Mamba",
+    "Mamba2",
     "SpatialMix",
     "TriMamba",
     "UNet",
