@@ -11,9 +11,10 @@ import torch
 
 from medssm.kernels import native
 
-# The fields of csrc/gated_linear_attention/problem.h's Problem, then those of cpu_forward.cpp.
+# The fields of csrc/gated_linear_attention/problem.h's Problem, then those of cpu_forward.cpp and cpu_backward.cpp.
 _PROBLEM = "38qd"
 _FORWARD = struct.Struct(_PROBLEM + "11q").pack
+_BACKWARD = struct.Struct(_PROBLEM + "37q").pack
 _ABSENT = (0, 0, 0, 0, 0, 0)
 
 
@@ -41,6 +42,25 @@ def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final):
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state
+
+
+def backward(dout, dstate, q, k, v, g, scale, index, starts, reverse, initial_state):
+    """Gradients of q, k, v, g and initial_state (None where it is), each in its input's dtype and contiguous."""
+    dtype = _compute_dtype(q, k, v, g, initial_state)
+    dq, dk, dv, dinitial = (native.like(t) for t in (q, k, v, initial_state))
+    dg = native.like(g, dtype)
+    if v.numel():
+        tensors = [native.lanes(t) for t in (q, k, v)]
+        dout = native.lanes(dout)
+        native.function("gated_linear_attention_backward")(_BACKWARD(
+            *_problem(*tensors, _decays(g), scale, index, starts, reverse, initial_state, dtype), *_tokens(dout), *_state(dstate),
+            *_tokens(dq), *_tokens(dk), *_tokens(dv), *_tokens(dg), *_state(dinitial)))
+    else:
+        for gradient in (dq, dk, dv, dg):
+            gradient.zero_()
+        if dinitial is not None:
+            dinitial.zero_() if dstate is None else dinitial.copy_(dstate)  # the empty walk's final state is its initial one
+    return dq, dk, dv, dg.to(g.dtype), dinitial
 
 
 def _compute_dtype(*tensors) -> torch.dtype:

@@ -1,0 +1,240 @@
+// Gated linear attention, backward, on a CPU: three passes of the forward's kind, one along the walk and two against it.
+//
+//   dq_t = scale S_t do_t,   dk_t = dS_t v_t,   dv_t = k_t dS_t,   dS_t = scale q_t do_t + e_{t+1} dS_{t+1},   d(initial) = e_0 dS_0
+//
+// For the decay, with F_t the rows' sums of S_t dS_t:  F_t = dg_t + k_t dk_t = dg_{t+1} + q_t dq_t,  so that
+//
+//   dg_t = dg_{t+1} + q_t dq_t - k_t dk_t,
+//
+// a sum from the walk's end, where it is that of the final state times its gradient. q_t dq_t and k_t dk_t share the term of step t's own key and
+// value, which cancels: both are taken without it (kStrict). Rounding would still add up over a long walk: so the sum begins anew every
+// kExact steps, from the sums of S times dS themselves, the state S of those steps being kept from the pass along the walk.
+#include "problem.h"
+
+#include "medssm/shuffle.h"
+
+using namespace medssm;
+
+namespace {
+
+struct Arguments {
+  Problem problem;
+  HeadTokens dout;
+  StateTensor dstate;       // of the final state; may be null
+  HeadOutput dq, dk, dv;    // in the types of q, k, v
+  HeadOutput dg;            // the compute type; with a value per key it holds q dq until dk is known
+  StateTensor dinitial;     // may be null
+};
+
+constexpr int64_t kExact = 1024;
+
+// What the passes leave each other.
+template <class T> struct Shared {
+  static constexpr int W = kLanes<T>;
+  const int64_t length, heads, blocks, exact, state;  // blocks of keys, kept states per head, elements of a block's state
+  const Scratch<T> states;                            // S of every kExact-th step from the end, [b, h][exact][block][row: value][lane: key]
+  const Scratch<T> sums;                              // q dq, then dg, summed over a block's keys: [b, h][block][step]; only without per_key
+
+  explicit Shared(const Problem& p)
+      : length(p.length), heads(p.heads), blocks(ceil_div(p.keys, W)), exact(ceil_div(p.length, kExact)), state(padded_rows(p.values) * W),
+        states(p.batch * p.heads * exact * blocks * state), sums(p.per_key ? 0 : p.batch * p.heads * blocks * p.length) {}
+
+  T* state_at(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
+    return states.data() + (((seat.batch * heads + seat.head) * exact + steps_to_end / kExact) * blocks + block) * state;
+  }
+  T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
+};
+
+// The sums over the lanes of f(t), for each step.
+template <class T, class F> void sum_steps(int64_t count, const F& f, T* sums) {
+  constexpr int W = kLanes<T>;
+  for (int64_t t = 0; t < count; t += W) {
+    Vec<T> v[W];
+    for (int i = 0; i < W; ++i) v[i] = t + i < count ? f(t + i) : Vec<T>{};
+    store(sums + t, sum_each<T, W>(v));
+  }
+}
+
+// dq, along the walk; the state is transposed: rows are values, lanes keys.
+template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay, false, true>> {
+ public:
+  OfQueries(const Arguments& a, const Shared<T>& shared)
+      : OfQueries::Reader(a.problem, a.problem.values, a.dout, a.problem.v, a.problem.k, 1.0), a_(a), shared_(shared),
+        memory_(kTileSteps * (W + 2)) {}
+
+  void begin(const Seat<T>& seat, const Tile& tile) const {
+    const int64_t to_end = a_.problem.length - tile.from;
+    if (tile.from > 0 && to_end % kExact == 0) keep(seat, to_end);
+  }
+  void leave(const Seat<T>& seat) const { keep(seat, 0); }
+
+  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
+    const Operands<T> in = OfQueries::Reader::rows(seat, tile);
+    own_products(in.q, in.k, seat.rows, tile.count, own());
+    return in;
+  }
+
+  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    const Problem& p = a_.problem;
+    const int width = seat.width(block);
+    const Vec<T> scale = splat(static_cast<T>(p.scale));
+    write_rows<T>(a_.dq, seat.batch, seat.head, block * W, width, tile,
+                  [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)) * scale; });
+    const View<T> q = rows_of<T>(p.q, seat.batch, seat.head, block * W, width, W, tile, memory_.data());
+    const auto product = [&](int64_t t) { return load<T>(q[t]) * load<T>(o + t * W) * scale; };
+    if constexpr (kDecay == Decay::kLanes) {
+      write_rows<T>(a_.dg, seat.batch, seat.head, block * W, width, tile, product);
+    } else {
+      T* const tile_sums = own() + kTileSteps;
+      sum_steps<T>(tile.count, product, tile_sums);
+      std::memcpy(shared_.sums_of(seat.batch, seat.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
+    }
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+
+  T* own() const { return memory_.data() + kTileSteps * W; }
+  void keep(const Seat<T>& seat, int64_t to_end) const {
+    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
+      std::memcpy(shared_.state_at(seat, block, to_end), seat.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
+  }
+
+  const Arguments& a_;
+  const Shared<T>& shared_;
+  const Scratch<T> memory_;  // q of a block, own products, sums
+};
+
+// dk and dg, against the walk; the state's gradient is transposed: rows are values, lanes keys.
+template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, true, true>> {
+ public:
+  OfKeys(const Arguments& a, const Shared<T>& shared, const Walk& back)
+      : OfKeys::Reader(a.problem, a.problem.values, a.problem.v, a.dout, a.problem.q, a.problem.scale), a_(a), shared_(shared), back_(back),
+        memory_(kTileSteps * (W + 2)) {}
+
+  // Numbers that a pass carries for a block: dg of the step after, per key, or one number in double precision.
+  static constexpr int64_t kCarry = most<int64_t>(kLanes<T>, sizeof(double) / sizeof(T));
+
+  void begin(const Seat<T>& seat, const Tile& tile) const {
+    if (tile.fresh) clear(seat, tile.from - 1);
+    else if (tile.from % kExact == 0)
+      for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
+        const T *S = shared_.state_at(seat, block, tile.from), *dS = seat.state(block);
+        Vec<T> sum{};
+        for (int64_t r = 0; r < seat.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
+        carry(seat, block, sum);
+      }
+  }
+  // Before the first step there is the initial state, or nothing that could decay.
+  void leave(const Seat<T>& seat) const {
+    if (!a_.problem.initial.data) clear(seat, a_.problem.length - 1);
+  }
+
+  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
+    const Operands<T> in = OfKeys::Reader::rows(seat, tile);
+    own_products(in.q, in.k, seat.rows, tile.count, own());
+    return in;
+  }
+
+  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    const Problem& p = a_.problem;
+    const int width = seat.width(block);
+    write_rows<T>(a_.dk, seat.batch, seat.head, block * W, width, tile,
+                  [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
+    const View<T> k = rows_of<T>(p.k, seat.batch, seat.head, block * W, width, W, tile, memory_.data());
+    if constexpr (kDecay == Decay::kLanes) {
+      const T* terms = static_cast<const T*>(a_.dg.data) + seat.batch * a_.dg.batch + seat.head * a_.dg.head + block * W;
+      T* const carried = seat.carry + (block - seat.first_block) * kCarry;
+      Vec<T> dg = load<T>(carried);
+      write_rows<T>(a_.dg, seat.batch, seat.head, block * W, width, tile, [&](int64_t t) {
+        dg += load_part<T>(terms + tile.token(t) * a_.dg.token, width) - load<T>(k[t]) * load<T>(o + t * W);
+        return dg;
+      });
+      store(carried, dg);
+    } else {
+      T *const tile_sums = own() + kTileSteps, *const at_end = shared_.sums_of(seat.batch, seat.head, block) + p.length - 1 - tile.from;
+      sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(k[t]) * load<T>(o + t * W); }, tile_sums);
+      double dg;
+      std::memcpy(&dg, seat.carry + (block - seat.first_block) * kCarry, sizeof(dg));
+      for (int64_t t = 0; t < tile.count; ++t) at_end[-t] = static_cast<T>(dg += static_cast<double>(at_end[-t]) - static_cast<double>(tile_sums[t]));
+      std::memcpy(seat.carry + (block - seat.first_block) * kCarry, &dg, sizeof(dg));
+    }
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+
+  T* own() const { return memory_.data() + kTileSteps * W; }
+
+  void carry(const Seat<T>& seat, int64_t block, Vec<T> dg) const {
+    T* const to = seat.carry + (block - seat.first_block) * kCarry;
+    if constexpr (kDecay == Decay::kLanes) return store(to, dg);
+    const double sum = static_cast<double>(sum_lanes(dg));
+    std::memcpy(to, &sum, sizeof(sum));
+  }
+
+  // The state before a step is nothing: so is the gradient of its decay, to the last place. step: of the walk backward.
+  void clear(const Seat<T>& seat, int64_t step) const {
+    for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
+      carry(seat, block, Vec<T>{});
+      if constexpr (kDecay == Decay::kLanes)
+        write_rows<T>(a_.dg, seat.batch, seat.head, block * W, seat.width(block), back_.steps(step, step + 1), [](int64_t) { return Vec<T>{}; });
+      else
+        shared_.sums_of(seat.batch, seat.head, block)[a_.problem.length - 1 - step] = 0;
+    }
+  }
+
+  const Arguments& a_;
+  const Shared<T>& shared_;
+  const Walk& back_;
+  const Scratch<T> memory_;  // k of a block, own products, sums
+};
+
+// dv and the initial state's gradient, against the walk.
+template <class T, Decay kDecay> class OfValues : public Reader<T, Form<kDecay, true, false>> {
+ public:
+  explicit OfValues(const Arguments& a)
+      : OfValues::Reader(a.problem, a.problem.keys, a.problem.k, a.problem.q, a.dout, a.problem.scale), a_(a) {}
+
+  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
+    write_rows<T>(a_.dv, seat.batch, seat.head, block * kLanes<T>, seat.width(block), tile, [&](int64_t t) { return load<T>(o + t * kLanes<T>); });
+  }
+
+ private:
+  const Arguments& a_;
+};
+
+// dg of a head from the sums over its blocks of keys, added in order.
+template <class T> void write_decays(const Arguments& a, const Shared<T>& shared, const Walk& walk) {
+  const Problem& p = a.problem;
+  const Tile all = walk.steps(0, p.length);
+  for (int64_t batch = 0; batch < p.batch; ++batch)
+    for (int64_t head = 0; head < p.heads; ++head) {
+      T* const to = static_cast<T*>(a.dg.data) + batch * a.dg.batch + head * a.dg.head;
+      for (int64_t step = 0; step < p.length; ++step) {
+        T sum = 0;
+        for (int64_t block = 0; block < shared.blocks; ++block) sum += shared.sums_of(batch, head, block)[step];
+        to[all.token(step) * a.dg.token] = sum;
+      }
+    }
+}
+
+template <class T, Decay kOfRows, Decay kOfLanes> void backward(const Arguments& a) {
+  const Problem& p = a.problem;
+  const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse), back(p.length, p.index, p.starts, p.start_count, !p.reverse);
+  const Shared<T> shared(p);
+  const MatrixShape across{p.batch, p.heads, 1, p.values, p.keys}, along{p.batch, p.heads, 1, p.keys, p.values};
+  scan<T>(across, walk, p.length, p.threads, transposed(p.initial), {}, {kExact, p.length}, 0, [&] { return OfQueries<T, kOfLanes>(a, shared); });
+  scan<T>(across, back, p.length, p.threads, transposed(a.dstate), {}, {kExact, 0}, OfKeys<T, kOfLanes>::kCarry,
+          [&] { return OfKeys<T, kOfLanes>(a, shared, back); });
+  scan<T>(along, back, p.length, p.threads, a.dstate, a.dinitial, {}, 0, [&] { return OfValues<T, kOfRows>(a); });
+  if (!p.per_key) write_decays(a, shared, walk);
+}
+
+template <class T> void backward(const Arguments& a) {
+  a.problem.per_key ? backward<T, Decay::kRows, Decay::kLanes>(a) : backward<T, Decay::kWhole, Decay::kWhole>(a);
+}
+
+}  // namespace
+
+MEDSSM_EXPORT(gated_linear_attention_backward)(const Arguments* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
