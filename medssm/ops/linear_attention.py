@@ -8,7 +8,7 @@ import math
 import torch
 
 from medssm import dispatch
-from medssm.kernels.linear_attention import reference
+from medssm.kernels.linear_attention import native, reference
 from medssm.ops import checks, registration, walk
 
 OP = "linear_attention"
@@ -203,4 +203,4 @@ def _explained(q, k, v, *, causal=False, rotary=None, initial_state=None, **_res
     return (q, k, v, *_pair("rotary", rotary, "(cos, sin)"), *_pair("initial_state", initial_state, "(kv, z)"), causal)
 
 
-dispatch.register(OP, _explained, **registration.kernels())
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))

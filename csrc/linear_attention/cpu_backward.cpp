@@ -1,0 +1,145 @@
+// The gradients of a linear attention over all tokens. With q' = f(q), k' = f(k), s_t = scale / den_t, den_t = q'_t . z + eps and do = dout:
+//
+//     w_t = kv do_t,    dden_t = -(R q'_t) . w_t s_t / den_t
+//     dq'_t = R^T s_t w_t + dden_t z,    dkv = sum_t s_t (R q'_t) do_t^T,    dz = sum_t dden_t q'_t        one pass over q and do
+//     dk'_s = R^T dkv v_s + dz,    dv_s = dkv^T (R k'_s)                                                  one pass over k and v
+//
+// cut and added up as forward is. The inner product with w_t spares the numerator.
+#include "medssm/abi.h"
+#include "tasks.h"
+
+using namespace medssm;
+
+namespace {
+
+// A group's matrix with rows and columns exchanged: dv rows of dk_padded numbers.
+template <class T> void turn(const Plan<T>& plan, const T* rows, T* columns) {
+  clear(columns, plan.dv * plan.dk_padded);
+  for (int64_t r = 0; r < plan.dk; ++r)
+    for (int64_t c = 0; c < plan.dv; ++c) columns[c * plan.dk_padded + r] = rows[r * plan.dv_padded + c];
+}
+
+// One thread's way through the tasks.
+template <class T> class Adjoint {
+ public:
+  Adjoint(const Backward& a, const Plan<T>& plan, T* parts, T* totals, T* columns)
+      : a_(a), p_(a.problem), plan_(plan), parts_(parts), totals_(totals), columns_(columns), k_tiles_(plan.block * kTokens * plan.dk_padded),
+        v_tiles_(plan.block * kTokens * plan.dv_padded), turned_(kTokens * plan.dk_padded), gradient_(kTokens * plan.dk_padded) {}
+
+  // dq of a task's tokens, and its share of the gradients of the sums.
+  void queries(const Task& task) {
+    for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan_, p_, plan_.q, task, g, parts_), plan_.sums);
+    each_tile(task, [&](int64_t begin, int64_t count) {
+      each_run(plan_, task, [&](int64_t first, int64_t heads) {
+        load_tiles(p_.q, p_.feature_map, task.n, begin, count, first, heads, plan_.dk, k_tiles_.data());
+        load_tiles(a_.dout, kIdentity, task.n, begin, count, first, heads, plan_.dv, v_tiles_.data());
+        for (int64_t i = 0; i < heads; ++i) query_head(task, begin, count, i, first + i);
+      });
+    });
+  }
+
+  // dk and dv of a task's tokens.
+  void keys(const Task& task) {
+    each_tile(task, [&](int64_t begin, int64_t count) {
+      load_tiles(p_.k, p_.feature_map, task.n, begin, count, task.first, task.count, plan_.dk, k_tiles_.data());
+      load_tiles(p_.v, kIdentity, task.n, begin, count, task.first, task.count, plan_.dv, v_tiles_.data());
+      for (int64_t i = 0; i < task.count; ++i) key_head(task, begin, count, i, task.first + i);
+    });
+  }
+
+ private:
+  void query_head(const Task& task, int64_t begin, int64_t count, int64_t i, int64_t head) {
+    const int64_t row = plan_.dk_padded, rows = row * plan_.dv_padded, group = head / plan_.per_group;
+    const T *total = totals_ + (task.n * p_.groups + group) * plan_.sums, *z = total + rows;
+    T* sums = part(plan_, p_, plan_.q, task, group, parts_);
+    T *q = k_tiles_.data() + i * kTokens * row, *turned = q, *w = gradient_.data();
+    const T* dout = v_tiles_.data() + i * kTokens * plan_.dv_padded;
+    const Weights<T> weights(plan_, p_, q, z, count);
+    alignas(64) T dden[kTokens] = {};
+    if (p_.cos.data) rotate(p_, false, begin, count, group, q, turned = turned_.data());
+    transform(dout, plan_.dv_padded, columns_ + (task.n * p_.groups + group) * plan_.dv * row, plan_.dv, row, count, w);
+    if (p_.normalize) {
+      dot_rows(turned, w, row, row, count, dden);
+      for (int64_t t = 0; t < kTokens; t += kLanes<T>) store(dden + t, -load<T>(dden + t) * load<T>(weights.scaled + t) * load<T>(weights.inverse + t));
+      add_rows(q, dden, row, count, sums + rows);
+    }
+    multiply_rows(w, weights.scaled, row, count);
+    if (p_.cos.data) rotate(p_, true, begin, count, group, w, w);
+    finish(a_.dq, task.n, begin, count, head, q, w, p_.normalize ? dden : nullptr, z);
+    multiply_rows(turned, weights.scaled, row, count);
+    add_products(turned, row, dout, plan_.dv_padded, count, sums);
+  }
+
+  void key_head(const Task& task, int64_t begin, int64_t count, int64_t i, int64_t group) {
+    const int64_t row = plan_.dk_padded, rows = row * plan_.dv_padded, item = task.n * p_.groups + group;
+    const T *total = totals_ + item * plan_.sums, *v = v_tiles_.data() + i * kTokens * plan_.dv_padded;
+    T *k = k_tiles_.data() + i * kTokens * row, *turned = k, *dk = gradient_.data();
+    if (p_.cos.data) rotate(p_, false, begin, count, group, k, turned = turned_.data());
+    write_products<T>(plan_, p_, a_.dv, task.n, begin, count, group, turned, total, nullptr);
+    transform(v, plan_.dv_padded, columns_ + item * plan_.dv * row, plan_.dv, row, count, dk);
+    if (p_.cos.data) rotate(p_, true, begin, count, group, dk, dk);
+    alignas(64) T ones[kTokens];
+    for (T& one : ones) one = 1;
+    finish(a_.dk, task.n, begin, count, group, k, dk, ones, total + rows);
+  }
+
+  // result_t = sum_r a_t[r] rows[r].
+  static void transform(const T* a, int64_t a_row, const T* rows, int64_t width, int64_t row, int64_t count, T* result) {
+    apply(a, a_row, rows, width, row, count, [&](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) { store(result + t * row + c, o); });
+  }
+
+  // Writes f'(x) (gradient_t + by_t shared) of a tile, f(x) given; `by` null: zeros.
+  void finish(const Tokens& target, int64_t n, int64_t begin, int64_t count, int64_t head, const T* f, const T* gradient, const T* by, const T* shared) {
+    const int64_t row = plan_.dk_padded;
+    with_storage(target.type, target.data, [&](auto* out) {
+      const bool stream = streams<T>(out, p_.batch * target.stride[0], p_.dk);
+      out += n * target.stride[0] + begin * target.stride[1] + head * target.stride[2];
+      with_feature(p_.feature_map, [&](auto chosen) {
+        constexpr int64_t kMap = decltype(chosen)::value;
+        for (int64_t t = 0; t < count; ++t)
+          for (int64_t c = 0; c < row; c += kLanes<T>) {
+            Vec<T> g = load<T>(gradient + t * row + c);
+            if (by) g += by[t] * load<T>(shared + c);
+            write_part<T>(out + t * target.stride[1], c, p_.dk, g * slope<kMap, T>(load<T>(f + t * row + c)), stream);
+          }
+      });
+    });
+  }
+
+  const Backward& a_;
+  const Problem& p_;
+  const Plan<T>& plan_;
+  T *const parts_, *const totals_, *const columns_;
+  const Tiles<T> k_tiles_, v_tiles_, turned_, gradient_;
+};
+
+template <class T> void backward(const Backward& a) {
+  const Problem& p = a.problem;
+  const Plan<T> plan(p);
+  const Scratch<T> parts(plan.q.shares() * plan.totals * plan.sums), totals(plan.totals * plan.sums), columns(plan.totals * plan.dv * plan.dk_padded);
+  parallel(plan.threads(p), [&](const Team& team) {
+    Adjoint<T> adjoint(a, plan, parts.data(), totals.data(), columns.data());
+    const Range mine = share(plan.totals, team);
+    const auto turn_total = [&](int64_t i) { turn(plan, totals.data() + i * plan.sums, columns.data() + i * plan.dv * plan.dk_padded); };
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      T* total = totals.data() + i * plan.sums;
+      pad(plan, i, static_cast<const T*>(a.kv), static_cast<const T*>(a.z), total);
+      turn_total(i);
+    }
+    team.barrier();
+    each_task(plan.q, team, [&](const Task& task) { adjoint.queries(task); });
+    team.barrier();
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      reduce(plan, p, i, parts.data(), plan.q.shares(), static_cast<const T*>(a.later_kv), static_cast<const T*>(a.later_z), totals.data(),
+             static_cast<T*>(a.dkv), static_cast<T*>(a.dz));
+      turn_total(i);
+    }
+    team.barrier();
+    each_task(plan.k, team, [&](const Task& task) { adjoint.keys(task); });
+    finish_streaming();
+  });
+}
+
+}  // namespace
+
+MEDSSM_EXPORT(linear_attention_backward)(const Backward* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }

@@ -1,0 +1,91 @@
+// The call of a linear attention over all tokens: its arguments, and how the work is cut.
+#pragma once
+#include "medssm/parallel.h"
+#include "medssm/simd.h"
+
+namespace medssm {
+namespace {
+
+enum FeatureMap : int64_t { kIdentity = 0, kRelu = 1, kElu = 2 };
+
+// A (batch, token, head, channel) tensor with adjacent channels. Strides in elements.
+struct Tokens {
+  void* data;
+  int64_t type, stride[3];
+};
+// A (token, head, channel) table in the compute type with adjacent channels, or null.
+struct Angles {
+  const void* data;
+  int64_t stride[2];
+};
+
+// What kernels/linear_attention/native.py packs.
+struct Problem {
+  Tokens q, k, v;
+  Angles cos, sin;
+  int64_t batch, q_length, length, heads, groups, dk, dv;
+  int64_t feature_map, normalize, wide, threads;  // wide: compute in double
+  double scale, eps;
+};
+// Sums (b, g, dk, dv) and (b, g, dk), contiguous, in the compute type.
+struct Forward {
+  Problem problem;
+  Tokens out;
+  const void *initial_kv, *initial_z;  // may be null
+  void *kv, *z;
+};
+struct Backward {
+  Problem problem;
+  Tokens dout, dq, dk, dv;
+  const void *kv, *z, *later_kv, *later_z;  // the totals, and their gradients from outside the call, which may be null
+  void *dkv, *dz;                           // the gradients of the totals, hence of the initial state
+};
+
+constexpr int64_t kTokens = 32;  // of a tile
+constexpr int64_t kTileBytes = 32 << 10;
+
+// The tokens [begin, end) of image n, for some groups of heads; `share` counts what adds to the same sums.
+struct Task {
+  int64_t n, begin, end, first, count, share;
+};
+
+// How a side's tokens are cut into tasks.
+class Cut {
+ public:
+  Cut(int64_t batch, int64_t length, int64_t groups, int64_t block)
+      : length_(length), groups_(groups), block_(block), blocks_(ceil_div(groups, block)),
+        segment_(round_up(most<int64_t>(512, ceil_div(length, 32)), kTokens)), segments_(most<int64_t>(1, ceil_div(length, segment_))),
+        tasks_(batch * segments_ * blocks_) {}
+
+  int64_t tasks() const { return tasks_; }
+  int64_t shares() const { return segments_; }
+  Task operator[](int64_t i) const {
+    const int64_t block = i % blocks_, rest = i / blocks_, share = rest % segments_, first = block * block_;
+    return {rest / segments_, share * segment_, least(length_, (share + 1) * segment_), first, least(block_, groups_ - first), share};
+  }
+
+ private:
+  int64_t length_, groups_, block_, blocks_, segment_, segments_, tasks_;
+};
+
+// Sizes, and where things lie. A group's sums are padded: dk_padded rows of dv_padded numbers, then z, with zeros beyond dk and dv.
+template <class T> struct Plan {
+  int64_t dk, dv, dk_padded, dv_padded, per_group, block, sums, totals;
+  Cut q, k;
+
+  explicit Plan(const Problem& p)
+      : dk(p.dk), dv(p.dv), dk_padded(round_up(p.dk, kLanes<T>)), dv_padded(round_up(p.dv, kLanes<T>)), per_group(p.heads / p.groups),
+        block(most<int64_t>(1, least(p.groups, kTileBytes / most<int64_t>(1, row())))), sums(dk_padded * (dv_padded + 1)),
+        totals(p.batch * p.groups), q(p.batch, p.q_length, p.groups, block), k(p.batch, p.length, p.groups, block) {}
+
+  // Bytes of a tile of one head's k and v.
+  int64_t row() const { return kTokens * (dk_padded + dv_padded) * static_cast<int64_t>(sizeof(T)); }
+  // How many threads the tokens are worth: starting one costs as much as some ten thousand multiplications.
+  int64_t threads(const Problem& p) const {
+    const int64_t work = (p.q_length * p.heads + p.length * p.groups) * p.batch * p.dk * p.dv;
+    return most<int64_t>(1, least(p.threads, least(most(q.tasks(), k.tasks()), ceil_div(work, 1 << 18))));
+  }
+};
+
+}  // namespace
+}  // namespace medssm

@@ -1,0 +1,160 @@
+// What happens to a tile: kTokens rows of one head's channels, dense in the compute type, padded to whole vectors with zeros.
+#pragma once
+#include "medssm/lanes.h"
+#include "medssm/shuffle.h"
+#include "medssm/stream.h"
+#include "problem.h"
+
+namespace medssm {
+namespace {
+
+// f(x), and its derivative, which follows from f(x) alone.
+template <int64_t kMap, class T> MEDSSM_INLINE Vec<T> feature(Vec<T> x) {
+  if constexpr (kMap == kRelu) return max(Vec<T>{}, x);
+  if constexpr (kMap == kElu) return select(x > 0, x + 1, exp_bounded<T>(max(splat(-kExpBound<T>), min(Vec<T>{}, x))));
+  return x;
+}
+template <int64_t kMap, class T> MEDSSM_INLINE Vec<T> slope(Vec<T> f) {
+  const Vec<T> one = splat(static_cast<T>(1));
+  if constexpr (kMap == kRelu) return select(f > 0, one, Vec<T>{});
+  if constexpr (kMap == kElu) return min(one, f);
+  return one;
+}
+// body(integral_constant) for the feature map.
+template <class Body> MEDSSM_INLINE void with_feature(int64_t map, const Body& body) {
+  switch (map) {
+    case kRelu: return body(std::integral_constant<int64_t, kRelu>{});
+    case kElu: return body(std::integral_constant<int64_t, kElu>{});
+    default: return body(std::integral_constant<int64_t, kIdentity>{});
+  }
+}
+
+// The first n lanes, zeros behind.
+template <class T> MEDSSM_INLINE Vec<T> keep(Vec<T> x, int64_t n) {
+  alignas(kVectorBytes) T lanes[kLanes<T>];
+  store(lanes, x);
+  return load_part<T>(lanes, static_cast<int>(n));
+}
+
+// Heads [first, first + heads) of tokens [begin, begin + count) through the feature map into one tile a head, token after token as memory has them.
+template <class T> void load_tiles(const Tokens& x, int64_t map, int64_t n, int64_t begin, int64_t count, int64_t first, int64_t heads, int64_t width, T* tiles) {
+  constexpr int W = kLanes<T>;
+  const int64_t padded = round_up(width, W), whole = width / W * W;
+  with_storage(x.type, static_cast<const void*>(x.data), [&](const auto* data) {
+    with_feature(map, [&](auto chosen) {
+      constexpr int64_t kMap = decltype(chosen)::value;
+      data += n * x.stride[0] + begin * x.stride[1] + first * x.stride[2];
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t h = 0; h < heads; ++h) {
+          const auto* row = data + t * x.stride[1] + h * x.stride[2];
+          T* target = tiles + (h * kTokens + t) * padded;
+          for (int64_t c = 0; c < whole; c += W) store(target + c, feature<kMap, T>(load<T>(row + c)));
+          if (whole < width) store(target + whole, keep<T>(feature<kMap, T>(load_part<T>(row + whole, static_cast<int>(width - whole))), width - whole));
+        }
+    });
+  });
+}
+
+template <class T> struct Neighbour {
+  static constexpr int at(int i) { return i ^ 1; }
+};
+// The sign of the neighbour's part in each channel of a turned pair.
+template <class T> MEDSSM_INLINE Vec<T> signs() {
+  Vec<T> s;
+  for (int i = 0; i < kLanes<T>; ++i) s[i] = i % 2 ? T(1) : T(-1);
+  return s;
+}
+
+// turned = the tile's pairs turned by their tokens' angles; backwards, by the angles' negatives (the transposed map).
+template <class T> void rotate(const Problem& p, bool back, int64_t begin, int64_t count, int64_t group, const T* tile, T* turned) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> sign = back ? -signs<T>() : signs<T>();
+  const int64_t padded = round_up(p.dk, W);
+  for (int64_t t = 0; t < count; ++t) {
+    const T* cos = static_cast<const T*>(p.cos.data) + (begin + t) * p.cos.stride[0] + group * p.cos.stride[1];
+    const T* sin = static_cast<const T*>(p.sin.data) + (begin + t) * p.sin.stride[0] + group * p.sin.stride[1];
+    for (int64_t c = 0; c < padded; c += W) {
+      const int n = static_cast<int>(least<int64_t>(W, p.dk - c));
+      const Vec<T> x = load<T>(tile + t * padded + c), s = load_part<T>(sin + c, n);
+      const Vec<T> across = back ? shuffle<T, Neighbour<T>>(x * s, x) : shuffle<T, Neighbour<T>>(x, x) * s;
+      store(turned + t * padded + c, fma(x, load_part<T>(cos + c, n), sign * across));
+    }
+  }
+}
+
+// sums[r] += sum_t a_t[r] b_t for the rows r of one vector of a's channels. Rows start from zero in registers: a long sum adds up tile by tile.
+template <class T> void add_products(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t count, T* sums) {
+  constexpr int W = kLanes<T>;
+  for (int64_t r = 0; r < a_row; r += W)
+    for (int64_t c = 0; c < b_row; c += W) {
+      Vec<T> total[W] = {};
+      for (int64_t t = 0; t < count; ++t) {
+        const Vec<T> own = load<T>(b + t * b_row + c);
+        const T* scalars = a + t * a_row + r;
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) total[i] = fma(splat(scalars[i]), own, total[i]);
+      }
+      T* target = sums + r * b_row + c;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(target + i * b_row, load<T>(target + i * b_row) + total[i]);
+    }
+}
+
+// f(t, c, sum_r a_t[r] rows[r][c ...]) for the tokens t < count and the channels c of whole vectors.
+template <class T, class F> MEDSSM_INLINE void apply(const T* a, int64_t a_row, const T* rows, int64_t width, int64_t row, int64_t count, const F& f) {
+  constexpr int W = kLanes<T>, kBlock = 8;
+  for (int64_t from = 0; from < count; from += kBlock)
+    for (int64_t c = 0; c < row; c += W) {
+      Vec<T> total[kBlock] = {};
+      const T* scalars = a + from * a_row;
+      for (int64_t r = 0; r < width; ++r) {
+        const Vec<T> own = load<T>(rows + r * row + c);
+#pragma GCC unroll 8
+        for (int i = 0; i < kBlock; ++i) total[i] = fma(splat(scalars[i * a_row + r]), own, total[i]);
+      }
+      if (from + kBlock <= count) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kBlock; ++i) f(from + i, c, total[i]);
+      } else {
+        for (int64_t i = 0; i < count - from; ++i) f(from + i, c, total[i]);
+      }
+    }
+}
+
+// dots[t] = a_t . b_t for a tile's tokens; b_step 0: one b for all of them.
+template <class T> void dot_rows(const T* a, const T* b, int64_t b_step, int64_t row, int64_t count, T* dots) {
+  constexpr int W = kLanes<T>;
+  for (int64_t from = 0; from < count; from += W) {
+    Vec<T> products[W] = {};
+    for (int64_t c = 0; c < row; c += W)
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) products[i] = fma(load<T>(a + (from + i) * row + c), load<T>(b + (from + i) * b_step + c), products[i]);
+    store(dots + from, sum_each<T, W>(products));
+  }
+}
+
+// sum += sum_t by[t] a_t, `by` null: ones.
+template <class T> void add_rows(const T* a, const T* by, int64_t row, int64_t count, T* sum) {
+  for (int64_t c = 0; c < row; c += kLanes<T>) {
+    Vec<T> total = {};
+    for (int64_t t = 0; t < count; ++t) total += by ? by[t] * load<T>(a + t * row + c) : load<T>(a + t * row + c);
+    store(sum + c, load<T>(sum + c) + total);
+  }
+}
+
+// a_t *= by[t]
+template <class T> void multiply_rows(T* a, const T* by, int64_t row, int64_t count) {
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t c = 0; c < row; c += kLanes<T>) store(a + t * row + c, load<T>(a + t * row + c) * by[t]);
+}
+
+// Writes the vector at channel c of a row of `width` channels.
+template <class T, class S> MEDSSM_INLINE void write_part(S* row, int64_t c, int64_t width, Vec<T> value, bool stream) {
+  if (c + kLanes<T> <= width)
+    write(row + c, value, stream);
+  else
+    store_part(row + c, value, static_cast<int>(width - c));
+}
+
+}  // namespace
+}  // namespace medssm

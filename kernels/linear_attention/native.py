@@ -1,0 +1,80 @@
+"""Linear attention on the CPU: allocates, packs one argument block, calls csrc/linear_attention.
+
+The caller has checked shapes, dtypes and the walk.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from medssm.kernels import native
+
+_MAPS = {None: 0, "relu": 1, "elu": 2}  # csrc/linear_attention/problem.h
+# The fields of its Forward and Backward, in order.
+_PROBLEM = "32q2d"
+_FORWARD = struct.Struct(_PROBLEM + "9q").pack
+_BACKWARD = struct.Struct(_PROBLEM + "26q").pack
+
+
+def refuse(q, k, v, cos, sin, initial_kv, initial_k, causal) -> str | None:
+    """Why this kernel cannot serve these tensors, or None."""
+    if causal:
+        return "it sums over all tokens, causal sums have no native kernel in this release"
+    for t in (q, k, v):
+        if not t.is_cpu:
+            return f"it serves tensors on the CPU, got one on {t.device}"
+    return None
+
+
+def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
+    """Arguments as in `reference.linear_attention`. Returns out (b,l,h,dv) contiguous and the sums, kv and z."""
+    dtype = torch.float64 if native.wide(q, k, v, cos, sin, initial_kv, initial_k) else torch.float32
+    q, k, v = native.lanes(q), native.lanes(k), native.lanes(v)
+    batch, length, heads, dk = q.shape
+    groups, dv = v.shape[2:]
+    out = torch.empty((batch, length, heads, dv), dtype=v.dtype, device=v.device)
+    kv, z = torch.empty((batch, groups, dk, dv), dtype=dtype, device=v.device), torch.empty((batch, groups, dk), dtype=dtype, device=v.device)
+    cos, sin, initial_kv, initial_k = _rows(cos, dtype), _rows(sin, dtype), _dense(initial_kv, dtype), _dense(initial_k, dtype)
+    native.function("linear_attention_forward")(_FORWARD(
+        *_problem(dtype, q, k, v, cos, sin, feature_map, normalize, scale, eps), *_tokens(out), native.pointer(initial_kv), native.pointer(initial_k),
+        kv.data_ptr(), z.data_ptr()))
+    return out, kv, z
+
+
+def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
+    """Gradients of q, k, v, initial_kv and initial_k (None where that input is), each in its input's dtype and contiguous; kv and z as from forward."""
+    dtype = kv.dtype
+    q, k, v, dout = native.lanes(q), native.lanes(k), native.lanes(v), native.lanes(dout)
+    gradients = [native.like(t) for t in (q, k, v)]
+    totals = native.like(kv), native.like(z)
+    cos, sin = _rows(cos, dtype), _rows(sin, dtype)
+    kv, z, dkv, dz = (_dense(t, dtype) for t in (kv, z, dkv, dz))
+    native.function("linear_attention_backward")(_BACKWARD(
+        *_problem(dtype, q, k, v, cos, sin, feature_map, normalize, scale, eps), *_tokens(dout), *(n for t in gradients for n in _tokens(t)),
+        *(native.pointer(t) for t in (kv, z, dkv, dz, *totals))))
+    initial = (None if t is None else total.to(t.dtype) for t, total in zip((initial_kv, initial_k), totals, strict=True))
+    return *gradients, *initial
+
+
+def _problem(dtype, q, k, v, cos, sin, feature_map, normalize, scale, eps):
+    """The fields of Problem."""
+    batch, length, heads, dk = q.shape
+    angles = (0, 0, 0) * 2 if cos is None else (cos.data_ptr(), *cos.stride()[:2], sin.data_ptr(), *sin.stride()[:2])
+    return (*_tokens(q), *_tokens(k), *_tokens(v), *angles, batch, length, k.shape[1], heads, k.shape[2], dk, v.shape[3], _MAPS[feature_map],
+            normalize, dtype is torch.float64, torch.get_num_threads(), scale, eps)
+
+
+def _tokens(t):
+    return t.data_ptr(), native.DTYPES[t.dtype], *t.stride()[:3]
+
+
+def _rows(t, dtype):
+    """In the compute type with adjacent channels; groups that share a row go on sharing it."""
+    return None if t is None else native.lanes(t.to(dtype))
+
+
+def _dense(t, dtype):
+    """Contiguous and in the compute type."""
+    return None if t is None else t.to(dtype).contiguous()
