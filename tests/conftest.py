@@ -2,7 +2,10 @@
 
 import os
 
-os.environ.setdefault("OMP_PROC_BIND", "true")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: bound threads would share the first core, and waiting ones take the others' time
+    os.environ |= {"OMP_PROC_BIND": "false", "OMP_WAIT_POLICY": "passive"}
+else:
+    os.environ.setdefault("OMP_PROC_BIND", "true")
 
 import pytest
 import torch
