@@ -1,6 +1,7 @@
 """Layers: mixers (a sequence op between projections), blocks, norms and the U-Net assembler. Tokens are channel-last."""
 
 from medssm.nn.classifier import Classifier
+from medssm.nn.deltanet import DeltaNet
 from medssm.nn.efficientvit import EfficientViTBlock, LiteMLA
 from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.mamba import BiMamba, Mamba, TriMamba
@@ -19,6 +20,7 @@ __all__ = [
     "ChannelMix",
     "Classifier",
     "Decoder",
+    "DeltaNet",
     "EfficientViTBlock",
     "Encoder",
     "GatedLinearAttention",

@@ -1,0 +1,94 @@
+"""DeltaNet and gated DeltaNet for images and volumes: the delta rule along several scan orders at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from medssm import ops
+from medssm import orders as scan_orders
+from medssm.nn.blocks import CONV
+from medssm.nn.ssnd import orders_of
+
+
+class DeltaNet(nn.Module):
+    """The mixer of DeltaNet (Yang et al., arXiv 2406.06484) and gated DeltaNet (arXiv 2412.06464), with one set of weights for every order k:
+
+        q, k, v = split(silu(conv(qkv_proj(x))));   q, k to unit length a head;   beta = sigmoid(b_proj(x))
+        g = -exp(A_log) softplus(a_proj(x) + dt_bias)
+        o = mean_k delta_rule(q, k, v, beta, g) in order k;   out = o_proj(o_norm(o) silu(g_proj(x)))
+
+    A head's state maps its keys to values; a token replaces what the state holds for its key by its value, in part (beta), and all of it fades (g).
+    The mean over orders keeps the scale of one scan; an order and its reverse together see all voxels.
+
+    Args:
+        d_model: channels in and out. heads: that share the channels. expand_k, expand_v: channels of q and k, and of v, over d_model.
+        gated: with the decay g; without it the state forgets only what is replaced. gate: "silu", or None, without g_proj.
+        conv: "space", a depthwise convolution over the voxels around, once for all orders; "order", a causal one along each order; None, silu
+            alone. d_conv: its side or taps, odd in space.
+        dt_min, dt_max: the steps that softplus(dt_bias) starts from, log-uniform.
+        spatial_dims: 2 or 3. orders: default cross2d() in 2D, axes3d() in 3D.
+
+    Input and output (b, *spatial, d_model), any size. Weights, h heads: qkv_proj, convolution, b_proj, a_proj, dt_bias (h,), A_log (h,),
+    g_proj, o_norm (RMS over a head's channels), o_proj.
+    """
+
+    def __init__(self, d_model: int, heads: int = 4, *, expand_k: float = 1.0, expand_v: float = 1.0, gated: bool = True, gate: str | None = "silu",
+                 conv: str | None = "space", d_conv: int = 3, dt_min: float = 0.001, dt_max: float = 0.1, spatial_dims: int = 2,
+                 orders: Sequence[scan_orders.Order] | None = None):
+        super().__init__()
+        if gate not in ("silu", None):
+            raise ValueError(f"gate: expected 'silu' or None, got {gate!r}")
+        if conv not in ("space", "order", None):
+            raise ValueError(f"conv: expected 'space', 'order' or None, got {conv!r}")
+        keys, values = int(expand_k * d_model), int(expand_v * d_model)
+        if keys < heads or values < heads or keys % heads or values % heads:
+            raise ValueError(f"heads: expected a number that divides {keys} channels of keys and {values} of values, got {heads}")
+        self.orders = orders_of(spatial_dims, orders)
+        self.heads, self.conv, self.split = heads, conv, (keys, keys, values)
+        channels = sum(self.split)
+        self.qkv_proj = nn.Linear(d_model, channels, bias=False)
+        if conv == "space":
+            self.convolution = CONV[spatial_dims](channels, channels, d_conv, groups=channels, padding=d_conv // 2, bias=False)
+        elif conv == "order":
+            self.convolution = nn.Conv1d(channels, channels, d_conv, groups=channels, padding=d_conv - 1, bias=False)
+        self.b_proj = nn.Linear(d_model, heads, bias=False)
+        self.a_proj = nn.Linear(d_model, heads, bias=False) if gated else None
+        if gated:
+            dt = torch.exp(torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)))
+            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_log = nn.Parameter(torch.log(torch.empty(heads).uniform_(1, 16)))
+        self.g_proj = nn.Linear(d_model, values, bias=False) if gate else None
+        self.o_norm = nn.RMSNorm(values // heads, eps=1e-5)
+        self.o_proj = nn.Linear(values, d_model, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u, y = self.qkv_proj(x), None
+        beta = torch.sigmoid(self.b_proj(x).float())
+        g = None
+        if self.a_proj is not None:
+            g = -torch.exp(self.A_log.float()) * functional.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        if self.conv == "space":
+            u = ops.depthwise_conv(u, self.convolution.weight.squeeze(1), None, "silu")
+        elif self.conv is None:
+            u = functional.silu(u)
+        for order in self.orders:
+            if y is None or self.conv == "order":
+                q, k, v = self._heads(u, order)
+            scanned = ops.delta_rule(q, k, v, beta, g=g, order=order)
+            y = scanned if y is None else y + scanned
+        y = self.o_norm(y / len(self.orders)).flatten(-2)
+        if self.g_proj is not None:
+            y = y * functional.silu(self.g_proj(x))
+        return self.o_proj(y)
+
+    def _heads(self, u, order):
+        """Queries and keys of unit length, and values, by heads."""
+        if self.conv == "order":
+            u = ops.causal_conv1d(u, self.convolution.weight.squeeze(1), None, "silu", order=order)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in u.split(self.split, dim=-1))
+        return functional.normalize(q, dim=-1, eps=1e-6), functional.normalize(k, dim=-1, eps=1e-6), v
