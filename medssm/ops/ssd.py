@@ -8,7 +8,7 @@ import math
 import torch
 
 from medssm import dispatch
-from medssm.kernels.ssd import reference
+from medssm.kernels.ssd import native, reference
 from medssm.ops import checks, registration, walk
 
 OP = "ssd"
@@ -172,4 +172,4 @@ def _explained(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, 
     return x, dt, A, B, C, D, z, dt_bias, initial_state
 
 
-dispatch.register(OP, _explained)
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))

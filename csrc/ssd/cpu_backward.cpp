@@ -1,0 +1,324 @@
+// SSD, backward, on a CPU: three passes of the forward's kind, one along the walk and two against it. With dy the gradient of y, e_t = exp(s_t A),
+//
+//   dS_t = C_t dy_t + e_{t+1} dS_{t+1},  d(initial) = e_0 dS_0;   dC_t = sum of S_t dy_t,   dB_t = sum of s_t dS_t x_t  over the heads of a group
+//   dx_t = s_t B_t dS_t + D dy_t;   ds_t = x_t . (B_t dS_t) + A dg_t,   dg the gradient of log e;   dA = sum over t of s_t dg_t
+//
+// With F_t the sum of all of S_t dS_t:  F_t = dg_t + s_t B_t dS_t x_t = dg_{t+1} + C_t S_t dy_t, so that
+//
+//   dg_t = dg_{t+1} + C_t S_t dy_t - s_t B_t dS_t x_t,
+//
+// a sum from the walk's end, where it is that of the final state times its gradient. Both products share the term of step t's own token, which
+// cancels: they are taken without it (kStrict). Rounding would still add up over a long walk: so the sum begins anew every kExact steps, from
+// the sums of S times dS themselves, the state S of those steps being kept from the pass along the walk.
+#include "problem.h"
+
+#include "medssm/shuffle.h"
+
+using namespace medssm;
+
+namespace {
+
+struct Arguments {
+  Problem problem;
+  HeadTokens dout, y;         // y: the compute type; null without z
+  StateTensor dstate;         // of the final state; may be null
+  double *dA, *dbias, *dD;    // (b,h), (b,h), (b,h,p); dD may be null
+  HeadOutput dx, ddt, dB, dC, dz;  // in the types of x, dt, B, C, z; dz may be null
+  StateTensor dinitial;       // may be null
+};
+
+constexpr int64_t kExact = 1024;
+
+// What the passes leave each other, per batch element and head, and per block of states.
+template <class T> struct Shared {
+  static constexpr int W = kLanes<T>;
+  const int64_t length, heads, blocks, exact, state;  // blocks of states, kept S per head, elements of a block's S
+  const Scratch<T> states;                            // S before every kExact-th step from the end: [exact][block][row: channel][lane: state]
+  const Scratch<T> sums;                              // C_t S_t dy_t, then ds, of a block's states: [block][step]
+  const Scratch<double> rates;                        // dA
+
+  explicit Shared(const Problem& p)
+      : length(p.length), heads(p.heads), blocks(ceil_div(p.states, W)), exact(ceil_div(p.length, kExact)), state(padded_rows(p.size) * W),
+        states(p.batch * heads * exact * blocks * state), sums(p.batch * heads * blocks * length), rates(p.batch * heads * blocks) {}
+
+  T* state_at(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
+    return states.data() + (((seat.batch * heads + seat.head) * exact + steps_to_end / kExact) * blocks + block) * state;
+  }
+  T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
+  double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * heads + head) * blocks + block]; }
+};
+
+// The sums over the lanes of f(t), for each step.
+template <class T, class F> MEDSSM_INLINE void sum_steps(int64_t count, const F& f, T* sums) {
+  constexpr int W = kLanes<T>;
+  for (int64_t t = 0; t < count; t += W) {
+    Vec<T> v[W];
+    for (int i = 0; i < W; ++i) v[i] = t + i < count ? f(t + i) : Vec<T>{};
+    store(sums + t, sum_each<T, W>(v));
+  }
+}
+
+// The sum over the heads of a group, in their order, of rows of a tile: [block][step][lane].
+template <class T> class GroupSum {
+ public:
+  explicit GroupSum(int64_t blocks) : memory_(blocks * kTileSteps * W) {}
+
+  // Adds value(t) of a head; the last one writes the sum.
+  template <class F> void add(const Seat<T>& seat, int64_t sharing, const Tile& tile, int64_t block, const HeadOutput& to, const F& value) const {
+    T* const sum = memory_.data() + block * kTileSteps * W;
+    for (int64_t t = 0; t < tile.count; ++t) store(sum + t * W, seat.first_together ? value(t) : load<T>(sum + t * W) + value(t));
+    if (seat.last_together)
+      write_rows<T>(to, seat.batch, seat.head / sharing, block * W, seat.width(block), tile, [&](int64_t t) { return load<T>(sum + t * W); });
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+  const Scratch<T> memory_;
+};
+
+// dC, along the walk; the state is transposed: rows are channels, lanes states.
+template <class T> class OfC : public Reader<T, false, true, true> {
+ public:
+  OfC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared)
+      : OfC::Reader(a.problem, steps, a.problem.size, {dy, 1}, {a.problem.x, 1}, {a.problem.B, a.problem.heads / a.problem.groups}), a_(a),
+        shared_(shared), sum_(shared.blocks), memory_(kTileSteps * (W + 2)) {}
+
+  void begin(const Seat<T>& seat, const Tile& tile) const {
+    const int64_t to_end = a_.problem.length - tile.from;
+    if (tile.from > 0 && to_end % kExact == 0) keep(seat, to_end);
+  }
+  void leave(const Seat<T>& seat) const { keep(seat, 0); }
+
+  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
+    const Operands<T> in = OfC::Reader::rows(seat, tile);
+    own_products(in.q, in.k, seat.rows, tile.count, own());
+    return in;
+  }
+
+  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    sum_.add(seat, this->sharing_, tile, block, a_.dC, [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
+    const View<T> C = this->block_of({a_.problem.C, this->sharing_}, seat, tile, block, memory_.data());
+    T* const tile_sums = own() + kTileSteps;
+    sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(C[t]) * load<T>(o + t * W); }, tile_sums);
+    std::memcpy(shared_.sums_of(seat.batch, seat.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+
+  T* own() const { return memory_.data() + kTileSteps * W; }
+  void keep(const Seat<T>& seat, int64_t to_end) const {
+    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
+      std::memcpy(shared_.state_at(seat, block, to_end), seat.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
+  }
+
+  const Arguments& a_;
+  const Shared<T>& shared_;
+  const GroupSum<T> sum_;
+  const Scratch<T> memory_;  // C of a block, own products, sums
+};
+
+// dB, ds and dA, against the walk; the state's gradient is transposed: rows are channels, lanes states.
+template <class T> class OfB : public Reader<T, true, true, false> {
+ public:
+  OfB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const Walk& back)
+      : OfB::Reader(a.problem, steps, a.problem.size, {a.problem.x, 1}, {dy, 1}, {a.problem.C, a.problem.heads / a.problem.groups}), a_(a),
+        shared_(shared), back_(back), sum_(shared.blocks), memory_(kTileSteps * (W + 3)) {}
+
+  // What a pass carries for a block.
+  struct Carried { double dg, dA; };
+  static constexpr int64_t kCarry = sizeof(Carried) / sizeof(T);
+
+  void begin(const Seat<T>& seat, const Tile& tile) {
+    const int64_t end = tile.from + tile.count, length = a_.problem.length;
+    // Before the first step of a segment there is nothing that could decay; before the first of all, the initial state.
+    from_nothing_ = end == length ? !a_.problem.initial.data : back_.tile(end, length).fresh;
+    for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
+      Carried c = carried(seat, block);
+      if (tile.fresh) {
+        c.dg = 0;
+      } else if (tile.from % kExact == 0) {
+        const T *S = shared_.state_at(seat, block, tile.from), *dS = seat.state(block);
+        Vec<T> sum{};
+        for (int64_t r = 0; r < seat.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
+        c.dg = static_cast<double>(sum_lanes(sum));
+      }
+      carry(seat, block, c);
+    }
+  }
+  void leave(const Seat<T>& seat) const {
+    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
+      shared_.rate_of(seat.batch, seat.head, block) = carried(seat, block).dA;
+  }
+
+  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
+    const Operands<T> in = OfB::Reader::rows(seat, tile);
+    own_products(in.q, in.k, seat.rows, tile.count, own());
+    return in;
+  }
+
+  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    const View<T> s = this->step(seat, tile);
+    const auto whole = [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); };  // x_t dS_t
+    sum_.add(seat, this->sharing_, tile, block, a_.dB, [&](int64_t t) { return whole(t) * splat(*s[t]); });
+    const View<T> B = this->block_of({a_.problem.B, this->sharing_}, seat, tile, block, memory_.data());
+    T *const strict = own() + kTileSteps, *const all = strict + kTileSteps;
+    sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * load<T>(o + t * W); }, strict);
+    sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * whole(t); }, all);
+    T* const at = shared_.sums_of(seat.batch, seat.head, block) + this->first(tile);
+    const double A = static_cast<double>(static_cast<const T*>(a_.problem.A)[seat.head]);
+    Carried c = carried(seat, block);
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const double step = static_cast<double>(*s[t]);
+      c.dg += static_cast<double>(at[-t]) - step * static_cast<double>(strict[t]);
+      if (from_nothing_ && t + 1 == tile.count) c.dg = 0;
+      c.dA += step * c.dg;
+      at[-t] = static_cast<T>(static_cast<double>(all[t]) + A * c.dg);
+    }
+    carry(seat, block, c);
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+
+  T* own() const { return memory_.data() + kTileSteps * W; }
+  static Carried carried(const Seat<T>& seat, int64_t block) {
+    Carried c;
+    std::memcpy(&c, seat.carry + (block - seat.first_block) * kCarry, sizeof(c));
+    return c;
+  }
+  static void carry(const Seat<T>& seat, int64_t block, const Carried& c) {
+    std::memcpy(seat.carry + (block - seat.first_block) * kCarry, &c, sizeof(c));
+  }
+
+  const Arguments& a_;
+  const Shared<T>& shared_;
+  const Walk& back_;
+  const GroupSum<T> sum_;
+  const Scratch<T> memory_;  // B of a block, own products, two sums
+  bool from_nothing_;
+};
+
+// dx, dD and the initial state's gradient, against the walk.
+template <class T> class OfX : public Reader<T, true, false, false> {
+ public:
+  OfX(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps)
+      : OfX::Reader(a.problem, steps, a.problem.states, {a.problem.B, a.problem.heads / a.problem.groups},
+                    {a.problem.C, a.problem.heads / a.problem.groups}, {dy, 1}),
+        a_(a), memory_(kTileSteps * W) {}
+
+  static constexpr int64_t kCarry = kLanes<T> * sizeof(double) / sizeof(T);  // dD of a block
+
+  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    const View<T> s = this->step(seat, tile);
+    const Vec<T> D = skip_of(a_.problem, seat, block);
+    write_rows<T>(a_.dx, seat.batch, seat.head, block * W, seat.width(block), tile,
+                  [&](int64_t t) { return fma(D, load<T>(in.v[t]), load<T>(o + t * W) * splat(*s[t])); });
+    if (!a_.dD) return;
+    const View<T> x = this->block_of({a_.problem.x, 1}, seat, tile, block, memory_.data());
+    Vec<T> sum{};
+    for (int64_t t = 0; t < tile.count; ++t) sum = fma(load<T>(x[t]), load<T>(in.v[t]), sum);
+    double dD[W];
+    T* const carried = seat.carry + (block - seat.first_block) * kCarry;
+    std::memcpy(dD, carried, sizeof(dD));
+    for (int i = 0; i < W; ++i) dD[i] += static_cast<double>(sum[i]);
+    std::memcpy(carried, dD, sizeof(dD));
+  }
+
+  void leave(const Seat<T>& seat) const {
+    if (!a_.dD) return;
+    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
+      std::memcpy(a_.dD + (seat.batch * a_.problem.heads + seat.head) * a_.problem.size + block * W,
+                  seat.carry + (block - seat.first_block) * kCarry, sizeof(double) * static_cast<std::size_t>(seat.width(block)));
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+  const Arguments& a_;
+  const Scratch<T> memory_;  // x of a block
+};
+
+// dy = dout silu(z) and dz = dout y silu'(z).
+template <class T> void gate(const Arguments& a, const HeadOutput& dy) {
+  constexpr int W = kLanes<T>;
+  const Problem& p = a.problem;
+  const Walk raster(p.length, nullptr, nullptr, 0, false);
+  const int64_t tiles = ceil_div(p.length, kTileSteps);
+  parallel(threads_for(p, p.batch * tiles, kTileSteps * p.heads * p.size), [&](const Team& team) {
+    const Scratch<T> memory(5 * kTileSteps * W);
+    T *const out_buffer = memory.data(), *const y_buffer = out_buffer + kTileSteps * W, *const z_buffer = y_buffer + kTileSteps * W;
+    T *const gated = z_buffer + kTileSteps * W, *const slopes = gated + kTileSteps * W;
+    const Range mine = share(p.batch * tiles, team);
+    for (int64_t item = mine.begin; item < mine.end; ++item) {
+      const int64_t batch = item / tiles;
+      const Tile tile = raster.tile(item % tiles * kTileSteps, p.length);
+      for (int64_t head = 0; head < p.heads; ++head)
+        for (int64_t from = 0; from < p.size; from += W) {
+          const int width = static_cast<int>(least<int64_t>(W, p.size - from));
+          const View<T> dout = rows_of<T>(a.dout, batch, head, from, width, W, tile, out_buffer);
+          const View<T> y = rows_of<T>(a.y, batch, head, from, width, W, tile, y_buffer), z = rows_of<T>(p.z, batch, head, from, width, W, tile, z_buffer);
+          for (int64_t t = 0; t < tile.count; ++t) {
+            const Silu<T> silu = silu_and_slope<T>(load<T>(z[t]));
+            store(gated + t * W, load<T>(dout[t]) * silu.value);
+            store(slopes + t * W, load<T>(dout[t]) * load<T>(y[t]) * silu.slope);
+          }
+          write_rows<T>(dy, batch, head, from, width, tile, [&](int64_t t) { return load<T>(gated + t * W); });
+          write_rows<T>(a.dz, batch, head, from, width, tile, [&](int64_t t) { return load<T>(slopes + t * W); });
+        }
+    }
+  });
+}
+
+// ddt, and the sums that dA and the gradient of dt's bias are.
+template <class T> void of_steps(const Arguments& a, const Steps<T>& steps, const Shared<T>& shared, const Walk& walk) {
+  const Problem& p = a.problem;
+  const int64_t items = p.batch * p.heads;
+  parallel(threads_for(p, items, p.length), [&](const Team& team) {
+    const Range mine = share(items, team);
+    for (int64_t item = mine.begin; item < mine.end; ++item) {
+      const int64_t batch = item / p.heads, head = item % p.heads;
+      double bias = 0, rate = 0;
+      for (int64_t block = 0; block < shared.blocks; ++block) rate += shared.rate_of(batch, head, block);
+      for (int64_t from = 0; from < p.length;) {
+        const Tile tile = walk.tile(from, p.length);
+        const T* slope = steps.slope(batch, head, from);
+        with_storage(a.ddt.type, a.ddt.data, [&](auto* ddt) {
+          using S = std::remove_reference_t<decltype(*ddt)>;
+          ddt += batch * a.ddt.batch + head * a.ddt.head;
+          for (int64_t t = 0; t < tile.count; ++t) {
+            T ds = 0;
+            for (int64_t block = 0; block < shared.blocks; ++block) ds += shared.sums_of(batch, head, block)[from + t];
+            bias += static_cast<double>(ds * slope[t]);
+            ddt[tile.token(t) * a.ddt.token] = to_storage<S>(ds * slope[t]);
+          }
+        });
+        from += tile.count;
+      }
+      a.dA[item] = rate;
+      a.dbias[item] = bias;
+    }
+  });
+}
+
+template <class T> void backward(const Arguments& a) {
+  const Problem& p = a.problem;
+  const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse), back(p.length, p.index, p.starts, p.start_count, !p.reverse);
+  const Steps<T> steps(p, walk);
+  const Shared<T> shared(p);
+  const int64_t token = p.heads * p.size;
+  const Scratch<T> gated(p.z.data ? p.batch * p.length * token : 0);
+  HeadTokens dy = a.dout;
+  if (p.z.data) {
+    gate<T>(a, {gated.data(), kStorage<T>, p.length * token, token, p.size});
+    dy = {gated.data(), kStorage<T>, p.length * token, token, p.size};
+  }
+  scan<T>(p.across(), walk, p.length, p.threads, transposed(p.initial), {}, {kExact, p.length}, 0, [&] { return OfC<T>(a, dy, steps, shared); });
+  scan<T>(p.across(), back, p.length, p.threads, transposed(a.dstate), {}, {kExact, 0}, OfB<T>::kCarry,
+          [&] { return OfB<T>(a, dy, steps, shared, back); });
+  scan<T>(p.along(), back, p.length, p.threads, a.dstate, a.dinitial, {}, OfX<T>::kCarry, [&] { return OfX<T>(a, dy, steps); });
+  of_steps(a, steps, shared, walk);
+}
+
+}  // namespace
+
+MEDSSM_EXPORT(ssd_backward)(const Arguments* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }

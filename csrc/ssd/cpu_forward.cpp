@@ -1,0 +1,53 @@
+// SSD, forward, on a CPU:  S = exp(s_t A) S + B_t (s_t x_t),  y_t = C_t S + D x_t,  out_t = y_t silu(z_t).
+#include "problem.h"
+
+using namespace medssm;
+
+namespace {
+
+struct Arguments {
+  Problem problem;
+  HeadOutput out, y;  // y: the compute type; may be null
+  StateTensor final;  // the compute type; may be null
+};
+
+template <class T> class Forward : public Reader<T, false, false, true> {
+ public:
+  Forward(const Arguments& a, const Steps<T>& steps)
+      : Forward::Reader(a.problem, steps, a.problem.states, {a.problem.C, a.problem.heads / a.problem.groups},
+                        {a.problem.B, a.problem.heads / a.problem.groups}, {a.problem.x, 1}),
+        a_(a), memory_(3 * kTileSteps * W) {}
+
+  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
+    const Problem& p = a_.problem;
+    const int width = seat.width(block);
+    T *const y = memory_.data(), *const x_buffer = y + kTileSteps * W, *const z_buffer = x_buffer + kTileSteps * W;
+    if (p.D) {
+      const Vec<T> D = skip_of(p, seat, block);
+      const View<T> x = this->block_of({p.x, 1}, seat, tile, block, x_buffer);
+      for (int64_t t = 0; t < tile.count; ++t) store(y + t * W, fma(D, load<T>(x[t]), load<T>(o + t * W)));
+      o = y;
+    }
+    const auto kept = [&](int64_t t) { return load<T>(o + t * W); };
+    if (a_.y.data) write_rows<T>(a_.y, seat.batch, seat.head, block * W, width, tile, kept);
+    if (!p.z.data) return write_rows<T>(a_.out, seat.batch, seat.head, block * W, width, tile, kept);
+    const View<T> z = this->block_of({p.z, 1}, seat, tile, block, z_buffer);
+    write_rows<T>(a_.out, seat.batch, seat.head, block * W, width, tile, [&](int64_t t) { return load<T>(o + t * W) * silu<T>(load<T>(z[t])); });
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+  const Arguments& a_;
+  const Scratch<T> memory_;  // of a tile: y, x, z
+};
+
+template <class T> void forward(const Arguments& a) {
+  const Problem& p = a.problem;
+  const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse);
+  const Steps<T> steps(p, walk);
+  scan<T>(p.along(), walk, p.length, p.threads, p.initial, a.final, {}, 0, [&] { return Forward<T>(a, steps); });
+}
+
+}  // namespace
+
+MEDSSM_EXPORT(ssd_forward)(const Arguments* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }

@@ -1,0 +1,146 @@
+// The call of ssd, and what its passes share: the steps with their decays, and a tile's operands.
+#pragma once
+#include "medssm/activation.h"
+#include "medssm/matrix_scan.h"
+
+namespace medssm {
+namespace {
+
+// What kernels/ssd/native.py packs. Strides in elements.
+struct Problem {
+  HeadTokens x, z, B, C, dt;  // (b,l,h,p), the same or null, (b,l,g,n) twice, (b,l,h)
+  StateTensor initial;        // (b,h,n,p): rows are states, lanes a head's channels; the data may be null
+  const void *A, *D, *bias;   // (h), (h,p), (h): dense, the compute type; D and bias may be null
+  const int64_t *index, *starts;
+  int64_t start_count, reverse;
+  int64_t batch, length, heads, size, groups, states;
+  int64_t softplus, wide, threads;  // wide: compute in double
+  double low, high;                 // what the step is clamped to
+
+  MatrixShape along() const { return {batch, heads, 1, states, size}; }                // the state with lanes on the channels
+  MatrixShape across() const { return {batch, heads, heads / groups, size, states}; }  // and transposed: heads of a group share B and C
+};
+
+// The same memory with rows and lanes exchanged.
+MEDSSM_INLINE StateTensor transposed(const StateTensor& s) { return {s.data, s.type, s.batch, s.head, s.lane, s.row}; }
+
+// Threads for `items` independent pieces of work on so many numbers each.
+MEDSSM_INLINE int64_t threads_for(const Problem& p, int64_t items, int64_t numbers) {
+  return least(least(p.threads, items), ceil_div(items * numbers, int64_t{1} << 15));
+}
+
+// s and exp(s A) of every step of the walk, and the slope of s: [b, h][step].
+template <class T> class Steps {
+ public:
+  Steps(const Problem& p, const Walk& walk)
+      : heads_(p.heads), length_(p.length), step_(p.batch * p.heads * p.length), decay_(p.batch * p.heads * p.length),
+        slope_(p.batch * p.heads * p.length) {
+    const int64_t items = p.batch * p.heads;
+    parallel(threads_for(p, items, p.length), [&](const Team& team) {
+      const Range mine = share(items, team);
+      for (int64_t item = mine.begin; item < mine.end; ++item) compute(p, walk, item / p.heads, item % p.heads);
+    });
+  }
+
+  // Of one head, from a step of the walk on.
+  const T* step(int64_t batch, int64_t head, int64_t from) const { return step_.data() + at(batch, head, from); }
+  const T* decay(int64_t batch, int64_t head, int64_t from) const { return decay_.data() + at(batch, head, from); }
+  const T* slope(int64_t batch, int64_t head, int64_t from) const { return slope_.data() + at(batch, head, from); }
+
+ private:
+  int64_t at(int64_t batch, int64_t head, int64_t from) const { return (batch * heads_ + head) * length_ + from; }
+
+  void compute(const Problem& p, const Walk& walk, int64_t batch, int64_t head) const {
+    constexpr int W = kLanes<T>;
+    const Vec<T> A = splat(static_cast<const T*>(p.A)[head]), bias = splat(p.bias ? static_cast<const T*>(p.bias)[head] : T(0));
+    const T low = static_cast<T>(p.low), high = static_cast<T>(p.high);
+    T raw[kTileSteps];
+    for (int64_t from = 0; from < length_;) {
+      const Tile tile = walk.tile(from, length_);
+      stage_numbers<T>(p.dt, batch, head, tile, raw);
+      for (int64_t t = 0; t < tile.count; t += W, from += W) {
+        const int lanes = static_cast<int>(least<int64_t>(W, tile.count - t));
+        const Vec<T> r = load_part<T>(raw + t, lanes) + bias;
+        Softplus<T> s{r, splat(T(1))};
+        if (p.softplus) s = softplus_of<T>(r, exp_minus_abs<T>(r));
+        const Vec<T> clamped = min(splat(high), max(splat(low), s.value));
+        store_part(step_.data() + at(batch, head, from), clamped, lanes);
+        store_part(decay_.data() + at(batch, head, from), exp<T>(clamped * A), lanes);
+        store_part(slope_.data() + at(batch, head, from), select(clamped == s.value, s.slope, Vec<T>{}), lanes);
+      }
+      from = tile.from + tile.count;
+    }
+  }
+
+  const int64_t heads_, length_;
+  const Scratch<T> step_, decay_, slope_;
+};
+
+// A token tensor as a pass reads it. sharing: how many heads read the same of its entries.
+struct Source {
+  HeadTokens tokens;
+  int64_t sharing;
+};
+
+// A pass that reads two tensors as rows and one as lanes, the latter times the step if asked.
+template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
+ public:
+  using Form = medssm::Form<Decay::kWhole, kBack, kStrict>;
+
+  Reader(const Problem& p, const Steps<T>& steps, int64_t rows, const Source& q, const Source& k, const Source& v)
+      : p_(p), sharing_(p.heads / p.groups), steps_(steps), rows_(rows), q_(q), k_(k), v_(v), memory_(kTileSteps * (2 * padded_rows(rows) + W)) {}
+
+  void enter(const Seat<T>&) const {}
+  void begin(const Seat<T>&, const Tile&) const {}
+  void leave(const Seat<T>&) const {}
+
+  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
+    T* const buffer = memory_.data() + kTileSteps * W;
+    const int64_t padded = padded_rows(rows_);
+    return {view(q_, seat, 0, rows_, padded, tile, buffer), view(k_, seat, 0, rows_, padded, tile, buffer + kTileSteps * padded), {},
+            in_time(steps_.decay(seat.batch, seat.head, first(tile))), tile.count};
+  }
+
+  void lanes(const Seat<T>& seat, const Tile& tile, int64_t block, Operands<T>* in) const {
+    in->v = block_of(v_, seat, tile, block, memory_.data());
+    if constexpr (kStepped) {
+      const View<T> s = step(seat, tile);
+      for (int64_t t = 0; t < tile.count; ++t) store(memory_.data() + t * W, load<T>(in->v[t]) * splat(*s[t]));
+      in->v = {memory_.data(), W};
+    }
+  }
+
+ protected:
+  static constexpr int W = kLanes<T>;
+
+  // A block of lanes of a tensor.
+  View<T> block_of(const Source& x, const Seat<T>& seat, const Tile& tile, int64_t block, T* buffer) const {
+    return view(x, seat, block * W, seat.width(block), W, tile, buffer);
+  }
+  // s of a tile's steps. A pass against the walk reads them backward.
+  View<T> step(const Seat<T>& seat, const Tile& tile) const { return in_time(steps_.step(seat.batch, seat.head, first(tile))); }
+  int64_t first(const Tile& tile) const { return kBack ? p_.length - 1 - tile.from : tile.from; }
+
+  const Problem& p_;
+  const int64_t sharing_;  // heads of a group
+
+ private:
+  static View<T> in_time(const T* first) { return {first, kBack ? -1 : 1}; }
+  View<T> view(const Source& x, const Seat<T>& seat, int64_t from, int64_t count, int64_t padded, const Tile& tile, T* buffer) const {
+    return rows_of<T>(x.tokens, seat.batch, seat.head / x.sharing, from, count, padded, tile, buffer);
+  }
+
+  const Steps<T>& steps_;
+  const int64_t rows_;
+  const Source q_, k_, v_;
+  const Scratch<T> memory_;
+};
+
+// D of a block of a head's channels; zeros where there is none.
+template <class T> Vec<T> skip_of(const Problem& p, const Seat<T>& seat, int64_t block) {
+  if (!p.D) return Vec<T>{};
+  return load_part<T>(static_cast<const T*>(p.D) + seat.head * p.size + block * kLanes<T>, seat.width(block));
+}
+
+}  // namespace
+}  // namespace medssm

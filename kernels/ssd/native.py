@@ -1,0 +1,111 @@
+"""SSD on the CPU: allocates, packs one argument block, calls csrc/ssd.
+
+The caller has checked shapes, dtypes and the walk.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from medssm.kernels import native
+
+# The fields of csrc/ssd/problem.h's Problem, then those of cpu_forward.cpp and cpu_backward.cpp.
+_PROBLEM = "47q2d"
+_FORWARD = struct.Struct(_PROBLEM + "16q").pack
+_BACKWARD = struct.Struct(_PROBLEM + "50q").pack
+
+
+def refuse(*tensors) -> str | None:
+    """Why this kernel cannot serve these tensors, or None."""
+    for t in tensors:
+        if t is not None and t.device.type != "cpu":
+            return f"it serves tensors on the CPU, got {t.device}"
+    return None
+
+
+def forward(x, dt, A, B, C, D, z, dt_bias, softplus, limit, index, starts, reverse, initial_state, save, final):
+    """Arguments as in `reference.ssd`; save: whether y is wanted; final: whether the final state is.
+
+    Returns (out (b,l,h,p) contiguous, state (b,h,p,n) or None, y or None): y (b,l,h,p), the compute type, is out before the gate.
+    """
+    dtype = _compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    batch, _, heads, size = x.shape
+    out, y = native.like(x), native.like(x, dtype) if save else None
+    state = torch.empty((batch, heads, size, B.shape[3]), dtype=dtype, device=x.device) if final else None
+    if out.numel():
+        tokens, weights = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype)
+        native.function("ssd_forward")(_FORWARD(
+            *_problem(*tokens, dt, *weights, softplus, limit, index, starts, reverse, initial_state, dtype), *_tokens(out),
+            *_tokens(y), *_state(state)))
+    elif final:
+        state.copy_(initial_state) if initial_state is not None else state.zero_()
+    return out, state, y
+
+
+def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, softplus, limit, index, starts, reverse, initial_state):
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state (None where that input is), each in its input's dtype and contiguous.
+
+    y: as `forward` kept it, None without z.
+    """
+    dtype = _compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    batch, _, heads, size = x.shape
+    dx, ddt, dB, dC, dz, dinitial = (native.like(t) for t in (x, dt, B, C, z, initial_state))
+    # Per batch element, to be summed: of A, of dt_bias, of D.
+    dA, dbias = (torch.empty((batch, heads), dtype=torch.float64, device=x.device) for _ in range(2))
+    dD = None if D is None else torch.empty((batch, heads, size), dtype=torch.float64, device=x.device)
+    if x.numel():
+        tokens, weights, dout = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype), native.lanes(dout)
+        native.function("ssd_backward")(_BACKWARD(
+            *_problem(*tokens, dt, *weights, softplus, limit, index, starts, reverse, initial_state, dtype),
+            *_tokens(dout), *_tokens(y), *_state(dstate), *map(native.pointer, (dA, dbias, dD)),
+            *(field for t in (dx, ddt, dB, dC, dz) for field in _tokens(t)), *_state(dinitial)))
+    else:
+        for gradient in (dx, ddt, dB, dC, dz, dA, dbias, dD):
+            if gradient is not None:
+                gradient.zero_()
+        if dinitial is not None:
+            dinitial.zero_() if dstate is None else dinitial.copy_(dstate)  # the empty walk's final state is its initial one
+    dA, dbias = dA.sum(0).to(A.dtype), None if dt_bias is None else dbias.sum(0).to(dt_bias.dtype)
+    if D is not None:
+        dD = dD.sum(0 if D.dim() == 2 else (0, 2)).to(D.dtype)
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+def _compute_dtype(*tensors) -> torch.dtype:
+    return torch.float64 if native.wide(*tensors) else torch.float32
+
+
+def _dense(*tensors):
+    """With adjacent elements in the last dimension."""
+    return [None if t is None else native.lanes(t) for t in tensors]
+
+
+def _weights(A, D, dt_bias, size, dtype):
+    """A (h,), D (h,p) and dt_bias (h,), dense and of the compute type."""
+    if D is not None and D.dim() == 1:
+        D = D.unsqueeze(1).expand(-1, size)
+    return [None if t is None else t.to(dtype).contiguous() for t in (A, D, dt_bias)]
+
+
+def _problem(x, z, B, C, dt, A, D, dt_bias, softplus, limit, index, starts, reverse, initial_state, dtype):
+    """The fields of Problem."""
+    batch, length, heads, size = x.shape
+    return (
+        *_tokens(x), *_tokens(z), *_tokens(B), *_tokens(C), *_tokens(dt), *_state(initial_state), *map(native.pointer, (A, D, dt_bias)),
+        native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0], reverse,
+        batch, length, heads, size, *B.shape[2:], softplus, dtype is torch.float64, torch.get_num_threads(), *limit)
+
+
+def _tokens(t):
+    """The fields of HeadTokens and HeadOutput: (b,l,h,d) with adjacent elements, or (b,l,h)."""
+    return (0, 0, 0, 0, 0) if t is None else (t.data_ptr(), native.DTYPES[t.dtype], *t.stride()[:3])
+
+
+def _state(t):
+    """The fields of StateTensor of a state (b,h,p,n), whose rows are n."""
+    if t is None:
+        return (0, 0, 0, 0, 0, 0)
+    batch, head, channel, state = t.stride()
+    return t.data_ptr(), native.DTYPES[t.dtype], batch, head, state, channel
