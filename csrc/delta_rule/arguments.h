@@ -1,5 +1,7 @@
 // The arguments of the delta rule on the CPU, and how its work is divided.
 #pragma once
+#include <type_traits>
+
 #include "medssm/simd.h"
 #include "medssm/walk.h"
 

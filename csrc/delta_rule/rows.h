@@ -28,20 +28,24 @@ template <class F> void each_block(const Tile& tile, bool forward, const F& f) {
   }
 }
 
-// Lines that the block after the next will need. A sweep asks for them one a row: the distance between tokens, and any walk along another axis, defeat
+// Lines that the block after the next will need. A sweep asks for two a row: the distance between tokens, and any walk along another axis, defeat
 // the processor's own prefetcher, and all at once would overflow its queue.
 class Ahead {
  public:
   void add(const char* line) {
-    if (count_ < kMost) lines_[count_++] = line;
+    if (count_ == kMost) return;
+    lines_[count_++] = line;
+    lines_[count_] = line;
   }
-  MEDSSM_INLINE void ask(int64_t i) const {
-    if (i < count_) __builtin_prefetch(lines_[i]);
+  MEDSSM_INLINE void ask(int64_t i) const {  // i even
+    if (i >= count_) return;
+    __builtin_prefetch(lines_[i]);
+    __builtin_prefetch(lines_[i + 1]);
   }
 
  private:
   static constexpr int kMost = 96;
-  const char* lines_[kMost];
+  const char* lines_[kMost + 1];
   int64_t count_ = 0;
 };
 

@@ -78,7 +78,7 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
     const T *c = earlier_, *r = panel_ + (kSlots - kReads) * kBlock;
     T* s = state_.data();
     for (int64_t i = 0; i < rows_; ++i, c += kWidth, r += kWidth, s += kRow) {
-      ahead.ask(i);
+      ahead.ask(2 * i);
       L row;
 #pragma GCC unroll 2
       for (int l = 0; l < kVectors; ++l) {
