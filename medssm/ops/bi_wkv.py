@@ -7,6 +7,7 @@ import functools
 import torch
 
 from medssm import dispatch
+from medssm.kernels import triton
 from medssm.kernels.bi_wkv import native, reference
 from medssm.ops import checks, registration, walk
 
@@ -121,4 +122,4 @@ def _explained(w, u, k, v, **_rest):
     return v, k, w, u
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))

@@ -1,0 +1,141 @@
+"""Bidirectional WKV on a GPU, in Triton: cuts the walk into chunks, allocates, launches triton_forward.py and triton_backward.py.
+
+The caller has checked shapes, dtypes and the walk.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+from medssm.kernels.bi_wkv.reference import CHUNKS
+from medssm.kernels.bi_wkv.segments import bounds
+from medssm.kernels.bi_wkv.triton_backward import tokens_adjoint
+from medssm.kernels.bi_wkv.triton_forward import carry, local, outputs
+from medssm.kernels.triton import INTERPRETED, on, plain, present, strides
+
+# Steps that are in registers at a time, and channels of a program.
+STEPS, CHANNELS = (2, 64) if INTERPRETED else (8, 32)
+GROUP = 4  # chunks that `carry` reads ahead
+PROGRAMS = 4096  # of one warp, that fill a large GPU: a constant, so that every GPU gives the same bits
+
+
+def forward(w, u, k, v, mode, index, starts, reverse):
+    """Arguments as in `reference.bi_wkv`. Returns out (b,l,d), contiguous."""
+    w, u, k, v = plain(w, u, k, v)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if out.numel():
+        with on(v):
+            _Pass(w, u, k, v, mode, index, starts, reverse, adjoint=False).outputs(out=out)
+    return out
+
+
+def backward(dout, w, u, k, v, mode, index, starts, reverse):
+    """Gradients of w, u, k and v, each in its input's dtype and contiguous."""
+    dout, w, u, k, v = plain(dout, w, u, k, v)
+    dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    if not v.numel():
+        return torch.zeros_like(w), torch.zeros_like(u), dk, dv
+    with on(v):
+        both = _Pass(w, u, k, v, mode, index, starts, reverse, adjoint=True)
+        dw, du = both.outputs(dout=dout)
+        both.tokens(dk, dv)
+    return dw.to(w.dtype), du.to(u.dtype), dk, dv
+
+
+class _Pass:
+    """The launches of one call."""
+
+    def __init__(self, w, u, k, v, mode, index, starts, reverse, adjoint):
+        batch, self.length, self.channels = v.shape
+        self.batch, self.k, self.v, self.index, self.adjoint = batch, k, v, index, adjoint
+        self.w, self.u = (t.to(torch.float32).contiguous() for t in (w, u))
+        self.upstream = mode == "upstream"
+        tiles = triton.cdiv(self.channels, CHANNELS)
+        self.begins, self.fresh = _chunks(bounds(starts, self.length, reverse), self.length, batch * tiles, self.upstream, str(v.device))
+        self.chunks = self.fresh.shape[0]
+        self.grid, self.rows = (batch * self.chunks * tiles,), (batch * tiles,)
+        self.walk = {"WALK": index is not None, "REVERSE": reverse, "K": STEPS, "TILE": CHANNELS, "num_warps": 1}
+        self.slots = self.length // STEPS + self.chunks + 1
+
+    def new(self, *shape):
+        return torch.empty(shape, dtype=torch.float32, device=self.v.device)
+
+    def carried(self, sums):
+        """What each chunk holds, (2 ways, fields, b, chunks, d), made into what lies before it and behind it."""
+        fields = sums.shape[1]
+        for way in range(2):
+            carry[self.rows](sums[way], self.w, self.begins, self.fresh, self.channels, self.chunks, sums.stride(1), GROUP=GROUP, TILE=CHANNELS,
+                             SLOPE=fields == 6, BACK=way == 1, num_warps=1)
+        return sums
+
+    def outputs(self, out=None, dout=None):
+        """Fills out; or, with dout, keeps what `tokens` needs and returns the gradients of w and u."""
+        fields, several, size = 6 if self.adjoint else 4, self.chunks > 1, self.batch * self.chunks * self.channels
+        k, v, entry = self.k, self.v, None
+        if several:
+            entry = self.new(2, fields, self.batch, self.chunks, self.channels)
+            local[self.grid](k, v, v, self.w, *present(k, self.index), self.begins, entry, self.length, self.channels, self.chunks, *k.stride(),
+                             *v.stride(), fields * size, size, ONES=True, SLOPE=self.adjoint, **self.walk)
+            self.carried(entry)
+        kept = self.new(fields, self.batch, self.slots, self.channels)
+        top = self.new(3, *v.shape) if self.adjoint else None
+        weights = self.new(2, self.batch, self.chunks, self.channels) if self.adjoint else None
+        outputs[self.grid](
+            k, v, self.w, self.u, *present(k, dout, self.index), self.begins, *present(kept, entry), kept, *present(kept, out, top, weights),
+            self.length, self.channels, self.chunks, *k.stride(), *v.stride(), *strides(dout, 3), fields * size, size, *_slots(kept),
+            v.numel(), UPSTREAM=self.upstream, ENTRY=several, ADJOINT=self.adjoint, **self.walk)
+        self.top = top
+        return None if weights is None else weights.sum((1, 2)).unbind()
+
+    def tokens(self, dk, dv):
+        """The gradients of k and v, after `outputs`: the same over the outputs, whose keys, x and y are rows in the order of the walk."""
+        several, size, top = self.chunks > 1, self.batch * self.chunks * self.channels, self.top
+        k, v, entry = self.k, self.v, None
+        if several:
+            entry = self.new(2, 4, self.batch, self.chunks, self.channels)
+            row = top.stride()[1:]
+            local[self.grid](*top, self.w, top, self.begins, entry, self.length, self.channels, self.chunks, *row, *row, 4 * size, size, ONES=False,
+                             SLOPE=False, **{**self.walk, "WALK": False, "REVERSE": False})
+            self.carried(entry)
+        kept = self.new(4, self.batch, self.slots, self.channels)
+        tokens_adjoint[self.grid](
+            k, v, self.w, self.u, top, *present(k, self.index), self.begins, *present(kept, entry), kept, dk, dv, self.length, self.channels,
+            self.chunks, *k.stride(), *v.stride(), 4 * size, size, *_slots(kept), v.numel(), UPSTREAM=self.upstream, ENTRY=several, **self.walk)
+
+
+def _slots(kept):
+    """Its strides over batch and fields."""
+    return kept.stride(1), kept.stride(0)
+
+
+def _chunks(ends, length, rows, upstream, device):
+    """(chunks + 1,) the first step of each chunk, and the length; (chunks,) 1 where a segment begins there. A chunk may be empty."""
+    if ends is None:
+        return _even(length, rows, upstream, device)
+    if upstream:
+        size = (ends.diff() + CHUNKS - 1) // CHUNKS
+        begins = torch.minimum(ends[:-1, None] + size[:, None] * torch.arange(CHUNKS, device=ends.device), ends[1:, None]).flatten()
+    else:
+        begins = torch.cat([ends[1:-1], torch.arange(0, length, _steps(length, rows), device=ends.device)]).sort().values
+    fresh = torch.isin(begins, ends[:-1]).to(torch.int32)
+    return torch.cat([begins, ends[-1:]]), fresh
+
+
+@functools.lru_cache(maxsize=256)
+def _even(length, rows, upstream, device):
+    """Chunks of one segment."""
+    size = -(-length // CHUNKS) if upstream else _steps(length, rows)
+    begins = torch.arange(0, length + size, size, device=device).clamp(max=length)
+    fresh = torch.zeros(begins.shape[0] - 1, dtype=torch.int32, device=device)
+    fresh[0] = 1
+    return begins, fresh
+
+
+def _steps(length: int, rows: int) -> int:
+    """Of a chunk: a multiple of STEPS; all of them where batch and tiles of channels alone make programs enough."""
+    groups = -(-length // STEPS)
+    pieces = min(PROGRAMS // max(rows, 1), -(-groups // 8))
+    return STEPS * -(-groups // (pieces if pieces >= 4 else 1))
