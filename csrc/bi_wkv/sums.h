@@ -1,7 +1,7 @@
 // The sums of bidirectional WKV, seen while walking one way past the tokens: channels in the lanes.
 //
-// A sum is kept as e^shift times its numbers, the shift being the exponent of its heaviest token's weight: that token's key less w for each step since,
-// multiplied out anew at every step. So nothing overflows, a sum that stays the same is not touched, and no rounding adds up over the distance.
+// A sum is kept as e^shift times its numbers, the shift being the exponent of its heaviest token's weight: that token's key less w for each step
+// since, multiplied out anew at every step. So nothing overflows, a sum that stays the same is not touched, and no rounding adds up over the distance.
 #pragma once
 #include <limits>
 

@@ -120,7 +120,7 @@ def _chunks(ends, length, rows, upstream, device):
         begins = torch.minimum(ends[:-1, None] + size[:, None] * torch.arange(CHUNKS, device=ends.device), ends[1:, None]).flatten()
     else:
         begins = torch.cat([ends[1:-1], torch.arange(0, length, _steps(length, rows), device=ends.device)]).sort().values
-    fresh = torch.isin(begins, ends[:-1]).to(torch.int32)
+    fresh = torch.isin(begins, ends[:-1]).to(torch.int64)
     return torch.cat([begins, ends[-1:]]), fresh
 
 
@@ -129,7 +129,7 @@ def _even(length, rows, upstream, device):
     """Chunks of one segment."""
     size = -(-length // CHUNKS) if upstream else _steps(length, rows)
     begins = torch.arange(0, length + size, size, device=device).clamp(max=length)
-    fresh = torch.zeros(begins.shape[0] - 1, dtype=torch.int32, device=device)
+    fresh = torch.zeros(begins.shape[0] - 1, dtype=torch.int64, device=device)
     fresh[0] = 1
     return begins, fresh
 

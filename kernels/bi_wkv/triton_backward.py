@@ -4,10 +4,11 @@ With o_t = (sum_i W_ti v_i) / D_t, x_t = do_t / D_t and y_t = x_t o_t,
 
     dv_i = sum_t W_ti x_t,    dk_i = sum_t W_ti (x_t v_i - y_t)
 
-are sums over the outputs of the kind that the forward pass has over the tokens: x and y in place of v and 1, and -log of the denominator's scale for a key.
+are sums over the outputs of the kind that the forward pass has over the tokens: x and y in place of v and 1, and -log of the denominator's
+scale for a key.
 """
 
-# ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+# ruff: noqa: RUF005 (Triton compiles no starred tuples)
 
 from __future__ import annotations
 
@@ -25,12 +26,13 @@ def _share(s, key, v, dk, dv):
 
 
 @triton.jit
-def tokens_adjoint(k, v, w, u, top, index, begins, entry, kept, dk, dv, length, channels, chunks, k_batch, k_token, k_channel, v_batch, v_token, v_channel,
-                   s_way, s_field, h_batch, h_field, o_field, K: tl.constexpr, TILE: tl.constexpr, UPSTREAM: tl.constexpr, ENTRY: tl.constexpr,
-                   WALK: tl.constexpr, REVERSE: tl.constexpr):
+def tokens_adjoint(k, v, w, u, top, index, begins, entry, kept, dk, dv, length, channels, chunks, k_batch, k_token, k_channel, v_batch, v_token,
+                   v_channel, s_way, s_field, h_batch, h_field, o_field, K: tl.constexpr, TILE: tl.constexpr, UPSTREAM: tl.constexpr,
+                   ENTRY: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
     """dk, dv (b,l,d) from the outputs' top (3,b,l,d) and entry (2 ways, fields, b, chunks, d): the outputs before each chunk and behind it."""
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate, bonus = tl.load(w + d, mask=here, other=0.0), tl.load(u + d, mask=here, other=0.0)
+    o_field = tl.cast(o_field, tl.int64)
     k += b * k_batch + d * k_channel
     v += b * v_batch + d * v_channel
     dk += b * length * channels + d
@@ -72,16 +74,15 @@ def tokens_adjoint(k, v, w, u, top, index, begins, entry, kept, dk, dv, length, 
             past = add(past, rate, live[j], tops[j], x[j], y[j], False)
         results = ()
         for n in tl.static_range(K):
-            j = K - 1 - n
-            g_k, g_v = _share(seen(future, rate), keys[j], values[j], shares[j][0], shares[j][1])
+            g_k, g_v = _share(seen(future, rate), keys[K - 1 - n], values[K - 1 - n], shares[K - 1 - n][0], shares[K - 1 - n][1])
             if UPSTREAM:
-                left = add(left, -rate, live[j], tops[j], x[j], y[j], False)
+                left = add(left, -rate, live[K - 1 - n], tops[K - 1 - n], x[K - 1 - n], y[K - 1 - n], False)
                 r = taken(left, rate, False)
-                takes = tl.where(first + j == begin, 0.0, 1.0)  # nothing, of a chunk's first token
-                g_k, g_v = _share((r[0], takes * r[1], takes * r[2]), keys[j], values[j], g_k, g_v)
-                far = later(before, (end - 1 - first - j).to(tl.float32))
-                g_k, g_v = _share(further(seen(far, rate), rate), keys[j], values[j], g_k, g_v)
-            future = add(future, rate, live[j], tops[j], x[j], y[j], False)
+                takes = tl.where(first + (K - 1 - n) == begin, 0.0, 1.0)  # nothing, of a chunk's first token
+                g_k, g_v = _share((r[0], takes * r[1], takes * r[2]), keys[K - 1 - n], values[K - 1 - n], g_k, g_v)
+                far = later(before, (end - first - (K - n)).to(tl.float32))
+                g_k, g_v = _share(further(seen(far, rate), rate), keys[K - 1 - n], values[K - 1 - n], g_k, g_v)
+            future = add(future, rate, live[K - 1 - n], tops[K - 1 - n], x[K - 1 - n], y[K - 1 - n], False)
             results = results + ((g_k, g_v),)
         for n in tl.static_range(K):
             there = lanes(here, live[K - 1 - n])

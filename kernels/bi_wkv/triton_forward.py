@@ -1,8 +1,8 @@
 """The kernels of bi_wkv's forward pass, which the backward pass makes too. `triton.py` launches them.
 
-A program is one warp; its lanes are channels. The walk is cut in chunks: `local` sums each chunk's tokens as they are seen from its end and from before its
-start, `carry` goes over the chunks in both directions, and `outputs` goes through each chunk: from its end, keeping what lies ahead before every K steps, then
-from its start, finding for K steps at a time what lies ahead of each one, in registers.
+A program is one warp; its lanes are channels. The walk is cut in chunks: `local` sums each chunk's tokens as they are seen from its end and
+from before its start, `carry` goes over the chunks in both directions, and `outputs` goes through each chunk: from its end, keeping what lies
+ahead before every K steps, then from its start, finding for K steps at a time what lies ahead of each one, in registers.
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
@@ -12,14 +12,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.bi_wkv.triton_steps import (EPS, LOWEST, add, both, empty, exp, further, lanes, later, load_sum, places, program, rows, seen,
-                                                store_sum, taken)
+from medssm.kernels.bi_wkv.triton_steps import (
+    EPS,
+    LOWEST,
+    add,
+    both,
+    empty,
+    exp,
+    further,
+    lanes,
+    later,
+    load_sum,
+    places,
+    program,
+    rows,
+    seen,
+    store_sum,
+    taken,
+)
 
 
 @triton.jit
 def local(k, v, y, w, index, begins, sums, length, channels, chunks, k_batch, k_token, k_channel, v_batch, v_token, v_channel, s_way, s_field,
           K: tl.constexpr, TILE: tl.constexpr, ONES: tl.constexpr, SLOPE: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
-    """Of the sums' a from v, b from ones or from y, which has v's strides. sums (2 ways, fields, b, chunks, d): way 0 the chunk's tokens seen from the step after it, way 1 from the one before it."""
+    """sums (2 ways, fields, b, chunks, d): way 0 the chunk's tokens seen from the step after it, way 1 from the one before it.
+
+    Their a is v, their b ones or y, which has v's strides.
+    """
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate = tl.load(w + d, mask=here, other=0.0)
     k += b * k_batch + d * k_channel
@@ -71,7 +90,10 @@ def _unless(condition, s, r):
 
 @triton.jit
 def carry(sums, w, begins, fresh, channels, chunks, s_field, GROUP: tl.constexpr, TILE: tl.constexpr, SLOPE: tl.constexpr, BACK: tl.constexpr):
-    """sums (fields, b, chunks, d): what each chunk holds becomes what lies behind it, going forth or back. fresh (chunks,): 1 where a segment begins."""
+    """sums (fields, b, chunks, d): what each chunk holds becomes what lies behind it, going forth or back.
+
+    fresh (chunks,): 1 where a segment begins.
+    """
     tiles = tl.cdiv(channels, TILE)
     i = tl.program_id(0).to(tl.int64)
     d, b = i % tiles * TILE + tl.arange(0, TILE), i // tiles
@@ -99,8 +121,8 @@ def carry(sums, w, begins, fresh, channels, chunks, s_field, GROUP: tl.constexpr
 
 @triton.jit
 def outputs(k, v, w, u, dout, index, begins, entry, kept, out, top, weights, length, channels, chunks, k_batch, k_token, k_channel, v_batch, v_token,
-            v_channel, g_batch, g_token, g_channel, s_way, s_field, h_batch, h_field, o_field, K: tl.constexpr, TILE: tl.constexpr, UPSTREAM: tl.constexpr,
-            ENTRY: tl.constexpr, ADJOINT: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
+            v_channel, g_batch, g_token, g_channel, s_way, s_field, h_batch, h_field, o_field, K: tl.constexpr, TILE: tl.constexpr,
+            UPSTREAM: tl.constexpr, ENTRY: tl.constexpr, ADJOINT: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
     """entry (2 ways, fields, b, chunks, d): what lies before each chunk and behind it; kept: room for what lies ahead of every K steps.
 
     Writes out (b,l,d); or, for the backward pass (ADJOINT), top (3,b,l,d): of each output -top, x = dout / denominator and y = x out, in the order of
@@ -108,6 +130,7 @@ def outputs(k, v, w, u, dout, index, begins, entry, kept, out, top, weights, len
     """
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate, bonus = tl.load(w + d, mask=here, other=0.0), tl.load(u + d, mask=here, other=0.0)
+    o_field = tl.cast(o_field, tl.int64)
     k += b * k_batch + d * k_channel
     v += b * v_batch + d * v_channel
     dout += b * g_batch + d * g_channel

@@ -1,11 +1,11 @@
 """What every Triton kernel of bi_wkv does at a step: tokens, and sums that one walks past.
 
-A sum of e^{key_i - (|t-i|-1) w} (a_i, b_i) over the tokens i passed, t the step that comes next, is a tuple of vectors of channels: key and age of the
-token whose weight is the heaviest (age: the steps between it and t), and (a, b) over e^{key - age w}; then, of a sum with slopes, their derivatives by w.
-So nothing overflows, and no rounding adds up over the distance.
+A sum of e^{key_i - (|t-i|-1) w} (a_i, b_i) over the tokens i passed, t the step that comes next, is a tuple of vectors of channels: key and
+age of the token whose weight is the heaviest (age: the steps between it and t), and (a, b) over e^{key - age w}; then, of a sum with slopes,
+their derivatives by w. So nothing overflows, and no rounding adds up over the distance.
 """
 
-# ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+# ruff: noqa: RUF005 (Triton compiles no starred tuples)
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ def both(s, r, w):
 def taken(s, w, SLOPE: tl.constexpr):
     """Mode "upstream": a sum that grew by w, times 1 - e^w; as `seen`."""
     high, small = tl.maximum(w, 0.0), tl.abs(w)
-    # 1 - e^-|w|: the GPU's exponential leaves nothing of a small w
-    fall = tl.where(small < 0.25, small * (1 - small * (1 / 2 - small * (1 / 6 - small * (1 / 24 - small * (1 / 120 - small / 720))))), 1 - exp(-small))
+    # 1 - e^-|w|, of a small w by its series: the difference would leave little of it
+    series = small * (1 - small * (1 / 2 - small * (1 / 6 - small * (1 / 24 - small * (1 / 120 - small / 720)))))
+    fall = tl.where(small < 0.25, series, 1 - exp(-small))
     factor = tl.where(w > 0, -fall, fall)
     slope_a, slope_b = s[4], s[5]
     if SLOPE:
@@ -89,6 +90,7 @@ def further(t, w):
 @triton.jit
 def load_sum(at, field, here, SLOPE: tl.constexpr):
     """at: pointers to the keys; field: from one of a sum's numbers to the next."""
+    field = tl.cast(field, tl.int64)
     key = tl.load(at, mask=here, other=LOWEST)
     age, a = tl.load(at + field, mask=here, other=0.0), tl.load(at + 2 * field, mask=here, other=0.0)
     b = tl.load(at + 3 * field, mask=here, other=0.0)
@@ -100,6 +102,7 @@ def load_sum(at, field, here, SLOPE: tl.constexpr):
 
 @triton.jit
 def store_sum(at, field, here, s, SLOPE: tl.constexpr):
+    field = tl.cast(field, tl.int64)
     for i in tl.static_range(6 if SLOPE else 4):
         tl.store(at + i * field, s[i], mask=here)
 

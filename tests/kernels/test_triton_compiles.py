@@ -14,6 +14,7 @@ from tests.kernels import triton_resources
 KERNELS = {
     "selective_scan": {"local", "carry", "apply", "local_adjoint", "adjoint"},
     "selective_scan_nd": {"local", "carry", "apply", "local_adjoint", "adjoint"},
+    "bi_wkv": {"local", "carry", "outputs", "tokens_adjoint"},
     "causal_conv1d": {"_forward", "_backward"},
     "depthwise_conv": {"_conv", "_weights"},
 }

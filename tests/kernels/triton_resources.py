@@ -90,6 +90,16 @@ def _depthwise(side, dims, dtype, options, channels=96):
     kernel.backward(torch.empty_like(x), *given)
 
 
+def _bi_wkv(mode, dtype, options, length=4096, channels=96):
+    """Over several chunks; with options a walk with segments."""
+    from medssm.kernels.bi_wkv import triton as kernel
+
+    k, w = torch.empty(1, length, channels, dtype=dtype), torch.empty(channels)
+    given = [w, w, k, k, mode, *((torch.arange(length), torch.tensor([0, 64]), True) if options else (None, None, False))]
+    kernel.forward(*given)
+    kernel.backward(k, *given)
+
+
 BF16, FLOAT = torch.bfloat16, torch.float32
 CALLS = {
     "selective_scan": [lambda: _scan(8, BF16, True, 6)]
@@ -97,6 +107,8 @@ CALLS = {
         (1, 2, 4, 8, 16, 24), (BF16, FLOAT), ((False, None), (True, None), (True, 6)))]
     + [lambda: _scan(16, BF16, True, channels=128), lambda: _scan(16, torch.float16, True, channels=67)],
     "selective_scan_nd": [lambda: _scan_nd(1, BF16), lambda: _scan_nd(16, BF16), lambda: _scan_nd(8, FLOAT)],
+    "bi_wkv": [lambda: _bi_wkv("upstream", BF16, True)] + [
+        lambda m=m, d=d, o=o: _bi_wkv(m, d, o) for m, d, o in itertools.product(("exact", "upstream"), (BF16, FLOAT), (False, True))],
     "causal_conv1d": [lambda: _causal(4, BF16, True)] + [lambda w=w, d=d, o=o: _causal(w, d, o) for w, d, o in itertools.product(
         (1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
     "depthwise_conv": [lambda: _depthwise(3, 3, BF16, True)] + [lambda s=s, n=n, d=d, o=o: _depthwise(s, n, d, o) for s, n, d, o in itertools.product(

@@ -110,7 +110,7 @@ def test_gradients_of_upstream_are_those_of_its_function():
 
 
 def published(w, u, k, v, chunks=32, eps=1e-6):
-    """The published kernels as they go, chunk by chunk: sums with their running maximum; what is ahead is the whole, less one token after the other."""
+    """The published kernels as they go, chunk by chunk: sums with their running maximum; what is ahead is the whole, less a token a step."""
     batch, length, channels = k.shape
     size = -(-length // chunks)
     zero = torch.zeros(batch, channels, dtype=k.dtype)
