@@ -303,14 +303,17 @@ template <class T> void of_steps(const Arguments& a, const Steps<T>& steps, cons
 template <class T> void backward(const Arguments& a) {
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse), back(p.length, p.index, p.starts, p.start_count, !p.reverse);
+  expect_writes(p, a.dx, a.dB, a.dC, a.dz);
   const Steps<T> steps(p, walk);
   const Shared<T> shared(p);
   const int64_t token = p.heads * p.size;
   const Scratch<T> gated(p.z.data ? p.batch * p.length * token : 0);
   HeadTokens dy = a.dout;
   if (p.z.data) {
-    gate<T>(a, {gated.data(), kStorage<T>, p.length * token, token, p.size});
-    dy = {gated.data(), kStorage<T>, p.length * token, token, p.size};
+    const HeadOutput to{gated.data(), kStorage<T>, p.length * token, token, p.size};
+    expect_writes(p, to);
+    gate<T>(a, to);
+    dy = {to.data, to.type, to.batch, to.token, to.head};
   }
   scan<T>(p.across(), walk, p.length, p.threads, transposed(p.initial), {}, {kExact, p.length}, 0, [&] { return OfC<T>(a, dy, steps, shared); });
   scan<T>(p.across(), back, p.length, p.threads, transposed(a.dstate), {}, {kExact, 0}, OfB<T>::kCarry,

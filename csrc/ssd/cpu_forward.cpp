@@ -44,6 +44,7 @@ template <class T> class Forward : public Reader<T, false, false, true> {
 template <class T> void forward(const Arguments& a) {
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse);
+  expect_writes(p, a.out, a.y);
   const Steps<T> steps(p, walk);
   scan<T>(p.along(), walk, p.length, p.threads, p.initial, a.final, {}, 0, [&] { return Forward<T>(a, steps); });
 }

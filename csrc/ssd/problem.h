@@ -24,6 +24,12 @@ struct Problem {
 // The same memory with rows and lanes exchanged.
 MEDSSM_INLINE StateTensor transposed(const StateTensor& s) { return {s.data, s.type, s.batch, s.head, s.lane, s.row}; }
 
+// Asks for large pages in outputs (b, l, …), contiguous and fresh; null ones are left alone.
+template <class... Outputs> void expect_writes(const Problem& p, const Outputs&... outputs) {
+  const auto bytes = [&](const HeadOutput& to) { return p.batch * to.batch * (to.type == kFloat64 ? 8 : to.type == kFloat32 ? 4 : 2); };
+  ((outputs.data ? prefer_huge_pages(outputs.data, bytes(outputs)) : void()), ...);
+}
+
 // Threads for `items` independent pieces of work on so many numbers each.
 MEDSSM_INLINE int64_t threads_for(const Problem& p, int64_t items, int64_t numbers) {
   return least(least(p.threads, items), ceil_div(items * numbers, int64_t{1} << 15));
