@@ -10,7 +10,7 @@ import sys
 import torch
 
 from medssm.allocator import keep_freed_memory
-from medssm.bench import measure
+from medssm.bench import measure, memory
 from medssm.bench.row import COMPILED
 from medssm.bench.rows import QUICK, ROWS
 
@@ -47,7 +47,7 @@ def _measure(name: str, seconds: float, quick: bool) -> dict:
     if row.memory:
         del sides
         measured = [side for side in result["times"][str(counts[-1])] if side not in ("ceiling", COMPILED)]
-        result["memory"] = {side: measure.memory(name, side, counts[-1], quick) for side in measured}
+        result["memory"] = {side: memory.peak(name, side, counts[-1], quick) for side in measured}
     return result
 
 

@@ -1,11 +1,8 @@
-"""Timing and memory: the sides of a comparison take turns in one process; each side's memory is measured in a process of its own."""
+"""Timing and memory: the sides of a comparison take turns in one process."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,13 +45,6 @@ def call_overhead(side: Side, calls: int = 300, repeats: int = 40) -> float:
     return min(_time(lambda: [side() for _ in range(calls)]) for _ in range(repeats)) / calls
 
 
-def memory(row: str, side: str, threads: int, quick: bool) -> int | None:
-    """Bytes that one call of a row's side takes above what was there before it, at its peak; None where the system does not tell."""
-    command = [sys.executable, "-c", "from medssm.bench import measure; measure.main()", row, side, str(threads), str(int(quick))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
-
-
 def peak_above(side: Side) -> int | None:
     """Peak resident memory of one call above the level before it (Linux: VmHWM, reset through clear_refs)."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -68,15 +58,3 @@ def peak_above(side: Side) -> int | None:
     before = read("VmRSS")
     side()
     return max(0, read("VmHWM") - before)
-
-
-def main() -> None:
-    """The other process: print the bytes of the side that the command line names."""
-    from medssm.bench.rows import QUICK, ROWS
-
-    row, side, threads, quick = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    for each in QUICK.values():  # code and threads that a first call brings in are no memory of the op
-        for call in each.sides().values():
-            call()
-    print(json.dumps(peak_above((QUICK if quick == "1" else ROWS)[row].sides()[side])))
