@@ -4,9 +4,14 @@
 //   dS_t = X_t + q_t do'_t^T;  du_t = dS_t^T k_t;  dv_t = beta_t du_t;  X_{t-1} = e_t (dS_t - k_t dv_t^T)
 //   dq_t = scale S_t do_t;  dk_t = dS_t u_t - S'_t dv_t;  dbeta_t = du_t . (v_t - recalled_t)
 //
-// Three passes: X with the columns of S in the lanes gives du; S and X with the rows in the lanes give dq and dk. The gradient of g_t is the sum over the
-// tokens from t on of q . S' do' - v . X^T dv-like terms, each as small as the decay makes it, and it begins anew from <S, X> every kChunk steps: its
-// rounding does not grow with the length.
+// Three passes: X with the columns of S in the lanes gives du; S and X with the rows in the lanes give dq and dk.
+//
+// The gradient of g_t is <S'_t, dS'_t>, with dS' = dS - k dv^T; one token's differs from the next one's by
+//
+//   q_t . S'_t do'_t - beta_t (q_t . k_t) (recalled_t . do'_t) - beta_t v_t . X_t^T k_t
+//
+// in which what a token does to itself has cancelled, so that strong decay makes the terms as small as the gradient. Their running sum begins anew from
+// <S, X> every kChunk steps: its rounding does not grow with the length.
 #include "medssm/abi.h"
 #include "medssm/parallel.h"
 #include "passes.h"

@@ -37,7 +37,8 @@ class Ahead {
     lines_[count_++] = line;
     lines_[count_] = line;
   }
-  MEDSSM_INLINE void ask(int64_t i) const {  // i even
+  // The i-th line, i even, and the next.
+  MEDSSM_INLINE void ask(int64_t i) const {
     if (i >= count_) return;
     __builtin_prefetch(lines_[i]);
     __builtin_prefetch(lines_[i + 1]);
