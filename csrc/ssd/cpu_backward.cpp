@@ -8,8 +8,9 @@
 //   dg_t = dg_{t+1} + C_t S_t dy_t - s_t B_t dS_t x_t,
 //
 // a sum from the walk's end, where it is that of the final state times its gradient. Both products share the term of step t's own token, which
-// cancels: they are taken without it (kStrict). Rounding would still add up over a long walk: so the sum begins anew every kExact steps, from
-// the sums of S times dS themselves, the state S of those steps being kept from the pass along the walk.
+// cancels: they are taken without it (kStrict). Rounding would still add up, and with one sign, over a long walk: so the sum begins anew every
+// kExact steps, from the sum of S times dS itself, the state S of those steps being kept from the pass along the walk; and what a run of steps has
+// strayed from the sum where it ends is taken back from its steps in proportion.
 #include "problem.h"
 
 #include "medssm/shuffle.h"
@@ -27,22 +28,24 @@ struct Arguments {
   StateTensor dinitial;       // may be null
 };
 
-constexpr int64_t kExact = 1024;
+constexpr int64_t kExact = 256;
+// A decay below this leaves less of a state than rounding does: the gradient of its logarithm is 0, and A, which may be large, multiplies no rounding.
+template <class T> constexpr T kNothing = sizeof(T) == 4 ? T(0x1p-30) : T(0x1p-60);
 
 // What the passes leave each other, per batch element and head, and per block of states.
 template <class T> struct Shared {
   static constexpr int W = kLanes<T>;
   const int64_t length, heads, blocks, exact, state;  // blocks of states, kept S per head, elements of a block's S
-  const Scratch<T> states;                            // S before every kExact-th step from the end: [exact][block][row: channel][lane: state]
+  const Scratch<T> states;                            // S at every kExact-th step from the end and at the start: [exact][block][row: channel][lane: state]
   const Scratch<T> sums;                              // C_t S_t dy_t, then ds, of a block's states: [block][step]
   const Scratch<double> rates;                        // dA
 
   explicit Shared(const Problem& p)
-      : length(p.length), heads(p.heads), blocks(ceil_div(p.states, W)), exact(ceil_div(p.length, kExact)), state(padded_rows(p.size) * W),
+      : length(p.length), heads(p.heads), blocks(ceil_div(p.states, W)), exact(ceil_div(p.length, kExact) + 1), state(padded_rows(p.size) * W),
         states(p.batch * heads * exact * blocks * state), sums(p.batch * heads * blocks * length), rates(p.batch * heads * blocks) {}
 
   T* state_at(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
-    return states.data() + (((seat.batch * heads + seat.head) * exact + steps_to_end / kExact) * blocks + block) * state;
+    return states.data() + (((seat.batch * heads + seat.head) * exact + ceil_div(steps_to_end, kExact)) * blocks + block) * state;
   }
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
   double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * heads + head) * blocks + block]; }
@@ -85,7 +88,7 @@ template <class T> class OfC : public Reader<T, false, true, true> {
 
   void begin(const Seat<T>& seat, const Tile& tile) const {
     const int64_t to_end = a_.problem.length - tile.from;
-    if (tile.from > 0 && to_end % kExact == 0) keep(seat, to_end);
+    if (tile.from == 0 || to_end % kExact == 0) keep(seat, to_end);
   }
   void leave(const Seat<T>& seat) const { keep(seat, 0); }
 
@@ -121,34 +124,32 @@ template <class T> class OfC : public Reader<T, false, true, true> {
 // dB, ds and dA, against the walk; the state's gradient is transposed: rows are channels, lanes states.
 template <class T> class OfB : public Reader<T, true, true, false> {
  public:
-  OfB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const Walk& back)
+  OfB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared)
       : OfB::Reader(a.problem, steps, a.problem.size, {a.problem.x, 1}, {dy, 1}, {a.problem.C, a.problem.heads / a.problem.groups}), a_(a),
-        shared_(shared), back_(back), sum_(shared.blocks), memory_(kTileSteps * (W + 3)) {}
+        shared_(shared), sum_(shared.blocks), memory_(kTileSteps * (W + 3)) {}
 
-  // What a pass carries for a block.
-  struct Carried { double dg, dA; };
-  static constexpr int64_t kCarry = sizeof(Carried) / sizeof(T);
+  // What a pass carries for a block: dg of the step after, dA, and where the run of steps began.
+  struct Carried {
+    double dg, dA;
+    int64_t begin;
+  };
+  static constexpr int64_t kCarry = 64 / sizeof(T);  // a line, so that states stay aligned
 
-  void begin(const Seat<T>& seat, const Tile& tile) {
-    const int64_t end = tile.from + tile.count, length = a_.problem.length;
-    // Before the first step of a segment there is nothing that could decay; before the first of all, the initial state.
-    from_nothing_ = end == length ? !a_.problem.initial.data : back_.tile(end, length).fresh;
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
-      Carried c = carried(seat, block);
-      if (tile.fresh) {
-        c.dg = 0;
-      } else if (tile.from % kExact == 0) {
-        const T *S = shared_.state_at(seat, block, tile.from), *dS = seat.state(block);
-        Vec<T> sum{};
-        for (int64_t r = 0; r < seat.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
-        c.dg = static_cast<double>(sum_lanes(sum));
+  void begin(const Seat<T>& seat, const Tile& tile) const {
+    if (tile.fresh || tile.from % kExact == 0)
+      for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
+        Carried c = carried(seat, block);
+        end_run(seat, block, tile.from, tile.fresh ? 0 : flow(seat, block, tile.from), &c);
+        carry(seat, block, c);
       }
-      carry(seat, block, c);
-    }
   }
   void leave(const Seat<T>& seat) const {
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
-      shared_.rate_of(seat.batch, seat.head, block) = carried(seat, block).dA;
+    const int64_t length = a_.problem.length;
+    for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
+      Carried c = carried(seat, block);
+      end_run(seat, block, length, flow(seat, block, length), &c);
+      shared_.rate_of(seat.batch, seat.head, block) = c.dA;
+    }
   }
 
   Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
@@ -171,9 +172,9 @@ template <class T> class OfB : public Reader<T, true, true, false> {
     for (int64_t t = 0; t < tile.count; ++t) {
       const double step = static_cast<double>(*s[t]);
       c.dg += static_cast<double>(at[-t]) - step * static_cast<double>(strict[t]);
-      if (from_nothing_ && t + 1 == tile.count) c.dg = 0;
       c.dA += step * c.dg;
       at[-t] = static_cast<T>(static_cast<double>(all[t]) + A * c.dg);
+      if (*in.decay[t] < kNothing<T>) end_run(seat, block, tile.from + t + 1, 0, &c);
     }
     carry(seat, block, c);
   }
@@ -182,6 +183,32 @@ template <class T> class OfB : public Reader<T, true, true, false> {
   static constexpr int W = kLanes<T>;
 
   T* own() const { return memory_.data() + kTileSteps * W; }
+
+  // The sum of S times dS, so many steps before the walk's end.
+  double flow(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
+    const T *S = shared_.state_at(seat, block, steps_to_end), *dS = seat.state(block);
+    Vec<T> sum{};
+    for (int64_t r = 0; r < seat.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
+    return static_cast<double>(sum_lanes(sum));
+  }
+
+  // Ends a run before step `end` of the walk backward, at the dg that is right there, with which the next run begins.
+  void end_run(const Seat<T>& seat, int64_t block, int64_t end, double right, Carried* c) const {
+    const int64_t steps = end - c->begin, last = a_.problem.length - 1;
+    if (steps > 0) {
+      const double per_step = (right - c->dg) / static_cast<double>(steps), A = static_cast<double>(static_cast<const T*>(a_.problem.A)[seat.head]);
+      T* const ds = shared_.sums_of(seat.batch, seat.head, block) + last - c->begin;
+      const T* const s = this->steps_.step(seat.batch, seat.head, last - c->begin);
+      for (int64_t t = 0; t < steps; ++t) {
+        const double correction = per_step * static_cast<double>(t + 1);
+        c->dA += static_cast<double>(s[-t]) * correction;
+        ds[-t] = static_cast<T>(static_cast<double>(ds[-t]) + A * correction);
+      }
+    }
+    c->dg = right;
+    c->begin = end;
+  }
+
   static Carried carried(const Seat<T>& seat, int64_t block) {
     Carried c;
     std::memcpy(&c, seat.carry + (block - seat.first_block) * kCarry, sizeof(c));
@@ -193,10 +220,8 @@ template <class T> class OfB : public Reader<T, true, true, false> {
 
   const Arguments& a_;
   const Shared<T>& shared_;
-  const Walk& back_;
   const GroupSum<T> sum_;
   const Scratch<T> memory_;  // B of a block, own products, two sums
-  bool from_nothing_;
 };
 
 // dx, dD and the initial state's gradient, against the walk.
@@ -317,7 +342,7 @@ template <class T> void backward(const Arguments& a) {
   }
   scan<T>(p.across(), walk, p.length, p.threads, transposed(p.initial), {}, {kExact, p.length}, 0, [&] { return OfC<T>(a, dy, steps, shared); });
   scan<T>(p.across(), back, p.length, p.threads, transposed(a.dstate), {}, {kExact, 0}, OfB<T>::kCarry,
-          [&] { return OfB<T>(a, dy, steps, shared, back); });
+          [&] { return OfB<T>(a, dy, steps, shared); });
   scan<T>(p.along(), back, p.length, p.threads, a.dstate, a.dinitial, {}, OfX<T>::kCarry, [&] { return OfX<T>(a, dy, steps); });
   of_steps(a, steps, shared, walk);
 }

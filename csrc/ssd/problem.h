@@ -129,6 +129,7 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
 
   const Problem& p_;
   const int64_t sharing_;  // heads of a group
+  const Steps<T>& steps_;
 
  private:
   static View<T> in_time(const T* first) { return {first, kBack ? -1 : 1}; }
@@ -136,7 +137,6 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
     return rows_of<T>(x.tokens, seat.batch, seat.head / x.sharing, from, count, padded, tile, buffer);
   }
 
-  const Steps<T>& steps_;
   const int64_t rows_;
   const Source q_, k_, v_;
   const Scratch<T> memory_;
