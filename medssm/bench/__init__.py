@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from medssm import machine, ops
-from medssm.bench import apart, measure, networks, report
+from medssm.bench import apart, measure, mixers, networks, page, report
 from medssm.bench.goals import judge
 from medssm.bench.peers import PEERS, installed
 from medssm.bench.row import OURS
@@ -22,6 +22,7 @@ from medssm.errors import UserError
 from medssm.kernels import native
 from medssm.kernels.selective_scan.plan import chunks
 from medssm.models import list_models
+from medssm.nn.mixers import MIXERS
 
 _SECONDS = 4.0  # for the rounds of one row and number of threads
 _LENGTHS = tuple(2**i for i in range(10, 22))
@@ -30,7 +31,10 @@ _LENGTHS = tuple(2**i for i in range(10, 22))
 def add_arguments(parser) -> None:
     parser.add_argument("--rows", default="*", help=f"shell pattern of rows (default all: {', '.join(ROWS)}); 'lengths' is the plot")
     parser.add_argument("--networks", nargs="?", const="*", metavar="PATTERN", help="whole networks instead of ops: shell pattern (default all)")
-    parser.add_argument("--out", help="folder for results.json, results.md and lengths.png, or networks.json (default: print alone)")
+    parser.add_argument("--mixers", nargs="?", const="*", metavar="PATTERN", help="medssm_unet's mixers on a volume instead (default all: "
+                        f"{', '.join(MIXERS)})")
+    parser.add_argument("--docs", metavar="PAGE", help="of --mixers: put the table into this page too (docs/mixers.md)")
+    parser.add_argument("--out", help="folder for results.json, results.md and lengths.png, or networks.json, or mixers.json (default: print alone)")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="for the rounds of each row (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds: to see it work")
 
@@ -41,6 +45,8 @@ def run(args) -> dict:
         raise UserError(f"the benchmark needs the compiled kernels: {native.reason()}")
     if args.networks:
         return _networks(args)
+    if args.mixers:
+        return _mixers(args)
     table = QUICK if args.quick else ROWS
     chosen = [name for name in table if fnmatch.fnmatch(name, args.rows)]
     lengths = not args.quick and fnmatch.fnmatch("lengths", args.rows)
@@ -89,6 +95,28 @@ def _networks(args) -> dict:
             report.write_networks(results, Path(args.out))
         if not (args.json or args.quiet):
             print(report.network_line(name, figures), flush=True)
+    return results
+
+
+def _mixers(args) -> dict:
+    names = [name for name in MIXERS if fnmatch.fnmatch(name, args.mixers)]
+    if not names:
+        raise UserError(f"--mixers: expected a pattern of {', '.join(MIXERS)}, got {args.mixers!r}")
+    if args.docs and not args.out:
+        raise UserError("--docs: goes with --out, the folder that the figures are kept in")
+    results = _about() | {"mixers": {}}
+    before = Path(args.out) / "mixers.json" if args.out else None
+    if before is not None and before.is_file():  # what was measured earlier on this machine stays, each mixer with its own commit and date
+        kept = json.loads(before.read_text())
+        results["mixers"] = kept["mixers"] if _alike(kept, results) else {}
+    for name in names:
+        figures = mixers.mixer(name, args.quick) | {key: results[key] for key in ("commit", "date")}
+        found = results["mixers"] | {name: figures}
+        results["mixers"] = {each: found[each] for each in MIXERS if each in found}
+        if args.out:
+            page.write(results, Path(args.out), Path(args.docs) if args.docs else None)
+        if not (args.json or args.quiet):
+            print(page.line(name, figures), flush=True)
     return results
 
 

@@ -12,7 +12,7 @@ from medssm.bench.row import OURS
 def write(results: dict, out: Path) -> list[Path]:
     """results.json, results.md and, where it was measured, lengths.png in `out`, each whole or not there."""
     out.mkdir(parents=True, exist_ok=True)
-    files = [_replace(out / "results.json", json.dumps(results, indent=1)), _replace(out / "results.md", markdown(results))]
+    files = [replace(out / "results.json", json.dumps(results, indent=1)), replace(out / "results.md", markdown(results))]
     if results.get("lengths"):
         files.append(_plot_lengths(results, out / "lengths.png"))
     return files
@@ -21,7 +21,7 @@ def write(results: dict, out: Path) -> list[Path]:
 def write_networks(results: dict, out: Path) -> list[Path]:
     """networks.json and networks.md in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    return [_replace(out / "networks.json", json.dumps(results, indent=1)), _replace(out / "networks.md", networks_markdown(results))]
+    return [replace(out / "networks.json", json.dumps(results, indent=1)), replace(out / "networks.md", networks_markdown(results))]
 
 
 def networks_markdown(results: dict) -> str:
@@ -60,7 +60,8 @@ def _against(seconds: float, ours: float) -> str:
     return _seconds(seconds) + (f" ({seconds / ours:.2g} x)" if seconds != ours else "")
 
 
-def _replace(path: Path, text: str) -> Path:
+def replace(path: Path, text: str) -> Path:
+    """Write a file whole: who reads it meanwhile finds the old one."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text)
     os.replace(fresh, path)

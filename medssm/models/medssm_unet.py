@@ -1,16 +1,18 @@
-"""medssm_unet: our own U-Net. Convolutions where maps are large and channels few, SS-ND scans where a voxel is worth a token."""
+"""medssm_unet: our own U-Net. Convolutions where maps are large and channels few, a linear-time mixer where a voxel is worth a token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
-from medssm.nn import SSND, Decoder, Encoder, UNet
+from medssm.nn import Decoder, Encoder, UNet
 from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up, check_dims
+from medssm.nn.mixers import MIXERS, make_mixer
 
 # Channels and blocks per stage, from full resolution down (0 blocks at full resolution: the skip is the image itself), the first stage
-# whose blocks scan, and the scans' inner channels over their outer.
+# whose blocks mix, and the inner channels over the outer of mixers that have them.
 _SIZES = {
     "tiny": {"features": (7, 16, 48, 96, 160), "depths": (0, 1, 1, 2, 1), "decoder_depths": (1, 1, 1, 0), "scans_from": 2, "expand": 1},
     "small": {"features": (16, 32, 64, 128, 256), "depths": (1, 1, 2, 2, 2), "decoder_depths": (1, 1, 1, 1), "scans_from": 2, "expand": 1},
@@ -31,19 +33,21 @@ def medssm_unet(
     strides=None,
     scans_from: int | None = None,
     expand: float | None = None,
-    d_state: int = 8,
+    d_state: int | None = None,
     deep_supervision: bool = False,
     input_size: str = "any",
 ) -> UNet:
-    """A U-Net whose coarser stages are SS-ND mixers: global context in linear time, any input size, 2D and 3D.
+    """A U-Net with mixers in its coarser stages: global context in linear time, any input size, 2D and 3D.
 
     Args:
         size: "tiny" (0.9 M parameters in 3D), "small", "base": presets of what follows.
-        mixer: of the scanning blocks; "ss_nd".
+        mixer: of the coarser stages: "ss_nd" (selective scans along all axes, both ways), "linear_attention" (MLLA's), "gla" (gated linear
+            attention), "delta" (gated DeltaNet), "mamba2" or "rwkv" (the spatial mix); docs/mixers.md says which to take when.
         features, depths: channels and blocks per stage, from full resolution down; decoder_depths: one entry fewer, from coarse to fine.
         strides: per stage, an int or one per axis (anisotropic spacing); default 1, then 2.
-        scans_from: the first stage whose blocks scan, in the encoder; the stages above are convolutional, as is the decoder.
-        expand, d_state: of the scans. deep_supervision: a list of logits, the highest resolution first.
+        scans_from: the first stage whose blocks have mixers, in the encoder; the stages above are convolutional, as is the decoder.
+        expand, d_state: inner channels over outer, and the state, of mixers that have them (medssm.nn.mixers).
+        deep_supervision: a list of logits, the highest resolution first.
         input_size: "any" pads and crops inside, "strict" raises where strides do not divide the input.
 
     Returns logits (b, out_channels, *spatial). At inference no statistics cross space: the two finest stages have batch norms, the others
@@ -52,8 +56,8 @@ def medssm_unet(
     check_dims(spatial_dims)
     if size not in _SIZES:
         raise ValueError(f"size: expected one of {', '.join(_SIZES)}, got {size!r}")
-    if mixer != "ss_nd":
-        raise ValueError(f"mixer: expected 'ss_nd', got {mixer!r}")
+    if mixer not in MIXERS:
+        raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {mixer!r}")
     preset = _SIZES[size]
     features = list(features or preset["features"])
     n = len(features)
@@ -61,11 +65,13 @@ def medssm_unet(
     decoder_depths = _list("decoder_depths", decoder_depths or preset["decoder_depths"], n - 1)
     strides = [(s,) * spatial_dims if isinstance(s, int) else tuple(s) for s in _list("strides", strides or [1] + [2] * (n - 1), n)]
     scans_from = preset["scans_from"] if scans_from is None else scans_from
-    expand = preset["expand"] if expand is None else expand
+    if expand is None and "expand" in MIXERS[mixer].options:
+        expand = preset["expand"]
 
     def stage(s: int, count: int, scans: bool) -> list[nn.Module]:
         if scans:
-            return [MixerBlock(features[s], spatial_dims, SSND(features[s], d_state, expand=expand, spatial_dims=spatial_dims)) for _ in range(count)]
+            make = partial(make_mixer, mixer, features[s], spatial_dims, expand=expand, d_state=d_state)
+            return [MixerBlock(features[s], spatial_dims, make()) for _ in range(count)]
         if s <= 1:
             return [DenseBlock(features[s], features[s], spatial_dims) for _ in range(count)]
         return [ConvBlock(features[s], spatial_dims) for _ in range(count)]

@@ -56,12 +56,13 @@ class GatedLinearAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         low, y = self.decay_in(x), None
+        wide = torch.promote_types(v.dtype, torch.float32)  # of the sum over orders and of its norm
         for order, weight, bias in zip(self.orders, self.decay_weight, self.decay_bias, strict=True):
-            g = nn.functional.logsigmoid(nn.functional.linear(low, weight, bias).float()) / self.slowness
+            g = nn.functional.logsigmoid(nn.functional.linear(low, weight, bias).to(wide)) / self.slowness
             g = g.unflatten(-1, (self.heads, -1)) if self.decay_by == "key" else g
             scanned = ops.gated_linear_attention(q, k, v, g, order=order)
-            y = scanned if y is None else y + scanned
-        y = self.o_norm(y).flatten(-2)
+            y = scanned.to(wide) if y is None else y + scanned
+        y = self.o_norm(y).to(v.dtype).flatten(-2)
         if self.g_proj is not None:
             y = y * nn.functional.silu(self.g_proj(x))
         return self.o_proj(y)

@@ -1,12 +1,14 @@
 """The benchmark: peers compute what we compute, goals are read off a run, a quick run writes its files. No times are asserted."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from medssm import cli, nn, ops
-from medssm.bench import goals, peers, scans
+from medssm.bench import goals, page, peers, scans
+from medssm.nn.mixers import MIXERS
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
@@ -63,6 +65,35 @@ def test_a_network_on_every_way(tmp_path, capsys):
     assert set(figures["small"]["training"]) == {"native", "time-chunked scan in PyTorch", "reference backend"}
     assert figures["multiply_adds"] > 1e6 and figures["parameters"] == 49_484 and figures["memory"] > 0
     assert "ultralight_vmunet: native" in capsys.readouterr().out and "| ultralight_vmunet |" in (tmp_path / "networks.md").read_text()
+
+
+def test_a_mixer_measured_into_the_docs(tmp_path, capsys):
+    before = f"text\n{page.BEGIN}\nold\n{page.END}\nmore\n"
+    (tmp_path / "mixers.md").write_text(before)
+    command = ["bench", "--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "mixers.md"), "--mixers"]
+    assert cli.main([*command, "linear*"]) == 0 and cli.main([*command, "ss_nd"]) == 0
+    found = json.loads((tmp_path / "out" / "mixers.json").read_text())
+    assert list(found["mixers"]) == ["ss_nd", "linear_attention"]  # the first stays, in the order of the table
+    figures = found["mixers"]["linear_attention"]
+    assert figures["inference"]["median"] > 0 and figures["training"]["median"] > 0 and figures["parameters"] > 1000
+    after = (tmp_path / "mixers.md").read_text()
+    assert after == page.filled(before, found) and "| `linear_attention` |" in after and after.startswith("text\n") and after.endswith("\nmore\n")
+    assert "old" not in after and "linear_attention: inference" in capsys.readouterr().out
+
+
+def test_the_docs_have_the_measured_table():
+    root = Path(__file__).parents[2]
+    text, results = (root / "docs" / "mixers.md").read_text(), root / "bench" / "results" / "mixers.json"
+    if results.is_file():
+        assert page.filled(text, json.loads(results.read_text())) == text
+    assert all(f"| `{name}`" in text for name in MIXERS)
+
+
+def test_mixers_that_are_not_there_are_one_line(capsys):
+    assert cli.main(["bench", "--mixers", "conv*"]) == 2
+    assert "--mixers: expected a pattern of ss_nd, linear_attention" in capsys.readouterr().err
+    assert cli.main(["bench", "--mixers", "--docs", "x.md"]) == 2
+    assert "--docs: goes with --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mixer", [nn.Mamba(8), nn.TriMamba(8, slices=3), nn.SSND(8, spatial_dims=3)])

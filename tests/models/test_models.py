@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import medssm
+from medssm.nn.mixers import MIXERS
 from medssm.nn.vss import DropPath, PatchMerging
 
 # Segmentation networks with a head per level, those with one head, and classifiers; each as small as it goes.
@@ -256,6 +257,35 @@ def test_every_size_of_medssm_unet_trains(size, dims):
     assert out.shape == (2, 3, *(32,) * dims)
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "ss_nd"])
+def test_every_mixer_in_medssm_unet(mixer, dims):
+    options = {"features": (4, 6, 16), "depths": (0, 1, 1), "decoder_depths": (1, 0), "mixer": mixer}
+    model = build("medssm_unet", dims, **options)
+    size = (9, 14, 11)[:dims]
+    out = model(torch.randn(2, 2, *size))
+    assert out.shape == (2, 3, *size)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    x, losses = torch.randn(2, 2, *(16, 8, 8)[:dims]), []
+    for _ in range(12):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        losses.append(torch.nn.functional.cross_entropy(y.float(), (x[:, 0] > 0).long()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
+
+
+def test_options_that_a_mixer_has_not_are_named():
+    with pytest.raises(ValueError, match=r"mixer: expected one of ss_nd, linear_attention, gla, .*, got 'mamba'"):
+        build("medssm_unet", 2, mixer="mamba")
+    with pytest.raises(ValueError, match="expand: expected None, which mixer='linear_attention' has not, got 2"):
+        build("medssm_unet", 2, mixer="linear_attention", expand=2)
 
 
 @pytest.mark.parametrize("decoder_depths", [(0, 0), (1, 0), (0, 2), (2, 1)])

@@ -21,16 +21,12 @@ CARDS = {"umamba_bot_2d": "umamba_bot", "umamba_enc_2d_chantok": "umamba_enc", "
 # recorded in float32, is 0.043 standard deviations away from the same code in float64, with which ours agrees to 1e-10.
 LOOSE = {"lightm_3d": 0.1}
 # Vision-RWKV's layers were recorded with the published kernels' arithmetic, its network with the paper's formula.
-OPS = {"mlla_block": ("linear_attention",), "mlla_small_64": ("linear_attention",), "efficientvit_seg_b0_fwd": ("linear_attention",),
-       "vrwkv_spatialmix": ("bi_wkv",), "vrwkv_tiny_formula": ("bi_wkv",)}
 MORE = {"vrwkv_tiny_formula": {"wkv_mode": "exact"}}
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("name", CARDS)
 def test_card(name, backend):
-    if backend == "native" and any(medssm.backends()[op]["native"] != "ok" for op in OPS.get(name, ())):
-        pytest.skip("not compiled")
     card = parity_cards.load(name)
     state = parity_cards.state_dict(card)
     model = medssm.from_upstream(CARDS[name], state, **card["kwargs"], **MORE.get(name, {})).eval()

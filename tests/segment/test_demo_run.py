@@ -189,3 +189,18 @@ def test_several_networks_side_by_side(monkeypatch, tmp_path, capsys):
     assert "training steps" in shown and all(row["title"] in shown for row in metrics["rows"])  # a row each: columns of nine would not fit
     with pytest.raises(UserError, match="model: expected different names, got lightm_unet, lightm_unet"):
         structures(tmp_path / "out", **{**SHORT, "model": ["lightm_unet", "lightm_unet"]})
+
+
+def test_mixers_beside_the_default(monkeypatch, tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    install(monkeypatch, tmp_path / "source")
+    arguments = ["demo", "structures", "--data", "synthetic", "--fast", "--seconds", "0.5", "--out", str(tmp_path / "out"), "--mixer",
+                 "linear_attention", "rwkv"]
+    assert cli.main([*arguments, "--quiet", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert [row["key"] for row in metrics["rows"]] == ["ours", "linear_attention", "rwkv", "monai", "mirrored", "look_up"]
+    assert [row["title"] for row in metrics["rows"]][:3] == ["medssm_unet tiny", "medssm_unet tiny, linear_attention", "medssm_unet tiny, rwkv"]
+    assert all(row["steps"] > 0 for row in metrics["rows"][:4])
+    assert "--mixer linear_attention rwkv" in metrics["commands"][0] and '"mixer": "rwkv"' in metrics["commands"][7]
+    assert cli.main(["demo", "structures", "--out", str(tmp_path / "two"), "--data", "synthetic", "--mixer", "gla", "gla"]) == 2
+    assert "mixer: expected different names, got gla, gla" in capsys.readouterr().err

@@ -40,13 +40,14 @@ FAST = {"spacing": [3.0, 3.0, 3.0], "patch": [32, 32, 32]}
 
 
 def structures(out: Path | str, *, data: str = "icbm2009c", model: str | Sequence[str] = OURS, model_kwargs: Mapping | None = None,
-               seconds: float | None = None, trained: str = "right", seed: int = 0, device: str = "auto", fast: bool = False,
-               prepare: bool = False, overwrite: bool = False, quiet: bool = False) -> dict:
+               mixers: Sequence[str] = (), seconds: float | None = None, trained: str = "right", seed: int = 0, device: str = "auto",
+               fast: bool = False, prepare: bool = False, overwrite: bool = False, quiet: bool = False) -> dict:
     """Run the demo in the folder `out`, or go on with one that was stopped there.
 
     data      a key of `data.SOURCES`
     model     a name of `medssm.list_models()`, or one of MONAI's as monai.networks.nets.NAME, with its keywords; medssm_unet is "tiny",
               of MONAI's size, where they name none. Of several names the keywords are the first one's, the others take their defaults
+    mixers    further networks: medssm_unet with each of these (medssm.nn.mixers), else with the first one's keywords where it is a medssm_unet
     seconds   of training steps, for each of the networks (210; 20 where `fast`)
     trained   the side to train on; the other is tested
     fast      at 3 mm and for seconds: to see it work, not to see it good
@@ -57,15 +58,16 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str | Sequenc
     """
     out = Path(out)
     shared = RECIPE | (FAST if fast else {}) | {"max_seconds": float(seconds or (FAST_SECONDS if fast else SECONDS))}
-    nets = _networks([model] if isinstance(model, str) else list(model), dict(model_kwargs or {}))
+    nets = _networks([model] if isinstance(model, str) else list(model), dict(model_kwargs or {}), list(mixers))
     recipes = {key: shared | ({"lr": LEARNING_RATES[name]} if name in LEARNING_RATES else {}) for key, (name, _) in nets.items()}
     brain = load_brain(data, trained)
     named = model if isinstance(model, str) else list(model)
-    settings = {"data": data, "trained": trained, "seed": seed, "model": named, "model_kwargs": nets["ours"][1], **recipes["ours"]}
+    settings = {"data": data, "trained": trained, "seed": seed, "model": named, "model_kwargs": nets["ours"][1],
+                **({"mixers": list(mixers)} if mixers else {}), **recipes["ours"]}
     _keep_settings(out / "demo.json", settings, overwrite)
     _say(f"data: {brain.source.title}", quiet)
     write_dataset(brain, out / "data")
-    commands = _commands(brain, data, nets, recipes, seed, fast)
+    commands = _commands(brain, data, nets, mixers, recipes, seed, fast)
     if prepare:
         return {"out": str(out), "commands": commands}
 
@@ -86,13 +88,16 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str | Sequenc
     return metrics
 
 
-def _networks(names: Sequence[str], kwargs: dict) -> dict[str, tuple[str, dict]]:
-    """{key: (model, keywords)}: the first of `names` is "ours", the others go by their names, MONAI's U-Net is "monai"."""
+def _networks(names: Sequence[str], kwargs: dict, mixers: Sequence[str]) -> dict[str, tuple[str, dict]]:
+    """{key: (model, keywords)}: the first of `names` is "ours", the others and the mixers go by their names, MONAI's U-Net is "monai"."""
     if not names or len(set(names)) < len(names):
         raise UserError(f"model: expected different names, got {', '.join(names) or 'none'}")
     nets = {key: (name, dict(OURS_KWARGS) if name == OURS else {}) for key, name in zip(("ours", *names[1:]), names, strict=True)}
     nets["ours"][1].update(kwargs)
-    return {**nets, "monai": (UNET, UNET_KWARGS)}
+    if len(set(mixers)) < len(mixers):
+        raise UserError(f"mixer: expected different names, got {', '.join(mixers)}")
+    shared = nets["ours"][1] if names[0] == OURS else OURS_KWARGS
+    return {**nets, **{mixer: (OURS, {**shared, "mixer": mixer}) for mixer in mixers}, "monai": (UNET, UNET_KWARGS)}
 
 
 def _network_row(out: Path, brain: Brain, key: str, model: str, kwargs: Mapping, recipe: Mapping, *, seed: int, device: str,
@@ -150,12 +155,12 @@ def _draw(out: Path, brain: Brain, rows: list[dict]) -> dict[str, Path]:
     return pictures
 
 
-def _commands(brain: Brain, data: str, nets: Mapping, recipes: Mapping, seed: int, fast: bool) -> list[str]:
+def _commands(brain: Brain, data: str, nets: Mapping, mixers: Sequence[str], recipes: Mapping, seed: int, fast: bool) -> list[str]:
     """The demo as one command, then as those it is made of, run in its folder."""
     kwargs = nets["ours"][1]
-    models = [name for key, (name, _) in nets.items() if key != "monai"]
+    models = [name for key, (name, _) in nets.items() if key != "monai" and key not in mixers]
     options = ["--data", data, "--trained", brain.trained.side, "--model", *models, "--model-kwargs", json.dumps(kwargs),
-               "--seconds", f"{recipes['ours']['max_seconds']:g}", "--seed", str(seed)]
+               *(["--mixer", *mixers] if mixers else []), "--seconds", f"{recipes['ours']['max_seconds']:g}", "--seed", str(seed)]
     commands = [shlex.join(["medssm", "demo", "structures", *options, *["--fast"] * fast])]
     for key, (model, kwargs) in nets.items():
         flags = [word for name, value in recipes[key].items() for word in _flag(name, value)]
@@ -193,7 +198,8 @@ def _labels(out: Path, brain: Brain, key: str) -> np.ndarray:
 
 def _title(key: str, model: str, kwargs: Mapping) -> str:
     name = "MONAI U-Net" if key == "monai" else model.rpartition(".")[2]
-    return f"{name} {kwargs['size']}" if "size" in kwargs else name
+    name = f"{name} {kwargs['size']}" if "size" in kwargs else name
+    return f"{name}, {kwargs['mixer']}" if "mixer" in kwargs else name
 
 
 def _say(text: str, quiet: bool) -> None:

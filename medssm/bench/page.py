@@ -1,0 +1,53 @@
+"""The table of the mixers' measured cost, in a file of its own and in the docs' page between two marks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from medssm.bench.report import replace
+
+BEGIN, END = "<!-- begin: medssm bench --mixers -->", "<!-- end -->"
+_COLUMNS = ("mixer", "parameters", "inference", "memory", "forward and backward", "memory")
+
+
+def write(results: dict, out: Path, docs: Path | None) -> None:
+    """mixers.json and mixers.md in `out`; the table also into the page `docs`."""
+    out.mkdir(parents=True, exist_ok=True)
+    replace(out / "mixers.json", json.dumps(results, indent=1))
+    replace(out / "mixers.md", f"# Mixers on a volume\n\n{table(results)}\n")
+    if docs is not None:
+        replace(docs, filled(docs.read_text(), results))
+
+
+def filled(page: str, results: dict) -> str:
+    """The page with the table between its marks."""
+    before, rest = page.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END, 1)[1]}"
+
+
+def table(results: dict) -> str:
+    """A row for each mixer, and under it what was measured, where and when."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
+    for name, m in results["mixers"].items():
+        cells = [f"`{name}`", f"{m['parameters'] / 1e3:.1f} k", _milliseconds(m["inference"]), _mebibytes(m["memory"]), _milliseconds(m["training"]),
+                 _mebibytes(m["training_memory"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    where, commits = results["machine"], sorted({m["commit"] for m in results["mixers"].values()})
+    sizes = sorted({" x ".join(map(str, m["size"])) + f" voxels of {m['channels']} channels" for m in results["mixers"].values()})
+    return "\n".join([*lines, "", f"One volume of {', '.join(sizes)}, float32; medians; memory: the peak above the mixer's own and its input's. "
+                      f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {results['date']}, commit {', '.join(commits)}."])
+
+
+def line(name: str, m: dict) -> str:
+    """A mixer's figures in a line."""
+    return (f"{name}: inference {_milliseconds(m['inference'])}, {_mebibytes(m['memory'])}; forward and backward {_milliseconds(m['training'])}, "
+            f"{_mebibytes(m['training_memory'])}")
+
+
+def _milliseconds(taken: dict) -> str:
+    return f"{taken['median'] * 1e3:.0f} ms"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,52 @@
+"""The mixers by name, as networks and benchmarks choose them: each works on (b, *spatial, channels), in 2D and 3D, at any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from medssm.nn.deltanet import DeltaNet
+from medssm.nn.gla import GatedLinearAttention
+from medssm.nn.mamba2 import Mamba2
+from medssm.nn.mlla import MLLA
+from medssm.nn.rwkv import SpatialMix
+from medssm.nn.ssnd import SSND
+
+
+class Kind(NamedTuple):
+    """make(channels, spatial_dims, **options). options: those of a network that it takes, `expand` (its inner channels over its outer ones) and
+    `d_state`, with what it takes for itself where none is given."""
+
+    make: Callable[..., nn.Module]
+    options: dict[str, float]
+
+
+def heads(channels: int, width: int) -> int:
+    """As many heads as leave each at least `width` channels, an even number where the channels allow it."""
+    counts = [n for n in range(1, channels // width + 1) if channels % n == 0 and channels // n % 2 == 0]
+    return max(counts, default=1)
+
+
+MIXERS = {
+    "ss_nd": Kind(lambda c, dims, expand, d_state: SSND(c, int(d_state), expand=expand, spatial_dims=dims), {"expand": 2, "d_state": 8}),
+    "linear_attention": Kind(lambda c, dims: MLLA(c, heads(c, 16), dims), {}),
+    "gla": Kind(lambda c, dims, expand: GatedLinearAttention(c, heads(c, 32), expand_k=expand / 2, expand_v=expand, spatial_dims=dims),
+                {"expand": 1}),
+    "delta": Kind(lambda c, dims, expand: DeltaNet(c, heads(c, 32), expand_k=expand, expand_v=expand, spatial_dims=dims), {"expand": 1}),
+    "mamba2": Kind(lambda c, dims, expand, d_state: Mamba2(c, int(d_state), expand=expand, spatial_dims=dims), {"expand": 2, "d_state": 64}),
+    "rwkv": Kind(lambda c, dims: SpatialMix(c), {}),
+}
+
+
+def make_mixer(name: str, channels: int, spatial_dims: int, **options: float | None) -> nn.Module:
+    """The mixer of MIXERS with this name. Of the options expand and d_state, None is the mixer's own; ValueError for one that it has not."""
+    if name not in MIXERS:
+        raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {name!r}")
+    kind = MIXERS[name]
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        if option not in kind.options:
+            raise ValueError(f"{option}: expected None, which mixer={name!r} has not, got {value!r}")
+    return kind.make(channels, spatial_dims, **{**kind.options, **given})
