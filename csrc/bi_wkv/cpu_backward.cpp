@@ -4,10 +4,10 @@
 //
 //     dv_i = sum_t W_ti x_t,    dk_i = sum_t W_ti (x_t v_i - y_t)
 //
-// which are sums like the forward ones with the roles of tokens and outputs exchanged: of the key -log D_t and the values x_t and y_t. The forward pass is made
-// again; it gives them (D_t as e^top and a number beside it), and the gradients of w, from the sums' derivatives, and of u. The outputs that lie behind a token are summed
-// on the way, their sums before each tile kept; a sweep from the end goes through each tile both ways. Nothing that it keeps but x, y and top is longer
-// than the number of tiles.
+// which are sums like the forward ones with the roles of tokens and outputs exchanged: of the key -log D_t and the values x_t and y_t. The forward
+// pass is made again; it gives them (D_t as e^top and a number beside it), and the gradients of w, from the sums' derivatives, and of u. The outputs
+// that lie behind a token are summed on the way, their sums before each tile kept; a sweep from the end goes through each tile both ways. Nothing
+// that is kept but x, y and top is longer than the number of tiles.
 //
 // Each block adds up its own shares of dw and du; those of the batch elements are added in order: any number of threads gives the same bits.
 #include <vector>
@@ -32,8 +32,10 @@ template <class T> struct Memory {
   int64_t tiles, length;
   Scratch<Sums<T>> ahead, behind;  // of each tile of a segment: tokens, outputs; block after block
   Scratch<Output<T>> outputs;      // of each step
+  Scratch<bool> level;             // of each tile
   Memory(const Problem& p, int64_t blocks)
-      : tiles(Segment::most_tiles(p)), length(p.length), ahead(blocks * tiles), behind(blocks * tiles), outputs(blocks * length) {
+      : tiles(Segment::most_tiles(p)), length(p.length), ahead(blocks * tiles), behind(blocks * tiles), outputs(blocks * length),
+        level(blocks * tiles) {
     medssm::prefer_huge_pages(outputs.data(), blocks * length * static_cast<int64_t>(sizeof(Output<T>)));
   }
 };
@@ -42,8 +44,9 @@ template <class T, bool kUpstream> class Backward {
  public:
   // i: the block's place in the memory.
   Backward(const Arguments& a, const Walk& walk, const Block<T>& block, const Memory<T>& memory, int64_t i)
-      : a_(a), p_(a.problem), forward_(p_, walk, block, memory.ahead.data() + i * memory.tiles), kept_behind_(memory.behind.data() + i * memory.tiles),
-        outputs_(memory.outputs.data() + i * memory.length) {}
+      : a_(a), p_(a.problem), forward_(p_, walk, block, memory.ahead.data() + i * memory.tiles),
+        kept_behind_(memory.behind.data() + i * memory.tiles), outputs_(memory.outputs.data() + i * memory.length),
+        level_(memory.level.data() + i * memory.tiles) {}
 
   void begin() {
     forward_.begin();
@@ -57,16 +60,21 @@ template <class T, bool kUpstream> class Backward {
     Vec<T> dout[kTile], dw = {}, du = {};
     forward_.block().load_rows(a_.dout, forward_.rows(run), dout);
     kept_behind_[i] = behind_;
-    Sums<T> past = behind_;
+    Output<T>* outputs = outputs_ + run.from;
     const Vec<T> w = forward_.rate().w;
-    forward_.advance(i, run, [&](int64_t t, Vec<T> v, const Quotient<T>& q) __attribute__((always_inline)) {
+    level_[i] = forward_.advance(i, run, [&](int64_t t, Vec<T> v, const Quotient<T>& q) __attribute__((always_inline)) {
       const Vec<T> x = dout[t] * q.inverse, y = x * q.out;
-      outputs_[run.from + t] = {q.top, x, y};
+      outputs[t] = {q.top, x, y};
       dw += x * q.slope_a - y * q.slope_b;
       du += q.own * (x * v - y);
-      past.template add<false>(w, -q.top, x, y);
     });
-    behind_ = past;
+    if (level_[i]) {
+      Partial<T> sum;
+      for (int64_t t = 0; t < run.count; ++t) sum.template add<false>(forward_.level(), outputs[t].x, outputs[t].y);
+      behind_ = sum.behind(behind_, w, run.count, -outputs[0].top);
+    } else {
+      for (int64_t t = 0; t < run.count; ++t) behind_.template add<false>(w, -outputs[t].top, outputs[t].x, outputs[t].y);
+    }
     dw_ += dw;
     du_ += du;
   }
@@ -81,15 +89,23 @@ template <class T, bool kUpstream> class Backward {
     Vec<T> k[kTile], v[kTile], dk[kTile], dv[kTile];
     block.load_rows(p_.k, rows, k);
     block.load_rows(p_.v, rows, v);
+    if constexpr (!kUpstream) {
+      if (level_[i] && Level<T>::near(outputs[0].top, kept_behind_[i], future_.near())) {
+        finish_level(run, outputs, k, v, kept_behind_[i], dk, dv);
+        block.store_rows(a_.dk, rows, dk);
+        block.store_rows(a_.dv, rows, dv);
+        return;
+      }
+    }
     const auto share = [&](int64_t t, const Term<T>& term) __attribute__((always_inline)) {
-      const Vec<T> scale = exp_below<T>(k[t] + term.shift);
+      const Vec<T> scale = weight(k[t] + term.shift);
       dk[t] = fma(scale, term.a * v[t] - term.b, dk[t]);
       dv[t] = fma(scale, term.a, dv[t]);
     };
     Sums<T> past = kept_behind_[i];
     for (int64_t t = 0; t < run.count; ++t) {
       const Output<T>& o = outputs[t];
-      const Vec<T> own = exp_below<T>(u + k[t] - o.top);
+      const Vec<T> own = weight(u + k[t] - o.top);
       dk[t] = own * (o.x * v[t] - o.y);
       dv[t] = own * o.x;
       share(t, ahead<T, kUpstream>(rate, past.seen));
@@ -120,11 +136,41 @@ template <class T, bool kUpstream> class Backward {
   }
 
  private:
+  // e^x of a weight over an output's top. A level tile's top is its own heaviest key: heavier tokens elsewhere, and the bonus, go above it so far.
+  static MEDSSM_INLINE Vec<T> weight(Vec<T> x) { return exp_bounded<T>(max(splat(-kExpBound<T>), min(splat(Level<T>::kAbove), x))); }
+
+  MEDSSM_INLINE void finish_level(const Run& run, const Output<T>* outputs, const Vec<T>* k, const Vec<T>* v, const Sums<T>& past, Vec<T>* dk,
+                                  Vec<T>* dv) {
+    const Level<T>& level = forward_.level();
+    const Vec<T> base = outputs[0].top;
+    const Outside<T> before(past, -base), after(future_.near(), -base);
+    Partial<T> sum, sums[kTile];
+    for (int64_t t = 0; t < run.count; ++t) {
+      const Output<T>& o = outputs[t];
+      sums[t] = {fma(level.bonus, o.x, sum.a), fma(level.bonus, o.y, sum.b), sum.slope_a, sum.slope_b};
+      before.template add_to<false>(sums[t], level, t);
+      sum.template add<false>(level, o.x, o.y);
+    }
+    sum = {};
+    for (int64_t t = run.count - 1; t >= 0; --t) {
+      Partial<T>& all = sums[t];
+      all.a += sum.a;
+      all.b += sum.b;
+      after.template add_to<false>(all, level, run.count - 1 - t);
+      const Vec<T> weight = exp_bounded<T>(k[t] - base);
+      dk[t] = weight * (all.a * v[t] - all.b);
+      dv[t] = weight * all.a;
+      sum.template add<false>(level, outputs[t].x, outputs[t].y);
+    }
+    future_.near() = sum.behind(future_.near(), forward_.rate().w, run.count, -base);
+  }
+
   const Arguments& a_;
   const Problem& p_;
   Outputs<T, kUpstream, true> forward_;
   Sums<T>* const kept_behind_;
   Output<T>* const outputs_;
+  bool* const level_;  // of each tile, whether its outputs have one top
   Sums<T> behind_ = Sums<T>::empty();  // outputs
   Behind<T, kUpstream> future_;        // outputs
   Vec<T> dw_ = {}, du_ = {};

@@ -3,6 +3,7 @@
 // A sweep from the end keeps what lies ahead of each tile; a sweep from the start finds, tile by tile, what lies ahead of each of its steps by
 // going back through the tile, which is then in the cache, and what lies behind on the way.
 #pragma once
+#include "level.h"
 #include "problem.h"
 #include "sums.h"
 
@@ -16,10 +17,11 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
  public:
   // ahead: room for a sum for each tile of a segment.
   Outputs(const Problem& p, const Walk& walk, const Block<T>& block, Sums<T>* ahead)
-      : p_(p), walk_(walk), block_(block), rate_(block.weight(p.w)), u_(block.weight(p.u)), ahead_(ahead) {}
+      : p_(p), walk_(walk), block_(block), rate_(block.weight(p.w)), u_(block.weight(p.u)), level_(rate_, u_), ahead_(ahead) {}
 
   const Block<T>& block() const { return block_; }
   const Rate<T>& rate() const { return rate_; }
+  const Level<T>& level() const { return level_; }
   Tile rows(const Run& run) const { return walk_.steps(run.from, run.from + run.count); }
 
   // A segment begins, at its end.
@@ -34,16 +36,33 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
     if (i == 0) return;
     Vec<T> k[kTile], v[kTile];
     load(run, k, v);
+    if (!kUpstream && level_.sums()) {
+      const Vec<T> base = bounds(run, k).highest;
+      Partial<T> sum;
+      for (int64_t t = run.count - 1; t >= 0; --t) {
+        const Vec<T> weight = exp_below<T>(k[t] - base);
+        sum.template add<kSlope>(level_, weight * v[t], weight);
+      }
+      future_ = sum.behind(future_, rate_.w, run.count, base);
+      return;
+    }
     Sums<T> future = future_;
     for (int64_t t = run.count - 1; t >= 0; --t) future.template add<kSlope>(rate_.w, k[t], v[t], splat(T(1)));
     future_ = future;
   }
 
-  // Tile i of the sweep from the start: write(t, v, quotient) for each of its steps.
-  template <class Write> MEDSSM_INLINE void advance(int64_t i, const Run& run, const Write& write) {
+  // Tile i of the sweep from the start: write(t, v, quotient) for each of its steps. Returns whether all have one top.
+  template <class Write> MEDSSM_INLINE bool advance(int64_t i, const Run& run, const Write& write) {
     Vec<T> k[kTile], v[kTile];
-    Term<T> later[kTile];
     load(run, k, v);
+    if constexpr (!kUpstream) {
+      const Bounds keys = bounds(run, k);
+      if (level_.outputs(keys.lowest, keys.highest, past_.near(), ahead_[i])) {
+        advance_level(run, k, v, keys.highest, ahead_[i], write);
+        return true;
+      }
+    }
+    Term<T> later[kTile];
     const Vec<T> one = splat(T(1));
     const Rate<T> rate = rate_;
     Sums<T> future = ahead_[i];
@@ -62,9 +81,41 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
       past.template add<kSlope>(rate, k[t], v[t], one);
     }
     past_ = past;
+    return false;
   }
 
  private:
+  struct Bounds { Vec<T> lowest, highest; };
+  static MEDSSM_INLINE Bounds bounds(const Run& run, const Vec<T>* k) {
+    Bounds keys = {k[0], k[0]};
+    for (int64_t t = 1; t < run.count; ++t) keys = {min(keys.lowest, k[t]), max(keys.highest, k[t])};
+    return keys;
+  }
+
+  template <class Write>
+  MEDSSM_INLINE void advance_level(const Run& run, const Vec<T>* k, const Vec<T>* v, Vec<T> base, const Sums<T>& future, const Write& write) {
+    Vec<T> weights[kTile];
+    Partial<T> later[kTile], sum;
+    for (int64_t t = run.count - 1; t >= 0; --t) {
+      weights[t] = exp_bounded<T>(k[t] - base);
+      later[t] = sum;
+      sum.template add<kSlope>(level_, weights[t] * v[t], weights[t]);
+    }
+    const Outside<T> before(past_.near(), base), after(future, base);
+    sum = {};
+    for (int64_t t = 0; t < run.count; ++t) {
+      const Vec<T> own = level_.bonus * weights[t];
+      const Partial<T>& ahead = later[t];
+      Partial<T> all = {fma(own, v[t], sum.a + ahead.a), own + (sum.b + ahead.b), sum.slope_a + ahead.slope_a, sum.slope_b + ahead.slope_b};
+      before.template add_to<kSlope>(all, level_, t);
+      after.template add_to<kSlope>(all, level_, run.count - 1 - t);
+      const Vec<T> inverse = medssm::quotient<T>(splat(T(1)), all.b);
+      write(t, v[t], Quotient<T>{base, own, all.a * inverse, inverse, all.slope_a, all.slope_b});
+      sum.template add<kSlope>(level_, weights[t] * v[t], weights[t]);
+    }
+    past_.near() = sum.behind(past_.near(), rate_.w, run.count, base);
+  }
+
   void load(const Run& run, Vec<T>* k, Vec<T>* v) const {
     block_.load_rows(p_.k, rows(run), k);
     block_.load_rows(p_.v, rows(run), v);
@@ -101,6 +152,7 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
   const Block<T> block_;
   const Rate<T> rate_;
   const Vec<T> u_;
+  const Level<T> level_;
   Sums<T>* const ahead_;  // of each tile
   Sums<T> future_ = Sums<T>::empty();
   Behind<T, kUpstream> past_;

@@ -1,7 +1,7 @@
 // The sums of bidirectional WKV, seen while walking one way past the tokens: channels in the lanes.
 //
 // A sum is kept as e^shift times its numbers, the shift being the exponent of its heaviest token's weight: that token's key less w for each step
-// since, multiplied out anew at every step. So nothing overflows, a sum that stays the same is not touched, and no rounding adds up over the distance.
+// since, multiplied out anew at every step. So nothing overflows, a sum that stays as it is is not touched, no rounding adds up over the distance.
 #pragma once
 #include <limits>
 
@@ -52,10 +52,12 @@ template <class T> struct Sums {
   // Both together, seen from one step.
   MEDSSM_INLINE Sums with(const Sums& other) const {
     const auto heavier = other.seen.shift > seen.shift;
-    const Vec<T> top = heavier ? other.seen.shift : seen.shift, mine = exp_below<T>(seen.shift - top), its = exp_below<T>(other.seen.shift - top);
+    const Vec<T> top = heavier ? other.seen.shift : seen.shift;
+    const Vec<T> mine = exp_below<T>(seen.shift - top), its = exp_below<T>(other.seen.shift - top);
     const auto sum = [&](Vec<T> x, Vec<T> y) __attribute__((always_inline)) { return fma(mine, x, its * y); };
     return {heavier ? other.key : key, heavier ? other.age : age,
-            {top, sum(seen.a, other.seen.a), sum(seen.b, other.seen.b), sum(seen.slope_a, other.seen.slope_a), sum(seen.slope_b, other.seen.slope_b)}};
+            {top, sum(seen.a, other.seen.a), sum(seen.b, other.seen.b), sum(seen.slope_a, other.seen.slope_a),
+             sum(seen.slope_b, other.seen.slope_b)}};
   }
 };
 
@@ -73,8 +75,9 @@ template <class T> struct Rate {
   }
 };
 
-// What lies behind on the walk, in either direction. mode "exact": one sum. mode "upstream": the walk is cut into chunks; what was passed before this chunk
-// is seen from one step too far, and the sum of the chunk's own tokens taken with the wrong weight comes on top (kernels/bi_wkv/reference.py).
+// What lies behind on the walk, in either direction. mode "exact": one sum. mode "upstream": the walk is cut into chunks; what was passed before
+// this chunk is seen from one step too far, and the sum of the chunk's own tokens taken with the wrong weight comes on top
+// (kernels/bi_wkv/reference.py).
 template <class T, bool kUpstream> class Behind {
  public:
   static constexpr int kTerms = kUpstream ? 3 : 1;
@@ -100,6 +103,9 @@ template <class T, bool kUpstream> class Behind {
 
   // The exponent that the sum which they are taken from still has of the chunk's first token.
   MEDSSM_INLINE Vec<T> met(const Rate<T>& rate, Vec<T> first) const { return fma(steps_, rate.w, first); }
+
+  // mode "exact": the one sum.
+  Sums<T>& near() { return near_; }
 
   template <bool kSlope> MEDSSM_INLINE void see(const Rate<T>& rate, Term<T>* terms) const {
     terms[0] = near_.seen;
