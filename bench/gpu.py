@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from gpu_parts import checks, report, rows, timing  # noqa: E402
+from gpu_parts.row import measure  # noqa: E402
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
     floor = timing.Floor.of(args.rehearse)
     results["floor"] = floor.describe()
     for row in rows.rows(args.rehearse):
-        results["rows"].append(rows.measure(row, floor, args.rehearse))
+        results["rows"].append(measure(row, floor, args.rehearse))
         print(f"{time.perf_counter() - begun:5.0f} s  {report.line(results['rows'][-1])}", flush=True)
     results["seconds"] = time.perf_counter() - begun
     args.out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,8 @@ from medssm import ops, orders
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BACKENDS = ("cuda", "triton")
-OPS = ("selective_scan", "selective_scan_nd", "causal_conv1d", "depthwise_conv")
+OPS = ("selective_scan", "selective_scan_nd", "causal_conv1d", "depthwise_conv", "linear_attention", "gated_linear_attention", "delta_rule", "ssd",
+       "bi_wkv")
 
 SMALL = """
 import torch
@@ -54,6 +55,10 @@ def example(op: str, scale: int = 1, dtype=torch.float32) -> dict:
     def n(*shape):
         return torch.randn(shape, generator=g, device=DEVICE).to(dtype)
 
+    def heads(*names):
+        """Tokens of four heads of 24, keys of unit length."""
+        return {name: torch.nn.functional.normalize(n(2, length, 4, 24).float(), dim=-1).to(dtype) for name in names}
+
     length = 150 * scale
     A = -torch.rand(24, 16, generator=g, device=DEVICE)
     return {
@@ -64,6 +69,12 @@ def example(op: str, scale: int = 1, dtype=torch.float32) -> dict:
                                       "orders": orders.axes3d()},
         "causal_conv1d": lambda: {"x": n(2, length, 24), "weight": n(24, 4), "bias": n(24), "activation": "silu"},
         "depthwise_conv": lambda: {"x": n(1, 6, 5, 5 * scale, 24), "weight": n(24, 3, 3, 3), "bias": n(24), "activation": "silu"},
+        "linear_attention": lambda: {**heads("q", "k", "v"), "causal": True},
+        "gated_linear_attention": lambda: {**heads("q", "k", "v"), "g": -n(2, length, 4, 24).abs()},
+        "delta_rule": lambda: {**heads("q", "k", "v"), "beta": torch.sigmoid(n(2, length, 4)), "g": -n(2, length, 4).abs()},
+        "ssd": lambda: {"x": n(2, length, 4, 24), "dt": n(2, length, 4), "A": A[:4, 0].contiguous(), "B": n(2, length, 2, 16),
+                        "C": n(2, length, 2, 16), "D": n(4), "z": n(2, length, 4, 24), "dt_bias": n(4), "dt_softplus": True},
+        "bi_wkv": lambda: {"k": n(2, length, 24), "v": n(2, length, 24), "w": n(24) / length, "u": n(24) / length},
     }[op]()
 
 

@@ -14,14 +14,26 @@ def selective_scan_fn():
     """mamba_ssm's CUDA scan (u, delta, A, B, C, D, z, delta_bias, delta_softplus), channels first; None and why not."""
     try:
         importlib.import_module("selective_scan_cuda")
-        spec = importlib.util.find_spec("mamba_ssm")
-        if "mamba_ssm" not in sys.modules:  # its __init__ imports far more than the scan
-            package = types.ModuleType("mamba_ssm")
-            package.__path__ = list(spec.submodule_search_locations)
-            sys.modules["mamba_ssm"] = package
-        return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn, None
+        return _mamba_ssm("ops.selective_scan_interface").selective_scan_fn, None
     except Exception as error:
         return None, f"mamba_ssm: {type(error).__name__}: {error}"
+
+
+def mamba_chunk_scan():
+    """mamba_ssm's Triton kernels of SSD (x, dt, A, B, C, chunk_size, D, z, dt_bias, …, dt_softplus); None and why not."""
+    try:
+        return _mamba_ssm("ops.triton.ssd_combined").mamba_chunk_scan_combined, None
+    except Exception as error:
+        return None, f"mamba_ssm: {type(error).__name__}: {error}"
+
+
+def _mamba_ssm(module: str):
+    """A module of mamba_ssm without its __init__, which imports far more than an op."""
+    if "mamba_ssm" not in sys.modules:
+        package = types.ModuleType("mamba_ssm")
+        package.__path__ = list(importlib.util.find_spec("mamba_ssm").submodule_search_locations)
+        sys.modules["mamba_ssm"] = package
+    return importlib.import_module(f"mamba_ssm.{module}")
 
 
 def causal_conv1d_fn():
@@ -32,10 +44,10 @@ def causal_conv1d_fn():
         return None, f"causal_conv1d: {type(error).__name__}: {error}"
 
 
-def chunk_hgrn():
-    """fla's gated scan with one state per channel, the nearest that it has to a selective scan; None and why not."""
+def fla(module: str, name: str):
+    """A kernel of flash-linear-attention, fla.ops.<module>.<name>; None and why not."""
     try:
-        return importlib.import_module("fla.ops.hgrn").chunk_hgrn, None
+        return getattr(importlib.import_module(f"fla.ops.{module}"), name), None
     except Exception as error:
         return None, f"fla: {type(error).__name__}: {error}"
 

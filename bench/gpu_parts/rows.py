@@ -2,76 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
-import medssm
-from gpu_parts import peers
-from gpu_parts.timing import DEVICE, Floor, copies, peak_memory, times
+from gpu_parts import mixers, peers
+from gpu_parts.row import Row, both_ways, normal, served
+from gpu_parts.timing import DEVICE, Floor, copies
 from medssm import ops, orders
-
-OURS = ("cuda", "triton")
-
-
-@dataclass(frozen=True)
-class Row:
-    """make(rehearse) gives (sides by name, {"floor": seconds of it, …}); the sides take the number of the call. goals: {what: (ratio, text)}."""
-
-    title: str
-    make: Callable[[Floor, bool], tuple[dict, dict]]
-    peer: str | None = None  # the side that ours is held against
-    ratio: float | None = None  # the goal: peer / best of ours, at least
-    share: float | None = None  # the goal: floor / best of ours, at least
-    memory: bool = False
-
-
-def measure(row: Row, floor: Floor, rehearse: bool) -> dict:
-    """The row's figures; a side that fails says why."""
-    sides, facts = row.make(floor, rehearse)
-    failed = {}
-    for name in list(sides):
-        try:
-            sides[name](0)
-        except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            del sides[name]
-    seconds = times(sides, 0.05 if rehearse else 1.5) if sides else {}
-    figures = {"title": row.title, "seconds": seconds, "failed": failed, "floor": facts.get("floor"), "absent": facts.get("absent"),
-               "goals": {"peer": row.peer, "ratio": row.ratio, "share": row.share}}
-    if row.memory:
-        figures["memory"] = {name: peak_memory(side) for name, side in sides.items()}
-        figures["memory_expected"] = facts.get("memory")
-    best = min((seconds[name] for name in OURS if name in seconds), default=None)
-    if best:
-        figures["best"] = min((name for name in OURS if name in seconds), key=seconds.get)
-        figures["share"] = facts["floor"] / best if facts.get("floor") else None
-        figures["ratio"] = seconds[row.peer] / best if row.peer in seconds else None
-    return figures
-
-
-def served(op: str) -> list[str]:
-    return [name for name in OURS if medssm.backends()[op][name] == "ok"]
-
-
-def both_ways(call, tensors: list[list[torch.Tensor]], backward: bool):
-    """side(i): call(*the i-th inputs), and its gradients."""
-    def forward(i):
-        with torch.no_grad():
-            return call(*tensors[i % len(tensors)])
-
-    def train(i):
-        given = tensors[i % len(tensors)]
-        out = call(*given)
-        return torch.autograd.grad(out, [t for t in given if t.requires_grad], out)
-
-    return train if backward else forward
-
-
-def normal(seed: int, *shape: int, dtype=torch.bfloat16, scale: float = 1.0, shift: float = 0.0, grad: bool = False) -> torch.Tensor:
-    g = torch.Generator(DEVICE).manual_seed(seed)
-    return torch.randn(shape, generator=g, device=DEVICE).mul_(scale).add_(shift).to(dtype).requires_grad_(grad)
 
 
 def scan(batch: int, channels: int, length: int, state: int, backward: bool):
@@ -208,7 +144,7 @@ def nearest(channels: int, length: int):
                                        normal(seed + 2, 1, l, 1), normal(seed + 3, 1, l, 1)], rehearse)
         sides = {name: both_ways(lambda *t, name=name: ops.selective_scan(*t, delta_softplus=True, backend=name), tensors, False)
                  for name in served("selective_scan")}
-        peer, absent = peers.chunk_hgrn()
+        peer, absent = peers.fla("hgrn", "chunk_hgrn")
         if peer is not None:
             sides["fla chunk_hgrn"] = both_ways(lambda u, delta, *_: peer(u, torch.nn.functional.logsigmoid(delta))[0], tensors, False)
         return sides, {"floor": floor.scan(l * d, 1, 2, False), "absent": absent}
@@ -237,4 +173,4 @@ def rows(rehearse: bool) -> list[Row]:
         Row("depthwise_conv 3x3x3 (1, 96, 64^3)", depthwise(96, 64, False), "PyTorch"),
         Row("depthwise_conv 3x3x3 (1, 96, 64^3) and backward", depthwise(96, 64, True), "PyTorch"),
     ]
-    return table
+    return table + mixers.rows()

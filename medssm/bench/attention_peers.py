@@ -51,10 +51,10 @@ def delta_rule(q, k, v, beta):
     w, u = solved.split([k.shape[-1], v.shape[-1]], -1)
     scores = torch.tril(q @ k.transpose(-1, -2))
     state, out = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
-    for i in range(q.shape[2]):
-        new = u[:, :, i] - w[:, :, i] @ state
-        out.append(q[:, :, i] @ state + scores[:, :, i] @ new)
-        state = state + k[:, :, i].transpose(-1, -2) @ new
+    for q_, k_, u_, w_, inside in zip(*(t.unbind(2) for t in (q, k, u, w, scores)), strict=True):
+        new = u_ - w_ @ state
+        out.append(q_ @ state + inside @ new)
+        state = state + k_.transpose(-1, -2) @ new
     return torch.stack(out, 2).flatten(2, 3)[:, :, :length]
 
 
