@@ -7,6 +7,7 @@ import functools
 import torch
 
 from medssm import dispatch
+from medssm.kernels import triton
 from medssm.kernels.gated_linear_attention import native, reference
 from medssm.ops import checks, registration, walk
 
@@ -147,4 +148,4 @@ def _explained(q, k, v, g, *, initial_state=None, **_rest):
     return q, k, v, g, initial_state
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))

@@ -8,6 +8,7 @@ import math
 import torch
 
 from medssm import dispatch
+from medssm.kernels import triton
 from medssm.kernels.ssd import native, reference
 from medssm.ops import checks, registration, walk
 
@@ -172,4 +173,4 @@ def _explained(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, 
     return x, dt, A, B, C, D, z, dt_bias, initial_state
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))
