@@ -42,6 +42,18 @@ def test_every_voxel_sees_every_other(name):
         assert (seen.abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_compiles_whole_and_is_exported(name):
+    torch.manual_seed(0)
+    mixer, x = make_mixer(name, 12, 2).eval(), torch.randn(1, 4, 5, 12)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        program = torch.export.export(mixer, (x,)).module()
+        for answer in (compiled(x), program(x)):
+            torch.testing.assert_close(answer, mixer(x), rtol=1e-4, atol=1e-5)
+    compiled(x).sum().backward()
+
+
 def test_names_and_options_of_mixers():
     with pytest.raises(ValueError, match=r"mixer: expected one of ss_nd, linear_attention, gla, .*, got 'attention'"):
         make_mixer("attention", 8, 2)
