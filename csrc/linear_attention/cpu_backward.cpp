@@ -23,87 +23,72 @@ template <class T> void turn(const Plan<T>& plan, const T* rows, T* columns) {
 template <class T> class Adjoint {
  public:
   Adjoint(const Backward& a, const Plan<T>& plan, T* parts, T* totals, T* columns)
-      : a_(a), p_(a.problem), plan_(plan), parts_(parts), totals_(totals), columns_(columns), k_tiles_(plan.block * kTokens * plan.dk_padded),
-        v_tiles_(plan.block * kTokens * plan.dv_padded), turned_(kTokens * plan.dk_padded), gradient_(kTokens * plan.dk_padded) {}
+      : a_(a), p_(a.problem), plan_(plan), parts_(parts), totals_(totals), columns_(columns),
+        k_tiles_(plan.block * plan.per_group * kTokens * plan.dk_padded),
+        v_tiles_(plan.block * plan.per_group * kTokens * plan.dv_padded), turned_(kTokens * plan.dk_padded), gradient_(kTokens * plan.dk_padded) {}
 
   // dq of a task's tokens, and its share of the gradients of the sums.
   void queries(const Task& task) {
+    const int64_t first = task.first * plan_.per_group, heads = task.count * plan_.per_group;
     for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan_, p_, plan_.q, task, g, parts_), plan_.sums);
-    each_tile(task, [&](int64_t begin, int64_t count) {
-      each_run(plan_, task, [&](int64_t first, int64_t heads) {
-        load_tiles(p_.q, p_.feature_map, task.n, begin, count, first, heads, plan_.dk, k_tiles_.data());
-        load_tiles(a_.dout, kIdentity, task.n, begin, count, first, heads, plan_.dv, v_tiles_.data());
-        for (int64_t i = 0; i < heads; ++i) query_head(task, begin, count, i, first + i);
-      });
+    each_tile(task, [&](const Tile& tile) {
+      load_tiles(p_.q, p_.feature_map, task.n, tile, first, heads, plan_.dk, k_tiles_.data());
+      load_tiles(a_.dout, kIdentity, task.n, tile, first, heads, plan_.dv, v_tiles_.data());
+      for (int64_t i = 0; i < heads; ++i) query_head(task, tile, i, first + i);
     });
   }
 
   // dk and dv of a task's tokens.
   void keys(const Task& task) {
-    each_tile(task, [&](int64_t begin, int64_t count) {
-      load_tiles(p_.k, p_.feature_map, task.n, begin, count, task.first, task.count, plan_.dk, k_tiles_.data());
-      load_tiles(p_.v, kIdentity, task.n, begin, count, task.first, task.count, plan_.dv, v_tiles_.data());
-      for (int64_t i = 0; i < task.count; ++i) key_head(task, begin, count, i, task.first + i);
+    each_tile(task, [&](const Tile& tile) {
+      load_tiles(p_.k, p_.feature_map, task.n, tile, task.first, task.count, plan_.dk, k_tiles_.data());
+      load_tiles(p_.v, kIdentity, task.n, tile, task.first, task.count, plan_.dv, v_tiles_.data());
+      for (int64_t i = 0; i < task.count; ++i) key_head(task, tile, i, task.first + i);
     });
   }
 
  private:
-  void query_head(const Task& task, int64_t begin, int64_t count, int64_t i, int64_t head) {
-    const int64_t row = plan_.dk_padded, rows = row * plan_.dv_padded, group = head / plan_.per_group;
+  void query_head(const Task& task, const Tile& tile, int64_t i, int64_t head) {
+    const int64_t row = plan_.dk_padded, rows = row * plan_.dv_padded, group = head / plan_.per_group, count = tile.count;
     const T *total = totals_ + (task.n * p_.groups + group) * plan_.sums, *z = total + rows;
     T* sums = part(plan_, p_, plan_.q, task, group, parts_);
     T *q = k_tiles_.data() + i * kTokens * row, *turned = q, *w = gradient_.data();
     const T* dout = v_tiles_.data() + i * kTokens * plan_.dv_padded;
-    const Weights<T> weights(plan_, p_, q, z, count);
-    alignas(64) T dden[kTokens] = {};
-    if (p_.cos.data) rotate(p_, false, begin, count, group, q, turned = turned_.data());
+    Weights<T> weights;
+    if (p_.normalize) dot_rows(q, z, 0, row, count, weights.inverse);
+    weights.invert(p_);
+    if (p_.cos.data) rotate(p_, false, tile, group, q, turned = turned_.data());
     transform(dout, plan_.dv_padded, columns_ + (task.n * p_.groups + group) * plan_.dv * row, plan_.dv, row, count, w);
+    alignas(64) T dden[kTokens] = {};
     if (p_.normalize) {
       dot_rows(turned, w, row, row, count, dden);
-      for (int64_t t = 0; t < kTokens; t += kLanes<T>) store(dden + t, -load<T>(dden + t) * load<T>(weights.scaled + t) * load<T>(weights.inverse + t));
+      weights.slope(dden);
       add_rows(q, dden, row, count, sums + rows);
     }
     multiply_rows(w, weights.scaled, row, count);
-    if (p_.cos.data) rotate(p_, true, begin, count, group, w, w);
-    finish(a_.dq, task.n, begin, count, head, q, w, p_.normalize ? dden : nullptr, z);
+    if (p_.cos.data) rotate(p_, true, tile, group, w, w);
+    if (p_.normalize) add_row(w, dden, row, count, z);
+    write_gradient(plan_, p_, a_.dq, task.n, tile, head, q, w);
     multiply_rows(turned, weights.scaled, row, count);
     add_products(turned, row, dout, plan_.dv_padded, count, sums);
   }
 
-  void key_head(const Task& task, int64_t begin, int64_t count, int64_t i, int64_t group) {
-    const int64_t row = plan_.dk_padded, rows = row * plan_.dv_padded, item = task.n * p_.groups + group;
+  void key_head(const Task& task, const Tile& tile, int64_t i, int64_t group) {
+    const int64_t row = plan_.dk_padded, rows = row * plan_.dv_padded, item = task.n * p_.groups + group, count = tile.count;
     const T *total = totals_ + item * plan_.sums, *v = v_tiles_.data() + i * kTokens * plan_.dv_padded;
     T *k = k_tiles_.data() + i * kTokens * row, *turned = k, *dk = gradient_.data();
-    if (p_.cos.data) rotate(p_, false, begin, count, group, k, turned = turned_.data());
-    write_products<T>(plan_, p_, a_.dv, task.n, begin, count, group, turned, total, nullptr);
+    if (p_.cos.data) rotate(p_, false, tile, group, k, turned = turned_.data());
+    write_rows<T>(p_, a_.dv, task.n, tile, group, plan_.dv,
+                  [&](const auto& put) __attribute__((always_inline)) { apply(turned, row, total, plan_.dk, plan_.dv_padded, count, put); });
     transform(v, plan_.dv_padded, columns_ + item * plan_.dv * row, plan_.dv, row, count, dk);
-    if (p_.cos.data) rotate(p_, true, begin, count, group, dk, dk);
-    alignas(64) T ones[kTokens];
-    for (T& one : ones) one = 1;
-    finish(a_.dk, task.n, begin, count, group, k, dk, ones, total + rows);
+    if (p_.cos.data) rotate(p_, true, tile, group, dk, dk);
+    if (p_.normalize || a_.later_z) add_row<T>(dk, nullptr, row, count, total + rows);
+    write_gradient(plan_, p_, a_.dk, task.n, tile, group, k, dk);
   }
 
   // result_t = sum_r a_t[r] rows[r].
   static void transform(const T* a, int64_t a_row, const T* rows, int64_t width, int64_t row, int64_t count, T* result) {
     apply(a, a_row, rows, width, row, count, [&](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) { store(result + t * row + c, o); });
-  }
-
-  // Writes f'(x) (gradient_t + by_t shared) of a tile, f(x) given; `by` null: zeros.
-  void finish(const Tokens& target, int64_t n, int64_t begin, int64_t count, int64_t head, const T* f, const T* gradient, const T* by, const T* shared) {
-    const int64_t row = plan_.dk_padded;
-    with_storage(target.type, target.data, [&](auto* out) {
-      const bool stream = streams<T>(out, p_.batch * target.stride[0], p_.dk);
-      out += n * target.stride[0] + begin * target.stride[1] + head * target.stride[2];
-      with_feature(p_.feature_map, [&](auto chosen) {
-        constexpr int64_t kMap = decltype(chosen)::value;
-        for (int64_t t = 0; t < count; ++t)
-          for (int64_t c = 0; c < row; c += kLanes<T>) {
-            Vec<T> g = load<T>(gradient + t * row + c);
-            if (by) g += by[t] * load<T>(shared + c);
-            write_part<T>(out + t * target.stride[1], c, p_.dk, g * slope<kMap, T>(load<T>(f + t * row + c)), stream);
-          }
-      });
-    });
   }
 
   const Backward& a_;
@@ -117,6 +102,7 @@ template <class T> void backward(const Backward& a) {
   const Problem& p = a.problem;
   const Plan<T> plan(p);
   const Scratch<T> parts(plan.q.shares() * plan.totals * plan.sums), totals(plan.totals * plan.sums), columns(plan.totals * plan.dv * plan.dk_padded);
+  for (const Tokens* gradient : {&a.dq, &a.dk, &a.dv}) prefer_huge_pages(p, *gradient);
   parallel(plan.threads(p), [&](const Team& team) {
     Adjoint<T> adjoint(a, plan, parts.data(), totals.data(), columns.data());
     const Range mine = share(plan.totals, team);

@@ -1,7 +1,8 @@
-// The call of a linear attention over all tokens: its arguments, and how the work is cut.
+// The call of a linear attention: its arguments, and how the work is cut.
 #pragma once
 #include "medssm/parallel.h"
 #include "medssm/simd.h"
+#include "medssm/walk.h"
 
 namespace medssm {
 namespace {
@@ -24,6 +25,8 @@ struct Problem {
   Tokens q, k, v;
   Angles cos, sin;
   int64_t batch, q_length, length, heads, groups, dk, dv;
+  const int64_t *index, *starts;  // of a causal walk: see medssm/walk.h
+  int64_t start_count, reverse, causal;
   int64_t feature_map, normalize, wide, threads;  // wide: compute in double
   double scale, eps;
 };
@@ -37,6 +40,7 @@ struct Forward {
 struct Backward {
   Problem problem;
   Tokens dout, dq, dk, dv;
+  const void *initial_kv, *initial_z;       // causal: as in forward; else not read
   const void *kv, *z, *later_kv, *later_z;  // the totals, and their gradients from outside the call, which may be null
   void *dkv, *dz;                           // the gradients of the totals, hence of the initial state
 };
@@ -52,13 +56,15 @@ struct Task {
 // How a side's tokens are cut into tasks.
 class Cut {
  public:
-  Cut(int64_t batch, int64_t length, int64_t groups, int64_t block)
+  // Segments are at most `longest` tokens long.
+  Cut(int64_t batch, int64_t length, int64_t groups, int64_t block, int64_t longest)
       : length_(length), groups_(groups), block_(block), blocks_(ceil_div(groups, block)),
-        segment_(round_up(most<int64_t>(512, ceil_div(length, 32)), kTokens)), segments_(most<int64_t>(1, ceil_div(length, segment_))),
+        segment_(round_up(least(longest, most<int64_t>(512, ceil_div(length, 32))), kTokens)), segments_(most<int64_t>(1, ceil_div(length, segment_))),
         tasks_(batch * segments_ * blocks_) {}
 
   int64_t tasks() const { return tasks_; }
   int64_t shares() const { return segments_; }
+  int64_t segment() const { return segment_; }
   Task operator[](int64_t i) const {
     const int64_t block = i % blocks_, rest = i / blocks_, share = rest % segments_, first = block * block_;
     return {rest / segments_, share * segment_, least(length_, (share + 1) * segment_), first, least(block_, groups_ - first), share};
@@ -68,18 +74,23 @@ class Cut {
   int64_t length_, groups_, block_, blocks_, segment_, segments_, tasks_;
 };
 
+// A row of a tile has so many numbers: whole vectors, and what matrix_state.h takes for rows of a state.
+template <class T> MEDSSM_INLINE int64_t padded_width(int64_t width) { return round_up(width, most<int64_t>(kLanes<T>, 8)); }
+
 // Sizes, and where things lie. A group's sums are padded: dk_padded rows of dv_padded numbers, then z, with zeros beyond dk and dv.
 template <class T> struct Plan {
   int64_t dk, dv, dk_padded, dv_padded, per_group, block, sums, totals;
   Cut q, k;
 
   explicit Plan(const Problem& p)
-      : dk(p.dk), dv(p.dv), dk_padded(round_up(p.dk, kLanes<T>)), dv_padded(round_up(p.dv, kLanes<T>)), per_group(p.heads / p.groups),
-        block(most<int64_t>(1, least(p.groups, kTileBytes / most<int64_t>(1, row())))), sums(dk_padded * (dv_padded + 1)),
-        totals(p.batch * p.groups), q(p.batch, p.q_length, p.groups, block), k(p.batch, p.length, p.groups, block) {}
+      : dk(p.dk), dv(p.dv), dk_padded(padded_width<T>(p.dk)), dv_padded(padded_width<T>(p.dv)), per_group(p.groups ? p.heads / p.groups : 1),
+        block(most<int64_t>(1, least(p.groups, kTileBytes / most<int64_t>(1, row() * per_group)))), sums(dk_padded * (dv_padded + 1)),
+        totals(p.batch * p.groups), q(p.batch, p.q_length, p.groups, block, longest(p)), k(p.batch, p.length, p.groups, block, longest(p)) {}
 
   // Bytes of a tile of one head's k and v.
   int64_t row() const { return kTokens * (dk_padded + dv_padded) * static_cast<int64_t>(sizeof(T)); }
+  // A causal sum grows token by token, and its rounding with it; over all tokens it grows tile by tile.
+  static int64_t longest(const Problem& p) { return p.causal ? 4096 : INT64_MAX / 2; }
   // How many threads the tokens are worth: starting one costs as much as some ten thousand multiplications.
   int64_t threads(const Problem& p) const {
     const int64_t work = (p.q_length * p.heads + p.length * p.groups) * p.batch * p.dk * p.dv;

@@ -24,14 +24,15 @@ template <class Body> void each_task(const Cut& cut, const Team& team, const Bod
   const Range mine = share(cut.tasks(), team);
   for (int64_t i = mine.begin; i < mine.end; ++i) body(cut[i]);
 }
-// body(begin, count) for each tile of a task.
+// body(tile) for each tile of a task, in memory's order.
 template <class Body> void each_tile(const Task& task, const Body& body) {
-  for (int64_t begin = task.begin; begin < task.end; begin += kTokens) body(begin, least(kTokens, task.end - begin));
+  for (int64_t begin = task.begin; begin < task.end; begin += kTokens)
+    body(Tile{begin, least(kTokens, task.end - begin), false, nullptr, begin, 1});
 }
-// body(first, count) for each run of a task's heads of q whose tiles fit into the first cache.
-template <class T, class Body> void each_run(const Plan<T>& plan, const Task& task, const Body& body) {
-  const int64_t end = (task.first + task.count) * plan.per_group;
-  for (int64_t first = task.first * plan.per_group; first < end; first += plan.block) body(first, least(plan.block, end - first));
+
+// 2 MiB pages for a large result.
+inline __attribute__((unused)) void prefer_huge_pages(const Problem& p, const Tokens& t) {
+  medssm::prefer_huge_pages(t.data, p.batch * t.stride[0] * (t.type == kFloat64 ? 8 : t.type == kFloat32 ? 4 : 2));
 }
 
 // The dense sums of one image's group into padded ones; null: zeros.
@@ -42,10 +43,17 @@ template <class T> void pad(const Plan<T>& plan, int64_t item, const T* kv, cons
   if (z) std::memcpy(total + plan.dk_padded * plan.dv_padded, z + item * plan.dk, static_cast<std::size_t>(plan.dk) * sizeof(T));
 }
 
+// And back.
+template <class T> void unpad(const Plan<T>& plan, int64_t item, const T* total, T* kv, T* z) {
+  for (int64_t r = 0; r < plan.dk; ++r)
+    std::memcpy(kv + (item * plan.dk + r) * plan.dv, total + r * plan.dv_padded, static_cast<std::size_t>(plan.dv) * sizeof(T));
+  std::memcpy(z + item * plan.dk, total + plan.dk_padded * plan.dv_padded, static_cast<std::size_t>(plan.dk) * sizeof(T));
+}
+
 // Adds the segments' sums of one image's group to `before`, in order: padded into `totals`, dense into kv and z.
 template <class T>
-void reduce(const Plan<T>& plan, const Problem& p, int64_t item, const T* parts, int64_t shares, const T* before_kv, const T* before_z, T* totals, T* kv,
-            T* z) {
+void reduce(const Plan<T>& plan, const Problem& p, int64_t item, const T* parts, int64_t shares, const T* before_kv, const T* before_z, T* totals,
+            T* kv, T* z) {
   T* total = totals + item * plan.sums;
   pad(plan, item, before_kv, before_z, total);
   const T* first = parts + (item / p.groups * shares * p.groups + item % p.groups) * plan.sums;
@@ -54,9 +62,7 @@ void reduce(const Plan<T>& plan, const Problem& p, int64_t item, const T* parts,
     for (int64_t s = 0; s < shares; ++s) sum += load<T>(first + s * p.groups * plan.sums + i);
     store(total + i, sum);
   }
-  for (int64_t r = 0; r < plan.dk; ++r)
-    std::memcpy(kv + (item * plan.dk + r) * plan.dv, total + r * plan.dv_padded, static_cast<std::size_t>(plan.dv) * sizeof(T));
-  std::memcpy(z + item * plan.dk, total + plan.dk_padded * plan.dv_padded, static_cast<std::size_t>(plan.dk) * sizeof(T));
+  unpad(plan, item, total, kv, z);
 }
 
 // Where a task sums its share for its group g.
@@ -64,29 +70,57 @@ template <class T> T* part(const Plan<T>& plan, const Problem& p, const Cut& cut
   return parts + ((task.n * cut.shares() + task.share) * p.groups + g) * plan.sums;
 }
 
-// Of a tile's tokens: 1 / (q' . z + eps), or 1, and that times the scale.
-template <class T> struct Weights {
-  alignas(64) T inverse[kTokens], scaled[kTokens];
+// Adds a tile's R k' v^T and k' to one group's sums. k, v: rows; turned: scratch for a tile of k.
+template <class T>
+void add_tile(const Plan<T>& plan, const Problem& p, const Tile& tile, int64_t group, const T* k, const T* v, T* turned, T* sums) {
+  add_rows<T>(k, nullptr, plan.dk_padded, tile.count, sums + plan.dk_padded * plan.dv_padded);
+  if (p.cos.data) {
+    rotate(p, false, tile, group, k, turned);
+    k = turned;
+  }
+  add_products(k, plan.dk_padded, v, plan.dv_padded, tile.count, sums);
+}
 
-  Weights(const Plan<T>& plan, const Problem& p, const T* q, const T* z, int64_t count) {
-    for (T& one : inverse) one = 1;
-    if (p.normalize) {
-      dot_rows(q, z, 0, plan.dk_padded, count, inverse);
-      for (int64_t t = 0; t < kTokens; t += kLanes<T>) store(inverse + t, 1 / (load<T>(inverse + t) + static_cast<T>(p.eps)));
+// Of a tile's tokens: 1 / (q' . z + eps), or 1, and that times the scale. inverse holds q' . z at first.
+template <class T> struct Weights {
+  alignas(64) T inverse[kTokens] = {}, scaled[kTokens];
+
+  void invert(const Problem& p) {
+    const Vec<T> one = splat(static_cast<T>(1)), scale = splat(static_cast<T>(p.scale)), eps = splat(static_cast<T>(p.eps));
+    for (int64_t t = 0; t < kTokens; t += kLanes<T>) {
+      const Vec<T> own = p.normalize ? one / (load<T>(inverse + t) + eps) : one;
+      store(inverse + t, own);
+      store(scaled + t, own * scale);
     }
-    for (int64_t t = 0; t < kTokens; t += kLanes<T>) store(scaled + t, load<T>(inverse + t) * static_cast<T>(p.scale));
+  }
+
+  // Of numerator . dout, the gradient of q' . z: through scale numerator / (q' . z + eps).
+  void slope(T* dots) const {
+    for (int64_t t = 0; t < kTokens; t += kLanes<T>) store(dots + t, -load<T>(dots + t) * load<T>(scaled + t) * load<T>(inverse + t));
   }
 };
 
-// out_t = by_t sum_r a_t[r] rows[r] for one head's tokens, written where they lie; `by` null: ones.
-template <class T>
-void write_products(const Plan<T>& plan, const Problem& p, const Tokens& out, int64_t n, int64_t begin, int64_t count, int64_t head, const T* a, const T* rows,
-                    const T* by) {
+// f(put) writes one head's rows of `width` channels where a tile's tokens lie: put(t, c, v) the vector from channel c on.
+template <class T, class F>
+MEDSSM_INLINE void write_rows(const Problem& p, const Tokens& out, int64_t n, const Tile& tile, int64_t head, int64_t width, const F& f) {
   with_storage(out.type, out.data, [&](auto* data) {
-    const bool stream = streams<T>(data, p.batch * out.stride[0], plan.dv);
-    data += n * out.stride[0] + begin * out.stride[1] + head * out.stride[2];
-    apply(a, plan.dk_padded, rows, plan.dk, plan.dv_padded, count, [&](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) {
-      write_part<T>(data + t * out.stride[1], c, plan.dv, by ? o * by[t] : o, stream);
+    const bool stream = streams<T>(data, p.batch * out.stride[0], width);
+    data += n * out.stride[0] + head * out.stride[2];
+    f([&](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) { write_part<T>(data + tile.token(t) * out.stride[1], c, width, o, stream); });
+  });
+}
+
+// Writes f'(x_t) gradient_t of one head's tokens, f(x) given.
+template <class T>
+void write_gradient(const Plan<T>& plan, const Problem& p, const Tokens& out, int64_t n, const Tile& tile, int64_t head, const T* f, const T* gradient) {
+  with_feature(p.feature_map, [&](auto chosen) {
+    constexpr int64_t kMap = decltype(chosen)::value;
+    write_rows<T>(p, out, n, tile, head, plan.dk, [&](const auto& put) {
+      for (int64_t t = 0; t < tile.count; ++t)
+        for (int64_t c = 0; c < plan.dk; c += kLanes<T>) {
+          const int64_t at = t * plan.dk_padded + c;
+          put(t, c, load<T>(gradient + at) * slope<kMap, T>(load<T>(f + at)));
+        }
     });
   });
 }

@@ -36,21 +36,26 @@ template <class T> MEDSSM_INLINE Vec<T> keep(Vec<T> x, int64_t n) {
   return load_part<T>(lanes, static_cast<int>(n));
 }
 
-// Heads [first, first + heads) of tokens [begin, begin + count) through the feature map into one tile a head, token after token as memory has them.
-template <class T> void load_tiles(const Tokens& x, int64_t map, int64_t n, int64_t begin, int64_t count, int64_t first, int64_t heads, int64_t width, T* tiles) {
+// Heads [first, first + heads) of a tile's tokens through the feature map into one tile a head, token after token as the walk has them.
+template <class T>
+void load_tiles(const Tokens& x, int64_t map, int64_t n, const Tile& tile, int64_t first, int64_t heads, int64_t width, T* tiles) {
   constexpr int W = kLanes<T>;
-  const int64_t padded = round_up(width, W), whole = width / W * W;
+  const int64_t padded = padded_width<T>(width), whole = width / W * W;
   with_storage(x.type, static_cast<const void*>(x.data), [&](const auto* data) {
     with_feature(map, [&](auto chosen) {
       constexpr int64_t kMap = decltype(chosen)::value;
-      data += n * x.stride[0] + begin * x.stride[1] + first * x.stride[2];
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t h = 0; h < heads; ++h) {
-          const auto* row = data + t * x.stride[1] + h * x.stride[2];
-          T* target = tiles + (h * kTokens + t) * padded;
+      data += n * x.stride[0] + first * x.stride[2];
+      for (int64_t t = 0; t < tile.count; ++t) {
+        const auto* row = data + tile.token(t) * x.stride[1];
+        T* target = tiles + t * padded;
+        for (int64_t h = 0; h < heads; ++h, row += x.stride[2], target += kTokens * padded) {
           for (int64_t c = 0; c < whole; c += W) store(target + c, feature<kMap, T>(load<T>(row + c)));
-          if (whole < width) store(target + whole, keep<T>(feature<kMap, T>(load_part<T>(row + whole, static_cast<int>(width - whole))), width - whole));
+          for (int64_t c = whole; c < padded; c += W) {
+            const int64_t rest = most<int64_t>(0, width - c);
+            store(target + c, keep<T>(feature<kMap, T>(load_part<T>(row + c, static_cast<int>(rest))), rest));
+          }
         }
+      }
     });
   });
 }
@@ -65,17 +70,17 @@ template <class T> MEDSSM_INLINE Vec<T> signs() {
   return s;
 }
 
-// turned = the tile's pairs turned by their tokens' angles; backwards, by the angles' negatives (the transposed map).
-template <class T> void rotate(const Problem& p, bool back, int64_t begin, int64_t count, int64_t group, const T* tile, T* turned) {
+// turned = a head's pairs turned by their tokens' angles; back, by the angles' negatives (the transposed map).
+template <class T> void rotate(const Problem& p, bool back, const Tile& tile, int64_t group, const T* rows, T* turned) {
   constexpr int W = kLanes<T>;
   const Vec<T> sign = back ? -signs<T>() : signs<T>();
-  const int64_t padded = round_up(p.dk, W);
-  for (int64_t t = 0; t < count; ++t) {
-    const T* cos = static_cast<const T*>(p.cos.data) + (begin + t) * p.cos.stride[0] + group * p.cos.stride[1];
-    const T* sin = static_cast<const T*>(p.sin.data) + (begin + t) * p.sin.stride[0] + group * p.sin.stride[1];
-    for (int64_t c = 0; c < padded; c += W) {
+  const int64_t padded = padded_width<T>(p.dk);
+  for (int64_t t = 0; t < tile.count; ++t) {
+    const T* cos = static_cast<const T*>(p.cos.data) + tile.token(t) * p.cos.stride[0] + group * p.cos.stride[1];
+    const T* sin = static_cast<const T*>(p.sin.data) + tile.token(t) * p.sin.stride[0] + group * p.sin.stride[1];
+    for (int64_t c = 0; c < p.dk; c += W) {
       const int n = static_cast<int>(least<int64_t>(W, p.dk - c));
-      const Vec<T> x = load<T>(tile + t * padded + c), s = load_part<T>(sin + c, n);
+      const Vec<T> x = load<T>(rows + t * padded + c), s = load_part<T>(sin + c, n);
       const Vec<T> across = back ? shuffle<T, Neighbour<T>>(x * s, x) : shuffle<T, Neighbour<T>>(x, x) * s;
       store(turned + t * padded + c, fma(x, load_part<T>(cos + c, n), sign * across));
     }
@@ -101,7 +106,8 @@ template <class T> void add_products(const T* a, int64_t a_row, const T* b, int6
 }
 
 // f(t, c, sum_r a_t[r] rows[r][c ...]) for the tokens t < count and the channels c of whole vectors.
-template <class T, class F> MEDSSM_INLINE void apply(const T* a, int64_t a_row, const T* rows, int64_t width, int64_t row, int64_t count, const F& f) {
+template <class T, class F>
+MEDSSM_INLINE void apply(const T* a, int64_t a_row, const T* rows, int64_t width, int64_t row, int64_t count, const F& f) {
   constexpr int W = kLanes<T>, kBlock = 8;
   for (int64_t from = 0; from < count; from += kBlock)
     for (int64_t c = 0; c < row; c += W) {
@@ -139,6 +145,55 @@ template <class T> void add_rows(const T* a, const T* by, int64_t row, int64_t c
     Vec<T> total = {};
     for (int64_t t = 0; t < count; ++t) total += by ? by[t] * load<T>(a + t * row + c) : load<T>(a + t * row + c);
     store(sum + c, load<T>(sum + c) + total);
+  }
+}
+
+// a_t += by[t] shared, `by` null: ones.
+template <class T> void add_row(T* a, const T* by, int64_t row, int64_t count, const T* shared) {
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t c = 0; c < row; c += kLanes<T>) {
+      const Vec<T> own = load<T>(shared + c);
+      store(a + t * row + c, load<T>(a + t * row + c) + (by ? by[t] * own : own));
+    }
+}
+
+// With z_t = z + sum_{s <= t} k_s: dots[t] = q_t . z_t; z moves on to the tile's last.
+template <class T> void running_dots(const T* q, const T* k, int64_t row, int64_t count, T* z, T* dots) {
+  constexpr int W = kLanes<T>;
+  alignas(64) T products[kTokens * W] = {};
+  for (int64_t c = 0; c < row; c += W) {
+    Vec<T> own = load<T>(z + c);
+    for (int64_t t = 0; t < count; ++t) {
+      own += load<T>(k + t * row + c);
+      store(products + t * W, fma(load<T>(q + t * row + c), own, load<T>(products + t * W)));
+    }
+    store(z + c, own);
+  }
+  for (int64_t from = 0; from < count; from += W) {
+    Vec<T> sums[W];
+    for (int i = 0; i < W; ++i) sums[i] = load<T>(products + (from + i) * W);
+    store(dots + from, sum_each<T, W>(sums));
+  }
+}
+// out_t += by[t] z_t, of the same z_t.
+template <class T> void add_running(const T* k, const T* by, int64_t row, int64_t count, const T* z, T* out) {
+  for (int64_t c = 0; c < row; c += kLanes<T>) {
+    Vec<T> own = load<T>(z + c);
+    for (int64_t t = 0; t < count; ++t) {
+      own += load<T>(k + t * row + c);
+      store(out + t * row + c, load<T>(out + t * row + c) + by[t] * own);
+    }
+  }
+}
+// out_t += z + sum_{s <= t} by[s] a_s; z moves on to the tile's last.
+template <class T> void add_running_sums(const T* a, const T* by, int64_t row, int64_t count, T* z, T* out) {
+  for (int64_t c = 0; c < row; c += kLanes<T>) {
+    Vec<T> own = load<T>(z + c);
+    for (int64_t t = 0; t < count; ++t) {
+      own += by[t] * load<T>(a + t * row + c);
+      store(out + t * row + c, load<T>(out + t * row + c) + own);
+    }
+    store(z + c, own);
   }
 }
 

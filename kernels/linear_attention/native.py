@@ -13,15 +13,13 @@ from medssm.kernels import native
 
 _MAPS = {None: 0, "relu": 1, "elu": 2}  # csrc/linear_attention/problem.h
 # The fields of its Forward and Backward, in order.
-_PROBLEM = "32q2d"
+_PROBLEM = "37q2d"
 _FORWARD = struct.Struct(_PROBLEM + "9q").pack
-_BACKWARD = struct.Struct(_PROBLEM + "26q").pack
+_BACKWARD = struct.Struct(_PROBLEM + "28q").pack
 
 
 def refuse(q, k, v, cos, sin, initial_kv, initial_k, causal) -> str | None:
     """Why this kernel cannot serve these tensors, or None."""
-    if causal:
-        return "it sums over all tokens, causal sums have no native kernel in this release"
     for t in (q, k, v):
         if not t.is_cpu:
             return f"it serves tensors on the CPU, got one on {t.device}"
@@ -37,33 +35,37 @@ def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, norma
     out = torch.empty((batch, length, heads, dv), dtype=v.dtype, device=v.device)
     kv, z = torch.empty((batch, groups, dk, dv), dtype=dtype, device=v.device), torch.empty((batch, groups, dk), dtype=dtype, device=v.device)
     cos, sin, initial_kv, initial_k = _rows(cos, dtype), _rows(sin, dtype), _dense(initial_kv, dtype), _dense(initial_k, dtype)
-    native.function("linear_attention_forward")(_FORWARD(
-        *_problem(dtype, q, k, v, cos, sin, feature_map, normalize, scale, eps), *_tokens(out), native.pointer(initial_kv), native.pointer(initial_k),
-        kv.data_ptr(), z.data_ptr()))
+    problem = _problem(dtype, q, k, v, cos, sin, feature_map, causal, normalize, scale, eps, index, starts, reverse)
+    native.function("linear_attention_causal_forward" if causal else "linear_attention_forward")(_FORWARD(
+        *problem, *_tokens(out), *(native.pointer(t) for t in (initial_kv, initial_k, kv, z))))
     return out, kv, z
 
 
 def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
-    """Gradients of q, k, v, initial_kv and initial_k (None where that input is), each in its input's dtype and contiguous; kv and z as from forward."""
+    """Gradients of q, k, v, initial_kv and initial_k (None where that input is), each in its input's dtype and contiguous.
+
+    kv and z are forward's.
+    """
     dtype = kv.dtype
     q, k, v, dout = native.lanes(q), native.lanes(k), native.lanes(v), native.lanes(dout)
     gradients = [native.like(t) for t in (q, k, v)]
     totals = native.like(kv), native.like(z)
     cos, sin = _rows(cos, dtype), _rows(sin, dtype)
-    kv, z, dkv, dz = (_dense(t, dtype) for t in (kv, z, dkv, dz))
-    native.function("linear_attention_backward")(_BACKWARD(
-        *_problem(dtype, q, k, v, cos, sin, feature_map, normalize, scale, eps), *_tokens(dout), *(n for t in gradients for n in _tokens(t)),
-        *(native.pointer(t) for t in (kv, z, dkv, dz, *totals))))
+    sums = [_dense(t, dtype) for t in (initial_kv, initial_k, kv, z, dkv, dz)]
+    problem = _problem(dtype, q, k, v, cos, sin, feature_map, causal, normalize, scale, eps, index, starts, reverse)
+    native.function("linear_attention_causal_backward" if causal else "linear_attention_backward")(_BACKWARD(
+        *problem, *_tokens(dout), *(n for t in gradients for n in _tokens(t)), *(native.pointer(t) for t in (*sums, *totals))))
     initial = (None if t is None else total.to(t.dtype) for t, total in zip((initial_kv, initial_k), totals, strict=True))
     return *gradients, *initial
 
 
-def _problem(dtype, q, k, v, cos, sin, feature_map, normalize, scale, eps):
+def _problem(dtype, q, k, v, cos, sin, feature_map, causal, normalize, scale, eps, index, starts, reverse):
     """The fields of Problem."""
     batch, length, heads, dk = q.shape
     angles = (0, 0, 0) * 2 if cos is None else (cos.data_ptr(), *cos.stride()[:2], sin.data_ptr(), *sin.stride()[:2])
-    return (*_tokens(q), *_tokens(k), *_tokens(v), *angles, batch, length, k.shape[1], heads, k.shape[2], dk, v.shape[3], _MAPS[feature_map],
-            normalize, dtype is torch.float64, torch.get_num_threads(), scale, eps)
+    walk = (native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0], reverse)
+    return (*_tokens(q), *_tokens(k), *_tokens(v), *angles, batch, length, k.shape[1], heads, k.shape[2], dk, v.shape[3], *walk, causal,
+            _MAPS[feature_map], normalize, dtype is torch.float64, torch.get_num_threads(), scale, eps)
 
 
 def _tokens(t):

@@ -1,0 +1,129 @@
+// Causal linear attention: what its passes along the walk share.
+//
+// The walk is cut into segments. Without decay, the state at a segment's first step is the sum of what the segments before it add: so a first pass sums
+// each segment, these sums are chained in order, and then every segment walks on its own, on any thread. Within a segment a head's state lies in
+// registers (medssm/matrix_state.h), and each segment begins with a state that was rounded once per tile and segment, not at every step.
+#pragma once
+#include "medssm/matrix_state.h"
+#include "tasks.h"
+
+namespace medssm {
+namespace {
+
+// body(tile) for each tile of steps [from, end).
+template <class Body> void each_tile(const Walk& walk, int64_t from, int64_t end, const Body& body) {
+  for (; from < end;) {
+    const Tile tile = walk.tile(from, least(from + kTokens, end));
+    body(tile);
+    from += tile.count;
+  }
+}
+
+// Which segments of the walk have a step at which the sums begin anew.
+class Resets {
+ public:
+  Resets(const Problem& p, const Cut& cut) : inside_(cut.shares()) {
+    clear(inside_.data(), cut.shares());
+    for (int64_t i = 0; i < p.start_count; ++i) {
+      const int64_t at = p.reverse ? p.length - p.starts[i] : p.starts[i];
+      if (at > 0 && at < p.length) inside_.data()[at / cut.segment()] = 1;
+    }
+  }
+  bool operator[](int64_t share) const { return inside_.data()[share]; }
+
+ private:
+  const Scratch<int64_t> inside_;
+};
+
+// The sums of a task's segment behind its last start: R k' v^T and k'. tiles, v_tiles, turned: scratch for a block's tiles of k and v, and one of k.
+template <class T>
+void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const Task& task, T* tiles, T* v_tiles, T* turned, T* parts) {
+  const auto begin_anew = [&] {
+    for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan, p, plan.k, task, g, parts), plan.sums);
+  };
+  begin_anew();
+  each_tile(walk, task.begin, task.end, [&](const Tile& tile) {
+    if (tile.fresh) begin_anew();
+    load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, tiles);
+    load_tiles(p.v, kIdentity, task.n, tile, task.first, task.count, plan.dv, v_tiles);
+    for (int64_t i = 0; i < task.count; ++i)
+      add_tile(plan, p, tile, task.first + i, tiles + i * kTokens * plan.dk_padded, v_tiles + i * kTokens * plan.dv_padded, turned,
+               part(plan, p, plan.k, task, task.first + i, parts));
+  });
+}
+
+// Puts in place of each segment's sums the state at its first step; `back`: at its last, from the walk's end. Before the first comes `before`; what
+// follows the last goes to kv and z, unless null.
+template <class T>
+void chain(const Plan<T>& plan, const Problem& p, int64_t item, const Resets& resets, bool back, const void* before_kv, const void* before_z, T* parts,
+           void* kv, void* z) {
+  const Scratch<T> state(plan.sums);
+  const int64_t shares = plan.k.shares();
+  pad(plan, item, static_cast<const T*>(before_kv), static_cast<const T*>(before_z), state.data());
+  for (int64_t i = 0; i < shares; ++i) {
+    const int64_t share = back ? shares - 1 - i : i;
+    T* own = parts + ((item / p.groups * shares + share) * p.groups + item % p.groups) * plan.sums;
+    for (int64_t j = 0; j < plan.sums; j += kLanes<T>) {
+      const Vec<T> sum = load<T>(own + j), before = load<T>(state.data() + j);
+      store(own + j, before);
+      store(state.data() + j, resets[share] ? sum : before + sum);
+    }
+  }
+  if (kv) unpad(plan, item, state.data(), static_cast<T*>(kv), static_cast<T*>(z));
+}
+
+// A state as matrix_state.h has it, in blocks of lanes: of dense rows, or of their transposed.
+template <class T> void to_lanes(const T* rows, int64_t count, int64_t row, T* state) {
+  for (int64_t c = 0; c < row; c += kLanes<T>)
+    for (int64_t r = 0; r < count; ++r, state += kLanes<T>) store(state, load<T>(rows + r * row + c));
+}
+template <class T> void to_lanes_transposed(const T* rows, int64_t count, int64_t row, T* state) {
+  for (int64_t c = 0; c < count; c += kLanes<T>)
+    for (int64_t r = 0; r < row; ++r)
+      for (int64_t lane = c; lane < c + kLanes<T>; ++lane) *state++ = rows[lane * row + r];
+}
+
+// S += k_t v_t, then take(t, c, q_t S), t after t: q and k rows of `rows` numbers, v of `lanes`, all padded.
+template <class T, class F>
+MEDSSM_INLINE void walk_state(const T* q, const T* k, int64_t rows, const T* v, int64_t lanes, int64_t count, T* state, const F& take) {
+  constexpr int W = kLanes<T>;
+  alignas(64) T o[kTokens * W];
+  for (int64_t c = 0; c < lanes; c += W) {
+    advance<T, Form<Decay::kNone, false, false>>({{q, rows}, {k, rows}, {v + c, lanes}, {nullptr, 0}, count}, rows, state + c * rows, o);
+    for (int64_t t = 0; t < count; ++t) take(t, c, load<T>(o + t * W));
+  }
+}
+
+// One thread's tiles of a block: its groups' k and v, its heads' q and dout.
+template <class T> struct Block {
+  const Plan<T>& plan;
+  const Problem& p;
+  const int64_t k_tile, v_tile;
+  const Tiles<T> k, k_turned, v, q, turned, dout;
+
+  Block(const Plan<T>& plan, const Problem& p, bool backward)
+      : plan(plan), p(p), k_tile(kTokens * plan.dk_padded), v_tile(kTokens * plan.dv_padded), k(plan.block * k_tile),
+        k_turned(p.cos.data ? plan.block * k_tile : 0), v(plan.block * v_tile), q(plan.block * plan.per_group * k_tile), turned(k_tile),
+        dout(backward ? plan.block * plan.per_group * v_tile : 0) {}
+
+  void load_keys(const Task& task, const Tile& tile) const {
+    load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, k.data());
+    load_tiles(p.v, kIdentity, task.n, tile, task.first, task.count, plan.dv, v.data());
+    if (p.cos.data)
+      for (int64_t i = 0; i < task.count; ++i) rotate(p, false, tile, task.first + i, k.data() + i * k_tile, k_turned.data() + i * k_tile);
+  }
+  void load_queries(const Task& task, const Tile& tile) const {
+    load_tiles(p.q, p.feature_map, task.n, tile, task.first * plan.per_group, task.count * plan.per_group, plan.dk, q.data());
+  }
+  // R k' of a group of the block.
+  const T* keys(int64_t i) const { return (p.cos.data ? k_turned : k).data() + i * k_tile; }
+  // R q' of a head of the block, in the scratch tile or, unturned, where q' lies.
+  T* queries(const Task& task, const Tile& tile, int64_t i) const {
+    if (!p.cos.data) return q.data() + i * k_tile;
+    rotate(p, false, tile, task.first + i / plan.per_group, q.data() + i * k_tile, turned.data());
+    return turned.data();
+  }
+};
+
+}  // namespace
+}  // namespace medssm

@@ -1,0 +1,63 @@
+// Causal linear attention: o_t = scale (R_t f(q_t)) S_t / (f(q_t) . z_t + eps), S_t and z_t the sums of R_s f(k_s) v_s^T and f(k_s) up to step t.
+#include "medssm/abi.h"
+#include "causal.h"
+
+using namespace medssm;
+
+namespace {
+
+template <class T> void forward(const Forward& a) {
+  const Problem& p = a.problem;
+  const Plan<T> plan(p);
+  const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse);
+  const Resets resets(p, plan.k);
+  const Scratch<T> parts(plan.k.shares() * plan.totals * plan.sums);
+  const int64_t matrix = plan.dk_padded * plan.dv_padded;
+  prefer_huge_pages(p, a.out);
+  parallel(plan.threads(p), [&](const Team& team) {
+    const Block<T> block(plan, p, false);
+    const Scratch<T> states(plan.block * plan.per_group * plan.sums);  // of each head, z behind S
+    each_task(plan.k, team, [&](const Task& task) {
+      sum_segment(plan, p, walk, task, block.k.data(), block.v.data(), block.turned.data(), parts.data());
+    });
+    team.barrier();
+    const Range mine = share(plan.totals, team);
+    for (int64_t i = mine.begin; i < mine.end; ++i) chain(plan, p, i, resets, false, a.initial_kv, a.initial_z, parts.data(), a.kv, a.z);
+    team.barrier();
+    each_task(plan.k, team, [&](const Task& task) {
+      const int64_t first = task.first * plan.per_group, heads = task.count * plan.per_group;
+      for (int64_t i = 0; i < heads; ++i) {
+        const T* sums = part(plan, p, plan.k, task, (first + i) / plan.per_group, parts.data());
+        T* state = states.data() + i * plan.sums;
+        to_lanes(sums, plan.dk_padded, plan.dv_padded, state);
+        std::memcpy(state + matrix, sums + matrix, static_cast<std::size_t>(plan.dk_padded) * sizeof(T));
+      }
+      each_tile(walk, task.begin, task.end, [&](const Tile& tile) {
+        if (tile.fresh) clear(states.data(), heads * plan.sums);
+        block.load_keys(task, tile);
+        block.load_queries(task, tile);
+        for (int64_t i = 0; i < heads; ++i) {
+          const int64_t g = i / plan.per_group;
+          T* state = states.data() + i * plan.sums;
+          Weights<T> weights;
+          if (p.normalize)
+            running_dots(block.q.data() + i * block.k_tile, block.k.data() + g * block.k_tile, plan.dk_padded, tile.count, state + matrix,
+                         weights.inverse);
+          weights.invert(p);
+          const T* q = block.queries(task, tile, i);
+          write_rows<T>(p, a.out, task.n, tile, first + i, plan.dv, [&](const auto& put) __attribute__((always_inline)) {
+            walk_state(q, block.keys(g), plan.dk_padded, block.v.data() + g * block.v_tile, plan.dv_padded, tile.count, state,
+                       [&](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) {
+                         if (c < plan.dv) put(t, c, o * weights.scaled[t]);
+                       });
+          });
+        }
+      });
+    });
+    finish_streaming();
+  });
+}
+
+}  // namespace
+
+MEDSSM_EXPORT(linear_attention_causal_forward)(const Forward* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
