@@ -7,11 +7,13 @@ import functools
 import torch
 
 from medssm import dispatch
+from medssm.kernels import triton
 from medssm.kernels.delta_rule import native, reference
 from medssm.ops import checks, registration, walk
 
 OP = "delta_rule"
 _kernel = functools.partial(dispatch.kernel, OP)
+_WIDEST = 256  # channels of a key that Triton's kernels serve
 _NAMES = ("q", "k", "v", "beta", "g", "initial_state")
 
 
@@ -161,4 +163,9 @@ def _explained(q, k, v, beta, *, g=None, initial_state=None, **_rest):
     return q, k, v, beta, g, initial_state
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))
+def _triton_refuses(*tensors):
+    return triton.refuse(*tensors) or (
+        None if tensors[0].shape[-1] <= _WIDEST else f"it serves keys of at most {_WIDEST} channels, got {tensors[0].shape[-1]}")
+
+
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses))

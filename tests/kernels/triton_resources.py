@@ -100,6 +100,20 @@ def _bi_wkv(mode, dtype, options, length=4096, channels=96):
     kernel.backward(k, *given)
 
 
+def _delta(dk, dv, dtype, options, length=4096, heads=2):
+    from medssm.kernels.delta_rule import triton as kernel
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    v, state = new(1, length, heads, dv), new(1, heads, dk, dv, dtype=FLOAT)
+    given = [new(1, length, heads, dk), new(1, length, heads, dk), v, new(1, length, heads)]
+    given += [new(1, length, heads) if options else None, 0.5]
+    given += [torch.arange(length), torch.tensor([0, 64]), True, state] if options else [None, None, False, None]
+    _, _, recalled = kernel.forward(*given, True, options)
+    kernel.backward(torch.empty_like(v), state if options else None, recalled, *given)
+
+
 BF16, FLOAT = torch.bfloat16, torch.float32
 CALLS = {
     "selective_scan": [lambda: _scan(8, BF16, True, 6)]
@@ -113,6 +127,8 @@ CALLS = {
         (1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
     "depthwise_conv": [lambda: _depthwise(3, 3, BF16, True)] + [lambda s=s, n=n, d=d, o=o: _depthwise(s, n, d, o) for s, n, d, o in itertools.product(
         (3, 7), (1, 2, 3), (BF16, FLOAT), (False, True))],
+    "delta_rule": [lambda: _delta(64, 64, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _delta(k, v, d, o) for (k, v), d, o in itertools.product(
+        ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (24, 40)), (BF16, FLOAT), (False, True))],
 }
 
 

@@ -1,0 +1,171 @@
+"""The delta rule on a GPU, in Triton: allocates and launches. The kernels are in triton_forward.py and triton_backward.py.
+
+The caller has checked shapes, dtypes and the walk (index, starts, reverse). Workspace: the states at the chunks' begins, an inverse (CHUNK, CHUNK) a
+chunk, in backward the gradients of the states as well. Nothing is added atomically and nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from medssm.kernels.delta_rule.triton_backward import (
+    carry_back,
+    entry_key_gradients,
+    exit_key_gradients,
+    outer,
+    pair_gradients,
+    query_gradients,
+)
+from medssm.kernels.delta_rule.triton_chunks import STRONGEST
+from medssm.kernels.delta_rule.triton_forward import carry, inverse, outputs
+from medssm.kernels.native import lanes, like
+from medssm.kernels.triton import on, plain, present, strides
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+class _Sizes(NamedTuple):
+    chunk: int  # steps
+    keys: int  # of a tile
+    values: int  # of a tile
+    carried: int  # value channels of a tile where the state of all keys is carried
+
+
+def sizes(dk: int, dv: int) -> _Sizes:
+    """Of chunks and tiles for these heads: as large as registers hold."""
+    keys, values = (min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv))
+    return _Sizes(32, keys, values, 16)
+
+
+def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save, final):
+    """Returns out (b,l,h,dv) contiguous, the state (b,h,dk,dv) or None, recalled (b,l,h,dv) or None: exp(g_t) S_{t-1}^T k_t, for backward."""
+    q, k, v, beta, g, initial_state = plain(q, k, v, beta, g, initial_state)
+    batch, _, heads, dk = q.shape
+    dv = v.shape[-1]
+    out, recalled = like(v), like(v, torch.float32)
+    state = _floats(q, batch, heads, dk, dv) if final else None
+    if v.numel():
+        with on(q):
+            problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse)
+            states = problem.carry(problem.inverses(rows=False), initial_state, recalled, state)
+            problem.outputs(recalled, states, out)
+    elif final:
+        state.zero_() if initial_state is None else state.copy_(initial_state)
+    return out, state, recalled if save else None
+
+
+def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, reverse, initial_state):
+    """Gradients of q, k, v, beta, g and initial_state (None where that input is), each in its input's dtype and contiguous."""
+    dout, dstate, recalled, *inputs = plain(dout, dstate, recalled, q, k, v, beta, g, initial_state)
+    q, k, v, beta, g, initial_state = inputs
+    if not v.numel():
+        results = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
+        if initial_state is not None and dstate is not None:
+            results[-1].copy_(dstate)
+        return tuple(results)
+    results = [like(t) for t in inputs]
+    with on(q):
+        problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse)
+        states = problem.carry(None, initial_state, recalled, None)
+        r, exits = problem.carry_back(lanes(dout), dstate, results[-1])
+        problem.gradients(lanes(dout), recalled, r, states, exits, *results[:-1])
+    return tuple(results)
+
+
+class _Problem:
+    """The launches of one call."""
+
+    def __init__(self, q, k, v, beta, g, scale, index, starts, reverse):
+        self.q, self.k, self.v, self.beta, self.g, self.scale, self.index = lanes(q), lanes(k), lanes(v), beta, g, scale, index
+        batch, length, heads, dk = q.shape
+        dv = v.shape[-1]
+        self.sizes = sizes(dk, dv)
+        self.fresh = _fresh(starts, length, reverse)
+        self.rows, self.chunks, self.tiles = batch * heads, triton.cdiv(length, self.sizes.chunk), triton.cdiv(dv, self.sizes.values)
+        self.carries = {"PARTS": triton.cdiv(dk, self.sizes.keys), "BV": self.sizes.carried}
+        self.programs = self.rows * triton.cdiv(dv, self.sizes.carried)  # that carry
+        self.shape = (length, heads, dk, dv, self.chunks)
+        self.options = {"GATED": g is not None, "FRESH": self.fresh is not None, "WALK": index is not None, "REVERSE": reverse,
+                        "CHUNK": self.sizes.chunk, "BK": self.sizes.keys, **OPTIONS}
+
+    def inverses(self, rows: bool):
+        """(b*h, chunks, CHUNK, CHUNK)."""
+        chunk, (length, heads, dk, _, chunks) = self.sizes.chunk, self.shape
+        made = _floats(self.q, self.rows, chunks, chunk, chunk)
+        inverse[self.rows * chunks,](
+            self.k, self.beta, *self._optional(), made, length, heads, dk, chunks, *self._strides("k", "beta", "g"), ROWS=rows, **self.options)
+        return made
+
+    def carry(self, inverses, initial_state, recalled, final):
+        """The states (b*h, chunks, dk, dv) that enter the chunks. Fills final, and recalled where inverses are given."""
+        states = self._states()
+        initial = None if initial_state is None else initial_state.contiguous()
+        carry[self.programs,](
+            self.k, self.v, self.beta, *self._optional(), *present(self.q, inverses, initial), recalled, states, *present(self.q, final), *self.shape,
+            *self._strides("k", "v", "beta", "g"), KNOWN=inverses is None, INITIAL=initial is not None, FINAL=final is not None, **self.carries,
+            **self.options)
+        return states
+
+    def outputs(self, recalled, states, out):
+        outputs[self.rows * self.chunks * self.tiles,](
+            self.q, self.k, self.v, self.beta, *self._optional(), recalled, states, out, self.scale, *self.shape,
+            *self._strides("q", "k", "v", "beta", "g"), BV=self.sizes.values, **self.options)
+
+    def carry_back(self, dout, dstate, dinitial):
+        """R (b,l,h,dv) and the gradients (b*h, chunks, dk, dv) of the states that leave the chunks. Fills dinitial."""
+        r, exits = like(self.v, torch.float32), self._states()
+        after = None if dstate is None else dstate.contiguous()
+        outer[self.rows * self.chunks * self.tiles,](
+            dout, self.q, self.k, *self._optional(), r, exits, self.scale, *self.shape, *dout.stride()[:3], *self._strides("q", "k", "g"),
+            BV=self.sizes.values, **self.options)
+        carry_back[self.programs,](
+            self.k, self.beta, *self._optional(), self.inverses(rows=True), *present(self.q, after), r, exits, *present(self.q, dinitial),
+            *self.shape, *self._strides("k", "beta", "g"), AFTER=after is not None, INITIAL=dinitial is not None, **self.carries, **self.options)
+        return r, exits
+
+    def gradients(self, dout, recalled, r, states, exits, dq, dk, dv, dbeta, dg):
+        """Fills those of q, k, v, beta and g."""
+        chunk, (length, heads, _, _, chunks), batch = self.sizes.chunk, self.shape, self.q.shape[0]
+        dpairs, dinverted = (_floats(self.q, self.rows, chunks, chunk, chunk) for _ in range(2))
+        part = None if dg is None else _floats(self.q, batch, length, heads)
+        options = {"BV": self.sizes.values, **self.options}
+        pair_gradients[self.rows * chunks,](
+            dout, self.q, self.k, self.v, self.beta, *self._optional(), recalled, r, dv, dbeta, *present(self.q, part), dpairs, dinverted, self.scale,
+            *self.shape, *dout.stride()[:3], *self._strides("q", "k", "v", "beta", "g"), **options)
+        query_gradients[self.rows * chunks,](
+            dout, self.k, self.q, *self._optional(), states, dpairs, dq, *present(self.q, part), self.scale, *self.shape, *dout.stride()[:3],
+            *self._strides("k", "q", "g"), **options)
+        key_part = like(self.k, torch.float32)
+        entry_key_gradients[self.rows * chunks,](
+            self.q, self.k, self.beta, *self._optional(), r, states, dpairs, dinverted, key_part, *present(self.q, part), *self.shape,
+            *self._strides("q", "k", "beta", "g"), **options)
+        exit_key_gradients[self.rows * chunks,](
+            self.k, self.v, self.beta, *self._optional(), recalled, states, exits, key_part, dk, *present(self.q, part, dg), *self.shape,
+            *self._strides("k", "v", "beta", "g"), **options)
+
+    def _states(self):
+        _, _, dk, dv, chunks = self.shape
+        return _floats(self.q, self.rows, chunks, dk, dv)
+
+    def _optional(self):
+        return present(self.q, self.g, self.fresh, self.index)
+
+    def _strides(self, *names):
+        return [s for name in names for s in strides(getattr(self, name), 3)[:3]]
+
+
+def _fresh(starts, length, reverse):
+    """(l,) in float32, by step: the log decay that forgets where the state begins anew, else 0; None where it never does."""
+    if starts is None:
+        return None
+    fresh = torch.zeros(length + 1, dtype=torch.float32, device=starts.device)
+    fresh[length - starts if reverse else starts] = STRONGEST.value
+    fresh[0] = 0.0  # the initial state precedes step 0
+    return fresh[:length]
+
+
+def _floats(like, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)

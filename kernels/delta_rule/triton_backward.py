@@ -1,0 +1,280 @@
+"""The delta rule backward on a GPU: the kernels. `triton.py` launches them.
+
+With U = T diag(beta) (V - diag(exp G) K S), T = (I + diag(beta) tril(exp(G_t - G_i) k_t k_i, -1))^-1 and R the gradient behind T:
+
+    dU = scale P^T dO + diag(exp(G_C - G)) K dS_C,    R = T^T dU
+    dS = exp(G_C) dS_C + scale (diag(exp G) Q)^T dO - (diag(beta exp G) K)^T R
+
+S enters the chunk, S_C leaves it, P = tril(exp(G_t - G_i) q_t k_i). `outer` writes what outputs give to dU and dS, `carry_back` takes dS from
+the last chunk to the first and writes R. The other kernels have the rest: dV = diag(beta) R, dbeta_t = R_t w_t, and -R U^T is the gradient of
+what T inverts.
+"""
+
+# ruff: noqa: RUF005 (Triton compiles no starred tuples)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, state_tiles, store_state
+from medssm.kernels.triton_tiles import product, tile, visited
+
+
+@triton.jit
+def outer(dout, q, k, g, fresh, index, r, exits, scale, length, heads, dk, dv, chunks, d_batch, d_token, d_head, q_batch, q_token, q_head, k_batch,
+          k_token, k_head, g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr,
+          CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """What comes through the outputs of the same chunk: to the updates, r (b,l,h,dv) = scale sum_{t>=i} exp(G_t - G_i) (q_t k_i) dout_t, and to the
+    state that enters it, exits (b*h, chunks, dk, dv) = scale sum_t exp(G_t) q_t dout_t^T.
+    """
+    tiles = tl.cdiv(dv, BV)
+    chunk, row = tl.program_id(0) // tiles % chunks, (tl.program_id(0) // tiles // chunks).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    here = values < dv
+    step = chunk * CHUNK + inside
+    live = step < length
+    token = visited(index, step, length, WALK, REVERSE)
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    exits += (row * chunks + chunk) * dk * dv
+    logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
+    from_begin, _, _ = edge_decays(logs, GATED or FRESH)
+    do = tile(dout + b * d_batch + h * d_head, token * d_token, values, live, here)
+    faded = do * (scale * from_begin)[:, None]
+    pairs = tl.zeros((CHUNK, CHUNK), tl.float32)  # [i, t]
+    for first in range(0, dk, BK):
+        keys = first + tl.arange(0, BK)
+        q_t = tl.trans(tile(q, token * q_token, keys, live, keys < dk))
+        pairs += product(tile(k, token * k_token, keys, live, keys < dk), q_t)
+        tl.store(exits + keys[:, None] * dv + values[None, :], product(q_t, faded), mask=(keys < dk)[:, None] & here[None, :])
+    pairs *= tl.trans(decays_between(logs, inside[:, None] >= inside[None, :], GATED or FRESH))
+    at = ((b * length + token) * heads + h) * dv
+    tl.store(r + at[:, None] + values[None, :], scale * product(pairs, do), mask=live[:, None] & here[None, :])
+
+
+@triton.jit
+def carry_back(k, beta, g, fresh, index, inverses, after, r, exits, dinitial, length, heads, dk, dv, chunks, k_batch, k_token, k_head, b_batch,
+               b_token, b_head, g_batch, g_token, g_head, AFTER: tl.constexpr, INITIAL: tl.constexpr, GATED: tl.constexpr, FRESH: tl.constexpr,
+               WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """r and exits: what `outer` left becomes R and the gradient of the state that leaves each chunk; dinitial (b*h, dk, dv)."""
+    tiles = tl.cdiv(dv, BV)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    here = values < dv
+    square = inside[None, :] * CHUNK + inside[:, None]  # transposed
+    k += b * k_batch + h * k_head
+    beta += b * b_batch + h * b_head
+    g += b * g_batch + h * g_head
+    r += b * length * heads * dv + h * dv
+    ds = state_tiles(after + row * dk * dv, dk, dv, values, here, AFTER, PARTS, BK, BV)
+    for i in range(0, chunks):
+        chunk = chunks - 1 - i
+        own = state_tiles(exits + (row * chunks + chunk) * dk * dv, dk, dv, values, here, True, PARTS, BK, BV)
+        store_state(exits + (row * chunks + chunk) * dk * dv, ds, dk, dv, values, here, PARTS, BK)
+        step = chunk * CHUNK + inside
+        live = step < length
+        token = visited(index, step, length, WALK, REVERSE)
+        shares = tl.load(beta + token * b_token, mask=live, other=0.0).to(tl.float32)
+        from_begin, to_end, through = edge_decays(log_decays(g, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
+        left = tl.zeros((CHUNK, BV), tl.float32)
+        for part in tl.static_range(PARTS):
+            keys = part * BK + tl.arange(0, BK)
+            left += product(tile(k, token * k_token, keys, live, keys < dk), ds[part])
+        solve = tl.load(inverses + (row * chunks + chunk) * CHUNK * CHUNK + square)
+        behind = product(solve, tile(r, token * heads * dv, values, live, here) + to_end[:, None] * left)
+        tl.store(r + (token * heads * dv)[:, None] + values[None, :], behind, mask=live[:, None] & here[None, :])
+        behind *= (shares * from_begin)[:, None]
+        before = ()
+        for part in tl.static_range(PARTS):
+            keys = part * BK + tl.arange(0, BK)
+            k_t = tl.trans(tile(k, token * k_token, keys, live, keys < dk))
+            before = before + (ds[part] * through + (own[part] - product(k_t, behind)),)
+        ds = before
+    if INITIAL:
+        store_state(dinitial + row * dk * dv, ds, dk, dv, values, here, PARTS, BK)
+
+
+@triton.jit
+def pair_gradients(dout, q, k, v, beta, g, fresh, index, recalled, r, to_v, to_beta, to_g, dpairs, dinverted, scale, length, heads, dk, dv, chunks,
+                   d_batch, d_token, d_head, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, b_batch, b_token, b_head,
+                   g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr,
+                   CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Gradients (b,l,h,…) of v and beta, and what goes through the products of a chunk's tokens.
+
+    dpairs, dinverted (b*h, chunks, CHUNK, CHUNK): the gradients of q_t k_i and of k_t k_i; to_g (b,l,h): their part of the log decays'.
+    """
+    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside = tl.arange(0, CHUNK)
+    step = chunk * CHUNK + inside
+    live = step < length
+    token = visited(index, step, length, WALK, REVERSE)
+    at = (b * length + token) * heads + h
+    shares = tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
+    dout += b * d_batch + h * d_head
+    v += b * v_batch + h * v_head
+    of_pairs, of_inverted = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, CHUNK), tl.float32)
+    of_beta = tl.zeros((CHUNK,), tl.float32)
+    for first in range(0, dv, BV):
+        values = first + tl.arange(0, BV)
+        here = values < dv
+        behind = tile(r, at * dv, values, live, here)
+        w = tile(v, token * v_token, values, live, here) - tile(recalled, at * dv, values, live, here)
+        tl.store(to_v + (at * dv)[:, None] + values[None, :], (shares[:, None] * behind).to(to_v.dtype.element_ty),
+                 mask=live[:, None] & here[None, :])
+        of_beta += tl.sum(behind * w, 1)
+        u = tl.trans(shares[:, None] * w)
+        of_pairs += product(tile(dout, token * d_token, values, live, here), u)
+        of_inverted += product(behind, u)
+    tl.store(to_beta + at, of_beta.to(to_beta.dtype.element_ty), mask=live)
+
+    logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
+    later, earlier = inside[:, None], inside[None, :]
+    between = decays_between(logs, later >= earlier, GATED or FRESH)
+    of_pairs *= scale * between
+    of_inverted *= tl.where(later > earlier, between, 0.0) * -shares[:, None]
+    square = (row * chunks + chunk) * CHUNK * CHUNK + later * CHUNK + earlier
+    tl.store(dpairs + square, of_pairs)
+    tl.store(dinverted + square, of_inverted)
+    if GATED:
+        q += b * q_batch + h * q_head
+        k += b * k_batch + h * k_head
+        queried, keyed = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, CHUNK), tl.float32)
+        for first in range(0, dk, BK):
+            keys = first + tl.arange(0, BK)
+            k_t = tile(k, token * k_token, keys, live, keys < dk)
+            queried += product(tile(q, token * q_token, keys, live, keys < dk), tl.trans(k_t))
+            keyed += product(k_t, tl.trans(k_t))
+        # A step's decay lies in what goes from an earlier step to it or a later one.
+        before = product(of_pairs * queried + of_inverted * keyed, tl.where(later < earlier, 1.0, 0.0))  # [s, t]: from all i < t to s
+        tl.store(to_g + at, tl.sum(tl.where(later >= earlier, before, 0.0), 0), mask=live)
+
+
+@triton.jit
+def query_gradients(dout, k, q, g, fresh, index, states, dpairs, to_q, to_g, scale, length, heads, dk, dv, chunks, d_batch, d_token, d_head,
+                    k_batch, k_token, k_head, q_batch, q_token, q_head, g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr,
+                    WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """The gradient (b,l,h,dk) of q; to_g: the log decays' from the entry states to the outputs is added."""
+    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside = tl.arange(0, CHUNK)
+    later, earlier = inside[:, None], inside[None, :]
+    step = chunk * CHUNK + inside
+    live = step < length
+    token = visited(index, step, length, WALK, REVERSE)
+    at = (b * length + token) * heads + h
+    from_begin, _, _ = edge_decays(log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
+    dout += b * d_batch + h * d_head
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    states += (row * chunks + chunk) * dk * dv
+    of_pairs = tl.load(dpairs + (row * chunks + chunk) * CHUNK * CHUNK + later * CHUNK + earlier)
+    from_entry = tl.zeros((CHUNK,), tl.float32)
+    for first_key in range(0, dk, BK):
+        keys = first_key + tl.arange(0, BK)
+        here_k = keys < dk
+        of_q = tl.zeros((CHUNK, BK), tl.float32)
+        for first in range(0, dv, BV):
+            values = first + tl.arange(0, BV)
+            here = values < dv
+            state = tl.trans(tile(states, keys * dv, values, here_k, here))
+            of_q += product(tile(dout, token * d_token, values, live, here), state)
+        of_q *= (scale * from_begin)[:, None]
+        if GATED:
+            from_entry += tl.sum(of_q * tile(q, token * q_token, keys, live, here_k), 1)
+        of_q += product(of_pairs, tile(k, token * k_token, keys, live, here_k))
+        tl.store(to_q + (at * dk)[:, None] + keys[None, :], of_q.to(to_q.dtype.element_ty), mask=live[:, None] & here_k[None, :])
+    if GATED:
+        of_g = tl.load(to_g + at, mask=live, other=0.0)
+        tl.store(to_g + at, of_g + tl.sum(tl.where(later >= earlier, from_entry[:, None], 0.0), 0), mask=live)
+
+
+@triton.jit
+def entry_key_gradients(q, k, beta, g, fresh, index, r, states, dpairs, dinverted, to_k, to_g, length, heads, dk, dv, chunks, q_batch, q_token,
+                        q_head, k_batch, k_token, k_head, b_batch, b_token, b_head, g_batch, g_token, g_head, GATED: tl.constexpr,
+                        FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """to_k (b,l,h,dk): the gradient of k through the entry states and the products of a chunk's tokens; to_g: the log decays' part is added."""
+    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside = tl.arange(0, CHUNK)
+    later, earlier = inside[:, None], inside[None, :]
+    step = chunk * CHUNK + inside
+    live = step < length
+    token = visited(index, step, length, WALK, REVERSE)
+    at = (b * length + token) * heads + h
+    from_begin, _, _ = edge_decays(log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
+    factor = -from_begin * tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    states += (row * chunks + chunk) * dk * dv
+    dpairs += (row * chunks + chunk) * CHUNK * CHUNK
+    dinverted += (row * chunks + chunk) * CHUNK * CHUNK
+    from_entry = tl.zeros((CHUNK,), tl.float32)
+    for first_key in range(0, dk, BK):
+        keys = first_key + tl.arange(0, BK)
+        here_k = keys < dk
+        of_k = tl.zeros((CHUNK, BK), tl.float32)
+        for first in range(0, dv, BV):
+            values = first + tl.arange(0, BV)
+            here = values < dv
+            of_k += product(tile(r, at * dv, values, live, here), tl.trans(tile(states, keys * dv, values, here_k, here)))
+        of_k *= factor[:, None]
+        k_t = tile(k, token * k_token, keys, live, here_k)
+        if GATED:
+            from_entry += tl.sum(of_k * k_t, 1)
+        of_k += product(tl.load(dpairs + earlier * CHUNK + later), tile(q, token * q_token, keys, live, here_k))
+        of_k += product(tl.load(dinverted + later * CHUNK + earlier) + tl.load(dinverted + earlier * CHUNK + later), k_t)
+        tl.store(to_k + (at * dk)[:, None] + keys[None, :], of_k, mask=live[:, None] & here_k[None, :])
+    if GATED:
+        of_g = tl.load(to_g + at, mask=live, other=0.0)
+        tl.store(to_g + at, of_g + tl.sum(tl.where(later >= earlier, from_entry[:, None], 0.0), 0), mask=live)
+
+
+@triton.jit
+def exit_key_gradients(k, v, beta, g, fresh, index, recalled, states, exits, so_far, to_k, g_so_far, to_g, length, heads, dk, dv, chunks, k_batch,
+                       k_token, k_head, v_batch, v_token, v_head, b_batch, b_token, b_head, g_batch, g_token, g_head, GATED: tl.constexpr,
+                       FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Gradients (b,l,h,…) of k and g: to what the other kernels found, so_far and g_so_far, comes what goes through the exit states."""
+    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside = tl.arange(0, CHUNK)
+    step = chunk * CHUNK + inside
+    live = step < length
+    token = visited(index, step, length, WALK, REVERSE)
+    at = (b * length + token) * heads + h
+    logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
+    _, to_end, through = edge_decays(logs, GATED or FRESH)
+    factor = to_end * tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    states += (row * chunks + chunk) * dk * dv
+    exits += (row * chunks + chunk) * dk * dv
+    to_exit = tl.zeros((CHUNK,), tl.float32)
+    kept = tl.zeros((BK, BV), tl.float32)
+    for first_key in range(0, dk, BK):
+        keys = first_key + tl.arange(0, BK)
+        here_k = keys < dk
+        of_k = tl.zeros((CHUNK, BK), tl.float32)
+        for first in range(0, dv, BV):
+            values = first + tl.arange(0, BV)
+            here = values < dv
+            w = tile(v, token * v_token, values, live, here) - tile(recalled, at * dv, values, live, here)
+            ds = tile(exits, keys * dv, values, here_k, here)
+            of_k += product(w, tl.trans(ds))
+            if GATED:
+                kept += ds * tile(states, keys * dv, values, here_k, here)
+        of_k *= factor[:, None]
+        if GATED:
+            to_exit += tl.sum(of_k * tile(k, token * k_token, keys, live, here_k), 1)
+        places, inner = (at * dk)[:, None] + keys[None, :], live[:, None] & here_k[None, :]
+        of_k += tl.load(so_far + places, mask=inner, other=0.0)
+        tl.store(to_k + places, of_k.to(to_k.dtype.element_ty), mask=inner)
+    if GATED:
+        # A step's decay lies in all that goes from before it to it or after: between tokens, from the entry state to a token, from a token to the
+        # exit state, from state to state. Summed without differences, the gradient of a strong decay is exactly 0.
+        of_g = tl.load(g_so_far + at, mask=live, other=0.0) + through * tl.sum(tl.sum(kept, 0), 0)
+        of_g += tl.sum(tl.where(inside[:, None] < inside[None, :], to_exit[:, None], 0.0), 0)
+        tl.store(to_g + at, of_g.to(to_g.dtype.element_ty), mask=live)

@@ -1,0 +1,109 @@
+"""What the Triton kernels of the delta rule share: a chunk's decays, and the inverse that solves a chunk.
+
+Within a chunk whose entry state is S, what a token adds to its key's value is u_t = beta_t w_t, with w_t = v_t - recalled_t, and
+
+    w_t + sum_{i<t} exp(G_t - G_i) (k_t k_i) beta_i w_i = v_t - exp(G_t) S^T k_t
+
+G_t the log decays cumulated from the chunk's begin: a unit lower triangular system that one inverse per chunk solves for every value channel. Where
+the state begins anew, a log decay takes the place of a mask: -128, whose exponential is zero in float32, while sums of it stay finite.
+"""
+
+# ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from medssm.kernels.triton_tiles import product, tile
+
+STRONGEST = tl.constexpr(-128.0)  # log decay: its exponential is 0 in float32
+BLOCK = tl.constexpr(16)  # rows that the inverse substitutes one after the other
+
+
+@triton.jit
+def log_decays(g, fresh, token, step, live, g_token, GATED: tl.constexpr, FRESH: tl.constexpr):
+    """(steps,): each step's log decay, STRONGEST where the state begins anew; 0 where not live. fresh (l,) by step: STRONGEST there, else 0."""
+    logs = tl.zeros_like(step).to(tl.float32)
+    if GATED:
+        logs += tl.load(g + token * g_token, mask=live, other=0.0).to(tl.float32)
+    if FRESH:
+        logs += tl.load(fresh + step, mask=live, other=0.0)
+    return tl.maximum(logs, STRONGEST)
+
+
+@triton.jit
+def cumulated(logs):
+    """Log decays cut in a multiple of 2^-11 and a small rest, both cumulated: of the former sums and differences are exact in float32.
+
+    One sum would lose with its size: a decay of -100 would leave every later difference with an error of 1e-5.
+    """
+    coarse = tl.floor(logs * 2048.0 + 0.5) * (1.0 / 2048.0)
+    return tl.cumsum(coarse, 0), tl.cumsum(logs - coarse, 0)
+
+
+@triton.jit
+def edge_decays(logs, DECAYS: tl.constexpr):
+    """The decay from the chunk's begin to each step, from each step to the chunk's end, and through the whole chunk."""
+    if DECAYS:
+        coarse, rest = cumulated(logs)
+        last = tl.arange(0, logs.shape[0]) == logs.shape[0] - 1
+        total, rest_total = tl.sum(tl.where(last, coarse, 0.0), 0), tl.sum(tl.where(last, rest, 0.0), 0)
+        return tl.exp(coarse + rest), tl.exp((total - coarse) + (rest_total - rest)), tl.exp(total + rest_total)
+    one = tl.zeros_like(logs) + 1.0
+    return one, one, tl.max(one, 0)
+
+
+@triton.jit
+def decays_between(logs, seen, DECAYS: tl.constexpr):
+    """(steps, steps): the decay from the second's step to the first's; 0 where not seen."""
+    if DECAYS:
+        coarse, rest = cumulated(logs)
+        sums = (coarse[:, None] - coarse[None, :]) + (rest[:, None] - rest[None, :])
+        return tl.exp(tl.where(seen, sums, float("-inf")))
+    return tl.where(seen, 1.0, 0.0)
+
+
+@triton.jit
+def state_tiles(pointer, dk, dv, values, here, GIVEN: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """PARTS tiles (BK, BV) of keys: those of the state (dk, dv), or zeros unless GIVEN."""
+    state = ()
+    for part in tl.static_range(PARTS):
+        keys = part * BK + tl.arange(0, BK)
+        if GIVEN:
+            state = state + (tile(pointer, keys * dv, values, keys < dk, here),)
+        else:
+            state = state + (tl.zeros((BK, BV), tl.float32),)
+    return state
+
+
+@triton.jit
+def store_state(pointer, state, dk, dv, values, here, PARTS: tl.constexpr, BK: tl.constexpr):
+    """`state_tiles` the other way round."""
+    for part in tl.static_range(PARTS):
+        keys = part * BK + tl.arange(0, BK)
+        tl.store(pointer + keys[:, None] * dv + values[None, :], state[part].to(pointer.dtype.element_ty), mask=(keys < dk)[:, None] & here[None, :])
+
+
+@triton.jit
+def unit_inverse(a, CHUNK: tl.constexpr):
+    """(I + a)^-1 of a strictly lower triangular (CHUNK, CHUNK) matrix, CHUNK 16, 32 or 64.
+
+    Blocks on the diagonal by forward substitution, a row of all blocks at a time. With X their inverses and N = X (a outside of the blocks), which is
+    nilpotent, (I + a)^-1 = (I - N) (I + N^2) X. A series without blocks would cancel: powers of a itself grow without bound where keys are alike.
+    """
+    rows, cols = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    same = rows // BLOCK == cols // BLOCK
+    near = tl.where(same, a, 0.0)
+    x = tl.where(rows == cols, 1.0, 0.0)
+    for r in range(1, BLOCK):
+        mine = rows % BLOCK == r
+        factors = tl.sum(tl.where(mine, near, 0.0), 0)  # that row of every block
+        known = tl.sum(factors[:, None] * x, 0)
+        x = tl.where(mine & same, x - known[None, :], x)
+    if CHUNK > BLOCK:
+        n = product(x, tl.where(same, 0.0, a))
+        if CHUNK > 2 * BLOCK:
+            x += product(product(n, n), x)
+        x -= product(n, x)
+    return x

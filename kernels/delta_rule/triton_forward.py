@@ -1,0 +1,125 @@
+"""The delta rule forward on a GPU: the kernels. `triton.py` launches them.
+
+`inverse` solves every chunk on its own, `carry` takes the state from chunk to chunk, `outputs` reads every chunk's outputs from its entry state.
+A program of `carry` has a tile of value channels: the columns of the state never meet.
+"""
+
+# ruff: noqa: RUF005 (Triton compiles no starred tuples)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, state_tiles, store_state, unit_inverse
+from medssm.kernels.triton_tiles import product, tile, visited
+
+
+@triton.jit
+def inverse(k, beta, g, fresh, index, inverses, length, heads, dk, chunks, k_batch, k_token, k_head, b_batch, b_token, b_head, g_batch, g_token,
+            g_head, ROWS: tl.constexpr, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+            BK: tl.constexpr):
+    """inverses (b*h, chunks, CHUNK, CHUNK): (I + tril(exp(G_t - G_i) k_t k_i, -1) diag(beta))^-1; ROWS: with diag(beta) on the left."""
+    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside = tl.arange(0, CHUNK)
+    step = chunk * CHUNK + inside
+    live = step < length
+    token = visited(index, step, length, WALK, REVERSE)
+    k += b * k_batch + h * k_head
+    a = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for first in range(0, dk, BK):
+        keys = first + tl.arange(0, BK)
+        k_t = tile(k, token * k_token, keys, live, keys < dk)
+        a += product(k_t, tl.trans(k_t))
+    shares = tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
+    logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
+    a *= decays_between(logs, inside[:, None] > inside[None, :], GATED or FRESH)
+    if ROWS:
+        a *= shares[:, None]
+    else:
+        a *= shares[None, :]
+    at = ((row * chunks + chunk) * CHUNK + inside)[:, None] * CHUNK + inside[None, :]
+    tl.store(inverses + at, unit_inverse(a, CHUNK))
+
+
+@triton.jit
+def carry(k, v, beta, g, fresh, index, inverses, initial, recalled, states, final, length, heads, dk, dv, chunks, k_batch, k_token, k_head, v_batch,
+          v_token, v_head, b_batch, b_token, b_head, g_batch, g_token, g_head, KNOWN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+          GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+          BK: tl.constexpr, BV: tl.constexpr):
+    """states (b*h, chunks, dk, dv): what enters each chunk; final (b*h, dk, dv): what leaves the last.
+
+    recalled (b,l,h,dv): exp(g_t) S_{t-1}^T k_t, written; KNOWN: read instead.
+    """
+    tiles = tl.cdiv(dv, BV)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    here = values < dv
+    square = inside[:, None] * CHUNK + inside[None, :]
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    beta += b * b_batch + h * b_head
+    g += b * g_batch + h * g_head
+    recalled += b * length * heads * dv + h * dv
+    state = state_tiles(initial + row * dk * dv, dk, dv, values, here, INITIAL, PARTS, BK, BV)
+    for chunk in range(0, chunks):
+        store_state(states + (row * chunks + chunk) * dk * dv, state, dk, dv, values, here, PARTS, BK)
+        step = chunk * CHUNK + inside
+        live = step < length
+        token = visited(index, step, length, WALK, REVERSE)
+        v_t = tile(v, token * v_token, values, live, here)
+        shares = tl.load(beta + token * b_token, mask=live, other=0.0).to(tl.float32)
+        from_begin, to_end, through = edge_decays(log_decays(g, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
+        if KNOWN:
+            w = v_t - tile(recalled, token * heads * dv, values, live, here)
+        else:
+            entered = tl.zeros((CHUNK, BV), tl.float32)
+            for part in tl.static_range(PARTS):
+                keys = part * BK + tl.arange(0, BK)
+                entered += product(tile(k, token * k_token, keys, live, keys < dk), state[part])
+            solve = tl.load(inverses + (row * chunks + chunk) * CHUNK * CHUNK + square)
+            w = product(solve, v_t - from_begin[:, None] * entered)
+            tl.store(recalled + (token * heads * dv)[:, None] + values[None, :], v_t - w, mask=live[:, None] & here[None, :])
+        u = w * (to_end * shares)[:, None]
+        after = ()
+        for part in tl.static_range(PARTS):
+            keys = part * BK + tl.arange(0, BK)
+            after = after + (state[part] * through + product(tl.trans(tile(k, token * k_token, keys, live, keys < dk)), u),)
+        state = after
+    if FINAL:
+        store_state(final + row * dk * dv, state, dk, dv, values, here, PARTS, BK)
+
+
+@triton.jit
+def outputs(q, k, v, beta, g, fresh, index, recalled, states, out, scale, length, heads, dk, dv, chunks, q_batch, q_token, q_head, k_batch, k_token,
+            k_head, v_batch, v_token, v_head, b_batch, b_token, b_head, g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr,
+            WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """out (b,l,h,dv) = scale (exp(G_t) S^T q_t + sum_{i<=t} exp(G_t - G_i) (q_t k_i) u_i)."""
+    tiles = tl.cdiv(dv, BV)
+    chunk, row = tl.program_id(0) // tiles % chunks, (tl.program_id(0) // tiles // chunks).to(tl.int64)
+    b, h = row // heads, row % heads
+    inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    here = values < dv
+    step = chunk * CHUNK + inside
+    live = step < length
+    token = visited(index, step, length, WALK, REVERSE)
+    logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    states += (row * chunks + chunk) * dk * dv
+    pairs, o = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, BV), tl.float32)
+    for first in range(0, dk, BK):
+        keys = first + tl.arange(0, BK)
+        here_k = keys < dk
+        q_t = tile(q, token * q_token, keys, live, here_k)
+        pairs += product(q_t, tl.trans(tile(k, token * k_token, keys, live, here_k)))
+        o += product(q_t, tile(states, keys * dv, values, here_k, here))
+    pairs *= decays_between(logs, inside[:, None] >= inside[None, :], GATED or FRESH)
+    from_begin, _, _ = edge_decays(logs, GATED or FRESH)
+    at = ((b * length + token) * heads + h) * dv
+    u = tile(v + b * v_batch + h * v_head, token * v_token, values, live, here) - tile(recalled, at, values, live, here)
+    u *= tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)[:, None]
+    o = scale * (o * from_begin[:, None] + product(pairs, u))
+    tl.store(out + at[:, None] + values[None, :], o.to(out.dtype.element_ty), mask=live[:, None] & here[None, :])
