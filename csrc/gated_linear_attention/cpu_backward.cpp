@@ -9,9 +9,9 @@
 // a sum from the walk's end, where it is that of the final state times its gradient. q_t dq_t and k_t dk_t share the term of step t's own key and
 // value, which cancels: both are taken without it (kStrict). Rounding would still add up over a long walk: so the sum begins anew every
 // kExact steps, from the sums of S times dS themselves, the state S of those steps being kept from the pass along the walk.
-#include "problem.h"
+#include <initializer_list>
 
-#include "medssm/shuffle.h"
+#include "problem.h"
 
 using namespace medssm;
 
@@ -37,23 +37,15 @@ template <class T> struct Shared {
 
   explicit Shared(const Problem& p)
       : length(p.length), heads(p.heads), blocks(ceil_div(p.keys, W)), exact(ceil_div(p.length, kExact)), state(padded_rows(p.values) * W),
-        states(p.batch * p.heads * exact * blocks * state), sums(p.per_key ? 0 : p.batch * p.heads * blocks * p.length) {}
+        states(p.batch * p.heads * exact * blocks * state), sums(p.per_key ? 0 : p.batch * p.heads * blocks * p.length) {
+    prefer_huge_pages(states.data(), p.batch * p.heads * exact * blocks * state * static_cast<int64_t>(sizeof(T)));
+  }
 
   T* state_at(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
     return states.data() + (((seat.batch * heads + seat.head) * exact + steps_to_end / kExact) * blocks + block) * state;
   }
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
 };
-
-// The sums over the lanes of f(t), for each step.
-template <class T, class F> void sum_steps(int64_t count, const F& f, T* sums) {
-  constexpr int W = kLanes<T>;
-  for (int64_t t = 0; t < count; t += W) {
-    Vec<T> v[W];
-    for (int i = 0; i < W; ++i) v[i] = t + i < count ? f(t + i) : Vec<T>{};
-    store(sums + t, sum_each<T, W>(v));
-  }
-}
 
 // dq, along the walk; the state is transposed: rows are values, lanes keys.
 template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay, false, true>> {
@@ -86,7 +78,7 @@ template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay,
       write_rows<T>(a_.dg, seat.batch, seat.head, block * W, width, tile, product);
     } else {
       T* const tile_sums = own() + kTileSteps;
-      sum_steps<T>(tile.count, product, tile_sums);
+      lane_sums<T>(tile.count, product, tile_sums);
       std::memcpy(shared_.sums_of(seat.batch, seat.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
     }
   }
@@ -153,7 +145,7 @@ template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, tr
       store(carried, dg);
     } else {
       T *const tile_sums = own() + kTileSteps, *const at_end = shared_.sums_of(seat.batch, seat.head, block) + p.length - 1 - tile.from;
-      sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(k[t]) * load<T>(o + t * W); }, tile_sums);
+      lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(k[t]) * load<T>(o + t * W); }, tile_sums);
       double dg;
       std::memcpy(&dg, seat.carry + (block - seat.first_block) * kCarry, sizeof(dg));
       for (int64_t t = 0; t < tile.count; ++t) at_end[-t] = static_cast<T>(dg += static_cast<double>(at_end[-t]) - static_cast<double>(tile_sums[t]));
@@ -223,6 +215,7 @@ template <class T, Decay kOfRows, Decay kOfLanes> void backward(const Arguments&
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse), back(p.length, p.index, p.starts, p.start_count, !p.reverse);
   const Shared<T> shared(p);
+  for (const HeadOutput* out : {&a.dq, &a.dk, &a.dv, &a.dg}) prefer_huge_pages(*out, p.batch);
   const MatrixShape across{p.batch, p.heads, 1, p.values, p.keys}, along{p.batch, p.heads, 1, p.keys, p.values};
   scan<T>(across, walk, p.length, p.threads, transposed(p.initial), {}, {kExact, p.length}, 0, [&] { return OfQueries<T, kOfLanes>(a, shared); });
   scan<T>(across, back, p.length, p.threads, transposed(a.dstate), {}, {kExact, 0}, OfKeys<T, kOfLanes>::kCarry,

@@ -28,10 +28,10 @@ template <class T, class PassForm> class Reader {
   // q, k: rows of `rows` elements; v: lanes.
   Reader(const Problem& p, int64_t rows, const HeadTokens& q, const HeadTokens& k, const HeadTokens& v, double scale)
       : p_(p), rows_(rows), q_(q), k_(k), v_(v), scale_(splat(static_cast<T>(scale))), scaled_(scale != 1),
-        memory_(kTileSteps * (2 * padded_rows(rows) + W + decay_size())) {
+        row_(round_up(rows, W)), memory_(kTileSteps * (2 * row_ + W + decay_size())) {
     q_rows_ = memory_.data();
-    k_rows_ = q_rows_ + kTileSteps * padded_rows(rows);
-    v_lanes_ = k_rows_ + kTileSteps * padded_rows(rows);
+    k_rows_ = q_rows_ + kTileSteps * row_;
+    v_lanes_ = k_rows_ + kTileSteps * row_;
     decay_ = v_lanes_ + kTileSteps * W;
   }
 
@@ -63,7 +63,7 @@ template <class T, class PassForm> class Reader {
   const Problem& p_;
 
  private:
-  int64_t decay_size() const { return Form::kDecay == Decay::kRows ? round_up(rows_, W) : Form::kDecay == Decay::kLanes ? W : 1; }
+  int64_t decay_size() const { return Form::kDecay == Decay::kRows ? row_ : Form::kDecay == Decay::kLanes ? W : 1; }
 
   View<T> decay_of_rows(const Seat<T>& seat, const Tile& tile) const {
     if constexpr (Form::kDecay == Decay::kWhole) {
@@ -71,25 +71,23 @@ template <class T, class PassForm> class Reader {
       exponentials(tile.count);
       return {decay_, 1};
     } else if constexpr (Form::kDecay == Decay::kRows) {
-      stage_rows<T>(p_.g, seat.batch, seat.head, 0, rows_, round_up(rows_, W), tile, decay_);
-      exponentials(tile.count * round_up(rows_, W));
-      return {decay_, round_up(rows_, W)};
+      stage_rows<T>(p_.g, seat.batch, seat.head, 0, rows_, row_, tile, decay_);
+      exponentials(tile.count * row_);
+      return {decay_, row_};
     } else {
       return {};
     }
   }
 
   void exponentials(int64_t count) const {
-    for (int64_t i = 0; i < count; i += W) {
-      const int some = static_cast<int>(least<int64_t>(W, count - i));
-      store_part(decay_ + i, exp<T>(load_part<T>(decay_ + i, some)), some);
-    }
+    for (int64_t i = 0; i < count; i += W) store(decay_ + i, exp<T>(load<T>(decay_ + i)));
   }
 
   const int64_t rows_;
   const HeadTokens q_, k_, v_;
   const Vec<T> scale_;
   const bool scaled_;
+  const int64_t row_;  // of a buffer
   const Scratch<T> memory_;
   T *q_rows_, *k_rows_, *v_lanes_, *decay_;
 };

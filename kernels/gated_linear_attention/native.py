@@ -36,9 +36,9 @@ def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final):
     out = native.like(v)
     state = torch.empty((batch, heads, keys, v.shape[3]), dtype=dtype, device=v.device) if final else None
     if out.numel():
-        tensors = [native.lanes(t) for t in (q, k, v)]
+        tensors = _adjacent(q, k, v, g)
         native.function("gated_linear_attention_forward")(_FORWARD(
-            *_problem(*tensors, _decays(g), scale, index, starts, reverse, initial_state, dtype), *_tokens(out), *_state(state)))
+            *_problem(*tensors, scale, index, starts, reverse, initial_state, dtype), *_tokens(out), *_state(state)))
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state
@@ -50,10 +50,10 @@ def backward(dout, dstate, q, k, v, g, scale, index, starts, reverse, initial_st
     dq, dk, dv, dinitial = (native.like(t) for t in (q, k, v, initial_state))
     dg = native.like(g, dtype)
     if v.numel():
-        tensors = [native.lanes(t) for t in (q, k, v)]
+        tensors = _adjacent(q, k, v, g)
         dout = native.lanes(dout)
         native.function("gated_linear_attention_backward")(_BACKWARD(
-            *_problem(*tensors, _decays(g), scale, index, starts, reverse, initial_state, dtype), *_tokens(dout), *_state(dstate),
+            *_problem(*tensors, scale, index, starts, reverse, initial_state, dtype), *_tokens(dout), *_state(dstate),
             *_tokens(dq), *_tokens(dk), *_tokens(dv), *_tokens(dg), *_state(dinitial)))
     else:
         for gradient in (dq, dk, dv, dg):
@@ -67,9 +67,9 @@ def _compute_dtype(*tensors) -> torch.dtype:
     return torch.float64 if native.wide(*tensors) else torch.float32
 
 
-def _decays(g):
-    """g with adjacent values where it has one per key."""
-    return native.lanes(g) if g.dim() == 4 else g
+def _adjacent(q, k, v, g):
+    """The tensors with adjacent elements, g where it has one per key. The caller holds them, copies among them, until the kernel is done."""
+    return *(native.lanes(t) for t in (q, k, v)), native.lanes(g) if g.dim() == 4 else g
 
 
 def _problem(q, k, v, g, scale, index, starts, reverse, initial_state, dtype):

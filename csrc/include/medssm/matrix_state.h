@@ -12,7 +12,7 @@
 // The state's rows lie in registers, kStrip at a time, while a strip walks through the tile: with AVX-512 a step costs a row three operations
 // of the multiplier, two without decay. Nothing but e_t is exponentiated, so that no decay, however strong, overflows or divides.
 #pragma once
-#include "medssm/simd.h"
+#include "medssm/shuffle.h"
 #include "medssm/token_rows.h"
 
 namespace medssm {
@@ -48,6 +48,10 @@ template <class T, class F, int kRows> __attribute__((noinline)) void advance_st
   const T *q = in.q.rows + row, *k = in.k.rows + row, *v = in.v.rows, *e = in.decay.rows + (F::kDecay == Decay::kRows ? row : 0);
   for (int64_t t = 0; t < in.count; ++t, q += in.q.step, k += in.k.step, v += in.v.step, e += in.decay.step, o += W) {
     const Vec<T> v_t = load<T>(v);
+    // The same step of the next tile, where it lies in a tensor: the stride between tokens defeats the processor's own prefetcher.
+    __builtin_prefetch(q + kTileSteps * in.q.step, 0, 2);
+    __builtin_prefetch(k + kTileSteps * in.k.step, 0, 2);
+    if (first) __builtin_prefetch(v + kTileSteps * in.v.step, 0, 2);
     [[maybe_unused]] Vec<T> decay;
     if constexpr (F::kDecay == Decay::kWhole) decay = splat(*e);
     if constexpr (F::kDecay == Decay::kLanes) decay = load<T>(e);
@@ -75,17 +79,26 @@ template <class T, class F> void advance(const Operands<T>& in, int64_t rows, T*
     if (row < rows) advance_strip<T, F, kShortStrip>(in, row, row == 0, state + row * kLanes<T>, o);
 }
 
+// The sum over the lanes of f(t), for each step; `sums` has room for kTileSteps.
+template <class T, class F> void lane_sums(int64_t count, const F& f, T* sums) {
+  constexpr int W = kLanes<T>;
+  for (int64_t t = 0; t < count; t += W) {
+    Vec<T> v[W];
+    for (int i = 0; i < W; ++i) v[i] = t + i < count ? f(t + i) : Vec<T>{};
+    store(sums + t, sum_each<T, W>(v));
+  }
+}
+
 // q_t . k_t of each step, what kStrict leaves out of o_t.
 template <class T> void own_products(const View<T>& q, const View<T>& k, int64_t rows, int64_t count, T* own) {
   constexpr int W = kLanes<T>;
-  for (int64_t t = 0; t < count; ++t) {
+  const int64_t whole = rows / W * W;
+  const int rest = static_cast<int>(rows - whole);
+  lane_sums<T>(count, [&](int64_t t) {
     Vec<T> sum{};
-    for (int64_t r = 0; r < rows; r += W) {
-      const int lanes = static_cast<int>(least<int64_t>(W, rows - r));
-      sum = fma(load_part<T>(q[t] + r, lanes), load_part<T>(k[t] + r, lanes), sum);
-    }
-    own[t] = sum_lanes(sum);
-  }
+    for (int64_t r = 0; r < whole; r += W) sum = fma(load<T>(q[t] + r), load<T>(k[t] + r), sum);
+    return rest ? fma(load_part<T>(q[t] + whole, rest), load_part<T>(k[t] + whole, rest), sum) : sum;
+  }, own);
 }
 
 }  // namespace

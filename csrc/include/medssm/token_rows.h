@@ -1,5 +1,6 @@
 // Rows of a tile from tensors (b, l, h, d) of any type with adjacent elements, as a kernel reads them; and back.
 #pragma once
+#include "medssm/parallel.h"
 #include "medssm/simd.h"
 #include "medssm/walk.h"
 
@@ -16,6 +17,11 @@ struct HeadOutput {
   int64_t type, batch, token, head;
 };
 
+// Of a contiguous output about to be written for the first time.
+MEDSSM_INLINE void prefer_huge_pages(const HeadOutput& x, int64_t batch) {
+  prefer_huge_pages(x.data, batch * x.batch * (x.type == kFloat64 ? 8 : x.type == kFloat32 ? 4 : 2));
+}
+
 // Row t of a tile is at rows + t * step.
 template <class T> struct View {
   const T* rows;
@@ -30,13 +36,18 @@ template <class T>
 void stage_rows(const HeadTokens& x, int64_t batch, int64_t head, int64_t from, int64_t count, int64_t padded, const Tile& tile, T* to) {
   constexpr int W = kLanes<T>;
   const int64_t whole = count / W * W;
+  const int rest = static_cast<int>(count - whole);
   with_storage(x.type, x.data, [&](const auto* data) {
     data += batch * x.batch + head * x.head + from;
     for (int64_t t = 0; t < tile.count; ++t, to += padded) {
       const auto* row = data + tile.token(t) * x.token;
       for (int64_t e = 0; e < whole; e += W) store(to + e, load<T>(row + e));
-      for (int64_t e = whole; e < padded; e += W)
-        store_part(to + e, load_part<T>(row + e, static_cast<int>(most<int64_t>(0, count - e))), static_cast<int>(least<int64_t>(W, padded - e)));
+      for (int64_t e = whole; e < padded; e += W) {
+        const Vec<T> v = e == whole && rest ? load_part<T>(row + e, rest) : Vec<T>{};
+        // A masked store costs many times a whole one; what that writes too much, the next row overwrites.
+        if (e + W <= padded || t + 1 < tile.count) store(to + e, v);
+        else store_part(to + e, v, static_cast<int>(padded - e));
+      }
     }
   });
 }
