@@ -9,9 +9,9 @@
 //
 // a sum from the walk's end, where it is that of the final state times its gradient. Both products share the term of step t's own token, which
 // cancels: they are taken without it (kStrict). Rounding would still add up, and with one sign, over a long walk: so the sum begins anew every
-// kExact steps, from the sum of S times dS itself, the state S of those steps being kept from the pass along the walk; and what a run of steps has
+// exact_steps, from the sum of S times dS itself, the state S of those steps being kept from the pass along the walk; and what a run of steps has
 // strayed from the sum where it ends is taken back from its steps in proportion.
-#include "problem.h"
+#include "group_sum.h"
 
 #include "medssm/shuffle.h"
 
@@ -28,24 +28,30 @@ struct Arguments {
   StateTensor dinitial;       // may be null
 };
 
-constexpr int64_t kExact = 256;
-// A decay below this leaves less of a state than rounding does: the gradient of its logarithm is 0, and A, which may be large, multiplies no rounding.
+// A decay below this leaves less of a state than rounding does: the gradient of its logarithm is 0, and A, which may be large, multiplies no
+// rounding.
 template <class T> constexpr T kNothing = sizeof(T) == 4 ? T(0x1p-30) : T(0x1p-60);
+
+// Steps between two exact sums: the states kept for them take the memory of x, or twice that where n is no multiple of a vector.
+MEDSSM_INLINE int64_t exact_steps(const Problem& p) { return p.states <= 16 ? 16 : p.states <= 32 ? 32 : round_up(p.states, kTileSteps); }
 
 // What the passes leave each other, per batch element and head, and per block of states.
 template <class T> struct Shared {
   static constexpr int W = kLanes<T>;
-  const int64_t length, heads, blocks, exact, state;  // blocks of states, kept S per head, elements of a block's S
-  const Scratch<T> states;                            // S at every kExact-th step from the end and at the start: [exact][block][row: channel][lane: state]
-  const Scratch<T> sums;                              // C_t S_t dy_t, then ds, of a block's states: [block][step]
-  const Scratch<double> rates;                        // dA
+  const int64_t length, heads, blocks, every, exact, state;  // blocks of states, steps between kept S and how many per head, elements of a block's S
+  const Scratch<T> states;                                   // S at the start and at those steps from the end: [exact][block][channel][lane]
+  const Scratch<T> sums;                                     // C_t S_t dy_t, then ds, of a block's states: [block][step]
+  const Scratch<double> rates;                               // dA
 
   explicit Shared(const Problem& p)
-      : length(p.length), heads(p.heads), blocks(ceil_div(p.states, W)), exact(ceil_div(p.length, kExact) + 1), state(padded_rows(p.size) * W),
-        states(p.batch * heads * exact * blocks * state), sums(p.batch * heads * blocks * length), rates(p.batch * heads * blocks) {}
+      : length(p.length), heads(p.heads), blocks(ceil_div(p.states, W)), every(exact_steps(p)), exact(ceil_div(p.length, every) + 1),
+        state(padded_rows(p.size) * W),
+        states(p.batch * heads * exact * blocks * state), sums(p.batch * heads * blocks * length), rates(p.batch * heads * blocks) {
+    prefer_huge_pages(states.data(), p.batch * heads * exact * blocks * state * static_cast<int64_t>(sizeof(T)));
+  }
 
   T* state_at(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
-    return states.data() + (((seat.batch * heads + seat.head) * exact + ceil_div(steps_to_end, kExact)) * blocks + block) * state;
+    return states.data() + (((seat.batch * heads + seat.head) * exact + ceil_div(steps_to_end, every)) * blocks + block) * state;
   }
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
   double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * heads + head) * blocks + block]; }
@@ -61,34 +67,16 @@ template <class T, class F> MEDSSM_INLINE void sum_steps(int64_t count, const F&
   }
 }
 
-// The sum over the heads of a group, in their order, of rows of a tile: [block][step][lane].
-template <class T> class GroupSum {
- public:
-  explicit GroupSum(int64_t blocks) : memory_(blocks * kTileSteps * W) {}
-
-  // Adds value(t) of a head; the last one writes the sum.
-  template <class F> void add(const Seat<T>& seat, int64_t sharing, const Tile& tile, int64_t block, const HeadOutput& to, const F& value) const {
-    T* const sum = memory_.data() + block * kTileSteps * W;
-    for (int64_t t = 0; t < tile.count; ++t) store(sum + t * W, seat.first_together ? value(t) : load<T>(sum + t * W) + value(t));
-    if (seat.last_together)
-      write_rows<T>(to, seat.batch, seat.head / sharing, block * W, seat.width(block), tile, [&](int64_t t) { return load<T>(sum + t * W); });
-  }
-
- private:
-  static constexpr int W = kLanes<T>;
-  const Scratch<T> memory_;
-};
-
 // dC, along the walk; the state is transposed: rows are channels, lanes states.
 template <class T> class OfC : public Reader<T, false, true, true> {
  public:
-  OfC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared)
+  OfC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum)
       : OfC::Reader(a.problem, steps, a.problem.size, {dy, 1}, {a.problem.x, 1}, {a.problem.B, a.problem.heads / a.problem.groups}), a_(a),
-        shared_(shared), sum_(shared.blocks), memory_(kTileSteps * (W + 2)) {}
+        shared_(shared), sum_(sum), memory_(kTileSteps * (W + 2)), tile_(shared.blocks * kTileSteps * W) {}
 
   void begin(const Seat<T>& seat, const Tile& tile) const {
     const int64_t to_end = a_.problem.length - tile.from;
-    if (tile.from == 0 || to_end % kExact == 0) keep(seat, to_end);
+    if (tile.from == 0 || to_end % shared_.every == 0) keep(seat, to_end);
   }
   void leave(const Seat<T>& seat) const { keep(seat, 0); }
 
@@ -99,7 +87,7 @@ template <class T> class OfC : public Reader<T, false, true, true> {
   }
 
   void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
-    sum_.add(seat, this->sharing_, tile, block, a_.dC, [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
+    sum_.add(seat, tile, block, tile_.data(), [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
     const View<T> C = this->block_of({a_.problem.C, this->sharing_}, seat, tile, block, memory_.data());
     T* const tile_sums = own() + kTileSteps;
     sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(C[t]) * load<T>(o + t * W); }, tile_sums);
@@ -117,16 +105,17 @@ template <class T> class OfC : public Reader<T, false, true, true> {
 
   const Arguments& a_;
   const Shared<T>& shared_;
-  const GroupSum<T> sum_;
+  const GroupSum<T>& sum_;
   const Scratch<T> memory_;  // C of a block, own products, sums
+  const Scratch<T> tile_;    // dC
 };
 
 // dB, ds and dA, against the walk; the state's gradient is transposed: rows are channels, lanes states.
 template <class T> class OfB : public Reader<T, true, true, false> {
  public:
-  OfB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared)
+  OfB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum)
       : OfB::Reader(a.problem, steps, a.problem.size, {a.problem.x, 1}, {dy, 1}, {a.problem.C, a.problem.heads / a.problem.groups}), a_(a),
-        shared_(shared), sum_(shared.blocks), memory_(kTileSteps * (W + 3)) {}
+        shared_(shared), sum_(sum), memory_(kTileSteps * (W + 3)), tile_(shared.blocks * kTileSteps * W) {}
 
   // What a pass carries for a block: dg of the step after, dA, and where the run of steps began.
   struct Carried {
@@ -136,7 +125,7 @@ template <class T> class OfB : public Reader<T, true, true, false> {
   static constexpr int64_t kCarry = 64 / sizeof(T);  // a line, so that states stay aligned
 
   void begin(const Seat<T>& seat, const Tile& tile) const {
-    if (tile.fresh || tile.from % kExact == 0)
+    if (tile.fresh || tile.from % shared_.every == 0)
       for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
         Carried c = carried(seat, block);
         end_run(seat, block, tile.from, tile.fresh ? 0 : flow(seat, block, tile.from), &c);
@@ -161,7 +150,7 @@ template <class T> class OfB : public Reader<T, true, true, false> {
   void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
     const View<T> s = this->step(seat, tile);
     const auto whole = [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); };  // x_t dS_t
-    sum_.add(seat, this->sharing_, tile, block, a_.dB, [&](int64_t t) { return whole(t) * splat(*s[t]); });
+    sum_.add(seat, tile, block, tile_.data(), [&](int64_t t) { return whole(t) * splat(*s[t]); });
     const View<T> B = this->block_of({a_.problem.B, this->sharing_}, seat, tile, block, memory_.data());
     T *const strict = own() + kTileSteps, *const all = strict + kTileSteps;
     sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * load<T>(o + t * W); }, strict);
@@ -220,8 +209,9 @@ template <class T> class OfB : public Reader<T, true, true, false> {
 
   const Arguments& a_;
   const Shared<T>& shared_;
-  const GroupSum<T> sum_;
+  const GroupSum<T>& sum_;
   const Scratch<T> memory_;  // B of a block, own products, two sums
+  const Scratch<T> tile_;    // dB
 };
 
 // dx, dD and the initial state's gradient, against the walk.
@@ -281,7 +271,8 @@ template <class T> void gate(const Arguments& a, const HeadOutput& dy) {
         for (int64_t from = 0; from < p.size; from += W) {
           const int width = static_cast<int>(least<int64_t>(W, p.size - from));
           const View<T> dout = rows_of<T>(a.dout, batch, head, from, width, W, tile, out_buffer);
-          const View<T> y = rows_of<T>(a.y, batch, head, from, width, W, tile, y_buffer), z = rows_of<T>(p.z, batch, head, from, width, W, tile, z_buffer);
+          const View<T> y = rows_of<T>(a.y, batch, head, from, width, W, tile, y_buffer);
+          const View<T> z = rows_of<T>(p.z, batch, head, from, width, W, tile, z_buffer);
           for (int64_t t = 0; t < tile.count; ++t) {
             const Silu<T> silu = silu_and_slope<T>(load<T>(z[t]));
             store(gated + t * W, load<T>(dout[t]) * silu.value);
@@ -340,11 +331,16 @@ template <class T> void backward(const Arguments& a) {
     gate<T>(a, to);
     dy = {to.data, to.type, to.batch, to.token, to.head};
   }
-  scan<T>(p.across(), walk, p.length, p.threads, transposed(p.initial), {}, {kExact, p.length}, 0, [&] { return OfC<T>(a, dy, steps, shared); });
-  scan<T>(p.across(), back, p.length, p.threads, transposed(a.dstate), {}, {kExact, 0}, OfB<T>::kCarry,
-          [&] { return OfB<T>(a, dy, steps, shared); });
-  scan<T>(p.along(), back, p.length, p.threads, a.dstate, a.dinitial, {}, OfX<T>::kCarry, [&] { return OfX<T>(a, dy, steps); });
+  const GroupSum<T> of_B(p, a.dB), of_C(p, a.dC);
+  const MatrixShape across{p.batch, p.heads, of_B.together(), p.size, p.states}, along{p.batch, p.heads, 1, p.states, p.size};
+  scan<T>(across, walk, p.length, p.threads, transposed(p.initial), {}, {shared.every, p.length}, 0,
+          [&] { return OfC<T>(a, dy, steps, shared, of_C); });
+  scan<T>(across, back, p.length, p.threads, transposed(a.dstate), {}, {shared.every, 0}, OfB<T>::kCarry,
+          [&] { return OfB<T>(a, dy, steps, shared, of_B); });
+  scan<T>(along, back, p.length, p.threads, a.dstate, a.dinitial, {}, OfX<T>::kCarry, [&] { return OfX<T>(a, dy, steps); });
   of_steps(a, steps, shared, walk);
+  of_B.finish();
+  of_C.finish();
 }
 
 }  // namespace

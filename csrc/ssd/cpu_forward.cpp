@@ -46,7 +46,7 @@ template <class T> void forward(const Arguments& a) {
   const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse);
   expect_writes(p, a.out, a.y);
   const Steps<T> steps(p, walk);
-  scan<T>(p.along(), walk, p.length, p.threads, p.initial, a.final, {}, 0, [&] { return Forward<T>(a, steps); });
+  scan<T>({p.batch, p.heads, 1, p.states, p.size}, walk, p.length, p.threads, p.initial, a.final, {}, 0, [&] { return Forward<T>(a, steps); });
 }
 
 }  // namespace

@@ -16,9 +16,6 @@ struct Problem {
   int64_t batch, length, heads, size, groups, states;
   int64_t softplus, wide, threads;  // wide: compute in double
   double low, high;                 // what the step is clamped to
-
-  MatrixShape along() const { return {batch, heads, 1, states, size}; }                // the state with lanes on the channels
-  MatrixShape across() const { return {batch, heads, heads / groups, size, states}; }  // and transposed: heads of a group share B and C
 };
 
 // The same memory with rows and lanes exchanged.

@@ -10,7 +10,7 @@ import torch
 
 from medssm.kernels.ssd import native, reference
 
-TILE, EXACT = 64, 256  # steps of a tile, and between two exact sums of the decay's gradient (csrc/ssd/cpu_backward.cpp)
+TILE, EXACT = 64, 16  # steps of a tile, and between two exact sums of the decay's gradient (csrc/ssd/cpu_backward.cpp)
 NAMES = ("dx", "ddt", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial")
 
 
@@ -46,7 +46,7 @@ def check(tensors, tolerance, index=None, starts=None, reverse=False, softplus=T
             assert error < tolerance, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("groups, per", [(1, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("groups, per", [(1, 1), (1, 6), (2, 2)])
 @pytest.mark.parametrize("size, state", [(1, 1), (3, 40), (8, 16), (16, 8), (17, 5), (24, 33), (40, 3)])
 def test_equals_the_reference(isa, size, state, groups, per):
     check(inputs(2, TILE + 3, groups, per, size, state), 1e-10)
@@ -98,17 +98,18 @@ def test_a_decay_that_kills_the_state_leaves_no_rounding_in_its_gradient(rate):
 
 def test_the_gradient_of_the_decay_stays_right_over_a_long_walk():
     """A sum over the walk of differences that cancel: without exact sums in between its rounding would grow with the length."""
-    *tensors, _ = inputs(1, 20 * EXACT, 1, 2, 4, 4, torch.float32, gated=False)
+    *tensors, _ = inputs(1, 20000, 1, 2, 4, 4, torch.float32, gated=False)
     tensors[1] = tensors[1] * 0.5 - 5  # steps as Mamba has them at the start
     walk, dout = (True, (0.0, math.inf), None, None, False, None), torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5))
     got = native.backward(dout, None, None, *tensors, *walk)
     want = native.backward(dout.double(), None, None, *(None if t is None else t.double() for t in tensors), *walk)
     for i in (1, 2, 7):
-        assert (got[i] - want[i]).abs().max() / want[i].abs().max() < 5e-6, NAMES[i]
+        assert (got[i] - want[i]).abs().max() / want[i].abs().max() < 2e-5, NAMES[i]
 
 
-def test_threads_share_the_lanes_of_a_head():
-    *tensors, initial = inputs(1, 3000, 1, 1, 80, 40, torch.float32)
+@pytest.mark.parametrize("heads, size, state", [(1, 80, 40), (8, 8, 8)])
+def test_threads_share_the_lanes_of_a_head_and_the_heads_of_a_group(heads, size, state):
+    *tensors, initial = inputs(1, 3000, 1, heads, size, state, torch.float32)
     walk, results = (True, (0.0, math.inf), None, None, False, initial), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)

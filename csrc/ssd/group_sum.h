@@ -1,0 +1,77 @@
+// The gradients of B and C, which the heads of a group share.
+#pragma once
+#include "problem.h"
+
+namespace medssm {
+namespace {
+
+// The gradient of B or C, a sum over the heads of a group. Few groups of few states are too little for several threads: a group's heads are then cut
+// into pieces, whose sums are added up at the end. How many depends on shapes alone, and so do the bits.
+template <class T> class GroupSum {
+ public:
+  GroupSum(const Problem& p, const HeadOutput& to)
+      : p_(p), to_(to), pieces_(pieces(p)), own_(pieces_ > 1 ? p.batch * p.length * p.groups * pieces_ * p.states : 0) {}
+
+  // The heads of a piece.
+  int64_t together() const { return p_.heads / p_.groups / pieces_; }
+
+  // Adds value(t) of a head, in the order of the heads, to the rows of a thread's tile: [block][step][lane]. The last one writes the sum.
+  template <class F> void add(const Seat<T>& seat, const Tile& tile, int64_t block, T* rows, const F& value) const {
+    T* const sum = rows + block * kTileSteps * W;
+    for (int64_t t = 0; t < tile.count; ++t) store(sum + t * W, seat.first_together ? value(t) : load<T>(sum + t * W) + value(t));
+    if (!seat.last_together) return;
+    const auto value_of = [&](int64_t t) { return load<T>(sum + t * W); };
+    write_rows<T>(pieces_ > 1 ? own() : to_, seat.batch, seat.head / together(), block * W, seat.width(block), tile, value_of);
+  }
+
+  // Adds the pieces up.
+  void finish() const {
+    if (pieces_ == 1) return;
+    const Walk raster(p_.length, nullptr, nullptr, 0, false);
+    const HeadOutput from = own();
+    const int64_t tiles = ceil_div(p_.length, kTileSteps), items = p_.batch * tiles;
+    parallel(threads_for(p_, items, kTileSteps * p_.groups * pieces_ * p_.states), [&](const Team& team) {
+      const Scratch<T> buffer(kTileSteps * W), sum(kTileSteps * W);
+      const Range mine = share(items, team);
+      for (int64_t item = mine.begin; item < mine.end; ++item) {
+        const int64_t batch = item / tiles;
+        const Tile tile = raster.tile(item % tiles * kTileSteps, p_.length);
+        for (int64_t group = 0; group < p_.groups; ++group)
+          for (int64_t state = 0; state < p_.states; state += W) {
+            const int width = static_cast<int>(least<int64_t>(W, p_.states - state));
+            for (int64_t piece = 0; piece < pieces_; ++piece) {
+              const View<T> x = rows_of<T>({from.data, from.type, from.batch, from.token, from.head}, batch, group * pieces_ + piece, state, width, W,
+                                           tile, buffer.data());
+              for (int64_t t = 0; t < tile.count; ++t)
+                store(sum.data() + t * W, piece ? load<T>(sum.data() + t * W) + load<T>(x[t]) : load<T>(x[t]));
+            }
+            write_rows<T>(to_, batch, group, state, width, tile, [&](int64_t t) { return load<T>(sum.data() + t * W); });
+          }
+      }
+    });
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kEnough = 4;  // independent sums
+
+  // A divisor of the heads of a group.
+  static int64_t pieces(const Problem& p) {
+    const int64_t sharing = p.heads / p.groups, sums = p.batch * p.groups * ceil_div(p.states, W);
+    int64_t count = least(sharing, ceil_div(kEnough, most<int64_t>(sums, 1)));
+    while (sharing % count) ++count;
+    return count;
+  }
+  HeadOutput own() const {
+    const int64_t token = p_.groups * pieces_ * p_.states;
+    return {own_.data(), kStorage<T>, p_.length * token, token, p_.states};
+  }
+
+  const Problem& p_;
+  const HeadOutput to_;
+  const int64_t pieces_;
+  const Scratch<T> own_;  // (b, l, piece, n)
+};
+
+}  // namespace
+}  // namespace medssm
