@@ -8,6 +8,7 @@ import math
 import torch
 
 from medssm import dispatch
+from medssm.kernels import triton
 from medssm.kernels.linear_attention import native, reference
 from medssm.ops import checks, registration, walk
 
@@ -203,4 +204,8 @@ def _explained(q, k, v, *, causal=False, rotary=None, initial_state=None, **_res
     return (q, k, v, *_pair("rotary", rotary, "(cos, sin)"), *_pair("initial_state", initial_state, "(kv, z)"), causal)
 
 
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse))
+def _triton_refuses(q, k, v, cos, sin, initial_kv, initial_k, causal):
+    return triton.refuse(q, k, v, cos, sin, initial_kv, initial_k) or ("it has no causal form in this release" if causal else None)
+
+
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses))

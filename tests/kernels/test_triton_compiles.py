@@ -17,6 +17,7 @@ KERNELS = {
     "bi_wkv": {"local", "carry", "outputs", "tokens_adjoint"},
     "causal_conv1d": {"_forward", "_backward"},
     "depthwise_conv": {"_conv", "_weights"},
+    "linear_attention": {"sums", "outputs", "factors", "inputs"},
     "delta_rule": {"inverse", "carry", "outputs", "outer", "carry_back", "pair_gradients", "query_gradients", "entry_key_gradients",
                    "exit_key_gradients"},
 }

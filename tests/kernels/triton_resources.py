@@ -114,6 +114,22 @@ def _delta(dk, dv, dtype, options, length=4096, heads=2):
     kernel.backward(torch.empty_like(v), state if options else None, recalled, *given)
 
 
+def _linear(dk, dv, dtype, options, length=4096, heads=4):
+    """Over all tokens; with options fewer heads of keys, a rotation, the denominator, an initial state."""
+    from medssm.kernels.linear_attention import triton as kernel
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    groups = 2 if options else heads
+    state = new(1, groups, dk, dv, dtype=FLOAT), new(1, groups, dk, dtype=FLOAT)
+    angles = new(length, groups, dk, dtype=FLOAT) if options else None
+    given = [new(1, length, heads, dk), new(1, length, groups, dk), new(1, length, groups, dv), angles, angles]
+    given += [*(state if options else (None, None)), "elu" if options else None, False, options, 0.5, 1e-6, None, None, False]
+    out, *sums = kernel.forward(*given)
+    kernel.backward(out, *(state if options else (None, None)), *sums, *given)
+
+
 BF16, FLOAT = torch.bfloat16, torch.float32
 CALLS = {
     "selective_scan": [lambda: _scan(8, BF16, True, 6)]
@@ -127,6 +143,8 @@ CALLS = {
         (1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
     "depthwise_conv": [lambda: _depthwise(3, 3, BF16, True)] + [lambda s=s, n=n, d=d, o=o: _depthwise(s, n, d, o) for s, n, d, o in itertools.product(
         (3, 7), (1, 2, 3), (BF16, FLOAT), (False, True))],
+    "linear_attention": [lambda: _linear(32, 32, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _linear(k, v, d, o) for (k, v), d, o in itertools.product(
+        ((16, 16), (32, 64), (40, 24)), (BF16, FLOAT), (False, True))],
     "delta_rule": [lambda: _delta(64, 64, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _delta(k, v, d, o) for (k, v), d, o in itertools.product(
         ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (24, 40)), (BF16, FLOAT), (False, True))],
 }

@@ -1,0 +1,108 @@
+"""Linear attention on a GPU, in Triton: allocates and launches. The kernels over all tokens are in triton_whole.py.
+
+The caller has checked shapes and dtypes. The sums of segments of tokens are added by PyTorch in a fixed order; nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from medssm.kernels.linear_attention import triton_whole as kernels
+from medssm.kernels.native import lanes, like
+from medssm.kernels.triton import on, plain, present, strides
+
+PROGRAMS = 1024  # of a pass that sums: enough to fill a large GPU
+_MAPS = {None: 0, "relu": 1, "elu": 2}
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
+    """Arguments as in `reference.linear_attention`. Returns out (b,l,h,dv) contiguous and the sums, kv and z."""
+    q, k, v, cos, sin, initial_kv, initial_k = (None if t is None else lanes(t) for t in plain(q, k, v, cos, sin, initial_kv, initial_k))
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=v.dtype, device=v.device)
+    with on(q):
+        kv, z = _sums(k, v, cos, sin, None, 1.0, 1.0, feature_map, k.shape[2])
+        if initial_kv is not None:
+            kv, z = kv + initial_kv, z + initial_k
+        _outputs(q, kv, z, cos, sin, out, scale, eps, feature_map, normalize)
+    return out, kv, z
+
+
+def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
+    """Gradients of q, k, v, initial_kv and initial_k (None where that input is), each in its input's dtype and contiguous.
+
+    kv and z are forward's.
+    """
+    dout, dkv, dz, kv, z, q, k, v, cos, sin = (None if t is None else lanes(t) for t in plain(dout, dkv, dz, kv, z, q, k, v, cos, sin))
+    kv, z = kv.contiguous(), z.contiguous()
+    dq, dk, dv = like(q), like(k), like(v)
+    groups = k.shape[2]
+    with on(q):
+        weights = _factors(q, dout, kv, z, cos, sin, scale, eps, feature_map) if normalize else None
+        _inputs(q, dout, kv, z, cos, sin, weights, dq, scale, 0.0, feature_map)
+        total_kv, total_z = _sums(q, dout, cos, sin, weights, scale, 0.0, feature_map, groups)
+        total_kv = total_kv if dkv is None else total_kv + dkv
+        total_z = total_z if dz is None else total_z + dz
+        _inputs(k, v, total_kv, total_z, cos, sin, None, dk, 1.0, 1.0, feature_map)
+        _outputs(k, total_kv, total_z, cos, sin, dv, 1.0, 0.0, feature_map, False)
+    initial = (None if t is None else total.to(t.dtype) for t, total in ((initial_kv, total_kv), (initial_k, total_z)))
+    return dq, dk, dv, *initial
+
+
+def _sums(x, v, cos, sin, weights, scale, constant, feature_map, groups):
+    """(b,g,dk,dv) and (b,g,dk): `sums` of all tokens and of the heads of each group."""
+    (batch, length, heads, dk), dv = x.shape, v.shape[-1]
+    options, tiles = _tiles(x, v, feature_map, cos)
+    programs = batch * heads * tiles["BK"] * tiles["BV"]
+    segments = max(1, min(triton.cdiv(length, 4 * options["T"]), triton.cdiv(PROGRAMS, max(programs, 1))))
+    steps = triton.cdiv(triton.cdiv(length, segments), options["T"]) * options["T"]
+    kv = torch.empty((batch, heads, segments, dk, dv), dtype=torch.float32, device=x.device)
+    z = torch.empty((batch, heads, segments, dk), dtype=torch.float32, device=x.device)
+    if kv.numel():
+        kernels.sums[batch * heads * segments * tiles["BK"] * tiles["BV"],](
+            x, v, *present(x, cos, sin, *(weights or (None, None))), kv, z, scale, constant, length, heads,
+            groups, dk, dv, segments, steps, *x.stride()[:3], *v.stride()[:3], *strides(cos, 2)[:2], *strides(sin, 2)[:2],
+            FACTORS=weights is not None, **options)
+    elif z.numel():
+        z.zero_()
+    return tuple(t.reshape(batch, groups, -1, *t.shape[3:]).sum(2) for t in (kv, z))
+
+
+def _outputs(x, kv, z, cos, sin, out, scale, eps, feature_map, normalize):
+    batch, length, heads, dk = x.shape
+    options, tiles = _tiles(x, out, feature_map, cos)
+    if out.numel():
+        kernels.outputs[batch * heads * triton.cdiv(length, options["T"]) * tiles["BV"],](
+            x, kv, z, *present(x, cos, sin), out, scale, eps, length, heads, kv.shape[1], dk, out.shape[-1], *x.stride()[:3],
+            *strides(cos, 2)[:2], *strides(sin, 2)[:2], NORMALIZE=normalize, **options)
+
+
+def _factors(q, dout, kv, z, cos, sin, scale, eps, feature_map):
+    """Two tensors (b*h, l)."""
+    batch, length, heads, dk = q.shape
+    made = [torch.empty((batch * heads, length), dtype=torch.float32, device=q.device) for _ in range(2)]
+    options, _ = _tiles(q, dout, feature_map, cos)
+    if made[0].numel():
+        kernels.factors[batch * heads * triton.cdiv(length, options["T"]),](
+            q, dout, kv, z, *present(q, cos, sin), *made, scale, eps, length, heads, kv.shape[1], dk, dout.shape[-1], *q.stride()[:3],
+            *dout.stride()[:3], *strides(cos, 2)[:2], *strides(sin, 2)[:2], **options)
+    return made
+
+
+def _inputs(x, y, kv, z, cos, sin, weights, dx, scale, constant, feature_map):
+    batch, length, heads, dk = x.shape
+    options, tiles = _tiles(x, y, feature_map, cos)
+    if dx.numel():
+        kernels.inputs[batch * heads * triton.cdiv(length, options["T"]) * tiles["BK"],](
+            x, y, kv, z, *present(x, cos, sin, *(weights or (None, None))), dx, scale, constant, length, heads, kv.shape[1], dk, y.shape[-1],
+            *x.stride()[:3], *y.stride()[:3], *strides(cos, 2)[:2], *strides(sin, 2)[:2], FACTORS=weights is not None, **options)
+
+
+def _tiles(x, v, feature_map, cos):
+    """The constants of a launch, and how many tiles of keys and of values there are."""
+    dk, dv = x.shape[-1], v.shape[-1]
+    BK, BV = (min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv))
+    options = {"MAP": _MAPS[feature_map], "ROTARY": cos is not None, "T": 32, "BK": BK, "BV": BV, **_OPTIONS}
+    return options, {"BK": triton.cdiv(dk, BK), "BV": triton.cdiv(dv, BV)}
+
