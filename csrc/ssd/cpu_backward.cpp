@@ -13,8 +13,6 @@
 // strayed from the sum where it ends is taken back from its steps in proportion.
 #include "group_sum.h"
 
-#include "medssm/shuffle.h"
-
 using namespace medssm;
 
 namespace {
@@ -57,16 +55,6 @@ template <class T> struct Shared {
   double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * heads + head) * blocks + block]; }
 };
 
-// The sums over the lanes of f(t), for each step.
-template <class T, class F> MEDSSM_INLINE void sum_steps(int64_t count, const F& f, T* sums) {
-  constexpr int W = kLanes<T>;
-  for (int64_t t = 0; t < count; t += W) {
-    Vec<T> v[W];
-    for (int i = 0; i < W; ++i) v[i] = t + i < count ? f(t + i) : Vec<T>{};
-    store(sums + t, sum_each<T, W>(v));
-  }
-}
-
 // dC, along the walk; the state is transposed: rows are channels, lanes states.
 template <class T> class OfC : public Reader<T, false, true, true> {
  public:
@@ -90,7 +78,7 @@ template <class T> class OfC : public Reader<T, false, true, true> {
     sum_.add(seat, tile, block, tile_.data(), [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
     const View<T> C = this->block_of({a_.problem.C, this->sharing_}, seat, tile, block, memory_.data());
     T* const tile_sums = own() + kTileSteps;
-    sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(C[t]) * load<T>(o + t * W); }, tile_sums);
+    lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(C[t]) * load<T>(o + t * W); }, tile_sums);
     std::memcpy(shared_.sums_of(seat.batch, seat.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
   }
 
@@ -153,8 +141,8 @@ template <class T> class OfB : public Reader<T, true, true, false> {
     sum_.add(seat, tile, block, tile_.data(), [&](int64_t t) { return whole(t) * splat(*s[t]); });
     const View<T> B = this->block_of({a_.problem.B, this->sharing_}, seat, tile, block, memory_.data());
     T *const strict = own() + kTileSteps, *const all = strict + kTileSteps;
-    sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * load<T>(o + t * W); }, strict);
-    sum_steps<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * whole(t); }, all);
+    lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * load<T>(o + t * W); }, strict);
+    lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * whole(t); }, all);
     T* const at = shared_.sums_of(seat.batch, seat.head, block) + this->first(tile);
     const double A = static_cast<double>(static_cast<const T*>(a_.problem.A)[seat.head]);
     Carried c = carried(seat, block);

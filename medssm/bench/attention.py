@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from medssm import ops
+from medssm import ops, orders
 from medssm.bench import attention_peers as peers
 from medssm.bench.measure import Side
 from medssm.bench.row import COMPILED, OURS, Row, call
@@ -73,7 +73,7 @@ def _mamba2(length: int, channels: int) -> dict[str, Side]:
 
     torch.manual_seed(0)
     x = torch.randn(1, length, channels)
-    ours = Mamba2(channels, d_state=64, headdim=64).eval()
+    ours = Mamba2(channels, d_state=64, headdim=64, orders=[orders.raster()]).eval()
 
     def run(module):
         def forward():
