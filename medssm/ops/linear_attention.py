@@ -66,8 +66,7 @@ def linear_attention(q, k, v, *, feature_map="elu", rotary=None, causal=False, n
     if not causal:
         spec, index, reverse = "", None, False
     if cos is not None:
-        length, groups, dk = k.shape[1:]
-        cos, sin = (_tokens(t, length, groups, dk) for t in (cos, sin))
+        cos, sin = (_tokens(t, spatial, *k.shape[1:3]) for t in (cos, sin))
     tensors = (q, k, v, cos, sin, initial_kv, initial_k)
     options = (feature_map, causal, normalize, float(scale), float(eps))
 
@@ -108,10 +107,10 @@ def _pair(name, value, form):
     return tuple(value)
 
 
-def _tokens(t, length, groups, dk):
+def _tokens(t, spatial, length, groups):
     """(l, dk), or (*spatial, dk), or with groups before dk -> (l, g, dk)."""
-    t = t.reshape(length, -1, dk)
-    return t.expand(length, groups, dk)
+    heads = 1 if t.shape[:-1] in ((length,), spatial) else groups
+    return t.reshape(length, heads, t.shape[-1]).expand(length, groups, t.shape[-1])
 
 
 def _check(q, k, v, cos, sin, initial_kv, initial_k, causal, nd):
