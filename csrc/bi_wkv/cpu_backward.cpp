@@ -58,6 +58,7 @@ template <class T, bool kUpstream> class Backward {
   // The outputs of a tile, and its shares of dw and du.
   void advance(int64_t i, const Run& run) {
     Vec<T> dout[kTile], dw = {}, du = {};
+    forward_.block().prefetch_rows(a_.dout, forward_.rows_after(run));
     forward_.block().load_rows(a_.dout, forward_.rows(run), dout);
     kept_behind_[i] = behind_;
     Output<T>* outputs = outputs_ + run.from;
@@ -87,6 +88,7 @@ template <class T, bool kUpstream> class Backward {
     const Vec<T> u = block.weight(p_.u);
     const Output<T>* outputs = outputs_ + run.from;
     Vec<T> k[kTile], v[kTile], dk[kTile], dv[kTile];
+    for (const Tokens* tokens : {&p_.k, &p_.v, &a_.dk, &a_.dv}) block.prefetch_rows(*tokens, forward_.rows_before(run));
     block.load_rows(p_.k, rows, k);
     block.load_rows(p_.v, rows, v);
     if constexpr (!kUpstream) {

@@ -34,6 +34,7 @@ template <class T, bool kUpstream> void forward(const Arguments& a) {
       segment.each_tile([&](int64_t i, const Run& run) {
         for (auto& block : blocks) {
           Vec<T> out[kTile];
+          block.block().prefetch_rows(a.out, block.rows_after(run));
           block.advance(i, run, [&](int64_t t, Vec<T>, const Quotient<T>& q) __attribute__((always_inline)) { out[t] = q.out; });
           block.block().store_rows(a.out, block.rows(run), out);
         }

@@ -1,7 +1,7 @@
 // Tiles of mode "exact" whose keys differ little, as a network's do: one shift serves the whole tile.
 //
-// Weights are then products of three things: e^{key - base}, one exponential a token; e^{-w distance} within the tile, by multiplying sums with
-// e^-w from step to step; and the same to the tile's ends, from a table. Sums over many tiles are sums of the tiles' sums, which also rounds less.
+// Weights are then products of three things: e^{key - base}, one exponential a token; e^{-w distance} within the tile, by letting sums
+// fall from step to step; and the same to the tile's ends, from a table. Sums over many tiles are sums of the tiles' sums, which also rounds less.
 #pragma once
 #include "problem.h"
 #include "sums.h"
@@ -16,11 +16,13 @@ template <class T> class Level {
     serves_ = all_at_most<T>(max(reach, abs(u)), kSteep);
     if (!serves_) return;
     bonus = exp_bounded<T>(u);
-    for (int64_t t = 0; t <= kTile; ++t) fall[t] = exp_bounded<T>(-rate.w * T(t));
+    for (int i = 0; i < kLanes<T>; ++i) loss[i] = std::expm1(-rate.w[i]);
+    for (int64_t t = 0; t < kTile; ++t) fall[t] = exp_bounded<T>(-rate.w * T(t));
   }
 
   Vec<T> bonus;            // e^u
-  Vec<T> fall[kTile + 1];  // e^{-w distance}
+  Vec<T> fall[kTile];      // e^{-w distance}
+  Vec<T> loss;             // e^-w - 1: e^-w itself, rounded, would be off by as much at every step
 
   // Whether decay and bonus are such that any tile has a sum of this kind,
   bool sums() const { return serves_; }
@@ -44,13 +46,13 @@ template <class T> struct Partial {
   Vec<T> a = {}, b = {}, slope_a = {}, slope_b = {};
 
   template <bool kSlope> MEDSSM_INLINE void add(const Level<T>& level, Vec<T> x, Vec<T> y) {
-    const Vec<T> decay = level.fall[1];
     if constexpr (kSlope) {
-      slope_a = decay * (slope_a - a);
-      slope_b = decay * (slope_b - b);
+      const Vec<T> rest_a = slope_a - a, rest_b = slope_b - b;
+      slope_a = fma(level.loss, rest_a, rest_a);
+      slope_b = fma(level.loss, rest_b, rest_b);
     }
-    a = fma(decay, a, x);
-    b = fma(decay, b, y);
+    a += fma(level.loss, a, x);
+    b += fma(level.loss, b, y);
   }
 
   // The sum before the tile, with the tile's own.

@@ -24,6 +24,10 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
   const Level<T>& level() const { return level_; }
   Tile rows(const Run& run) const { return walk_.steps(run.from, run.from + run.count); }
 
+  // The rows of about a tile before a run, and after it: what a sweep comes to next.
+  Tile rows_before(const Run& run) const { return walk_.steps(most<int64_t>(0, run.from - kTile), run.from); }
+  Tile rows_after(const Run& run) const { return walk_.steps(run.from + run.count, least(p_.length, run.from + run.count + kTile)); }
+
   // A segment begins, at its end.
   void begin() {
     future_ = Sums<T>::empty();
@@ -35,6 +39,7 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
     ahead_[i] = future_;
     if (i == 0) return;
     Vec<T> k[kTile], v[kTile];
+    prefetch(rows_before(run));
     load(run, k, v);
     if (!kUpstream && level_.sums()) {
       const Vec<T> base = bounds(run, k).highest;
@@ -54,6 +59,7 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
   // Tile i of the sweep from the start: write(t, v, quotient) for each of its steps. Returns whether all have one top.
   template <class Write> MEDSSM_INLINE bool advance(int64_t i, const Run& run, const Write& write) {
     Vec<T> k[kTile], v[kTile];
+    prefetch(rows_after(run));
     load(run, k, v);
     if constexpr (!kUpstream) {
       const Bounds keys = bounds(run, k);
@@ -116,6 +122,10 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
     past_.near() = sum.behind(past_.near(), rate_.w, run.count, base);
   }
 
+  void prefetch(const Tile& rows) const {
+    block_.prefetch_rows(p_.k, rows);
+    block_.prefetch_rows(p_.v, rows);
+  }
   void load(const Run& run, Vec<T>* k, Vec<T>* v) const {
     block_.load_rows(p_.k, rows(run), k);
     block_.load_rows(p_.v, rows(run), v);

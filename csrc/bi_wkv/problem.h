@@ -24,10 +24,11 @@ struct Problem {
   int64_t upstream, wide, threads;  // wide: compute in double
 };
 
+MEDSSM_INLINE int64_t element_size(const Tokens& tokens) { return tokens.type == kFloat64 ? 8 : tokens.type == kFloat32 ? 4 : 2; }
+
 // A result of k's shape, about to be written.
 MEDSSM_INLINE void prefer_huge_pages(const Problem& p, const Tokens& result) {
-  const int64_t size = result.type == kFloat64 ? 8 : result.type == kFloat32 ? 4 : 2;
-  medssm::prefer_huge_pages(result.data, p.batch * p.length * p.channels * size);
+  medssm::prefer_huge_pages(result.data, p.batch * p.length * p.channels * element_size(result));
 }
 
 constexpr int64_t kTile = 32;     // steps, at most
@@ -82,6 +83,13 @@ template <class T> struct Block {
   static int64_t count(const Problem& p) { return ceil_div(p.channels, W); }
 
   Vec<T> weight(const void* data) const { return load_part<T>(static_cast<const T*>(data) + channel, lanes); }
+
+  // Asks for a run's tokens: rows lie too far apart for the processor to see what comes next.
+  void prefetch_rows(const Tokens& tokens, const Tile& run) const {
+    const int64_t size = element_size(tokens);
+    const char* data = static_cast<const char*>(tokens.data) + (batch * tokens.batch + channel) * size;
+    for (int64_t t = 0; t < run.count; ++t) __builtin_prefetch(data + run.token(t) * tokens.token * size);
+  }
 
   // A run's tokens in the compute type, a vector each.
   void load_rows(const Tokens& tokens, const Tile& run, Vec<T>* rows) const {
