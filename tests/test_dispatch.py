@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the expected 
 
 def test_backends_says_ok_or_why_not():
     table = medssm.backends()
-    assert set(table) == {"selective_scan", "selective_scan_nd", "causal_conv1d", "depthwise_conv"}
+    assert set(table) == {"selective_scan", "selective_scan_nd", "causal_conv1d", "depthwise_conv", "linear_attention", "gated_linear_attention",
+                          "delta_rule", "ssd", "bi_wkv"}
     for op, row in table.items():
         assert list(row) == ["reference", "native", "triton", "cuda"]
         assert row["reference"] == row["native"] == "ok"
