@@ -227,7 +227,8 @@ def _sizes(scan):
 
 
 def _options(scan):
-    return {"WALK": scan.index is not None, "STARTS": scan.segment is not None, "REVERSE": scan.reverse, "CHUNK": CHUNK, "num_warps": WARPS}
+    return {"WALK": scan.index is not None, "STARTS": scan.segment is not None, "REVERSE": scan.reverse, "CHUNK": CHUNK, "num_warps": WARPS,
+            "maxnreg": 255}  # else the assembler may spill a few registers so that more programs run at a time
 
 
 def _decay(scan) -> int:

@@ -1,4 +1,5 @@
-"""Linear attention on a GPU, in Triton: allocates and launches. The kernels over all tokens are in triton_whole.py.
+"""Linear attention on a GPU, in Triton: allocates and launches. The kernels over all tokens are in triton_whole.py, causal
+sums in triton_causal.py.
 
 The caller has checked shapes and dtypes. The sums of segments of tokens are added by PyTorch in a fixed order; nothing is added atomically.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from medssm.kernels.linear_attention import triton_causal
 from medssm.kernels.linear_attention import triton_whole as kernels
 from medssm.kernels.native import lanes, like
 from medssm.kernels.triton import on, plain, present, strides
@@ -19,6 +21,8 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
     """Arguments as in `reference.linear_attention`. Returns out (b,l,h,dv) contiguous and the sums, kv and z."""
+    if causal:
+        return triton_causal.forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse)
     q, k, v, cos, sin, initial_kv, initial_k = (None if t is None else lanes(t) for t in plain(q, k, v, cos, sin, initial_kv, initial_k))
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=v.dtype, device=v.device)
     with on(q):
@@ -34,6 +38,9 @@ def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, fea
 
     kv and z are forward's.
     """
+    if causal:
+        return triton_causal.backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps,
+                                      index, starts, reverse)
     dout, dkv, dz, kv, z, q, k, v, cos, sin = (None if t is None else lanes(t) for t in plain(dout, dkv, dz, kv, z, q, k, v, cos, sin))
     kv, z = kv.contiguous(), z.contiguous()
     dq, dk, dv = like(q), like(k), like(v)

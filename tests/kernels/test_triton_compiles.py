@@ -15,6 +15,8 @@ KERNELS = {
     "selective_scan": {"local", "carry", "apply", "local_adjoint", "adjoint"},
     "selective_scan_nd": {"local", "carry", "apply", "local_adjoint", "adjoint"},
     "bi_wkv": {"local", "carry", "outputs", "tokens_adjoint"},
+    "gated_linear_attention": {"chunk_states", "carry", "key_pairs", "read", "pair_gradients", "key_gradients", "decay_gradients"},
+    "ssd": {"chunk_states", "carry", "read", "decay_gradients"},
     "causal_conv1d": {"_forward", "_backward"},
     "depthwise_conv": {"_conv", "_weights"},
     "linear_attention": {"sums", "outputs", "factors", "inputs"},

@@ -10,6 +10,7 @@ import argparse
 import concurrent.futures
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -29,7 +30,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from tests.kernels import resources  # noqa: E402
 
 TARGETS = ("80", "90", "100")
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 # -- the calls ----------------------------------------------------------------------------------------------------------------------
@@ -130,6 +131,30 @@ def _linear(dk, dv, dtype, options, length=4096, heads=4):
     kernel.backward(out, *(state if options else (None, None)), *sums, *given)
 
 
+def _gated(dk, dv, per_key, dtype, options, length=4096, heads=4):
+    """gated_linear_attention over several chunks."""
+    from medssm.kernels.gated_linear_attention import triton as kernel
+
+    q, v = torch.empty(1, length, heads, dk, dtype=dtype), torch.empty(1, length, heads, dv, dtype=dtype)
+    g, state = q if per_key else q[..., 0].contiguous(), torch.empty(1, heads, dk, dv)
+    way = (torch.arange(length), torch.tensor([0, 64]), True, state) if options else (None, None, False, None)
+    kernel.forward(q, q, v, g, 1.0, *way, options)
+    kernel.backward(v, state if options else None, q, q, v, g, 1.0, *way)
+
+
+def _ssd(p, n, dtype, options, length=4096, heads=4):
+    """ssd over several chunks, two heads a group; with options every one that there is."""
+    from medssm.kernels.ssd import triton as kernel
+
+    x, B, state = torch.empty(1, length, heads, p, dtype=dtype), torch.empty(1, length, heads // 2, n, dtype=dtype), torch.empty(1, heads, p, n)
+    weight = torch.empty(heads)
+    optional = (weight, x, weight) if options else (None, None, None)
+    way = (torch.arange(length), torch.tensor([0, 64]), True, state) if options else (None, None, False, None)
+    given = (x, torch.empty(1, length, heads, dtype=dtype), weight, B, B, *optional, True, (0.0, math.inf), *way)
+    kernel.forward(*given, options, options)
+    kernel.backward(x, state if options else None, torch.empty(x.shape) if options else None, *given)
+
+
 BF16, FLOAT = torch.bfloat16, torch.float32
 CALLS = {
     "selective_scan": [lambda: _scan(8, BF16, True, 6)]
@@ -139,6 +164,10 @@ CALLS = {
     "selective_scan_nd": [lambda: _scan_nd(1, BF16), lambda: _scan_nd(16, BF16), lambda: _scan_nd(8, FLOAT)],
     "bi_wkv": [lambda: _bi_wkv("upstream", BF16, True)] + [
         lambda m=m, d=d, o=o: _bi_wkv(m, d, o) for m, d, o in itertools.product(("exact", "upstream"), (BF16, FLOAT), (False, True))],
+    "gated_linear_attention": [lambda: _gated(64, 64, True, BF16, True)] + [lambda k=k, v=v, o=o, d=d, y=y: _gated(k, v, y, d, o)
+        for (k, v), o, d, y in itertools.product(((16, 16), (64, 128), (24, 40)), (False, True), (BF16, FLOAT), (False, True))],
+    "ssd": [lambda: _ssd(64, 64, BF16, True)] + [lambda p=p, n=n, o=o, d=d: _ssd(p, n, d, o) for (p, n), o, d in itertools.product(
+        ((16, 16), (64, 128)), (False, True), (BF16, FLOAT))],
     "causal_conv1d": [lambda: _causal(4, BF16, True)] + [lambda w=w, d=d, o=o: _causal(w, d, o) for w, d, o in itertools.product(
         (1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
     "depthwise_conv": [lambda: _depthwise(3, 3, BF16, True)] + [lambda s=s, n=n, d=d, o=o: _depthwise(s, n, d, o) for s, n, d, o in itertools.product(
