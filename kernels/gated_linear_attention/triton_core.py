@@ -116,7 +116,7 @@ def backward(dout, dfinal, scan: Scan, initial, before_gate=None) -> Gradients:
         if _decay(scan) == KEY:
             _key_gradients(scan, dout, states, dstates, dq, dkeys, dg)
         else:
-            tiles = triton.cdiv(dk, _tile(dk))
+            tiles = triton.cdiv(dk, _key_tile(scan))
             change = None if g is None else _floats(q, 2 * tiles, rows, chunks, CHUNK)
             _read(DQ, scan, states, dq, dout, side=change)
             _read(DK, scan, dstates[:, 1:], dkeys, dout, side=change)
@@ -211,7 +211,7 @@ def _read(of, scan, states, out, dout=None, pairs=None, side=None, kept=None, dz
     x_by, y_by, c_by, _ = (by.get(role, BY_NOTHING) for role in roles)
     dv, chunks = scan.v.shape[3], triton.cdiv(scan.q.shape[1], CHUNK)
     width, out_width = x.shape[3], c.shape[3]
-    bn = _tile(out_width)
+    bn = _tile(out_width) if of in (OUT, DV) else _key_tile(scan)
     read[out.shape[0] * scan.heads * chunks * triton.cdiv(out_width, bn),](
         x, y, c, own, *present(x, scan.g, pairs), states, *present(x, scan.steps, scan.skip, scan.z, kept, scan.index, scan.segment), out,
         *present(out, side, dz), scan.scale, out.shape[1], scan.heads, *(scan.heads // t.shape[2] for t in (x, y, c, own)), width, out_width, chunks,
@@ -242,6 +242,11 @@ def _repeats(scan):
 
 def _tile(width):
     return min(max(triton.next_power_of_2(width), 16), WIDEST)
+
+
+def _key_tile(scan):
+    """Of the gradients of q and k: with the gate's factors there are registers for fewer keys."""
+    return min(_tile(scan.q.shape[3]), WIDEST if scan.z is None else KEYS)
 
 
 def _three(t):
