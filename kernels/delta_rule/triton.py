@@ -35,9 +35,9 @@ class _Sizes(NamedTuple):
 
 
 def sizes(dk: int, dv: int) -> _Sizes:
-    """Of chunks and tiles for these heads: as large as registers hold."""
+    """Of chunks and tiles for these heads: as large as registers hold; the carries of keys of 256 channels still spill a few."""
     keys, values = (min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv))
-    return _Sizes(32, keys, values, 16)
+    return _Sizes(32 if dk <= 64 else 16, keys, values, 16)
 
 
 def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save, final):
