@@ -204,7 +204,7 @@ def _explained(q, k, v, *, causal=False, rotary=None, initial_state=None, **_res
 
 
 def _triton_refuses(q, k, v, cos, sin, initial_kv, initial_k, causal):
-    return triton.refuse(q, k, v, cos, sin, initial_kv, initial_k) or ("it has no causal form in this release" if causal else None)
+    return triton.refuse(q, k, v, cos, sin, initial_kv, initial_k)
 
 
 dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses))

@@ -5,7 +5,6 @@
     WEIGHT          an argument over which vmap is refused, or None
     STEP_OPTIONS    of an op with a state, a walk and `reverse`: the options that its step function takes too; other ops have none
     SEQUENCE        options that such an op needs for it ({} unless said)
-    PARTLY          backends that refuse some of `calls`: the suite leaves them out, their own tests in tests/kernels do not (none unless said)
     LAYOUTS         true where the op takes layout="bdl"
     calls(small)    random calls; `small` ones suit gradcheck and Triton's interpreter
     example(n)      one fixed float32 call with every option that all PyTorch features must carry, 13 tokens (4 x 5 without a walk); n(*shape) draws
@@ -51,7 +50,7 @@ def available() -> list[tuple[str, str]]:
     """Every (op, backend) of this machine and device. On a CPU the native backend must be there: a build that failed is no reason to test less."""
     has = backends()
     assert DEVICE != "cpu" or has["selective_scan"]["native"] == "ok", has["selective_scan"]["native"]
-    return [(op, name) for op in OPS for name in BACKENDS if has[op][name] == "ok" and name not in getattr(CASES[op], "PARTLY", ())]
+    return [(op, name) for op in OPS for name in BACKENDS if has[op][name] == "ok"]
 
 
 def calls(op: str, small: bool = False):

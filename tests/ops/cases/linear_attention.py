@@ -10,7 +10,6 @@ FEATURES = 2
 WEIGHT = None
 STEP_OPTIONS = ("feature_map", "normalize", "scale", "eps")
 SEQUENCE = {"causal": True, "rotary": None}  # cosines and sines are a token's own: they do not move with it
-PARTLY = ("triton",)  # it has no causal form: tests/kernels/test_linear_attention_triton.py
 FAR = (1, 3, 2, 4)
 
 
