@@ -17,7 +17,7 @@ if not backend.INTERPRETED:
 
 from tests.ops import test_contract as contract
 from tests.ops.calls import Call, compare
-from tests.ops.cases import calls, example
+from tests.ops.cases import calls
 
 OP = "linear_attention"
 whole = calls(OP).map(lambda call: call.with_options(causal=False))
