@@ -70,7 +70,7 @@ template <class T> class Adjoint {
     if (p_.normalize) add_row(w, dden, row, count, z);
     write_gradient(plan_, p_, a_.dq, task.n, tile, head, q, w);
     multiply_rows(turned, weights.scaled, row, count);
-    add_products(turned, row, dout, plan_.dv_padded, count, sums);
+    add_products(turned, row, dout, plan_.dv_padded, plan_.dv_padded, count, sums);
   }
 
   void key_head(const Task& task, const Tile& tile, int64_t i, int64_t group) {

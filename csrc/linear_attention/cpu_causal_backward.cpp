@@ -115,7 +115,7 @@ template <class T> class Adjoint {
     T* sums = part(plan_, p_, plan_.k, task, task.first + g, shared_.later.data());
     if (p_.normalize) add_rows(q, dden, row_, count, sums + matrix_);
     multiply_rows(turned, weights.scaled, row_, count);
-    add_products(turned, row_, dout, v_row_, count, sums);
+    add_products(turned, row_, dout, v_row_, v_row_, count, sums);
   }
 
   void against_group(const Task& task, const Tile& tile, int64_t g) {

@@ -2,10 +2,11 @@
 // o_t = scale (R_t f(q_t)) kv / (f(q_t) . z + eps).
 //
 // A task goes through a segment of the tokens for some heads, a tile of kTokens tokens at a time: its rows are brought through the feature map into
-// dense tiles, token after token as memory has them, and all products run on those. Each task sums in float from tile to tile, and the segments'
-// sums are added in order: how the tokens are cut depends on shapes only, so any number of threads gives the same bits.
+// dense tiles, token after token as memory has them, and all products run on those (direct.h: on v and o where they lie). Each task sums in float
+// from tile to tile, and the segments' sums are added in order: how the tokens are cut depends on shapes only, so any number of threads gives the
+// same bits.
 #include "medssm/abi.h"
-#include "tasks.h"
+#include "direct.h"
 
 using namespace medssm;
 
@@ -14,6 +15,7 @@ namespace {
 template <class T> void forward(const Forward& a) {
   const Problem& p = a.problem;
   const Plan<T> plan(p);
+  const bool direct = is_direct<T>(p);
   const Scratch<T> parts(plan.k.shares() * plan.totals * plan.sums), totals(plan.totals * plan.sums);
   const int64_t k_tile = kTokens * plan.dk_padded, v_tile = kTokens * plan.dv_padded;
   prefer_huge_pages(p, a.out);
@@ -22,6 +24,7 @@ template <class T> void forward(const Forward& a) {
     T *const tiles = rows.data(), *const v_tiles = v_rows.data(), *const turned = turned_rows.data();
     each_task(plan.k, team, [&](const Task& task) {
       for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan, p, plan.k, task, g, parts.data()), plan.sums);
+      if (direct) return with_feature(p.feature_map, [&](auto map) { direct_keys<decltype(map)::value>(plan, p, task, parts.data()); });
       each_tile(task, [&](const Tile& tile) {
         load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, tiles);
         load_tiles(p.v, kIdentity, task.n, tile, task.first, task.count, plan.dv, v_tiles);
@@ -38,6 +41,7 @@ template <class T> void forward(const Forward& a) {
     team.barrier();
     each_task(plan.q, team, [&](const Task& task) {
       const int64_t first = task.first * plan.per_group, heads = task.count * plan.per_group;
+      if (direct) return with_feature(p.feature_map, [&](auto map) { direct_queries<decltype(map)::value>(plan, p, a.out, task, totals.data()); });
       each_tile(task, [&](const Tile& tile) {
         load_tiles(p.q, p.feature_map, task.n, tile, first, heads, plan.dk, tiles);
         for (int64_t i = 0; i < heads; ++i) {

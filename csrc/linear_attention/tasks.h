@@ -78,7 +78,7 @@ void add_tile(const Plan<T>& plan, const Problem& p, const Tile& tile, int64_t g
     rotate(p, false, tile, group, k, turned);
     k = turned;
   }
-  add_products(k, plan.dk_padded, v, plan.dv_padded, tile.count, sums);
+  add_products(k, plan.dk_padded, v, plan.dv_padded, plan.dv_padded, tile.count, sums);
 }
 
 // Of a tile's tokens: 1 / (q' . z + eps), or 1, and that times the scale. inverse holds q' . z at first.

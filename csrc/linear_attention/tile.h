@@ -11,7 +11,8 @@ namespace {
 // f(x), and its derivative, which follows from f(x) alone.
 template <int64_t kMap, class T> MEDSSM_INLINE Vec<T> feature(Vec<T> x) {
   if constexpr (kMap == kRelu) return max(Vec<T>{}, x);
-  if constexpr (kMap == kElu) return select(x > 0, x + 1, exp_bounded<T>(max(splat(-kExpBound<T>), min(Vec<T>{}, x))));
+  // e^0 is exactly 1: above zero the sum is x + 1, below it is e^x.
+  if constexpr (kMap == kElu) return max(Vec<T>{}, x) + exp_bounded<T>(max(splat(-kExpBound<T>), min(Vec<T>{}, x)));
   return x;
 }
 template <int64_t kMap, class T> MEDSSM_INLINE Vec<T> slope(Vec<T> f) {
@@ -87,21 +88,21 @@ template <class T> void rotate(const Problem& p, bool back, const Tile& tile, in
   }
 }
 
-// sums[r] += sum_t a_t[r] b_t for the rows r of one vector of a's channels. Rows start from zero in registers: a long sum adds up tile by tile.
-template <class T> void add_products(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t count, T* sums) {
+// sums[r] += sum_t a_t[r] b_t over the b_t of `width` numbers, b_step apart. Rows start from zero in registers: a long sum adds up tile by tile.
+template <class T> void add_products(const T* a, int64_t a_row, const T* b, int64_t b_step, int64_t width, int64_t count, T* sums) {
   constexpr int W = kLanes<T>;
   for (int64_t r = 0; r < a_row; r += W)
-    for (int64_t c = 0; c < b_row; c += W) {
+    for (int64_t c = 0; c < width; c += W) {
       Vec<T> total[W] = {};
       for (int64_t t = 0; t < count; ++t) {
-        const Vec<T> own = load<T>(b + t * b_row + c);
+        const Vec<T> own = load<T>(b + t * b_step + c);
         const T* scalars = a + t * a_row + r;
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) total[i] = fma(splat(scalars[i]), own, total[i]);
       }
-      T* target = sums + r * b_row + c;
+      T* target = sums + r * width + c;
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) store(target + i * b_row, load<T>(target + i * b_row) + total[i]);
+      for (int i = 0; i < W; ++i) store(target + i * width, load<T>(target + i * width) + total[i]);
     }
 }
 

@@ -1,0 +1,67 @@
+// Linear attention over all tokens where a head's keys and values are one vector each, stored in the compute type and not turned: 16 channels of
+// float with AVX-512. Nothing is then packed but f(k) and f(q) of one head's tile, which its products read number by number; v is read and o written
+// where they lie.
+//
+// A tile's heads follow one another, so that memory is read in its order, and while one tile's products run the next tile's rows are fetched.
+#pragma once
+#include "tasks.h"
+
+namespace medssm {
+namespace {
+
+// The sums must have no padding either.
+template <class T> bool is_direct(const Problem& p) {
+  constexpr int64_t kType = sizeof(T) == 4 ? kFloat32 : kFloat64;
+  const bool as_stored = p.q.type == kType && p.k.type == kType && p.v.type == kType;
+  return as_stored && padded_width<T>(kLanes<T>) == kLanes<T> && p.dk == kLanes<T> && p.dv == kLanes<T> && !p.cos.data;
+}
+
+// A tensor's rows at one head of an image.
+template <class T> T* head_rows(const Tokens& x, int64_t n, int64_t head) { return static_cast<T*>(x.data) + n * x.stride[0] + head * x.stride[2]; }
+
+// f of a head's rows, one after the other; fetches the rows of the tile that follows.
+template <int64_t kMap, class T> MEDSSM_INLINE void feature_rows(const T* x, int64_t stride, int64_t count, T* rows) {
+  for (int64_t t = 0; t < count; ++t, x += stride) {
+    __builtin_prefetch(x + kTokens * stride);
+    store(rows + t * kLanes<T>, feature<kMap, T>(load<T>(x)));
+  }
+}
+
+// Adds a task's f(k) v^T and f(k) to its sums.
+template <int64_t kMap, class T> void direct_keys(const Plan<T>& plan, const Problem& p, const Task& task, T* parts) {
+  constexpr int W = kLanes<T>;
+  alignas(64) T rows[kTokens * W];
+  each_tile(task, [&](const Tile& tile) {
+    for (int64_t g = task.first; g < task.first + task.count; ++g) {
+      const int64_t stride = p.v.stride[1];
+      const T* v = head_rows<const T>(p.v, task.n, g) + tile.token(0) * stride;
+      T* sums = part(plan, p, plan.k, task, g, parts);
+      feature_rows<kMap>(head_rows<const T>(p.k, task.n, g) + tile.token(0) * p.k.stride[1], p.k.stride[1], tile.count, rows);
+      add_rows<T>(rows, nullptr, W, tile.count, sums + W * W);
+      for (int64_t t = 0; t < tile.count; ++t) __builtin_prefetch(v + (kTokens + t) * stride);
+      add_products(rows, W, v, stride, W, tile.count, sums);
+    }
+  });
+}
+
+// Writes a task's o.
+template <int64_t kMap, class T> void direct_queries(const Plan<T>& plan, const Problem& p, const Tokens& out, const Task& task, const T* totals) {
+  constexpr int W = kLanes<T>;
+  alignas(64) T rows[kTokens * W] = {};
+  each_tile(task, [&](const Tile& tile) {
+    for (int64_t head = task.first * plan.per_group; head < (task.first + task.count) * plan.per_group; ++head) {
+      const T* kv = totals + (task.n * p.groups + head / plan.per_group) * plan.sums;
+      feature_rows<kMap>(head_rows<const T>(p.q, task.n, head) + tile.token(0) * p.q.stride[1], p.q.stride[1], tile.count, rows);
+      Weights<T> weights;
+      if (p.normalize) dot_rows(rows, kv + W * W, 0, W, tile.count, weights.inverse);
+      weights.invert(p);
+      write_rows<T>(p, out, task.n, tile, head, W, [&](const auto& put) __attribute__((always_inline)) {
+        apply(rows, W, kv, W, W, tile.count,
+              [&](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) { put(t, c, o * weights.scaled[t]); });
+      });
+    }
+  });
+}
+
+}  // namespace
+}  // namespace medssm
