@@ -28,7 +28,7 @@ template <class T, class PassForm> class Reader {
   // q, k: rows of `rows` elements; v: lanes.
   Reader(const Problem& p, int64_t rows, const HeadTokens& q, const HeadTokens& k, const HeadTokens& v, double scale)
       : p_(p), rows_(rows), q_(q), k_(k), v_(v), scale_(splat(static_cast<T>(scale))), scaled_(scale != 1),
-        row_(round_up(rows, W)), memory_(kTileSteps * (2 * row_ + W + decay_size())) {
+        row_(round_up(padded_rows(rows), W)), memory_(kTileSteps * (2 * row_ + W + decay_size())) {
     q_rows_ = memory_.data();
     k_rows_ = q_rows_ + kTileSteps * row_;
     v_lanes_ = k_rows_ + kTileSteps * row_;
