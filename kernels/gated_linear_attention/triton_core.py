@@ -25,7 +25,7 @@ CHUNK = 64  # tokens: as many as a chunk's products need to keep the states' tra
 BLOCK = 16  # tokens whose pairs are worked out one by one where the decay is per key
 OUT, DV, DQ, DK = range(4)  # what `read` works out
 BY_NOTHING, BY_STEPS, BY_GATE = range(3)  # what it multiplies a tile by
-KEY = 2  # a decay per key
+HEAD, KEY = 1, 2  # a decay per head, per key
 WIDEST = 256 if INTERPRETED else 32  # of a tile of keys or values
 KEYS = 64 if INTERPRETED else 16  # of a tile of keys in a block's pairs: BLOCK x BLOCK x KEYS numbers are held
 WARPS = 8  # of a program
@@ -245,8 +245,9 @@ def _tile(width):
 
 
 def _key_tile(scan):
-    """Of the gradients of q and k: with the gate's factors there are registers for fewer keys."""
-    return min(_tile(scan.q.shape[3]), WIDEST if scan.z is None else KEYS)
+    """Of the gradients of q and k: with the gate's factors, or decays per head in float32, there are registers for fewer keys."""
+    wide = any(t.dtype == torch.float32 for t in (scan.q, scan.k, scan.v))
+    return min(_tile(scan.q.shape[3]), KEYS if scan.z is not None or (wide and _decay(scan) == HEAD) else WIDEST)
 
 
 def _three(t):
