@@ -24,6 +24,7 @@ from medssm.kernels.delta_rule.triton_forward import carry, inverse, outputs
 from medssm.kernels.native import lanes, like
 from medssm.kernels.triton import on, plain, present, strides
 
+HELD = 2  # tiles of keys: a state of more would not fit in a program's registers
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -35,7 +36,7 @@ class _Sizes(NamedTuple):
 
 
 def sizes(dk: int, dv: int) -> _Sizes:
-    """Of chunks and tiles for these heads: as large as registers hold; the carries of keys of 256 channels still spill a few."""
+    """Of chunks and tiles for these heads: as large as registers hold."""
     keys, values = (min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv))
     return _Sizes(32 if dk <= 64 else 16, keys, values, 16)
 
@@ -47,13 +48,15 @@ def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save
     dv = v.shape[-1]
     out, recalled = like(v), like(v, torch.float32)
     state = _floats(q, batch, heads, dk, dv) if final else None
+    left = initial_state
     if v.numel():
         with on(q):
             problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse)
-            states = problem.carry(problem.inverses(rows=False), initial_state, recalled, state)
+            states = problem.carry(problem.inverses(rows=False), initial_state, recalled)
             problem.outputs(recalled, states, out)
-    elif final:
-        state.zero_() if initial_state is None else state.copy_(initial_state)
+            left = states[:, -1].view(batch, heads, dk, dv)
+    if final:
+        _fill(state, left)
     return out, state, recalled if save else None
 
 
@@ -69,8 +72,10 @@ def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, rev
     results = [like(t) for t in inputs]
     with on(q):
         problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse)
-        states = problem.carry(None, initial_state, recalled, None)
-        r, exits = problem.carry_back(lanes(dout), dstate, results[-1])
+        states = problem.carry(None, initial_state, recalled)
+        r, exits = problem.carry_back(lanes(dout), dstate)
+        if initial_state is not None:
+            results[-1].copy_(exits[:, 0].view(initial_state.shape))
         problem.gradients(lanes(dout), recalled, r, states, exits, *results[:-1])
     return tuple(results)
 
@@ -85,7 +90,8 @@ class _Problem:
         self.sizes = sizes(dk, dv)
         self.fresh = _fresh(starts, length, reverse)
         self.rows, self.chunks, self.tiles = batch * heads, triton.cdiv(length, self.sizes.chunk), triton.cdiv(dv, self.sizes.values)
-        self.carries = {"PARTS": triton.cdiv(dk, self.sizes.keys), "BV": self.sizes.carried}
+        parts = triton.cdiv(dk, self.sizes.keys)
+        self.carries = {"PARTS": parts if parts <= HELD else 0, "BV": self.sizes.carried}
         self.programs = self.rows * triton.cdiv(dv, self.sizes.carried)  # that carry
         self.shape = (length, heads, dk, dv, self.chunks)
         self.options = {"GATED": g is not None, "FRESH": self.fresh is not None, "WALK": index is not None, "REVERSE": reverse,
@@ -99,14 +105,13 @@ class _Problem:
             self.k, self.beta, *self._optional(), made, length, heads, dk, chunks, *self._strides("k", "beta", "g"), ROWS=rows, **self.options)
         return made
 
-    def carry(self, inverses, initial_state, recalled, final):
-        """The states (b*h, chunks, dk, dv) that enter the chunks. Fills final, and recalled where inverses are given."""
+    def carry(self, inverses, initial_state, recalled):
+        """The states (b*h, chunks + 1, dk, dv) that enter the chunks, and the final one. Fills recalled where inverses are given."""
         states = self._states()
-        initial = None if initial_state is None else initial_state.contiguous()
+        _fill(states[:, 0], initial_state)
         carry[self.programs,](
-            self.k, self.v, self.beta, *self._optional(), *present(self.q, inverses, initial), recalled, states, *present(self.q, final), *self.shape,
-            *self._strides("k", "v", "beta", "g"), KNOWN=inverses is None, INITIAL=initial is not None, FINAL=final is not None, **self.carries,
-            **self.options)
+            self.k, self.v, self.beta, *self._optional(), *present(self.q, inverses), recalled, states, *self.shape,
+            *self._strides("k", "v", "beta", "g"), KNOWN=inverses is None, **self.carries, **self.options)
         return states
 
     def outputs(self, recalled, states, out):
@@ -114,16 +119,16 @@ class _Problem:
             self.q, self.k, self.v, self.beta, *self._optional(), recalled, states, out, self.scale, *self.shape,
             *self._strides("q", "k", "v", "beta", "g"), BV=self.sizes.values, **self.options)
 
-    def carry_back(self, dout, dstate, dinitial):
-        """R (b,l,h,dv) and the gradients (b*h, chunks, dk, dv) of the states that leave the chunks. Fills dinitial."""
+    def carry_back(self, dout, dstate):
+        """R (b,l,h,dv) and the gradients (b*h, chunks + 1, dk, dv) of the states that enter the chunks and of the final one."""
         r, exits = like(self.v, torch.float32), self._states()
-        after = None if dstate is None else dstate.contiguous()
+        _fill(exits[:, -1], dstate)
         outer[self.rows * self.chunks * self.tiles,](
             dout, self.q, self.k, *self._optional(), r, exits, self.scale, *self.shape, *dout.stride()[:3], *self._strides("q", "k", "g"),
             BV=self.sizes.values, **self.options)
         carry_back[self.programs,](
-            self.k, self.beta, *self._optional(), self.inverses(rows=True), *present(self.q, after), r, exits, *present(self.q, dinitial),
-            *self.shape, *self._strides("k", "beta", "g"), AFTER=after is not None, INITIAL=dinitial is not None, **self.carries, **self.options)
+            self.k, self.beta, *self._optional(), self.inverses(rows=True), r, exits, *self.shape, *self._strides("k", "beta", "g"), **self.carries,
+            **self.options)
         return r, exits
 
     def gradients(self, dout, recalled, r, states, exits, dq, dk, dv, dbeta, dg):
@@ -148,7 +153,7 @@ class _Problem:
 
     def _states(self):
         _, _, dk, dv, chunks = self.shape
-        return _floats(self.q, self.rows, chunks, dk, dv)
+        return _floats(self.q, self.rows, chunks + 1, dk, dv)
 
     def _optional(self):
         return present(self.q, self.g, self.fresh, self.index)
@@ -165,6 +170,11 @@ def _fresh(starts, length, reverse):
     fresh[length - starts if reverse else starts] = STRONGEST.value
     fresh[0] = 0.0  # the initial state precedes step 0
     return fresh[:length]
+
+
+def _fill(states, given):
+    """With what is given, of as many numbers, else zeros."""
+    states.zero_() if given is None else states.copy_(given.reshape(states.shape))
 
 
 def _floats(like, *shape):

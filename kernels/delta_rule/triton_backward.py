@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, state_tiles, store_state
+from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, state_tiles, state_times, store
 from medssm.kernels.triton_tiles import product, tile, visited
 
 
@@ -26,7 +26,7 @@ def outer(dout, q, k, g, fresh, index, r, exits, scale, length, heads, dk, dv, c
           k_token, k_head, g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr,
           CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """What comes through the outputs of the same chunk: to the updates, r (b,l,h,dv) = scale sum_{t>=i} exp(G_t - G_i) (q_t k_i) dout_t, and to the
-    state that enters it, exits (b*h, chunks, dk, dv) = scale sum_t exp(G_t) q_t dout_t^T.
+    state that enters it, exits (b*h, chunks + 1, dk, dv) = scale sum_t exp(G_t) q_t dout_t^T.
     """
     tiles = tl.cdiv(dv, BV)
     chunk, row = tl.program_id(0) // tiles % chunks, (tl.program_id(0) // tiles // chunks).to(tl.int64)
@@ -38,7 +38,7 @@ def outer(dout, q, k, g, fresh, index, r, exits, scale, length, heads, dk, dv, c
     token = visited(index, step, length, WALK, REVERSE)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    exits += (row * chunks + chunk) * dk * dv
+    exits += (row * (chunks + 1) + chunk) * dk * dv
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     from_begin, _, _ = edge_decays(logs, GATED or FRESH)
     do = tile(dout + b * d_batch + h * d_head, token * d_token, values, live, here)
@@ -55,10 +55,12 @@ def outer(dout, q, k, g, fresh, index, r, exits, scale, length, heads, dk, dv, c
 
 
 @triton.jit
-def carry_back(k, beta, g, fresh, index, inverses, after, r, exits, dinitial, length, heads, dk, dv, chunks, k_batch, k_token, k_head, b_batch,
-               b_token, b_head, g_batch, g_token, g_head, AFTER: tl.constexpr, INITIAL: tl.constexpr, GATED: tl.constexpr, FRESH: tl.constexpr,
-               WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """r and exits: what `outer` left becomes R and the gradient of the state that leaves each chunk; dinitial (b*h, dk, dv)."""
+def carry_back(k, beta, g, fresh, index, inverses, r, exits, length, heads, dk, dv, chunks, k_batch, k_token, k_head, b_batch, b_token, b_head,
+               g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+               PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """r and exits (b*h, chunks + 1, dk, dv): what `outer` left becomes R and the gradients of the states that enter the chunks; the last of them,
+    of the state that leaves the last chunk, is given. PARTS as in `carry`.
+    """
     tiles = tl.cdiv(dv, BV)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = row // heads, row % heads
@@ -69,32 +71,36 @@ def carry_back(k, beta, g, fresh, index, inverses, after, r, exits, dinitial, le
     beta += b * b_batch + h * b_head
     g += b * g_batch + h * g_head
     r += b * length * heads * dv + h * dv
-    ds = state_tiles(after + row * dk * dv, dk, dv, values, here, AFTER, PARTS, BK, BV)
+    leaving = exits + (row * (chunks + 1) + chunks) * dk * dv
+    ds = state_tiles(leaving, dk, dv, values, here, PARTS, BK)
     for i in range(0, chunks):
         chunk = chunks - 1 - i
-        own = state_tiles(exits + (row * chunks + chunk) * dk * dv, dk, dv, values, here, True, PARTS, BK, BV)
-        store_state(exits + (row * chunks + chunk) * dk * dv, ds, dk, dv, values, here, PARTS, BK)
         step = chunk * CHUNK + inside
         live = step < length
         token = visited(index, step, length, WALK, REVERSE)
         shares = tl.load(beta + token * b_token, mask=live, other=0.0).to(tl.float32)
         from_begin, to_end, through = edge_decays(log_decays(g, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
-        left = tl.zeros((CHUNK, BV), tl.float32)
-        for part in tl.static_range(PARTS):
-            keys = part * BK + tl.arange(0, BK)
-            left += product(tile(k, token * k_token, keys, live, keys < dk), ds[part])
+        left = state_times(k, token * k_token, live, ds, leaving, dk, dv, values, here, CHUNK, PARTS, BK, BV)
         solve = tl.load(inverses + (row * chunks + chunk) * CHUNK * CHUNK + square)
         behind = product(solve, tile(r, token * heads * dv, values, live, here) + to_end[:, None] * left)
         tl.store(r + (token * heads * dv)[:, None] + values[None, :], behind, mask=live[:, None] & here[None, :])
         behind *= (shares * from_begin)[:, None]
-        before = ()
-        for part in tl.static_range(PARTS):
-            keys = part * BK + tl.arange(0, BK)
-            k_t = tl.trans(tile(k, token * k_token, keys, live, keys < dk))
-            before = before + (ds[part] * through + (own[part] - product(k_t, behind)),)
-        ds = before
-    if INITIAL:
-        store_state(dinitial + row * dk * dv, ds, dk, dv, values, here, PARTS, BK)
+        entry = leaving - dk * dv
+        if PARTS > 0:
+            before = ()
+            for part in tl.static_range(PARTS):
+                keys = part * BK + tl.arange(0, BK)
+                own = tile(entry, keys * dv, values, keys < dk, here)
+                before = before + (ds[part] * through + (own - product(tl.trans(tile(k, token * k_token, keys, live, keys < dk)), behind)),)
+                store(entry, before[part], keys, dk, dv, values, here)
+            ds = before
+        else:
+            for first in range(0, dk, BK):
+                keys = first + tl.arange(0, BK)
+                own = tile(entry, keys * dv, values, keys < dk, here) - product(tl.trans(tile(k, token * k_token, keys, live, keys < dk)), behind)
+                store(entry, tile(leaving, keys * dv, values, keys < dk, here) * through + own, keys, dk, dv, values, here)
+            tl.debug_barrier()  # other threads read it
+        leaving = entry
 
 
 @triton.jit
@@ -170,7 +176,7 @@ def query_gradients(dout, k, q, g, fresh, index, states, dpairs, to_q, to_g, sca
     dout += b * d_batch + h * d_head
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    states += (row * chunks + chunk) * dk * dv
+    states += (row * (chunks + 1) + chunk) * dk * dv
     of_pairs = tl.load(dpairs + (row * chunks + chunk) * CHUNK * CHUNK + later * CHUNK + earlier)
     from_entry = tl.zeros((CHUNK,), tl.float32)
     for first_key in range(0, dk, BK):
@@ -209,7 +215,7 @@ def entry_key_gradients(q, k, beta, g, fresh, index, r, states, dpairs, dinverte
     factor = -from_begin * tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    states += (row * chunks + chunk) * dk * dv
+    states += (row * (chunks + 1) + chunk) * dk * dv
     dpairs += (row * chunks + chunk) * CHUNK * CHUNK
     dinverted += (row * chunks + chunk) * CHUNK * CHUNK
     from_entry = tl.zeros((CHUNK,), tl.float32)
@@ -250,8 +256,8 @@ def exit_key_gradients(k, v, beta, g, fresh, index, recalled, states, exits, so_
     factor = to_end * tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
-    states += (row * chunks + chunk) * dk * dv
-    exits += (row * chunks + chunk) * dk * dv
+    states += (row * (chunks + 1) + chunk) * dk * dv
+    exits += (row * (chunks + 1) + chunk + 1) * dk * dv
     to_exit = tl.zeros((CHUNK,), tl.float32)
     kept = tl.zeros((BK, BV), tl.float32)
     for first_key in range(0, dk, BK):

@@ -8,7 +8,7 @@ G_t the log decays cumulated from the chunk's begin: a unit lower triangular sys
 the state begins anew, a log decay takes the place of a mask: -128, whose exponential is zero in float32, while sums of it stay finite.
 """
 
-# ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+# ruff: noqa: RUF005 (Triton compiles no starred tuples)
 
 from __future__ import annotations
 
@@ -65,24 +65,34 @@ def decays_between(logs, seen, DECAYS: tl.constexpr):
 
 
 @triton.jit
-def state_tiles(pointer, dk, dv, values, here, GIVEN: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """PARTS tiles (BK, BV) of keys: those of the state (dk, dv), or zeros unless GIVEN."""
+def state_tiles(pointer, dk, dv, values, here, PARTS: tl.constexpr, BK: tl.constexpr):
+    """PARTS tiles (BK, BV) of keys of a state (dk, dv)."""
     state = ()
     for part in tl.static_range(PARTS):
         keys = part * BK + tl.arange(0, BK)
-        if GIVEN:
-            state = state + (tile(pointer, keys * dv, values, keys < dk, here),)
-        else:
-            state = state + (tl.zeros((BK, BV), tl.float32),)
+        state = state + (tile(pointer, keys * dv, values, keys < dk, here),)
     return state
 
 
 @triton.jit
-def store_state(pointer, state, dk, dv, values, here, PARTS: tl.constexpr, BK: tl.constexpr):
-    """`state_tiles` the other way round."""
-    for part in tl.static_range(PARTS):
-        keys = part * BK + tl.arange(0, BK)
-        tl.store(pointer + keys[:, None] * dv + values[None, :], state[part].to(pointer.dtype.element_ty), mask=(keys < dk)[:, None] & here[None, :])
+def state_times(k, rows, live, state, pointer, dk, dv, values, here, CHUNK: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """k_t S, (CHUNK, BV), with the tiles of the state where there are some, else with the state in memory."""
+    result = tl.zeros((CHUNK, BV), tl.float32)
+    if PARTS > 0:
+        for part in tl.static_range(PARTS):
+            keys = part * BK + tl.arange(0, BK)
+            result += product(tile(k, rows, keys, live, keys < dk), state[part])
+    else:
+        for first in range(0, dk, BK):
+            keys = first + tl.arange(0, BK)
+            result += product(tile(k, rows, keys, live, keys < dk), tile(pointer, keys * dv, values, keys < dk, here))
+    return result
+
+
+@triton.jit
+def store(pointer, part, keys, dk, dv, values, here):
+    """A tile of the keys of a state (dk, dv)."""
+    tl.store(pointer + keys[:, None] * dv + values[None, :], part, mask=(keys < dk)[:, None] & here[None, :])
 
 
 @triton.jit

@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, state_tiles, store_state, unit_inverse
+from medssm.kernels.delta_rule.triton_chunks import (
+    decays_between,
+    edge_decays,
+    log_decays,
+    state_tiles,
+    state_times,
+    store,
+    unit_inverse,
+)
 from medssm.kernels.triton_tiles import product, tile, visited
 
 
@@ -44,13 +52,12 @@ def inverse(k, beta, g, fresh, index, inverses, length, heads, dk, chunks, k_bat
 
 
 @triton.jit
-def carry(k, v, beta, g, fresh, index, inverses, initial, recalled, states, final, length, heads, dk, dv, chunks, k_batch, k_token, k_head, v_batch,
-          v_token, v_head, b_batch, b_token, b_head, g_batch, g_token, g_head, KNOWN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-          GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
-          BK: tl.constexpr, BV: tl.constexpr):
-    """states (b*h, chunks, dk, dv): what enters each chunk; final (b*h, dk, dv): what leaves the last.
+def carry(k, v, beta, g, fresh, index, inverses, recalled, states, length, heads, dk, dv, chunks, k_batch, k_token, k_head, v_batch, v_token, v_head,
+          b_batch, b_token, b_head, g_batch, g_token, g_head, KNOWN: tl.constexpr, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr,
+          REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """states (b*h, chunks + 1, dk, dv): what enters each chunk, the first of them given, and what leaves the last.
 
-    recalled (b,l,h,dv): exp(g_t) S_{t-1}^T k_t, written; KNOWN: read instead.
+    recalled (b,l,h,dv): exp(g_t) S_{t-1}^T k_t, written; KNOWN: read instead. PARTS: tiles of keys of a state in registers; 0: it stays in memory.
     """
     tiles = tl.cdiv(dv, BV)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -63,9 +70,9 @@ def carry(k, v, beta, g, fresh, index, inverses, initial, recalled, states, fina
     beta += b * b_batch + h * b_head
     g += b * g_batch + h * g_head
     recalled += b * length * heads * dv + h * dv
-    state = state_tiles(initial + row * dk * dv, dk, dv, values, here, INITIAL, PARTS, BK, BV)
+    entry = states + row * (chunks + 1) * dk * dv
+    state = state_tiles(entry, dk, dv, values, here, PARTS, BK)
     for chunk in range(0, chunks):
-        store_state(states + (row * chunks + chunk) * dk * dv, state, dk, dv, values, here, PARTS, BK)
         step = chunk * CHUNK + inside
         live = step < length
         token = visited(index, step, length, WALK, REVERSE)
@@ -75,21 +82,25 @@ def carry(k, v, beta, g, fresh, index, inverses, initial, recalled, states, fina
         if KNOWN:
             w = v_t - tile(recalled, token * heads * dv, values, live, here)
         else:
-            entered = tl.zeros((CHUNK, BV), tl.float32)
-            for part in tl.static_range(PARTS):
-                keys = part * BK + tl.arange(0, BK)
-                entered += product(tile(k, token * k_token, keys, live, keys < dk), state[part])
+            entered = state_times(k, token * k_token, live, state, entry, dk, dv, values, here, CHUNK, PARTS, BK, BV)
             solve = tl.load(inverses + (row * chunks + chunk) * CHUNK * CHUNK + square)
             w = product(solve, v_t - from_begin[:, None] * entered)
             tl.store(recalled + (token * heads * dv)[:, None] + values[None, :], v_t - w, mask=live[:, None] & here[None, :])
         u = w * (to_end * shares)[:, None]
-        after = ()
-        for part in tl.static_range(PARTS):
-            keys = part * BK + tl.arange(0, BK)
-            after = after + (state[part] * through + product(tl.trans(tile(k, token * k_token, keys, live, keys < dk)), u),)
-        state = after
-    if FINAL:
-        store_state(final + row * dk * dv, state, dk, dv, values, here, PARTS, BK)
+        if PARTS > 0:
+            after = ()
+            for part in tl.static_range(PARTS):
+                keys = part * BK + tl.arange(0, BK)
+                after = after + (state[part] * through + product(tl.trans(tile(k, token * k_token, keys, live, keys < dk)), u),)
+                store(entry + dk * dv, after[part], keys, dk, dv, values, here)
+            state = after
+        else:
+            for first in range(0, dk, BK):
+                keys = first + tl.arange(0, BK)
+                k_t = tl.trans(tile(k, token * k_token, keys, live, keys < dk))
+                store(entry + dk * dv, tile(entry, keys * dv, values, keys < dk, here) * through + product(k_t, u), keys, dk, dv, values, here)
+            tl.debug_barrier()  # other threads read it
+        entry += dk * dv
 
 
 @triton.jit
@@ -108,7 +119,7 @@ def outputs(q, k, v, beta, g, fresh, index, recalled, states, out, scale, length
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    states += (row * chunks + chunk) * dk * dv
+    states += (row * (chunks + 1) + chunk) * dk * dv
     pairs, o = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, BV), tl.float32)
     for first in range(0, dk, BK):
         keys = first + tl.arange(0, BK)

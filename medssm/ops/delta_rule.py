@@ -13,7 +13,6 @@ from medssm.ops import checks, registration, walk
 
 OP = "delta_rule"
 _kernel = functools.partial(dispatch.kernel, OP)
-_WIDEST = 256  # channels of a key that Triton's kernels serve
 _NAMES = ("q", "k", "v", "beta", "g", "initial_state")
 
 
@@ -163,9 +162,4 @@ def _explained(q, k, v, beta, *, g=None, initial_state=None, **_rest):
     return q, k, v, beta, g, initial_state
 
 
-def _triton_refuses(*tensors):
-    return triton.refuse(*tensors) or (
-        None if tensors[0].shape[-1] <= _WIDEST else f"it serves keys of at most {_WIDEST} channels, got {tensors[0].shape[-1]}")
-
-
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses))
+dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))

@@ -175,7 +175,7 @@ CALLS = {
     "linear_attention": [lambda: _linear(32, 32, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _linear(k, v, d, o) for (k, v), d, o in itertools.product(
         ((16, 16), (32, 64), (40, 24)), (BF16, FLOAT), (False, True))],
     "delta_rule": [lambda: _delta(64, 64, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _delta(k, v, d, o) for (k, v), d, o in itertools.product(
-        ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (24, 40)), (BF16, FLOAT), (False, True))],
+        ((16, 16), (64, 64), (128, 128), (256, 256), (24, 40), (40, 24), (130, 100)), (BF16, FLOAT), (False, True))],
 }
 
 
