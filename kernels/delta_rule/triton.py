@@ -25,20 +25,20 @@ from medssm.kernels.native import lanes, like
 from medssm.kernels.triton import on, plain, present, strides
 
 HELD = 2  # tiles of keys: a state of more would not fit in a program's registers
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# The bound is what there is: without one ptxas spills registers to fit more warps on a multiprocessor.
+OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True}
 
 
 class _Sizes(NamedTuple):
-    chunk: int  # steps
     keys: int  # of a tile
     values: int  # of a tile
-    carried: int  # value channels of a tile where the state of all keys is carried
+    chunk: int = 16  # steps: in tiles of 32 steps by 32 channels some kernels spill in float32
+    carried: int = 16  # value channels of a tile where the state of all keys is carried
 
 
 def sizes(dk: int, dv: int) -> _Sizes:
     """Of chunks and tiles for these heads: as large as registers hold."""
-    keys, values = (min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv))
-    return _Sizes(32 if dk <= 64 else 16, keys, values, 16)
+    return _Sizes(*(min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv)))
 
 
 def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save, final):

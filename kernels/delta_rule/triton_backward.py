@@ -259,7 +259,7 @@ def exit_key_gradients(k, v, beta, g, fresh, index, recalled, states, exits, so_
     states += (row * (chunks + 1) + chunk) * dk * dv
     exits += (row * (chunks + 1) + chunk + 1) * dk * dv
     to_exit = tl.zeros((CHUNK,), tl.float32)
-    kept = tl.zeros((BK, BV), tl.float32)
+    kept = tl.zeros((BV,), tl.float32)
     for first_key in range(0, dk, BK):
         keys = first_key + tl.arange(0, BK)
         here_k = keys < dk
@@ -271,7 +271,7 @@ def exit_key_gradients(k, v, beta, g, fresh, index, recalled, states, exits, so_
             ds = tile(exits, keys * dv, values, here_k, here)
             of_k += product(w, tl.trans(ds))
             if GATED:
-                kept += ds * tile(states, keys * dv, values, here_k, here)
+                kept += tl.sum(ds * tile(states, keys * dv, values, here_k, here), 0)
         of_k *= factor[:, None]
         if GATED:
             to_exit += tl.sum(of_k * tile(k, token * k_token, keys, live, here_k), 1)
@@ -281,6 +281,6 @@ def exit_key_gradients(k, v, beta, g, fresh, index, recalled, states, exits, so_
     if GATED:
         # A step's decay lies in all that goes from before it to it or after: between tokens, from the entry state to a token, from a token to the
         # exit state, from state to state. Summed without differences, the gradient of a strong decay is exactly 0.
-        of_g = tl.load(g_so_far + at, mask=live, other=0.0) + through * tl.sum(tl.sum(kept, 0), 0)
+        of_g = tl.load(g_so_far + at, mask=live, other=0.0) + through * tl.sum(kept, 0)
         of_g += tl.sum(tl.where(inside[:, None] < inside[None, :], to_exit[:, None], 0.0), 0)
         tl.store(to_g + at, of_g.to(to_g.dtype.element_ty), mask=live)

@@ -18,7 +18,6 @@ import triton.language as tl
 from medssm.kernels.triton_tiles import product, tile
 
 STRONGEST = tl.constexpr(-128.0)  # log decay: its exponential is 0 in float32
-BLOCK = tl.constexpr(16)  # rows that the inverse substitutes one after the other
 
 
 @triton.jit
@@ -97,23 +96,14 @@ def store(pointer, part, keys, dk, dv, values, here):
 
 @triton.jit
 def unit_inverse(a, CHUNK: tl.constexpr):
-    """(I + a)^-1 of a strictly lower triangular (CHUNK, CHUNK) matrix, CHUNK 16, 32 or 64.
+    """(I + a)^-1 of a strictly lower triangular (CHUNK, CHUNK) matrix by forward substitution, a row at a time.
 
-    Blocks on the diagonal by forward substitution, a row of all blocks at a time. With X their inverses and N = X (a outside of the blocks), which is
-    nilpotent, (I + a)^-1 = (I - N) (I + N^2) X. A series without blocks would cancel: powers of a itself grow without bound where keys are alike.
+    A series would cancel: powers of a grow without bound where keys are alike.
     """
     rows, cols = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    same = rows // BLOCK == cols // BLOCK
-    near = tl.where(same, a, 0.0)
     x = tl.where(rows == cols, 1.0, 0.0)
-    for r in range(1, BLOCK):
-        mine = rows % BLOCK == r
-        factors = tl.sum(tl.where(mine, near, 0.0), 0)  # that row of every block
+    for r in range(1, CHUNK):
+        factors = tl.sum(tl.where(rows == r, a, 0.0), 0)
         known = tl.sum(factors[:, None] * x, 0)
-        x = tl.where(mine & same, x - known[None, :], x)
-    if CHUNK > BLOCK:
-        n = product(x, tl.where(same, 0.0, a))
-        if CHUNK > 2 * BLOCK:
-            x += product(product(n, n), x)
-        x -= product(n, x)
+        x = tl.where(rows == r, x - known[None, :], x)
     return x

@@ -34,8 +34,8 @@ def calls(draw, small=False):
 
 def example(n):
     tensors = {
-        "v": n(2, 13, 6),
-        "k": n(2, 13, 6),
+        "v": n(1, 13, 6),
+        "k": n(1, 13, 6),
         "w": 0.1 * n(6),
         "u": n(6),
     }

@@ -41,12 +41,12 @@ def calls(draw, small=False):
 
 def example(n):
     tensors = {
-        "q": n(2, 13, 3, 6),
-        "k": functional.normalize(n(2, 13, 3, 6), dim=-1),
-        "v": n(2, 13, 3, 5),
-        "beta": torch.sigmoid(n(2, 13, 3)),
-        "g": -n(2, 13, 3).abs(),
-        "initial_state": n(2, 3, 6, 5),
+        "q": n(1, 13, 2, 6),
+        "k": functional.normalize(n(1, 13, 2, 6), dim=-1),
+        "v": n(1, 13, 2, 5),
+        "beta": torch.sigmoid(n(1, 13, 2)),
+        "g": -n(1, 13, 2).abs(),
+        "initial_state": n(1, 2, 6, 5),
     }
     return Call("delta_rule", tensors, {"return_final_state": True})
 
