@@ -19,6 +19,7 @@ from medssm.kernels.triton import INTERPRETED, on, plain, present, strides
 # Steps that are in registers at a time, and channels of a program.
 STEPS, CHANNELS = (2, 64) if INTERPRETED else (8, 32)
 GROUP = 4  # chunks that `carry` reads ahead
+REGISTERS = 255  # of `outputs`: left to itself, the assembler for sm_80 takes 168 and spills
 PROGRAMS = 4096  # of one warp, that fill a large GPU: a constant, so that every GPU gives the same bits
 
 
@@ -86,7 +87,7 @@ class _Pass:
         outputs[self.grid](
             k, v, self.w, self.u, *present(k, dout, self.index), self.begins, *present(kept, entry), kept, *present(kept, out, top, weights),
             self.length, self.channels, self.chunks, *k.stride(), *v.stride(), *strides(dout, 3), fields * size, size, *_slots(kept),
-            v.numel(), UPSTREAM=self.upstream, ENTRY=several, ADJOINT=self.adjoint, **self.walk)
+            v.numel(), UPSTREAM=self.upstream, ENTRY=several, ADJOINT=self.adjoint, maxnreg=REGISTERS, **self.walk)
         self.top = top
         return None if weights is None else weights.sum((1, 2)).unbind()
 
