@@ -90,6 +90,11 @@ def direct(tensors: Sequence[torch.Tensor | None]) -> bool:
     return True
 
 
+def traced() -> bool:
+    """Whether a tracer or a fake mode is at work: a tensor made now is of that trace alone, and kept it would turn up in later calls."""
+    return _is_compiling() or bool(_modes())
+
+
 def transformed() -> str | None:
     """Why a kernel without forward-mode and higher-order derivatives cannot serve under the torch.func transform in force, or None."""
     if torch.compiler.is_compiling():

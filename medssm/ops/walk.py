@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from medssm import orders
+from medssm.ops import registration
 
 
 class Walk(NamedTuple):
@@ -40,7 +41,8 @@ def resolve(spec: str, spatial: tuple[int, ...], index: torch.Tensor | None, rev
         return Walk(index, None, reverse)
     if not spec:
         return Walk(None, None, reverse)
-    found = _tables(spec, tuple(int(n) for n in spatial), str(device))
+    tables = _tables.__wrapped__ if registration.traced() else _tables
+    found = tables(spec, tuple(int(n) for n in spatial), str(device))
     return Walk(found.index, found.starts, found.reverse != reverse)
 
 

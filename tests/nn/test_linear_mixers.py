@@ -221,3 +221,12 @@ def test_channel_mix_sees_the_neighbours_alone():
     mix, x = nn.ChannelMix(12, key_norm=True), torch.randn(1, 5, 5, 12, requires_grad=True)
     seen = torch.autograd.grad(mix(x)[0, 2, 2].sum(), x)[0][0].abs().sum(-1) > 0
     assert seen.sum() == 5 and seen[2, 1:4].all() and seen[1:4, 2].all()
+
+
+def test_what_a_fake_mode_made_is_not_kept():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, layer = torch.randn(1, 5, 7, 8), nn.MLLA(8, 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(torch.randn(1, 5, 7, 8))
+    assert type(layer(x)) is torch.Tensor and torch.isfinite(layer(x)).all()

@@ -272,6 +272,12 @@ class Module(torch.nn.Module):
         return output(Call(self.call.op, {self.name: x, **dict(self.weights.items())}, self.call.options).run(self.backend))
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Without what earlier tests compiled: a function may be compiled eight times only."""
+    torch._dynamo.reset()
+
+
 @every_kernel
 def test_opcheck(op, backend, monkeypatch):
     """torch.library's own check of schema, fake kernel, autograd registration and compiled use, on the operator as it is called."""
@@ -287,7 +293,7 @@ def test_opcheck(op, backend, monkeypatch):
 
 
 @every_kernel
-def test_compile_fullgraph_with_gradients(op, backend):
+def test_compile_fullgraph_with_gradients(op, backend, fresh_compiler):
     call = example(op)
     module = Module(call, backend)
     x = next(iter(call.tensors.values())).clone().requires_grad_()
@@ -301,7 +307,7 @@ def test_compile_fullgraph_with_gradients(op, backend):
 
 
 @every_kernel
-def test_compile_sees_the_context_manager(op, backend):
+def test_compile_sees_the_context_manager(op, backend, fresh_compiler):
     call = example(op)
 
     def run(x):
