@@ -25,7 +25,7 @@ CHUNK = 64  # tokens: as many as a chunk's products need to keep the states' tra
 BLOCK = 16  # tokens whose pairs are worked out one by one where the decay is per key
 OUT, DV, DQ, DK = range(4)  # what `read` works out
 BY_NOTHING, BY_STEPS, BY_GATE = range(3)  # what it multiplies a tile by
-HEAD, KEY = 1, 2  # a decay per head, per key
+KEY = 2  # a decay per key
 WIDEST = 256 if INTERPRETED else 32  # of a tile of keys or values
 KEYS = 64 if INTERPRETED else 16  # of a tile of keys in a block's pairs: BLOCK x BLOCK x KEYS numbers are held
 WARPS = 8  # of a program
@@ -111,7 +111,7 @@ def backward(dout, dfinal, scan: Scan, initial, before_gate=None) -> Gradients:
         _chunk_states(scan, dstates, decays, q, dout, backward=True)
         _carry(dstates, decays, backward=True)
 
-        dsteps = None if scan.steps is None else _floats(q, triton.cdiv(dv, _tile(dv)), batch, length, heads)
+        dsteps = None if scan.steps is None else _floats(q, triton.cdiv(dv, _value_tile(scan)), batch, length, heads)
         _read(DV, scan, dstates[:, 1:], dvalues, dout, pairs=_pairs(scan), side=dsteps, kept=before_gate, dz=dz)
         if _decay(scan) == KEY:
             _key_gradients(scan, dout, states, dstates, dq, dkeys, dg)
@@ -211,13 +211,13 @@ def _read(of, scan, states, out, dout=None, pairs=None, side=None, kept=None, dz
     x_by, y_by, c_by, _ = (by.get(role, BY_NOTHING) for role in roles)
     dv, chunks = scan.v.shape[3], triton.cdiv(scan.q.shape[1], CHUNK)
     width, out_width = x.shape[3], c.shape[3]
-    bn = _tile(out_width) if of in (OUT, DV) else _key_tile(scan)
+    bm, bn = min(_tile(width), KEYS if _wide(scan) else WIDEST), _value_tile(scan) if of in (OUT, DV) else _key_tile(scan)
     read[out.shape[0] * scan.heads * chunks * triton.cdiv(out_width, bn),](
         x, y, c, own, *present(x, scan.g, pairs), states, *present(x, scan.steps, scan.skip, scan.z, kept, scan.index, scan.segment), out,
         *present(out, side, dz), scan.scale, out.shape[1], scan.heads, *(scan.heads // t.shape[2] for t in (x, y, c, own)), width, out_width, chunks,
         *((dv, 1) if of in (OUT, DV) else (1, dv)), *_three(x), *_three(y), *_three(c), *_three(own), *_three(scan.g), *_three(scan.z), OF=of,
         DECAY=_decay(scan), X_BY=x_by, Y_BY=y_by, C_BY=c_by, STEPS=scan.steps is not None, SKIP=scan.skip is not None and of in (OUT, DV),
-        GATE=scan.z is not None, SAVE=side is not None, BM=_tile(width), BN=bn, **_options(scan))
+        GATE=scan.z is not None, SAVE=side is not None, BM=bm, BN=bn, **_options(scan))
 
 
 def _sizes(scan):
@@ -245,9 +245,18 @@ def _tile(width):
 
 
 def _key_tile(scan):
-    """Of the gradients of q and k: with the gate's factors, or decays per head in float32, there are registers for fewer keys."""
-    wide = any(t.dtype == torch.float32 for t in (scan.q, scan.k, scan.v))
-    return min(_tile(scan.q.shape[3]), KEYS if scan.z is not None or (wide and _decay(scan) == HEAD) else WIDEST)
+    """Of the gradients of q and k: with the gate's factors, or in float32, there are registers for fewer keys."""
+    return min(_tile(scan.q.shape[3]), KEYS if scan.z is not None or _wide(scan) else WIDEST)
+
+
+def _value_tile(scan):
+    """Of the outputs and the gradients of v."""
+    return min(_tile(scan.v.shape[3]), KEYS if scan.z is not None and _wide(scan) else WIDEST)
+
+
+def _wide(scan):
+    """Whether `read` holds pairs of tokens and operands of float32, which sm_80 has no registers for in wide tiles."""
+    return _decay(scan) != KEY and any(t.dtype == torch.float32 for t in (scan.q, scan.k, scan.v))
 
 
 def _three(t):

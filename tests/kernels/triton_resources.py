@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not here, and reads what they take: python tests/kernels/triton_resources.py [--all] [TARGET ...]
+"""Compiles the Triton kernels for GPUs that are not here, and reads what they take: triton_resources.py [--all] [--op OP] [TARGET ...]
 
 The ops' own wrappers run on tensors of the CPU with the launcher replaced by a recorder, so that what is compiled is what they would launch: the same
 kernels, constants, types and divisibilities. Prints a line of JSON a kernel. --all: every configuration of the table, else the first of each op.
@@ -115,8 +115,8 @@ def _delta(dk, dv, dtype, options, length=4096, heads=2):
     kernel.backward(torch.empty_like(v), state if options else None, recalled, *given)
 
 
-def _linear(dk, dv, dtype, options, length=4096, heads=4):
-    """Over all tokens; with options fewer heads of keys, a rotation, the denominator, an initial state."""
+def _linear(dk, dv, dtype, options, causal=False, length=4096, heads=4):
+    """With options fewer heads of keys, a rotation, the denominator, an initial state, and a walk with segments where it is causal."""
     from medssm.kernels.linear_attention import triton as kernel
 
     def new(*shape, dtype=dtype):
@@ -126,7 +126,8 @@ def _linear(dk, dv, dtype, options, length=4096, heads=4):
     state = new(1, groups, dk, dv, dtype=FLOAT), new(1, groups, dk, dtype=FLOAT)
     angles = new(length, groups, dk, dtype=FLOAT) if options else None
     given = [new(1, length, heads, dk), new(1, length, groups, dk), new(1, length, groups, dv), angles, angles]
-    given += [*(state if options else (None, None)), "elu" if options else None, False, options, 0.5, 1e-6, None, None, False]
+    given += [*(state if options else (None, None)), "elu" if options else None, causal, options, 0.5, 1e-6]
+    given += [torch.arange(length), torch.tensor([0, 64]), True] if options and causal else [None, None, False]
     out, *sums = kernel.forward(*given)
     kernel.backward(out, *(state if options else (None, None)), *sums, *given)
 
@@ -174,6 +175,8 @@ CALLS = {
         (3, 7), (1, 2, 3), (BF16, FLOAT), (False, True))],
     "linear_attention": [lambda: _linear(32, 32, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _linear(k, v, d, o) for (k, v), d, o in itertools.product(
         ((16, 16), (32, 64), (40, 24)), (BF16, FLOAT), (False, True))],
+    "linear_attention_causal": [lambda: _linear(32, 32, BF16, True, True)] + [lambda k=k, v=v, o=o: _linear(k, v, FLOAT, o, True)
+        for (k, v), o in itertools.product(((16, 16), (64, 64), (40, 24)), (False, True))],
     "delta_rule": [lambda: _delta(64, 64, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _delta(k, v, d, o) for (k, v), d, o in itertools.product(
         ((16, 16), (64, 64), (128, 128), (256, 256), (24, 40), (40, 24), (130, 100)), (BF16, FLOAT), (False, True))],
 }
@@ -182,8 +185,8 @@ CALLS = {
 # -- recording and compiling --------------------------------------------------------------------------------------------------------
 
 
-def recorded(everything: bool) -> list[tuple]:
-    """(op, kernel, arguments, constants) of every launch that the calls make."""
+def recorded(everything: bool, ops: list[str]) -> list[tuple]:
+    """(op, kernel, arguments, constants) of every launch that the calls of ops make."""
     seen, launches = [], []
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -191,8 +194,9 @@ def recorded(everything: bool) -> list[tuple]:
 
     real, JITFunction.run = JITFunction.run, record
     try:
-        for op, calls in CALLS.items():
+        for op in ops:
             seen.clear()
+            calls = CALLS[op]
             for call in calls if everything else calls[:1]:
                 call()
             launches += [(op, *launch) for launch in seen]
@@ -225,9 +229,9 @@ def source(kernel, args, kwargs):
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options, text
 
 
-def compiled(number: int, target: str, everything: bool) -> dict:
+def compiled(number: int, target: str, everything: bool, ops: list[str]) -> dict:
     """The resources of one of the distinct launches; made anew here, since a kernel does not travel between processes."""
-    op, kernel, args, kwargs = distinct(everything)[number]
+    op, kernel, args, kwargs = distinct(everything, ops)[number]
     made, options, _ = source(kernel, args, kwargs)
     result = triton.compile(made, target=GPUTarget("cuda", int(target), 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -239,9 +243,9 @@ def compiled(number: int, target: str, everything: bool) -> dict:
             "local": row.local, "constants": constants}
 
 
-def distinct(everything: bool) -> list[tuple]:
+def distinct(everything: bool, ops: list[str]) -> list[tuple]:
     found = {}
-    for launch in recorded(everything):
+    for launch in recorded(everything, ops):
         found.setdefault((launch[0], source(*launch[1:])[2]), launch)
     return list(found.values())
 
@@ -250,8 +254,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=TARGETS)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--op", choices=CALLS, action="append", help="of this op alone; may be given again")
     args = parser.parse_args()
-    jobs = [(i, target, args.all) for i in range(len(distinct(args.all))) for target in args.targets]
+    ops = args.op or list(CALLS)
+    jobs = [(i, target, args.all, ops) for i in range(len(distinct(args.all, ops))) for target in args.targets]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(compiled, *zip(*jobs, strict=True)):
             print(json.dumps(row), flush=True)
