@@ -1,6 +1,8 @@
-"""Names that upstream has and this release has not."""
+"""Names and arguments that upstream has and this release has not."""
 
 from __future__ import annotations
+
+import torch
 
 
 class _Absent(type):
@@ -25,3 +27,11 @@ class _Absent(type):
 def absent(*names: str) -> dict[str, type]:
     """A placeholder for each name."""
     return {name: _Absent(name, (), {}) for name in names}
+
+
+def refuse(**arguments) -> None:
+    """Raise NotImplementedError for the first of these arguments that is given, neither None nor False."""
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            got = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            raise NotImplementedError(f"{name}: expected {'False' if value is True else 'None'} (it is not in this release of medssm), got {got}")

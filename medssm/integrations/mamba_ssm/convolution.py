@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from medssm import ops
+from medssm.integrations.mamba_ssm.absent import refuse
 
 _ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
 
@@ -20,9 +21,8 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
     """
     if isinstance(seq_idx, str):
         seq_idx, activation = None, seq_idx
-    if seq_idx is not None:
-        raise NotImplementedError("seq_idx: expected None (packed sequences are not in this release of medssm), got a tensor")
-    out = ops.causal_conv1d(x, weight, bias, _activation(activation), initial_state=initial_states, return_final_state=return_final_states,
+    refuse(seq_idx=seq_idx)
+    out = ops.causal_conv1d(x, weight, bias, activation_name(activation), initial_state=initial_states, return_final_state=return_final_states,
                             layout="bdl")
     if not return_final_states:
         return out.contiguous()
@@ -37,19 +37,18 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
     Args: x (b, d) or (b, d, l); weight (d, w); bias (d,); activation as causal_conv1d_fn.
     Returns out in x's shape and dtype. Raises NotImplementedError for cache_seqlens and conv_state_indices.
     """
-    for name, value in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
-        if value is not None:
-            raise NotImplementedError(f"{name}: expected None (it is not in this release of medssm), got a tensor")
+    refuse(cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
     taps, kept = weight.shape[1] - 1, conv_state.shape[-1]
     if kept < taps:
         raise ValueError(f"conv_state: expected (b, d, at least {taps}), got {tuple(conv_state.shape)}")
     tokens = x.unsqueeze(-1) if x.dim() == 2 else x
-    out = ops.causal_conv1d(tokens, weight, bias, _activation(activation), initial_state=conv_state[..., kept - taps :], layout="bdl")
+    out = ops.causal_conv1d(tokens, weight, bias, activation_name(activation), initial_state=conv_state[..., kept - taps :], layout="bdl")
     conv_state.copy_(torch.cat([conv_state, tokens.to(conv_state.dtype)], dim=-1)[..., -kept:])
     return out.reshape(x.shape)
 
 
-def _activation(name):
+def activation_name(name):
+    """Upstream's name of an activation as ops.causal_conv1d has it."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'silu' or 'swish', got {name!r}")
     return _ACTIVATIONS[name]

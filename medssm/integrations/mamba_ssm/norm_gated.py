@@ -1,0 +1,69 @@
+"""mamba_ssm.ops.triton.layernorm_gated on PyTorch: layer and RMS norm of groups of channels, gated before or after, in float32 inside.
+
+    norm_before_gate: out = (norm(x) weight + bias) silu(z);   else: out = norm(x silu(z)) weight + bias
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from medssm.ops import checks
+
+
+def layernorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, is_rms_norm=False):
+    """Layer norm (is_rms_norm: RMS norm) over each group of the last dimension, with z gated by silu(z).
+
+    Args:
+        x, z: (*, d). weight, bias: (d,), bias may be None. group_size: channels of a group, a divisor of d; None is all d.
+
+    Returns out in x's shape and dtype. Raises ValueError for a shape or group_size that does not fit.
+    """
+    channels = x.shape[-1]
+    size = channels if group_size is None else group_size
+    checks.shape("weight", weight, (channels,))
+    checks.shape("bias", bias, (channels,))
+    checks.shape("z", z, x.shape)
+    if channels % size:
+        raise ValueError(f"group_size: expected a divisor of the {channels} channels, got {size}")
+    wide = checks.compute_dtype(x, weight, z)
+    y, gate = x.to(wide), None if z is None else F.silu(z.to(wide))
+    if gate is not None and not norm_before_gate:
+        y = y * gate
+    y = (F.rms_norm if is_rms_norm else F.layer_norm)(y.unflatten(-1, (-1, size)), (size,), eps=eps).flatten(-2) * weight.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
+
+
+def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+    """layernorm_fn with the RMS norm."""
+    return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm of layernorm_fn. Weights: weight, bias (hidden_size,)."""
+
+    rms = False
+
+    def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
+        super().__init__()
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None if self.rms else nn.Parameter(torch.empty_like(self.weight)))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x, z=None):
+        return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate, self.rms)
+
+
+class RMSNorm(LayerNorm):
+    """RMS norm of rmsnorm_fn. Weight: weight (hidden_size,)."""
+
+    rms = True

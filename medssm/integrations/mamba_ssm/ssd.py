@@ -1,0 +1,88 @@
+"""mamba_ssm.ops.triton.ssd_combined and ssd_minimal on medssm's ops: mamba_ssm's arguments, gradients by autograd."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import linear, silu
+
+from medssm import ops
+from medssm.integrations.mamba_ssm.absent import refuse
+from medssm.integrations.mamba_ssm.convolution import activation_name
+from medssm.integrations.mamba_ssm.norm_gated import rmsnorm_fn
+from medssm.ops import checks
+
+
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
+                              dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False, return_varlen_states=False):
+    """Mamba-2's scan, `medssm.ops.ssd` under upstream's arguments.
+
+    Args:
+        x, z: (b, l, h, p). dt: (b, l, h). A, dt_bias: (h,). B, C: (b, l, g, n). D: (h,) or (h, p). initial_states: (b, h, p, n).
+        chunk_size: of no effect. seq_idx, cu_seqlens, return_varlen_states: packed sequences, refused.
+
+    Returns out (b, l, h, p) in x's dtype, or (out, final states (b, h, p, n) in float32). Raises NotImplementedError for packed sequences.
+    """
+    refuse(seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
+    return ops.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=dt_limit, initial_state=initial_states,
+                   return_final_state=return_final_states)
+
+
+def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None, seq_idx=None,
+                                     dt_limit=(0.0, math.inf), return_final_states=False, activation="silu", rmsnorm_weight=None,
+                                     rmsnorm_eps=1e-6, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, norm_before_gate=True):
+    """All of a Mamba-2 mixer behind in_proj: convolution, scan, gated RMS norm of each group's channels, out_proj.
+
+    Args, with d = h p:
+        zxbcdt: (b, l, 2m + 2d + 2gn + h): two halves m of a gated MLP beside the scan (silu(first) second; m is 0 in most models), z, x, B, C, dt.
+        conv1d_weight: (d + 2gn, w), over x, B and C. conv1d_bias: (d + 2gn,) or None. dt_bias, A: (h,). D: (h,) with headdim = p, or (h, p).
+        initial_states: (b, h, p, n). activation: None, "silu" or "swish". rmsnorm_weight: (d,); None gates with silu(z) alone.
+        outproj_weight: (out, m + d), outproj_bias: (out,). ngroups: g. chunk_size: of no effect. seq_idx: refused.
+
+    Returns (b, l, out), without outproj_weight (b, l, m + d); or (that, final states (b, h, p, n)).
+    """
+    refuse(seq_idx=seq_idx)
+    if D.dim() == 1 and headdim is None:
+        raise ValueError(f"headdim: expected the size of a head, which D of shape {tuple(D.shape)} does not tell, got None")
+    heads, size = (len(D), headdim) if D.dim() == 1 else D.shape
+    inner, channels = heads * size, conv1d_weight.shape[0]
+    beside = zxbcdt.shape[-1] - inner - channels - heads
+    if (channels - inner) % (2 * ngroups) or beside < 0 or beside % 2:
+        raise ValueError(f"zxbcdt: expected (b, l, 2m + {inner} + {channels} + {heads}), of z, the convolution's channels (the {inner} of x, "
+                         f"and B and C by {ngroups} groups) and dt, got {tuple(zxbcdt.shape)} and conv1d_weight {tuple(conv1d_weight.shape)}")
+    mlp, z, u, dt = zxbcdt.split([beside, inner, channels, heads], dim=-1)
+    u = ops.causal_conv1d(u, conv1d_weight, conv1d_bias, activation_name(activation))
+    x, B, C = u.split([inner, (channels - inner) // 2, (channels - inner) // 2], dim=-1)
+    x, B, C = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
+    y, states = ops.ssd(x, dt, A, B, C, D, z.unflatten(-1, (heads, -1)) if rmsnorm_weight is None else None, dt_bias, True, dt_limit=dt_limit,
+                        initial_state=initial_states, return_final_state=True)
+    y = y.flatten(-2)
+    if rmsnorm_weight is not None:
+        y = rmsnorm_fn(y, rmsnorm_weight, None, z, rmsnorm_eps, inner // ngroups, norm_before_gate)
+    if beside:
+        first, second = mlp.chunk(2, dim=-1)
+        y = torch.cat([silu(first) * second, y], dim=-1)
+    if outproj_weight is not None:
+        y = linear(y, outproj_weight, outproj_bias)
+    return (y, states) if return_final_states else y
+
+
+def ssd_minimal_discrete(X, A, B, C, block_len, initial_states=None):
+    """The scan of steps that are already taken in: S_t = exp(A_t) S_{t-1} + X_t B_t^T, Y_t = S_t C_t.
+
+    Args:
+        X: (b, l, h, p), x dt. A: (b, l, h), dt A, at most 0. B, C: (b, l, h, n). block_len: of no effect. initial_states: (b, 1, h, p, n).
+
+    Returns (Y (b, l, h, p), the last state (b, h, p, n)), both in X's dtype. This is `medssm.ops.gated_linear_attention` of q = C, k = B, v = X.
+    """
+    checks.dims("X", X, 4, form="(b, l, h, p)")
+    checks.dims("B", B, 4, form="(b, l, h, n)")
+    batch, _, heads, size = X.shape
+    checks.shape("A", A, X.shape[:3])
+    checks.shape("B", B, (*X.shape[:3], B.shape[-1]))
+    checks.shape("C", C, B.shape)
+    checks.shape("initial_states", initial_states, (batch, 1, heads, size, B.shape[-1]))
+    state = None if initial_states is None else initial_states.squeeze(1).transpose(-1, -2)
+    out, state = ops.gated_linear_attention(C, B, X, A, scale=1.0, initial_state=state, return_final_state=True)
+    return out, state.transpose(-1, -2).to(X.dtype).contiguous()
