@@ -69,18 +69,23 @@ class Mamba2(nn.Module):
         y = self._scan(u, dt, self.orders[0])
         for order in self.orders[1:]:
             y = y + self._scan(u, dt, order)
-        y = y / len(self.orders)
-        return self.out_proj(y * nn.functional.silu(z) if self.norm is None else self.norm(y, z))
+        return self.out_proj(self._gate(y / len(self.orders), z))
 
     def _scan(self, u, dt, order):
         """One scan with its own convolution, (b, *spatial, inner)."""
-        inner, rows = self.split[0], self.ngroups * self.d_state
         u = ops.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", order=order)
-        x, B, C = u.split([inner, rows, rows], dim=-1)
+        return ops.ssd(*self._operands(u, dt), dt_limit=self.dt_limit, order=order).flatten(-2)
+
+    def _operands(self, u, dt):
+        """x to dt_softplus of ops.ssd (or ssd_step), from the convolved u and the projected dt."""
+        rows = self.ngroups * self.d_state
+        x, B, C = u.split([self.split[0], rows, rows], dim=-1)
         D = self.D if self.D.shape[0] == self.A_log.shape[0] else self.D.view(-1, self.headdim)
-        y = ops.ssd(x.unflatten(-1, (-1, self.headdim)), dt, -torch.exp(self.A_log.float()), B.unflatten(-1, (self.ngroups, -1)),
-                    C.unflatten(-1, (self.ngroups, -1)), D, None, self.dt_bias, True, dt_limit=self.dt_limit, order=order)
-        return y.flatten(-2)
+        B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))
+        return x.unflatten(-1, (-1, self.headdim)), dt, -torch.exp(self.A_log.float()), B, C, D, None, self.dt_bias, True
+
+    def _gate(self, y, z):
+        return y * nn.functional.silu(z) if self.norm is None else self.norm(y, z)
 
 
 class GatedRMSNorm(nn.Module):

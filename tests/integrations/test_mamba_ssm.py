@@ -12,18 +12,7 @@ from torch.nn import functional as F
 
 import medssm.nn
 from medssm.integrations import mamba_ssm as stand_in
-
-
-@pytest.fixture
-def installed():
-    """The stand-in in force, whatever this machine has."""
-    stand_in.install(force=True)
-    yield
-    stand_in.uninstall()
-
-
-def draw(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype).requires_grad_()
+from tests.integrations.compare import draw, gradients, same
 
 
 def scan_inputs(b=2, d=6, n=3, l=7, groups=2, dtype=torch.float64):
@@ -47,16 +36,6 @@ def recurrence(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplu
         ys.append((h * C[..., t]).sum(-1))
     y = torch.stack(ys, -1) + (0 if D is None else D[:, None] * u)
     return (y if z is None else y * F.silu(z)), h
-
-
-def gradients(out, inputs):
-    torch.manual_seed(1)
-    return torch.autograd.grad((out * torch.randn_like(out)).sum(), [t for t in inputs if t is not None and t.requires_grad], retain_graph=True)
-
-
-def same(got, want, tolerance=1e-9):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # -- the scan ---------------------------------------------------------------------------------------------------------------------
@@ -434,9 +413,10 @@ def test_blocks_fused_or_not_are_the_same(installed, rms):
     once = fused(x)
     same(fused(*once), plain(*plain(x)), 1e-5)
     same([once[1]], [x])
-    for bad, name in ({"d_intermediate": 8}, "d_intermediate"), ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg"):
-        with pytest.raises(NotImplementedError, match=name):
-            create_block(12, **bad)
+    with pytest.raises(NotImplementedError, match="d_intermediate"):
+        create_block(12, d_intermediate=8)
+    with pytest.raises(ValueError, match=r"ssm_cfg\['layer'\]: expected 'Mamba1' or 'Mamba2', got 'Mamba3'"):
+        create_block(12, ssm_cfg={"layer": "Mamba3"})
 
 
 def test_a_block_runs_its_mlp_on_the_second_norm(installed):
@@ -456,19 +436,20 @@ def test_a_block_runs_its_mlp_on_the_second_norm(installed):
 
 def test_names_of_later_releases_import_and_raise_on_use(installed):
     import mamba_ssm
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+    from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan
     from mamba_ssm.utils.generation import GenerationMixin
 
-    for name in (mamba_ssm.Mamba2, mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined):
+    for name in (mamba_chunk_scan, ColumnParallelLinear):
         with pytest.raises(NotImplementedError, match=f"^{name.__name__} is not in this release of medssm"):
             name(d_model=8)
     with pytest.raises(NotImplementedError, match=r"^GenerationMixin is not in this release"):
         type("Model", (nn.Module, GenerationMixin), {})
     with pytest.raises(AttributeError, match=r"^MambaLMHeadModel is not in this release"):
         mamba_ssm.MambaLMHeadModel.from_pretrained("state-spaces/mamba-130m")
-    with pytest.raises(ModuleNotFoundError, match=r"mamba_ssm\.distributed is not in this release of medssm"):
-        importlib.import_module("mamba_ssm.distributed.tensor_parallel")
-    assert not isinstance(nn.Identity(), mamba_ssm.Mamba2)
+    with pytest.raises(ModuleNotFoundError, match=r"mamba_ssm\.modules\.mamba3 is not in this release of medssm"):
+        importlib.import_module("mamba_ssm.modules.mamba3")
+    assert not isinstance(nn.Identity(), mamba_ssm.MambaLMHeadModel)
     assert mamba_ssm.ops.selective_scan_interface.selective_scan_fn is mamba_ssm.selective_scan_fn
 
 

@@ -2,7 +2,7 @@
 
     import medssm.integrations.mamba_ssm
     medssm.integrations.mamba_ssm.install()
-    from mamba_ssm import Mamba                    # medssm's, with mamba_ssm's signature and weight names
+    from mamba_ssm import Mamba, Mamba2            # medssm's, with mamba_ssm's signatures and weight names
 
     python -m medssm.run train.py --epochs 10      # the same for a script that knows nothing of medssm
 

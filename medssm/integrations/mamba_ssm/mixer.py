@@ -1,9 +1,8 @@
-"""mamba_ssm's Mamba with the arguments of its forks (Vim, SegMamba), Block and create_block."""
+"""mamba_ssm's Mamba with the arguments of its forks (Vim, SegMamba)."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from medssm import nn as layers
 from medssm import ops
-from medssm.integrations.mamba_ssm import convolution, norm, scan
+from medssm.integrations.mamba_ssm import convolution, scan
 
 _KINDS = {"none": layers.Mamba, "v1": layers.Mamba, "v2": layers.BiMamba, "v3": layers.TriMamba}
 
@@ -106,10 +105,7 @@ class Mamba(layers.Mamba):
     def _continue(self, x, inference_params):
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
         self._one_way()
-        cache = inference_params.key_value_memory_dict
-        if self.layer_idx not in cache:
-            cache[self.layer_idx] = self.allocate_inference_cache(len(x), None)
-        conv_state, ssm_state = cache[self.layer_idx]
+        conv_state, ssm_state = kept_states(self, len(x), inference_params)
         if inference_params.seqlen_offset > 0:
             return self.step(x, conv_state, ssm_state)[0]
         u, z = self.in_proj(x).chunk(2, dim=-1)
@@ -126,57 +122,9 @@ class Mamba(layers.Mamba):
             raise ValueError(f"bimamba_type: expected 'none', since only a forward scan runs token by token, got {self.bimamba_type!r}")
 
 
-class Block(nn.Module):
-    """mamba_ssm's residual block: (x, residual) -> (mixer(norm(x + residual)), x + residual), and likewise an mlp behind it.
-
-    Args:
-        dim: channels. mixer_cls, mlp_cls, norm_cls: made with dim; an mlp_cls of nn.Identity leaves the mlp out.
-        fused_add_norm: round the sum only once, by layer_norm_fn. residual_in_fp32: keep the sum in float32.
-    """
-
-    def __init__(self, dim, mixer_cls, mlp_cls=nn.Identity, norm_cls=nn.LayerNorm, fused_add_norm=False, residual_in_fp32=False):
-        super().__init__()
-        self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
-        self.norm, self.mixer, self.mlp = norm_cls(dim), mixer_cls(dim), None
-        if mlp_cls is not nn.Identity:
-            self.norm2, self.mlp = norm_cls(dim), mlp_cls(dim)
-
-    def forward(self, hidden_states, residual=None, inference_params=None, **mixer_kwargs):
-        x, residual = self._add_norm(self.norm, hidden_states, residual)
-        x = self.mixer(x, inference_params=inference_params, **mixer_kwargs)
-        if self.mlp is not None:
-            x, residual = self._add_norm(self.norm2, x, residual)
-            x = self.mlp(x)
-        return x, residual
-
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
-        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
-
-    def _add_norm(self, layer, x, residual):
-        if self.fused_add_norm:
-            return norm.layer_norm_fn(x, layer.weight, layer.bias, residual, eps=layer.eps, prenorm=True, residual_in_fp32=self.residual_in_fp32,
-                                      is_rms_norm=isinstance(layer, norm.RMSNorm))
-        residual = x if residual is None else x + residual
-        x = layer(residual.to(layer.weight.dtype))
-        return x, residual.float() if self.residual_in_fp32 else residual
-
-
-def create_block(d_model, d_intermediate=0, ssm_cfg=None, attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-5, rms_norm=False,
-                 residual_in_fp32=False, fused_add_norm=False, layer_idx=None, device=None, dtype=None):
-    """A Block of Mamba with a layer or RMS norm. ssm_cfg: Mamba's arguments (mamba_ssm 1 has it in d_intermediate's place, as a call here may).
-
-    Raises NotImplementedError for Mamba2, attention and the gated MLP (d_intermediate > 0).
-    """
-    if isinstance(d_intermediate, dict):
-        d_intermediate, ssm_cfg = 0, d_intermediate
-    config = dict(ssm_cfg or {})
-    kind = config.pop("layer", "Mamba1")
-    for name, given, expected in (("ssm_cfg['layer']", kind, "Mamba1"), ("d_intermediate", d_intermediate, 0),
-                                  ("attn_layer_idx", layer_idx in (attn_layer_idx or ()), False)):
-        if given != expected:
-            raise NotImplementedError(f"{name}: expected {expected!r} (more is not in this release of medssm), got {given!r}")
-    mixer = functools.partial(Mamba, layer_idx=layer_idx, device=device, dtype=dtype, **config)
-    normed = functools.partial(norm.RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, device=device, dtype=dtype)
-    block = Block(d_model, mixer, norm_cls=normed, fused_add_norm=fused_add_norm, residual_in_fp32=residual_in_fp32)
-    block.layer_idx = layer_idx
-    return block
+def kept_states(mixer, batch, inference_params):
+    """(conv_state, ssm_state) that inference_params keeps for this mixer, under its layer_idx; zeros before the first call."""
+    cache = inference_params.key_value_memory_dict
+    if mixer.layer_idx not in cache:
+        cache[mixer.layer_idx] = mixer.allocate_inference_cache(batch, None)
+    return cache[mixer.layer_idx]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import medssm
-from medssm.integrations.mamba_ssm import kernels
+from medssm.integrations.mamba_ssm import kernels, norm_gated
 from medssm.integrations.mamba_ssm.absent import absent
+from medssm.integrations.mamba_ssm.block import Block, create_block
 from medssm.integrations.mamba_ssm.convolution import causal_conv1d_fn, causal_conv1d_update
-from medssm.integrations.mamba_ssm.mixer import Block, Mamba, create_block
+from medssm.integrations.mamba_ssm.mixer import Mamba
 from medssm.integrations.mamba_ssm.norm import RMSNorm, layer_norm_fn, layer_norm_fn_v1, rms_norm_fn, rms_norm_fn_v1
 from medssm.integrations.mamba_ssm.scan import (
     bimamba_inner_fn,
@@ -15,13 +16,15 @@ from medssm.integrations.mamba_ssm.scan import (
     selective_scan_fn,
     selective_state_update,
 )
+from medssm.integrations.mamba_ssm.second import Mamba2, Mamba2Simple
+from medssm.integrations.mamba_ssm.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined, ssd_minimal_discrete
 
 # Upstream's plain-PyTorch twins of its kernels (..._ref) are the same functions here.
 _SCAN = {"selective_scan_fn": selective_scan_fn, "mamba_inner_fn": mamba_inner_fn, "bimamba_inner_fn": bimamba_inner_fn}
 _SCAN_TWINS = {"selective_scan_ref": selective_scan_fn, "mamba_inner_ref": mamba_inner_fn, "bimamba_inner_ref": bimamba_inner_fn}
 _CONVOLUTION = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
 _CONVOLUTION_TWINS = {"causal_conv1d_ref": causal_conv1d_fn, "causal_conv1d_update_ref": causal_conv1d_update}
-_SECOND = absent("Mamba2", "Mamba2Simple")
+_SECOND = {"Mamba2": Mamba2, "Mamba2Simple": Mamba2Simple}
 _LANGUAGE = absent("MambaLMHeadModel", "MixerModel")
 
 MODULES = {
@@ -29,9 +32,9 @@ MODULES = {
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.mamba_simple": {"Mamba": Mamba, "Block": Block},
     "mamba_ssm.modules.block": {"Block": Block},
-    "mamba_ssm.modules.mamba2": {"Mamba2": _SECOND["Mamba2"]},
-    "mamba_ssm.modules.mamba2_simple": {"Mamba2Simple": _SECOND["Mamba2Simple"]},
-    "mamba_ssm.modules.ssd_minimal": absent("ssd_minimal_discrete"),
+    "mamba_ssm.modules.mamba2": {"Mamba2": Mamba2},
+    "mamba_ssm.modules.mamba2_simple": {"Mamba2Simple": Mamba2Simple},
+    "mamba_ssm.modules.ssd_minimal": {"ssd_minimal_discrete": ssd_minimal_discrete},
     "mamba_ssm.modules.mha": absent("MHA"),
     "mamba_ssm.modules.mlp": absent("GatedMLP"),
     "mamba_ssm.ops": {},
@@ -39,12 +42,24 @@ MODULES = {
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.ops.triton.layer_norm": {"RMSNorm": RMSNorm, "layer_norm_fn": layer_norm_fn, "rms_norm_fn": rms_norm_fn},
     "mamba_ssm.ops.triton.layernorm": {"RMSNorm": RMSNorm, "layer_norm_fn": layer_norm_fn_v1, "rms_norm_fn": rms_norm_fn_v1},
-    "mamba_ssm.ops.triton.layernorm_gated": absent("RMSNorm", "LayerNorm", "rmsnorm_fn", "layernorm_fn"),
+    "mamba_ssm.ops.triton.layernorm_gated": {
+        "RMSNorm": norm_gated.RMSNorm,
+        "LayerNorm": norm_gated.LayerNorm,
+        "rmsnorm_fn": norm_gated.rmsnorm_fn,
+        "layernorm_fn": norm_gated.layernorm_fn,
+    },
     "mamba_ssm.ops.triton.selective_state_update": {
         "selective_state_update": selective_state_update,
         "selective_state_update_ref": selective_state_update,
     },
-    "mamba_ssm.ops.triton.ssd_combined": absent("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined", "mamba_chunk_scan"),
+    "mamba_ssm.ops.triton.ssd_combined": {
+        "mamba_chunk_scan_combined": mamba_chunk_scan_combined,
+        "mamba_split_conv1d_scan_combined": mamba_split_conv1d_scan_combined,
+        **absent("mamba_chunk_scan"),
+    },
+    "mamba_ssm.distributed": {},  # which copies of upstream's Mamba2 import, and use with a process group alone
+    "mamba_ssm.distributed.distributed_utils": absent("all_reduce", "reduce_scatter"),
+    "mamba_ssm.distributed.tensor_parallel": absent("ColumnParallelLinear", "RowParallelLinear"),
     "mamba_ssm.models": {},
     "mamba_ssm.models.config_mamba": absent("MambaConfig"),
     "mamba_ssm.models.mixer_seq_simple": {"create_block": create_block, **_LANGUAGE},

@@ -1,0 +1,126 @@
+"""mamba_ssm's Mamba2 and Mamba2Simple."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from medssm import nn as layers
+from medssm import ops, orders
+from medssm.integrations.mamba_ssm import convolution
+from medssm.integrations.mamba_ssm.absent import refuse
+from medssm.integrations.mamba_ssm.mixer import kept_states
+from medssm.integrations.mamba_ssm.norm_gated import RMSNorm, rmsnorm_fn
+from medssm.ops import checks
+
+
+class Mamba2(layers.Mamba2):
+    """mamba_ssm.Mamba2: medssm's, along one row-major scan, under upstream's arguments, attributes and weight names.
+
+    Args:
+        d_model to conv_bias: as medssm.nn.Mamba2. conv_init: conv1d.weight starts uniform within +-conv_init. d_ssm: None, or the inner channels.
+        chunk_size, use_mem_eff_path, sequence_parallel: of no effect. layer_idx: key of the state that inference_params keeps.
+        process_group: refused. device, dtype: of the weights; D stays in the default dtype.
+
+    Input and output (b, l, d_model). Raises NotImplementedError for what is refused, ValueError as medssm.nn.Mamba2.
+    """
+
+    rmsnorm = True  # of a Mamba2Simple that upstream's code pickled, which does not say
+
+    def __init__(self, d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, d_ssm=None, ngroups=1, A_init_range=(1, 16),
+                 D_has_hdim=False, rmsnorm=True, norm_before_gate=False, dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, math.inf),
+                 bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=True, layer_idx=None, process_group=None, sequence_parallel=True,
+                 device=None, dtype=None):
+        inner = int(expand * d_model)
+        refuse(process_group=process_group, d_ssm=None if d_ssm == inner else d_ssm)
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, A_init_range, D_has_hdim, rmsnorm, norm_before_gate, dt_min,
+                             dt_max, dt_init_floor, dt_limit, bias, conv_bias, orders=[orders.raster()])
+            if rmsnorm:  # upstream's module for the same norm, since upstream's code reads its attributes
+                self.norm = RMSNorm(inner, group_size=inner // ngroups, norm_before_gate=norm_before_gate)
+        for parameter in self.parameters(recurse=False):  # dt_bias, A_log and D
+            parameter._no_weight_decay = True
+        for part in self.children():
+            part.to(dtype)
+        for parameter in (self.dt_bias, self.A_log):
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+        if conv_init is not None:
+            nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
+        self.d_model, self.d_conv, self.conv_init, self.expand = d_model, d_conv, conv_init, expand
+        self.d_inner, self.d_ssm, self.nheads = inner, inner, inner // headdim
+        self.D_has_hdim, self.rmsnorm, self.norm_before_gate, self.activation, self.act = D_has_hdim, rmsnorm, norm_before_gate, "silu", nn.SiLU()
+        self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
+        self.process_group, self.sequence_parallel, self.world_size, self.local_rank = None, sequence_parallel, 1, 0
+
+    def forward(self, u, seqlen=None, seq_idx=None, cu_seqlens=None, inference_params=None):
+        """(b, l, d_model), or (b l, d_model) with seqlen = l, -> the same. inference_params keeps the state from call to call, as in Mamba."""
+        refuse(seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+        x = u if seqlen is None else u.unflatten(0, (-1, seqlen))
+        out = super().forward(x) if inference_params is None else self._continue(x, inference_params)
+        return out if seqlen is None else out.flatten(0, 1)
+
+    @torch.no_grad()
+    def step(self, hidden_states, conv_state, ssm_state):
+        """One token, (b, 1, d_model) -> (out, conv_state, ssm_state), both updated in place. No gradients; dt_limit holds here too."""
+        if hidden_states.shape[1] != 1:
+            raise ValueError(f"hidden_states: expected (b, 1, {self.d_model}), one token, got {tuple(hidden_states.shape)}")
+        z, u, dt = self.in_proj(hidden_states.squeeze(1)).split(self.split, dim=-1)
+        u = convolution.causal_conv1d_update(u, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        y, state = ops.ssd_step(ssm_state, *self._operands(u, dt), dt_limit=self.dt_limit)
+        ssm_state.copy_(state)
+        return self.out_proj(self._gate(y.flatten(-2), z)).unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+        """(conv_state (b, inner + 2 groups d_state, d_conv), ssm_state (b, h, headdim, d_state)) of `step`, zeros: before the first token."""
+        shapes = (self.conv1d.weight.shape[0], self.d_conv), (self.nheads, self.headdim, self.d_state)
+        return tuple(self.conv1d.weight.new_zeros((batch_size, *shape), dtype=dtype) for shape in shapes)
+
+    def _continue(self, x, inference_params):
+        """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
+        conv_state, ssm_state = kept_states(self, len(x), inference_params)
+        if inference_params.seqlen_offset > 0:
+            return self.step(x, conv_state, ssm_state)[0]
+        z, u, dt = self.in_proj(x).split(self.split, dim=-1)
+        conv_state.copy_(F.pad(u.detach().movedim(-1, 1), (self.d_conv - u.shape[1], 0)))
+        u = ops.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        y, state = ops.ssd(*self._operands(u, dt), dt_limit=self.dt_limit, return_final_state=True)
+        ssm_state.copy_(state.detach())
+        return self.out_proj(self._gate(y.flatten(-2), z))
+
+    def __setstate__(self, state):
+        """Also of a whole model that upstream's code pickled, which carries upstream's attributes alone."""
+        super().__setstate__(state)
+        if "split" not in state:
+            self.orders, self.split = [orders.raster()], (self.d_inner, self.d_inner + 2 * self.ngroups * self.d_state, self.nheads)
+            if not self.rmsnorm:
+                self.norm = None
+
+
+class Mamba2Simple(Mamba2):
+    """mamba_ssm's Mamba2Simple: Mamba2 with fewer arguments, other defaults, D per head and its norm behind the gate.
+
+    use_mem_eff_path: as upstream, with groups (ngroups > 1) the norm is each group's own on that path, and of all inner channels without it.
+    activation: "swish" or "silu", the same. learnable_init_states: refused. The rest as Mamba2.
+    """
+
+    def __init__(self, d_model, d_state=64, d_conv=4, conv_init=None, expand=2, headdim=128, ngroups=1, A_init_range=(1, 16), dt_min=0.001,
+                 dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, math.inf), learnable_init_states=False, activation="swish", bias=False,
+                 conv_bias=True, chunk_size=256, use_mem_eff_path=True, layer_idx=None, device=None, dtype=None):
+        refuse(learnable_init_states=learnable_init_states)
+        checks.choice("activation", activation, ("swish", "silu"))
+        super().__init__(d_model, d_state, d_conv, conv_init, expand, headdim, None, ngroups, A_init_range, dt_min=dt_min, dt_max=dt_max,
+                         dt_init_floor=dt_init_floor, dt_limit=dt_limit, bias=bias, conv_bias=conv_bias, chunk_size=chunk_size,
+                         use_mem_eff_path=use_mem_eff_path, layer_idx=layer_idx, device=device, dtype=dtype)
+        self.learnable_init_states, self.activation = False, activation
+        self.norm.group_size = None
+
+    def forward(self, u, seq_idx=None):
+        """(b, l, d_model) -> the same. seq_idx: refused."""
+        return super().forward(u, seq_idx=seq_idx)
+
+    def _gate(self, y, z):
+        return rmsnorm_fn(y, self.norm.weight, None, z, self.norm.eps, self.d_inner // self.ngroups if self.use_mem_eff_path else None, False)
