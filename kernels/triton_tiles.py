@@ -1,4 +1,4 @@
-"""What Triton kernels of the recurrences with a matrix for a state share: matrix products, a walk's tokens, tiles loaded in float32."""
+"""What Triton kernels of the recurrences share: matrix products, a walk's tokens, tiles loaded in float32, masks of a vector and a scalar."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ def visited(index, step, length, WALK: tl.constexpr, REVERSE: tl.constexpr):
 def tile(pointer, rows, cols, live, here):
     """(rows, cols) in float32, zeros where not live or not here. rows: offsets; cols: indices of adjacent numbers."""
     return tl.load(pointer + rows[:, None] + cols[None, :], mask=live[:, None] & here[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def where_live(lanes, live):
+    """lanes & live, of a vector and a scalar: the interpreter makes integers of the scalar, and no mask of them."""
+    return lanes & (tl.full(lanes.shape, live, tl.int32) != 0)

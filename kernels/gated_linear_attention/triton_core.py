@@ -3,9 +3,10 @@
     S_t = exp(g_t) S_{t-1} + k_t v_t^T,    o_t = scale q_t S_t
 
 The walk is cut in chunks of CHUNK tokens. What each adds to the state is a matrix product (`chunk_states`), the state at every edge a recurrence over
-the chunks (`carry`), and the outputs two more products from the state that enters (`read`): all but the recurrence in parallel. Backward works out
-the states anew, carries their gradient from the last chunk to the first, and has a chunk's gradients by the same products. Nothing is added
-atomically: where heads share q, k or v, each head's gradient is written in float32 and PyTorch adds them in a fixed order.
+the chunks (`carry_over`), and the outputs two more products from the state that enters (`read`): chunks in parallel, and for the recurrence spans of
+chunks where the states alone are too few programs. Backward works out the states anew, carries their gradient from the last chunk to the first, and
+has a chunk's gradients by the same products. Nothing is added atomically: where heads share q, k or v, each head's gradient is written in float32
+and PyTorch adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import NamedTuple
 import torch
 import triton
 
+from medssm.kernels.gated_linear_attention.triton_carry import carry_over
 from medssm.kernels.gated_linear_attention.triton_gradients import decay_gradients, key_gradients
 from medssm.kernels.gated_linear_attention.triton_outputs import read
 from medssm.kernels.gated_linear_attention.triton_pairs import key_pairs, pair_gradients
-from medssm.kernels.gated_linear_attention.triton_states import carry, chunk_states
+from medssm.kernels.gated_linear_attention.triton_states import chunk_states
 from medssm.kernels.triton import INTERPRETED, on, present
 
 CHUNK = 64  # tokens: as many as a chunk's products need to keep the states' traffic below the tokens'
@@ -29,7 +31,6 @@ KEY = 2  # a decay per key
 WIDEST = 256 if INTERPRETED else 32  # of a tile of keys or values
 KEYS = 64 if INTERPRETED else 16  # of a tile of keys in a block's pairs: BLOCK x BLOCK x KEYS numbers are held
 WARPS = 8  # of a program
-GROUP, TILE = 16, 64  # chunks that the recurrence reads ahead, and a state's numbers that a program of it has
 
 
 class Scan(NamedTuple):
@@ -109,7 +110,7 @@ def backward(dout, dfinal, scan: Scan, initial, before_gate=None) -> Gradients:
         last = dstates.view(batch, heads, chunks + 1, dk, dv)[:, :, -1]
         last.zero_() if dfinal is None else last.copy_(dfinal)
         _chunk_states(scan, dstates, decays, q, dout, backward=True)
-        _carry(dstates, decays, backward=True)
+        carry_over(dstates, decays, backward=True)
 
         dsteps = None if scan.steps is None else _floats(q, triton.cdiv(dv, _value_tile(scan)), batch, length, heads)
         _read(DV, scan, dstates[:, 1:], dvalues, dout, pairs=_pairs(scan), side=dsteps, kept=before_gate, dz=dz)
@@ -167,7 +168,7 @@ def _states(scan, initial):
     first.zero_() if initial is None else first.copy_(initial)
     decays = _floats(scan.q, rows, chunks, *((dk,) if _decay(scan) == KEY else ()))
     _chunk_states(scan, states, decays, scan.k, scan.v)
-    _carry(states, decays)
+    carry_over(states, decays)
     return states, decays
 
 
@@ -180,13 +181,6 @@ def _chunk_states(scan, states, decays, a, c, backward=False):
         scan.heads // a.shape[2], scan.heads // c.shape[2], dk, dv, chunks, *_three(a), *_three(c), *_three(scan.g), *_three(scan.z),
         BACKWARD=backward, DECAY=_decay(scan),
         V_BY=by, BK=bk, BV=bv, **_options(scan))
-
-
-def _carry(states, decays, backward=False):
-    rows, edges, dk, dv = states.shape
-    d_row, d_chunk, d_key = decays.stride() if decays.dim() == 3 else (*decays.stride(), 0)
-    carry[rows * triton.cdiv(dk * dv, TILE),](states, decays, dk * dv, dv, edges - 1, d_row, d_chunk, d_key, TILE=TILE, BACKWARD=backward,
-                                              GROUP=min(GROUP, triton.next_power_of_2(edges - 1)), num_warps=1)
 
 
 def _pairs(scan):

@@ -1,10 +1,10 @@
-"""The states at the chunks' edges: what each chunk adds, in parallel, and the recurrence over the chunks.
+"""What each chunk adds to the state, in parallel; `triton_carry.py` makes of it the states at the chunks' edges.
 
 Slot c of `states` (b*h, chunks + 1, dk, dv) is the state that enters chunk c; the last slot is the final state. Backwards it is the gradient of
 that state, slot 0 that of the initial one. A state is carried unbroken over a chunk's edge: where the walk begins anew, what reads it looks away.
 """
 
-# ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+# ruff: noqa: SIM108 (Triton does not compile every conditional expression)
 
 from __future__ import annotations
 
@@ -80,53 +80,3 @@ def chunk_states(k, v, g, steps, z, index, segment, states, decays, scale, lengt
         slot += 1
     at = slot * dk * dv + keys.to(tl.int64)[:, None] * dv + values[None, :]
     tl.store(states + at, product(tl.trans(a), c), mask=here_k[:, None] & here_v[None, :])
-
-
-@triton.jit
-def _group(states, decays, first, chunks, here, size, d_chunk, GROUP: tl.constexpr, BACKWARD: tl.constexpr):
-    """What GROUP chunks add, and what they leave of the state, from the first on."""
-    added, kept = (), ()
-    for i in tl.static_range(GROUP):
-        at = first + i
-        live = at < chunks
-        if BACKWARD:
-            at = chunks - 1 - at
-        there = here & (tl.full(here.shape, live, tl.int32) != 0)
-        if BACKWARD:
-            added = added + (tl.load(states + at * size, mask=there, other=0.0),)
-        else:
-            added = added + (tl.load(states + (at + 1) * size, mask=there, other=0.0),)
-        kept = kept + (tl.load(decays + at * d_chunk, mask=there, other=0.0),)
-    return added, kept
-
-
-@triton.jit
-def carry(states, decays, size, dv, chunks, d_row, d_chunk, d_key, TILE: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr):
-    """states: the first slot (the last, BACKWARD) holds a state and each other what its chunk adds; becomes the state at every edge.
-
-    A program has TILE numbers of one state. A chunk is one multiply-add; what it waits for is memory: a group is read while the one before is used.
-    """
-    tiles = tl.cdiv(size, TILE)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // tiles
-    place = program % tiles * TILE + tl.arange(0, TILE)
-    here = place < size
-    states += row * (chunks + 1) * size + place
-    decays += row * d_row + place // dv * d_key
-    chunk = tl.zeros((), tl.int64)
-    if BACKWARD:
-        s = tl.load(states + (chunk + chunks) * size, mask=here, other=0.0)
-    else:
-        s = tl.load(states, mask=here, other=0.0)
-    added, kept = _group(states, decays, chunk, chunks, here, size, d_chunk, GROUP, BACKWARD)
-    for first in range(chunk, chunks, GROUP):
-        next_added, next_kept = _group(states, decays, first + GROUP, chunks, here, size, d_chunk, GROUP, BACKWARD)
-        for i in tl.static_range(GROUP):
-            at = first + i
-            there = here & (tl.full(here.shape, at < chunks, tl.int32) != 0)
-            s = kept[i] * s + added[i]
-            if BACKWARD:
-                tl.store(states + (chunks - 1 - at) * size, s, mask=there)
-            else:
-                tl.store(states + (at + 1) * size, s, mask=there)
-        added, kept = next_added, next_kept

@@ -38,8 +38,8 @@ from medssm.kernels.selective_scan.triton_steps import (
     sigmoid,
     tile_of,
     vectors,
-    where_live,
 )
+from medssm.kernels.triton_tiles import where_live
 
 
 @triton.jit

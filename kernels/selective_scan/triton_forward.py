@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.selective_scan.triton_steps import decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors, where_live
+from medssm.kernels.selective_scan.triton_steps import decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors
+from medssm.kernels.triton_tiles import where_live
 
 
 @triton.jit

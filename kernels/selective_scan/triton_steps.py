@@ -67,12 +67,6 @@ def places(index, keep, first, end, length, K: tl.constexpr, WALK: tl.constexpr,
 
 
 @triton.jit
-def where_live(lanes, live):
-    """lanes & live, of a vector and a scalar: the interpreter makes integers of the scalar, and no mask of them."""
-    return lanes & (tl.full(lanes.shape, live, tl.int32) != 0)
-
-
-@triton.jit
 def decay(s, a, fade, KEEP: tl.constexpr):
     """exp(s A), with a = A log2 e; 0 where the state begins anew."""
     if KEEP:

@@ -12,7 +12,7 @@ from medssm.kernels.gated_linear_attention import reference
 from medssm.kernels.gated_linear_attention import triton as kernel
 
 
-def _compare(length, heads, dk, dv, per_key, starts=None, reverse=False, strongest=None):
+def compare_with_the_reference(length, heads, dk, dv, per_key, starts=None, reverse=False, strongest=None):
     generator = torch.Generator().manual_seed(length)
 
     def new(*shape):
@@ -41,17 +41,17 @@ def _compare(length, heads, dk, dv, per_key, starts=None, reverse=False, stronge
 
 @pytest.mark.parametrize("per_key", [False, True])
 def test_several_chunks_equal_the_reference(per_key):
-    _compare(131, 2, 20, 33, per_key)
+    compare_with_the_reference(131, 2, 20, 33, per_key)
 
 
 @pytest.mark.parametrize("per_key", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_starts_inside_and_at_the_edges_of_chunks_and_blocks(per_key, reverse):
-    _compare(129, 1, 5, 7, per_key, [0, 16, 40, 41, 64, 128], reverse)
+    compare_with_the_reference(129, 1, 5, 7, per_key, [0, 16, 40, 41, 64, 128], reverse)
 
 
 @pytest.mark.parametrize("per_key", [False, True])
 @pytest.mark.parametrize("strongest", [-50.0, float("-inf")])
 def test_decays_that_forget_everything_leave_the_others_exact(per_key, strongest):
     """A difference of cumulated sums would lose what a strong decay before it had taken."""
-    _compare(100, 1, 20, 5, per_key, strongest=strongest)
+    compare_with_the_reference(100, 1, 20, 5, per_key, strongest=strongest)

@@ -32,5 +32,8 @@ def test_kernels_compile_for_every_target_and_do_not_spill():
     for target in triton_resources.TARGETS:
         for op, kernels in KERNELS.items():
             assert {row["kernel"] for row in rows if row["op"] == op and row["target"] == f"sm_{target}"} == kernels, (op, target)
+    for op in ("gated_linear_attention", "ssd"):  # both forms of the carry, both ways
+        forms = {(row["constants"]["TOTALS"], row["constants"]["BACKWARD"]) for row in rows if row["op"] == op and row["kernel"] == "carry"}
+        assert len(forms) == 4, (op, forms)
     spilled = [row for row in rows if row["stack"] or row["local"]]
     assert not spilled, spilled

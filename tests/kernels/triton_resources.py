@@ -133,7 +133,7 @@ def _linear(dk, dv, dtype, options, causal=False, length=4096, heads=4):
 
 
 def _gated(dk, dv, per_key, dtype, options, length=4096, heads=4):
-    """gated_linear_attention over several chunks."""
+    """gated_linear_attention over several chunks; LONG has so many that the carry has two levels."""
     from medssm.kernels.gated_linear_attention import triton as kernel
 
     q, v = torch.empty(1, length, heads, dk, dtype=dtype), torch.empty(1, length, heads, dv, dtype=dtype)
@@ -144,7 +144,7 @@ def _gated(dk, dv, per_key, dtype, options, length=4096, heads=4):
 
 
 def _ssd(p, n, dtype, options, length=4096, heads=4):
-    """ssd over several chunks, two heads a group; with options every one that there is."""
+    """ssd over several chunks (LONG: a carry in two levels), two heads a group; with options every one that there is."""
     from medssm.kernels.ssd import triton as kernel
 
     x, B, state = torch.empty(1, length, heads, p, dtype=dtype), torch.empty(1, length, heads // 2, n, dtype=dtype), torch.empty(1, heads, p, n)
@@ -157,6 +157,7 @@ def _ssd(p, n, dtype, options, length=4096, heads=4):
 
 
 BF16, FLOAT = torch.bfloat16, torch.float32
+LONG = {"length": 65536, "heads": 2}
 CALLS = {
     "selective_scan": [lambda: _scan(8, BF16, True, 6)]
     + [lambda n=n, d=d, o=o, r=r: _scan(n, d, o, r) for n, d, (o, r) in itertools.product(
@@ -165,9 +166,10 @@ CALLS = {
     "selective_scan_nd": [lambda: _scan_nd(1, BF16), lambda: _scan_nd(16, BF16), lambda: _scan_nd(8, FLOAT)],
     "bi_wkv": [lambda: _bi_wkv("upstream", BF16, True)] + [
         lambda m=m, d=d, o=o: _bi_wkv(m, d, o) for m, d, o in itertools.product(("exact", "upstream"), (BF16, FLOAT), (False, True))],
-    "gated_linear_attention": [lambda: _gated(64, 64, True, BF16, True)] + [lambda k=k, v=v, o=o, d=d, y=y: _gated(k, v, y, d, o)
-        for (k, v), o, d, y in itertools.product(((16, 16), (64, 128), (24, 40)), (False, True), (BF16, FLOAT), (False, True))],
-    "ssd": [lambda: _ssd(64, 64, BF16, True)] + [lambda p=p, n=n, o=o, d=d: _ssd(p, n, d, o) for (p, n), o, d in itertools.product(
+    "gated_linear_attention": [lambda: _gated(64, 64, True, BF16, True, **LONG), lambda: _gated(24, 40, True, FLOAT, False, **LONG)]
+    + [lambda k=k, v=v, o=o, d=d, y=y: _gated(k, v, y, d, o) for (k, v), o, d, y in itertools.product(
+        ((16, 16), (64, 128), (24, 40)), (False, True), (BF16, FLOAT), (False, True))],
+    "ssd": [lambda: _ssd(64, 64, BF16, True, **LONG)] + [lambda p=p, n=n, o=o, d=d: _ssd(p, n, d, o) for (p, n), o, d in itertools.product(
         ((16, 16), (64, 128)), (False, True), (BF16, FLOAT))],
     "causal_conv1d": [lambda: _causal(4, BF16, True)] + [lambda w=w, d=d, o=o: _causal(w, d, o) for w, d, o in itertools.product(
         (1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
