@@ -113,6 +113,15 @@ def test_there_are_two_levels_where_one_leaves_a_gpu_idle_and_the_chunks_are_man
     assert triton_carry.span(4 * 64 * 64, 4096) == 4096
 
 
+def test_two_levels_uncut():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn((1, triton_carry.FEWEST + 6, 3, 4), generator=generator).to(triton.DEVICE)
+    decays = torch.rand((1, triton_carry.FEWEST + 5, 3), generator=generator).to(triton.DEVICE)
+    want = recurrence(states, decays, True)
+    triton_carry.carry_over(states, decays, True)
+    assert (states.double() - want).abs().max() < 1e-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("numbers", [1, 96, 4096, 10_000, 10_922])
 @pytest.mark.parametrize("chunks", [1024, 1025, 4097, 100_000])
 def test_spans_fill_a_gpu_unless_they_would_be_short(numbers, chunks):
