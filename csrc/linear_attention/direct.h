@@ -19,10 +19,10 @@ template <class T> bool is_direct(const Problem& p) {
 // A tensor's rows at one head of an image.
 template <class T> T* head_rows(const Tokens& x, int64_t n, int64_t head) { return static_cast<T*>(x.data) + n * x.stride[0] + head * x.stride[2]; }
 
-// f of a head's rows, one after the other; fetches the rows of the tile that follows.
+// f of a head's rows, one after the other; fetches the rows of the tile that follows into the second cache.
 template <int64_t kMap, class T> MEDSSM_INLINE void feature_rows(const T* x, int64_t stride, int64_t count, T* rows) {
   for (int64_t t = 0; t < count; ++t, x += stride) {
-    __builtin_prefetch(x + kTokens * stride);
+    __builtin_prefetch(x + kTokens * stride, 0, 2);
     store(rows + t * kLanes<T>, feature<kMap, T>(load<T>(x)));
   }
 }
@@ -38,7 +38,7 @@ template <int64_t kMap, class T> void direct_keys(const Plan<T>& plan, const Pro
       T* sums = part(plan, p, plan.k, task, g, parts);
       feature_rows<kMap>(head_rows<const T>(p.k, task.n, g) + tile.token(0) * p.k.stride[1], p.k.stride[1], tile.count, rows);
       add_rows<T>(rows, nullptr, W, tile.count, sums + W * W);
-      for (int64_t t = 0; t < tile.count; ++t) __builtin_prefetch(v + (kTokens + t) * stride);
+      for (int64_t t = 0; t < tile.count; ++t) __builtin_prefetch(v + (kTokens + t) * stride, 0, 2);
       add_products(rows, W, v, stride, W, tile.count, sums);
     }
   });

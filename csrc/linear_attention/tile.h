@@ -37,11 +37,12 @@ template <class T> MEDSSM_INLINE Vec<T> keep(Vec<T> x, int64_t n) {
   return load_part<T>(lanes, static_cast<int>(n));
 }
 
-// Heads [first, first + heads) of a tile's tokens through the feature map into one tile a head, token after token as the walk has them.
+// Heads [first, first + heads) of a tile's tokens through the feature map into one tile a head, token after token as the walk has them. The
+// rows of the tile that follows are fetched meanwhile, into the second cache: the first has no room for them beside this tile's.
 template <class T>
 void load_tiles(const Tokens& x, int64_t map, int64_t n, const Tile& tile, int64_t first, int64_t heads, int64_t width, T* tiles) {
   constexpr int W = kLanes<T>;
-  const int64_t padded = padded_width<T>(width), whole = width / W * W;
+  const int64_t padded = padded_width<T>(width), whole = width / W * W, ahead = tile.index ? 0 : kTokens * tile.direction * x.stride[1];
   with_storage(x.type, static_cast<const void*>(x.data), [&](const auto* data) {
     with_feature(map, [&](auto chosen) {
       constexpr int64_t kMap = decltype(chosen)::value;
@@ -50,7 +51,10 @@ void load_tiles(const Tokens& x, int64_t map, int64_t n, const Tile& tile, int64
         const auto* row = data + tile.token(t) * x.stride[1];
         T* target = tiles + t * padded;
         for (int64_t h = 0; h < heads; ++h, row += x.stride[2], target += kTokens * padded) {
-          for (int64_t c = 0; c < whole; c += W) store(target + c, feature<kMap, T>(load<T>(row + c)));
+          for (int64_t c = 0; c < whole; c += W) {
+            __builtin_prefetch(row + c + ahead, 0, 2);
+            store(target + c, feature<kMap, T>(load<T>(row + c)));
+          }
           for (int64_t c = whole; c < padded; c += W) {
             const int64_t rest = most<int64_t>(0, width - c);
             store(target + c, keep<T>(feature<kMap, T>(load_part<T>(row + c, static_cast<int>(rest))), rest));
@@ -119,12 +123,9 @@ MEDSSM_INLINE void apply(const T* a, int64_t a_row, const T* rows, int64_t width
 #pragma GCC unroll 8
         for (int i = 0; i < kBlock; ++i) total[i] = fma(splat(scalars[i * a_row + r]), own, total[i]);
       }
-      if (from + kBlock <= count) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kBlock; ++i) f(from + i, c, total[i]);
-      } else {
-        for (int64_t i = 0; i < count - from; ++i) f(from + i, c, total[i]);
-      }
+      for (int i = 0; i < kBlock; ++i)
+        if (from + i < count) f(from + i, c, total[i]);
     }
 }
 

@@ -13,15 +13,16 @@ from medssm.bench import attention_peers as peers
 from medssm.bench.measure import Side
 from medssm.bench.row import COMPILED, OURS, Row, call
 
-_EAGER, _CHUNKED, _LOOP = "eager PyTorch", "chunked PyTorch", "loop over tokens in PyTorch"
+_EAGER, _HEADS_FIRST, _CHUNKED, _LOOP = "eager PyTorch", "eager PyTorch, heads in front", "chunked PyTorch", "loop over tokens in PyTorch"
 
 
-def _sides(ours: Callable, theirs: Callable, name: str, tensors: dict[str, torch.Tensor], grad: bool, compiled: bool = True) -> dict[str, Side]:
-    """Our op on channel-last tokens, the peer on its own layout, and the peer compiled."""
+def _sides(ours: Callable, theirs: Callable, name: str, tensors: dict[str, torch.Tensor], grad: bool,
+           compiled: bool | Callable = True) -> dict[str, Side]:
+    """Our op on channel-last tokens, the peer on its own layout, and the peer compiled (or what is given in its place)."""
     mine = {k: t.clone().requires_grad_(grad) for k, t in tensors.items()}
     other = {k: (t.movedim(1, 2).contiguous() if t.dim() > 2 and name != _LOOP else t.clone()).requires_grad_(grad) for k, t in tensors.items()}
     sides = {OURS: call(ours, mine), name: call(theirs, other)}
-    return sides | {COMPILED: call(torch.compile(theirs), other)} if compiled else sides
+    return sides | {COMPILED: call(torch.compile(theirs) if compiled is True else compiled, other)} if compiled else sides
 
 
 def _draw(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -33,10 +34,18 @@ def _heads(length: int, heads: int, width: int) -> dict[str, torch.Tensor]:
     return _draw(q=(1, length, heads, width), k=(1, length, heads, width), v=(1, length, heads, width))
 
 
-def _linear(length: int, heads: int, width: int, grad: bool = False, causal: bool = False, compiled: bool = True) -> dict[str, Side]:
-    ours = partial(ops.linear_attention, causal=causal, backend="native")
-    theirs = peers.causal_linear_attention if causal else peers.linear_attention
-    return _sides(ours, theirs, _CHUNKED if causal else _EAGER, _heads(length, heads, width), grad, compiled)
+def _linear(length: int, heads: int, width: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
+    """Beside the form on tokens, as networks have it: what it costs once the heads are in front."""
+    tensors = _heads(length, heads, width)
+    tokens = {k: t.clone().requires_grad_(grad) for k, t in tensors.items()}
+    sides = _sides(partial(ops.linear_attention, backend="native"), peers.linear_attention, _HEADS_FIRST, tensors, grad, compiled=False)
+    sides[_EAGER] = call(peers.linear_attention_of_tokens, tokens)
+    return sides | {COMPILED: call(torch.compile(peers.linear_attention_of_tokens), tokens)} if compiled else sides
+
+
+def _causal(length: int, heads: int, width: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
+    ours = partial(ops.linear_attention, causal=True, backend="native")
+    return _sides(ours, peers.causal_linear_attention, _CHUNKED, _heads(length, heads, width), grad, compiled)
 
 
 def _gated(length: int, heads: int, width: int, grad: bool = False, per_key: bool = False, compiled: bool = True) -> dict[str, Side]:
@@ -50,7 +59,9 @@ def _delta(length: int, heads: int, width: int, grad: bool = False, compiled: bo
     tensors = _heads(length, heads, width)
     tensors["k"] = torch.nn.functional.normalize(tensors["k"], dim=-1)
     tensors["beta"] = torch.rand((1, length, heads), generator=torch.Generator().manual_seed(1))
-    return _sides(partial(ops.delta_rule, backend="native"), peers.delta_rule, _CHUNKED, tensors, grad, compiled)
+    # The loop unrolled over 512 chunks keeps the compiler busy for more than a quarter of an hour: a chunk is compiled, not the whole.
+    whole = partial(peers.delta_rule, step=torch.compile(peers.delta_step))
+    return _sides(partial(ops.delta_rule, backend="native"), peers.delta_rule, _CHUNKED, tensors, grad, compiled and whole)
 
 
 def _ssd(length: int, heads: int, width: int, state: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
@@ -96,7 +107,7 @@ def _rows() -> dict[str, Row]:
     rows = {}
     kinds = {
         "linear-attention": ("linear_attention, non-causal", _linear, 6, 16, {}),
-        "linear-attention-causal": ("linear_attention, causal", partial(_linear, causal=True), 4, 32, {}),
+        "linear-attention-causal": ("linear_attention, causal", _causal, 4, 32, {}),
         "gla": ("gated_linear_attention, decay per head", _gated, 4, 64, {}),
         "gla-keys": ("gated_linear_attention, decay per key", partial(_gated, per_key=True), 4, 64, {}),
         "delta": ("delta_rule", _delta, 4, 64, {}),

@@ -1,7 +1,7 @@
 """The linear-time mixers as people run them on a CPU today, each written anew from its algorithm in plain PyTorch.
 
-Heads come before tokens, q, k (b, h, l, dk), v (b, h, l, dv), as their users have them after splitting heads. Chunked forms do matrix products
-inside chunks of 64 tokens and carry the states from chunk to chunk in a loop.
+Heads come before tokens, q, k (b, h, l, dk), v (b, h, l, dv), unless said otherwise. Chunked forms do matrix products inside chunks of 64 tokens and
+carry the states from chunk to chunk in a loop.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ import torch
 from torch.nn.functional import elu, pad, silu, softplus
 
 _CHUNK = 64
+
+
+def linear_attention_of_tokens(q, k, v):
+    """`linear_attention` from q, k, v (b, l, h, d), which is how projections give them, and back to that: heads go to the front and return."""
+    return linear_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).contiguous()
 
 
 def linear_attention(q, k, v):
@@ -41,9 +46,9 @@ def ssd(x, dt, A, B, C, D, z, dt_bias):
     return (y + D[:, None, None] * x) * silu(z)
 
 
-def delta_rule(q, k, v, beta):
-    """Ungated: inside a chunk the updates are the solution of a triangular system (Yang et al., arXiv 2406.06484)."""
-    length = q.shape[2]
+def delta_rule(q, k, v, beta, step=None):
+    """Ungated: inside a chunk the updates are the solution of a triangular system (Yang et al., arXiv 2406.06484). step: in delta_step's place."""
+    length, step = q.shape[2], step or delta_step
     q, k, v = (_chunks(t) for t in (q * q.shape[-1] ** -0.5, k, v))
     beta = _chunks(beta.unsqueeze(-1))
     lower = torch.tril(beta * k @ k.transpose(-1, -2), -1)
@@ -51,11 +56,16 @@ def delta_rule(q, k, v, beta):
     w, u = solved.split([k.shape[-1], v.shape[-1]], -1)
     scores = torch.tril(q @ k.transpose(-1, -2))
     state, out = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
-    for q_, k_, u_, w_, inside in zip(*(t.unbind(2) for t in (q, k, u, w, scores)), strict=True):
-        new = u_ - w_ @ state
-        out.append(q_ @ state + inside @ new)
-        state = state + k_.transpose(-1, -2) @ new
+    for chunk in zip(*(t.unbind(2) for t in (q, k, u, w, scores)), strict=True):
+        o, state = step(state, *chunk)
+        out.append(o)
     return torch.stack(out, 2).flatten(2, 3)[:, :, :length]
+
+
+def delta_step(state, q, k, u, w, scores):
+    """A chunk of the delta rule: its outputs, and the state behind it."""
+    new = u - w @ state
+    return q @ state + scores @ new, state + k.transpose(-1, -2) @ new
 
 
 def bi_wkv(w, u, k, v):
