@@ -74,7 +74,9 @@ template <class T, bool kUpstream> class Backward {
       for (int64_t t = 0; t < run.count; ++t) sum.template add<false>(forward_.level(), outputs[t].x, outputs[t].y);
       behind_ = sum.behind(behind_, w, run.count, -outputs[0].top);
     } else {
-      for (int64_t t = 0; t < run.count; ++t) behind_.template add<false>(w, -outputs[t].top, outputs[t].x, outputs[t].y);
+      Sums<T> tile = Sums<T>::empty();
+      for (int64_t t = 0; t < run.count; ++t) tile.template add<false>(w, -outputs[t].top, outputs[t].x, outputs[t].y);
+      behind_ = behind_.later(w, splat(T(run.count))).with(tile);
     }
     dw_ += dw;
     du_ += du;
@@ -89,10 +91,9 @@ template <class T, bool kUpstream> class Backward {
     const Output<T>* outputs = outputs_ + run.from;
     Vec<T> k[kTile], v[kTile], dk[kTile], dv[kTile];
     for (const Tokens* tokens : {&p_.k, &p_.v, &a_.dk, &a_.dv}) block.prefetch_rows(*tokens, forward_.rows_before(run));
-    block.load_rows(p_.k, rows, k);
-    block.load_rows(p_.v, rows, v);
+    forward_.load(run, k, v);
     if constexpr (!kUpstream) {
-      if (level_[i] && Level<T>::near(outputs[0].top, kept_behind_[i], future_.near())) {
+      if (level_[i] && Level<T>::near(outputs[0].top, kept_behind_[i], future_.passed())) {
         finish_level(run, outputs, k, v, kept_behind_[i], dk, dv);
         block.store_rows(a_.dk, rows, dk);
         block.store_rows(a_.dv, rows, dv);
@@ -115,6 +116,7 @@ template <class T, bool kUpstream> class Backward {
     }
     if (run.last) future_.enter(rate);
     Behind<T, kUpstream> future = future_;
+    future.begin(rate);
     for (int64_t t = run.count - 1; t >= 0; --t) {
       constexpr int kTerms = Behind<T, kUpstream>::kTerms;
       const Output<T>& o = outputs[t];
@@ -125,6 +127,7 @@ template <class T, bool kUpstream> class Backward {
       for (int term = 0; term < seen; ++term) share(t, terms[term]);
       future.template add<false>(rate, -o.top, o.x, o.y);
     }
+    future.end(rate);
     future_ = future;
     block.store_rows(a_.dk, rows, dk);
     block.store_rows(a_.dv, rows, dv);
@@ -145,7 +148,7 @@ template <class T, bool kUpstream> class Backward {
                                   Vec<T>* dv) {
     const Level<T>& level = forward_.level();
     const Vec<T> base = outputs[0].top;
-    const Outside<T> before(past, -base), after(future_.near(), -base);
+    const Outside<T> before(past, -base), after(future_.passed(), -base);
     Partial<T> sum, sums[kTile];
     for (int64_t t = 0; t < run.count; ++t) {
       const Output<T>& o = outputs[t];
@@ -164,7 +167,7 @@ template <class T, bool kUpstream> class Backward {
       dv[t] = weight * all.a;
       sum.template add<false>(level, outputs[t].x, outputs[t].y);
     }
-    future_.near() = sum.behind(future_.near(), forward_.rate().w, run.count, -base);
+    future_.passed() = sum.behind(future_.passed(), forward_.rate().w, run.count, -base);
   }
 
   const Arguments& a_;

@@ -2,6 +2,9 @@
 //
 // A sweep from the end keeps what lies ahead of each tile; a sweep from the start finds, tile by tile, what lies ahead of each of its steps by
 // going back through the tile, which is then in the cache, and what lies behind on the way.
+//
+// The backward pass (kSlope) takes the values less about their mean. Outputs are then less by as much and the gradients the same: they are of the
+// differences between values and outputs. But sums over values that differ little round by the mean, the differences by what is left.
 #pragma once
 #include "level.h"
 #include "problem.h"
@@ -17,7 +20,9 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
  public:
   // ahead: room for a sum for each tile of a segment.
   Outputs(const Problem& p, const Walk& walk, const Block<T>& block, Sums<T>* ahead)
-      : p_(p), walk_(walk), block_(block), rate_(block.weight(p.w)), u_(block.weight(p.u)), level_(rate_, u_), ahead_(ahead) {}
+      : p_(p), walk_(walk), block_(block), rate_(block.weight(p.w)), u_(block.weight(p.u)), level_(rate_, u_), ahead_(ahead) {
+    if constexpr (kSlope) center_ = block.mean(p.v, p.length);
+  }
 
   const Block<T>& block() const { return block_; }
   const Rate<T>& rate() const { return rate_; }
@@ -27,6 +32,13 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
   // The rows of about a tile before a run, and after it: what a sweep comes to next.
   Tile rows_before(const Run& run) const { return walk_.steps(most<int64_t>(0, run.from - kTile), run.from); }
   Tile rows_after(const Run& run) const { return walk_.steps(run.from + run.count, least(p_.length, run.from + run.count + kTile)); }
+
+  void load(const Run& run, Vec<T>* k, Vec<T>* v) const {
+    block_.load_rows(p_.k, rows(run), k);
+    block_.load_rows(p_.v, rows(run), v);
+    if constexpr (kSlope)
+      for (int64_t t = 0; t < run.count; ++t) v[t] -= center_;
+  }
 
   // A segment begins, at its end.
   void begin() {
@@ -51,9 +63,9 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
       future_ = sum.behind(future_, rate_.w, run.count, base);
       return;
     }
-    Sums<T> future = future_;
-    for (int64_t t = run.count - 1; t >= 0; --t) future.template add<kSlope>(rate_.w, k[t], v[t], splat(T(1)));
-    future_ = future;
+    Sums<T> tile = Sums<T>::empty();
+    for (int64_t t = run.count - 1; t >= 0; --t) tile.template add<kSlope>(rate_.w, k[t], v[t], splat(T(1)));
+    future_ = future_.later(rate_.w, splat(T(run.count))).with(tile);
   }
 
   // Tile i of the sweep from the start: write(t, v, quotient) for each of its steps. Returns whether all have one top.
@@ -63,7 +75,7 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
     load(run, k, v);
     if constexpr (!kUpstream) {
       const Bounds keys = bounds(run, k);
-      if (level_.outputs(keys.lowest, keys.highest, past_.near(), ahead_[i])) {
+      if (level_.outputs(keys.lowest, keys.highest, past_.passed(), ahead_[i])) {
         advance_level(run, k, v, keys.highest, ahead_[i], write);
         return true;
       }
@@ -81,11 +93,13 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
       first_ = k[0];
     }
     Behind<T, kUpstream> past = past_;
+    past.begin(rate);
     for (int64_t t = 0; t < run.count; ++t) {
       if (!run.first || t > 0) past.template take<kSlope>(rate, k[t], v[t], one);
       write(t, v[t], quotient(past, later[t], k[t], v[t]));
       past.template add<kSlope>(rate, k[t], v[t], one);
     }
+    past.end(rate);
     past_ = past;
     return false;
   }
@@ -107,7 +121,7 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
       later[t] = sum;
       sum.template add<kSlope>(level_, weights[t] * v[t], weights[t]);
     }
-    const Outside<T> before(past_.near(), base), after(future, base);
+    const Outside<T> before(past_.passed(), base), after(future, base);
     sum = {};
     for (int64_t t = 0; t < run.count; ++t) {
       const Vec<T> own = level_.bonus * weights[t];
@@ -119,18 +133,13 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
       write(t, v[t], Quotient<T>{base, own, all.a * inverse, inverse, all.slope_a, all.slope_b});
       sum.template add<kSlope>(level_, weights[t] * v[t], weights[t]);
     }
-    past_.near() = sum.behind(past_.near(), rate_.w, run.count, base);
+    past_.passed() = sum.behind(past_.passed(), rate_.w, run.count, base);
   }
 
   void prefetch(const Tile& rows) const {
     block_.prefetch_rows(p_.k, rows);
     block_.prefetch_rows(p_.v, rows);
   }
-  void load(const Run& run, Vec<T>* k, Vec<T>* v) const {
-    block_.load_rows(p_.k, rows(run), k);
-    block_.load_rows(p_.v, rows(run), v);
-  }
-
   MEDSSM_INLINE Quotient<T> quotient(const Behind<T, kUpstream>& past, const Term<T>& later, Vec<T> k, Vec<T> v) const {
     constexpr int kTerms = Behind<T, kUpstream>::kTerms + 1;
     Term<T> terms[kTerms];
@@ -142,6 +151,7 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
     for (const Term<T>& term : terms) q.top = max(q.top, term.shift);
     q.own = exp_below<T>(own - q.top);
     Vec<T> a = q.own * v, b = kUpstream ? q.own + splat(T(kEps)) : q.own;
+    if constexpr (kUpstream && kSlope) a -= T(kEps) * center_;
     q.slope_a = q.slope_b = Vec<T>{};
     for (const Term<T>& term : terms) {
       const Vec<T> scale = exp_below<T>(term.shift - q.top);
@@ -167,6 +177,7 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
   Sums<T> future_ = Sums<T>::empty();
   Behind<T, kUpstream> past_;
   Vec<T> first_ = {};  // the key of the chunk's first token
+  Vec<T> center_ = {};
 };
 
 }  // namespace

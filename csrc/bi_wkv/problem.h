@@ -84,6 +84,22 @@ template <class T> struct Block {
 
   Vec<T> weight(const void* data) const { return load_part<T>(static_cast<const T*>(data) + channel, lanes); }
 
+  // About the mean of all tokens, from some of them; zero where that is no number.
+  Vec<T> mean(const Tokens& tokens, int64_t length) const {
+    constexpr int64_t kEvery = 16;
+    const int64_t some = ceil_div(length, kEvery);
+    const auto tile = [&](int64_t i) { return Tile{0, most<int64_t>(0, least(kTile, some - i)), false, nullptr, i * kEvery, kEvery}; };
+    Vec<T> rows[kTile], sum = {};
+    for (int64_t i = 0; i < some; i += kTile) {
+      const Tile here = tile(i);
+      prefetch_rows(tokens, tile(i + kTile));
+      load_rows(tokens, here, rows);
+      for (int64_t t = 0; t < here.count; ++t) sum += rows[t];
+    }
+    sum /= splat(T(some));
+    return sum - sum == Vec<T>{} ? sum : Vec<T>{};
+  }
+
   // Asks for a run's tokens: rows lie too far apart for the processor to see what comes next.
   void prefetch_rows(const Tokens& tokens, const Tile& run) const {
     const int64_t size = element_size(tokens);

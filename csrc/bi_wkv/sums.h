@@ -1,7 +1,8 @@
 // The sums of bidirectional WKV, seen while walking one way past the tokens: channels in the lanes.
 //
-// A sum is kept as e^shift times its numbers, the shift being the exponent of its heaviest token's weight: that token's key less w for each step
-// since, multiplied out anew at every step. So nothing overflows, a sum that stays as it is is not touched, no rounding adds up over the distance.
+// A sum is kept as e^shift times its numbers, the shift being the exponent of one token's weight, which is the heaviest or nearly so: that token's
+// key less w for each step since, multiplied out anew at every step. So nothing overflows, a sum that stays as it is is not touched, no rounding
+// adds up over the distance.
 #pragma once
 #include <limits>
 
@@ -14,12 +15,28 @@ namespace {
 // e^x for x <= 0; what is above is a difference's rounding.
 template <class T> MEDSSM_INLINE Vec<T> exp_below(Vec<T> x) { return exp_bounded<T>(max(splat(-kExpBound<T>), min(Vec<T>{}, x))); }
 
+// A token heavier than a sum's own by no more than this does not take its place. Where keys are about equal and weights fall slowly every token is
+// the heaviest, and the sum would be multiplied by a number just below 1 at every step, the same one, which is rounded the same way each time:
+// after 65,536 steps gradients have lost four digits. (Against the eps of mode "upstream" the shift counts with this precision.)
+template <class T> constexpr T kMargin = sizeof(T) == 4 ? T(0.125) : T(0);
+
+// Two weights, of which one is 1, whose exponents lie `apart`: the second's above the first's.
+template <class T> struct Pair {
+  IntVec<T> heavier;  // whether the second is 1
+  Vec<T> first, second;
+  MEDSSM_INLINE explicit Pair(Vec<T> apart) : heavier(apart > kMargin<T>) {
+    const Vec<T> one = splat(T(1)), e = exp_bounded<T>(max(splat(-kExpBound<T>), heavier ? -apart : apart));
+    first = heavier ? e : one;
+    second = heavier ? one : e;
+  }
+};
+
 // A sum as one step sees it: e^shift (a, b), and the derivative of (a, b) by w.
 template <class T> struct Term { Vec<T> shift, a, b, slope_a, slope_b; };
 
 // sum over the tokens i passed of e^{key_i - (|t-i|-1) w} (a_i, b_i), t the step that comes next.
 template <class T> struct Sums {
-  Vec<T> key, age;  // of the heaviest token; the steps between it and t
+  Vec<T> key, age;  // of its token; the steps between that and t
   Term<T> seen;
 
   static MEDSSM_INLINE Sums empty() {
@@ -27,20 +44,19 @@ template <class T> struct Sums {
     return {lowest, zero, {lowest, zero, zero, zero, zero}};
   }
 
-  // Pass a token. One of the two weights is 1: a single exponential serves both.
+  // Pass a token.
   template <bool kSlope> MEDSSM_INLINE void add(Vec<T> w, Vec<T> k, Vec<T> a, Vec<T> b) {
-    const Vec<T> one = splat(T(1)), older = age + one, aged = fma(-older, w, key), above = k - aged, e = exp_below<T>(-abs(above));
-    const auto heavier = above > 0;
-    const Vec<T> kept = heavier ? e : one, fresh = heavier ? one : e;
+    const Vec<T> older = age + splat(T(1)), aged = fma(-older, w, key);
+    const Pair<T> weights(k - aged);
     if constexpr (kSlope) {
-      seen.slope_a = kept * (seen.slope_a - seen.a);
-      seen.slope_b = kept * (seen.slope_b - seen.b);
+      seen.slope_a = weights.first * (seen.slope_a - seen.a);
+      seen.slope_b = weights.first * (seen.slope_b - seen.b);
     }
-    seen.a = fma(kept, seen.a, fresh * a);
-    seen.b = fma(kept, seen.b, fresh * b);
-    seen.shift = heavier ? k : aged;
-    key = heavier ? k : key;
-    age = heavier ? Vec<T>{} : older;
+    seen.a = fma(weights.first, seen.a, weights.second * a);
+    seen.b = fma(weights.first, seen.b, weights.second * b);
+    seen.shift = weights.heavier ? k : aged;
+    key = weights.heavier ? k : key;
+    age = weights.heavier ? Vec<T>{} : older;
   }
 
   // As it is seen `steps` later.
@@ -51,12 +67,11 @@ template <class T> struct Sums {
 
   // Both together, seen from one step.
   MEDSSM_INLINE Sums with(const Sums& other) const {
-    const auto heavier = other.seen.shift > seen.shift;
-    const Vec<T> top = heavier ? other.seen.shift : seen.shift;
-    const Vec<T> mine = exp_below<T>(seen.shift - top), its = exp_below<T>(other.seen.shift - top);
-    const auto sum = [&](Vec<T> x, Vec<T> y) __attribute__((always_inline)) { return fma(mine, x, its * y); };
+    const Pair<T> weights(other.seen.shift - seen.shift);
+    const auto heavier = weights.heavier;
+    const auto sum = [&](Vec<T> x, Vec<T> y) __attribute__((always_inline)) { return fma(weights.first, x, weights.second * y); };
     return {heavier ? other.key : key, heavier ? other.age : age,
-            {top, sum(seen.a, other.seen.a), sum(seen.b, other.seen.b), sum(seen.slope_a, other.seen.slope_a),
+            {heavier ? other.seen.shift : seen.shift, sum(seen.a, other.seen.a), sum(seen.b, other.seen.b), sum(seen.slope_a, other.seen.slope_a),
              sum(seen.slope_b, other.seen.slope_b)}};
   }
 };
@@ -75,26 +90,40 @@ template <class T> struct Rate {
   }
 };
 
-// What lies behind on the walk, in either direction. mode "exact": one sum. mode "upstream": the walk is cut into chunks; what was passed before
-// this chunk is seen from one step too far, and the sum of the chunk's own tokens taken with the wrong weight comes on top
-// (kernels/bi_wkv/reference.py).
+// What lies behind on the walk, in either direction, in two parts: the tokens of this tile, and all before it. So a number is rounded as often as
+// there are tiles and steps in one, not as often as there are tokens.
+//
+// mode "upstream": the walk is cut into chunks; what was passed before this chunk is seen from one step too far, and the sum of the chunk's own
+// tokens taken with the wrong weight comes on top (kernels/bi_wkv/reference.py).
 template <class T, bool kUpstream> class Behind {
  public:
-  static constexpr int kTerms = kUpstream ? 3 : 1;
+  static constexpr int kTerms = kUpstream ? 3 : 2;
 
   // The walk enters a chunk.
   MEDSSM_INLINE void enter(const Rate<T>& rate) {
     if constexpr (kUpstream) {
-      before_ = before_.later(rate.w, steps_).with(near_);
-      near_ = taken_ = Sums<T>::empty();
+      earlier_ = earlier_.later(rate.w, steps_).with(passed_);
+      passed_ = taken_ = Sums<T>::empty();
       steps_ = Vec<T>{};
     }
+  }
+
+  // A tile begins, and ends.
+  MEDSSM_INLINE void begin(const Rate<T>& rate) {
+    outside_ = passed_;
+    if constexpr (kUpstream) outside_ = earlier_.later(rate.w, steps_ + splat(T(1))).with(passed_);
+    near_ = Sums<T>::empty();
+    inside_ = Vec<T>{};
+  }
+  MEDSSM_INLINE void end(const Rate<T>& rate) {
+    passed_ = passed_.later(rate.w, inside_).with(near_);
+    steps_ += inside_;
   }
 
   // Pass a token.
   template <bool kSlope> MEDSSM_INLINE void add(const Rate<T>& rate, Vec<T> k, Vec<T> a, Vec<T> b) {
     near_.template add<kSlope>(rate.w, k, a, b);
-    if constexpr (kUpstream) steps_ += splat(T(1));
+    inside_ += splat(T(1));
   }
   // Take a token, before it is passed.
   template <bool kSlope> MEDSSM_INLINE void take(const Rate<T>& rate, Vec<T> k, Vec<T> a, Vec<T> b) {
@@ -102,15 +131,15 @@ template <class T, bool kUpstream> class Behind {
   }
 
   // The exponent that the sum which they are taken from still has of the chunk's first token.
-  MEDSSM_INLINE Vec<T> met(const Rate<T>& rate, Vec<T> first) const { return fma(steps_, rate.w, first); }
+  MEDSSM_INLINE Vec<T> met(const Rate<T>& rate, Vec<T> first) const { return fma(steps_ + inside_, rate.w, first); }
 
-  // mode "exact": the one sum.
-  Sums<T>& near() { return near_; }
+  // The sum of all tiles before this one; in mode "upstream" of this chunk's.
+  Sums<T>& passed() { return passed_; }
 
   template <bool kSlope> MEDSSM_INLINE void see(const Rate<T>& rate, Term<T>* terms) const {
     terms[0] = near_.seen;
+    terms[1] = outside_.later(rate.w, inside_).seen;
     if constexpr (kUpstream) {
-      terms[1] = before_.later(rate.w, steps_ + splat(T(1))).seen;
       const Term<T>& t = taken_.seen;
       terms[2] = {t.shift + rate.high, rate.taken * t.a, rate.taken * t.b, t.slope_a, t.slope_b};
       if constexpr (kSlope) {  // it grows by w, so its slope counts the other way
@@ -121,8 +150,10 @@ template <class T, bool kUpstream> class Behind {
   }
 
  private:
-  Sums<T> near_ = Sums<T>::empty(), before_ = Sums<T>::empty(), taken_ = Sums<T>::empty();
-  Vec<T> steps_ = {};  // into the chunk
+  Sums<T> near_ = Sums<T>::empty(), passed_ = Sums<T>::empty();  // this tile's tokens; those of the tiles before it
+  Sums<T> outside_ = Sums<T>::empty();                           // all tokens before this tile, seen from its first step
+  Sums<T> earlier_ = Sums<T>::empty(), taken_ = Sums<T>::empty();  // mode "upstream": the chunks before this one, seen from its first step
+  Vec<T> inside_ = {}, steps_ = {};                              // steps into the tile, and of the chunk's tiles before it
 };
 
 // What lies ahead of a walk through which the other direction has already gone.

@@ -27,7 +27,8 @@ def bi_wkv(w, u, k, v, *, mode="exact", order=None, backend=None):
         k, v: (b, l, d); with an Order (b, *spatial, d).
         mode: "exact", the formula; "upstream", what the published CUDA kernels compute, for weights that were trained with them: they cut the walk
             into 32 chunks, and weights across a chunk's start fall one step too far (kernels/bi_wkv/reference.py has it term by term).
-            Its denominator may come near zero where w times the chunk's length is not small. The gradient is that of this function, eps
+            Its denominator may come near zero where w times the chunk's length is not small (at 10, float32 keeps three digits in any
+            implementation). The gradient is that of this function, eps
             and its shift taken for constants; the published backward kernels leave the extra step out of the gradients of k and v.
         order: an Order, or a LongTensor (l,), a permutation: the token at each step. Outputs stay where their tokens are; where the order
             begins anew (order.starts), so does the attention: tokens of different segments do not see each other, and each has chunks of its own.

@@ -68,3 +68,31 @@ def test_long_sums_keep_float32s_precision():
     got = native.forward(w, u, k, v, "exact", None, None, False)
     want = native.forward(*(t.double() for t in (w, u, k, v)), "exact", None, None, False)
     assert (got - want).abs().max() / want.abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("mode", ["exact", "upstream"])
+@pytest.mark.parametrize("mean, spread, keys", [(0.0, 1.0, 0.0), (1.0, 1.0, 0.0), (0.0, 0.01, 3.7), (0.0, 12.0, 0.0)])
+def test_float32_at_16384_tokens(isa, mode, mean, spread, keys):
+    """Decay and bonus scaled by the length. Values and gradients with a mean of their own; keys about equal, where each may be the heaviest; keys that
+    no one shift serves."""
+    length = 16384
+    w, u, k, v = inputs(length, channels=5, batch=1, decay=1 / length, spread=spread, dtype=torch.float32)
+    tensors = [w, u / length, k + keys, v + mean]
+    dout = mean + torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
+
+    def run(dtype):
+        given = [t.to(dtype) for t in tensors]
+        return [native.forward(*given, mode, None, None, False), *native.backward(dout.to(dtype), *given, mode, None, None, False)]
+
+    for name, got, want in zip(("out", "dw", "du", "dk", "dv"), run(torch.float32), run(torch.float64), strict=True):
+        error = (got - want).abs().max() / want.abs().max()
+        assert error < (1e-5 if name == "out" else 1e-4), f"{name}: {error:.1e}"
+
+
+def test_segments_do_not_see_each_others_infinities():
+    """Nor do the gradients' sums, which take the values less a mean over all segments."""
+    w, u, k, v = inputs(2 * TILE, channels=3, batch=1)
+    v[:, 0] = float("inf")
+    dk, dv = native.backward(torch.ones_like(v), w, u, k, v, "exact", None, torch.tensor([0, TILE]), False)[2:]
+    assert dk[:, TILE:].isfinite().all()
+    assert dv[:, TILE:].isfinite().all()
