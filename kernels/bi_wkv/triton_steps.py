@@ -1,8 +1,8 @@
 """What every Triton kernel of bi_wkv does at a step: tokens, and sums that one walks past.
 
 A sum of e^{key_i - (|t-i|-1) w} (a_i, b_i) over the tokens i passed, t the step that comes next, is a tuple of vectors of channels: key and
-age of the token whose weight is the heaviest (age: the steps between it and t), and (a, b) over e^{key - age w}; then, of a sum with slopes,
-their derivatives by w. So nothing overflows, and no rounding adds up over the distance.
+age of the token whose weight is the heaviest or nearly so (age: the steps between it and t), and (a, b) over e^{key - age w}; then, of a sum with
+slopes, their derivatives by w. So nothing overflows, and no rounding adds up over the distance.
 """
 
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
@@ -15,6 +15,9 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 EPS = tl.constexpr(1e-6)  # of mode "upstream"
+# A token heavier than a sum's own by no more than this does not take its place: with keys about equal every token would, and the sum be multiplied at
+# every step by a number just below 1 that is rounded the same way each time.
+MARGIN = tl.constexpr(0.125)
 
 
 @triton.jit
@@ -35,14 +38,20 @@ def seen(s, w):
 
 
 @triton.jit
+def weights(apart):
+    """Two weights, of which one is 1, whose exponents lie `apart`, the second's above the first's; whether the second is 1."""
+    heavier = apart > MARGIN
+    e = exp(tl.where(heavier, -apart, apart))
+    return heavier, tl.where(heavier, e, 1.0), tl.where(heavier, 1.0, e)
+
+
+@triton.jit
 def add(s, w, live, key, a, b, SLOPE: tl.constexpr):
-    """Pass a token; live: 1, or 0 past the end, where (a, b) is 0 too and the sum stays as it is. One of the two weights is 1."""
+    """Pass a token; live: 1, or 0 past the end, where (a, b) is 0 too and the sum stays as it is."""
     older = s[1] + live
     aged = s[0] - older * w
     key = tl.where(live > 0, key, LOWEST)
-    heavier = key > aged
-    e = exp(-tl.abs(key - aged))
-    kept, fresh = tl.where(heavier, e, 1.0), tl.where(heavier, 1.0, e)
+    heavier, kept, fresh = weights(key - aged)
     slope_a, slope_b = s[4], s[5]
     if SLOPE:
         slope_a, slope_b = kept * (slope_a - live * s[2]), kept * (slope_b - live * s[3])
@@ -59,9 +68,7 @@ def later(s, steps):
 def both(s, r, w):
     """Two sums together, seen from one step."""
     s_shift, r_shift = s[0] - s[1] * w, r[0] - r[1] * w
-    heavier = r_shift > s_shift
-    e = exp(-tl.abs(r_shift - s_shift))
-    kept, fresh = tl.where(heavier, e, 1.0), tl.where(heavier, 1.0, e)
+    heavier, kept, fresh = weights(r_shift - s_shift)
     return (tl.where(heavier, r[0], s[0]), tl.where(heavier, r[1], s[1]), kept * s[2] + fresh * r[2], kept * s[3] + fresh * r[3],
             kept * s[4] + fresh * r[4], kept * s[5] + fresh * r[5])
 
