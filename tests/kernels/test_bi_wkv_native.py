@@ -73,7 +73,7 @@ def test_long_sums_keep_float32s_precision():
 @pytest.mark.parametrize("mode", ["exact", "upstream"])
 @pytest.mark.parametrize("mean, spread, keys", [(0.0, 1.0, 0.0), (1.0, 1.0, 0.0), (0.0, 0.01, 3.7), (0.0, 12.0, 0.0)])
 def test_float32_at_16384_tokens(isa, mode, mean, spread, keys):
-    """Decay and bonus scaled by the length. Values and gradients with a mean of their own; keys about equal, where each may be the heaviest; keys that
+    """Decay and bonus scaled by the length. Values and gradients with a mean of their own; keys about equal, each may be the heaviest; keys that
     no one shift serves."""
     length = 16384
     w, u, k, v = inputs(length, channels=5, batch=1, decay=1 / length, spread=spread, dtype=torch.float32)
