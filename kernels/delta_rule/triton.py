@@ -1,7 +1,8 @@
-"""The delta rule on a GPU, in Triton: allocates and launches. The kernels are in triton_forward.py and triton_backward.py.
+"""The delta rule on a GPU, in Triton: allocates and launches. The kernels are in triton_forward.py, triton_carry.py and triton_backward.py.
 
 The caller has checked shapes, dtypes and the walk (index, starts, reverse). Workspace: the states at the chunks' begins, an inverse (CHUNK, CHUNK) a
-chunk, in backward the gradients of the states as well. Nothing is added atomically and nothing waits for the GPU.
+chunk, what a segment makes of a state, (dk, dv + dk); in backward the gradients of the states as well. Nothing is added atomically and nothing waits
+for the GPU.
 """
 
 from __future__ import annotations
@@ -11,34 +12,43 @@ from typing import NamedTuple
 import torch
 import triton
 
-from medssm.kernels.delta_rule.triton_backward import (
-    carry_back,
-    entry_key_gradients,
-    exit_key_gradients,
-    outer,
-    pair_gradients,
-    query_gradients,
-)
+from medssm.kernels.delta_rule.triton_backward import entry_key_gradients, exit_key_gradients, outer, pair_gradients, query_gradients
+from medssm.kernels.delta_rule.triton_carry import carry, carry_back, compose
 from medssm.kernels.delta_rule.triton_chunks import STRONGEST
-from medssm.kernels.delta_rule.triton_forward import carry, inverse, outputs
+from medssm.kernels.delta_rule.triton_forward import inverse, outputs
 from medssm.kernels.native import lanes, like
 from medssm.kernels.triton import on, plain, present, strides
 
 HELD = 2  # tiles of keys: a state of more would not fit in a program's registers
+CARRIED = 16  # value channels of a tile where the state of all keys is carried
 # The bound is what there is: without one ptxas spills registers to fit more warps on a multiprocessor.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True}
+# That carry at a time: two of as many registers on each of some 130 multiprocessors. A constant, so that every GPU gives the same bits.
+PROGRAMS = 256
+SHORTEST = 32  # chunks of a segment: by its products composing takes as long as two of 64 keys, and three more launches as long as some ten
 
 
 class _Sizes(NamedTuple):
     keys: int  # of a tile
     values: int  # of a tile
     chunk: int = 16  # steps: in tiles of 32 steps by 32 channels some kernels spill in float32
-    carried: int = 16  # value channels of a tile where the state of all keys is carried
 
 
 def sizes(dk: int, dv: int) -> _Sizes:
     """Of chunks and tiles for these heads: as large as registers hold."""
     return _Sizes(*(min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv)))
+
+
+def segment(rows: int, chunks: int, dk: int, dv: int) -> int:
+    """Chunks that a program of `carry` walks: all of them, or so many that there are programs enough. Shapes alone decide.
+
+    In one level the programs are rows x tiles of value channels, each of which takes `chunks` steps. In two, a step is taken twice for every tile of
+    values and once for every tile of the dk columns of M, some three times the work where dk = dv, by as many times more programs as there are
+    segments. Two are taken where, so reckoned, they take half the time or less; no GPU has measured it.
+    """
+    tiles, across = triton.cdiv(dv, CARRIED), triton.cdiv(dv + dk, CARRIED)
+    segments = min(PROGRAMS // (rows * tiles), chunks // SHORTEST)
+    return triton.cdiv(chunks, segments) if segments * tiles >= 2 * (across + tiles) else chunks
 
 
 def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save, final):
@@ -91,8 +101,9 @@ class _Problem:
         self.fresh = _fresh(starts, length, reverse)
         self.rows, self.chunks, self.tiles = batch * heads, triton.cdiv(length, self.sizes.chunk), triton.cdiv(dv, self.sizes.values)
         parts = triton.cdiv(dk, self.sizes.keys)
-        self.carries = {"PARTS": parts if parts <= HELD else 0, "BV": self.sizes.carried}
-        self.programs = self.rows * triton.cdiv(dv, self.sizes.carried)  # that carry
+        self.carries = {"PARTS": parts if parts <= HELD else 0, "BV": CARRIED}
+        self.segment = segment(self.rows, self.chunks, dk, dv)
+        self.segments = triton.cdiv(self.chunks, self.segment)
         self.shape = (length, heads, dk, dv, self.chunks)
         self.options = {"GATED": g is not None, "FRESH": self.fresh is not None, "WALK": index is not None, "REVERSE": reverse,
                         "CHUNK": self.sizes.chunk, "BK": self.sizes.keys, **OPTIONS}
@@ -109,10 +120,20 @@ class _Problem:
         """The states (b*h, chunks + 1, dk, dv) that enter the chunks, and the final one. Fills recalled where inverses are given."""
         states = self._states()
         _fill(states[:, 0], initial_state)
-        carry[self.programs,](
-            self.k, self.v, self.beta, *self._optional(), *present(self.q, inverses), recalled, states, *self.shape,
-            *self._strides("k", "v", "beta", "g"), KNOWN=inverses is None, **self.carries, **self.options)
+        given = self.k, self.v, self.beta, *self._optional(), *present(self.q, inverses), recalled
+        rest = *self.shape, self.segment, *self._strides("k", "v", "beta", "g")
+        options = {"KNOWN": inverses is None, **self.carries, **self.options}
+        if self.segments > 1:
+            ends = self._ends()
+            carry[self._programs(across=True),](*given, ends, *rest, ACROSS=True, **options)
+            self.compose(ends, states, back=False)
+        carry[self._programs(across=False),](*given, states, *rest, ACROSS=False, **options)
         return states
+
+    def compose(self, ends, states, back):
+        _, _, dk, dv, chunks = self.shape
+        compose[self.rows * triton.cdiv(dv, CARRIED),](
+            ends, states, dk, dv, chunks, self.segment, BACK=back, BK=self.sizes.keys, BV=CARRIED, **OPTIONS)
 
     def outputs(self, recalled, states, out):
         outputs[self.rows * self.chunks * self.tiles,](
@@ -126,9 +147,14 @@ class _Problem:
         outer[self.rows * self.chunks * self.tiles,](
             dout, self.q, self.k, *self._optional(), r, exits, self.scale, *self.shape, *dout.stride()[:3], *self._strides("q", "k", "g"),
             BV=self.sizes.values, **self.options)
-        carry_back[self.programs,](
-            self.k, self.beta, *self._optional(), self.inverses(rows=True), r, exits, *self.shape, *self._strides("k", "beta", "g"), **self.carries,
-            **self.options)
+        given = self.k, self.beta, *self._optional(), self.inverses(rows=True), r, exits
+        rest = *self.shape, self.segment, *self._strides("k", "beta", "g")
+        options = {**self.carries, **self.options}
+        if self.segments > 1:
+            ends = self._ends()
+            carry_back[self._programs(across=True),](*given, ends, *rest, ACROSS=True, **options)
+            self.compose(ends, exits, back=True)
+        carry_back[self._programs(across=False),](*given, exits, *rest, ACROSS=False, **options)
         return r, exits
 
     def gradients(self, dout, recalled, r, states, exits, dq, dk, dv, dbeta, dg):
@@ -154,6 +180,17 @@ class _Problem:
     def _states(self):
         _, _, dk, dv, chunks = self.shape
         return _floats(self.q, self.rows, chunks + 1, dk, dv)
+
+    def _ends(self):
+        """(b*h, segments - 1, dk, dv + dk): [0, I], before `carry` walks ACROSS."""
+        _, _, dk, dv, _ = self.shape
+        ends = _floats(self.q, self.rows, self.segments - 1, dk, dv + dk).zero_()
+        ends[..., dv:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return ends
+
+    def _programs(self, across):
+        _, _, dk, dv, _ = self.shape
+        return self.rows * ((self.segments - 1) * triton.cdiv(dv + dk, CARRIED) if across else self.segments * triton.cdiv(dv, CARRIED))
 
     def _optional(self):
         return present(self.q, self.g, self.fresh, self.index)

@@ -5,19 +5,17 @@ With U = T diag(beta) (V - diag(exp G) K S), T = (I + diag(beta) tril(exp(G_t - 
     dU = scale P^T dO + diag(exp(G_C - G)) K dS_C,    R = T^T dU
     dS = exp(G_C) dS_C + scale (diag(exp G) Q)^T dO - (diag(beta exp G) K)^T R
 
-S enters the chunk, S_C leaves it, P = tril(exp(G_t - G_i) q_t k_i). `outer` writes what outputs give to dU and dS, `carry_back` takes dS from
-the last chunk to the first and writes R. The other kernels have the rest: dV = diag(beta) R, dbeta_t = R_t w_t, and -R U^T is the gradient of
-what T inverts.
+S enters the chunk, S_C leaves it, P = tril(exp(G_t - G_i) q_t k_i). `outer` writes what outputs give to dU and dS, `carry_back` in triton_carry.py
+takes dS from the last chunk to the first and writes R. The other kernels have the rest: dV = diag(beta) R, dbeta_t = R_t w_t, and -R U^T is the
+gradient of what T inverts.
 """
-
-# ruff: noqa: RUF005 (Triton compiles no starred tuples)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, state_tiles, state_times, store
+from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays
 from medssm.kernels.triton_tiles import product, tile, visited
 
 
@@ -52,55 +50,6 @@ def outer(dout, q, k, g, fresh, index, r, exits, scale, length, heads, dk, dv, c
     pairs *= tl.trans(decays_between(logs, inside[:, None] >= inside[None, :], GATED or FRESH))
     at = ((b * length + token) * heads + h) * dv
     tl.store(r + at[:, None] + values[None, :], scale * product(pairs, do), mask=live[:, None] & here[None, :])
-
-
-@triton.jit
-def carry_back(k, beta, g, fresh, index, inverses, r, exits, length, heads, dk, dv, chunks, k_batch, k_token, k_head, b_batch, b_token, b_head,
-               g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
-               PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """r and exits (b*h, chunks + 1, dk, dv): what `outer` left becomes R and the gradients of the states that enter the chunks; the last of them,
-    of the state that leaves the last chunk, is given. PARTS as in `carry`.
-    """
-    tiles = tl.cdiv(dv, BV)
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
-    here = values < dv
-    square = inside[None, :] * CHUNK + inside[:, None]  # transposed
-    k += b * k_batch + h * k_head
-    beta += b * b_batch + h * b_head
-    g += b * g_batch + h * g_head
-    r += b * length * heads * dv + h * dv
-    leaving = exits + (row * (chunks + 1) + chunks) * dk * dv
-    ds = state_tiles(leaving, dk, dv, values, here, PARTS, BK)
-    for i in range(0, chunks):
-        chunk = chunks - 1 - i
-        step = chunk * CHUNK + inside
-        live = step < length
-        token = visited(index, step, length, WALK, REVERSE)
-        shares = tl.load(beta + token * b_token, mask=live, other=0.0).to(tl.float32)
-        from_begin, to_end, through = edge_decays(log_decays(g, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
-        left = state_times(k, token * k_token, live, ds, leaving, dk, dv, values, here, CHUNK, PARTS, BK, BV)
-        solve = tl.load(inverses + (row * chunks + chunk) * CHUNK * CHUNK + square)
-        behind = product(solve, tile(r, token * heads * dv, values, live, here) + to_end[:, None] * left)
-        tl.store(r + (token * heads * dv)[:, None] + values[None, :], behind, mask=live[:, None] & here[None, :])
-        behind *= (shares * from_begin)[:, None]
-        entry = leaving - dk * dv
-        if PARTS > 0:
-            before = ()
-            for part in tl.static_range(PARTS):
-                keys = part * BK + tl.arange(0, BK)
-                own = tile(entry, keys * dv, values, keys < dk, here)
-                before = before + (ds[part] * through + (own - product(tl.trans(tile(k, token * k_token, keys, live, keys < dk)), behind)),)
-                store(entry, before[part], keys, dk, dv, values, here)
-            ds = before
-        else:
-            for first in range(0, dk, BK):
-                keys = first + tl.arange(0, BK)
-                own = tile(entry, keys * dv, values, keys < dk, here) - product(tl.trans(tile(k, token * k_token, keys, live, keys < dk)), behind)
-                store(entry, tile(leaving, keys * dv, values, keys < dk, here) * through + own, keys, dk, dv, values, here)
-            tl.debug_barrier()  # other threads read it
-        leaving = entry
 
 
 @triton.jit

@@ -95,6 +95,13 @@ def store(pointer, part, keys, dk, dv, values, here):
 
 
 @triton.jit
+def store_tiles(pointer, state, dk, dv, values, here, PARTS: tl.constexpr, BK: tl.constexpr):
+    """The tiles of `state_tiles`."""
+    for part in tl.static_range(PARTS):
+        store(pointer, state[part], part * BK + tl.arange(0, BK), dk, dv, values, here)
+
+
+@triton.jit
 def unit_inverse(a, CHUNK: tl.constexpr):
     """(I + a)^-1 of a strictly lower triangular (CHUNK, CHUNK) matrix by forward substitution, a row at a time.
 

@@ -1,25 +1,15 @@
 """The delta rule forward on a GPU: the kernels. `triton.py` launches them.
 
-`inverse` solves every chunk on its own, `carry` takes the state from chunk to chunk, `outputs` reads every chunk's outputs from its entry state.
-A program of `carry` has a tile of value channels: the columns of the state never meet.
+`inverse` solves every chunk on its own, `carry` in triton_carry.py takes the state from chunk to chunk, `outputs` reads every chunk's outputs from
+its entry state.
 """
-
-# ruff: noqa: RUF005 (Triton compiles no starred tuples)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from medssm.kernels.delta_rule.triton_chunks import (
-    decays_between,
-    edge_decays,
-    log_decays,
-    state_tiles,
-    state_times,
-    store,
-    unit_inverse,
-)
+from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, unit_inverse
 from medssm.kernels.triton_tiles import product, tile, visited
 
 
@@ -49,58 +39,6 @@ def inverse(k, beta, g, fresh, index, inverses, length, heads, dk, chunks, k_bat
         a *= shares[None, :]
     at = ((row * chunks + chunk) * CHUNK + inside)[:, None] * CHUNK + inside[None, :]
     tl.store(inverses + at, unit_inverse(a, CHUNK))
-
-
-@triton.jit
-def carry(k, v, beta, g, fresh, index, inverses, recalled, states, length, heads, dk, dv, chunks, k_batch, k_token, k_head, v_batch, v_token, v_head,
-          b_batch, b_token, b_head, g_batch, g_token, g_head, KNOWN: tl.constexpr, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr,
-          REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """states (b*h, chunks + 1, dk, dv): what enters each chunk, the first of them given, and what leaves the last.
-
-    recalled (b,l,h,dv): exp(g_t) S_{t-1}^T k_t, written; KNOWN: read instead. PARTS: tiles of keys of a state in registers; 0: it stays in memory.
-    """
-    tiles = tl.cdiv(dv, BV)
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
-    here = values < dv
-    square = inside[:, None] * CHUNK + inside[None, :]
-    k += b * k_batch + h * k_head
-    v += b * v_batch + h * v_head
-    beta += b * b_batch + h * b_head
-    g += b * g_batch + h * g_head
-    recalled += b * length * heads * dv + h * dv
-    entry = states + row * (chunks + 1) * dk * dv
-    state = state_tiles(entry, dk, dv, values, here, PARTS, BK)
-    for chunk in range(0, chunks):
-        step = chunk * CHUNK + inside
-        live = step < length
-        token = visited(index, step, length, WALK, REVERSE)
-        v_t = tile(v, token * v_token, values, live, here)
-        shares = tl.load(beta + token * b_token, mask=live, other=0.0).to(tl.float32)
-        from_begin, to_end, through = edge_decays(log_decays(g, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
-        if KNOWN:
-            w = v_t - tile(recalled, token * heads * dv, values, live, here)
-        else:
-            entered = state_times(k, token * k_token, live, state, entry, dk, dv, values, here, CHUNK, PARTS, BK, BV)
-            solve = tl.load(inverses + (row * chunks + chunk) * CHUNK * CHUNK + square)
-            w = product(solve, v_t - from_begin[:, None] * entered)
-            tl.store(recalled + (token * heads * dv)[:, None] + values[None, :], v_t - w, mask=live[:, None] & here[None, :])
-        u = w * (to_end * shares)[:, None]
-        if PARTS > 0:
-            after = ()
-            for part in tl.static_range(PARTS):
-                keys = part * BK + tl.arange(0, BK)
-                after = after + (state[part] * through + product(tl.trans(tile(k, token * k_token, keys, live, keys < dk)), u),)
-                store(entry + dk * dv, after[part], keys, dk, dv, values, here)
-            state = after
-        else:
-            for first in range(0, dk, BK):
-                keys = first + tl.arange(0, BK)
-                k_t = tl.trans(tile(k, token * k_token, keys, live, keys < dk))
-                store(entry + dk * dv, tile(entry, keys * dv, values, keys < dk, here) * through + product(k_t, u), keys, dk, dv, values, here)
-            tl.debug_barrier()  # other threads read it
-        entry += dk * dv
 
 
 @triton.jit

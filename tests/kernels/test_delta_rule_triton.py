@@ -1,4 +1,4 @@
-"""What is special to the Triton kernels of delta_rule: chunks, their inverses, begins within a chunk, decays of any strength.
+"""What is special to the Triton kernels of delta_rule: chunks, their inverses, begins within a chunk, decays of any strength, segments of chunks.
 
 They run in Triton's interpreter, which TRITON_INTERPRET=1 chooses when Python starts.
 """
@@ -20,6 +20,12 @@ from medssm.kernels.delta_rule import triton as kernel
 
 def equals_the_reference(length=37, dk=5, dv=7, heads=1, decay=None, alike=False, index=None, starts=None, reverse=False):
     """Outputs and gradients of one call, against float64."""
+    for i, error in enumerate(errors(length, dk, dv, heads, decay, alike, index, starts, reverse)):
+        assert error < (2e-6 if i < 2 else 5e-6), (i, error)
+
+
+def errors(length=37, dk=5, dv=7, heads=1, decay=None, alike=False, index=None, starts=None, reverse=False, longer=1.0):
+    """Of the outputs, the final state and the gradients of one call, against float64; `longer`: the keys."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -27,7 +33,7 @@ def equals_the_reference(length=37, dk=5, dv=7, heads=1, decay=None, alike=False
 
     k = normal(1, 1 if alike else length, heads, dk).expand(1, length, heads, dk) + 1e-3 * normal(1, length, heads, dk)
     beta = torch.ones(1, length, heads) if alike else normal(1, length, heads).sigmoid()
-    tensors = [normal(1, length, heads, dk), functional.normalize(k, dim=-1), normal(1, length, heads, dv), beta]
+    tensors = [normal(1, length, heads, dk), longer * functional.normalize(k, dim=-1), normal(1, length, heads, dv), beta]
     tensors += [None if decay is None else decay * normal(1, length, heads).abs(), normal(1, heads, dk, dv)]
     dout, dstate = normal(1, length, heads, dv), normal(1, heads, dk, dv)
     *given, initial = tensors
@@ -38,9 +44,7 @@ def equals_the_reference(length=37, dk=5, dv=7, heads=1, decay=None, alike=False
     leaves = [None if t is None else t.double().requires_grad_() for t in tensors]
     outputs = reference.delta_rule(*leaves[:5], *rest[:4], leaves[5])
     want = [*outputs, *torch.autograd.grad(outputs, [t for t in leaves if t is not None], [dout.double(), dstate.double()])]
-    for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        error = float((g - w).abs().max() / w.abs().max().clamp_min(0.1))
-        assert error < (2e-6 if i < 2 else 5e-6), (i, error)
+    return [float((g - w).detach().abs().max() / w.detach().abs().max().clamp_min(0.1)) for g, w in zip(got, want, strict=True)]
 
 
 @pytest.mark.parametrize("length", [1, 16, 33])
@@ -67,3 +71,51 @@ def test_decays_of_any_strength(decay):
 @pytest.mark.parametrize("decay", [None, -0.3])
 def test_the_state_begins_anew_within_a_chunk(decay, reverse):
     equals_the_reference(decay=decay, starts=torch.tensor([0, 3, 10, 16, 31]), reverse=reverse, index=torch.randperm(37))
+
+
+# -- in two levels --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("decay", [None, -0.3])
+def test_segments_equal_the_reference(monkeypatch, decay, reverse):
+    """Five chunks in segments of two, the last of which is shorter."""
+    monkeypatch.setattr(kernel, "segment", lambda *_: 2)
+    equals_the_reference(69, dk=9, dv=7, heads=2, decay=decay, reverse=reverse)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("dk", [33, 67])
+def test_segments_of_keys_and_values_of_several_tiles(monkeypatch, dk, chunks):
+    """67: more tiles of keys than are in registers."""
+    monkeypatch.setattr(kernel, "segment", lambda *_: chunks)
+    equals_the_reference(53, dk=dk, dv=20, decay=-0.1)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_state_begins_anew_within_a_segment_and_with_it(monkeypatch, reverse):
+    monkeypatch.setattr(kernel, "segment", lambda *_: 2)
+    equals_the_reference(100, decay=-0.1, starts=torch.tensor([0, 3, 32, 40]), reverse=reverse, index=torch.randperm(100))
+
+
+def test_decays_that_forget_everything_in_segments(monkeypatch):
+    monkeypatch.setattr(kernel, "segment", lambda *_: 1)
+    equals_the_reference(decay=-float("inf"))
+
+
+def test_segments_where_keys_make_the_state_grow_are_as_exact_as_one_level(monkeypatch):
+    """Keys of 2.5 times the length that keeps the rule stable: what rounding makes of it grows alike."""
+    arguments = {"length": 64, "dk": 4, "dv": 4, "longer": 2.5}
+    whole = errors(**arguments)
+    monkeypatch.setattr(kernel, "segment", lambda *_: 1)
+    for i, (error, bound) in enumerate(zip(errors(**arguments), whole, strict=True)):
+        assert error < 4 * bound + 2e-6, (i, error, bound)
+
+
+def test_shapes_alone_decide_how_many_levels():
+    """Few programs and many chunks: segments enough to fill a GPU, none of them too short. Else all chunks in one."""
+    assert kernel.segment(rows=4, chunks=16384, dk=64, dv=64) == 1024
+    assert kernel.segment(rows=4, chunks=256, dk=64, dv=64) == 32
+    assert kernel.segment(rows=4, chunks=128, dk=64, dv=64) == 128
+    assert kernel.segment(rows=64, chunks=16384, dk=64, dv=64) == 16384
+    assert kernel.segment(rows=1000, chunks=16384, dk=64, dv=64) == 16384
