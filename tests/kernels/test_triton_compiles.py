@@ -35,5 +35,7 @@ def test_kernels_compile_for_every_target_and_do_not_spill():
     for op in ("gated_linear_attention", "ssd"):  # both forms of the carry, both ways
         forms = {(row["constants"]["TOTALS"], row["constants"]["BACKWARD"]) for row in rows if row["op"] == op and row["kernel"] == "carry"}
         assert len(forms) == 4, (op, forms)
+    for kernel in ("carry", "carry_back"):  # within segments of chunks and across them
+        assert {row["constants"]["ACROSS"] for row in rows if row["op"] == "delta_rule" and row["kernel"] == kernel} == {False, True}, kernel
     spilled = [row for row in rows if row["stack"] or row["local"]]
     assert not spilled, spilled
