@@ -15,9 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from medssm.kernels.triton_decays import STRONGEST, pair_decays, split
 from medssm.kernels.triton_tiles import product, tile
-
-STRONGEST = tl.constexpr(-128.0)  # log decay: its exponential is 0 in float32
 
 
 @triton.jit
@@ -32,20 +31,10 @@ def log_decays(g, fresh, token, step, live, g_token, GATED: tl.constexpr, FRESH:
 
 
 @triton.jit
-def cumulated(logs):
-    """Log decays cut in a multiple of 2^-11 and a small rest, both cumulated: of the former sums and differences are exact in float32.
-
-    One sum would lose with its size: a decay of -100 would leave every later difference with an error of 1e-5.
-    """
-    coarse = tl.floor(logs * 2048.0 + 0.5) * (1.0 / 2048.0)
-    return tl.cumsum(coarse, 0), tl.cumsum(logs - coarse, 0)
-
-
-@triton.jit
 def edge_decays(logs, DECAYS: tl.constexpr):
     """The decay from the chunk's begin to each step, from each step to the chunk's end, and through the whole chunk."""
     if DECAYS:
-        coarse, rest = cumulated(logs)
+        coarse, rest = split(logs)
         last = tl.arange(0, logs.shape[0]) == logs.shape[0] - 1
         total, rest_total = tl.sum(tl.where(last, coarse, 0.0), 0), tl.sum(tl.where(last, rest, 0.0), 0)
         return tl.exp(coarse + rest), tl.exp((total - coarse) + (rest_total - rest)), tl.exp(total + rest_total)
@@ -57,9 +46,7 @@ def edge_decays(logs, DECAYS: tl.constexpr):
 def decays_between(logs, seen, DECAYS: tl.constexpr):
     """(steps, steps): the decay from the second's step to the first's; 0 where not seen."""
     if DECAYS:
-        coarse, rest = cumulated(logs)
-        sums = (coarse[:, None] - coarse[None, :]) + (rest[:, None] - rest[None, :])
-        return tl.exp(tl.where(seen, sums, float("-inf")))
+        return pair_decays(logs, seen, TO_LATER=False)
     return tl.where(seen, 1.0, 0.0)
 
 
