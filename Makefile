@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
 
 # With the other frameworks, in an environment of its own: nnU-Net runs on a real brain at 3 mm.
 test-integrations: $(INTEGRATIONS)/installed-nnunet

@@ -15,7 +15,6 @@ from medssm.kernels import triton as backend
 if not backend.INTERPRETED:
     pytest.skip("the interpreter is chosen by TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
 
-from tests.ops import test_contract as contract
 from tests.ops.calls import Call, compare
 from tests.ops.cases import calls
 
@@ -53,13 +52,3 @@ def test_causal_over_several_chunks():
     tensors = {"v": (1, 130, 2, 37), "q": (1, 130, 4, 40), "k": (1, 130, 2, 40)}
     call = Call(OP, {name: torch.randn(shape, generator=generator) for name, shape in tensors.items()}, {"causal": True, "return_final_state": True})
     compare(call.results("triton"), call.to(torch.float64).results("reference"), 2e-6, 1e-5)
-
-
-def test_pytorch_sees_an_operator(monkeypatch):
-    contract.test_opcheck(OP, "triton", monkeypatch)
-
-
-@pytest.mark.parametrize("test", [contract.test_compile_fullgraph_with_gradients, contract.test_metatensor,
-                                  contract.test_vmap_folds_tokens_and_refuses_weights])
-def test_of_the_contract(test):
-    test(OP, "triton")

@@ -94,17 +94,13 @@ def test_ops_whose_carry_is_cut_equal_the_reference(op, options, cut, monkeypatc
     """With every option, the initial and final states' gradients too."""
     monkeypatch.setattr(triton_core, "CHUNK", 16)
     generator = torch.Generator().manual_seed(0)
-    call = CASES[op].example(lambda *shape: torch.randn([67 if size == 13 else size for size in shape], generator=generator))
-    call = call.with_options(order=torch.randperm(67, generator=generator), **options)
+    call = CASES[op].example(lambda *shape: torch.randn([35 if size == 13 else size for size in shape], generator=generator))
+    call = call.with_options(order=torch.randperm(35, generator=generator), **options)
     call = call.with_options(order=call.options["order"].to(triton.DEVICE)).but(**{name: t.to(triton.DEVICE) for name, t in call.tensors.items()})
-    want = call.to(torch.float64).results("reference")
-    found = []
-    for length in (2, 5):
-        cuts = cut(length)
-        found.append(call.results("triton"))
-        assert (length, 5) in cuts
-        compare(found[-1], want, 2e-6, 1e-5)
-    compare(*found, 1e-6, 2e-6)
+    cuts = cut(2)
+    got = call.results("triton")
+    assert (2, 3) in cuts
+    compare(got, call.to(torch.float64).results("reference"), 2e-6, 1e-5)
 
 
 def test_there_are_two_levels_where_one_leaves_a_gpu_idle_and_the_chunks_are_many():
