@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from gpu_parts import checks, report, rows, timing  # noqa: E402
-from gpu_parts.row import measure  # noqa: E402
+from gpu_parts import checks, report, rows, timing  # noqa: E402 (found by the path above)
+from gpu_parts.row import measure  # noqa: E402 (found by the path above)
 
 
 def main() -> int:

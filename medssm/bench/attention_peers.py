@@ -46,9 +46,15 @@ def ssd(x, dt, A, B, C, D, z, dt_bias):
     return (y + D[:, None, None] * x) * silu(z)
 
 
-def delta_rule(q, k, v, beta, step=None):
+def delta_step(state, q, k, u, w, scores):
+    """A chunk of the delta rule: its outputs, and the state behind it."""
+    new = u - w @ state
+    return q @ state + scores @ new, state + k.transpose(-1, -2) @ new
+
+
+def delta_rule(q, k, v, beta, step=delta_step):
     """Ungated: inside a chunk the updates are the solution of a triangular system (Yang et al., arXiv 2406.06484). step: in delta_step's place."""
-    length, step = q.shape[2], step or delta_step
+    length = q.shape[2]
     q, k, v = (_chunks(t) for t in (q * q.shape[-1] ** -0.5, k, v))
     beta = _chunks(beta.unsqueeze(-1))
     lower = torch.tril(beta * k @ k.transpose(-1, -2), -1)
@@ -60,12 +66,6 @@ def delta_rule(q, k, v, beta, step=None):
         o, state = step(state, *chunk)
         out.append(o)
     return torch.stack(out, 2).flatten(2, 3)[:, :, :length]
-
-
-def delta_step(state, q, k, u, w, scores):
-    """A chunk of the delta rule: its outputs, and the state behind it."""
-    new = u - w @ state
-    return q @ state + scores @ new, state + k.transpose(-1, -2) @ new
 
 
 def bi_wkv(w, u, k, v):
