@@ -7,7 +7,9 @@ INTEGRATIONS := build/integrations
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 export OMP_PROC_BIND ?= true
 
-.PHONY: demo test test-integrations lint sanitize gpu-kernels bench clean
+CPP := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+.PHONY: demo test test-integrations lint format sanitize gpu-kernels bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out
@@ -22,6 +24,13 @@ test-integrations: $(INTEGRATIONS)/installed-nnunet
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# The one formatter of each language.
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q tests/kernels/test_sanitizers.py

@@ -18,9 +18,16 @@ _PACKAGES = ("torch", "monai", "lightning", "nibabel", "numpy")
 def describe() -> dict[str, str]:
     """Processor, memory, threads, kernels and versions, each as text."""
     kernels = native.reason() or f"compiled, instruction set {native.isa()}"
-    table = {"processor": _processor(), "cores": str(_cores()), "threads": str(torch.get_num_threads()), "memory": _memory(),
-             "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "system": platform.platform(),
-             "medssm": f"{medssm.__version__} ({kernels})", "Python": platform.python_version()}
+    table = {
+        "processor": _processor(),
+        "cores": str(_cores()),
+        "threads": str(torch.get_num_threads()),
+        "memory": _memory(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": platform.platform(),
+        "medssm": f"{medssm.__version__} ({kernels})",
+        "Python": platform.python_version(),
+    }
     return table | {name: _version(name) for name in _PACKAGES}
 
 

@@ -225,8 +225,15 @@ def _hilbert(shape, _axes):
     return np.argsort(distance, kind="stable"), None
 
 
-_KINDS = {"raster": _raster, "snake": _snake, "window": _window, "dilated": _dilated, "interleaved": _interleaved, "zigzag": _zigzag,
-          "hilbert": _hilbert}
+_KINDS = {
+    "raster": _raster,
+    "snake": _snake,
+    "window": _window,
+    "dilated": _dilated,
+    "interleaved": _interleaved,
+    "zigzag": _zigzag,
+    "hilbert": _hilbert,
+}
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------------------

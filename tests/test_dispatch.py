@@ -14,8 +14,13 @@ from medssm import dispatch, ops, thresholds
 
 def arguments():
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(1, 5, 3, generator=g), torch.rand(1, 5, 3, generator=g), -torch.rand(3, 2, generator=g),
-            torch.randn(1, 5, 2, generator=g), torch.randn(1, 5, 2, generator=g)]
+    return [
+        torch.randn(1, 5, 3, generator=g),
+        torch.rand(1, 5, 3, generator=g),
+        -torch.rand(3, 2, generator=g),
+        torch.randn(1, 5, 2, generator=g),
+        torch.randn(1, 5, 2, generator=g),
+    ]
 
 
 def chosen():
@@ -28,8 +33,17 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the expected 
 
 def test_backends_says_ok_or_why_not():
     table = medssm.backends()
-    assert set(table) == {"selective_scan", "selective_scan_nd", "causal_conv1d", "depthwise_conv", "linear_attention", "gated_linear_attention",
-                          "delta_rule", "ssd", "bi_wkv"}
+    assert set(table) == {
+        "selective_scan",
+        "selective_scan_nd",
+        "causal_conv1d",
+        "depthwise_conv",
+        "linear_attention",
+        "gated_linear_attention",
+        "delta_rule",
+        "ssd",
+        "bi_wkv",
+    }
     for op, row in table.items():
         assert list(row) == ["reference", "native", "triton", "cuda"]
         assert row["reference"] == row["native"] == "ok"
@@ -112,8 +126,10 @@ def test_a_wrong_environment_is_one_clear_error():
 
 
 def test_import_works_without_the_library_and_says_so(tmp_path):
-    code = ("import torch, medssm; t = torch.ones(1, 2, 1); medssm.ops.selective_scan(t, t, -torch.ones(1, 1), t, t);"
-            "print(medssm.backends()['selective_scan']['native'])")
+    code = (
+        "import torch, medssm; t = torch.ones(1, 2, 1); medssm.ops.selective_scan(t, t, -torch.ones(1, 1), t, t);"
+        "print(medssm.backends()['selective_scan']['native'])"
+    )
     run = subprocess.run([sys.executable, "-c", code], env=_environment(MEDSSM_CPU_LIBRARY=str(tmp_path / "none.so")), capture_output=True, text=True)
     assert "no compiled library at" in run.stdout and "install again with a C++ compiler" in run.stdout, run.stderr
     broken = tmp_path / "broken.so"

@@ -90,16 +90,19 @@ def test_tables_are_copies():
     assert orders.snake().index((3, 4)).sum() == 66
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: orders.raster((0, 2)), "axes: expected a permutation of 0..1"),
-    (lambda: orders.window(0), "size: expected a positive int"),
-    (lambda: orders.dilated((2, -1)), "step: expected a positive int"),
-    (lambda: orders.interleaved((2, 2)), "n: expected a positive int"),
-    (lambda: orders.parse("spiral()"), "spec: expected one of raster"),
-    (lambda: orders.raster((0, 1)).index((2, 3, 4)), "walks 2 spatial axes"),
-    (lambda: orders.window((2, 2)).index((4, 4, 4)), "has 2 values of size"),
-    (lambda: orders.hilbert().index((5,)), "hilbert walks an image or a volume"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: orders.raster((0, 2)), "axes: expected a permutation of 0..1"),
+        (lambda: orders.window(0), "size: expected a positive int"),
+        (lambda: orders.dilated((2, -1)), "step: expected a positive int"),
+        (lambda: orders.interleaved((2, 2)), "n: expected a positive int"),
+        (lambda: orders.parse("spiral()"), "spec: expected one of raster"),
+        (lambda: orders.raster((0, 1)).index((2, 3, 4)), "walks 2 spatial axes"),
+        (lambda: orders.window((2, 2)).index((4, 4, 4)), "has 2 values of size"),
+        (lambda: orders.hilbert().index((5,)), "hilbert walks an image or a volume"),
+    ],
+)
 def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -17,8 +17,17 @@ from medssm import ops, orders
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BACKENDS = ("cuda", "triton")
-OPS = ("selective_scan", "selective_scan_nd", "causal_conv1d", "depthwise_conv", "linear_attention", "gated_linear_attention", "delta_rule", "ssd",
-       "bi_wkv")
+OPS = (
+    "selective_scan",
+    "selective_scan_nd",
+    "causal_conv1d",
+    "depthwise_conv",
+    "linear_attention",
+    "gated_linear_attention",
+    "delta_rule",
+    "ssd",
+    "bi_wkv",
+)
 
 SMALL = """
 import torch
@@ -62,18 +71,43 @@ def example(op: str, scale: int = 1, dtype=torch.float32) -> dict:
     length = 150 * scale
     A = -torch.rand(24, 16, generator=g, device=DEVICE)
     return {
-        "selective_scan": lambda: {"u": n(2, length, 24), "delta": n(2, length, 3), "A": A, "B": n(2, length, 16), "C": n(2, length, 16), "D": n(24),
-                                   "z": n(2, length, 24), "delta_bias": n(24), "delta_softplus": True, "delta_proj": n(24, 3)},
-        "selective_scan_nd": lambda: {"x": n(1, 6, 5, 5 * scale, 24), "delta": n(1, 6, 5, 5 * scale, 6, 24), "A": A.expand(6, 24, 16).contiguous(),
-                                      "B": n(1, 6, 5, 5 * scale, 6, 16), "C": n(1, 6, 5, 5 * scale, 6, 16), "delta_softplus": True,
-                                      "orders": orders.axes3d()},
+        "selective_scan": lambda: {
+            "u": n(2, length, 24),
+            "delta": n(2, length, 3),
+            "A": A,
+            "B": n(2, length, 16),
+            "C": n(2, length, 16),
+            "D": n(24),
+            "z": n(2, length, 24),
+            "delta_bias": n(24),
+            "delta_softplus": True,
+            "delta_proj": n(24, 3),
+        },
+        "selective_scan_nd": lambda: {
+            "x": n(1, 6, 5, 5 * scale, 24),
+            "delta": n(1, 6, 5, 5 * scale, 6, 24),
+            "A": A.expand(6, 24, 16).contiguous(),
+            "B": n(1, 6, 5, 5 * scale, 6, 16),
+            "C": n(1, 6, 5, 5 * scale, 6, 16),
+            "delta_softplus": True,
+            "orders": orders.axes3d(),
+        },
         "causal_conv1d": lambda: {"x": n(2, length, 24), "weight": n(24, 4), "bias": n(24), "activation": "silu"},
         "depthwise_conv": lambda: {"x": n(1, 6, 5, 5 * scale, 24), "weight": n(24, 3, 3, 3), "bias": n(24), "activation": "silu"},
         "linear_attention": lambda: {**heads("q", "k", "v"), "causal": True},
         "gated_linear_attention": lambda: {**heads("q", "k", "v"), "g": -n(2, length, 4, 24).abs()},
         "delta_rule": lambda: {**heads("q", "k", "v"), "beta": torch.sigmoid(n(2, length, 4)), "g": -n(2, length, 4).abs()},
-        "ssd": lambda: {"x": n(2, length, 4, 24), "dt": n(2, length, 4), "A": A[:4, 0].contiguous(), "B": n(2, length, 2, 16),
-                        "C": n(2, length, 2, 16), "D": n(4), "z": n(2, length, 4, 24), "dt_bias": n(4), "dt_softplus": True},
+        "ssd": lambda: {
+            "x": n(2, length, 4, 24),
+            "dt": n(2, length, 4),
+            "A": A[:4, 0].contiguous(),
+            "B": n(2, length, 2, 16),
+            "C": n(2, length, 2, 16),
+            "D": n(4),
+            "z": n(2, length, 4, 24),
+            "dt_bias": n(4),
+            "dt_softplus": True,
+        },
         "bi_wkv": lambda: {"k": n(2, length, 24), "v": n(2, length, 24), "w": n(24) / length, "u": n(24) / length},
     }[op]()
 
@@ -119,9 +153,26 @@ def contract(rehearse: bool) -> str:
     if rehearse:
         select = f"a_wrong_shape and ({select})"
     env = {**os.environ, "MEDSSM_TEST_DEVICE": DEVICE, "HYPOTHESIS_PROFILE": "brief"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--maxfail=5", "--no-header", "-p", "no:warnings", "tests/ops/test_contract.py",
-                           *([] if rehearse else ["tests/kernels/test_selective_scan_cuda.py"]), "-k", select],
-                          cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--maxfail=5",
+            "--no-header",
+            "-p",
+            "no:warnings",
+            "tests/ops/test_contract.py",
+            *([] if rehearse else ["tests/kernels/test_selective_scan_cuda.py"]),
+            "-k",
+            select,
+        ],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-300:]
     assert done.returncode == 0, last + "\n" + done.stdout[-2000:]
     return last
@@ -134,8 +185,13 @@ def sanitizer(rehearse: bool) -> str:
         raise Skipped("no compute-sanitizer" if tool is None else "no GPU")
     said = []
     for kind in ("memcheck", "racecheck"):
-        done = subprocess.run([tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", SMALL], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"})
+        done = subprocess.run(
+            [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", SMALL],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
+        )
         assert done.returncode == 0 and "clean" in done.stdout, f"{kind}: {(done.stdout + done.stderr)[-1500:]}"
         said.append(f"{kind} clean")
     return ", ".join(said)
@@ -143,6 +199,7 @@ def sanitizer(rehearse: bool) -> str:
 
 def agreement(rehearse: bool) -> str:
     """Outputs and gradients against the float64 reference on the same device."""
+
     def check(op, backend):
         call = example(op)
         wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
@@ -218,6 +275,7 @@ def graphs(rehearse: bool) -> str:
 
 def compiled(rehearse: bool) -> str:
     """torch.compile(fullgraph=True) with gradients, and under autocast, equals eager."""
+
     def check(op, backend):
         call = example(op)
         name = next(iter(call))
@@ -236,6 +294,7 @@ def compiled(rehearse: bool) -> str:
 
 def bits(rehearse: bool) -> str:
     """Repeated calls give the same bits."""
+
     def check(op, backend):
         call = example(op, scale=1 if rehearse else 40, dtype=torch.bfloat16)
         first = backward(op, call, backend)
@@ -269,5 +328,14 @@ def memory(rehearse: bool) -> str:
     return ", ".join(said)
 
 
-CHECKS = {"agreement": agreement, "contract": contract, "sanitizer": sanitizer, "beyond 2^31": beyond_31_bits, "second stream": streams,
-          "graph capture": graphs, "compile and autocast": compiled, "equal bits": bits, "memory": memory}
+CHECKS = {
+    "agreement": agreement,
+    "contract": contract,
+    "sanitizer": sanitizer,
+    "beyond 2^31": beyond_31_bits,
+    "second stream": streams,
+    "graph capture": graphs,
+    "compile and autocast": compiled,
+    "equal bits": bits,
+    "memory": memory,
+}

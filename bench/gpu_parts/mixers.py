@@ -73,8 +73,10 @@ def _ssd(shape, backward: bool) -> Row:
             return [x, dt, A.requires_grad_(backward), B, C, normal(seed + 5, h, dtype=torch.float32, grad=backward), z]
 
         tensors = copies(inputs, rehearse)
-        sides = {backend: both_ways(lambda *t, backend=backend: ops.ssd(*t, dt_softplus=True, backend=backend), tensors, backward)
-                 for backend in served("ssd")}
+        sides = {
+            backend: both_ways(lambda *t, backend=backend: ops.ssd(*t, dt_softplus=True, backend=backend), tensors, backward)
+            for backend in served("ssd")
+        }
         peer, absent = peers.mamba_chunk_scan()
         if peer is not None:
             sides["mamba_ssm"] = both_ways(lambda x, dt, A, B, C, D, z: peer(x, dt, A, B, C, 128, D=D, z=z, dt_softplus=True), tensors, backward)
@@ -86,8 +88,15 @@ def _ssd(shape, backward: bool) -> Row:
 
 def rows() -> list[Row]:
     """Every op on every shape, forward, and with backward."""
-    fla = {name: peers.fla(module, name) for module, name in (
-        ("linear_attn", "chunk_linear_attn"), ("simple_gla", "chunk_simple_gla"), ("gla", "chunk_gla"), ("delta_rule", "chunk_delta_rule"))}
+    fla = {
+        name: peers.fla(module, name)
+        for module, name in (
+            ("linear_attn", "chunk_linear_attn"),
+            ("simple_gla", "chunk_simple_gla"),
+            ("gla", "chunk_gla"),
+            ("delta_rule", "chunk_delta_rule"),
+        )
+    }
 
     def first(name):
         """fla's op on our arguments, its output alone; None where it is absent."""
@@ -97,15 +106,42 @@ def rows() -> list[Row]:
     causal, simple, gla, delta = (first(name) for name in fla)
     kinds = [
         ("linear_attention", _nothing, ops.linear_attention, _eager, None, "eager PyTorch", "linear_attention, non-causal"),
-        ("linear_attention", _nothing, lambda q, k, v, backend: ops.linear_attention(q, k, v, causal=True, backend=backend),
-         causal and (lambda q, k, v: causal(elu(q) + 1, elu(k) + 1, v, scale=1.0, normalize=True)), fla["chunk_linear_attn"][1], "fla",
-         "linear_attention, causal"),
-        ("gated_linear_attention", lambda s, b, l, h, d, grad: [_log_decays(s, b, l, h, grad=grad)], ops.gated_linear_attention, simple,
-         fla["chunk_simple_gla"][1], "fla", "gated_linear_attention, per head"),
-        ("gated_linear_attention", lambda s, b, l, h, d, grad: [_log_decays(s, b, l, h, d, grad=grad)], ops.gated_linear_attention, gla,
-         fla["chunk_gla"][1], "fla", "gated_linear_attention, per key"),
-        ("delta_rule", lambda s, b, l, h, d, grad: [torch.sigmoid(normal(s + 100, b, l, h)).detach().requires_grad_(grad)], ops.delta_rule, delta,
-         fla["chunk_delta_rule"][1], "fla", "delta_rule"),
+        (
+            "linear_attention",
+            _nothing,
+            lambda q, k, v, backend: ops.linear_attention(q, k, v, causal=True, backend=backend),
+            causal and (lambda q, k, v: causal(elu(q) + 1, elu(k) + 1, v, scale=1.0, normalize=True)),
+            fla["chunk_linear_attn"][1],
+            "fla",
+            "linear_attention, causal",
+        ),
+        (
+            "gated_linear_attention",
+            lambda s, b, l, h, d, grad: [_log_decays(s, b, l, h, grad=grad)],
+            ops.gated_linear_attention,
+            simple,
+            fla["chunk_simple_gla"][1],
+            "fla",
+            "gated_linear_attention, per head",
+        ),
+        (
+            "gated_linear_attention",
+            lambda s, b, l, h, d, grad: [_log_decays(s, b, l, h, d, grad=grad)],
+            ops.gated_linear_attention,
+            gla,
+            fla["chunk_gla"][1],
+            "fla",
+            "gated_linear_attention, per key",
+        ),
+        (
+            "delta_rule",
+            lambda s, b, l, h, d, grad: [torch.sigmoid(normal(s + 100, b, l, h)).detach().requires_grad_(grad)],
+            ops.delta_rule,
+            delta,
+            fla["chunk_delta_rule"][1],
+            "fla",
+            "delta_rule",
+        ),
     ]
     table = []
     for shape in (*_MEDICAL, *_LANGUAGE):

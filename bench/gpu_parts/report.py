@@ -18,8 +18,16 @@ def machine() -> dict:
     found = torch.cuda.is_available()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     driver = subprocess.run("nvidia-smi --query-gpu=driver_version --format=csv,noheader", shell=True, capture_output=True, text=True).stdout.strip()
-    return {**host.describe(), "device": torch.cuda.get_device_name() if found else None, "driver": driver, "CUDA": torch.version.cuda,
-            "triton": _version("triton"), "library": cuda.targets(), "date": datetime.date.today().isoformat(), "commit": commit}
+    return {
+        **host.describe(),
+        "device": torch.cuda.get_device_name() if found else None,
+        "driver": driver,
+        "CUDA": torch.version.cuda,
+        "triton": _version("triton"),
+        "library": cuda.targets(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+    }
 
 
 def _version(package: str) -> str:
@@ -79,10 +87,15 @@ def markdown(results: dict) -> str:
     where = results["machine"]
     speeds = results["floor"]
     lines = [
-        f"# On a GPU: {where['device'] or 'none, a rehearsal'}, {where['date']}, commit {where['commit']}", "",
+        f"# On a GPU: {where['device'] or 'none, a rehearsal'}, {where['date']}, commit {where['commit']}",
+        "",
         f"driver {where['driver'] or 'none'}, torch {where['torch']}, triton {where['triton']}, library for {where['library'] or 'nothing'}; "
         "bf16, medians, the sides take turns, inputs outgrow the second-level cache. "
-        f"Floor: {speeds['bytes'] / 1e12:.2f} TB/s copied, {speeds['exps'] / 1e12:.2f} T exponentials/s.", "", "## Checks", ""]
+        f"Floor: {speeds['bytes'] / 1e12:.2f} TB/s copied, {speeds['exps'] / 1e12:.2f} T exponentials/s.",
+        "",
+        "## Checks",
+        "",
+    ]
     lines += [f"- {name}: {outcome['said'].splitlines()[0]}" for name, outcome in results["checks"].items()]
     lines += ["", "## Times", "", "| row | figures |", "|---|---|"]
     lines += [f"| {row['title']} | {'; '.join(cells(row))} |" for row in results["rows"]]

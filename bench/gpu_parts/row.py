@@ -36,8 +36,14 @@ def measure(row: Row, floor: Floor, rehearse: bool) -> dict:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             del sides[name]
     seconds = times(sides, 0.05 if rehearse else 1.5) if sides else {}
-    figures = {"title": row.title, "seconds": seconds, "failed": failed, "floor": facts.get("floor"), "absent": facts.get("absent"),
-               "goals": {"peer": row.peer, "ratio": row.ratio, "share": row.share}}
+    figures = {
+        "title": row.title,
+        "seconds": seconds,
+        "failed": failed,
+        "floor": facts.get("floor"),
+        "absent": facts.get("absent"),
+        "goals": {"peer": row.peer, "ratio": row.ratio, "share": row.share},
+    }
     if row.memory:
         figures["memory"] = {name: peak_memory(side) for name, side in sides.items()}
         figures["memory_expected"] = facts.get("memory")
@@ -55,6 +61,7 @@ def served(op: str) -> list[str]:
 
 def both_ways(call, tensors: list[list[torch.Tensor]], backward: bool):
     """side(i): call(*the i-th inputs), and its gradients."""
+
     def forward(i):
         with torch.no_grad():
             return call(*tensors[i % len(tensors)])

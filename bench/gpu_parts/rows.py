@@ -12,6 +12,7 @@ from medssm import ops, orders
 
 def scan(batch: int, channels: int, length: int, state: int, backward: bool):
     """selective_scan in bf16 with softplus, D and z, beside mamba_ssm's CUDA kernel."""
+
     def make(floor: Floor, rehearse: bool):
         l, d = (96, 8) if rehearse else (length, channels)
 
@@ -22,8 +23,10 @@ def scan(batch: int, channels: int, length: int, state: int, backward: bool):
             return [*tokens, A, *rows, normal(seed + 5, d, dtype=torch.float32, grad=backward), normal(seed + 6, batch, l, d, grad=backward)]
 
         tensors = copies(inputs, rehearse)
-        sides = {name: both_ways(lambda *t, name=name: ops.selective_scan(*t, delta_softplus=True, backend=name), tensors, backward)
-                 for name in served("selective_scan")}
+        sides = {
+            name: both_ways(lambda *t, name=name: ops.selective_scan(*t, delta_softplus=True, backend=name), tensors, backward)
+            for name in served("selective_scan")
+        }
         peer, absent = peers.selective_scan_fn()
         if peer is not None:
             mirrored = [[t.detach().transpose(1, 2).contiguous().requires_grad_(backward) if t.dim() == 3 else t for t in given] for given in tensors]
@@ -36,19 +39,26 @@ def scan(batch: int, channels: int, length: int, state: int, backward: bool):
 
 def ss2d(batch: int, channels: int, side: int, backward: bool):
     """Four orders over an image, beside cross-scan, mamba_ssm's scan and cross-merge."""
+
     def make(floor: Floor, rehearse: bool):
         d, n, k = (12, 4, 4) if rehearse else (channels, 16, 4)
         s = 8 if rehearse else side
 
         def inputs(seed):
-            return [normal(seed, batch, s, s, d, grad=backward), normal(seed + 1, batch, s, s, k, d, scale=0.5, shift=-4, grad=backward),
-                    -torch.arange(1, n + 1, device=DEVICE, dtype=torch.float32).repeat(k, d, 1).requires_grad_(backward),
-                    normal(seed + 2, batch, s, s, k, n, grad=backward), normal(seed + 3, batch, s, s, k, n, grad=backward),
-                    normal(seed + 4, k, d, dtype=torch.float32, grad=backward)]
+            return [
+                normal(seed, batch, s, s, d, grad=backward),
+                normal(seed + 1, batch, s, s, k, d, scale=0.5, shift=-4, grad=backward),
+                -torch.arange(1, n + 1, device=DEVICE, dtype=torch.float32).repeat(k, d, 1).requires_grad_(backward),
+                normal(seed + 2, batch, s, s, k, n, grad=backward),
+                normal(seed + 3, batch, s, s, k, n, grad=backward),
+                normal(seed + 4, k, d, dtype=torch.float32, grad=backward),
+            ]
 
         tensors, walks = copies(inputs, rehearse), orders.cross2d()
-        sides = {name: both_ways(lambda *t, name=name: ops.selective_scan_nd(*t, delta_softplus=True, orders=walks, backend=name), tensors, backward)
-                 for name in served("selective_scan_nd")}
+        sides = {
+            name: both_ways(lambda *t, name=name: ops.selective_scan_nd(*t, delta_softplus=True, orders=walks, backend=name), tensors, backward)
+            for name in served("selective_scan_nd")
+        }
         peer, absent = peers.selective_scan_fn()
         if peer is not None:
             mirrored = [_crossed(given, walks, backward) for given in tensors]
@@ -80,18 +90,25 @@ def _crossed(given: list[torch.Tensor], walks, backward: bool) -> list[torch.Ten
 
 def volume(side: int, channels: int):
     """Six orders over a volume, forward and backward, and the memory that it may take."""
+
     def make(floor: Floor, rehearse: bool):
         d, n, k = (8, 4, 6) if rehearse else (channels, 16, 6)
         s = 4 if rehearse else side
 
         def inputs(seed):
-            return [normal(seed, 1, s, s, s, d, grad=True), normal(seed + 1, 1, s, s, s, k, d, scale=0.5, shift=-4, grad=True),
-                    -torch.arange(1, n + 1, device=DEVICE, dtype=torch.float32).repeat(k, d, 1).requires_grad_(),
-                    normal(seed + 2, 1, s, s, s, k, n, grad=True), normal(seed + 3, 1, s, s, s, k, n, grad=True)]
+            return [
+                normal(seed, 1, s, s, s, d, grad=True),
+                normal(seed + 1, 1, s, s, s, k, d, scale=0.5, shift=-4, grad=True),
+                -torch.arange(1, n + 1, device=DEVICE, dtype=torch.float32).repeat(k, d, 1).requires_grad_(),
+                normal(seed + 2, 1, s, s, s, k, n, grad=True),
+                normal(seed + 3, 1, s, s, s, k, n, grad=True),
+            ]
 
         tensors, walks = [inputs(0)], orders.axes3d()
-        sides = {name: both_ways(lambda *t, name=name: ops.selective_scan_nd(*t, delta_softplus=True, orders=walks, backend=name), tensors, True)
-                 for name in served("selective_scan_nd")}
+        sides = {
+            name: both_ways(lambda *t, name=name: ops.selective_scan_nd(*t, delta_softplus=True, orders=walks, backend=name), tensors, True)
+            for name in served("selective_scan_nd")
+        }
         tokens = s**3
         # Outputs and gradients in bf16, one float32 accumulator each way, checkpoints, dB and dC in float32 while they are summed.
         allowed = tokens * d * (2 + 2 + 2 * k + 4 + 4) + tokens // 64 * k * n * d * 4 + 2 * tokens * n * (2 * k + 4)
@@ -103,12 +120,20 @@ def volume(side: int, channels: int):
 
 def convolution(batch: int, channels: int, length: int, backward: bool):
     """causal_conv1d of width 4 with silu, beside causal_conv1d's kernel (which takes channels last too)."""
+
     def make(floor: Floor, rehearse: bool):
         l, d = (64, 8) if rehearse else (length, channels)
-        tensors = copies(lambda seed: [normal(seed, batch, l, d, grad=backward), normal(1, d, 4, dtype=torch.float32, grad=backward),
-                                       normal(2, d, dtype=torch.float32, grad=backward)], rehearse)
-        sides = {name: both_ways(lambda *t, name=name: ops.causal_conv1d(*t, "silu", backend=name), tensors, backward)
-                 for name in served("causal_conv1d")}
+        tensors = copies(
+            lambda seed: [
+                normal(seed, batch, l, d, grad=backward),
+                normal(1, d, 4, dtype=torch.float32, grad=backward),
+                normal(2, d, dtype=torch.float32, grad=backward),
+            ],
+            rehearse,
+        )
+        sides = {
+            name: both_ways(lambda *t, name=name: ops.causal_conv1d(*t, "silu", backend=name), tensors, backward) for name in served("causal_conv1d")
+        }
         peer, absent = peers.causal_conv1d_fn()
         if peer is not None:
             sides["causal_conv1d"] = both_ways(lambda x, w, b: peer(x.transpose(1, 2), w, b, activation="silu"), tensors, backward)
@@ -119,17 +144,21 @@ def convolution(batch: int, channels: int, length: int, backward: bool):
 
 def depthwise(channels: int, side: int, backward: bool):
     """depthwise_conv 3x3x3 with silu, beside PyTorch's, channels last."""
+
     def make(floor: Floor, rehearse: bool):
         d, s = (8, 4) if rehearse else (channels, side)
-        tensors = copies(lambda seed: [normal(seed, 1, s, s, s, d, grad=backward), normal(1, d, 3, 3, 3, grad=backward), normal(2, d, grad=backward)],
-                         rehearse)
+        tensors = copies(
+            lambda seed: [normal(seed, 1, s, s, s, d, grad=backward), normal(1, d, 3, 3, 3, grad=backward), normal(2, d, grad=backward)], rehearse
+        )
 
         def theirs(x, weight, bias):
             y = torch.nn.functional.conv3d(x.movedim(-1, 1), weight.unsqueeze(1), bias, padding=1, groups=d)
             return torch.nn.functional.silu(y)
 
-        sides = {name: both_ways(lambda *t, name=name: ops.depthwise_conv(*t, "silu", backend=name), tensors, backward)
-                 for name in served("depthwise_conv")}
+        sides = {
+            name: both_ways(lambda *t, name=name: ops.depthwise_conv(*t, "silu", backend=name), tensors, backward)
+            for name in served("depthwise_conv")
+        }
         sides["PyTorch"] = both_ways(theirs, tensors, backward)
         return sides, {"floor": floor.stream(s**3 * d, 2) * (2.5 if backward else 1)}
 
@@ -138,12 +167,23 @@ def depthwise(channels: int, side: int, backward: bool):
 
 def nearest(channels: int, length: int):
     """One state a channel: ours, and fla's gated scan, which computes less (its decay is given, B and C are 1)."""
+
     def make(floor: Floor, rehearse: bool):
         l, d = (64, 8) if rehearse else (length, channels)
-        tensors = copies(lambda seed: [normal(seed, 1, l, d), normal(seed + 1, 1, l, d, scale=0.5, shift=-4), -torch.ones(d, 1, device=DEVICE),
-                                       normal(seed + 2, 1, l, 1), normal(seed + 3, 1, l, 1)], rehearse)
-        sides = {name: both_ways(lambda *t, name=name: ops.selective_scan(*t, delta_softplus=True, backend=name), tensors, False)
-                 for name in served("selective_scan")}
+        tensors = copies(
+            lambda seed: [
+                normal(seed, 1, l, d),
+                normal(seed + 1, 1, l, d, scale=0.5, shift=-4),
+                -torch.ones(d, 1, device=DEVICE),
+                normal(seed + 2, 1, l, 1),
+                normal(seed + 3, 1, l, 1),
+            ],
+            rehearse,
+        )
+        sides = {
+            name: both_ways(lambda *t, name=name: ops.selective_scan(*t, delta_softplus=True, backend=name), tensors, False)
+            for name in served("selective_scan")
+        }
         peer, absent = peers.fla("hgrn", "chunk_hgrn")
         if peer is not None:
             sides["fla chunk_hgrn"] = both_ways(lambda u, delta, *_: peer(u, torch.nn.functional.logsigmoid(delta))[0], tensors, False)

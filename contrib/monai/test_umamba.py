@@ -39,11 +39,7 @@ for spatial_dims in (2, 3):
             )
 for norm, act in (("batch", "relu"), (("group", {"num_groups": 2}), ("prelu", {"init": 0.2}))):
     TEST_CASES.append(
-        [
-            {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": (4, 8), "norm": norm, "act": act},
-            (2, 1, 16, 16),
-            (2, 2, 16, 16),
-        ]
+        [{"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": (4, 8), "norm": norm, "act": act}, (2, 1, 16, 16), (2, 2, 16, 16)]
     )
 TEST_CASES.append(
     [

@@ -26,16 +26,22 @@ struct Arguments {
 };
 
 // An output, as the tokens see it: its key is -top, its values x and y.
-template <class T> struct Output { Vec<T> top, x, y; };
+template <class T> struct Output {
+  Vec<T> top, x, y;
+};
 
 template <class T> struct Memory {
   int64_t tiles, length;
   Scratch<Sums<T>> ahead, behind;  // of each tile of a segment: tokens, outputs; block after block
   Scratch<Output<T>> outputs;      // of each step
   Scratch<bool> level;             // of each tile
-  Memory(const Problem& p, int64_t blocks)
-      : tiles(Segment::most_tiles(p)), length(p.length), ahead(blocks * tiles), behind(blocks * tiles), outputs(blocks * length),
-        level(blocks * tiles) {
+  Memory(const Problem& p, int64_t blocks) :
+      tiles(Segment::most_tiles(p)),
+      length(p.length),
+      ahead(blocks * tiles),
+      behind(blocks * tiles),
+      outputs(blocks * length),
+      level(blocks * tiles) {
     medssm::prefer_huge_pages(outputs.data(), blocks * length * static_cast<int64_t>(sizeof(Output<T>)));
   }
 };
@@ -43,10 +49,13 @@ template <class T> struct Memory {
 template <class T, bool kUpstream> class Backward {
  public:
   // i: the block's place in the memory.
-  Backward(const Arguments& a, const Walk& walk, const Block<T>& block, const Memory<T>& memory, int64_t i)
-      : a_(a), p_(a.problem), forward_(p_, walk, block, memory.ahead.data() + i * memory.tiles),
-        kept_behind_(memory.behind.data() + i * memory.tiles), outputs_(memory.outputs.data() + i * memory.length),
-        level_(memory.level.data() + i * memory.tiles) {}
+  Backward(const Arguments& a, const Walk& walk, const Block<T>& block, const Memory<T>& memory, int64_t i) :
+      a_(a),
+      p_(a.problem),
+      forward_(p_, walk, block, memory.ahead.data() + i * memory.tiles),
+      kept_behind_(memory.behind.data() + i * memory.tiles),
+      outputs_(memory.outputs.data() + i * memory.length),
+      level_(memory.level.data() + i * memory.tiles) {}
 
   void begin() {
     forward_.begin();
@@ -175,7 +184,7 @@ template <class T, bool kUpstream> class Backward {
   Outputs<T, kUpstream, true> forward_;
   Sums<T>* const kept_behind_;
   Output<T>* const outputs_;
-  bool* const level_;  // of each tile, whether its outputs have one top
+  bool* const level_;                  // of each tile, whether its outputs have one top
   Sums<T> behind_ = Sums<T>::empty();  // outputs
   Behind<T, kUpstream> future_;        // outputs
   Vec<T> dw_ = {}, du_ = {};

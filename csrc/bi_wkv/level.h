@@ -20,9 +20,9 @@ template <class T> class Level {
     for (int64_t t = 0; t < kTile; ++t) fall[t] = exp_bounded<T>(-rate.w * T(t));
   }
 
-  Vec<T> bonus;            // e^u
-  Vec<T> fall[kTile];      // e^{-w distance}
-  Vec<T> loss;             // e^-w - 1: e^-w itself, rounded, would be off by as much at every step
+  Vec<T> bonus;        // e^u
+  Vec<T> fall[kTile];  // e^{-w distance}
+  Vec<T> loss;         // e^-w - 1: e^-w itself, rounded, would be off by as much at every step
 
   // Whether decay and bonus are such that any tile has a sum of this kind,
   bool sums() const { return serves_; }

@@ -14,13 +14,15 @@ namespace medssm {
 namespace {
 
 // One step's quotient. Its weights are relative to e^top.
-template <class T> struct Quotient { Vec<T> top, own, out, inverse, slope_a, slope_b; };
+template <class T> struct Quotient {
+  Vec<T> top, own, out, inverse, slope_a, slope_b;
+};
 
 template <class T, bool kUpstream, bool kSlope> class Outputs {
  public:
   // ahead: room for a sum for each tile of a segment.
-  Outputs(const Problem& p, const Walk& walk, const Block<T>& block, Sums<T>* ahead)
-      : p_(p), walk_(walk), block_(block), rate_(block.weight(p.w)), u_(block.weight(p.u)), level_(rate_, u_), ahead_(ahead) {
+  Outputs(const Problem& p, const Walk& walk, const Block<T>& block, Sums<T>* ahead) :
+      p_(p), walk_(walk), block_(block), rate_(block.weight(p.w)), u_(block.weight(p.u)), level_(rate_, u_), ahead_(ahead) {
     if constexpr (kSlope) center_ = block.mean(p.v, p.length);
   }
 
@@ -105,7 +107,9 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
   }
 
  private:
-  struct Bounds { Vec<T> lowest, highest; };
+  struct Bounds {
+    Vec<T> lowest, highest;
+  };
   static MEDSSM_INLINE Bounds bounds(const Run& run, const Vec<T>* k) {
     Bounds keys = {k[0], k[0]};
     for (int64_t t = 1; t < run.count; ++t) keys = {min(keys.lowest, k[t]), max(keys.highest, k[t])};

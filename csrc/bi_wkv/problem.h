@@ -17,9 +17,9 @@ struct Tokens {  // (b, l, d), channels adjacent
 };
 struct Problem {
   Tokens k, v;
-  const void *w, *u;               // (d,), dense, the compute type
-  const int64_t *index, *bounds;   // the token of each step, null for raster; the segments' first steps and the length, null for one segment
-  int64_t segments, reverse;       // reverse: index backwards; bounds are of the walk as it is made
+  const void *w, *u;              // (d,), dense, the compute type
+  const int64_t *index, *bounds;  // the token of each step, null for raster; the segments' first steps and the length, null for one segment
+  int64_t segments, reverse;      // reverse: index backwards; bounds are of the walk as it is made
   int64_t batch, length, channels;
   int64_t upstream, wide, threads;  // wide: compute in double
 };
@@ -31,9 +31,9 @@ MEDSSM_INLINE void prefer_huge_pages(const Problem& p, const Tokens& result) {
   medssm::prefer_huge_pages(result.data, p.batch * p.length * p.channels * element_size(result));
 }
 
-constexpr int64_t kTile = 32;     // steps, at most
-constexpr int64_t kChunks = 32;   // of a segment, in mode "upstream"
-constexpr double kEps = 1e-6;     // there, of the denominator
+constexpr int64_t kTile = 32;    // steps, at most
+constexpr int64_t kChunks = 32;  // of a segment, in mode "upstream"
+constexpr double kEps = 1e-6;    // there, of the denominator
 
 // Steps [from, from + count) of the walk, in one chunk.
 struct Run {
@@ -44,9 +44,11 @@ struct Run {
 // A segment's steps in chunks, chunks in tiles; in mode "exact" the segment is one chunk.
 class Segment {
  public:
-  Segment(const Problem& p, int64_t i)
-      : begin_(p.bounds ? p.bounds[i] : 0), end_(p.bounds ? p.bounds[i + 1] : p.length),
-        chunk_(p.upstream ? ceil_div(end_ - begin_, kChunks) : end_ - begin_), tiles_(ceil_div(chunk_, kTile)) {}
+  Segment(const Problem& p, int64_t i) :
+      begin_(p.bounds ? p.bounds[i] : 0),
+      end_(p.bounds ? p.bounds[i + 1] : p.length),
+      chunk_(p.upstream ? ceil_div(end_ - begin_, kChunks) : end_ - begin_),
+      tiles_(ceil_div(chunk_, kTile)) {}
 
   static int64_t most_tiles(const Problem& p) { return ceil_div(p.length, kTile) + 2 * kChunks; }
 
@@ -78,8 +80,8 @@ template <class T> struct Block {
   int64_t batch, channel;
   int lanes;
 
-  Block(const Problem& p, int64_t item)
-      : batch(item / count(p)), channel(item % count(p) * W), lanes(static_cast<int>(least<int64_t>(W, p.channels - channel))) {}
+  Block(const Problem& p, int64_t item) :
+      batch(item / count(p)), channel(item % count(p) * W), lanes(static_cast<int>(least<int64_t>(W, p.channels - channel))) {}
   static int64_t count(const Problem& p) { return ceil_div(p.channels, W); }
 
   Vec<T> weight(const void* data) const { return load_part<T>(static_cast<const T*>(data) + channel, lanes); }
@@ -122,8 +124,10 @@ template <class T> struct Block {
       data += batch * tokens.batch + channel;
       for (int64_t t = 0; t < run.count; ++t) {
         auto* row = data + run.token(t) * tokens.token;
-        if (lanes == W) medssm::store(row, rows[t]);
-        else store_part(row, rows[t], lanes);
+        if (lanes == W)
+          medssm::store(row, rows[t]);
+        else
+          store_part(row, rows[t], lanes);
       }
     });
   }

@@ -32,7 +32,9 @@ template <class T> struct Pair {
 };
 
 // A sum as one step sees it: e^shift (a, b), and the derivative of (a, b) by w.
-template <class T> struct Term { Vec<T> shift, a, b, slope_a, slope_b; };
+template <class T> struct Term {
+  Vec<T> shift, a, b, slope_a, slope_b;
+};
 
 // sum over the tokens i passed of e^{key_i - (|t-i|-1) w} (a_i, b_i), t the step that comes next.
 template <class T> struct Sums {
@@ -70,7 +72,8 @@ template <class T> struct Sums {
     const Pair<T> weights(other.seen.shift - seen.shift);
     const auto heavier = weights.heavier;
     const auto sum = [&](Vec<T> x, Vec<T> y) __attribute__((always_inline)) { return fma(weights.first, x, weights.second * y); };
-    return {heavier ? other.key : key, heavier ? other.age : age,
+    return {heavier ? other.key : key,
+            heavier ? other.age : age,
             {heavier ? other.seen.shift : seen.shift, sum(seen.a, other.seen.a), sum(seen.b, other.seen.b), sum(seen.slope_a, other.seen.slope_a),
              sum(seen.slope_b, other.seen.slope_b)}};
   }
@@ -150,16 +153,18 @@ template <class T, bool kUpstream> class Behind {
   }
 
  private:
-  Sums<T> near_ = Sums<T>::empty(), passed_ = Sums<T>::empty();  // this tile's tokens; those of the tiles before it
-  Sums<T> outside_ = Sums<T>::empty();                           // all tokens before this tile, seen from its first step
+  Sums<T> near_ = Sums<T>::empty(), passed_ = Sums<T>::empty();    // this tile's tokens; those of the tiles before it
+  Sums<T> outside_ = Sums<T>::empty();                             // all tokens before this tile, seen from its first step
   Sums<T> earlier_ = Sums<T>::empty(), taken_ = Sums<T>::empty();  // mode "upstream": the chunks before this one, seen from its first step
-  Vec<T> inside_ = {}, steps_ = {};                              // steps into the tile, and of the chunk's tiles before it
+  Vec<T> inside_ = {}, steps_ = {};                                // steps into the tile, and of the chunk's tiles before it
 };
 
 // What lies ahead of a walk through which the other direction has already gone.
 template <class T, bool kUpstream> MEDSSM_INLINE Term<T> ahead(const Rate<T>& rate, const Term<T>& t) {
-  if constexpr (kUpstream) return {t.shift - rate.w, t.a, t.b, t.slope_a - t.a, t.slope_b - t.b};
-  else return t;
+  if constexpr (kUpstream)
+    return {t.shift - rate.w, t.a, t.b, t.slope_a - t.a, t.slope_b - t.b};
+  else
+    return t;
 }
 
 }  // namespace

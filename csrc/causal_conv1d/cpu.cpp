@@ -41,8 +41,7 @@ template <class T> void final_state(const Problem& p, const Plan<T>& plan, const
       const Task task = plan.task((n * plan.chunks + plan.chunks - 1) * plan.groups + group);
       input.start(task, walk.segment(plan.length - 1), plan.length);
       const T* const* rows = input.see(plan.length, 0);
-      for (int64_t slot = 0; slot < plan.past; ++slot)
-        store_state(state, p.x_type, plan.slots(task) + slot, plan.past, plan.width(task), rows[slot]);
+      for (int64_t slot = 0; slot < plan.past; ++slot) store_state(state, p.x_type, plan.slots(task) + slot, plan.past, plan.width(task), rows[slot]);
     }
 }
 
@@ -89,11 +88,23 @@ template <class T> void forward(const Forward& a) {
 template <class T> class Adjoint {
  public:
   // taps, mirrored: packed.
-  Adjoint(const Backward& a, const Plan<T>& plan, const Walk& walk, const Tokens<T>& dout, const Tokens<T>& dx, const T* taps,
-          const T* mirrored)
-      : a_(a), p_(a.problem), plan_(plan), walk_(walk), tile_(p_.taps.count()), dx_(dx), input_(plan, walk, p_), dout_rows_(plan, dout),
-        dx_rows_(plan, dx), dstate_{a.dstate, p_.x_type, {a.dstate_stride[0], a.dstate_stride[1], a.dstate_stride[2]}}, taps_(taps),
-        mirrored_(mirrored), g_((kSteps + plan.past) * plan.row), edge_(kTile * plan.row), zeros_(plan.row), seen_(kTile + plan.past) {
+  Adjoint(const Backward& a, const Plan<T>& plan, const Walk& walk, const Tokens<T>& dout, const Tokens<T>& dx, const T* taps, const T* mirrored) :
+      a_(a),
+      p_(a.problem),
+      plan_(plan),
+      walk_(walk),
+      tile_(p_.taps.count()),
+      dx_(dx),
+      input_(plan, walk, p_),
+      dout_rows_(plan, dout),
+      dx_rows_(plan, dx),
+      dstate_{a.dstate, p_.x_type, {a.dstate_stride[0], a.dstate_stride[1], a.dstate_stride[2]}},
+      taps_(taps),
+      mirrored_(mirrored),
+      g_((kSteps + plan.past) * plan.row),
+      edge_(kTile * plan.row),
+      zeros_(plan.row),
+      seen_(kTile + plan.past) {
     std::memset(zeros_.data(), 0, static_cast<std::size_t>(plan.row) * sizeof(T));
   }
 
@@ -173,9 +184,7 @@ template <class T> void backward(const Backward& a) {
   const Tokens<T> dout(plan, walk, a.dout, p.x_type, a.dout_stride[0], a.dout_stride[1]), dx = fresh(plan, walk, p, a.dx);
   parallel(worthwhile(p.threads, plan.tasks(), plan.elements), [&](const Team& team) {
     Adjoint<T> adjoint(a, plan, walk, dout, dx, taps.data(), mirrored.data());
-    each_task(plan, team, [&](const Task& task) {
-      adjoint.run(task, sums.data() + (task.share * plan.vectors + task.first) * plan.packed);
-    });
+    each_task(plan, team, [&](const Task& task) { adjoint.run(task, sums.data() + (task.share * plan.vectors + task.first) * plan.packed); });
   });
   reduce(p.taps, sums.data(), plan.shares, a.dweight, a.dbias, p.threads);
 }

@@ -1,10 +1,10 @@
 // Causal depthwise convolution on a GPU.
 //
-// What it costs is memory: so every number is read once and written once. A thread has one channel, and neighbours have neighbouring channels, so that
-// any walk reads whole rows; it goes through a run of steps with the taps it has seen in registers, and asks for several steps at a time. Other widths
-// than four read their taps anew, from the caches. Backward a run's thread goes on for width - 1 steps behind its end, whose gradients reach into
-// it: these few outputs are worked out twice, which spares a workspace. The gradients of weight and bias are added in registers over a run, over a
-// block's runs in shared memory, and over blocks by PyTorch: no atomics.
+// What it costs is memory: so every number is read once and written once. A thread has one channel, and neighbours have neighbouring channels, so
+// that any walk reads whole rows; it goes through a run of steps with the taps it has seen in registers, and asks for several steps at a time. Other
+// widths than four read their taps anew, from the caches. Backward a run's thread goes on for width - 1 steps behind its end, whose gradients reach
+// into it: these few outputs are worked out twice, which spares a workspace. The gradients of weight and bias are added in registers over a run, over
+// a block's runs in shared memory, and over blocks by PyTorch: no atomics.
 #include "medssm/activation.h"
 
 namespace medssm {
@@ -19,9 +19,10 @@ struct Arguments {
   Strided<2> weight;   // (d, w)
   Strided<1> bias;     // (d,), may be null
   Strided<3> initial;  // (b, d, w - 1), may be null: zeros
-  const int64_t *index, *begin;  // (l,): the token of each step, null for raster; the first step that each step sees, null: all back to the initial state
+  const int64_t *index,
+      *begin;  // (l,): the token of each step, null for raster; the first step that each step sees, null: all back to the initial state
   int64_t reverse, batch, length, channels, width, silu, wide;
-  void* out;           // contiguous, x's type
+  void* out;                // contiguous, x's type
   Strided<3> dout, dstate;  // backward: (b, l, d), (b, d, w - 1) or null
   void *dx, *dinitial;      // contiguous, x's and initial's type; dinitial may be null
   void* sums;               // (blocks of runs, w + 1, d), the compute type: of dweight, and last of dbias
@@ -102,9 +103,8 @@ template <class T> class Weights<T, 0> {
 };
 
 // bias + sum_j weight_j tap_j at a step that the window has moved to.
-template <class T, int kWidth>
-__device__ T before_activation(const Arguments& a, const Place& place, int64_t step, T bias, const Weights<T, kWidth>& weight,
-                               const Window<T, kWidth>& window) {
+template <class T, int kWidth> __device__ T before_activation(const Arguments& a, const Place& place, int64_t step, T bias,
+                                                              const Weights<T, kWidth>& weight, const Window<T, kWidth>& window) {
   const int width = kWidth ? kWidth : static_cast<int>(a.width);
   const int64_t begin = begin_at(a, step);
   T y = bias;
@@ -142,9 +142,8 @@ template <class T, int kWidth> __global__ void __launch_bounds__(kThreads) forwa
 }
 
 // The gradient before the activation at a step that the window has moved to; 0 where there is no such step.
-template <class T, int kWidth>
-__device__ T inner_gradient(const Arguments& a, const Place& place, int64_t step, T bias, const Weights<T, kWidth>& weight,
-                            const Window<T, kWidth>& window) {
+template <class T, int kWidth> __device__ T inner_gradient(const Arguments& a, const Place& place, int64_t step, T bias,
+                                                           const Weights<T, kWidth>& weight, const Window<T, kWidth>& window) {
   if (step < 0 || step >= a.length) return 0;
   T g = a.dout.get<T>(place.batch, token_at(a, step), place.channel);
   if (a.silu) g *= silu_slope<T>(before_activation<T, kWidth>(a, place, step, bias, weight, window));
@@ -159,8 +158,10 @@ template <class T> MEDSSM_INLINE T from_state(const Arguments& a, const Place& p
 }
 
 template <class T> MEDSSM_INLINE void write_step(const Arguments& a, const Place& place, int64_t step, T value) {
-  if (step >= 0) write<T>(a.dx, a.x.type, (place.batch * a.length + token_at(a, step)) * a.channels + place.channel, value);
-  else if (a.dinitial) write<T>(a.dinitial, a.initial.type, (place.batch * a.channels + place.channel) * (a.width - 1) + step + a.width - 1, value);
+  if (step >= 0)
+    write<T>(a.dx, a.x.type, (place.batch * a.length + token_at(a, step)) * a.channels + place.channel, value);
+  else if (a.dinitial)
+    write<T>(a.dinitial, a.initial.type, (place.batch * a.channels + place.channel) * (a.width - 1) + step + a.width - 1, value);
 }
 
 // Adds a block's runs and writes a row of the sums.
@@ -231,16 +232,16 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) backward_any(A
     T sum = 0;
     for (int64_t t = most<int64_t>(place.first, 0); t < end; ++t) {
       const T g = inner_gradient<T, 0>(a, place, t, bias, weight, window);
-      if (j == width) sum += g;
-      else if (t - width + 1 + j >= begin_at(a, t)) sum = fma(g, window.tap(a, place, t, j), sum);
+      if (j == width)
+        sum += g;
+      else if (t - width + 1 + j >= begin_at(a, t))
+        sum = fma(g, window.tap(a, place, t, j), sum);
     }
     write_sum<T>(a, place, j, sum);
   }
 }
 
-int64_t blocks(const Arguments& a, int64_t steps) {
-  return a.batch * ceil_div(ceil_div(steps, kRun), kRuns) * ceil_div(a.channels, kColumns);
-}
+int64_t blocks(const Arguments& a, int64_t steps) { return a.batch * ceil_div(ceil_div(steps, kRun), kRuns) * ceil_div(a.channels, kColumns); }
 
 template <class T> void run_forward(const Arguments& a) {
   launch(a.width == 4 ? forward<T, 4> : forward<T, 0>, blocks(a, a.length), kThreads, 0, a.stream, a);

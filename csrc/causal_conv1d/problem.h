@@ -50,8 +50,10 @@ class Walk {
     int64_t low = 0, high = count_;  // the first start after `at`
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (starts_[middle] <= at) low = middle + 1;
-      else high = middle;
+      if (starts_[middle] <= at)
+        low = middle + 1;
+      else
+        high = middle;
     }
     const int64_t begin = low > 0 ? starts_[low - 1] : 0, end = low < count_ ? starts_[low] : length_;
     return reverse_ ? Range{length_ - end, length_ - begin} : Range{begin, end};
@@ -76,11 +78,18 @@ template <class T> struct Plan {
   int64_t chunks, group, groups, shares;     // chunks of steps, vectors of a task, tasks per chunk, tasks that add to the same taps
   int64_t row;                               // elements of a task's row in scratch memory
 
-  explicit Plan(const Problem& p)
-      : length(p.length), channels(p.taps.channels), elements(p.batch * length * channels), past(p.taps.count() - 1),
-        vectors(p.taps.vectors<T>()), packed(p.taps.packed<T>()), chunks(ceil_div(length, kSteps)),
-        group(ceil_div(vectors, ceil_div(vectors, kChannels / W))), groups(ceil_div(vectors, group)), shares(p.batch * chunks),
-        row(group * W) {}
+  explicit Plan(const Problem& p) :
+      length(p.length),
+      channels(p.taps.channels),
+      elements(p.batch * length * channels),
+      past(p.taps.count() - 1),
+      vectors(p.taps.vectors<T>()),
+      packed(p.taps.packed<T>()),
+      chunks(ceil_div(length, kSteps)),
+      group(ceil_div(vectors, ceil_div(vectors, kChannels / W))),
+      groups(ceil_div(vectors, group)),
+      shares(p.batch * chunks),
+      row(group * W) {}
 
   int64_t tasks() const { return shares * groups; }
   Task task(int64_t i) const {

@@ -13,8 +13,8 @@ namespace {
 // A (b, l, d) tensor of any storage type whose rows are wanted in the compute type T. The data of an input is only read.
 template <class T> class Tokens {
  public:
-  Tokens(const Plan<T>& plan, const Walk& walk, const void* data, int64_t type, int64_t batch_stride, int64_t token_stride)
-      : plan_(plan), walk_(walk), data_(const_cast<void*>(data)), type_(type), batch_stride_(batch_stride), token_stride_(token_stride) {}
+  Tokens(const Plan<T>& plan, const Walk& walk, const void* data, int64_t type, int64_t batch_stride, int64_t token_stride) :
+      plan_(plan), walk_(walk), data_(const_cast<void*>(data)), type_(type), batch_stride_(batch_stride), token_stride_(token_stride) {}
 
   // Whether to write it past the caches.
   bool streams() const { return in_place() && medssm::streams<T>(static_cast<T*>(data_), plan_.elements, plan_.channels); }
@@ -36,9 +36,7 @@ template <class T> class Tokens {
   }
 
  private:
-  int64_t offset(const Task& task, int64_t step) const {
-    return task.n * batch_stride_ + walk_.token(step) * token_stride_ + task.first * kLanes<T>;
-  }
+  int64_t offset(const Task& task, int64_t step) const { return task.n * batch_stride_ + walk_.token(step) * token_stride_ + task.first * kLanes<T>; }
 
   const Plan<T>& plan_;
   const Walk& walk_;
@@ -101,10 +99,13 @@ template <class T> void store_state(void* data, int64_t type, int64_t at, int64_
 // The rows that the tiles of a run see, one tile after the other.
 template <class T> class Input {
  public:
-  Input(const Plan<T>& plan, const Walk& walk, const Problem& p)
-      : plan_(plan), x_(plan, walk, p.x, p.x_type, p.x_stride[0], p.x_stride[1]),
-        initial_{p.initial, p.initial_type, {p.initial_stride[0], p.initial_stride[1], p.initial_stride[2]}}, slots_(kTile + plan.past),
-        scratch_(slots_ * plan.row), rows_(slots_) {}
+  Input(const Plan<T>& plan, const Walk& walk, const Problem& p) :
+      plan_(plan),
+      x_(plan, walk, p.x, p.x_type, p.x_stride[0], p.x_stride[1]),
+      initial_{p.initial, p.initial_type, {p.initial_stride[0], p.initial_stride[1], p.initial_stride[2]}},
+      slots_(kTile + plan.past),
+      scratch_(slots_ * plan.row),
+      rows_(slots_) {}
 
   void start(const Task& task, const Range& segment, int64_t step) {
     task_ = task;

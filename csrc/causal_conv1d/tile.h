@@ -16,12 +16,16 @@ constexpr int kTile = 4;
 template <bool kWhole> struct Lanes {
   int n;
   template <class T, class S> MEDSSM_INLINE Vec<T> load_from(const S* p) const {
-    if constexpr (kWhole) return load<T>(p);
-    else return load_part<T>(p, n);
+    if constexpr (kWhole)
+      return load<T>(p);
+    else
+      return load_part<T>(p, n);
   }
   template <class S, class V> MEDSSM_INLINE void store_to(S* p, V v, bool stream = false) const {
-    if constexpr (kWhole) write(p, v, stream);
-    else store_part(p, v, n);
+    if constexpr (kWhole)
+      write(p, v, stream);
+    else
+      store_part(p, v, n);
   }
 };
 
@@ -56,8 +60,7 @@ MEDSSM_INLINE void preactivation(const T* const* rows, int64_t c, const T* taps,
 
 // out_t = act(bias + sum_j taps_j rows_{t+j}) for t < steps; stream: past the caches.
 template <class T, int kWidth>
-void convolve(const T* const* rows, const T* taps, int64_t width, int64_t channels, bool activate, int64_t steps, T* const* out,
-              bool stream) {
+void convolve(const T* const* rows, const T* taps, int64_t width, int64_t channels, bool activate, int64_t steps, T* const* out, bool stream) {
   each_vector<T>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
     Vec<T> acc[kTile];
     preactivation<T, kWidth>(rows, c, taps + c * (width + 1), width, lanes, acc);
@@ -67,9 +70,8 @@ void convolve(const T* const* rows, const T* taps, int64_t width, int64_t channe
 
 // g_t = dout_t act'(bias + sum_j taps_j rows_{t+j}) for t < steps, in whole vectors; and, unless sums is null, the tile's share of the
 // gradients of taps and bias: sums_j += sum_t g_t rows_{t+j}, packed like the taps.
-template <class T, int kWidth>
-void differentiate(const T* const* rows, const T* taps, int64_t width, int64_t channels, bool activate, int64_t steps, const T* const* dout,
-                   T* const* g, T* sums) {
+template <class T, int kWidth> void differentiate(const T* const* rows, const T* taps, int64_t width, int64_t channels, bool activate, int64_t steps,
+                                                  const T* const* dout, T* const* g, T* sums) {
   constexpr int W = kLanes<T>;
   const int64_t side = kWidth > 0 ? kWidth : width;
   each_vector<T>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
@@ -102,10 +104,17 @@ template <class T> struct Tile {
 
   explicit Tile(int64_t width) {
     switch (width) {
-      case 2: choose<2>(); break;
-      case 3: choose<3>(); break;
-      case 4: choose<4>(); break;
-      default: choose<0>();
+      case 2:
+        choose<2>();
+        break;
+      case 3:
+        choose<3>();
+        break;
+      case 4:
+        choose<4>();
+        break;
+      default:
+        choose<0>();
     }
   }
 

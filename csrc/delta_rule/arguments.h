@@ -19,12 +19,12 @@ struct Scalars {  // (b, l, h): beta, g
 };
 struct Problem {
   Tokens q, k, v;
-  Scalars beta, g;                        // g.data null: no decay
-  const void* initial;                    // (b, h, dk, dv): dense, the compute type; may be null
-  const int64_t *index, *starts;          // null: raster; null: no segment begins after step 0
+  Scalars beta, g;                // g.data null: no decay
+  const void* initial;            // (b, h, dk, dv): dense, the compute type; may be null
+  const int64_t *index, *starts;  // null: raster; null: no segment begins after step 0
   int64_t start_count, reverse;
   int64_t batch, length, heads, keys, values;  // keys: dk, values: dv
-  int64_t wide, threads;                  // wide: compute in double
+  int64_t wide, threads;                       // wide: compute in double
   double scale;
 
   Walk walk() const { return {length, index, starts, start_count, reverse != 0}; }
@@ -54,7 +54,8 @@ struct Item {
 // Items are blocks of kVectors vectors of columns: they depend on shapes only.
 template <class T> struct Items {
   int64_t heads, columns, blocks, count;
-  Items(const Problem& p, int64_t width) : heads(p.heads), columns(width), blocks(ceil_div(width, kVectors * kLanes<T>)), count(p.batch * heads * blocks) {}
+  Items(const Problem& p, int64_t width) :
+      heads(p.heads), columns(width), blocks(ceil_div(width, kVectors * kLanes<T>)), count(p.batch * heads * blocks) {}
   Item operator[](int64_t i) const {
     const int64_t head = i / blocks, block = i % blocks, first = block * kVectors * kLanes<T>;
     return {head / heads, head % heads, block, first, static_cast<int>(least<int64_t>(kVectors * kLanes<T>, columns - first))};
@@ -63,8 +64,10 @@ template <class T> struct Items {
 
 // f.template operator()<vectors>() with as many lane vectors as the item needs.
 template <class T, class F> void with_vectors(const Item& item, const F& f) {
-  if (kVectors > 1 && item.lanes > kLanes<T>) f(std::integral_constant<int, kVectors>{});
-  else f(std::integral_constant<int, 1>{});
+  if (kVectors > 1 && item.lanes > kLanes<T>)
+    f(std::integral_constant<int, kVectors>{});
+  else
+    f(std::integral_constant<int, 1>{});
 }
 
 // Threads for so many items of a problem: one where the work would not repay waking the others.

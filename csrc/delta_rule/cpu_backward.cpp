@@ -1,5 +1,5 @@
-// Gradients of the delta rule. With u_t = beta_t (v_t - recalled_t) the state is a plain gated recurrence, S_t = e_t S_{t-1} + k_t u_t^T, and with X_t the
-// gradient of S_t that comes from later tokens (do' = scale do):
+// Gradients of the delta rule. With u_t = beta_t (v_t - recalled_t) the state is a plain gated recurrence, S_t = e_t S_{t-1} + k_t u_t^T, and with
+// X_t the gradient of S_t that comes from later tokens (do' = scale do):
 //
 //   dS_t = X_t + q_t do'_t^T;  du_t = dS_t^T k_t;  dv_t = beta_t du_t;  X_{t-1} = e_t (dS_t - k_t dv_t^T)
 //   dq_t = scale S_t do_t;  dk_t = dS_t u_t - S'_t dv_t;  dbeta_t = du_t . (v_t - recalled_t)
@@ -10,8 +10,8 @@
 //
 //   q_t . S'_t do'_t - beta_t (q_t . k_t) (recalled_t . do'_t) - beta_t v_t . X_t^T k_t
 //
-// in which what a token does to itself has cancelled, so that strong decay makes the terms as small as the gradient. Their running sum begins anew from
-// <S, X> every kChunk steps: its rounding does not grow with the length.
+// in which what a token does to itself has cancelled, so that strong decay makes the terms as small as the gradient. Their running sum begins anew
+// from <S, X> every kChunk steps: its rounding does not grow with the length.
 #include "medssm/abi.h"
 #include "medssm/parallel.h"
 #include "passes.h"
@@ -46,9 +46,16 @@ template <class T> struct Between {
   const Scratch<T> dbeta, later, earlier;  // shares (item, l): of by_values, by_values, by_keys
   const Scratch<T> inner;                  // <S, X> at the end of each chunk: shares (item, chunk) of by_keys
 
-  explicit Between(const Problem& p)
-      : by_values(p, p.values), by_keys(p, p.keys), length(p.length), chunks(ceil_div(p.length, kChunk)), u(p.batch * p.length * p.heads * p.values),
-        dbeta(by_values.count * length), later(by_values.count * length), earlier(by_keys.count * length), inner(by_keys.count * chunks) {
+  explicit Between(const Problem& p) :
+      by_values(p, p.values),
+      by_keys(p, p.keys),
+      length(p.length),
+      chunks(ceil_div(p.length, kChunk)),
+      u(p.batch * p.length * p.heads * p.values),
+      dbeta(by_values.count * length),
+      later(by_values.count * length),
+      earlier(by_keys.count * length),
+      inner(by_keys.count * chunks) {
     prefer_huge_pages(u.data(), p.batch * p.length * p.heads * p.values * static_cast<int64_t>(sizeof(T)));
   }
 };
@@ -57,8 +64,9 @@ template <class T> struct Between {
 template <class T> struct Target {
   T* data;
   int64_t token;
-  Target(const void* tensor, const Problem& p, const Item& item, int64_t features)
-      : data(static_cast<T*>(const_cast<void*>(tensor)) + (item.batch * p.length * p.heads + item.head) * features + item.first), token(p.heads * features) {}
+  Target(const void* tensor, const Problem& p, const Item& item, int64_t features) :
+      data(static_cast<T*>(const_cast<void*>(tensor)) + (item.batch * p.length * p.heads + item.head) * features + item.first),
+      token(p.heads * features) {}
   T* operator[](int64_t t) const { return data + t * token; }
 };
 

@@ -11,9 +11,9 @@ namespace {
 
 struct Forward {
   Problem problem;
-  void* out;        // (b, l, h, dv), dense, v's type
-  void* state;      // (b, h, dk, dv), dense, the compute type; may be null
-  void* recalled;   // (b, l, h, dv), dense, the compute type; may be null
+  void* out;       // (b, l, h, dv), dense, v's type
+  void* state;     // (b, h, dk, dv), dense, the compute type; may be null
+  void* recalled;  // (b, l, h, dv), dense, the compute type; may be null
 };
 
 template <class T, int kVectors> void run(const Forward& a, const Walk& walk, const Item& item) {
@@ -59,8 +59,7 @@ template <class T> void forward(const Forward& a) {
   if (a.recalled) prefer_huge_pages(a.recalled, elements * static_cast<int64_t>(sizeof(T)));
   parallel(team_size(p, items.count), [&](const Team& team) {
     const Range mine = share(items.count, team);
-    for (int64_t i = mine.begin; i < mine.end; ++i)
-      with_vectors<T>(items[i], [&](auto vectors) { run<T, vectors>(a, walk, items[i]); });
+    for (int64_t i = mine.begin; i < mine.end; ++i) with_vectors<T>(items[i], [&](auto vectors) { run<T, vectors>(a, walk, items[i]); });
   });
 }
 

@@ -54,8 +54,7 @@ template <class T, int kWidth> MEDSSM_INLINE void interleave(const Vec<T>* rows,
 
 // rows[slot][j]: n elements of token j. The panel has round_up(n, lanes) rows. products: of slot kA (token i < j) with slot kB (token j), and of
 // slot kC (token i <= j) with slot kD.
-template <class T, int kSlots, int kA, int kB, int kC, int kD>
-void pack(const T* const* const (&rows)[kSlots], int64_t n, T* panel, T* products) {
+template <class T, int kSlots, int kA, int kB, int kC, int kD> void pack(const T* const* const (&rows)[kSlots], int64_t n, T* panel, T* products) {
   constexpr int W = kLanes<T>, kWidth = kSlots * kBlock;
   Vec<T> sums[kProducts] = {};
   const auto columns = [&](int64_t at, auto load_row) {

@@ -12,8 +12,8 @@ namespace {
 // Coefficients: c, r, s (kSlots 3), or c = r, s (kSlots 2). x(j, before) gives token j's x; out(j, after, own, x) takes the read-out without the
 // token's own update, and the factor of x_t in it.
 template <class T, int kVectors, int kSlots, class X, class Out>
-MEDSSM_INLINE void write_then_read(State<T, kVectors, kSlots, 1>& state, const T* const* const (&coefficients)[kSlots], const T* e, const Ahead& ahead, const X& x_of,
-                                   const Out& out) {
+MEDSSM_INLINE void write_then_read(State<T, kVectors, kSlots, 1>& state, const T* const* const (&coefficients)[kSlots], const T* e,
+                                   const Ahead& ahead, const X& x_of, const Out& out) {
   using L = Lanes<T, kVectors>;
   T products[kProducts];
   L read[2 * kBlock], x[kBlock];
@@ -42,8 +42,8 @@ MEDSSM_INLINE void write_then_read(State<T, kVectors, kSlots, 1>& state, const T
 //
 //   X + c_t x_t^T;  read_t = (X + c_t x_t^T)^T r_t;  X_{t-1} = e_t (X + c_t x_t^T - d_t y_t^T)
 //
-// Coefficients: c, d, r (kSlots 3), or c, d = r (kSlots 2). x[j] is token j's x; y(j, later, own) gives its y, from the read-out without the token's own
-// first update, and the factor of x_t in it.
+// Coefficients: c, d, r (kSlots 3), or c, d = r (kSlots 2). x[j] is token j's x; y(j, later, own) gives its y, from the read-out without the token's
+// own first update, and the factor of x_t in it.
 template <class T, int kVectors, int kSlots, class Y>
 MEDSSM_INLINE void read_between(State<T, kVectors, kSlots, 2>& state, const T* const* const (&coefficients)[kSlots], const T* e, const Ahead& ahead,
                                 const Lanes<T, kVectors>* x, const Y& y_of) {

@@ -53,9 +53,13 @@ class Ahead {
 // Features [first, first + count) of one head's tokens: in place where they are of the compute type, else copies.
 template <class T> class Rows {
  public:
-  Rows(const Tokens& x, const Item& item, int64_t first, int64_t count)
-      : x_(x), offset_(x.batch * item.batch + x.head * item.head + first), count_(count), step_(round_up(count, kLanes<T>)),
-        in_place_(x.type == (sizeof(T) == 8 ? kFloat64 : kFloat32)), copies_((in_place_ ? 1 : kBlock + 1) * step_) {
+  Rows(const Tokens& x, const Item& item, int64_t first, int64_t count) :
+      x_(x),
+      offset_(x.batch * item.batch + x.head * item.head + first),
+      count_(count),
+      step_(round_up(count, kLanes<T>)),
+      in_place_(x.type == (sizeof(T) == 8 ? kFloat64 : kFloat32)),
+      copies_((in_place_ ? 1 : kBlock + 1) * step_) {
     for (int64_t i = 0; i < step_; ++i) copies_.data()[i] = T(0);
   }
 
@@ -134,8 +138,10 @@ template <class T, int kVectors> struct Lanes {
   template <class S> MEDSSM_INLINE void put(S* row, int lanes) const {
 #pragma GCC unroll 2
     for (int l = 0; l < kVectors; ++l)
-      if (lanes >= (l + 1) * kLanes<T>) store(row + l * kLanes<T>, v[l]);
-      else store_part(row + l * kLanes<T>, v[l], lanes - l * kLanes<T>);
+      if (lanes >= (l + 1) * kLanes<T>)
+        store(row + l * kLanes<T>, v[l]);
+      else
+        store_part(row + l * kLanes<T>, v[l], lanes - l * kLanes<T>);
   }
   MEDSSM_INLINE Vec<T> sum() const {
     Vec<T> s = v[0];
@@ -143,8 +149,8 @@ template <class T, int kVectors> struct Lanes {
     return s;
   }
 };
-#define MEDSSM_LANEWISE(expression)                                   \
-  Lanes<T, N> r;                                                      \
+#define MEDSSM_LANEWISE(expression)                                        \
+  Lanes<T, N> r;                                                           \
   _Pragma("GCC unroll 2") for (int l = 0; l < N; ++l) r.v[l] = expression; \
   return r;
 template <class T, int N> MEDSSM_INLINE Lanes<T, N> operator*(T a, const Lanes<T, N>& x) { MEDSSM_LANEWISE(a * x.v[l]) }

@@ -1,9 +1,9 @@
 // A gated recurrence of a matrix, four tokens at a time. Rows are read by broadcast coefficients, columns lie in the lanes.
 //
-// Each token adds kUpdates outer products c_t x_t^T (c over the rows, x over the columns) and takes kReads = 3 - kUpdates read-outs S^T r_t. One sweep
-// over the rows applies the updates of the block before and sums the read-outs of the block at hand from the state before it, so that a row is loaded
-// and stored once in four tokens; what the block's own tokens contribute to each other's read-outs follows from the products of their coefficients.
-// Decays enter as products of the block's own factors, never as a quotient.
+// Each token adds kUpdates outer products c_t x_t^T (c over the rows, x over the columns) and takes kReads = 3 - kUpdates read-outs S^T r_t. One
+// sweep over the rows applies the updates of the block before and sums the read-outs of the block at hand from the state before it, so that a row is
+// loaded and stored once in four tokens; what the block's own tokens contribute to each other's read-outs follows from the products of their
+// coefficients. Decays enter as products of the block's own factors, never as a quotient.
 #pragma once
 #include "panel.h"
 
@@ -16,8 +16,8 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
   static constexpr int kReads = 3 - kUpdates, kWidth = kSlots * kBlock, kRow = kVectors * kLanes<T>;
   using L = Lanes<T, kVectors>;
 
-  explicit State(int64_t rows)
-      : rows_(rows), state_(rows * kRow), panels_(2 * panel_size()), panel_(panels_.data()), earlier_(panels_.data() + panel_size()) {
+  explicit State(int64_t rows) :
+      rows_(rows), state_(rows * kRow), panels_(2 * panel_size()), panel_(panels_.data()), earlier_(panels_.data() + panel_size()) {
     for (int64_t i = 0; i < 2 * panel_size(); ++i) panels_.data()[i] = T(0);
     clear();
   }

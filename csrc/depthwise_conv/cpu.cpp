@@ -9,9 +9,9 @@
 // mirrored taps. Each box sums its own share of dweight, and the shares are added in order, in double precision: boxes depend on shapes
 // only, so any number of threads gives the same bits.
 #include "medssm/abi.h"
+#include "medssm/activation.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
-#include "medssm/activation.h"
 #include "medssm/simd.h"
 #include "medssm/stream.h"
 #include "medssm/taps.h"
@@ -66,13 +66,13 @@ struct Box {
 template <class T> struct Plan {
   static constexpr int W = kLanes<T>;
   int64_t size[3], channels, elements, side[3], half[3];  // of x; of the kernel
-  int64_t vectors, packed;           // of channels; elements of the taps and the bias of one of them
-  int64_t box[3], box_vectors;       // size of a box
+  int64_t vectors, packed;                                // of channels; elements of the taps and the bias of one of them
+  int64_t box[3], box_vectors;                            // size of a box
   int64_t boxes[3], groups, shares;  // how many boxes along each axis, how many cover the channels, how many add to the same taps
   int64_t row, plane, ring;          // scratch: elements of a row, of a plane of one channel vector, of that vector's planes
 
-  explicit Plan(const Problem& p)
-      : channels(p.taps.channels), elements(p.batch * channels), vectors(p.taps.vectors<T>()), packed(p.taps.packed<T>()), shares(p.batch) {
+  explicit Plan(const Problem& p) :
+      channels(p.taps.channels), elements(p.batch * channels), vectors(p.taps.vectors<T>()), packed(p.taps.packed<T>()), shares(p.batch) {
     for (int i = 0; i < 3; ++i) {
       size[i] = p.size[i];
       side[i] = p.taps.side[i];
@@ -92,10 +92,10 @@ template <class T> struct Plan {
     groups = ceil_div(vectors, box_vectors);
     for (int i = 0; i < 3; ++i) shares *= boxes[i] = ceil_div(size[i], box[i]);
   }
-  int64_t rows() const { return size[1] == 1 ? 1 : kRows; }      // of outputs in a register tile
+  int64_t rows() const { return size[1] == 1 ? 1 : kRows; }  // of outputs in a register tile
   int64_t tasks() const { return shares * groups; }
   bool whole(int64_t v) const { return (v + 1) * W <= channels; }
-  int tail() const { return static_cast<int>(channels % W); }    // channels in the last vector, where it is not whole
+  int tail() const { return static_cast<int>(channels % W); }  // channels in the last vector, where it is not whole
 
   Box task(int64_t i) const {
     Box b;
@@ -138,8 +138,7 @@ template <class T, class S> void stage(const Plan<T>& plan, const Volume<S>& x, 
 
 // Walks a box with its input in the ring: tile(source, v, z, y, x) for each register tile of channel vector v, its first output at
 // (z, y, x).
-template <class T, class S, class F>
-void walk(const Plan<T>& plan, const Volume<S>& x, const Box& box, T* ring, const T** planes, const F& tile) {
+template <class T, class S, class F> void walk(const Plan<T>& plan, const Volume<S>& x, const Box& box, T* ring, const T** planes, const F& tile) {
   const int64_t depth = plan.size[0], half = plan.half[0];
   for (int64_t z = most<int64_t>(0, box.from[0] - half); z < least(depth, box.from[0] + half); ++z) stage(plan, x, box, z, ring);
   for (int64_t z = box.from[0]; z < box.to[0]; ++z) {
@@ -151,9 +150,14 @@ void walk(const Plan<T>& plan, const Volume<S>& x, const Box& box, T* ring, cons
       }
       for (int64_t y = box.from[1]; y < box.to[1]; y += plan.rows())
         for (int64_t column = box.from[2]; column < box.to[2]; column += kColumns) {
-          const Source<T> source = {planes, (y - box.from[1]) * plan.row + (column - box.from[2]) * kLanes<T>, plan.row,
-                                    plan.side[0], plan.side[1], plan.side[2],
-                                    most<int64_t>(0, plan.half[1] - y), plan.size[1] + plan.half[1] - y};
+          const Source<T> source = {planes,
+                                    (y - box.from[1]) * plan.row + (column - box.from[2]) * kLanes<T>,
+                                    plan.row,
+                                    plan.side[0],
+                                    plan.side[1],
+                                    plan.side[2],
+                                    most<int64_t>(0, plan.half[1] - y),
+                                    plan.size[1] + plan.half[1] - y};
           tile(source, box.first + v, z, y, column);
         }
     }
@@ -184,8 +188,7 @@ MEDSSM_INLINE void each_output(const Plan<T>& plan, const Box& box, int64_t v, i
 
 // Writes act(pre) of a tile to a contiguous tensor.
 template <class T, class S>
-void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre, bool activate,
-            bool stream, S* out) {
+void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre, bool activate, bool stream, S* out) {
   const bool whole = plan.whole(v);
   each_output(plan, box, v, z, y, x, [&](int64_t i, int64_t, int64_t, int64_t at) __attribute__((always_inline)) {
     const Vec<T> value = activate ? silu<T>(pre[i]) : pre[i];
@@ -197,9 +200,8 @@ void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y
 }
 
 // g = dout act'(pre) of a tile, also written to `inner`; zero where the tile leaves the box. Without an activation pre and inner are null.
-template <class T, class S>
-void differentiate(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre,
-                   const Volume<S>& dout, T* inner, bool stream, Vec<T>* g) {
+template <class T, class S> void differentiate(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre,
+                                               const Volume<S>& dout, T* inner, bool stream, Vec<T>* g) {
   const bool whole = plan.whole(v);
   for (int i = 0; i < kRows * kColumns; ++i) g[i] = Vec<T>{};
   each_output(plan, box, v, z, y, x, [&](int64_t i, int64_t row, int64_t column, int64_t at) __attribute__((always_inline)) {
@@ -222,10 +224,17 @@ template <class T> struct Tile {
 
   explicit Tile(const Plan<T>& plan) {
     switch (plan.side[2]) {
-      case 3: choose<3>(plan.rows()); break;
-      case 5: choose<5>(plan.rows()); break;
-      case 7: choose<7>(plan.rows()); break;
-      default: choose<0>(plan.rows());
+      case 3:
+        choose<3>(plan.rows());
+        break;
+      case 5:
+        choose<5>(plan.rows());
+        break;
+      case 7:
+        choose<7>(plan.rows());
+        break;
+      default:
+        choose<0>(plan.rows());
     }
   }
   template <int kSide> void choose(int64_t rows) {
@@ -254,9 +263,7 @@ template <class T> void forward(const Forward& a) {
   const Plan<T> plan(p);
   const Scratch<T> taps(plan.vectors * plan.packed);
   pack(p.taps, false, taps.data());
-  with_storage(p.x_type, p.x, [&](const auto* x) {
-    convolution(plan, p, Volume(x, p.x_stride), taps.data(), p.silu, same_type(x, a.out));
-  });
+  with_storage(p.x_type, p.x, [&](const auto* x) { convolution(plan, p, Volume(x, p.x_stride), taps.data(), p.silu, same_type(x, a.out)); });
 }
 
 // g into `inner`, and each box's share of the gradients of the taps and the bias into sums, packed like the taps.

@@ -3,8 +3,8 @@
 // A thread has one channel, neighbours neighbouring ones, and a run of kRun positions along the last axis: for each row of the kernel it reads the
 // kRun + side - 1 values that the run sees there once, all under way together, and the caches hold what the next rows and runs read again. The
 // gradient of x is the same kernel with its offsets turned round, on the gradient before the activation, which is worked out first and kept in the
-// compute type (without an activation it is dout itself). The gradient of the weight has a block per row of the kernel and share of the volume's rows,
-// so that each pair of values read serves the whole row of offsets; blocks are added by PyTorch in a fixed order: no atomics.
+// compute type (without an activation it is dout itself). The gradient of the weight has a block per row of the kernel and share of the volume's
+// rows, so that each pair of values read serves the whole row of offsets; blocks are added by PyTorch in a fixed order: no atomics.
 #include <type_traits>
 
 #include "medssm/activation.h"
@@ -17,11 +17,11 @@ constexpr int kColumns = 64, kRuns = 4, kThreads = kColumns * kRuns, kRun = 8;
 // kernels/depthwise_conv/cuda.py packs this. Images and sequences are volumes with leading axes of size 1.
 struct Arguments {
   void* stream;
-  Strided<5> x;      // (b, z, y, x, d)
-  Strided<4> weight; // (d, z, y, x)
-  Strided<1> bias;   // (d,), may be null
-  Strided<5> dout;   // as x; null but for the gradient before the activation and that of the weight
-  void* out;         // contiguous
+  Strided<5> x;       // (b, z, y, x, d)
+  Strided<4> weight;  // (d, z, y, x)
+  Strided<1> bias;    // (d,), may be null
+  Strided<5> dout;    // as x; null but for the gradient before the activation and that of the weight
+  void* out;          // contiguous
   int64_t out_type, batch, size[3], channels, side[3];
   int64_t turned, silu, wide;
   int64_t share, shares;  // rows along the last axis that a block sums the gradient of the weight over, and shares of an image's
@@ -44,8 +44,8 @@ struct Place {
   }
 };
 
-// out_p = act(bias + sum_o weight_o x_{p+o}); turned: of x_{p-o}, without bias and activation. With dout: out_p is instead dout_p times the activation's
-// derivative there. kSide: of the kernel's last axis, 0 where known at the launch only.
+// out_p = act(bias + sum_o weight_o x_{p+o}); turned: of x_{p-o}, without bias and activation. With dout: out_p is instead dout_p times the
+// activation's derivative there. kSide: of the kernel's last axis, 0 where known at the launch only.
 template <class T, int kSide> __global__ void __launch_bounds__(kThreads) convolve(Arguments a) {
   const Place place(a);
   if (!place.live) return;
@@ -96,14 +96,16 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads) convol
     const int64_t x = place.x + i;
     if (x >= a.size[2]) break;
     T value = sums[i];
-    if (a.dout.data) value = silu_slope<T>(value) * a.dout.get<T>(place.batch, place.z, place.y, x, place.channel);
-    else if (a.silu) value = silu<T>(value);
+    if (a.dout.data)
+      value = silu_slope<T>(value) * a.dout.get<T>(place.batch, place.z, place.y, x, place.channel);
+    else if (a.silu)
+      value = silu<T>(value);
     write<T>(a.out, a.out_type, (((place.batch * a.size[0] + place.z) * a.size[1] + place.y) * a.size[2] + x) * a.channels + place.channel, value);
   }
 }
 
-// out (batch * shares, offsets + 1, channels), the compute type: the sum over a share's rows of g_p x_{p+o}, behind the offsets of g_p alone. g is dout
-// here. A block has a row of the kernel; the row through its centre sums g too.
+// out (batch * shares, offsets + 1, channels), the compute type: the sum over a share's rows of g_p x_{p+o}, behind the offsets of g_p alone. g is
+// dout here. A block has a row of the kernel; the row through its centre sums g too.
 template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) weights(Arguments a) {
   const int side = kSide ? kSide : static_cast<int>(a.side[2]);
   const int64_t tiles = ceil_div(a.channels, kColumns), rows_of_kernel = a.side[0] * a.side[1];

@@ -12,17 +12,15 @@ namespace {
 constexpr int kRows = 2, kColumns = kVectorBytes == 64 ? 8 : 4;
 
 // Where a tile reads: its rows of input, one plane per tap along z.
-template <class T>
-struct Source {
-  const T* const* planes;         // [side z]: nullptr for a plane outside the volume
-  int64_t offset, row_stride;     // elements from a plane to the tile's first row of input, and between rows
-  int64_t side_z, side_y, side_x; // taps along each axis
-  int64_t first, last;            // rows of input inside the volume, from the tile's first: [first, last)
+template <class T> struct Source {
+  const T* const* planes;          // [side z]: nullptr for a plane outside the volume
+  int64_t offset, row_stride;      // elements from a plane to the tile's first row of input, and between rows
+  int64_t side_z, side_y, side_x;  // taps along each axis
+  int64_t first, last;             // rows of input inside the volume, from the tile's first: [first, last)
 };
 
 // f(z, r, row) for each row of input that outputs in `rows` rows see: tap z, row r, output row o sees it with tap y = r - o.
-template <int kTileRows, class T, class F>
-MEDSSM_INLINE void each_row(const Source<T>& source, F&& f) {
+template <int kTileRows, class T, class F> MEDSSM_INLINE void each_row(const Source<T>& source, F&& f) {
   const int64_t last = source.last < source.side_y + kTileRows - 1 ? source.last : source.side_y + kTileRows - 1;
   for (int64_t z = 0; z < source.side_z; ++z)
     if (source.planes[z])
@@ -55,8 +53,7 @@ MEDSSM_INLINE void add_row(Vec<T> (&acc)[kTileRows][kColumns], const T* const (&
 }
 
 // Pre-activations of a tile. taps: [z][y][x] vectors, then the bias. kSide: taps along the innermost axis, 0 where known only at run time.
-template <class T, int kSide, int kTileRows>
-__attribute__((noinline)) void convolve(const Source<T>& source, const T* taps, Vec<T>* out) {
+template <class T, int kSide, int kTileRows> __attribute__((noinline)) void convolve(const Source<T>& source, const T* taps, Vec<T>* out) {
   constexpr int W = kLanes<T>;
   const int64_t side = kSide > 0 ? kSide : source.side_x, row_of_taps = side * W;
   const Vec<T> bias = load<T>(taps + source.side_z * source.side_y * row_of_taps);
@@ -113,8 +110,7 @@ MEDSSM_INLINE void add_products(T* const (&sums)[2], const Vec<T> (&g)[kTileRows
 }
 
 // A tile's share of the gradients of the taps and, behind them, of the bias: sums laid out as `taps` of convolve.
-template <class T, int kSide, int kTileRows>
-__attribute__((noinline)) void correlate(const Source<T>& source, const Vec<T>* gradient, T* sums) {
+template <class T, int kSide, int kTileRows> __attribute__((noinline)) void correlate(const Source<T>& source, const Vec<T>* gradient, T* sums) {
   constexpr int W = kLanes<T>;
   const int64_t side = kSide > 0 ? kSide : source.side_x, row_of_taps = side * W;
   Vec<T> g[kTileRows][kColumns];

@@ -20,10 +20,10 @@ namespace {
 struct Arguments {
   Problem problem;
   HeadTokens dout;
-  StateTensor dstate;       // of the final state; may be null
-  HeadOutput dq, dk, dv;    // in the types of q, k, v
-  HeadOutput dg;            // the compute type; with a value per key it holds q dq until dk is known
-  StateTensor dinitial;     // may be null
+  StateTensor dstate;     // of the final state; may be null
+  HeadOutput dq, dk, dv;  // in the types of q, k, v
+  HeadOutput dg;          // the compute type; with a value per key it holds q dq until dk is known
+  StateTensor dinitial;   // may be null
 };
 
 constexpr int64_t kExact = 1024;
@@ -35,9 +35,14 @@ template <class T> struct Shared {
   const Scratch<T> states;                            // S of every kExact-th step from the end, [b, h][exact][block][row: value][lane: key]
   const Scratch<T> sums;                              // q dq, then dg, summed over a block's keys: [b, h][block][step]; only without per_key
 
-  explicit Shared(const Problem& p)
-      : length(p.length), heads(p.heads), blocks(ceil_div(p.keys, W)), exact(ceil_div(p.length, kExact)), state(padded_rows(p.values) * W),
-        states(p.batch * p.heads * exact * blocks * state), sums(p.per_key ? 0 : p.batch * p.heads * blocks * p.length) {
+  explicit Shared(const Problem& p) :
+      length(p.length),
+      heads(p.heads),
+      blocks(ceil_div(p.keys, W)),
+      exact(ceil_div(p.length, kExact)),
+      state(padded_rows(p.values) * W),
+      states(p.batch * p.heads * exact * blocks * state),
+      sums(p.per_key ? 0 : p.batch * p.heads * blocks * p.length) {
     prefer_huge_pages(states.data(), p.batch * p.heads * exact * blocks * state * static_cast<int64_t>(sizeof(T)));
   }
 
@@ -50,9 +55,8 @@ template <class T> struct Shared {
 // dq, along the walk; the state is transposed: rows are values, lanes keys.
 template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay, false, true>> {
  public:
-  OfQueries(const Arguments& a, const Shared<T>& shared)
-      : OfQueries::Reader(a.problem, a.problem.values, a.dout, a.problem.v, a.problem.k, 1.0), a_(a), shared_(shared),
-        memory_(kTileSteps * (W + 2)) {}
+  OfQueries(const Arguments& a, const Shared<T>& shared) :
+      OfQueries::Reader(a.problem, a.problem.values, a.dout, a.problem.v, a.problem.k, 1.0), a_(a), shared_(shared), memory_(kTileSteps * (W + 2)) {}
 
   void begin(const Seat<T>& seat, const Tile& tile) const {
     const int64_t to_end = a_.problem.length - tile.from;
@@ -100,15 +104,19 @@ template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay,
 // dk and dg, against the walk; the state's gradient is transposed: rows are values, lanes keys.
 template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, true, true>> {
  public:
-  OfKeys(const Arguments& a, const Shared<T>& shared, const Walk& back)
-      : OfKeys::Reader(a.problem, a.problem.values, a.problem.v, a.dout, a.problem.q, a.problem.scale), a_(a), shared_(shared), back_(back),
-        memory_(kTileSteps * (W + 2)) {}
+  OfKeys(const Arguments& a, const Shared<T>& shared, const Walk& back) :
+      OfKeys::Reader(a.problem, a.problem.values, a.problem.v, a.dout, a.problem.q, a.problem.scale),
+      a_(a),
+      shared_(shared),
+      back_(back),
+      memory_(kTileSteps * (W + 2)) {}
 
   // Numbers that a pass carries for a block: dg of the step after, per key, or one number in double precision.
   static constexpr int64_t kCarry = most<int64_t>(kLanes<T>, sizeof(double) / sizeof(T));
 
   void begin(const Seat<T>& seat, const Tile& tile) const {
-    if (tile.fresh) clear(seat, tile.from - 1);
+    if (tile.fresh)
+      clear(seat, tile.from - 1);
     else if (tile.from % kExact == 0)
       for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
         const T *S = shared_.state_at(seat, block, tile.from), *dS = seat.state(block);
@@ -185,8 +193,7 @@ template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, tr
 // dv and the initial state's gradient, against the walk.
 template <class T, Decay kDecay> class OfValues : public Reader<T, Form<kDecay, true, false>> {
  public:
-  explicit OfValues(const Arguments& a)
-      : OfValues::Reader(a.problem, a.problem.keys, a.problem.k, a.problem.q, a.dout, a.problem.scale), a_(a) {}
+  explicit OfValues(const Arguments& a) : OfValues::Reader(a.problem, a.problem.keys, a.problem.k, a.problem.q, a.dout, a.problem.scale), a_(a) {}
 
   void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
     write_rows<T>(a_.dv, seat.batch, seat.head, block * kLanes<T>, seat.width(block), tile, [&](int64_t t) { return load<T>(o + t * kLanes<T>); });

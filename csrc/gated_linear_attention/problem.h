@@ -26,9 +26,16 @@ template <class T, class PassForm> class Reader {
   using Form = PassForm;
 
   // q, k: rows of `rows` elements; v: lanes.
-  Reader(const Problem& p, int64_t rows, const HeadTokens& q, const HeadTokens& k, const HeadTokens& v, double scale)
-      : p_(p), rows_(rows), q_(q), k_(k), v_(v), scale_(splat(static_cast<T>(scale))), scaled_(scale != 1),
-        row_(round_up(padded_rows(rows), W)), memory_(kTileSteps * (2 * row_ + W + decay_size())) {
+  Reader(const Problem& p, int64_t rows, const HeadTokens& q, const HeadTokens& k, const HeadTokens& v, double scale) :
+      p_(p),
+      rows_(rows),
+      q_(q),
+      k_(k),
+      v_(v),
+      scale_(splat(static_cast<T>(scale))),
+      scaled_(scale != 1),
+      row_(round_up(padded_rows(rows), W)),
+      memory_(kTileSteps * (2 * row_ + W + decay_size())) {
     q_rows_ = memory_.data();
     k_rows_ = q_rows_ + kTileSteps * row_;
     v_lanes_ = k_rows_ + kTileSteps * row_;
@@ -41,8 +48,11 @@ template <class T, class PassForm> class Reader {
 
   Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
     const int64_t padded = padded_rows(rows_);
-    return {rows_of<T>(q_, seat.batch, seat.head, 0, rows_, padded, tile, q_rows_), rows_of<T>(k_, seat.batch, seat.head, 0, rows_, padded, tile, k_rows_),
-            {}, decay_of_rows(seat, tile), tile.count};
+    return {rows_of<T>(q_, seat.batch, seat.head, 0, rows_, padded, tile, q_rows_),
+            rows_of<T>(k_, seat.batch, seat.head, 0, rows_, padded, tile, k_rows_),
+            {},
+            decay_of_rows(seat, tile),
+            tile.count};
   }
 
   void lanes(const Seat<T>& seat, const Tile& tile, int64_t block, Operands<T>* in) const {

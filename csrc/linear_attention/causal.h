@@ -1,7 +1,7 @@
 // Causal linear attention: what its passes along the walk share.
 //
-// The walk is cut into segments. Without decay, the state at a segment's first step is the sum of what the segments before it add: so a first pass sums
-// each segment, these sums are chained in order, and then every segment walks on its own, on any thread. Within a segment a head's state lies in
+// The walk is cut into segments. Without decay, the state at a segment's first step is the sum of what the segments before it add: so a first pass
+// sums each segment, these sums are chained in order, and then every segment walks on its own, on any thread. Within a segment a head's state lies in
 // registers (medssm/matrix_state.h), and each segment begins with a state that was rounded once per tile and segment, not at every step.
 #pragma once
 #include "medssm/matrix_state.h"
@@ -54,9 +54,8 @@ void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const 
 
 // Puts in place of each segment's sums the state at its first step; `back`: at its last, from the walk's end. Before the first comes `before`; what
 // follows the last goes to kv and z, unless null.
-template <class T>
-void chain(const Plan<T>& plan, const Problem& p, int64_t item, const Resets& resets, bool back, const void* before_kv, const void* before_z, T* parts,
-           void* kv, void* z) {
+template <class T> void chain(const Plan<T>& plan, const Problem& p, int64_t item, const Resets& resets, bool back, const void* before_kv,
+                              const void* before_z, T* parts, void* kv, void* z) {
   const Scratch<T> state(plan.sums);
   const int64_t shares = plan.k.shares();
   pad(plan, item, static_cast<const T*>(before_kv), static_cast<const T*>(before_z), state.data());
@@ -101,10 +100,17 @@ template <class T> struct Block {
   const int64_t k_tile, v_tile;
   const Tiles<T> k, k_turned, v, q, turned, dout;
 
-  Block(const Plan<T>& plan, const Problem& p, bool backward)
-      : plan(plan), p(p), k_tile(kTokens * plan.dk_padded), v_tile(kTokens * plan.dv_padded), k(plan.block * k_tile),
-        k_turned(p.cos.data ? plan.block * k_tile : 0), v(plan.block * v_tile), q(plan.block * plan.per_group * k_tile), turned(k_tile),
-        dout(backward ? plan.block * plan.per_group * v_tile : 0) {}
+  Block(const Plan<T>& plan, const Problem& p, bool backward) :
+      plan(plan),
+      p(p),
+      k_tile(kTokens * plan.dk_padded),
+      v_tile(kTokens * plan.dv_padded),
+      k(plan.block * k_tile),
+      k_turned(p.cos.data ? plan.block * k_tile : 0),
+      v(plan.block * v_tile),
+      q(plan.block * plan.per_group * k_tile),
+      turned(k_tile),
+      dout(backward ? plan.block * plan.per_group * v_tile : 0) {}
 
   void load_keys(const Task& task, const Tile& tile) const {
     load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, k.data());

@@ -22,10 +22,17 @@ template <class T> void turn(const Plan<T>& plan, const T* rows, T* columns) {
 // One thread's way through the tasks.
 template <class T> class Adjoint {
  public:
-  Adjoint(const Backward& a, const Plan<T>& plan, T* parts, T* totals, T* columns)
-      : a_(a), p_(a.problem), plan_(plan), parts_(parts), totals_(totals), columns_(columns),
-        k_tiles_(plan.block * plan.per_group * kTokens * plan.dk_padded),
-        v_tiles_(plan.block * plan.per_group * kTokens * plan.dv_padded), turned_(kTokens * plan.dk_padded), gradient_(kTokens * plan.dk_padded) {}
+  Adjoint(const Backward& a, const Plan<T>& plan, T* parts, T* totals, T* columns) :
+      a_(a),
+      p_(a.problem),
+      plan_(plan),
+      parts_(parts),
+      totals_(totals),
+      columns_(columns),
+      k_tiles_(plan.block * plan.per_group * kTokens * plan.dk_padded),
+      v_tiles_(plan.block * plan.per_group * kTokens * plan.dv_padded),
+      turned_(kTokens * plan.dk_padded),
+      gradient_(kTokens * plan.dk_padded) {}
 
   // dq of a task's tokens, and its share of the gradients of the sums.
   void queries(const Task& task) {

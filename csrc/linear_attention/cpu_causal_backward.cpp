@@ -4,10 +4,10 @@
 //     dS_t = sum_{u >= t} s_u (R q'_u) do_u^T,    dz_t = sum_{u >= t} dden_u q'_u
 //     dk'_t = R^T dS_t v_t + dz_t,    dv_t = dS_t^T (R k'_t)                                                 against it
 //
-// The pass along the walk also sums each segment's share of dS and dz, which are then chained from the walk's end. Of heads that share a k and v, each
-// has its own dS, and their results are added.
-#include "medssm/abi.h"
+// The pass along the walk also sums each segment's share of dS and dz, which are then chained from the walk's end. Of heads that share a k and v,
+// each has its own dS, and their results are added.
 #include "causal.h"
+#include "medssm/abi.h"
 
 using namespace medssm;
 
@@ -23,19 +23,36 @@ template <class T> struct Shared {
   const Scratch<T> parts, later;   // per segment and group: the state at its first step, its gradient at the last
   const Scratch<T> scaled, slope;  // s_t and dden_t of each image, head and token
 
-  explicit Shared(const Backward& a)
-      : a(a), p(a.problem), plan(p), walk(p.length, p.index, p.starts, p.start_count, p.reverse),
-        back(p.length, p.index, p.starts, p.start_count, !p.reverse), resets(p, plan.k), parts(plan.k.shares() * plan.totals * plan.sums),
-        later(plan.k.shares() * plan.totals * plan.sums), scaled(p.batch * p.heads * p.length), slope(p.batch * p.heads * p.length) {}
+  explicit Shared(const Backward& a) :
+      a(a),
+      p(a.problem),
+      plan(p),
+      walk(p.length, p.index, p.starts, p.start_count, p.reverse),
+      back(p.length, p.index, p.starts, p.start_count, !p.reverse),
+      resets(p, plan.k),
+      parts(plan.k.shares() * plan.totals * plan.sums),
+      later(plan.k.shares() * plan.totals * plan.sums),
+      scaled(p.batch * p.heads * p.length),
+      slope(p.batch * p.heads * p.length) {}
 
   int64_t tokens_of(const Task& task, int64_t head) const { return (task.n * p.heads + head) * p.length; }
 };
 
 template <class T> class Adjoint {
  public:
-  explicit Adjoint(const Shared<T>& shared)
-      : shared_(shared), plan_(shared.plan), p_(shared.p), block_(plan_, p_, true), row_(plan_.dk_padded), v_row_(plan_.dv_padded), matrix_(row_ * v_row_),
-        state_(2 * matrix_ + row_), states_(plan_.block * plan_.per_group * state_), gradient_(block_.k_tile), dv_(block_.v_tile), before_(row_) {}
+  explicit Adjoint(const Shared<T>& shared) :
+      shared_(shared),
+      plan_(shared.plan),
+      p_(shared.p),
+      block_(plan_, p_, true),
+      row_(plan_.dk_padded),
+      v_row_(plan_.dv_padded),
+      matrix_(row_ * v_row_),
+      state_(2 * matrix_ + row_),
+      states_(plan_.block * plan_.per_group * state_),
+      gradient_(block_.k_tile),
+      dv_(block_.v_tile),
+      before_(row_) {}
 
   void sum(const Task& task) {
     sum_segment(plan_, p_, shared_.walk, task, block_.k.data(), block_.v.data(), block_.turned.data(), shared_.parts.data());
@@ -124,7 +141,8 @@ template <class T> class Adjoint {
     clear(dk, block_.k_tile);
     clear(dv, block_.v_tile);
     const auto add_to = [](T* rows, int64_t row) {
-      return [=](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) { store(rows + t * row + c, medssm::load<T>(rows + t * row + c) + o); };
+      return [=](int64_t t, int64_t c, Vec<T> o)
+                 __attribute__((always_inline)) { store(rows + t * row + c, medssm::load<T>(rows + t * row + c) + o); };
     };
     for (int64_t i = g * plan_.per_group; i < (g + 1) * plan_.per_group; ++i) {
       const T *dout = block_.dout.data() + i * block_.v_tile, *turned = block_.queries(task, tile, i);

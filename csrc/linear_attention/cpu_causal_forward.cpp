@@ -1,6 +1,6 @@
 // Causal linear attention: o_t = scale (R_t f(q_t)) S_t / (f(q_t) . z_t + eps), S_t and z_t the sums of R_s f(k_s) v_s^T and f(k_s) up to step t.
-#include "medssm/abi.h"
 #include "causal.h"
+#include "medssm/abi.h"
 
 using namespace medssm;
 
@@ -17,9 +17,8 @@ template <class T> void forward(const Forward& a) {
   parallel(plan.threads(p), [&](const Team& team) {
     const Block<T> block(plan, p, false);
     const Scratch<T> states(plan.block * plan.per_group * plan.sums);  // of each head, z behind S
-    each_task(plan.k, team, [&](const Task& task) {
-      sum_segment(plan, p, walk, task, block.k.data(), block.v.data(), block.turned.data(), parts.data());
-    });
+    each_task(plan.k, team,
+              [&](const Task& task) { sum_segment(plan, p, walk, task, block.k.data(), block.v.data(), block.turned.data(), parts.data()); });
     team.barrier();
     const Range mine = share(plan.totals, team);
     for (int64_t i = mine.begin; i < mine.end; ++i) chain(plan, p, i, resets, false, a.initial_kv, a.initial_z, parts.data(), a.kv, a.z);

@@ -5,8 +5,8 @@
 // dense tiles, token after token as memory has them, and all products run on those (direct.h: on v and o where they lie). Each task sums in float
 // from tile to tile, and the segments' sums are added in order: how the tokens are cut depends on shapes only, so any number of threads gives the
 // same bits.
-#include "medssm/abi.h"
 #include "direct.h"
+#include "medssm/abi.h"
 
 using namespace medssm;
 

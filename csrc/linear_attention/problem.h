@@ -57,10 +57,14 @@ struct Task {
 class Cut {
  public:
   // Segments are at most `longest` tokens long.
-  Cut(int64_t batch, int64_t length, int64_t groups, int64_t block, int64_t longest)
-      : length_(length), groups_(groups), block_(block), blocks_(ceil_div(groups, block)),
-        segment_(round_up(least(longest, most<int64_t>(512, ceil_div(length, 32))), kTokens)), segments_(most<int64_t>(1, ceil_div(length, segment_))),
-        tasks_(batch * segments_ * blocks_) {}
+  Cut(int64_t batch, int64_t length, int64_t groups, int64_t block, int64_t longest) :
+      length_(length),
+      groups_(groups),
+      block_(block),
+      blocks_(ceil_div(groups, block)),
+      segment_(round_up(least(longest, most<int64_t>(512, ceil_div(length, 32))), kTokens)),
+      segments_(most<int64_t>(1, ceil_div(length, segment_))),
+      tasks_(batch * segments_ * blocks_) {}
 
   int64_t tasks() const { return tasks_; }
   int64_t shares() const { return segments_; }
@@ -82,10 +86,17 @@ template <class T> struct Plan {
   int64_t dk, dv, dk_padded, dv_padded, per_group, block, sums, totals;
   Cut q, k;
 
-  explicit Plan(const Problem& p)
-      : dk(p.dk), dv(p.dv), dk_padded(padded_width<T>(p.dk)), dv_padded(padded_width<T>(p.dv)), per_group(p.groups ? p.heads / p.groups : 1),
-        block(most<int64_t>(1, least(p.groups, kTileBytes / most<int64_t>(1, row() * per_group)))), sums(dk_padded * (dv_padded + 1)),
-        totals(p.batch * p.groups), q(p.batch, p.q_length, p.groups, block, longest(p)), k(p.batch, p.length, p.groups, block, longest(p)) {}
+  explicit Plan(const Problem& p) :
+      dk(p.dk),
+      dv(p.dv),
+      dk_padded(padded_width<T>(p.dk)),
+      dv_padded(padded_width<T>(p.dv)),
+      per_group(p.groups ? p.heads / p.groups : 1),
+      block(most<int64_t>(1, least(p.groups, kTileBytes / most<int64_t>(1, row() * per_group)))),
+      sums(dk_padded * (dv_padded + 1)),
+      totals(p.batch * p.groups),
+      q(p.batch, p.q_length, p.groups, block, longest(p)),
+      k(p.batch, p.length, p.groups, block, longest(p)) {}
 
   // Bytes of a tile of one head's k and v.
   int64_t row() const { return kTokens * (dk_padded + dv_padded) * static_cast<int64_t>(sizeof(T)); }

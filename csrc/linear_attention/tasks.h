@@ -26,8 +26,7 @@ template <class Body> void each_task(const Cut& cut, const Team& team, const Bod
 }
 // body(tile) for each tile of a task, in memory's order.
 template <class Body> void each_tile(const Task& task, const Body& body) {
-  for (int64_t begin = task.begin; begin < task.end; begin += kTokens)
-    body(Tile{begin, least(kTokens, task.end - begin), false, nullptr, begin, 1});
+  for (int64_t begin = task.begin; begin < task.end; begin += kTokens) body(Tile{begin, least(kTokens, task.end - begin), false, nullptr, begin, 1});
 }
 
 // 2 MiB pages for a large result.
@@ -51,9 +50,8 @@ template <class T> void unpad(const Plan<T>& plan, int64_t item, const T* total,
 }
 
 // Adds the segments' sums of one image's group to `before`, in order: padded into `totals`, dense into kv and z.
-template <class T>
-void reduce(const Plan<T>& plan, const Problem& p, int64_t item, const T* parts, int64_t shares, const T* before_kv, const T* before_z, T* totals,
-            T* kv, T* z) {
+template <class T> void reduce(const Plan<T>& plan, const Problem& p, int64_t item, const T* parts, int64_t shares, const T* before_kv,
+                               const T* before_z, T* totals, T* kv, T* z) {
   T* total = totals + item * plan.sums;
   pad(plan, item, before_kv, before_z, total);
   const T* first = parts + (item / p.groups * shares * p.groups + item % p.groups) * plan.sums;
@@ -71,8 +69,7 @@ template <class T> T* part(const Plan<T>& plan, const Problem& p, const Cut& cut
 }
 
 // Adds a tile's R k' v^T and k' to one group's sums. k, v: rows; turned: scratch for a tile of k.
-template <class T>
-void add_tile(const Plan<T>& plan, const Problem& p, const Tile& tile, int64_t group, const T* k, const T* v, T* turned, T* sums) {
+template <class T> void add_tile(const Plan<T>& plan, const Problem& p, const Tile& tile, int64_t group, const T* k, const T* v, T* turned, T* sums) {
   add_rows<T>(k, nullptr, plan.dk_padded, tile.count, sums + plan.dk_padded * plan.dv_padded);
   if (p.cos.data) {
     rotate(p, false, tile, group, k, turned);
@@ -106,13 +103,14 @@ MEDSSM_INLINE void write_rows(const Problem& p, const Tokens& out, int64_t n, co
   with_storage(out.type, out.data, [&](auto* data) {
     const bool stream = streams<T>(data, p.batch * out.stride[0], width);
     data += n * out.stride[0] + head * out.stride[2];
-    f([&](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) { write_part<T>(data + tile.token(t) * out.stride[1], c, width, o, stream); });
+    f([&](int64_t t, int64_t c, Vec<T> o)
+          __attribute__((always_inline)) { write_part<T>(data + tile.token(t) * out.stride[1], c, width, o, stream); });
   });
 }
 
 // Writes f'(x_t) gradient_t of one head's tokens, f(x) given.
-template <class T>
-void write_gradient(const Plan<T>& plan, const Problem& p, const Tokens& out, int64_t n, const Tile& tile, int64_t head, const T* f, const T* gradient) {
+template <class T> void write_gradient(const Plan<T>& plan, const Problem& p, const Tokens& out, int64_t n, const Tile& tile, int64_t head,
+                                       const T* f, const T* gradient) {
   with_feature(p.feature_map, [&](auto chosen) {
     constexpr int64_t kMap = decltype(chosen)::value;
     write_rows<T>(p, out, n, tile, head, plan.dk, [&](const auto& put) {

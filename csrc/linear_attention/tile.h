@@ -24,9 +24,12 @@ template <int64_t kMap, class T> MEDSSM_INLINE Vec<T> slope(Vec<T> f) {
 // body(integral_constant) for the feature map.
 template <class Body> MEDSSM_INLINE void with_feature(int64_t map, const Body& body) {
   switch (map) {
-    case kRelu: return body(std::integral_constant<int64_t, kRelu>{});
-    case kElu: return body(std::integral_constant<int64_t, kElu>{});
-    default: return body(std::integral_constant<int64_t, kIdentity>{});
+    case kRelu:
+      return body(std::integral_constant<int64_t, kRelu>{});
+    case kElu:
+      return body(std::integral_constant<int64_t, kElu>{});
+    default:
+      return body(std::integral_constant<int64_t, kIdentity>{});
   }
 }
 
@@ -39,8 +42,7 @@ template <class T> MEDSSM_INLINE Vec<T> keep(Vec<T> x, int64_t n) {
 
 // Heads [first, first + heads) of a tile's tokens through the feature map into one tile a head, token after token as the walk has them. The
 // rows of the tile that follows are fetched meanwhile, into the second cache: the first has no room for them beside this tile's.
-template <class T>
-void load_tiles(const Tokens& x, int64_t map, int64_t n, const Tile& tile, int64_t first, int64_t heads, int64_t width, T* tiles) {
+template <class T> void load_tiles(const Tokens& x, int64_t map, int64_t n, const Tile& tile, int64_t first, int64_t heads, int64_t width, T* tiles) {
   constexpr int W = kLanes<T>;
   const int64_t padded = padded_width<T>(width), whole = width / W * W, ahead = tile.index ? 0 : kTokens * tile.direction * x.stride[1];
   with_storage(x.type, static_cast<const void*>(x.data), [&](const auto* data) {

@@ -12,17 +12,17 @@ namespace {
 constexpr int kAdjointUnit = 4;
 
 template <class T> struct Adjoint {
-  const T *rates, *s, *su, *dy;       // rates of state n
-  View<T> B, C;                       // of state n
+  const T *rates, *s, *su, *dy;  // rates of state n
+  View<T> B, C;                  // of state n
   int64_t count;
-  const T* state;                     // h before the tile
-  T *carry, *dA;                      // of state n: g, in and out; added to
-  T *y, *along_A, *along_B;           // of this half; y may be null: nobody asks
-  bool first;                         // set them, do not add to them
-  T *dB, *dC;                         // rows of state n, one every row_step
+  const T* state;            // h before the tile
+  T *carry, *dA;             // of state n: g, in and out; added to
+  T *y, *along_A, *along_B;  // of this half; y may be null: nobody asks
+  bool first;                // set them, do not add to them
+  T *dB, *dC;                // rows of state n, one every row_step
   int64_t row_step;
-  T* kept;                            // scratch: e and h, kTile * 2 * kAdjointUnit vectors
-  const Ahead* ahead;                 // a share of it is asked for during each unit; may be null
+  T* kept;             // scratch: e and h, kTile * 2 * kAdjointUnit vectors
+  const Ahead* ahead;  // a share of it is asked for during each unit; may be null
 };
 
 template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)) void retreat(const Adjoint<T>& a) {
@@ -65,8 +65,8 @@ template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)
 #pragma GCC unroll 8
     for (int n = 0; n < kStates; ++n) {
       const Vec<T> before = load<T>(kept + (2 * n + 1) * W);
-      const RowTerms<T> terms = step_back<T>(load<T>(kept + 2 * n * W), h[n], before, s, su, dy, load<T>(a.rates + n * W), B[n], C[n], g[n], dA[n],
-                                             along_A, along_B);
+      const RowTerms<T> terms =
+          step_back<T>(load<T>(kept + 2 * n * W), h[n], before, s, su, dy, load<T>(a.rates + n * W), B[n], C[n], g[n], dA[n], along_A, along_B);
       rows[n] = terms.dB;
       rows[kStates + n] = terms.dC;
       h[n] = before;
@@ -114,10 +114,14 @@ template <class T, int kStates, bool kY, bool kBounded> void retreat_all(Adjoint
 
 template <class T> void retreat_any(const Adjoint<T>& a, int64_t states, bool bounded) {
   constexpr int kUnit = least(kAdjointUnit, kLanes<T>), kRare = 1;
-  if (bounded && a.y) retreat_all<T, kUnit, true, true>(a, states);
-  else if (bounded) retreat_all<T, kUnit, false, true>(a, states);
-  else if (a.y) retreat_all<T, kRare, true, false>(a, states);
-  else retreat_all<T, kRare, false, false>(a, states);
+  if (bounded && a.y)
+    retreat_all<T, kUnit, true, true>(a, states);
+  else if (bounded)
+    retreat_all<T, kUnit, false, true>(a, states);
+  else if (a.y)
+    retreat_all<T, kRare, true, false>(a, states);
+  else
+    retreat_all<T, kRare, false, false>(a, states);
 }
 
 }  // namespace

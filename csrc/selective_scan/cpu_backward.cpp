@@ -4,9 +4,9 @@
 // dB and dC (sums over its own channels), then, behind a barrier, the shares are added over blocks in a fixed order. So no gradient
 // needs an atomic, memory is bounded by a round, and any number of threads gives the same bits.
 #include "adjoint.h"
+#include "medssm/activation.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
-#include "medssm/activation.h"
 
 using namespace medssm;
 
@@ -21,19 +21,27 @@ struct Arguments {
   Tokens dout;
   const void *dstate, *checkpoints;  // (b, d, n), may be null; (b, chunks, n, d): the compute type
   int64_t checkpoint_batch;
-  Output du, ddelta, dz;             // ddelta: (b, l, d) or (b, l, r); dz where there is z
+  Output du, ddelta, dz;  // ddelta: (b, l, d) or (b, l, r); dz where there is z
   RowOutput dB, dC;
   void *dA, *dD, *dbias, *dproj, *dinitial;  // dense, the compute type; all but dA may be null
 };
 
 template <class T> class Backward {
  public:
-  explicit Backward(const Arguments& arguments)
-      : a_(arguments), p_(arguments.problem), walk_(walk_of(p_)), blocks_(p_), chunk_(chunk_tokens(p_.state)), half_(first_half(p_.state)),
-        row_(round_up(2 * p_.state + p_.rank, W)), sum_((p_.state + p_.rank + 2) * W),
-        halved_(p_.batch * blocks_.count < p_.threads && p_.state > 1), seats_(halved_ ? 2 : 1),
-        batches_(least(p_.batch, ceil_div(4 * p_.threads, blocks_.count))), items_(batches_ * blocks_.count),
-        round_(chunk_ * most<int64_t>(1, least(kRound / chunk_, kRoundBytes / (items_ * chunk_ * row_ * int64_t(sizeof(T)))))) {}
+  explicit Backward(const Arguments& arguments) :
+      a_(arguments),
+      p_(arguments.problem),
+      walk_(walk_of(p_)),
+      blocks_(p_),
+      chunk_(chunk_tokens(p_.state)),
+      half_(first_half(p_.state)),
+      row_(round_up(2 * p_.state + p_.rank, W)),
+      sum_((p_.state + p_.rank + 2) * W),
+      halved_(p_.batch * blocks_.count < p_.threads && p_.state > 1),
+      seats_(halved_ ? 2 : 1),
+      batches_(least(p_.batch, ceil_div(4 * p_.threads, blocks_.count))),
+      items_(batches_ * blocks_.count),
+      round_(chunk_ * most<int64_t>(1, least(kRound / chunk_, kRoundBytes / (items_ * chunk_ * row_ * int64_t(sizeof(T)))))) {}
 
   void run() const {
     const int64_t tile_sums = halved_ ? items_ * round_ * (p_.rank + 2) * W : 0, shared = halved_ ? items_ * 2 * 3 * round_ * W : 0;
@@ -90,10 +98,16 @@ template <class T> class Backward {
 
   class Worker {
    public:
-    Worker(const Backward& backward, const Common& common, const Team& team)
-        : b_(backward), a_(backward.a_), p_(backward.p_), common_(common), team_(team), buffers_(p_),
-          memory_((ceil_div(b_.items_ * b_.seats_, team.size) + 1) * b_.seat_size()), seats_(ceil_div(b_.items_ * b_.seats_, team.size) + 1),
-          tiles_(b_.chunk_) {}
+    Worker(const Backward& backward, const Common& common, const Team& team) :
+        b_(backward),
+        a_(backward.a_),
+        p_(backward.p_),
+        common_(common),
+        team_(team),
+        buffers_(p_),
+        memory_((ceil_div(b_.items_ * b_.seats_, team.size) + 1) * b_.seat_size()),
+        seats_(ceil_div(b_.items_ * b_.seats_, team.size) + 1),
+        tiles_(b_.chunk_) {}
 
     // All rounds of `batches` batch elements from `batch` on.
     void walk(int64_t batch, int64_t batches) {
@@ -128,8 +142,10 @@ template <class T> class Backward {
       channels.load_parameters(p_, b_.blocks_[batch * b_.blocks_.count + seat.item], memory);
       seat.carry = memory + Channels<T>::size(p_);
       seat.starts = seat.carry + p_.state * W;
-      if (a_.dstate) load_weights<T>(a_.dstate, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, seat.carry);
-      else std::memset(seat.carry, 0, sizeof(T) * p_.state * W);
+      if (a_.dstate)
+        load_weights<T>(a_.dstate, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, seat.carry);
+      else
+        std::memset(seat.carry, 0, sizeof(T) * p_.state * W);
       const int64_t low = first(seat.from), high = seat.to == 2 ? p_.state + p_.rank + 2 : first(seat.to);
       std::memset(sums(seat) + low * W, 0, sizeof(T) * (high - low) * W);
     }
@@ -159,10 +175,26 @@ template <class T> class Backward {
               along_B = half_tile(seat, half, 2, tile.from - from);
             }
             const int64_t n = first(half), count = first(half + 1) - n;
-            retreat_any<T>({seat.channels.rates + n * W, in.s, in.su, buffers_.dy, {shared.B.rows + n, shared.B.step}, {shared.C.rows + n, shared.C.step},
-                            tile.count, (tile.fresh ? seat.channels.state : start) + n * W, seat.carry + n * W, sums(seat) + n * W,
-                            p_.z.data ? y : nullptr, along_A, along_B, true, row + 2 * n, row + 2 * n + count, b_.row_, buffers_.kept,
-                            half == seat.from ? &ahead : nullptr}, count, in.bounded);
+            retreat_any<T>({seat.channels.rates + n * W,
+                            in.s,
+                            in.su,
+                            buffers_.dy,
+                            {shared.B.rows + n, shared.B.step},
+                            {shared.C.rows + n, shared.C.step},
+                            tile.count,
+                            (tile.fresh ? seat.channels.state : start) + n * W,
+                            seat.carry + n * W,
+                            sums(seat) + n * W,
+                            p_.z.data ? y : nullptr,
+                            along_A,
+                            along_B,
+                            true,
+                            row + 2 * n,
+                            row + 2 * n + count,
+                            b_.row_,
+                            buffers_.kept,
+                            half == seat.from ? &ahead : nullptr},
+                           count, in.bounded);
           }
           if (tile.fresh) std::memset(seat.carry + first(seat.from) * W, 0, sizeof(T) * W * (first(seat.to) - first(seat.from)));
           if (!b_.halved_) {
@@ -177,7 +209,8 @@ template <class T> class Backward {
     void load_starts(Seat& seat, int64_t chunk, int64_t tiles) {
       Channels<T>& channels = seat.channels;
       const Block& block = channels.block;
-      const T* saved = static_cast<const T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + chunk / b_.chunk_ * p_.state * p_.channels + block.channel;
+      const T* saved =
+          static_cast<const T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + chunk / b_.chunk_ * p_.state * p_.channels + block.channel;
       for (int64_t n = 0; n < p_.state; ++n) {
         store(seat.starts + n * W, load_part<T>(saved + n * p_.channels, block.lanes));
         if (chunk > 0) __builtin_prefetch(saved + (n - p_.state) * p_.channels);  // the next to be loaded
@@ -382,7 +415,8 @@ template <class T> class Backward {
 
     void leave(const Seat& seat) const {
       const Block& block = seat.channels.block;
-      if (a_.dinitial) store_weights<T>(seat.carry, a_.dinitial, block.batch * p_.channels + block.channel, block.lanes, p_.state, first(seat.from), first(seat.to));
+      if (a_.dinitial)
+        store_weights<T>(seat.carry, a_.dinitial, block.batch * p_.channels + block.channel, block.lanes, p_.state, first(seat.from), first(seat.to));
     }
 
     // Gradients of the weights: sums over the batch in its order; after the last batch element they are written.
@@ -442,6 +476,8 @@ template <class T> class Backward {
 }  // namespace
 
 MEDSSM_EXPORT(selective_scan_backward)(const Arguments* a) {
-  if (a->problem.wide) Backward<double>(*a).run();
-  else Backward<float>(*a).run();
+  if (a->problem.wide)
+    Backward<double>(*a).run();
+  else
+    Backward<float>(*a).run();
 }

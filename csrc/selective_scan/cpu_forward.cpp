@@ -2,9 +2,9 @@
 //
 // All blocks of a thread take a tile of steps before any takes the next: the blocks of a token share memory pages and, where groups are
 // shared, the rows of B and C. Softplus, D, the gate and conversions happen on tiles that stay in the first-level cache.
+#include "medssm/activation.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
-#include "medssm/activation.h"
 #include "recurrence.h"
 
 using namespace medssm;
@@ -20,7 +20,8 @@ struct Arguments {
 
 template <class T> class Forward {
  public:
-  explicit Forward(const Arguments& arguments) : a_(arguments), p_(arguments.problem), walk_(walk_of(p_)), blocks_(p_), chunk_(chunk_tokens(p_.state)) {}
+  explicit Forward(const Arguments& arguments) :
+      a_(arguments), p_(arguments.problem), walk_(walk_of(p_)), blocks_(p_), chunk_(chunk_tokens(p_.state)) {}
 
   void run() const {
     const int64_t items = p_.batch * blocks_.count;
@@ -41,7 +42,7 @@ template <class T> class Forward {
 
  private:
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kBand = 16;    // blocks that walk together: their states stay in the second-level cache
+  static constexpr int64_t kBand = 16;     // blocks that walk together: their states stay in the second-level cache
   static constexpr int64_t kRound = 1024;  // steps between the barriers of threads that share a block; a multiple of every chunk
 
   // A thread's tiles.
@@ -175,12 +176,15 @@ template <class T> class Forward {
       write<T>(a_.out, block, tile, [=, this, &block, &tile](int64_t t) {
         return (before_gate(t) + earlier<T>(a_.out, block, tile, t)) * (p_.z.data ? load<T>(gate + t * W) : scale);
       });
-    else if (p_.z.data) write<T>(a_.out, block, tile, [=](int64_t t) { return before_gate(t) * load<T>(gate + t * W); });
-    else write<T>(a_.out, block, tile, [=](int64_t t) { return before_gate(t) * scale; });
+    else if (p_.z.data)
+      write<T>(a_.out, block, tile, [=](int64_t t) { return before_gate(t) * load<T>(gate + t * W); });
+    else
+      write<T>(a_.out, block, tile, [=](int64_t t) { return before_gate(t) * scale; });
   }
 
   void store_state(const Channels<T>& channels, int64_t low, int64_t high) const {
-    store_weights<T>(channels.state, a_.state, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, low, high);
+    store_weights<T>(channels.state, a_.state, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, low,
+                     high);
   }
 
   const Arguments& a_;
@@ -193,6 +197,8 @@ template <class T> class Forward {
 }  // namespace
 
 MEDSSM_EXPORT(selective_scan_forward)(const Arguments* a) {
-  if (a->problem.wide) Forward<double>(*a).run();
-  else Forward<float>(*a).run();
+  if (a->problem.wide)
+    Forward<double>(*a).run();
+  else
+    Forward<float>(*a).run();
 }

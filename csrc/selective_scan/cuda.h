@@ -1,13 +1,13 @@
 // What the scan's kernels on a GPU share: how the work is cut, and tiles of tokens in shared memory.
 //
-// The state of a channel lies in the registers of `share` neighbouring threads, kStates of them in each; so a warp has 32 / share channels, and a block
-// up to 64 (48 of 16 states: 96, 192 and 384 channels fill such tiles). Time runs serially inside a block. With one block per 64 channels a batch of
-// one would leave most of a GPU idle: so time is cut into chunks, which a first pass scans from a zero state, a second joins, and a third scans again
-// from the right state (see cuda_forward.cu).
+// The state of a channel lies in the registers of `share` neighbouring threads, kStates of them in each; so a warp has 32 / share channels, and a
+// block up to 64 (48 of 16 states: 96, 192 and 384 channels fill such tiles). Time runs serially inside a block. With one block per 64 channels a
+// batch of one would leave most of a GPU idle: so time is cut into chunks, which a first pass scans from a zero state, a second joins, and a third
+// scans again from the right state (see cuda_forward.cu).
 //
 // A tile is kSteps steps of the walk. The block reads it with channels along its threads, which any order and most strides give whole sectors,
-// works the step size out once per token and channel, and then every thread finds s and s u of its channel and B and C of its states in shared memory.
-// Steps behind the end and channels beyond the last are zeros there: e^0 = 1 keeps their state, and nothing asks for it.
+// works the step size out once per token and channel, and then every thread finds s and s u of its channel and B and C of its states in shared
+// memory. Steps behind the end and channels beyond the last are zeros there: e^0 = 1 keeps their state, and nothing asks for it.
 #pragma once
 #include "arguments.h"
 #include "medssm/activation.h"
@@ -28,12 +28,18 @@ template <class T_, int kStates_, int kShare_, int kThreads_, int kSteps_, int k
 
 // Calls body(Shape) with the shape that serves a problem.
 template <class Body> void with_shape(const Problem& p, Body&& body) {
-  if (p.wide) body(Shape<double, 8, 0, 64, 4, 2, false>{});
-  else if (p.state == 1) body(Shape<float, 1, 1, 64, 8, 8, true>{});
-  else if (p.state > 4 && p.state <= 8) body(Shape<float, 4, 2, 128, 8, 8, true>{});
-  else if (p.state > 8 && p.state <= 16) body(Shape<float, 4, 4, 192, 16, 8, true>{});
-  else if (p.state <= 128) body(Shape<float, 4, 0, 64, 8, 8, true>{});
-  else body(Shape<float, 8, 0, 128, 8, 4, false>{});
+  if (p.wide)
+    body(Shape<double, 8, 0, 64, 4, 2, false>{});
+  else if (p.state == 1)
+    body(Shape<float, 1, 1, 64, 8, 8, true>{});
+  else if (p.state > 4 && p.state <= 8)
+    body(Shape<float, 4, 2, 128, 8, 8, true>{});
+  else if (p.state > 8 && p.state <= 16)
+    body(Shape<float, 4, 4, 192, 16, 8, true>{});
+  else if (p.state <= 128)
+    body(Shape<float, 4, 0, 64, 8, 8, true>{});
+  else
+    body(Shape<float, 8, 0, 128, 8, 4, false>{});
 }
 
 // The cut of a problem into blocks. kernels/selective_scan/cuda.py knows `per_group` and `tiles` too: it allocates by them.
@@ -60,12 +66,12 @@ struct Cut {
 // What a block and a thread of it are for.
 template <class S> struct Seat {
   using T = typename S::T;
-  int share, channels, states;        // of the cut; states of a channel, zeros included
-  int batch, chunk, from, end;        // from, end: the chunk's steps
-  int tile, within, group, first;     // the tile of channels, in all and in its group; the group; the first channel
-  int live;                           // channels of the tile that exist
-  int channel, state;                 // this thread's: channel of the tile, first state
-  int column, row, rows;              // this thread's where the block works token by token: channel of the tile, first step, steps between
+  int share, channels, states;     // of the cut; states of a channel, zeros included
+  int batch, chunk, from, end;     // from, end: the chunk's steps
+  int tile, within, group, first;  // the tile of channels, in all and in its group; the group; the first channel
+  int live;                        // channels of the tile that exist
+  int channel, state;              // this thread's: channel of the tile, first state
+  int column, row, rows;           // this thread's where the block works token by token: channel of the tile, first step, steps between
 
   // Blocks of `chunks` chunks, the tiles of channels next to each other: they read the same B and C.
   __device__ Seat(const Problem& p, const Cut& cut, int first_chunk, int chunk_count) {
@@ -128,8 +134,10 @@ class Starts {
     int64_t low = 0, high = p.start_count;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (start(p, middle) < from) low = middle + 1;
-      else high = middle;
+      if (start(p, middle) < from)
+        low = middle + 1;
+      else
+        high = middle;
     }
     next_ = low;
   }
@@ -137,7 +145,9 @@ class Starts {
 };
 
 // Several numbers that one instruction moves.
-template <class T, int kCount> struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack { T at[kCount]; };
+template <class T, int kCount> struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
+  T at[kCount];
+};
 
 // What goes before the softplus at a token of a channel, from the tensor's own value where there is one for every channel.
 template <class T> MEDSSM_INLINE T raw_step(const Problem& p, int batch, int64_t token, int channel, T delta) {
@@ -157,8 +167,9 @@ template <class T> MEDSSM_INLINE T read_token(const Tokens& x, int64_t batch, in
   return read<T>(x.data, x.type, batch * x.batch + token * x.token + channel * x.channel);
 }
 
-// A thread's share of a tile on its way into shared memory: one channel at kRows of its steps, from its step number `row` on. `load` only asks memory for
-// it, so that a kernel can work on one tile while the next is under way. kInput: u too, for s u; kGradient: dout and z, for dy = dout scale silu(z).
+// A thread's share of a tile on its way into shared memory: one channel at kRows of its steps, from its step number `row` on. `load` only asks memory
+// for it, so that a kernel can work on one tile while the next is under way. kInput: u too, for s u; kGradient: dout and z, for dy = dout scale
+// silu(z).
 template <class S, int kSteps, bool kInput, bool kGradient, int kRows = S::template kRows<kSteps>> class Columns {
  public:
   using T = typename S::T;
@@ -232,8 +243,8 @@ __device__ void stage_rows(const Problem& p, const Seat<S>& seat, int from, int 
   }
 }
 
-// The states at the chunks' beginnings from what each chunk made of a zero state: in place, (b, chunks, n, d). A thread has one state of one channel and
-// reads kAhead chunks before it uses them, since each waits for the one before. sums (b, chunks, d): of a chunk's step sizes; infinite where the
+// The states at the chunks' beginnings from what each chunk made of a zero state: in place, (b, chunks, n, d). A thread has one state of one channel
+// and reads kAhead chunks before it uses them, since each waits for the one before. sums (b, chunks, d): of a chunk's step sizes; infinite where the
 // state begins anew inside the chunk: nothing is left of what came before. kBack: from the last chunk to the first.
 template <class T, bool kBack> __global__ void __launch_bounds__(128) carry(Problem p, int64_t chunks, const T* initial, T* states, const T* sums) {
   constexpr int kAhead = 16;

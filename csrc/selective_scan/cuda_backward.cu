@@ -1,10 +1,10 @@
 // Selective scan, backward, on a GPU.
 //
-// As forward, mirrored: `local` runs the adjoint of each chunk with nothing coming from later steps, which needs no state: g_{t-1} = e_t (g_t + dy_t C_t);
-// `carry` joins the chunks from the last to the first; `apply` then knows the gradient that enters each chunk, and walks it from its end in runs of 64
-// steps, between which forward left the state. A run is scanned once forwards, keeping the state at the beginning of each tile of kBack steps, then tile
-// by tile from the last: forwards with e and h of its steps in registers, and backwards through them. So a step costs three exponentials a state
-// (forward: two), and nothing of the size of the states is written.
+// As forward, mirrored: `local` runs the adjoint of each chunk with nothing coming from later steps, which needs no state: g_{t-1} = e_t (g_t + dy_t
+// C_t); `carry` joins the chunks from the last to the first; `apply` then knows the gradient that enters each chunk, and walks it from its end in
+// runs of 64 steps, between which forward left the state. A run is scanned once forwards, keeping the state at the beginning of each tile of kBack
+// steps, then tile by tile from the last: forwards with e and h of its steps in registers, and backwards through them. So a step costs three
+// exponentials a state (forward: two), and nothing of the size of the states is written.
 //
 // dB and dC are sums over channels: within a warp by shuffles that halve the values at each step, over a block's warps through shared memory, over
 // tiles of channels by PyTorch. What is summed over time is added in registers and, over chunks, by PyTorch. Every sum has a fixed order: no atomics.
@@ -22,20 +22,19 @@ struct Arguments {
   Tokens dout;
   const void *dstate, *checkpoints;  // (b, d, n), may be null; (b, l / 64, n, d)
   int64_t checkpoint_batch;
-  Output du, ddelta, dz;             // ddelta where delta has a value for every channel, dz where there is z
-  void* dinitial;                    // (b, d, n), the compute type, may be null
+  Output du, ddelta, dz;  // ddelta where delta has a value for every channel, dz where there is z
+  void* dinitial;         // (b, d, n), the compute type, may be null
   int64_t chunk;
-  void *ends, *sums;                 // (b, chunks, n, d), (b, chunks, d): scratch, with more than one chunk
-  void *dB, *dC;                     // (tiles of a group, b, l, g, n): sums over each tile's channels
-  void* dlow;                        // (tiles, b, l, r), where delta is low-rank
-  void *dA, *dD, *dbias, *dproj;     // (b, chunks, n, d), (b, chunks, d), (b, chunks, d), (b, chunks, r, d): sums over each chunk; all but dA may be null
+  void *ends, *sums;  // (b, chunks, n, d), (b, chunks, d): scratch, with more than one chunk
+  void *dB, *dC;      // (tiles of a group, b, l, g, n): sums over each tile's channels
+  void* dlow;         // (tiles, b, l, r), where delta is low-rank
+  void *dA, *dD, *dbias,
+      *dproj;  // (b, chunks, n, d), (b, chunks, d), (b, chunks, d), (b, chunks, r, d): sums over each chunk; all but dA may be null
 };
 
 // -- the adjoint of each chunk by itself --------------------------------------------------------------------------------------------
 
-template <class S> size_t local_bytes(const Cut& cut) {
-  return sizeof(typename S::T) * S::kSteps * (2 * cut.channels + cut.share * S::kStates) + 16;
-}
+template <class S> size_t local_bytes(const Cut& cut) { return sizeof(typename S::T) * S::kSteps * (2 * cut.channels + cut.share * S::kStates) + 16; }
 
 template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1) local_adjoint(Arguments a, Cut cut) {
   using T = typename S::T;
@@ -88,8 +87,8 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
 
 constexpr int kRun = static_cast<int>(kTile);  // steps between two states that forward left
 
-// A tile's shared memory. along: y, along_A, along_B [step][channel]; rows: each warp's sums of dB and dC [warp][step][state]; kept: the states at the
-// beginnings of a run's tiles but the first and the last [tile][thread], in registers there would be room for one block where now there are two.
+// A tile's shared memory. along: y, along_A, along_B [step][channel]; rows: each warp's sums of dB and dC [warp][step][state]; kept: the states at
+// the beginnings of a run's tiles but the first and the last [tile][thread], in registers there would be room for one block where now there are two.
 template <class S> struct Tile {
   using T = typename S::T;
   using States = Pack<T, S::kStates>;
@@ -135,13 +134,12 @@ template <class S> __device__ void advance(const Seat<S>& seat, const Tile<S>& t
 }
 
 // Forwards through a staged tile from h, then backwards: g moves to the tile's beginning, dA is added to, along and rows are filled.
-template <class S>
-__device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, const typename S::T* rates, const typename S::T* h, typename S::T* g,
-                        typename S::T* dA) {
+template <class S> __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, const typename S::T* rates, const typename S::T* h,
+                                           typename S::T* g, typename S::T* dA) {
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
   const unsigned anew = *tile.fresh;
-  constexpr int kAnew = kBack / 2;  // the first steps' exponentials are worked out twice: kept, they would spill
+  constexpr int kAnew = kBack / 2;                         // the first steps' exponentials are worked out twice: kept, they would spill
   T e[kBack - kAnew][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, unless that begins anew
 #pragma unroll
   for (int t = 0; t < kBack; ++t) {
@@ -170,8 +168,8 @@ __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, c
     for (int i = 0; i < kStates; ++i) {
       if (with_y) along[0] = fma(c.at[i], after[t + 1][i], along[0]);
       const T decay = t >= kAnew ? e[t - kAnew][i] : exp2<T>(step * rates[i]);
-      const RowTerms<T> term = step_back<T>(decay, after[t + 1][i], begins ? T(0) : after[t][i], step, input, gradient, rates[i], b.at[i], c.at[i], g[i],
-                                            dA[i], along[1], along[2]);
+      const RowTerms<T> term = step_back<T>(decay, after[t + 1][i], begins ? T(0) : after[t][i], step, input, gradient, rates[i], b.at[i], c.at[i],
+                                            g[i], dA[i], along[1], along[2]);
       terms[i] = term.dB;
       terms[kStates + i] = term.dC;
       if (begins) g[i] = 0;
@@ -200,11 +198,10 @@ __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, c
   }
 }
 
-// A tile's outputs token by token: du, ddelta, dz. dD and dbias: sums over time of this thread's channel, added to. With a low-rank delta the gradient of
-// every channel's step is left in along_A's place.
-template <class S>
-__device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int from, int count, typename S::T* dD,
-                             typename S::T* dbias) {
+// A tile's outputs token by token: du, ddelta, dz. dD and dbias: sums over time of this thread's channel, added to. With a low-rank delta the
+// gradient of every channel's step is left in along_A's place.
+template <class S> __device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int from, int count, typename S::T* dD,
+                                                typename S::T* dbias) {
   using T = typename S::T;
   const Problem& p = a.problem;
   const int channel = seat.first + seat.column;
@@ -218,7 +215,8 @@ __device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile
       const int64_t token = token_at(p, from + t);
       const T u = read_token<T>(p.u, seat.batch, token, channel), dy = tile.dy[at];
       const T along_A = tile.along[column + at], along_B = tile.along[2 * column + at];
-      const Softplus<T> step = step_size<T>(p, raw_step<T>(p, seat.batch, token, channel, p.rank ? T(0) : read_token<T>(p.delta, seat.batch, token, channel)));
+      const Softplus<T> step =
+          step_size<T>(p, raw_step<T>(p, seat.batch, token, channel, p.rank ? T(0) : read_token<T>(p.delta, seat.batch, token, channel)));
       dstep = fma(u, along_B, static_cast<T>(kLn2) * along_A) * step.slope;
       *dbias += dstep;
       *dD = fma(dy, u, *dD);
@@ -279,13 +277,15 @@ template <class S> __device__ void write_low_rank(const Arguments& a, const Seat
     T sum = begin ? T(0) : dproj[r * p.channels + c];  // the same thread's from the tile before
 #pragma unroll 1
     for (int t = 0; t < count; ++t)
-      sum = fma(dsteps[t * seat.channels + c], read<T>(p.delta.data, p.delta.type,
-                                                      seat.batch * p.delta.batch + token_at(p, from + t) * p.delta.token + r * p.delta.channel), sum);
+      sum = fma(dsteps[t * seat.channels + c],
+                read<T>(p.delta.data, p.delta.type, seat.batch * p.delta.batch + token_at(p, from + t) * p.delta.token + r * p.delta.channel), sum);
     dproj[r * p.channels + c] = sum;
   }
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2 ? 2 : S::kShare ? 384 / S::kThreads : 1) apply_adjoint(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2 ? 2
+                                                                  : S::kShare    ? 384 / S::kThreads
+                                                                                 : 1) apply_adjoint(Arguments a, Cut cut) {
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
   const Problem& p = a.problem;
@@ -325,7 +325,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
                               : T(0);
     };
     typename Tile<S>::States* const kept = tile.kept + threadIdx.x;  // this thread's
-    const auto advance_to = [&](int last) {  // the beginning of tile `last`
+    const auto advance_to = [&](int last) {                          // the beginning of tile `last`
       begin_run();
 #pragma unroll 1
       for (int j = 0; j < last; ++j) {

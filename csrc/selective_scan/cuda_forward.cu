@@ -14,17 +14,18 @@ namespace {
 struct Arguments {
   void* stream;
   Problem problem;
-  Output out;                // data may be null: nobody asks
-  void *state, *checkpoints; // (b, d, n); (b, l / spacing, n, d): the compute type; may be null
+  Output out;                 // data may be null: nobody asks
+  void *state, *checkpoints;  // (b, d, n); (b, l / spacing, n, d): the compute type; may be null
   int64_t checkpoint_batch, spacing, chunk;
-  void *ends, *sums;         // (b, chunks, n, d), (b, chunks, d): scratch, with more than one chunk
+  void *ends, *sums;  // (b, chunks, n, d), (b, chunks, d): scratch, with more than one chunk
 };
 
 template <class S> size_t tile_bytes(const Cut& cut, int columns, int rows) {
   return sizeof(typename S::T) * S::kSteps * (columns * cut.channels + rows * cut.share * S::kStates) + 16;
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1) local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1)
+    local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Seat<S> seat(p, cut, 0, cut.chunks - 1);  // the last chunk's end leads nowhere

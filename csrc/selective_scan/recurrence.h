@@ -13,7 +13,7 @@ namespace {
 // What a thread keeps of a block while it walks: its parameters as lanes, and its state.
 template <class T> struct Channels {
   Block block;
-  T *rates, *state, *proj;  // A log2(e) [n][lane], h [n][lane], delta_proj [r][lane]
+  T *rates, *state, *proj;   // A log2(e) [n][lane], h [n][lane], delta_proj [r][lane]
   Vec<T> D, bias, steepest;  // steepest: max over the states of |rate|
 
   static int64_t size(const Problem& p) { return (2 * p.state + p.rank) * kLanes<T>; }
@@ -38,8 +38,10 @@ template <class T> struct Channels {
   }
 
   void load_state(const Problem& p, const void* from) {  // (b, d, n), or zeros
-    if (from) load_weights<T>(from, block.batch * p.channels + block.channel, block.lanes, p.state, state);
-    else std::memset(state, 0, sizeof(T) * kLanes<T> * p.state);
+    if (from)
+      load_weights<T>(from, block.batch * p.channels + block.channel, block.lanes, p.state, state);
+    else
+      std::memset(state, 0, sizeof(T) * kLanes<T> * p.state);
   }
 };
 
@@ -49,8 +51,8 @@ template <class T> struct Shared {
 };
 // In place where possible, else staged in the buffers of that name.
 template <class T, class Buffers> Shared<T> shared_rows(const Problem& p, const Block& block, const Tile& tile, const Buffers& buffers) {
-  Shared<T> rows{row_view<T>(p.B, block.batch, block.group, p.state, tile, buffers.B),
-                 row_view<T>(p.C, block.batch, block.group, p.state, tile, buffers.C), {}};
+  Shared<T> rows{
+      row_view<T>(p.B, block.batch, block.group, p.state, tile, buffers.B), row_view<T>(p.C, block.batch, block.group, p.state, tile, buffers.C), {}};
   const Tokens& low = p.delta;
   if (p.rank) rows.low = row_view<T>({low.data, low.type, low.batch, low.token, 0, low.channel}, block.batch, 0, p.rank, tile, buffers.low);
   return rows;
@@ -63,8 +65,7 @@ template <class T> struct Inputs {
   bool bounded;       // every s rate is within what exp2_bounded takes
 };
 
-template <class T, bool kSoftplus, bool kSlope>
-void step_sizes(const Channels<T>& channels, View<T> delta, int64_t count, Inputs<T>* in) {
+template <class T, bool kSoftplus, bool kSlope> void step_sizes(const Channels<T>& channels, View<T> delta, int64_t count, Inputs<T>* in) {
   constexpr int W = kLanes<T>;
   const Vec<T> bias = channels.bias;
   const View<T> u = in->u;
@@ -93,8 +94,7 @@ void step_sizes(const Channels<T>& channels, View<T> delta, int64_t count, Input
 }
 
 // s, s u and where asked the slope of a tile. low: the rows of the low-rank delta. buffer: where u may be staged.
-template <class T>
-void prepare(const Problem& p, const Channels<T>& channels, const Tile& tile, const View<T>& low, T* buffer, Inputs<T>* in) {
+template <class T> void prepare(const Problem& p, const Channels<T>& channels, const Tile& tile, const View<T>& low, T* buffer, Inputs<T>* in) {
   constexpr int W = kLanes<T>;
   in->u = block_view<T>(p.u, channels.block, tile, buffer);
   View<T> delta{in->s, W};
@@ -107,8 +107,10 @@ void prepare(const Problem& p, const Channels<T>& channels, const Tile& tile, co
   } else {
     delta = block_view<T>(p.delta, channels.block, tile, in->s);
   }
-  if (in->slope) (p.softplus ? step_sizes<T, true, true> : step_sizes<T, false, true>)(channels, delta, tile.count, in);
-  else (p.softplus ? step_sizes<T, true, false> : step_sizes<T, false, false>)(channels, delta, tile.count, in);
+  if (in->slope)
+    (p.softplus ? step_sizes<T, true, true> : step_sizes<T, false, true>)(channels, delta, tile.count, in);
+  else
+    (p.softplus ? step_sizes<T, true, false> : step_sizes<T, false, false>)(channels, delta, tile.count, in);
 }
 
 // A run of the states of one half: n, n + 1, …; or of both halves at once: half + n, half + n + 1, … too.
@@ -116,14 +118,16 @@ template <class T> struct Unit {
   const T *rates, *s, *su;  // rates of state n
   View<T> B, C;             // of state n
   int64_t count, half;
-  T *state, *y[2];          // of state n; y of each half
-  bool first[2], join;      // first: y is set, not added to; join: y[0] becomes the sum of both halves
-  const Ahead* ahead;       // asked for during the first unit; may be null
+  T *state, *y[2];      // of state n; y of each half
+  bool first[2], join;  // first: y is set, not added to; join: y[0] becomes the sum of both halves
+  const Ahead* ahead;   // asked for during the first unit; may be null
 };
 
 template <class T, bool kBounded> MEDSSM_INLINE Vec<T> power(Vec<T> x) {
-  if constexpr (kBounded) return exp2_bounded<T>(x);
-  else return exp2<T>(x);
+  if constexpr (kBounded)
+    return exp2_bounded<T>(x);
+  else
+    return exp2<T>(x);
 }
 
 template <class T, int kStates, bool kBoth, bool kBounded> __attribute__((noinline)) void advance(const Unit<T>& unit) {
@@ -184,23 +188,34 @@ template <class T, int kStates, bool kBoth, bool kBounded> void advance_all(Unit
 
 template <class T, bool kBoth> void advance_any(const Unit<T>& unit, int64_t states, bool bounded) {
   constexpr int kRare = 2;  // steps that leave the exponential's bounds are rare: no need of wide units for them
-  if (bounded) advance_all<T, kUnit, kBoth, true>(unit, states);
-  else advance_all<T, kRare, kBoth, false>(unit, states);
+  if (bounded)
+    advance_all<T, kUnit, kBoth, true>(unit, states);
+  else
+    advance_all<T, kRare, kBoth, false>(unit, states);
 }
 
 // One half of the states, 0 or 1, over a tile: y[half] is set, the state moves on.
-template <class T>
-void advance_half(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count, int half, T* y,
-                  const Ahead* ahead) {
+template <class T> void advance_half(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count,
+                                     int half, T* y, const Ahead* ahead) {
   const int64_t from = half ? first_half(p.state) : 0, states = half ? p.state - from : first_half(p.state);
-  advance_any<T, false>({channels.rates + from * kLanes<T>, in.s, in.su, {B.rows + from, B.step}, {C.rows + from, C.step}, count, 0,
-                         channels.state + from * kLanes<T>, {y, nullptr}, {true, true}, false, ahead}, states, in.bounded);
+  advance_any<T, false>({channels.rates + from * kLanes<T>,
+                         in.s,
+                         in.su,
+                         {B.rows + from, B.step},
+                         {C.rows + from, C.step},
+                         count,
+                         0,
+                         channels.state + from * kLanes<T>,
+                         {y, nullptr},
+                         {true, true},
+                         false,
+                         ahead},
+                        states, in.bounded);
 }
 
 // All states over a tile: y[0] is set to the sum of both halves, the state moves on. y[1] is scratch.
-template <class T>
-void advance_both(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count, T* const* y,
-                  const Ahead* ahead) {
+template <class T> void advance_both(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count,
+                                     T* const* y, const Ahead* ahead) {
   const int64_t half = first_half(p.state), paired = p.state - half;
   Unit<T> unit{channels.rates, in.s, in.su, B, C, count, half, channels.state, {y[0], y[1]}, {true, true}, true, ahead};
   if (half > paired) {

@@ -16,8 +16,7 @@ template <class T> struct View {
 };
 
 // One vector of elements per token; only `lanes` of them exist, the others become zero.
-template <class T, class S>
-void stage_lanes(const S* data, int64_t token, int64_t element, int lanes, const Tile& tile, T* out, int64_t out_step) {
+template <class T, class S> void stage_lanes(const S* data, int64_t token, int64_t element, int lanes, const Tile& tile, T* out, int64_t out_step) {
   constexpr int W = kLanes<T>;
   if (element == 1 || lanes == 1) {
     if (lanes == W)
@@ -47,9 +46,8 @@ void stage_lanes(const S* data, int64_t token, int64_t element, int lanes, const
 }
 
 // Rows of any number of elements; out_step is a multiple of the lanes.
-template <class T>
-void stage(const void* data, int64_t type, int64_t offset, int64_t token, int64_t element, int64_t elements, const Tile& tile, T* out,
-           int64_t out_step) {
+template <class T> void stage(const void* data, int64_t type, int64_t offset, int64_t token, int64_t element, int64_t elements, const Tile& tile,
+                              T* out, int64_t out_step) {
   with_storage(type, data, [&](const auto* typed) {
     for (int64_t e = 0; e < elements; e += kLanes<T>) {
       const int lanes = static_cast<int>(least<int64_t>(kLanes<T>, elements - e));

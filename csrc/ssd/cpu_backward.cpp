@@ -19,11 +19,11 @@ namespace {
 
 struct Arguments {
   Problem problem;
-  HeadTokens dout, y;         // y: the compute type; null without z
-  StateTensor dstate;         // of the final state; may be null
-  double *dA, *dbias, *dD;    // (b,h), (b,h), (b,h,p); dD may be null
+  HeadTokens dout, y;              // y: the compute type; null without z
+  StateTensor dstate;              // of the final state; may be null
+  double *dA, *dbias, *dD;         // (b,h), (b,h), (b,h,p); dD may be null
   HeadOutput dx, ddt, dB, dC, dz;  // in the types of x, dt, B, C, z; dz may be null
-  StateTensor dinitial;       // may be null
+  StateTensor dinitial;            // may be null
 };
 
 // A decay below this leaves less of a state than rounding does: the gradient of its logarithm is 0, and A, which may be large, multiplies no
@@ -41,10 +41,16 @@ template <class T> struct Shared {
   const Scratch<T> sums;                                     // C_t S_t dy_t, then ds, of a block's states: [block][step]
   const Scratch<double> rates;                               // dA
 
-  explicit Shared(const Problem& p)
-      : length(p.length), heads(p.heads), blocks(ceil_div(p.states, W)), every(exact_steps(p)), exact(ceil_div(p.length, every) + 1),
-        state(padded_rows(p.size) * W),
-        states(p.batch * heads * exact * blocks * state), sums(p.batch * heads * blocks * length), rates(p.batch * heads * blocks) {
+  explicit Shared(const Problem& p) :
+      length(p.length),
+      heads(p.heads),
+      blocks(ceil_div(p.states, W)),
+      every(exact_steps(p)),
+      exact(ceil_div(p.length, every) + 1),
+      state(padded_rows(p.size) * W),
+      states(p.batch * heads * exact * blocks * state),
+      sums(p.batch * heads * blocks * length),
+      rates(p.batch * heads * blocks) {
     prefer_huge_pages(states.data(), p.batch * heads * exact * blocks * state * static_cast<int64_t>(sizeof(T)));
   }
 
@@ -58,9 +64,13 @@ template <class T> struct Shared {
 // dC, along the walk; the state is transposed: rows are channels, lanes states.
 template <class T> class OfC : public Reader<T, false, true, true> {
  public:
-  OfC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum)
-      : OfC::Reader(a.problem, steps, a.problem.size, {dy, 1}, {a.problem.x, 1}, {a.problem.B, a.problem.heads / a.problem.groups}), a_(a),
-        shared_(shared), sum_(sum), memory_(kTileSteps * (W + 2)), tile_(shared.blocks * kTileSteps * W) {}
+  OfC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
+      OfC::Reader(a.problem, steps, a.problem.size, {dy, 1}, {a.problem.x, 1}, {a.problem.B, a.problem.heads / a.problem.groups}),
+      a_(a),
+      shared_(shared),
+      sum_(sum),
+      memory_(kTileSteps * (W + 2)),
+      tile_(shared.blocks * kTileSteps * W) {}
 
   void begin(const Seat<T>& seat, const Tile& tile) const {
     const int64_t to_end = a_.problem.length - tile.from;
@@ -101,9 +111,13 @@ template <class T> class OfC : public Reader<T, false, true, true> {
 // dB, ds and dA, against the walk; the state's gradient is transposed: rows are channels, lanes states.
 template <class T> class OfB : public Reader<T, true, true, false> {
  public:
-  OfB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum)
-      : OfB::Reader(a.problem, steps, a.problem.size, {a.problem.x, 1}, {dy, 1}, {a.problem.C, a.problem.heads / a.problem.groups}), a_(a),
-        shared_(shared), sum_(sum), memory_(kTileSteps * (W + 3)), tile_(shared.blocks * kTileSteps * W) {}
+  OfB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
+      OfB::Reader(a.problem, steps, a.problem.size, {a.problem.x, 1}, {dy, 1}, {a.problem.C, a.problem.heads / a.problem.groups}),
+      a_(a),
+      shared_(shared),
+      sum_(sum),
+      memory_(kTileSteps * (W + 3)),
+      tile_(shared.blocks * kTileSteps * W) {}
 
   // What a pass carries for a block: dg of the step after, dA, and where the run of steps began.
   struct Carried {
@@ -205,10 +219,11 @@ template <class T> class OfB : public Reader<T, true, true, false> {
 // dx, dD and the initial state's gradient, against the walk.
 template <class T> class OfX : public Reader<T, true, false, false> {
  public:
-  OfX(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps)
-      : OfX::Reader(a.problem, steps, a.problem.states, {a.problem.B, a.problem.heads / a.problem.groups},
-                    {a.problem.C, a.problem.heads / a.problem.groups}, {dy, 1}),
-        a_(a), memory_(kTileSteps * W) {}
+  OfX(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps) :
+      OfX::Reader(a.problem, steps, a.problem.states, {a.problem.B, a.problem.heads / a.problem.groups},
+                  {a.problem.C, a.problem.heads / a.problem.groups}, {dy, 1}),
+      a_(a),
+      memory_(kTileSteps * W) {}
 
   static constexpr int64_t kCarry = kLanes<T> * sizeof(double) / sizeof(T);  // dD of a block
 
@@ -231,8 +246,8 @@ template <class T> class OfX : public Reader<T, true, false, false> {
   void leave(const Seat<T>& seat) const {
     if (!a_.dD) return;
     for (int64_t block = seat.first_block; block < seat.end_block; ++block)
-      std::memcpy(a_.dD + (seat.batch * a_.problem.heads + seat.head) * a_.problem.size + block * W,
-                  seat.carry + (block - seat.first_block) * kCarry, sizeof(double) * static_cast<std::size_t>(seat.width(block)));
+      std::memcpy(a_.dD + (seat.batch * a_.problem.heads + seat.head) * a_.problem.size + block * W, seat.carry + (block - seat.first_block) * kCarry,
+                  sizeof(double) * static_cast<std::size_t>(seat.width(block)));
   }
 
  private:

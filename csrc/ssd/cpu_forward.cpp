@@ -13,10 +13,11 @@ struct Arguments {
 
 template <class T> class Forward : public Reader<T, false, false, true> {
  public:
-  Forward(const Arguments& a, const Steps<T>& steps)
-      : Forward::Reader(a.problem, steps, a.problem.states, {a.problem.C, a.problem.heads / a.problem.groups},
-                        {a.problem.B, a.problem.heads / a.problem.groups}, {a.problem.x, 1}),
-        a_(a), memory_(3 * kTileSteps * W) {}
+  Forward(const Arguments& a, const Steps<T>& steps) :
+      Forward::Reader(a.problem, steps, a.problem.states, {a.problem.C, a.problem.heads / a.problem.groups},
+                      {a.problem.B, a.problem.heads / a.problem.groups}, {a.problem.x, 1}),
+      a_(a),
+      memory_(3 * kTileSteps * W) {}
 
   void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
     const Problem& p = a_.problem;

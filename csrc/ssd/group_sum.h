@@ -9,8 +9,8 @@ namespace {
 // into pieces, whose sums are added up at the end. How many depends on shapes alone, and so do the bits.
 template <class T> class GroupSum {
  public:
-  GroupSum(const Problem& p, const HeadOutput& to)
-      : p_(p), to_(to), pieces_(pieces(p)), own_(pieces_ > 1 ? p.batch * p.length * p.groups * pieces_ * p.states : 0) {}
+  GroupSum(const Problem& p, const HeadOutput& to) :
+      p_(p), to_(to), pieces_(pieces(p)), own_(pieces_ > 1 ? p.batch * p.length * p.groups * pieces_ * p.states : 0) {}
 
   // The heads of a piece.
   int64_t together() const { return p_.heads / p_.groups / pieces_; }
@@ -42,8 +42,7 @@ template <class T> class GroupSum {
             for (int64_t piece = 0; piece < pieces_; ++piece) {
               const View<T> x = rows_of<T>({from.data, from.type, from.batch, from.token, from.head}, batch, group * pieces_ + piece, state, width, W,
                                            tile, buffer.data());
-              for (int64_t t = 0; t < tile.count; ++t)
-                store(sum.data() + t * W, piece ? load<T>(sum.data() + t * W) + load<T>(x[t]) : load<T>(x[t]));
+              for (int64_t t = 0; t < tile.count; ++t) store(sum.data() + t * W, piece ? load<T>(sum.data() + t * W) + load<T>(x[t]) : load<T>(x[t]));
             }
             write_rows<T>(to_, batch, group, state, width, tile, [&](int64_t t) { return load<T>(sum.data() + t * W); });
           }

@@ -35,9 +35,12 @@ MEDSSM_INLINE int64_t threads_for(const Problem& p, int64_t items, int64_t numbe
 // s and exp(s A) of every step of the walk, and the slope of s: [b, h][step].
 template <class T> class Steps {
  public:
-  Steps(const Problem& p, const Walk& walk)
-      : heads_(p.heads), length_(p.length), step_(p.batch * p.heads * p.length), decay_(p.batch * p.heads * p.length),
-        slope_(p.batch * p.heads * p.length) {
+  Steps(const Problem& p, const Walk& walk) :
+      heads_(p.heads),
+      length_(p.length),
+      step_(p.batch * p.heads * p.length),
+      decay_(p.batch * p.heads * p.length),
+      slope_(p.batch * p.heads * p.length) {
     const int64_t items = p.batch * p.heads;
     parallel(threads_for(p, items, p.length), [&](const Team& team) {
       const Range mine = share(items, team);
@@ -90,8 +93,8 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
  public:
   using Form = medssm::Form<Decay::kWhole, kBack, kStrict>;
 
-  Reader(const Problem& p, const Steps<T>& steps, int64_t rows, const Source& q, const Source& k, const Source& v)
-      : p_(p), sharing_(p.heads / p.groups), steps_(steps), rows_(rows), q_(q), k_(k), v_(v), memory_(kTileSteps * (2 * padded_rows(rows) + W)) {}
+  Reader(const Problem& p, const Steps<T>& steps, int64_t rows, const Source& q, const Source& k, const Source& v) :
+      p_(p), sharing_(p.heads / p.groups), steps_(steps), rows_(rows), q_(q), k_(k), v_(v), memory_(kTileSteps * (2 * padded_rows(rows) + W)) {}
 
   void enter(const Seat<T>&) const {}
   void begin(const Seat<T>&, const Tile&) const {}
@@ -100,8 +103,11 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
   Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
     T* const buffer = memory_.data() + kTileSteps * W;
     const int64_t padded = padded_rows(rows_);
-    return {view(q_, seat, 0, rows_, padded, tile, buffer), view(k_, seat, 0, rows_, padded, tile, buffer + kTileSteps * padded), {},
-            in_time(steps_.decay(seat.batch, seat.head, first(tile))), tile.count};
+    return {view(q_, seat, 0, rows_, padded, tile, buffer),
+            view(k_, seat, 0, rows_, padded, tile, buffer + kTileSteps * padded),
+            {},
+            in_time(steps_.decay(seat.batch, seat.head, first(tile))),
+            tile.count};
   }
 
   void lanes(const Seat<T>& seat, const Tile& tile, int64_t block, Operands<T>* in) const {

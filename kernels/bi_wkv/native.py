@@ -54,6 +54,17 @@ def _problem(w, u, k, v, mode, index, starts, reverse):
     w, u = (t.to(torch.float64 if wide else torch.float32).contiguous() for t in (w, u))
     k, v, ends = native.lanes(k), native.lanes(v), bounds(starts, v.shape[1], reverse)
     fields = (
-        *_tokens(k), *_tokens(v), w.data_ptr(), u.data_ptr(), native.pointer(index), native.pointer(ends), 1 if ends is None else ends.shape[0] - 1,
-        reverse, *v.shape, mode == "upstream", wide, torch.get_num_threads())
+        *_tokens(k),
+        *_tokens(v),
+        w.data_ptr(),
+        u.data_ptr(),
+        native.pointer(index),
+        native.pointer(ends),
+        1 if ends is None else ends.shape[0] - 1,
+        reverse,
+        *v.shape,
+        mode == "upstream",
+        wide,
+        torch.get_num_threads(),
+    )
     return fields, (w, u, k, v, ends)

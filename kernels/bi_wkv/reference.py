@@ -52,7 +52,7 @@ def _segment(w, u, k, v, mode):
     chunk = length if mode == "exact" else -(-length // CHUNKS)
     o = []
     for s in range(0, length, max(chunk, 1)):
-        here, there = k[s:s + chunk], v[s:s + chunk]
+        here, there = k[s : s + chunk], v[s : s + chunk]
         if mode == "upstream":
             within, left = _sums(w, here, there), _sums(-w, here[1:], there[1:])
         for t, (k_t, v_t) in enumerate(zip(here, there, strict=True), s):

@@ -68,8 +68,20 @@ class _Pass:
         """What each chunk holds, (2 ways, fields, b, chunks, d), made into what lies before it and behind it."""
         fields = sums.shape[1]
         for way in range(2):
-            carry[self.rows](sums[way], self.w, self.begins, self.fresh, self.channels, self.chunks, sums.stride(1), GROUP=GROUP, TILE=CHANNELS,
-                             SLOPE=fields == 6, BACK=way == 1, num_warps=1)
+            carry[self.rows](
+                sums[way],
+                self.w,
+                self.begins,
+                self.fresh,
+                self.channels,
+                self.chunks,
+                sums.stride(1),
+                GROUP=GROUP,
+                TILE=CHANNELS,
+                SLOPE=fields == 6,
+                BACK=way == 1,
+                num_warps=1,
+            )
         return sums
 
     def outputs(self, out=None, dout=None):
@@ -78,16 +90,55 @@ class _Pass:
         k, v, entry = self.k, self.v, None
         if several:
             entry = self.new(2, fields, self.batch, self.chunks, self.channels)
-            local[self.grid](k, v, v, self.w, *present(k, self.index), self.begins, entry, self.length, self.channels, self.chunks, *k.stride(),
-                             *v.stride(), fields * size, size, ONES=True, SLOPE=self.adjoint, **self.walk)
+            local[self.grid](
+                k,
+                v,
+                v,
+                self.w,
+                *present(k, self.index),
+                self.begins,
+                entry,
+                self.length,
+                self.channels,
+                self.chunks,
+                *k.stride(),
+                *v.stride(),
+                fields * size,
+                size,
+                ONES=True,
+                SLOPE=self.adjoint,
+                **self.walk,
+            )
             self.carried(entry)
         kept = self.new(fields, self.batch, self.slots, self.channels)
         top = self.new(3, *v.shape) if self.adjoint else None
         weights = self.new(2, self.batch, self.chunks, self.channels) if self.adjoint else None
         outputs[self.grid](
-            k, v, self.w, self.u, *present(k, dout, self.index), self.begins, *present(kept, entry), kept, *present(kept, out, top, weights),
-            self.length, self.channels, self.chunks, *k.stride(), *v.stride(), *strides(dout, 3), fields * size, size, *_slots(kept),
-            v.numel(), UPSTREAM=self.upstream, ENTRY=several, ADJOINT=self.adjoint, maxnreg=REGISTERS, **self.walk)
+            k,
+            v,
+            self.w,
+            self.u,
+            *present(k, dout, self.index),
+            self.begins,
+            *present(kept, entry),
+            kept,
+            *present(kept, out, top, weights),
+            self.length,
+            self.channels,
+            self.chunks,
+            *k.stride(),
+            *v.stride(),
+            *strides(dout, 3),
+            fields * size,
+            size,
+            *_slots(kept),
+            v.numel(),
+            UPSTREAM=self.upstream,
+            ENTRY=several,
+            ADJOINT=self.adjoint,
+            maxnreg=REGISTERS,
+            **self.walk,
+        )
         self.top = top
         return None if weights is None else weights.sum((1, 2)).unbind()
 
@@ -98,13 +149,50 @@ class _Pass:
         if several:
             entry = self.new(2, 4, self.batch, self.chunks, self.channels)
             row = top.stride()[1:]
-            local[self.grid](*top, self.w, top, self.begins, entry, self.length, self.channels, self.chunks, *row, *row, 4 * size, size, ONES=False,
-                             SLOPE=False, **{**self.walk, "WALK": False, "REVERSE": False})
+            local[self.grid](
+                *top,
+                self.w,
+                top,
+                self.begins,
+                entry,
+                self.length,
+                self.channels,
+                self.chunks,
+                *row,
+                *row,
+                4 * size,
+                size,
+                ONES=False,
+                SLOPE=False,
+                **{**self.walk, "WALK": False, "REVERSE": False},
+            )
             self.carried(entry)
         kept = self.new(4, self.batch, self.slots, self.channels)
         tokens_adjoint[self.grid](
-            k, v, self.w, self.u, top, *present(k, self.index), self.begins, *present(kept, entry), kept, dk, dv, self.length, self.channels,
-            self.chunks, *k.stride(), *v.stride(), 4 * size, size, *_slots(kept), v.numel(), UPSTREAM=self.upstream, ENTRY=several, **self.walk)
+            k,
+            v,
+            self.w,
+            self.u,
+            top,
+            *present(k, self.index),
+            self.begins,
+            *present(kept, entry),
+            kept,
+            dk,
+            dv,
+            self.length,
+            self.channels,
+            self.chunks,
+            *k.stride(),
+            *v.stride(),
+            4 * size,
+            size,
+            *_slots(kept),
+            v.numel(),
+            UPSTREAM=self.upstream,
+            ENTRY=several,
+            **self.walk,
+        )
 
 
 def _slots(kept):

@@ -26,9 +26,39 @@ def _share(s, key, v, dk, dv):
 
 
 @triton.jit
-def tokens_adjoint(k, v, w, u, top, index, begins, entry, kept, dk, dv, length, channels, chunks, k_batch, k_token, k_channel, v_batch, v_token,
-                   v_channel, s_way, s_field, h_batch, h_field, o_field, K: tl.constexpr, TILE: tl.constexpr, UPSTREAM: tl.constexpr,
-                   ENTRY: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
+def tokens_adjoint(
+    k,
+    v,
+    w,
+    u,
+    top,
+    index,
+    begins,
+    entry,
+    kept,
+    dk,
+    dv,
+    length,
+    channels,
+    chunks,
+    k_batch,
+    k_token,
+    k_channel,
+    v_batch,
+    v_token,
+    v_channel,
+    s_way,
+    s_field,
+    h_batch,
+    h_field,
+    o_field,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    UPSTREAM: tl.constexpr,
+    ENTRY: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """dk, dv (b,l,d) from the outputs' top (3,b,l,d) and entry (2 ways, fields, b, chunks, d): the outputs before each chunk and behind it."""
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate, bonus = tl.load(w + d, mask=here, other=0.0), tl.load(u + d, mask=here, other=0.0)
@@ -48,8 +78,11 @@ def tokens_adjoint(k, v, w, u, top, index, begins, entry, kept, dk, dv, length, 
         first = begin + i * K
         store_sum(kept + i * channels, h_field, here, past, False)
         steps, live = places(index, first, end, length, K, False, False)
-        keys, x, y = (rows(top, steps, live, here, channels, K), rows(top + o_field, steps, live, here, channels, K),
-                      rows(top + 2 * o_field, steps, live, here, channels, K))
+        keys, x, y = (
+            rows(top, steps, live, here, channels, K),
+            rows(top + o_field, steps, live, here, channels, K),
+            rows(top + 2 * o_field, steps, live, here, channels, K),
+        )
         for j in tl.static_range(K):
             past = add(past, rate, live[j], keys[j], x[j], y[j], False)
 
@@ -61,8 +94,11 @@ def tokens_adjoint(k, v, w, u, top, index, begins, entry, kept, dk, dv, length, 
         tokens, live = places(index, first, end, length, K, WALK, REVERSE)
         steps, _ = places(index, first, end, length, K, False, False)
         keys, values = rows(k, tokens, live, here, k_token, K), rows(v, tokens, live, here, v_token, K)
-        tops, x, y = (rows(top, steps, live, here, channels, K), rows(top + o_field, steps, live, here, channels, K),
-                      rows(top + 2 * o_field, steps, live, here, channels, K))
+        tops, x, y = (
+            rows(top, steps, live, here, channels, K),
+            rows(top + o_field, steps, live, here, channels, K),
+            rows(top + 2 * o_field, steps, live, here, channels, K),
+        )
         past = load_sum(kept + (groups - 1 - i) * channels, h_field, here, False)
         shares = ()
         for j in tl.static_range(K):

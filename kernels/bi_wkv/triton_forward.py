@@ -33,8 +33,32 @@ from medssm.kernels.bi_wkv.triton_steps import (
 
 
 @triton.jit
-def local(k, v, y, w, index, begins, sums, length, channels, chunks, k_batch, k_token, k_channel, v_batch, v_token, v_channel, s_way, s_field,
-          K: tl.constexpr, TILE: tl.constexpr, ONES: tl.constexpr, SLOPE: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
+def local(
+    k,
+    v,
+    y,
+    w,
+    index,
+    begins,
+    sums,
+    length,
+    channels,
+    chunks,
+    k_batch,
+    k_token,
+    k_channel,
+    v_batch,
+    v_token,
+    v_channel,
+    s_way,
+    s_field,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    ONES: tl.constexpr,
+    SLOPE: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """sums (2 ways, fields, b, chunks, d): way 0 the chunk's tokens seen from the step after it, way 1 from the one before it.
 
     Their a is v, their b ones or y, which has v's strides.
@@ -84,8 +108,14 @@ def _group(at, field, first, chunks, here, step, begins, GROUP: tl.constexpr, BA
 @triton.jit
 def _unless(condition, s, r):
     """The sum s, or r where the condition holds."""
-    return (tl.where(condition, r[0], s[0]), tl.where(condition, r[1], s[1]), tl.where(condition, r[2], s[2]), tl.where(condition, r[3], s[3]),
-            tl.where(condition, r[4], s[4]), tl.where(condition, r[5], s[5]))
+    return (
+        tl.where(condition, r[0], s[0]),
+        tl.where(condition, r[1], s[1]),
+        tl.where(condition, r[2], s[2]),
+        tl.where(condition, r[3], s[3]),
+        tl.where(condition, r[4], s[4]),
+        tl.where(condition, r[5], s[5]),
+    )
 
 
 @triton.jit
@@ -120,9 +150,44 @@ def carry(sums, w, begins, fresh, channels, chunks, s_field, GROUP: tl.constexpr
 
 
 @triton.jit
-def outputs(k, v, w, u, dout, index, begins, entry, kept, out, top, weights, length, channels, chunks, k_batch, k_token, k_channel, v_batch, v_token,
-            v_channel, g_batch, g_token, g_channel, s_way, s_field, h_batch, h_field, o_field, K: tl.constexpr, TILE: tl.constexpr,
-            UPSTREAM: tl.constexpr, ENTRY: tl.constexpr, ADJOINT: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
+def outputs(
+    k,
+    v,
+    w,
+    u,
+    dout,
+    index,
+    begins,
+    entry,
+    kept,
+    out,
+    top,
+    weights,
+    length,
+    channels,
+    chunks,
+    k_batch,
+    k_token,
+    k_channel,
+    v_batch,
+    v_token,
+    v_channel,
+    g_batch,
+    g_token,
+    g_channel,
+    s_way,
+    s_field,
+    h_batch,
+    h_field,
+    o_field,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    UPSTREAM: tl.constexpr,
+    ENTRY: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """entry (2 ways, fields, b, chunks, d): what lies before each chunk and behind it; kept: room for what lies ahead of every K steps.
 
     Writes out (b,l,d); or, for the backward pass (ADJOINT), top (3,b,l,d): of each output -top, x = dout / denominator and y = x out, in the order of

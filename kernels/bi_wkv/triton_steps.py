@@ -69,8 +69,14 @@ def both(s, r, w):
     """Two sums together, seen from one step."""
     s_shift, r_shift = s[0] - s[1] * w, r[0] - r[1] * w
     heavier, kept, fresh = weights(r_shift - s_shift)
-    return (tl.where(heavier, r[0], s[0]), tl.where(heavier, r[1], s[1]), kept * s[2] + fresh * r[2], kept * s[3] + fresh * r[3],
-            kept * s[4] + fresh * r[4], kept * s[5] + fresh * r[5])
+    return (
+        tl.where(heavier, r[0], s[0]),
+        tl.where(heavier, r[1], s[1]),
+        kept * s[2] + fresh * r[2],
+        kept * s[3] + fresh * r[3],
+        kept * s[4] + fresh * r[4],
+        kept * s[5] + fresh * r[5],
+    )
 
 
 @triton.jit

@@ -40,16 +40,36 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
     dtype = torch.float64 if wide(x, weight, bias, initial_state) else torch.float32
     sums = torch.empty((batch * -(-(length + width - 1) // _STEPS), width + 1, channels), dtype=dtype, device=x.device)
     begin = begins(starts, length, width, reverse)
-    cuda.call("causal_conv1d_backward", _arguments(
-        x, weight, bias, activation, index, begin, reverse, initial_state, dout=dout, dstate=dstate, dx=dx, dinitial=dinitial, sums=sums), x)
+    cuda.call(
+        "causal_conv1d_backward",
+        _arguments(x, weight, bias, activation, index, begin, reverse, initial_state, dout=dout, dstate=dstate, dx=dx, dinitial=dinitial, sums=sums),
+        x,
+    )
     total = sums.sum(0)
     dbias = None if bias is None else total[width].to(bias.dtype)
     return dx, total[:width].t().to(weight.dtype).contiguous(), dbias, dinitial
 
 
-def _arguments(x, weight, bias, activation, index, begin, reverse, initial_state, out=None, dout=None, dstate=None, dx=None, dinitial=None,
-               sums=None):
+def _arguments(
+    x, weight, bias, activation, index, begin, reverse, initial_state, out=None, dout=None, dstate=None, dx=None, dinitial=None, sums=None
+):
     return _PACK(
-        cuda.stream(x), *cuda.strided(x, 3), *cuda.strided(weight, 2), *cuda.strided(bias, 1), *cuda.strided(initial_state, 3), pointer(index),
-        pointer(begin), reverse, *x.shape, weight.shape[1], activation == "silu", wide(x, weight, bias, initial_state), pointer(out),
-        *cuda.strided(dout, 3), *cuda.strided(dstate, 3), pointer(dx), pointer(dinitial), pointer(sums))
+        cuda.stream(x),
+        *cuda.strided(x, 3),
+        *cuda.strided(weight, 2),
+        *cuda.strided(bias, 1),
+        *cuda.strided(initial_state, 3),
+        pointer(index),
+        pointer(begin),
+        reverse,
+        *x.shape,
+        weight.shape[1],
+        activation == "silu",
+        wide(x, weight, bias, initial_state),
+        pointer(out),
+        *cuda.strided(dout, 3),
+        *cuda.strided(dstate, 3),
+        pointer(dx),
+        pointer(dinitial),
+        pointer(sums),
+    )

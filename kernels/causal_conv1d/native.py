@@ -31,8 +31,9 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
     out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     state = torch.empty((batch, channels, weight.shape[1] - 1), dtype=x.dtype, device=x.device) if final else None
     if out.numel():
-        native.function("causal_conv1d_forward")(_FORWARD(
-            *_problem(x, weight, bias, activation, index, starts, reverse, initial_state), out.data_ptr(), native.pointer(state)))
+        native.function("causal_conv1d_forward")(
+            _FORWARD(*_problem(x, weight, bias, activation, index, starts, reverse, initial_state), out.data_ptr(), native.pointer(state))
+        )
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state
@@ -44,9 +45,18 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
     dx, dweight, dbias, dinitial = (native.like(t) for t in (x, weight, bias, initial_state))
     if x.numel():
         state = (0, 0, 0, 0) if dstate is None else (dstate.data_ptr(), *dstate.stride())
-        native.function("causal_conv1d_backward")(_BACKWARD(
-            *_problem(x, weight, bias, activation, index, starts, reverse, initial_state), dout.data_ptr(), *dout.stride()[:2], *state,
-            dx.data_ptr(), dweight.data_ptr(), native.pointer(dbias), native.pointer(dinitial)))
+        native.function("causal_conv1d_backward")(
+            _BACKWARD(
+                *_problem(x, weight, bias, activation, index, starts, reverse, initial_state),
+                dout.data_ptr(),
+                *dout.stride()[:2],
+                *state,
+                dx.data_ptr(),
+                dweight.data_ptr(),
+                native.pointer(dbias),
+                native.pointer(dinitial),
+            )
+        )
     else:
         for gradient in (dweight, dbias, dinitial):
             if gradient is not None:
@@ -63,8 +73,30 @@ def _problem(x, weight, bias, activation, index, starts, reverse, initial_state)
     if initial_state is not None:
         initial = (initial_state.data_ptr(), native.DTYPES[initial_state.dtype], *initial_state.stride())
     return (
-        x.data_ptr(), native.DTYPES[x.dtype], *x.stride()[:2], batch, length,
-        weight.data_ptr(), native.pointer(bias), native.DTYPES[weight.dtype], 0 if bias is None else native.DTYPES[bias.dtype],
-        channels, 1, 1, weight.shape[1], weight.stride(0), 0, 0, weight.stride(1), 0 if bias is None else bias.stride(0),
-        *initial, native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0], reverse,
-        activation == "silu", native.wide(x, weight, bias, initial_state), torch.get_num_threads())
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        *x.stride()[:2],
+        batch,
+        length,
+        weight.data_ptr(),
+        native.pointer(bias),
+        native.DTYPES[weight.dtype],
+        0 if bias is None else native.DTYPES[bias.dtype],
+        channels,
+        1,
+        1,
+        weight.shape[1],
+        weight.stride(0),
+        0,
+        0,
+        weight.stride(1),
+        0 if bias is None else bias.stride(0),
+        *initial,
+        native.pointer(index),
+        native.pointer(starts),
+        0 if starts is None else starts.shape[0],
+        reverse,
+        activation == "silu",
+        native.wide(x, weight, bias, initial_state),
+        torch.get_num_threads(),
+    )

@@ -35,12 +35,12 @@ def causal_conv1d(x, weight, bias=None, activation=None, index=None, starts=None
         taps = torch.cat([before, x.index_select(1, steps)], 1)  # step t at past + t
         segment = torch.zeros(past + length, dtype=torch.int64, device=x.device)
         for s in fresh:
-            segment[past + s:] += 1  # a step sees its own segment only
+            segment[past + s :] += 1  # a step sees its own segment only
 
         y = x.new_zeros(batch, length, channels)
         own = segment[past:, None]
         for j in range(past + 1):
-            y = y + weight[:, j] * taps[:, j:j + length].where(segment[j:j + length, None] == own, 0.0)
+            y = y + weight[:, j] * taps[:, j : j + length].where(segment[j : j + length, None] == own, 0.0)
         if bias is not None:
             y = y + bias
         if activation == "silu":

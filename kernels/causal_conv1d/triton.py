@@ -40,8 +40,27 @@ def _first(begin, step, length, PAST: tl.constexpr, BEGINS: tl.constexpr):
 
 
 @triton.jit
-def _taps(x, initial, index, step, live, b, d, here, length, x_batch, x_token, x_channel, i_batch, i_channel, i_tap,
-          PAST: tl.constexpr, INITIAL: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
+def _taps(
+    x,
+    initial,
+    index,
+    step,
+    live,
+    b,
+    d,
+    here,
+    length,
+    x_batch,
+    x_token,
+    x_channel,
+    i_batch,
+    i_channel,
+    i_tap,
+    PAST: tl.constexpr,
+    INITIAL: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """What a kernel sees at each step (steps, channels) in float32: a token, or one of the initial state, or zero where not live."""
     at = b * x_batch + _token(index, step, length, WALK, REVERSE)[:, None] * x_token + d[None, :] * x_channel
     values = tl.load(x + at, mask=(live & (step >= 0))[:, None] & here[None, :], other=0.0).to(tl.float32)
@@ -52,15 +71,59 @@ def _taps(x, initial, index, step, live, b, d, here, length, x_batch, x_token, x
 
 
 @triton.jit
-def _before_activation(x, weight, bias, initial, index, step, first, live, b, d, here, length, x_batch, x_token, x_channel, w_channel, w_tap,
-                       bias_channel, i_batch, i_channel, i_tap, W: tl.constexpr, BIAS: tl.constexpr, INITIAL: tl.constexpr, WALK: tl.constexpr,
-                       REVERSE: tl.constexpr):
+def _before_activation(
+    x,
+    weight,
+    bias,
+    initial,
+    index,
+    step,
+    first,
+    live,
+    b,
+    d,
+    here,
+    length,
+    x_batch,
+    x_token,
+    x_channel,
+    w_channel,
+    w_tap,
+    bias_channel,
+    i_batch,
+    i_channel,
+    i_tap,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """bias + sum_j weight_j tap_j at each step (steps, channels)."""
     sums = tl.zeros((step.shape[0], d.shape[0]), tl.float32)
     for j in tl.static_range(W):
         tap = step - (W - 1) + j
-        values = _taps(x, initial, index, tap, live & (tap >= first), b, d, here, length, x_batch, x_token, x_channel, i_batch, i_channel, i_tap,
-                       W - 1, INITIAL, WALK, REVERSE)
+        values = _taps(
+            x,
+            initial,
+            index,
+            tap,
+            live & (tap >= first),
+            b,
+            d,
+            here,
+            length,
+            x_batch,
+            x_token,
+            x_channel,
+            i_batch,
+            i_channel,
+            i_tap,
+            W - 1,
+            INITIAL,
+            WALK,
+            REVERSE,
+        )
         sums += values * tl.load(weight + d * w_channel + j * w_tap, mask=here, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         sums += tl.load(bias + d * bias_channel, mask=here, other=0.0).to(tl.float32)[None, :]
@@ -68,17 +131,69 @@ def _before_activation(x, weight, bias, initial, index, step, first, live, b, d,
 
 
 @triton.jit
-def _forward(x, weight, bias, initial, index, begin, out, length, channels, x_batch, x_token, x_channel, w_channel, w_tap, bias_channel, i_batch,
-             i_channel, i_tap, W: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, INITIAL: tl.constexpr, WALK: tl.constexpr,
-             BEGINS: tl.constexpr, REVERSE: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+def _forward(
+    x,
+    weight,
+    bias,
+    initial,
+    index,
+    begin,
+    out,
+    length,
+    channels,
+    x_batch,
+    x_token,
+    x_channel,
+    w_channel,
+    w_tap,
+    bias_channel,
+    i_batch,
+    i_channel,
+    i_tap,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    BIAS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    WALK: tl.constexpr,
+    BEGINS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     tiles = tl.cdiv(length, STEPS)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64)
     step = tile * STEPS + tl.arange(0, STEPS)
     d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     live, here = step < length, d < channels
     first = _first(begin, step, length, W - 1, BEGINS)
-    y = _before_activation(x, weight, bias, initial, index, step, first, live, b, d, here, length, x_batch, x_token, x_channel, w_channel, w_tap,
-                           bias_channel, i_batch, i_channel, i_tap, W, BIAS, INITIAL, WALK, REVERSE)
+    y = _before_activation(
+        x,
+        weight,
+        bias,
+        initial,
+        index,
+        step,
+        first,
+        live,
+        b,
+        d,
+        here,
+        length,
+        x_batch,
+        x_token,
+        x_channel,
+        w_channel,
+        w_tap,
+        bias_channel,
+        i_batch,
+        i_channel,
+        i_tap,
+        W,
+        BIAS,
+        INITIAL,
+        WALK,
+        REVERSE,
+    )
     if SILU:
         y = y / (1 + tl.exp(-y))
     at = (b * length + _token(index, step, length, WALK, REVERSE))[:, None] * channels + d[None, :]
@@ -86,17 +201,54 @@ def _forward(x, weight, bias, initial, index, begin, out, length, channels, x_ba
 
 
 @triton.jit
-def _backward(dout, dstate, x, weight, bias, initial, index, begin, dx, dinitial, sums, length, channels, o_batch, o_token, o_channel, s_batch,
-              s_channel, s_tap, x_batch, x_token, x_channel, w_channel, w_tap, bias_channel, i_batch, i_channel, i_tap, W: tl.constexpr,
-              SILU: tl.constexpr, BIAS: tl.constexpr, INITIAL: tl.constexpr, STATE: tl.constexpr, WALK: tl.constexpr, BEGINS: tl.constexpr,
-              REVERSE: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+def _backward(
+    dout,
+    dstate,
+    x,
+    weight,
+    bias,
+    initial,
+    index,
+    begin,
+    dx,
+    dinitial,
+    sums,
+    length,
+    channels,
+    o_batch,
+    o_token,
+    o_channel,
+    s_batch,
+    s_channel,
+    s_tap,
+    x_batch,
+    x_token,
+    x_channel,
+    w_channel,
+    w_tap,
+    bias_channel,
+    i_batch,
+    i_channel,
+    i_tap,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    BIAS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    STATE: tl.constexpr,
+    WALK: tl.constexpr,
+    BEGINS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     tiles = tl.cdiv(length + W - 1, STEPS)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64)
     step = tile * STEPS + tl.arange(0, STEPS) - (W - 1)  # from the initial state's oldest token on
     d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     live, here = step < length, d < channels
-    seen = _taps(x, initial, index, step, live, b, d, here, length, x_batch, x_token, x_channel, i_batch, i_channel, i_tap, W - 1, INITIAL, WALK,
-                 REVERSE)
+    seen = _taps(
+        x, initial, index, step, live, b, d, here, length, x_batch, x_token, x_channel, i_batch, i_channel, i_tap, W - 1, INITIAL, WALK, REVERSE
+    )
     rows = (b * tiles + tile) * (W + 1)
     total = tl.zeros((STEPS, CHANNELS), tl.float32)
     for k in tl.static_range(W):
@@ -106,8 +258,34 @@ def _backward(dout, dstate, x, weight, bias, initial, index, begin, dx, dinitial
         at = b * o_batch + _token(index, later, length, WALK, REVERSE)[:, None] * o_token + d[None, :] * o_channel
         g = tl.load(dout + at, mask=sees[:, None] & here[None, :], other=0.0).to(tl.float32)
         if SILU:
-            y = _before_activation(x, weight, bias, initial, index, later, first, sees, b, d, here, length, x_batch, x_token, x_channel, w_channel,
-                                   w_tap, bias_channel, i_batch, i_channel, i_tap, W, BIAS, INITIAL, WALK, REVERSE)
+            y = _before_activation(
+                x,
+                weight,
+                bias,
+                initial,
+                index,
+                later,
+                first,
+                sees,
+                b,
+                d,
+                here,
+                length,
+                x_batch,
+                x_token,
+                x_channel,
+                w_channel,
+                w_tap,
+                bias_channel,
+                i_batch,
+                i_channel,
+                i_tap,
+                W,
+                BIAS,
+                INITIAL,
+                WALK,
+                REVERSE,
+            )
             s = 1 / (1 + tl.exp(-y))
             g = g * s * (1 + y * (1 - s))
         total += g * tl.load(weight + d * w_channel + (W - 1 - k) * w_tap, mask=here, other=0.0).to(tl.float32)[None, :]
@@ -119,8 +297,9 @@ def _backward(dout, dstate, x, weight, bias, initial, index, begin, dx, dinitial
         kept = live & (tap >= 0)
         if BEGINS:
             kept = kept & (step >= tl.load(begin + length - 1))
-        total += tl.load(dstate + b * s_batch + tap[:, None] * s_tap + d[None, :] * s_channel, mask=kept[:, None] & here[None, :],
-                         other=0.0).to(tl.float32)
+        total += tl.load(dstate + b * s_batch + tap[:, None] * s_tap + d[None, :] * s_channel, mask=kept[:, None] & here[None, :], other=0.0).to(
+            tl.float32
+        )
     at = (b * length + _token(index, step, length, WALK, REVERSE))[:, None] * channels + d[None, :]
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(live & (step >= 0))[:, None] & here[None, :])
     if INITIAL:
@@ -141,9 +320,26 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
     if out.numel():
         with on(x):
             _forward[_grid(batch, length, channels)](
-                x, weight, *present(x, bias, initial_state, index, begin), out, length, channels, *x.stride(), *weight.stride(),
-                *strides(bias, 1), *strides(initial_state, 3), W=width, SILU=activation == "silu", BIAS=bias is not None,
-                INITIAL=initial_state is not None, WALK=index is not None, BEGINS=begin is not None, REVERSE=reverse, STEPS=STEPS, CHANNELS=CHANNELS)
+                x,
+                weight,
+                *present(x, bias, initial_state, index, begin),
+                out,
+                length,
+                channels,
+                *x.stride(),
+                *weight.stride(),
+                *strides(bias, 1),
+                *strides(initial_state, 3),
+                W=width,
+                SILU=activation == "silu",
+                BIAS=bias is not None,
+                INITIAL=initial_state is not None,
+                WALK=index is not None,
+                BEGINS=begin is not None,
+                REVERSE=reverse,
+                STEPS=STEPS,
+                CHANNELS=CHANNELS,
+            )
     return out, state(x, width, index, begin, reverse, initial_state) if final else None
 
 
@@ -164,10 +360,33 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
     sums = torch.empty((grid[0], width + 1, channels), dtype=torch.float32, device=x.device)
     with on(x):
         _backward[grid](
-            dout, *present(x, dstate), x, weight, *present(x, bias, initial_state, index, begin), dx, *present(x, dinitial), sums, length, channels,
-            *dout.stride(), *strides(dstate, 3), *x.stride(), *weight.stride(), *strides(bias, 1), *strides(initial_state, 3),
-            W=width, SILU=activation == "silu", BIAS=bias is not None, INITIAL=initial_state is not None, STATE=dstate is not None,
-            WALK=index is not None, BEGINS=begin is not None, REVERSE=reverse, STEPS=STEPS, CHANNELS=CHANNELS)
+            dout,
+            *present(x, dstate),
+            x,
+            weight,
+            *present(x, bias, initial_state, index, begin),
+            dx,
+            *present(x, dinitial),
+            sums,
+            length,
+            channels,
+            *dout.stride(),
+            *strides(dstate, 3),
+            *x.stride(),
+            *weight.stride(),
+            *strides(bias, 1),
+            *strides(initial_state, 3),
+            W=width,
+            SILU=activation == "silu",
+            BIAS=bias is not None,
+            INITIAL=initial_state is not None,
+            STATE=dstate is not None,
+            WALK=index is not None,
+            BEGINS=begin is not None,
+            REVERSE=reverse,
+            STEPS=STEPS,
+            CHANNELS=CHANNELS,
+        )
     total = sums.sum(0)
     dbias = None if bias is None else total[width].to(bias.dtype)
     return dx, total[:width].t().to(weight.dtype).contiguous(), dbias, dinitial

@@ -34,9 +34,14 @@ def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save
     state = torch.empty((batch, heads, keys, v.shape[3]), dtype=dtype) if final else None
     recalled = torch.empty(v.shape, dtype=dtype) if save else None
     if out.numel():
-        native.function("delta_rule_forward")(_FORWARD(
-            *_problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dtype), out.data_ptr(), native.pointer(state),
-            native.pointer(recalled)))
+        native.function("delta_rule_forward")(
+            _FORWARD(
+                *_problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dtype),
+                out.data_ptr(),
+                native.pointer(state),
+                native.pointer(recalled),
+            )
+        )
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state, recalled
@@ -50,10 +55,17 @@ def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, rev
     dstate = None if dstate is None else dstate.to(dtype).contiguous()
     dq, dk, dv, dbeta, dg, dinitial = gradients = [native.like(t, dtype) for t in inputs]
     if q.numel() and v.numel():
-        native.function("delta_rule_backward")(_BACKWARD(
-            *_problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dtype),
-            dout.data_ptr(), native.DTYPES[dout.dtype], *dout.stride()[:3], native.pointer(dstate), recalled.data_ptr(),
-            *(native.pointer(t) for t in (dq, dk, dv, dbeta, dg, dinitial))))
+        native.function("delta_rule_backward")(
+            _BACKWARD(
+                *_problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dtype),
+                dout.data_ptr(),
+                native.DTYPES[dout.dtype],
+                *dout.stride()[:3],
+                native.pointer(dstate),
+                recalled.data_ptr(),
+                *(native.pointer(t) for t in (dq, dk, dv, dbeta, dg, dinitial)),
+            )
+        )
     else:
         for gradient in gradients:
             if gradient is not None:
@@ -76,5 +88,19 @@ def _problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dty
     tokens = [field for t in (q, k, v) for field in (t.data_ptr(), native.DTYPES[t.dtype], *t.stride()[:3])]
     scalars = [field for t in (beta, g) for field in ((0,) * 5 if t is None else (t.data_ptr(), native.DTYPES[t.dtype], *t.stride()))]
     return (
-        *tokens, *scalars, native.pointer(initial_state), native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0],
-        reverse, batch, length, heads, keys, v.shape[3], dtype is torch.float64, torch.get_num_threads(), scale)
+        *tokens,
+        *scalars,
+        native.pointer(initial_state),
+        native.pointer(index),
+        native.pointer(starts),
+        0 if starts is None else starts.shape[0],
+        reverse,
+        batch,
+        length,
+        heads,
+        keys,
+        v.shape[3],
+        dtype is torch.float64,
+        torch.get_num_threads(),
+        scale,
+    )

@@ -105,15 +105,23 @@ class _Problem:
         self.segment = segment(self.rows, self.chunks, dk, dv)
         self.segments = triton.cdiv(self.chunks, self.segment)
         self.shape = (length, heads, dk, dv, self.chunks)
-        self.options = {"GATED": g is not None, "FRESH": self.fresh is not None, "WALK": index is not None, "REVERSE": reverse,
-                        "CHUNK": self.sizes.chunk, "BK": self.sizes.keys, **OPTIONS}
+        self.options = {
+            "GATED": g is not None,
+            "FRESH": self.fresh is not None,
+            "WALK": index is not None,
+            "REVERSE": reverse,
+            "CHUNK": self.sizes.chunk,
+            "BK": self.sizes.keys,
+            **OPTIONS,
+        }
 
     def inverses(self, rows: bool):
         """(b*h, chunks, CHUNK, CHUNK)."""
         chunk, (length, heads, dk, _, chunks) = self.sizes.chunk, self.shape
         made = _floats(self.q, self.rows, chunks, chunk, chunk)
         inverse[self.rows * chunks,](
-            self.k, self.beta, *self._optional(), made, length, heads, dk, chunks, *self._strides("k", "beta", "g"), ROWS=rows, **self.options)
+            self.k, self.beta, *self._optional(), made, length, heads, dk, chunks, *self._strides("k", "beta", "g"), ROWS=rows, **self.options
+        )
         return made
 
     def carry(self, inverses, initial_state, recalled):
@@ -133,20 +141,44 @@ class _Problem:
     def compose(self, ends, states, back):
         _, _, dk, dv, chunks = self.shape
         compose[self.rows * triton.cdiv(dv, CARRIED),](
-            ends, states, dk, dv, chunks, self.segment, BACK=back, BK=self.sizes.keys, BV=CARRIED, **OPTIONS)
+            ends, states, dk, dv, chunks, self.segment, BACK=back, BK=self.sizes.keys, BV=CARRIED, **OPTIONS
+        )
 
     def outputs(self, recalled, states, out):
         outputs[self.rows * self.chunks * self.tiles,](
-            self.q, self.k, self.v, self.beta, *self._optional(), recalled, states, out, self.scale, *self.shape,
-            *self._strides("q", "k", "v", "beta", "g"), BV=self.sizes.values, **self.options)
+            self.q,
+            self.k,
+            self.v,
+            self.beta,
+            *self._optional(),
+            recalled,
+            states,
+            out,
+            self.scale,
+            *self.shape,
+            *self._strides("q", "k", "v", "beta", "g"),
+            BV=self.sizes.values,
+            **self.options,
+        )
 
     def carry_back(self, dout, dstate):
         """R (b,l,h,dv) and the gradients (b*h, chunks + 1, dk, dv) of the states that enter the chunks and of the final one."""
         r, exits = like(self.v, torch.float32), self._states()
         _fill(exits[:, -1], dstate)
         outer[self.rows * self.chunks * self.tiles,](
-            dout, self.q, self.k, *self._optional(), r, exits, self.scale, *self.shape, *dout.stride()[:3], *self._strides("q", "k", "g"),
-            BV=self.sizes.values, **self.options)
+            dout,
+            self.q,
+            self.k,
+            *self._optional(),
+            r,
+            exits,
+            self.scale,
+            *self.shape,
+            *dout.stride()[:3],
+            *self._strides("q", "k", "g"),
+            BV=self.sizes.values,
+            **self.options,
+        )
         given = self.k, self.beta, *self._optional(), self.inverses(rows=True), r, exits
         rest = *self.shape, self.segment, *self._strides("k", "beta", "g")
         options = {**self.carries, **self.options}
@@ -164,18 +196,71 @@ class _Problem:
         part = None if dg is None else _floats(self.q, batch, length, heads)
         options = {"BV": self.sizes.values, **self.options}
         pair_gradients[self.rows * chunks,](
-            dout, self.q, self.k, self.v, self.beta, *self._optional(), recalled, r, dv, dbeta, *present(self.q, part), dpairs, dinverted, self.scale,
-            *self.shape, *dout.stride()[:3], *self._strides("q", "k", "v", "beta", "g"), **options)
+            dout,
+            self.q,
+            self.k,
+            self.v,
+            self.beta,
+            *self._optional(),
+            recalled,
+            r,
+            dv,
+            dbeta,
+            *present(self.q, part),
+            dpairs,
+            dinverted,
+            self.scale,
+            *self.shape,
+            *dout.stride()[:3],
+            *self._strides("q", "k", "v", "beta", "g"),
+            **options,
+        )
         query_gradients[self.rows * chunks,](
-            dout, self.k, self.q, *self._optional(), states, dpairs, dq, *present(self.q, part), self.scale, *self.shape, *dout.stride()[:3],
-            *self._strides("k", "q", "g"), **options)
+            dout,
+            self.k,
+            self.q,
+            *self._optional(),
+            states,
+            dpairs,
+            dq,
+            *present(self.q, part),
+            self.scale,
+            *self.shape,
+            *dout.stride()[:3],
+            *self._strides("k", "q", "g"),
+            **options,
+        )
         key_part = like(self.k, torch.float32)
         entry_key_gradients[self.rows * chunks,](
-            self.q, self.k, self.beta, *self._optional(), r, states, dpairs, dinverted, key_part, *present(self.q, part), *self.shape,
-            *self._strides("q", "k", "beta", "g"), **options)
+            self.q,
+            self.k,
+            self.beta,
+            *self._optional(),
+            r,
+            states,
+            dpairs,
+            dinverted,
+            key_part,
+            *present(self.q, part),
+            *self.shape,
+            *self._strides("q", "k", "beta", "g"),
+            **options,
+        )
         exit_key_gradients[self.rows * chunks,](
-            self.k, self.v, self.beta, *self._optional(), recalled, states, exits, key_part, dk, *present(self.q, part, dg), *self.shape,
-            *self._strides("k", "v", "beta", "g"), **options)
+            self.k,
+            self.v,
+            self.beta,
+            *self._optional(),
+            recalled,
+            states,
+            exits,
+            key_part,
+            dk,
+            *present(self.q, part, dg),
+            *self.shape,
+            *self._strides("k", "v", "beta", "g"),
+            **options,
+        )
 
     def _states(self):
         _, _, dk, dv, chunks = self.shape

@@ -20,9 +20,41 @@ from medssm.kernels.triton_tiles import product, tile, visited
 
 
 @triton.jit
-def outer(dout, q, k, g, fresh, index, r, exits, scale, length, heads, dk, dv, chunks, d_batch, d_token, d_head, q_batch, q_token, q_head, k_batch,
-          k_token, k_head, g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr,
-          CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def outer(
+    dout,
+    q,
+    k,
+    g,
+    fresh,
+    index,
+    r,
+    exits,
+    scale,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    d_batch,
+    d_token,
+    d_head,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    g_batch,
+    g_token,
+    g_head,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """What comes through the outputs of the same chunk: to the updates, r (b,l,h,dv) = scale sum_{t>=i} exp(G_t - G_i) (q_t k_i) dout_t, and to the
     state that enters it, exits (b*h, chunks + 1, dk, dv) = scale sum_t exp(G_t) q_t dout_t^T.
     """
@@ -53,10 +85,54 @@ def outer(dout, q, k, g, fresh, index, r, exits, scale, length, heads, dk, dv, c
 
 
 @triton.jit
-def pair_gradients(dout, q, k, v, beta, g, fresh, index, recalled, r, to_v, to_beta, to_g, dpairs, dinverted, scale, length, heads, dk, dv, chunks,
-                   d_batch, d_token, d_head, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, b_batch, b_token, b_head,
-                   g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr,
-                   CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def pair_gradients(
+    dout,
+    q,
+    k,
+    v,
+    beta,
+    g,
+    fresh,
+    index,
+    recalled,
+    r,
+    to_v,
+    to_beta,
+    to_g,
+    dpairs,
+    dinverted,
+    scale,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    d_batch,
+    d_token,
+    d_head,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    b_batch,
+    b_token,
+    b_head,
+    g_batch,
+    g_token,
+    g_head,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """Gradients (b,l,h,…) of v and beta, and what goes through the products of a chunk's tokens.
 
     dpairs, dinverted (b*h, chunks, CHUNK, CHUNK): the gradients of q_t k_i and of k_t k_i; to_g (b,l,h): their part of the log decays'.
@@ -78,8 +154,9 @@ def pair_gradients(dout, q, k, v, beta, g, fresh, index, recalled, r, to_v, to_b
         here = values < dv
         behind = tile(r, at * dv, values, live, here)
         w = tile(v, token * v_token, values, live, here) - tile(recalled, at * dv, values, live, here)
-        tl.store(to_v + (at * dv)[:, None] + values[None, :], (shares[:, None] * behind).to(to_v.dtype.element_ty),
-                 mask=live[:, None] & here[None, :])
+        tl.store(
+            to_v + (at * dv)[:, None] + values[None, :], (shares[:, None] * behind).to(to_v.dtype.element_ty), mask=live[:, None] & here[None, :]
+        )
         of_beta += tl.sum(behind * w, 1)
         u = tl.trans(shares[:, None] * w)
         of_pairs += product(tile(dout, token * d_token, values, live, here), u)
@@ -109,9 +186,43 @@ def pair_gradients(dout, q, k, v, beta, g, fresh, index, recalled, r, to_v, to_b
 
 
 @triton.jit
-def query_gradients(dout, k, q, g, fresh, index, states, dpairs, to_q, to_g, scale, length, heads, dk, dv, chunks, d_batch, d_token, d_head,
-                    k_batch, k_token, k_head, q_batch, q_token, q_head, g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr,
-                    WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def query_gradients(
+    dout,
+    k,
+    q,
+    g,
+    fresh,
+    index,
+    states,
+    dpairs,
+    to_q,
+    to_g,
+    scale,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    d_batch,
+    d_token,
+    d_head,
+    k_batch,
+    k_token,
+    k_head,
+    q_batch,
+    q_token,
+    q_head,
+    g_batch,
+    g_token,
+    g_head,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """The gradient (b,l,h,dk) of q; to_g: the log decays' from the entry states to the outputs is added."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     b, h = row // heads, row % heads
@@ -148,9 +259,44 @@ def query_gradients(dout, k, q, g, fresh, index, states, dpairs, to_q, to_g, sca
 
 
 @triton.jit
-def entry_key_gradients(q, k, beta, g, fresh, index, r, states, dpairs, dinverted, to_k, to_g, length, heads, dk, dv, chunks, q_batch, q_token,
-                        q_head, k_batch, k_token, k_head, b_batch, b_token, b_head, g_batch, g_token, g_head, GATED: tl.constexpr,
-                        FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def entry_key_gradients(
+    q,
+    k,
+    beta,
+    g,
+    fresh,
+    index,
+    r,
+    states,
+    dpairs,
+    dinverted,
+    to_k,
+    to_g,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    b_batch,
+    b_token,
+    b_head,
+    g_batch,
+    g_token,
+    g_head,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """to_k (b,l,h,dk): the gradient of k through the entry states and the products of a chunk's tokens; to_g: the log decays' part is added."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     b, h = row // heads, row % heads
@@ -189,9 +335,45 @@ def entry_key_gradients(q, k, beta, g, fresh, index, r, states, dpairs, dinverte
 
 
 @triton.jit
-def exit_key_gradients(k, v, beta, g, fresh, index, recalled, states, exits, so_far, to_k, g_so_far, to_g, length, heads, dk, dv, chunks, k_batch,
-                       k_token, k_head, v_batch, v_token, v_head, b_batch, b_token, b_head, g_batch, g_token, g_head, GATED: tl.constexpr,
-                       FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def exit_key_gradients(
+    k,
+    v,
+    beta,
+    g,
+    fresh,
+    index,
+    recalled,
+    states,
+    exits,
+    so_far,
+    to_k,
+    g_so_far,
+    to_g,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    b_batch,
+    b_token,
+    b_head,
+    g_batch,
+    g_token,
+    g_head,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """Gradients (b,l,h,…) of k and g: to what the other kernels found, so_far and g_so_far, comes what goes through the exit states."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     b, h = row // heads, row % heads

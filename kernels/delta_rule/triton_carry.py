@@ -23,10 +23,45 @@ from medssm.kernels.triton_tiles import product, tile, visited
 
 
 @triton.jit
-def carry(k, v, beta, g, fresh, index, inverses, recalled, states, length, heads, dk, dv, chunks, segment, k_batch, k_token, k_head, v_batch, v_token,
-          v_head, b_batch, b_token, b_head, g_batch, g_token, g_head, KNOWN: tl.constexpr, ACROSS: tl.constexpr, GATED: tl.constexpr,
-          FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr,
-          BV: tl.constexpr):
+def carry(
+    k,
+    v,
+    beta,
+    g,
+    fresh,
+    index,
+    inverses,
+    recalled,
+    states,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    segment,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    b_batch,
+    b_token,
+    b_head,
+    g_batch,
+    g_token,
+    g_head,
+    KNOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """states (b*h, chunks + 1, dk, dv): what enters each chunk, the first of each segment given, and what leaves the last.
 
     recalled (b,l,h,dv): exp(g_t) S_{t-1}^T k_t, written; KNOWN: read instead. PARTS: tiles of keys of a state in registers; 0: it stays in memory.
@@ -118,9 +153,41 @@ def compose(ends, states, dk, dv, chunks, segment, BACK: tl.constexpr, BK: tl.co
 
 
 @triton.jit
-def carry_back(k, beta, g, fresh, index, inverses, r, exits, states, length, heads, dk, dv, chunks, segment, k_batch, k_token, k_head, b_batch,
-               b_token, b_head, g_batch, g_token, g_head, ACROSS: tl.constexpr, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr,
-               REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def carry_back(
+    k,
+    beta,
+    g,
+    fresh,
+    index,
+    inverses,
+    r,
+    exits,
+    states,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    segment,
+    k_batch,
+    k_token,
+    k_head,
+    b_batch,
+    b_token,
+    b_head,
+    g_batch,
+    g_token,
+    g_head,
+    ACROSS: tl.constexpr,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """r and exits (b*h, chunks + 1, dk, dv): what `outer` left becomes R and the gradients of the states that enter the chunks; that of what leaves
     the last chunk of each segment is given. states are exits again; PARTS as in `carry`.
 

@@ -14,9 +14,34 @@ from medssm.kernels.triton_tiles import product, tile, visited
 
 
 @triton.jit
-def inverse(k, beta, g, fresh, index, inverses, length, heads, dk, chunks, k_batch, k_token, k_head, b_batch, b_token, b_head, g_batch, g_token,
-            g_head, ROWS: tl.constexpr, GATED: tl.constexpr, FRESH: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
-            BK: tl.constexpr):
+def inverse(
+    k,
+    beta,
+    g,
+    fresh,
+    index,
+    inverses,
+    length,
+    heads,
+    dk,
+    chunks,
+    k_batch,
+    k_token,
+    k_head,
+    b_batch,
+    b_token,
+    b_head,
+    g_batch,
+    g_token,
+    g_head,
+    ROWS: tl.constexpr,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+):
     """inverses (b*h, chunks, CHUNK, CHUNK): (I + tril(exp(G_t - G_i) k_t k_i, -1) diag(beta))^-1; ROWS: with diag(beta) on the left."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     b, h = row // heads, row % heads
@@ -42,9 +67,46 @@ def inverse(k, beta, g, fresh, index, inverses, length, heads, dk, chunks, k_bat
 
 
 @triton.jit
-def outputs(q, k, v, beta, g, fresh, index, recalled, states, out, scale, length, heads, dk, dv, chunks, q_batch, q_token, q_head, k_batch, k_token,
-            k_head, v_batch, v_token, v_head, b_batch, b_token, b_head, g_batch, g_token, g_head, GATED: tl.constexpr, FRESH: tl.constexpr,
-            WALK: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def outputs(
+    q,
+    k,
+    v,
+    beta,
+    g,
+    fresh,
+    index,
+    recalled,
+    states,
+    out,
+    scale,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    b_batch,
+    b_token,
+    b_head,
+    g_batch,
+    g_token,
+    g_head,
+    GATED: tl.constexpr,
+    FRESH: tl.constexpr,
+    WALK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """out (b,l,h,dv) = scale (exp(G_t) S^T q_t + sum_{i<=t} exp(G_t - G_i) (q_t k_i) u_i)."""
     tiles = tl.cdiv(dv, BV)
     chunk, row = tl.program_id(0) // tiles % chunks, (tl.program_id(0) // tiles // chunks).to(tl.int64)

@@ -49,10 +49,31 @@ def _call(name, x, weight, bias, out, *, dtype, dout=None, turned=False, silu=Fa
     if not x.numel():
         return
     batch, *size, channels = x.shape
-    cuda.call(name, _PACK(
-        cuda.stream(x), *_strided(x), weight.data_ptr(), cuda.DTYPES[weight.dtype], weight.stride(0), *_axes(weight.stride()[1:], 0),
-        *cuda.strided(bias, 1), *((0,) * 7 if dout is None else _strided(dout)), pointer(out), cuda.DTYPES[out.dtype], batch, *_axes(size, 1),
-        channels, *_axes(weight.shape[1:], 1), turned, silu, dtype is torch.float64, _SHARE, shares), x)
+    cuda.call(
+        name,
+        _PACK(
+            cuda.stream(x),
+            *_strided(x),
+            weight.data_ptr(),
+            cuda.DTYPES[weight.dtype],
+            weight.stride(0),
+            *_axes(weight.stride()[1:], 0),
+            *cuda.strided(bias, 1),
+            *((0,) * 7 if dout is None else _strided(dout)),
+            pointer(out),
+            cuda.DTYPES[out.dtype],
+            batch,
+            *_axes(size, 1),
+            channels,
+            *_axes(weight.shape[1:], 1),
+            turned,
+            silu,
+            dtype is torch.float64,
+            _SHARE,
+            shares,
+        ),
+        x,
+    )
 
 
 def _strided(tensor):

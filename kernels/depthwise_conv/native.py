@@ -42,9 +42,17 @@ def backward(dout, x, weight, bias, activation):
         return dx, dweight.zero_(), None if bias is None else dbias.zero_()
     # The gradient before the activation; without one it is dout itself.
     inner = native.like(x, torch.float64 if native.wide(x, weight, bias) else torch.float32) if activation else None
-    native.function("depthwise_conv_backward")(_BACKWARD(
-        *_problem(x, weight, bias, activation), dout.data_ptr(), *_axes(dout.stride()[:-1], 0), dx.data_ptr(), dweight.data_ptr(),
-        native.pointer(dbias), native.pointer(inner)))
+    native.function("depthwise_conv_backward")(
+        _BACKWARD(
+            *_problem(x, weight, bias, activation),
+            dout.data_ptr(),
+            *_axes(dout.stride()[:-1], 0),
+            dx.data_ptr(),
+            dweight.data_ptr(),
+            native.pointer(dbias),
+            native.pointer(inner),
+        )
+    )
     return dx, dweight, dbias
 
 
@@ -52,10 +60,21 @@ def _problem(x, weight, bias, activation):
     """The fields of csrc/depthwise_conv/cpu.cpp's Problem."""
     batch, *size, _ = x.shape
     return (
-        x.data_ptr(), native.DTYPES[x.dtype], *_axes(x.stride()[:-1], 0), *_axes((batch, *size), 1),
-        weight.data_ptr(), native.pointer(bias), native.DTYPES[weight.dtype], 0 if bias is None else native.DTYPES[bias.dtype],
-        *_axes(weight.shape, 1), *_axes(weight.stride(), 0), 0 if bias is None else bias.stride(0),
-        activation == "silu", native.wide(x, weight, bias), torch.get_num_threads())
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        *_axes(x.stride()[:-1], 0),
+        *_axes((batch, *size), 1),
+        weight.data_ptr(),
+        native.pointer(bias),
+        native.DTYPES[weight.dtype],
+        0 if bias is None else native.DTYPES[bias.dtype],
+        *_axes(weight.shape, 1),
+        *_axes(weight.stride(), 0),
+        0 if bias is None else bias.stride(0),
+        activation == "silu",
+        native.wide(x, weight, bias),
+        torch.get_num_threads(),
+    )
 
 
 def _axes(values, absent):

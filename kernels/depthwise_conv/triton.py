@@ -30,9 +30,42 @@ def _axis(position, size_y, size_x):
 
 
 @triton.jit
-def _conv(x, weight, bias, dout, out, size, size_z, size_y, size_x, channels, x_batch, x_z, x_y, x_x, x_channel, w_channel, w_z, w_y, w_x,
-          bias_channel, o_batch, o_z, o_y, o_x, o_channel, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TURN: tl.constexpr,
-          BIAS: tl.constexpr, SILU: tl.constexpr, BEFORE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+def _conv(
+    x,
+    weight,
+    bias,
+    dout,
+    out,
+    size,
+    size_z,
+    size_y,
+    size_x,
+    channels,
+    x_batch,
+    x_z,
+    x_y,
+    x_x,
+    x_channel,
+    w_channel,
+    w_z,
+    w_y,
+    w_x,
+    bias_channel,
+    o_batch,
+    o_z,
+    o_y,
+    o_x,
+    o_channel,
+    KZ: tl.constexpr,
+    KY: tl.constexpr,
+    KX: tl.constexpr,
+    TURN: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    BEFORE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """out = act(bias + sum_o weight_o x_{p+o}). TURN: of x_{p-o}. BEFORE: out is instead dout times the activation's derivative there."""
     tiles = tl.cdiv(size, POSITIONS)
     b = tl.program_id(0).to(tl.int64) // tiles
@@ -64,8 +97,32 @@ def _conv(x, weight, bias, dout, out, size, size_z, size_y, size_x, channels, x_
 
 
 @triton.jit
-def _weights(g, x, sums, size, size_z, size_y, size_x, channels, g_batch, g_z, g_y, g_x, g_channel, x_batch, x_z, x_y, x_x, x_channel,
-             KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SHARE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+def _weights(
+    g,
+    x,
+    sums,
+    size,
+    size_z,
+    size_y,
+    size_x,
+    channels,
+    g_batch,
+    g_z,
+    g_y,
+    g_x,
+    g_channel,
+    x_batch,
+    x_z,
+    x_y,
+    x_x,
+    x_channel,
+    KZ: tl.constexpr,
+    KY: tl.constexpr,
+    KX: tl.constexpr,
+    SHARE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """sums (batch * shares, offsets + 1, channels): of g_p x_{p+o} over a share of the positions; behind the offsets, of g_p alone."""
     d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     here = d < channels
@@ -114,7 +171,8 @@ def backward(dout, x, weight, bias, activation):
     sums = torch.empty((batch * shares, offsets + 1, channels), dtype=torch.float32, device=x.device)
     with on(x):
         _weights[batch * shares, triton.cdiv(channels, CHANNELS), offsets + 1](
-            g, x, sums, math.prod(size), *size, channels, *_strides(g), *_strides(x), *kernel, SHARE=SHARE, POSITIONS=POSITIONS, CHANNELS=CHANNELS)
+            g, x, sums, math.prod(size), *size, channels, *_strides(g), *_strides(x), *kernel, SHARE=SHARE, POSITIONS=POSITIONS, CHANNELS=CHANNELS
+        )
     total = sums.sum(0)
     dweight = total[:offsets].t().reshape(weight.shape).to(weight.dtype).contiguous()
     return dx, dweight, None if bias is None else total[offsets].to(bias.dtype)
@@ -128,9 +186,26 @@ def _run(x, weight, bias, out, *, dout=None, turn=False, silu=False):
     size = _axes(size, 1)
     with on(x):
         _conv[batch * triton.cdiv(math.prod(size), POSITIONS), triton.cdiv(channels, CHANNELS)](
-            x, weight, *present(x, bias, dout), out, math.prod(size), *size, channels, *_strides(x), weight.stride(0), *_axes(weight.stride()[1:], 0),
-            *strides(bias, 1), *(_strides(dout) if dout is not None else (0,) * 5), *_axes(weight.shape[1:], 1), TURN=turn, BIAS=bias is not None,
-            SILU=silu, BEFORE=dout is not None, POSITIONS=POSITIONS, CHANNELS=CHANNELS)
+            x,
+            weight,
+            *present(x, bias, dout),
+            out,
+            math.prod(size),
+            *size,
+            channels,
+            *_strides(x),
+            weight.stride(0),
+            *_axes(weight.stride()[1:], 0),
+            *strides(bias, 1),
+            *(_strides(dout) if dout is not None else (0,) * 5),
+            *_axes(weight.shape[1:], 1),
+            TURN=turn,
+            BIAS=bias is not None,
+            SILU=silu,
+            BEFORE=dout is not None,
+            POSITIONS=POSITIONS,
+            CHANNELS=CHANNELS,
+        )
 
 
 def _strides(tensor) -> tuple[int, ...]:

@@ -37,8 +37,9 @@ def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final):
     state = torch.empty((batch, heads, keys, v.shape[3]), dtype=dtype, device=v.device) if final else None
     if out.numel():
         tensors = _adjacent(q, k, v, g)
-        native.function("gated_linear_attention_forward")(_FORWARD(
-            *_problem(*tensors, scale, index, starts, reverse, initial_state, dtype), *_tokens(out), *_state(state)))
+        native.function("gated_linear_attention_forward")(
+            _FORWARD(*_problem(*tensors, scale, index, starts, reverse, initial_state, dtype), *_tokens(out), *_state(state))
+        )
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state
@@ -52,9 +53,18 @@ def backward(dout, dstate, q, k, v, g, scale, index, starts, reverse, initial_st
     if v.numel():
         tensors = _adjacent(q, k, v, g)
         dout = native.lanes(dout)
-        native.function("gated_linear_attention_backward")(_BACKWARD(
-            *_problem(*tensors, scale, index, starts, reverse, initial_state, dtype), *_tokens(dout), *_state(dstate),
-            *_tokens(dq), *_tokens(dk), *_tokens(dv), *_tokens(dg), *_state(dinitial)))
+        native.function("gated_linear_attention_backward")(
+            _BACKWARD(
+                *_problem(*tensors, scale, index, starts, reverse, initial_state, dtype),
+                *_tokens(dout),
+                *_state(dstate),
+                *_tokens(dq),
+                *_tokens(dk),
+                *_tokens(dv),
+                *_tokens(dg),
+                *_state(dinitial),
+            )
+        )
     else:
         for gradient in (dq, dk, dv, dg):
             gradient.zero_()
@@ -76,9 +86,25 @@ def _problem(q, k, v, g, scale, index, starts, reverse, initial_state, dtype):
     """The fields of Problem."""
     batch, length, heads, keys = q.shape
     return (
-        *_tokens(q), *_tokens(k), *_tokens(v), *_tokens(g), *_state(initial_state),
-        native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0], reverse,
-        batch, length, heads, keys, v.shape[3], g.dim() == 4, dtype is torch.float64, torch.get_num_threads(), scale)
+        *_tokens(q),
+        *_tokens(k),
+        *_tokens(v),
+        *_tokens(g),
+        *_state(initial_state),
+        native.pointer(index),
+        native.pointer(starts),
+        0 if starts is None else starts.shape[0],
+        reverse,
+        batch,
+        length,
+        heads,
+        keys,
+        v.shape[3],
+        g.dim() == 4,
+        dtype is torch.float64,
+        torch.get_num_threads(),
+        scale,
+    )
 
 
 def _tokens(t):

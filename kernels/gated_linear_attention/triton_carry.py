@@ -74,8 +74,23 @@ def _group(states, decays, first, stop, chunks, here, size, d_chunk, GROUP: tl.c
 
 
 @triton.jit
-def carry(states, decays, ends, left, size, dv, chunks, length, d_row, d_chunk, d_key, TILE: tl.constexpr, GROUP: tl.constexpr,
-          BACKWARD: tl.constexpr, TOTALS: tl.constexpr):
+def carry(
+    states,
+    decays,
+    ends,
+    left,
+    size,
+    dv,
+    chunks,
+    length,
+    d_row,
+    d_chunk,
+    d_key,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TOTALS: tl.constexpr,
+):
     """states: the first slot (the last, BACKWARD) holds a state and each other what its chunk adds; becomes the state at every edge.
 
     A span has `length` chunks, counted as they are walked. ends (rows, spans - 1, size): the state that leaves each span but the last; TOTALS: only

@@ -144,20 +144,64 @@ def _key_gradients(scan, dout, states, dstates, dq, dk_out, dg):
     q_repeat, k_repeat, v_repeat = _repeats(scan)
     walk = (*present(q, scan.index, scan.segment),)
     dpairs = _floats(q, rows, chunks, CHUNK, CHUNK)
-    pair_gradients[rows * chunks,](dout, v, *walk, dpairs, scan.scale, length, scan.heads, v_repeat, dv, chunks, *_three(dout), *_three(v), BV=bv,
-                                   **common)
+    pair_gradients[rows * chunks,](
+        dout, v, *walk, dpairs, scan.scale, length, scan.heads, v_repeat, dv, chunks, *_three(dout), *_three(v), BV=bv, **common
+    )
     change = _floats(q, rows, chunks, CHUNK, dk)
     key_gradients[rows * chunks * triton.cdiv(dk, bk) * (CHUNK // BLOCK),](
-        dout, q, k, v, g, dpairs, states, dstates, *walk, dq, dk_out, change, scan.scale, length, scan.heads, q_repeat, k_repeat, v_repeat, dk, dv,
-        chunks, *_three(dout), *_three(q), *_three(k), *_three(v), *_three(g), BLOCK=BLOCK, BK=bk, BV=bv, **common)
+        dout,
+        q,
+        k,
+        v,
+        g,
+        dpairs,
+        states,
+        dstates,
+        *walk,
+        dq,
+        dk_out,
+        change,
+        scan.scale,
+        length,
+        scan.heads,
+        q_repeat,
+        k_repeat,
+        v_repeat,
+        dk,
+        dv,
+        chunks,
+        *_three(dout),
+        *_three(q),
+        *_three(k),
+        *_three(v),
+        *_three(g),
+        BLOCK=BLOCK,
+        BK=bk,
+        BV=bv,
+        **common,
+    )
     _decay_gradients(scan, states, dstates, change, dg, rows * chunks * triton.cdiv(dk, _tile(dk)))
 
 
 def _decay_gradients(scan, states, dstates, change, dg, programs):
     _, length, _, dk, dv, chunks = _sizes(scan)
     decay_gradients[programs,](
-        states, dstates, change, *present(change, scan.index, scan.segment), dg, length, scan.heads, dk, dv, chunks, change.shape[0],
-        DECAY=_decay(scan), BK=_tile(dk), BV=_tile(dv), **_options(scan))
+        states,
+        dstates,
+        change,
+        *present(change, scan.index, scan.segment),
+        dg,
+        length,
+        scan.heads,
+        dk,
+        dv,
+        chunks,
+        change.shape[0],
+        DECAY=_decay(scan),
+        BK=_tile(dk),
+        BV=_tile(dv),
+        **_options(scan),
+    )
 
 
 def _states(scan, initial):
@@ -177,10 +221,30 @@ def _chunk_states(scan, states, decays, a, c, backward=False):
     bk, bv = _tile(dk), _tile(dv)
     by = [BY_NOTHING if scan.steps is None else BY_STEPS, BY_NOTHING if scan.z is None else BY_GATE][backward]
     chunk_states[rows * chunks * triton.cdiv(dk, bk) * triton.cdiv(dv, bv),](
-        a, c, *present(a, scan.g, scan.steps, scan.z, scan.index, scan.segment), states, decays, scan.scale, length, scan.heads,
-        scan.heads // a.shape[2], scan.heads // c.shape[2], dk, dv, chunks, *_three(a), *_three(c), *_three(scan.g), *_three(scan.z),
-        BACKWARD=backward, DECAY=_decay(scan),
-        V_BY=by, BK=bk, BV=bv, **_options(scan))
+        a,
+        c,
+        *present(a, scan.g, scan.steps, scan.z, scan.index, scan.segment),
+        states,
+        decays,
+        scan.scale,
+        length,
+        scan.heads,
+        scan.heads // a.shape[2],
+        scan.heads // c.shape[2],
+        dk,
+        dv,
+        chunks,
+        *_three(a),
+        *_three(c),
+        *_three(scan.g),
+        *_three(scan.z),
+        BACKWARD=backward,
+        DECAY=_decay(scan),
+        V_BY=by,
+        BK=bk,
+        BV=bv,
+        **_options(scan),
+    )
 
 
 def _pairs(scan):
@@ -192,8 +256,24 @@ def _pairs(scan):
     pairs = _floats(q, rows, chunks, CHUNK, CHUNK)
     q_repeat, k_repeat, _ = _repeats(scan)
     key_pairs[rows * chunks * (CHUNK // BLOCK),](
-        q, k, g, *present(q, scan.index, scan.segment), pairs, length, scan.heads, q_repeat, k_repeat, dk, chunks, *_three(q), *_three(k), *_three(g),
-        BLOCK=BLOCK, BK=min(_tile(dk), KEYS), **_options(scan))
+        q,
+        k,
+        g,
+        *present(q, scan.index, scan.segment),
+        pairs,
+        length,
+        scan.heads,
+        q_repeat,
+        k_repeat,
+        dk,
+        chunks,
+        *_three(q),
+        *_three(k),
+        *_three(g),
+        BLOCK=BLOCK,
+        BK=min(_tile(dk), KEYS),
+        **_options(scan),
+    )
     return pairs
 
 
@@ -207,11 +287,42 @@ def _read(of, scan, states, out, dout=None, pairs=None, side=None, kept=None, dz
     width, out_width = x.shape[3], c.shape[3]
     bm, bn = min(_tile(width), KEYS if _wide(scan) else WIDEST), _value_tile(scan) if of in (OUT, DV) else _key_tile(scan)
     read[out.shape[0] * scan.heads * chunks * triton.cdiv(out_width, bn),](
-        x, y, c, own, *present(x, scan.g, pairs), states, *present(x, scan.steps, scan.skip, scan.z, kept, scan.index, scan.segment), out,
-        *present(out, side, dz), scan.scale, out.shape[1], scan.heads, *(scan.heads // t.shape[2] for t in (x, y, c, own)), width, out_width, chunks,
-        *((dv, 1) if of in (OUT, DV) else (1, dv)), *_three(x), *_three(y), *_three(c), *_three(own), *_three(scan.g), *_three(scan.z), OF=of,
-        DECAY=_decay(scan), X_BY=x_by, Y_BY=y_by, C_BY=c_by, STEPS=scan.steps is not None, SKIP=scan.skip is not None and of in (OUT, DV),
-        GATE=scan.z is not None, SAVE=side is not None, BM=bm, BN=bn, **_options(scan))
+        x,
+        y,
+        c,
+        own,
+        *present(x, scan.g, pairs),
+        states,
+        *present(x, scan.steps, scan.skip, scan.z, kept, scan.index, scan.segment),
+        out,
+        *present(out, side, dz),
+        scan.scale,
+        out.shape[1],
+        scan.heads,
+        *(scan.heads // t.shape[2] for t in (x, y, c, own)),
+        width,
+        out_width,
+        chunks,
+        *((dv, 1) if of in (OUT, DV) else (1, dv)),
+        *_three(x),
+        *_three(y),
+        *_three(c),
+        *_three(own),
+        *_three(scan.g),
+        *_three(scan.z),
+        OF=of,
+        DECAY=_decay(scan),
+        X_BY=x_by,
+        Y_BY=y_by,
+        C_BY=c_by,
+        STEPS=scan.steps is not None,
+        SKIP=scan.skip is not None and of in (OUT, DV),
+        GATE=scan.z is not None,
+        SAVE=side is not None,
+        BM=bm,
+        BN=bn,
+        **_options(scan),
+    )
 
 
 def _sizes(scan):
@@ -221,8 +332,14 @@ def _sizes(scan):
 
 
 def _options(scan):
-    return {"WALK": scan.index is not None, "STARTS": scan.segment is not None, "REVERSE": scan.reverse, "CHUNK": CHUNK, "num_warps": WARPS,
-            "maxnreg": 255}  # else the assembler may spill a few registers so that more programs run at a time
+    return {
+        "WALK": scan.index is not None,
+        "STARTS": scan.segment is not None,
+        "REVERSE": scan.reverse,
+        "CHUNK": CHUNK,
+        "num_warps": WARPS,
+        "maxnreg": 255,
+    }  # else the assembler may spill a few registers so that more programs run at a time
 
 
 def _decay(scan) -> int:

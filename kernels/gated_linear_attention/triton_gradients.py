@@ -18,10 +18,52 @@ from medssm.kernels.triton_tiles import product, tile, visited
 
 
 @triton.jit
-def key_gradients(dout, q, k, v, g, dpairs, states, dstates, index, segment, dq_out, dk_out, change, scale, length, heads, q_repeat, k_repeat,
-                  v_repeat, dk, dv, chunks, o_batch, o_token, o_head, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-                  g_batch, g_token, g_head, WALK: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-                  BK: tl.constexpr, BV: tl.constexpr):
+def key_gradients(
+    dout,
+    q,
+    k,
+    v,
+    g,
+    dpairs,
+    states,
+    dstates,
+    index,
+    segment,
+    dq_out,
+    dk_out,
+    change,
+    scale,
+    length,
+    heads,
+    q_repeat,
+    k_repeat,
+    v_repeat,
+    dk,
+    dv,
+    chunks,
+    o_batch,
+    o_token,
+    o_head,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    g_batch,
+    g_token,
+    g_head,
+    WALK: tl.constexpr,
+    STARTS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """dq_out, dk_out (b,l,h,dk), and change (b*h, chunks, CHUNK, dk): q_t dq_t - k_t dk_t.
 
     A program has BLOCK tokens. Pairs with tokens before the block, for dq, and after it, for dk, take a product each, with the block's edge between
@@ -100,8 +142,27 @@ def key_gradients(dout, q, k, v, g, dpairs, states, dstates, index, segment, dq_
 
 
 @triton.jit
-def decay_gradients(states, dstates, change, index, segment, dg_out, length, heads, dk, dv, chunks, parts, DECAY: tl.constexpr, WALK: tl.constexpr,
-                    STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def decay_gradients(
+    states,
+    dstates,
+    change,
+    index,
+    segment,
+    dg_out,
+    length,
+    heads,
+    dk,
+    dv,
+    chunks,
+    parts,
+    DECAY: tl.constexpr,
+    WALK: tl.constexpr,
+    STARTS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """dg_out (b,l,h), or (b,l,h,dk) of change (b*h, chunks, CHUNK, dk), from the changes' sums and <S_end, dS>."""
     tiles = tl.cdiv(dk, BK)
     if DECAY == HEAD:

@@ -23,11 +23,69 @@ OUT, DV, DQ, DK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexp
 
 
 @triton.jit
-def read(x, y, c, own, g, pairs, states, steps, skip, z, kept, index, segment, out, side, dz, scale, length, heads, x_repeat, y_repeat, c_repeat,
-         own_repeat, width, out_width, chunks, s_row, s_col, x_batch, x_token, x_head, y_batch, y_token, y_head, c_batch, c_token, c_head, own_batch,
-         own_token, own_head, g_batch, g_token, g_head, z_batch, z_token, z_head, OF: tl.constexpr, DECAY: tl.constexpr, X_BY: tl.constexpr,
-         Y_BY: tl.constexpr, C_BY: tl.constexpr, STEPS: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SAVE: tl.constexpr,
-         WALK: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def read(
+    x,
+    y,
+    c,
+    own,
+    g,
+    pairs,
+    states,
+    steps,
+    skip,
+    z,
+    kept,
+    index,
+    segment,
+    out,
+    side,
+    dz,
+    scale,
+    length,
+    heads,
+    x_repeat,
+    y_repeat,
+    c_repeat,
+    own_repeat,
+    width,
+    out_width,
+    chunks,
+    s_row,
+    s_col,
+    x_batch,
+    x_token,
+    x_head,
+    y_batch,
+    y_token,
+    y_head,
+    c_batch,
+    c_token,
+    c_head,
+    own_batch,
+    own_token,
+    own_head,
+    g_batch,
+    g_token,
+    g_head,
+    z_batch,
+    z_token,
+    z_head,
+    OF: tl.constexpr,
+    DECAY: tl.constexpr,
+    X_BY: tl.constexpr,
+    Y_BY: tl.constexpr,
+    C_BY: tl.constexpr,
+    STEPS: tl.constexpr,
+    SKIP: tl.constexpr,
+    GATE: tl.constexpr,
+    SAVE: tl.constexpr,
+    WALK: tl.constexpr,
+    STARTS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """out (b,l,h,out_width) of x, y (b,l,h,width) and c (b,l,h,out_width). states: slots of S, or of dS from slot 1 on, (width, out_width).
 
     X_BY, Y_BY, C_BY: what they are multiplied by (scaled_tile). DV and DQ, DK with decays per head also read own (b,l,h,out_width), the input whose
@@ -88,8 +146,7 @@ def read(x, y, c, own, g, pairs, states, steps, skip, z, kept, index, segment, o
         sums = tl.where(reached[:, None], sums, 0.0)
     else:
         if DECAY == HEAD:
-            sums *= tl.where(reached, tl.exp(tl.cumsum(log_decays(g, to_edge, edged, cols, here_n, g_token, DECAY), 0,
-                                                       reverse=AFTER)), 0.0)[:, None]
+            sums *= tl.where(reached, tl.exp(tl.cumsum(log_decays(g, to_edge, edged, cols, here_n, g_token, DECAY), 0, reverse=AFTER)), 0.0)[:, None]
             a *= pair_decays(log_decays(g, token, live, cols, here_n, g_token, DECAY), seen, AFTER)
         else:
             sums = tl.where(reached[:, None], sums, 0.0)

@@ -11,9 +11,35 @@ from medssm.kernels.triton_tiles import product, tile, visited
 
 
 @triton.jit
-def key_pairs(q, k, g, index, segment, pairs, length, heads, q_repeat, k_repeat, dk, chunks, q_batch, q_token, q_head, k_batch, k_token, k_head,
-              g_batch, g_token, g_head, WALK: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-              BK: tl.constexpr):
+def key_pairs(
+    q,
+    k,
+    g,
+    index,
+    segment,
+    pairs,
+    length,
+    heads,
+    q_repeat,
+    k_repeat,
+    dk,
+    chunks,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    g_batch,
+    g_token,
+    g_head,
+    WALK: tl.constexpr,
+    STARTS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
     """pairs (b*h, chunks, CHUNK, CHUNK): sum over keys of q_t k_i exp(G_t - G_i) where i <= t, else 0.
 
     A program has BLOCK rows. Columns before them take one product, with the block's edge between both: exp(G_t - G_edge) exp(G_edge - G_i).
@@ -60,8 +86,30 @@ def key_pairs(q, k, g, index, segment, pairs, length, heads, q_repeat, k_repeat,
 
 
 @triton.jit
-def pair_gradients(dout, v, index, segment, dpairs, scale, length, heads, v_repeat, dv, chunks, o_batch, o_token, o_head, v_batch, v_token, v_head,
-                   WALK: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BV: tl.constexpr):
+def pair_gradients(
+    dout,
+    v,
+    index,
+    segment,
+    dpairs,
+    scale,
+    length,
+    heads,
+    v_repeat,
+    dv,
+    chunks,
+    o_batch,
+    o_token,
+    o_head,
+    v_batch,
+    v_token,
+    v_head,
+    WALK: tl.constexpr,
+    STARTS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """dpairs (b*h, chunks, CHUNK, CHUNK): scale do_t v_i where i <= t, else 0."""
     program = tl.program_id(0)
     chunk = program % chunks

@@ -16,10 +16,46 @@ from medssm.kernels.triton_tiles import product, tile, visited
 
 
 @triton.jit
-def chunk_states(k, v, g, steps, z, index, segment, states, decays, scale, length, heads, k_repeat, v_repeat, dk, dv, chunks, k_batch, k_token,
-                 k_head, v_batch, v_token, v_head, g_batch, g_token, g_head, z_batch, z_token, z_head, BACKWARD: tl.constexpr, DECAY: tl.constexpr,
-                 V_BY: tl.constexpr, WALK: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
-                 BK: tl.constexpr, BV: tl.constexpr):
+def chunk_states(
+    k,
+    v,
+    g,
+    steps,
+    z,
+    index,
+    segment,
+    states,
+    decays,
+    scale,
+    length,
+    heads,
+    k_repeat,
+    v_repeat,
+    dk,
+    dv,
+    chunks,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    g_batch,
+    g_token,
+    g_head,
+    z_batch,
+    z_token,
+    z_head,
+    BACKWARD: tl.constexpr,
+    DECAY: tl.constexpr,
+    V_BY: tl.constexpr,
+    WALK: tl.constexpr,
+    STARTS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """Forwards, slot c + 1 becomes sum_i exp(G_end - G_i) k_i v_i^T over chunk c, and decays (b*h, chunks[, dk]) what it leaves of the state before.
 
     BACKWARD: k is q and v the output's gradient; slot c becomes scale sum_t exp(G_t) q_t do_t^T. V_BY: what v is multiplied by (scaled_tile).
@@ -54,16 +90,28 @@ def chunk_states(k, v, g, steps, z, index, segment, states, decays, scale, lengt
             weights = tl.exp(tl.cumsum(logs, 0))
             seen = mine == at_entry
         else:
-            following = log_decays(g, visited(index, step + 1, length, WALK, REVERSE), (inside + 1 < CHUNK) & (step + 1 < length), keys, here_k,
-                                   g_token, DECAY)
+            following = log_decays(
+                g, visited(index, step + 1, length, WALK, REVERSE), (inside + 1 < CHUNK) & (step + 1 < length), keys, here_k, g_token, DECAY
+            )
             weights = tl.exp(tl.cumsum(following, 0, reverse=True))
             seen = mine == at_end
         if DECAY == HEAD:
             a *= tl.where(seen, weights, 0.0)[:, None]
         else:
             a *= tl.where(seen[:, None], weights, 0.0)
-    c = scaled_tile(v + b * v_batch + h // v_repeat * v_head, token, v_token, values, live, here_v, steps, (b * length + token) * heads + h,
-                    z + b * z_batch + h * z_head, z_token, V_BY)
+    c = scaled_tile(
+        v + b * v_batch + h // v_repeat * v_head,
+        token,
+        v_token,
+        values,
+        live,
+        here_v,
+        steps,
+        (b * length + token) * heads + h,
+        z + b * z_batch + h * z_head,
+        z_token,
+        V_BY,
+    )
     slot = row * (chunks + 1) + chunk
     if BACKWARD:
         a *= scale

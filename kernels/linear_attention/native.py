@@ -36,8 +36,9 @@ def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, norma
     kv, z = torch.empty((batch, groups, dk, dv), dtype=dtype, device=v.device), torch.empty((batch, groups, dk), dtype=dtype, device=v.device)
     cos, sin, initial_kv, initial_k = _rows(cos, dtype), _rows(sin, dtype), _dense(initial_kv, dtype), _dense(initial_k, dtype)
     problem = _problem(dtype, q, k, v, cos, sin, feature_map, causal, normalize, scale, eps, index, starts, reverse)
-    native.function("linear_attention_causal_forward" if causal else "linear_attention_forward")(_FORWARD(
-        *problem, *_tokens(out), *(native.pointer(t) for t in (initial_kv, initial_k, kv, z))))
+    native.function("linear_attention_causal_forward" if causal else "linear_attention_forward")(
+        _FORWARD(*problem, *_tokens(out), *(native.pointer(t) for t in (initial_kv, initial_k, kv, z)))
+    )
     return out, kv, z
 
 
@@ -53,8 +54,9 @@ def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, fea
     cos, sin = _rows(cos, dtype), _rows(sin, dtype)
     sums = [_dense(t, dtype) for t in (initial_kv, initial_k, kv, z, dkv, dz)]
     problem = _problem(dtype, q, k, v, cos, sin, feature_map, causal, normalize, scale, eps, index, starts, reverse)
-    native.function("linear_attention_causal_backward" if causal else "linear_attention_backward")(_BACKWARD(
-        *problem, *_tokens(dout), *(n for t in gradients for n in _tokens(t)), *(native.pointer(t) for t in (*sums, *totals))))
+    native.function("linear_attention_causal_backward" if causal else "linear_attention_backward")(
+        _BACKWARD(*problem, *_tokens(dout), *(n for t in gradients for n in _tokens(t)), *(native.pointer(t) for t in (*sums, *totals)))
+    )
     initial = (None if t is None else total.to(t.dtype) for t, total in zip((initial_kv, initial_k), totals, strict=True))
     return *gradients, *initial
 
@@ -64,8 +66,27 @@ def _problem(dtype, q, k, v, cos, sin, feature_map, causal, normalize, scale, ep
     batch, length, heads, dk = q.shape
     angles = (0, 0, 0) * 2 if cos is None else (cos.data_ptr(), *cos.stride()[:2], sin.data_ptr(), *sin.stride()[:2])
     walk = (native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0], reverse)
-    return (*_tokens(q), *_tokens(k), *_tokens(v), *angles, batch, length, k.shape[1], heads, k.shape[2], dk, v.shape[3], *walk, causal,
-            _MAPS[feature_map], normalize, dtype is torch.float64, torch.get_num_threads(), scale, eps)
+    return (
+        *_tokens(q),
+        *_tokens(k),
+        *_tokens(v),
+        *angles,
+        batch,
+        length,
+        k.shape[1],
+        heads,
+        k.shape[2],
+        dk,
+        v.shape[3],
+        *walk,
+        causal,
+        _MAPS[feature_map],
+        normalize,
+        dtype is torch.float64,
+        torch.get_num_threads(),
+        scale,
+        eps,
+    )
 
 
 def _tokens(t):

@@ -32,8 +32,23 @@ def rotate(x, cos, sin):
     return x * cos + torch.stack([-odd, even], -1).flatten(-2) * sin
 
 
-def linear_attention(q, k, v, cos=None, sin=None, initial_kv=None, initial_k=None, feature_map="elu", causal=False, normalize=True, scale=1.0,
-                     eps=1e-6, index=None, starts=None, reverse=False):
+def linear_attention(
+    q,
+    k,
+    v,
+    cos=None,
+    sin=None,
+    initial_kv=None,
+    initial_k=None,
+    feature_map="elu",
+    causal=False,
+    normalize=True,
+    scale=1.0,
+    eps=1e-6,
+    index=None,
+    starts=None,
+    reverse=False,
+):
     """q (b,l,h,dk); k (b,l,g,dk), v (b,l,g,dv): head j uses group j // (h / g); cos, sin (l,g,dk); state (b,g,dk,dv), (b,g,dk).
 
     Not causal, q's length may differ from k's. Returns out (b,l,h,dv) in v's dtype and the final state, kv and z, in the compute dtype: float64 if

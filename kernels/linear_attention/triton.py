@@ -39,8 +39,9 @@ def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, fea
     kv and z are forward's.
     """
     if causal:
-        return triton_causal.backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps,
-                                      index, starts, reverse)
+        return triton_causal.backward(
+            dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse
+        )
     dout, dkv, dz, kv, z, q, k, v, cos, sin = (None if t is None else lanes(t) for t in plain(dout, dkv, dz, kv, z, q, k, v, cos, sin))
     kv, z = kv.contiguous(), z.contiguous()
     dq, dk, dv = like(q), like(k), like(v)
@@ -68,9 +69,27 @@ def _sums(x, v, cos, sin, weights, scale, constant, feature_map, groups):
     z = torch.empty((batch, heads, segments, dk), dtype=torch.float32, device=x.device)
     if kv.numel():
         kernels.sums[batch * heads * segments * tiles["BK"] * tiles["BV"],](
-            x, v, *present(x, cos, sin, *(weights or (None, None))), kv, z, scale, constant, length, heads,
-            groups, dk, dv, segments, steps, *x.stride()[:3], *v.stride()[:3], *strides(cos, 2)[:2], *strides(sin, 2)[:2],
-            FACTORS=weights is not None, **options)
+            x,
+            v,
+            *present(x, cos, sin, *(weights or (None, None))),
+            kv,
+            z,
+            scale,
+            constant,
+            length,
+            heads,
+            groups,
+            dk,
+            dv,
+            segments,
+            steps,
+            *x.stride()[:3],
+            *v.stride()[:3],
+            *strides(cos, 2)[:2],
+            *strides(sin, 2)[:2],
+            FACTORS=weights is not None,
+            **options,
+        )
     elif z.numel():
         z.zero_()
     return tuple(t.reshape(batch, groups, -1, *t.shape[3:]).sum(2) for t in (kv, z))
@@ -81,8 +100,24 @@ def _outputs(x, kv, z, cos, sin, out, scale, eps, feature_map, normalize):
     options, tiles = _tiles(x, out, feature_map, cos)
     if out.numel():
         kernels.outputs[batch * heads * triton.cdiv(length, options["T"]) * tiles["BV"],](
-            x, kv, z, *present(x, cos, sin), out, scale, eps, length, heads, kv.shape[1], dk, out.shape[-1], *x.stride()[:3],
-            *strides(cos, 2)[:2], *strides(sin, 2)[:2], NORMALIZE=normalize, **options)
+            x,
+            kv,
+            z,
+            *present(x, cos, sin),
+            out,
+            scale,
+            eps,
+            length,
+            heads,
+            kv.shape[1],
+            dk,
+            out.shape[-1],
+            *x.stride()[:3],
+            *strides(cos, 2)[:2],
+            *strides(sin, 2)[:2],
+            NORMALIZE=normalize,
+            **options,
+        )
 
 
 def _factors(q, dout, kv, z, cos, sin, scale, eps, feature_map):
@@ -92,8 +127,25 @@ def _factors(q, dout, kv, z, cos, sin, scale, eps, feature_map):
     options, _ = _tiles(q, dout, feature_map, cos)
     if made[0].numel():
         kernels.factors[batch * heads * triton.cdiv(length, options["T"]),](
-            q, dout, kv, z, *present(q, cos, sin), *made, scale, eps, length, heads, kv.shape[1], dk, dout.shape[-1], *q.stride()[:3],
-            *dout.stride()[:3], *strides(cos, 2)[:2], *strides(sin, 2)[:2], **options)
+            q,
+            dout,
+            kv,
+            z,
+            *present(q, cos, sin),
+            *made,
+            scale,
+            eps,
+            length,
+            heads,
+            kv.shape[1],
+            dk,
+            dout.shape[-1],
+            *q.stride()[:3],
+            *dout.stride()[:3],
+            *strides(cos, 2)[:2],
+            *strides(sin, 2)[:2],
+            **options,
+        )
     return made
 
 
@@ -102,8 +154,26 @@ def _inputs(x, y, kv, z, cos, sin, weights, dx, scale, constant, feature_map):
     options, tiles = _tiles(x, y, feature_map, cos)
     if dx.numel():
         kernels.inputs[batch * heads * triton.cdiv(length, options["T"]) * tiles["BK"],](
-            x, y, kv, z, *present(x, cos, sin, *(weights or (None, None))), dx, scale, constant, length, heads, kv.shape[1], dk, y.shape[-1],
-            *x.stride()[:3], *y.stride()[:3], *strides(cos, 2)[:2], *strides(sin, 2)[:2], FACTORS=weights is not None, **options)
+            x,
+            y,
+            kv,
+            z,
+            *present(x, cos, sin, *(weights or (None, None))),
+            dx,
+            scale,
+            constant,
+            length,
+            heads,
+            kv.shape[1],
+            dk,
+            y.shape[-1],
+            *x.stride()[:3],
+            *y.stride()[:3],
+            *strides(cos, 2)[:2],
+            *strides(sin, 2)[:2],
+            FACTORS=weights is not None,
+            **options,
+        )
 
 
 def _tiles(x, v, feature_map, cos):
@@ -112,4 +182,3 @@ def _tiles(x, v, feature_map, cos):
     BK, BV = (min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv))
     options = {"MAP": _MAPS[feature_map], "ROTARY": cos is not None, "T": 32, "BK": BK, "BV": BV, **_OPTIONS}
     return options, {"BK": triton.cdiv(dk, BK), "BV": triton.cdiv(dv, BV)}
-

@@ -43,8 +43,7 @@ def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, fea
         turned = (t if t is None else t.repeat_interleave(per_group, 1) for t in (cos, sin))
         dq = _feature_gradient(_turn_back(a.dq, *turned) + b.dq, q, feature_map)
         dk = _feature_gradient(_turn_back(a.dk, cos, sin) + b.dk, k, feature_map)
-        initial = (None if t is None else _group_sum(d, v).view(t.shape).to(t.dtype)
-                   for t, d in ((initial_kv, a.dinitial), (initial_k, b.dinitial)))
+        initial = (None if t is None else _group_sum(d, v).view(t.shape).to(t.dtype) for t, d in ((initial_kv, a.dinitial), (initial_k, b.dinitial)))
         return dq.to(q.dtype), dk.to(k.dtype), a.dv.to(v.dtype), *initial
 
 
@@ -55,8 +54,10 @@ def _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse):
     cos, sin = (t if t is None else t.float() for t in (cos, sin))
     q_turned = rotate(q, *(t if t is None else t.repeat_interleave(heads // groups, 1) for t in (cos, sin)))
     ones = q.new_ones((*k.shape[:3], 1))
-    return (core.scan_of(q_turned, rotate(k, cos, sin), v.float(), None, scale, heads, index, starts, reverse),
-            core.scan_of(q, k, ones, None, 1.0, heads, index, starts, reverse))
+    return (
+        core.scan_of(q_turned, rotate(k, cos, sin), v.float(), None, scale, heads, index, starts, reverse),
+        core.scan_of(q, k, ones, None, 1.0, heads, index, starts, reverse),
+    )
 
 
 def _turn_back(gradient, cos, sin):

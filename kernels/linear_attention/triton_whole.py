@@ -43,9 +43,41 @@ def rotated(x, cos, sin, tokens, keys, live, here, c_token, s_token, BACK: tl.co
 
 
 @triton.jit
-def sums(x, v, cos, sin, factor, weight, to_kv, to_z, scale, constant, length, heads, groups, dk, dv, segments, steps, x_batch, x_token, x_head,
-         v_batch, v_token, v_head, c_token, c_group, s_token, s_group, MAP: tl.constexpr, ROTARY: tl.constexpr, FACTORS: tl.constexpr,
-         T: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def sums(
+    x,
+    v,
+    cos,
+    sin,
+    factor,
+    weight,
+    to_kv,
+    to_z,
+    scale,
+    constant,
+    length,
+    heads,
+    groups,
+    dk,
+    dv,
+    segments,
+    steps,
+    x_batch,
+    x_token,
+    x_head,
+    v_batch,
+    v_token,
+    v_head,
+    c_token,
+    c_group,
+    s_token,
+    s_group,
+    MAP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    FACTORS: tl.constexpr,
+    T: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """Of a segment of tokens: to_kv (b*h, segments, dk, dv) = sum (R x') (f v)^T and to_z (b*h, segments, dk) = sum w x'.
 
     f and w are scale and constant, with FACTORS factor and weight (b*h, l).
@@ -81,8 +113,34 @@ def sums(x, v, cos, sin, factor, weight, to_kv, to_z, scale, constant, length, h
 
 
 @triton.jit
-def outputs(x, kv, z, cos, sin, out, scale, eps, length, heads, groups, dk, dv, x_batch, x_token, x_head, c_token, c_group, s_token, s_group,
-            MAP: tl.constexpr, ROTARY: tl.constexpr, NORMALIZE: tl.constexpr, T: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def outputs(
+    x,
+    kv,
+    z,
+    cos,
+    sin,
+    out,
+    scale,
+    eps,
+    length,
+    heads,
+    groups,
+    dk,
+    dv,
+    x_batch,
+    x_token,
+    x_head,
+    c_token,
+    c_group,
+    s_token,
+    s_group,
+    MAP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    T: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """out (b,l,h,dv) = scale (R x') kv, with NORMALIZE over x' z + eps."""
     tiles, tiles_v = tl.cdiv(length, T), tl.cdiv(dv, BV)
     program = tl.program_id(0)
@@ -114,8 +172,38 @@ def outputs(x, kv, z, cos, sin, out, scale, eps, length, heads, groups, dk, dv, 
 
 
 @triton.jit
-def factors(x, y, kv, z, cos, sin, factor, weight, scale, eps, length, heads, groups, dk, dv, x_batch, x_token, x_head, y_batch, y_token, y_head,
-            c_token, c_group, s_token, s_group, MAP: tl.constexpr, ROTARY: tl.constexpr, T: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def factors(
+    x,
+    y,
+    kv,
+    z,
+    cos,
+    sin,
+    factor,
+    weight,
+    scale,
+    eps,
+    length,
+    heads,
+    groups,
+    dk,
+    dv,
+    x_batch,
+    x_token,
+    x_head,
+    y_batch,
+    y_token,
+    y_head,
+    c_token,
+    c_group,
+    s_token,
+    s_group,
+    MAP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    T: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """factor and weight (b*h, l): f and w of q = x and dout = y."""
     tiles = tl.cdiv(length, T)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -147,9 +235,40 @@ def factors(x, y, kv, z, cos, sin, factor, weight, scale, eps, length, heads, gr
 
 
 @triton.jit
-def inputs(x, y, kv, z, cos, sin, factor, weight, to_x, scale, constant, length, heads, groups, dk, dv, x_batch, x_token, x_head, y_batch, y_token,
-           y_head, c_token, c_group, s_token, s_group, MAP: tl.constexpr, ROTARY: tl.constexpr, FACTORS: tl.constexpr, T: tl.constexpr,
-           BK: tl.constexpr, BV: tl.constexpr):
+def inputs(
+    x,
+    y,
+    kv,
+    z,
+    cos,
+    sin,
+    factor,
+    weight,
+    to_x,
+    scale,
+    constant,
+    length,
+    heads,
+    groups,
+    dk,
+    dv,
+    x_batch,
+    x_token,
+    x_head,
+    y_batch,
+    y_token,
+    y_head,
+    c_token,
+    c_group,
+    s_token,
+    s_group,
+    MAP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    FACTORS: tl.constexpr,
+    T: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """to_x (b,l,h,dk): the gradient of x, whose feature's is R^T kv f y + w z, f and w as in `sums`."""
     tiles, tiles_k = tl.cdiv(length, T), tl.cdiv(dk, BK)
     program = tl.program_id(0)

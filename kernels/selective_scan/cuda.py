@@ -69,26 +69,112 @@ def _weights(dtype, A, D, delta_bias, delta_proj, initial_state):
     return dense(A, dtype), dense(D, dtype), dense(delta_bias, dtype), proj, dense(initial_state, dtype)
 
 
-def _scan(dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, scale, out, earlier, state,
-          checkpoints, spacing=None):
+def _scan(
+    dtype,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    softplus,
+    delta_proj,
+    index,
+    starts,
+    reverse,
+    initial_state,
+    scale,
+    out,
+    earlier,
+    state,
+    checkpoints,
+    spacing=None,
+):
     """spacing: steps between checkpoints, if not plan.chunk's."""
     weights = _weights(dtype, A, D, delta_bias, delta_proj, initial_state)
     cut = _Cut(dtype, u, A, B.shape[2])
     ends, sums = cut.ends()
     arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, 0)
-    cuda.call("selective_scan_forward", _FORWARD(
-        cuda.stream(u), *arguments, *output(out, earlier), pointer(state), pointer(checkpoints),
-        0 if checkpoints is None else checkpoints.stride(0), spacing or plan.chunk(cut.state), cut.chunk, pointer(ends), pointer(sums)), u)
+    cuda.call(
+        "selective_scan_forward",
+        _FORWARD(
+            cuda.stream(u),
+            *arguments,
+            *output(out, earlier),
+            pointer(state),
+            pointer(checkpoints),
+            0 if checkpoints is None else checkpoints.stride(0),
+            spacing or plan.chunk(cut.state),
+            cut.chunk,
+            pointer(ends),
+            pointer(sums),
+        ),
+        u,
+    )
 
 
-def _scan_backward(dtype, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state,
-                   scale, du, du_earlier, ddelta, dB, dC, dz, dz_earlier, dA, dD, dbias, dproj, dinitial):
+def _scan_backward(
+    dtype,
+    dout,
+    dstate,
+    checkpoints,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    softplus,
+    delta_proj,
+    index,
+    starts,
+    reverse,
+    initial_state,
+    scale,
+    du,
+    du_earlier,
+    ddelta,
+    dB,
+    dC,
+    dz,
+    dz_earlier,
+    dA,
+    dD,
+    dbias,
+    dproj,
+    dinitial,
+):
     weights = _weights(dtype, A, D, delta_bias, delta_proj, initial_state)
     cut = _Cut(dtype, u, A, B.shape[2])
     if plan.chunk(cut.state) > plan.TILE:  # forward left the states of so many too far apart
         checkpoints = cut.empty(cut.batch, -(-cut.length // plan.TILE), cut.state, cut.channels)
-        _scan(dtype, u, delta, A, B, C, None, None, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, 1.0, None, None, None,
-              checkpoints, plan.TILE)
+        _scan(
+            dtype,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            None,
+            None,
+            delta_bias,
+            softplus,
+            delta_proj,
+            index,
+            starts,
+            reverse,
+            initial_state,
+            1.0,
+            None,
+            None,
+            None,
+            checkpoints,
+            plan.TILE,
+        )
     dstate = dense(dstate, dtype)
     ends, sums = cut.ends()
     rows = cut.per_group, *B.shape
@@ -100,11 +186,28 @@ def _scan_backward(dtype, dout, dstate, checkpoints, u, delta, A, B, C, D, z, de
     if delta_proj is not None:
         dlow_parts, dproj_parts = cut.empty(cut.tiles, *delta.shape), cut.empty(*chunks, delta.shape[2], cut.channels)
     arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, 0)
-    cuda.call("selective_scan_backward", _BACKWARD(
-        cuda.stream(u), *arguments, dout.data_ptr(), cuda.DTYPES[dout.dtype], *dout.stride(),
-        pointer(dstate), checkpoints.data_ptr(), checkpoints.stride(0), *output(du, du_earlier),
-        *output(ddelta if delta_proj is None else None), *output(dz, dz_earlier), pointer(dinitial), cut.chunk, pointer(ends), pointer(sums),
-        *(pointer(t) for t in (dB_parts, dC_parts, dlow_parts, dA_parts, dD_parts, dbias_parts, dproj_parts))), u)
+    cuda.call(
+        "selective_scan_backward",
+        _BACKWARD(
+            cuda.stream(u),
+            *arguments,
+            dout.data_ptr(),
+            cuda.DTYPES[dout.dtype],
+            *dout.stride(),
+            pointer(dstate),
+            checkpoints.data_ptr(),
+            checkpoints.stride(0),
+            *output(du, du_earlier),
+            *output(ddelta if delta_proj is None else None),
+            *output(dz, dz_earlier),
+            pointer(dinitial),
+            cut.chunk,
+            pointer(ends),
+            pointer(sums),
+            *(pointer(t) for t in (dB_parts, dC_parts, dlow_parts, dA_parts, dD_parts, dbias_parts, dproj_parts)),
+        ),
+        u,
+    )
     dB.copy_(_sum(dB_parts))
     dC.copy_(_sum(dC_parts))
     dA.copy_(dA_parts.sum((0, 1)).t())

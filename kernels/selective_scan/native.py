@@ -61,32 +61,136 @@ def forward_usual(u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
     B_batch, B_token, B_state = B.stride()
     C_batch, C_token, C_state = C.stride()
     out = torch.empty_like(u)
-    native.function("selective_scan_forward")(_FORWARD(
-        u.data_ptr(), 0, u_batch, u_token, u_channel, delta.data_ptr(), 0, delta_batch, delta_token, delta_channel,
-        at_z, 0, z_batch, z_token, z_channel, B.data_ptr(), 0, B_batch, B_token, 0, B_state, C.data_ptr(), 0, C_batch, C_token, 0, C_state,
-        A.data_ptr(), at_D, at_bias, 0, 0, 0, 0, 0, reverse, batch, length, channels, 1, state, 0, softplus, False,
-        torch.get_num_threads(), 1.0, out.data_ptr(), 0, u_batch, u_token, 0, 0, 0, 0))
+    native.function("selective_scan_forward")(
+        _FORWARD(
+            u.data_ptr(),
+            0,
+            u_batch,
+            u_token,
+            u_channel,
+            delta.data_ptr(),
+            0,
+            delta_batch,
+            delta_token,
+            delta_channel,
+            at_z,
+            0,
+            z_batch,
+            z_token,
+            z_channel,
+            B.data_ptr(),
+            0,
+            B_batch,
+            B_token,
+            0,
+            B_state,
+            C.data_ptr(),
+            0,
+            C_batch,
+            C_token,
+            0,
+            C_state,
+            A.data_ptr(),
+            at_D,
+            at_bias,
+            0,
+            0,
+            0,
+            0,
+            0,
+            reverse,
+            batch,
+            length,
+            channels,
+            1,
+            state,
+            0,
+            softplus,
+            False,
+            torch.get_num_threads(),
+            1.0,
+            out.data_ptr(),
+            0,
+            u_batch,
+            u_token,
+            0,
+            0,
+            0,
+            0,
+        )
+    )
     return out
 
 
-def _scan(dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, scale, out, earlier, state,
-          checkpoints):
+def _scan(
+    dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, scale, out, earlier, state, checkpoints
+):
     weights = [dense(t, dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
     arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, torch.get_num_threads())
-    native.function("selective_scan_forward")(_FORWARD(
-        *arguments, *output(out, earlier), native.pointer(state), native.pointer(checkpoints), 0 if checkpoints is None else checkpoints.stride(0)))
+    native.function("selective_scan_forward")(
+        _FORWARD(
+            *arguments, *output(out, earlier), native.pointer(state), native.pointer(checkpoints), 0 if checkpoints is None else checkpoints.stride(0)
+        )
+    )
 
 
-def _scan_backward(dtype, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state,
-                   scale, du, du_earlier, ddelta, dB, dC, dz, dz_earlier, dA, dD, dbias, dproj, dinitial):
+def _scan_backward(
+    dtype,
+    dout,
+    dstate,
+    checkpoints,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    softplus,
+    delta_proj,
+    index,
+    starts,
+    reverse,
+    initial_state,
+    scale,
+    du,
+    du_earlier,
+    ddelta,
+    dB,
+    dC,
+    dz,
+    dz_earlier,
+    dA,
+    dD,
+    dbias,
+    dproj,
+    dinitial,
+):
     weights = [dense(t, dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
     dstate = dense(dstate, dtype)
     arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, torch.get_num_threads())
-    native.function("selective_scan_backward")(_BACKWARD(
-        *arguments, dout.data_ptr(), _DTYPES[dout.dtype], *dout.stride(),
-        native.pointer(dstate), checkpoints.data_ptr(), checkpoints.stride(0), *output(du, du_earlier), *output(ddelta), *output(dz, dz_earlier),
-        dB.data_ptr(), _DTYPES[dB.dtype], *dB.stride()[:3], dC.data_ptr(), _DTYPES[dC.dtype], *dC.stride()[:3],
-        *(native.pointer(t) for t in (dA, dD, dbias, dproj, dinitial))))
+    native.function("selective_scan_backward")(
+        _BACKWARD(
+            *arguments,
+            dout.data_ptr(),
+            _DTYPES[dout.dtype],
+            *dout.stride(),
+            native.pointer(dstate),
+            checkpoints.data_ptr(),
+            checkpoints.stride(0),
+            *output(du, du_earlier),
+            *output(ddelta),
+            *output(dz, dz_earlier),
+            dB.data_ptr(),
+            _DTYPES[dB.dtype],
+            *dB.stride()[:3],
+            dC.data_ptr(),
+            _DTYPES[dC.dtype],
+            *dC.stride()[:3],
+            *(native.pointer(t) for t in (dA, dD, dbias, dproj, dinitial)),
+        )
+    )
 
 
 def _name(dtype) -> str:

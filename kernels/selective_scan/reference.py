@@ -24,8 +24,22 @@ def walk_steps(length: int, index: torch.Tensor | None, starts: torch.Tensor | N
     return steps, fresh - {0, length}
 
 
-def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, delta_proj=None, index=None, starts=None,
-                   reverse=False, initial_state=None):
+def selective_scan(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    delta_proj=None,
+    index=None,
+    starts=None,
+    reverse=False,
+    initial_state=None,
+):
     """u, z (b,l,d); delta (b,l,d), or (b,l,r) with delta_proj (d,r); A (d,n); B, C (b,l,g,n); D, delta_bias (d,); state (b,d,n).
 
     Returns out (b,l,d) in u's dtype and the final state (b,d,n) in the compute dtype: float64 if any input is, else float32.

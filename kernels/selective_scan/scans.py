@@ -40,8 +40,28 @@ class Scans:
         state = torch.empty((batch, channels, n), dtype=dtype, device=u.device) if final else None
         checkpoints = torch.empty((batch, chunks(length, n), n, channels), dtype=dtype, device=u.device) if save else None
         if out.numel():
-            self._scan(dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, 1.0, out, None, state,
-                       checkpoints)
+            self._scan(
+                dtype,
+                u,
+                delta,
+                A,
+                B,
+                C,
+                D,
+                z,
+                delta_bias,
+                softplus,
+                delta_proj,
+                index,
+                starts,
+                reverse,
+                initial_state,
+                1.0,
+                out,
+                None,
+                state,
+                checkpoints,
+            )
         elif final:
             state.zero_() if initial_state is None else state.copy_(initial_state)
         return out, state, checkpoints
@@ -65,9 +85,27 @@ class Scans:
         for i, (index, starts, reverse) in enumerate(walks):
             last = stack or i == k - 1
             self._scan(
-                dtype, _slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z if last else None, _row(delta_bias, i), softplus,
-                _row(delta_proj, i), index, starts, reverse, None, 1 / k if last and merge == "mean" else 1.0,
-                out[:, :, i] if stack else out if last else total, None if stack or i == 0 else total, None, _column(checkpoints, i))
+                dtype,
+                _slice(x, i),
+                delta[:, :, i],
+                A[i],
+                B[:, :, i],
+                C[:, :, i],
+                _row(D, i),
+                z if last else None,
+                _row(delta_bias, i),
+                softplus,
+                _row(delta_proj, i),
+                index,
+                starts,
+                reverse,
+                None,
+                1 / k if last and merge == "mean" else 1.0,
+                out[:, :, i] if stack else out if last else total,
+                None if stack or i == 0 else total,
+                None,
+                _column(checkpoints, i),
+            )
         return out, checkpoints
 
     def backward(self, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state):
@@ -85,8 +123,35 @@ class Scans:
         du, ddelta, dB, dC, dz = (None if t is None else _new(t) for t in (u, delta, B, C, z))
         weights = (A, D, delta_bias, delta_proj, initial_state)
         dweights = [None if t is None else torch.empty(t.shape, dtype=dtype, device=t.device) for t in weights]
-        self._scan_backward(dtype, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse,
-                            initial_state, 1.0, du, None, ddelta, dB, dC, dz, None, *dweights)
+        self._scan_backward(
+            dtype,
+            dout,
+            dstate,
+            checkpoints,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            softplus,
+            delta_proj,
+            index,
+            starts,
+            reverse,
+            initial_state,
+            1.0,
+            du,
+            None,
+            ddelta,
+            dB,
+            dC,
+            dz,
+            None,
+            *dweights,
+        )
         dA, dD, dbias, dproj, dinitial = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
         return du, ddelta, dA, dB, dC, dD, dz, dbias, dproj, dinitial
 
@@ -109,10 +174,35 @@ class Scans:
         for i, (index, starts, reverse) in enumerate(walks):
             last = i == k - 1
             self._scan_backward(
-                dtype, _slice(dout, i), None, checkpoints[:, i], _slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z,
-                _row(delta_bias, i), softplus, _row(delta_proj, i), index, starts, reverse, None, 1 / k if merge == "mean" else 1.0,
-                _slice(dx if last or x.dim() == 4 else x_total, i), None if i == 0 else x_total, ddelta[:, :, i], dB[:, :, i], dC[:, :, i],
-                dz if last else z_total, None if i == 0 else z_total, *(_row(g, i) for g in dweights), None)
+                dtype,
+                _slice(dout, i),
+                None,
+                checkpoints[:, i],
+                _slice(x, i),
+                delta[:, :, i],
+                A[i],
+                B[:, :, i],
+                C[:, :, i],
+                _row(D, i),
+                z,
+                _row(delta_bias, i),
+                softplus,
+                _row(delta_proj, i),
+                index,
+                starts,
+                reverse,
+                None,
+                1 / k if merge == "mean" else 1.0,
+                _slice(dx if last or x.dim() == 4 else x_total, i),
+                None if i == 0 else x_total,
+                ddelta[:, :, i],
+                dB[:, :, i],
+                dC[:, :, i],
+                dz if last else z_total,
+                None if i == 0 else z_total,
+                *(_row(g, i) for g in dweights),
+                None,
+            )
         dA, dD, dbias, dproj = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
         return dx, ddelta, dA, dB, dC, dD, dz, dbias, dproj
 

@@ -65,8 +65,17 @@ class _Scan(NamedTuple):
     def options(self) -> dict:
         """What all kernels are compiled for."""
         n = self.A.shape[1]
-        return {"N": n, "K": 4 if n > 4 else 8, "RANK": 0 if self.proj is None else self.proj.shape[0], "BIAS": self.bias is not None,
-                "SOFTPLUS": self.softplus, "WALK": self.index is not None, "KEEP": self.keep is not None, "REVERSE": self.reverse, **OPTIONS}
+        return {
+            "N": n,
+            "K": 4 if n > 4 else 8,
+            "RANK": 0 if self.proj is None else self.proj.shape[0],
+            "BIAS": self.bias is not None,
+            "SOFTPLUS": self.softplus,
+            "WALK": self.index is not None,
+            "KEEP": self.keep is not None,
+            "REVERSE": self.reverse,
+            **OPTIONS,
+        }
 
 
 class _Total:
@@ -113,8 +122,22 @@ def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks,
         merged = None if stack else _Total(out, k * _launches(A))
         with on(x):
             for i, (index, starts, reverse) in enumerate(walks):
-                scan = _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z, _row(delta_bias, i), softplus,
-                             _row(delta_proj, i), index, starts, reverse, None)
+                scan = _scan(
+                    _slice(x, i),
+                    delta[:, :, i],
+                    A[i],
+                    B[:, :, i],
+                    C[:, :, i],
+                    _row(D, i),
+                    z,
+                    _row(delta_bias, i),
+                    softplus,
+                    _row(delta_proj, i),
+                    index,
+                    starts,
+                    reverse,
+                    None,
+                )
                 total = _Total(out[:, :, i], _launches(A)) if stack else merged
                 _forward(scan, 1 / k if merge == "mean" else 1.0, total, None if checkpoints is None else checkpoints[:, i], None)
     return out, checkpoints
@@ -135,8 +158,20 @@ def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, sof
     launches = _launches(A)
     with on(u):
         scan = _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state)
-        _backward(scan, 1.0, dout, dstate, checkpoints, _Total(du, launches), ddelta, dB, dC, None if z is None else _Total(dz, launches), *dweights,
-                  dinitial)
+        _backward(
+            scan,
+            1.0,
+            dout,
+            dstate,
+            checkpoints,
+            _Total(du, launches),
+            ddelta,
+            dB,
+            dC,
+            None if z is None else _Total(dz, launches),
+            *dweights,
+            dinitial,
+        )
     dA, dD, dbias, dproj = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dproj, dinitial
 
@@ -155,11 +190,36 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus
     z_total = None if z is None else _Total(dz, k * _launches(A))
     with on(x):
         for i, (index, starts, reverse) in enumerate(walks):
-            scan = _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], _row(D, i), z, _row(delta_bias, i), softplus,
-                         _row(delta_proj, i), index, starts, reverse, None)
-            _backward(scan, 1 / k if merge == "mean" else 1.0, _slice(dout, i), None, checkpoints[:, i],
-                      _Total(dx[:, :, i], _launches(A)) if own else x_total, ddelta[:, :, i], dB[:, :, i], dC[:, :, i], z_total,
-                      *(_row(g, i) for g in dweights), None)
+            scan = _scan(
+                _slice(x, i),
+                delta[:, :, i],
+                A[i],
+                B[:, :, i],
+                C[:, :, i],
+                _row(D, i),
+                z,
+                _row(delta_bias, i),
+                softplus,
+                _row(delta_proj, i),
+                index,
+                starts,
+                reverse,
+                None,
+            )
+            _backward(
+                scan,
+                1 / k if merge == "mean" else 1.0,
+                _slice(dout, i),
+                None,
+                checkpoints[:, i],
+                _Total(dx[:, :, i], _launches(A)) if own else x_total,
+                ddelta[:, :, i],
+                dB[:, :, i],
+                dC[:, :, i],
+                z_total,
+                *(_row(g, i) for g in dweights),
+                None,
+            )
     dA, dD, dbias, dproj = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
     return dx, ddelta, dA, dB, dC, dD, dz, dbias, dproj
 
@@ -181,8 +241,25 @@ def _forward(scan, scale, total, checkpoints, state):
             # Where checkpoints are saved, those at the chunks' begins hold their ends and then their entry states: no further memory.
             entries = _floats(u, batch, chunks, A.shape[1], channels) if saved is None else saved[:, :: steps // plan.chunk(n)]
             local[batch * chunks * tiles,](
-                u, delta, A, B, *present(u, bias, proj, index, keep), entries, sums, length, channels, groups, steps, chunks, *u.stride(),
-                *delta.stride(), *A.stride(), *B.stride(), *entries.stride()[:2], **options)
+                u,
+                delta,
+                A,
+                B,
+                *present(u, bias, proj, index, keep),
+                entries,
+                sums,
+                length,
+                channels,
+                groups,
+                steps,
+                chunks,
+                *u.stride(),
+                *delta.stride(),
+                *A.stride(),
+                *B.stride(),
+                *entries.stride()[:2],
+                **options,
+            )
             _carry(entries, sums, A, initial, keep, steps, backward=False)
         target, earlier = total.next()
         if total.left:  # only the last launch scales and gates
@@ -191,11 +268,40 @@ def _forward(scan, scale, total, checkpoints, state):
             factor = scale
         final = None if state is None else state[:, :, of]
         apply[batch * chunks * tiles,](
-            u, delta, A, B, C, *present(u, D, z, bias, proj, index, keep, entries), target, *present(u, earlier, saved, final), factor, length,
-            channels, groups, steps, chunks, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(z, 3),
-            *strides(entries, 4), *target.stride()[:2], *strides(earlier, 3)[:2], *strides(saved, 4)[:2], *strides(final, 3), CHUNK=plan.chunk(n),
-            SKIP=D is not None, GATE=z is not None, ENTRY=entries is not None, EARLIER=earlier is not None, SAVE=saved is not None,
-            FINAL=final is not None, **options)
+            u,
+            delta,
+            A,
+            B,
+            C,
+            *present(u, D, z, bias, proj, index, keep, entries),
+            target,
+            *present(u, earlier, saved, final),
+            factor,
+            length,
+            channels,
+            groups,
+            steps,
+            chunks,
+            *u.stride(),
+            *delta.stride(),
+            *A.stride(),
+            *B.stride(),
+            *C.stride(),
+            *strides(z, 3),
+            *strides(entries, 4),
+            *target.stride()[:2],
+            *strides(earlier, 3)[:2],
+            *strides(saved, 4)[:2],
+            *strides(final, 3),
+            CHUNK=plan.chunk(n),
+            SKIP=D is not None,
+            GATE=z is not None,
+            ENTRY=entries is not None,
+            EARLIER=earlier is not None,
+            SAVE=saved is not None,
+            FINAL=final is not None,
+            **options,
+        )
 
 
 def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA, dD, dbias, dproj, dinitial):
@@ -219,8 +325,27 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
         if chunks > 1:
             after, exits = exits, _floats(like, batch, chunks, A.shape[1], channels)
             local_adjoint[items,](
-                dout, delta, A, C, *present(u, z, bias, proj, index, keep), exits, sums, scale, length, channels, groups, steps, chunks,
-                *dout.stride(), *delta.stride(), *A.stride(), *C.stride(), *strides(z, 3), *exits.stride()[:2], **options)
+                dout,
+                delta,
+                A,
+                C,
+                *present(u, z, bias, proj, index, keep),
+                exits,
+                sums,
+                scale,
+                length,
+                channels,
+                groups,
+                steps,
+                chunks,
+                *dout.stride(),
+                *delta.stride(),
+                *A.stride(),
+                *C.stride(),
+                *strides(z, 3),
+                *exits.stride()[:2],
+                **options,
+            )
             _carry(exits, sums, A, None if after is None else dstate[:, :, of], keep, steps, backward=True)
         A_sums = _floats(like, batch, chunks, A.shape[1], channels)
         B_sums, C_sums = (_floats(like, tiles // groups, *B.shape) for _ in range(2))
@@ -235,13 +360,59 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
         into = None if dinitial is None else dinitial[:, :, of]
         saved = checkpoints[:, :, of]
         adjoint[programs,](
-            dout, u, delta, A, B, C, *present(u, D, z, bias, proj, index, keep), saved, *present(u, exits), shelf, du_target, *present(u, du_earlier),
-            delta_target, *present(u, delta_earlier, dz_target, dz_earlier), A_sums, B_sums, C_sums, D_sums, bias_sums, *present(u, proj_sums, into),
-            scale, items, batch, length, channels, groups, steps, chunks, *dout.stride(), *u.stride(), *delta.stride(), *A.stride(), *B.stride(),
-            *C.stride(), *strides(z, 3), *saved.stride()[:2], *strides(exits, 4), *du_target.stride()[:2], *strides(du_earlier, 3)[:2],
-            *delta_target.stride()[:2], *strides(delta_earlier, 3)[:2], *strides(dz_target, 3)[:2], *strides(dz_earlier, 3)[:2], *strides(into, 3),
-            CHUNK=chunk, SKIP=D is not None, EXIT=exits is not None, INITIAL=into is not None, DU_EARLIER=du_earlier is not None,
-            DD_EARLIER=delta_earlier is not None, DZ_EARLIER=dz_earlier is not None, **options | UNSPILLED | {"K": HELD})
+            dout,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            *present(u, D, z, bias, proj, index, keep),
+            saved,
+            *present(u, exits),
+            shelf,
+            du_target,
+            *present(u, du_earlier),
+            delta_target,
+            *present(u, delta_earlier, dz_target, dz_earlier),
+            A_sums,
+            B_sums,
+            C_sums,
+            D_sums,
+            bias_sums,
+            *present(u, proj_sums, into),
+            scale,
+            items,
+            batch,
+            length,
+            channels,
+            groups,
+            steps,
+            chunks,
+            *dout.stride(),
+            *u.stride(),
+            *delta.stride(),
+            *A.stride(),
+            *B.stride(),
+            *C.stride(),
+            *strides(z, 3),
+            *saved.stride()[:2],
+            *strides(exits, 4),
+            *du_target.stride()[:2],
+            *strides(du_earlier, 3)[:2],
+            *delta_target.stride()[:2],
+            *strides(delta_earlier, 3)[:2],
+            *strides(dz_target, 3)[:2],
+            *strides(dz_earlier, 3)[:2],
+            *strides(into, 3),
+            CHUNK=chunk,
+            SKIP=D is not None,
+            EXIT=exits is not None,
+            INITIAL=into is not None,
+            DU_EARLIER=du_earlier is not None,
+            DD_EARLIER=delta_earlier is not None,
+            DZ_EARLIER=dz_earlier is not None,
+            **options | UNSPILLED | {"K": HELD},
+        )
         dA[:, of] = A_sums.sum((0, 1)).t()
         dB[..., of] = B_sums.sum(0)
         dC[..., of] = C_sums.sum(0)
@@ -264,8 +435,23 @@ def _carry(values, sums, A, entry, keep, steps, backward):
         fades = torch.nn.functional.pad(keep[:-1], (0, chunks * steps - keep.shape[0] + 1)).view(chunks, steps).amin(1)
     entry_strides = (0, 0, 0) if entry is None else (entry.stride(0), entry.stride(2), entry.stride(1))
     carry[batch * n * triton.cdiv(channels, LANES),](
-        values, sums, A, *present(A, entry, fades), channels, n, chunks, *values.stride()[:2], *A.stride(), *entry_strides, TILE=LANES,
-        GROUP=min(GROUP, triton.next_power_of_2(chunks)), ENTRY=entry is not None, KEEP=keep is not None, BACKWARD=backward, **OPTIONS)
+        values,
+        sums,
+        A,
+        *present(A, entry, fades),
+        channels,
+        n,
+        chunks,
+        *values.stride()[:2],
+        *A.stride(),
+        *entry_strides,
+        TILE=LANES,
+        GROUP=min(GROUP, triton.next_power_of_2(chunks)),
+        ENTRY=entry is not None,
+        KEEP=keep is not None,
+        BACKWARD=backward,
+        **OPTIONS,
+    )
 
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state) -> _Scan:

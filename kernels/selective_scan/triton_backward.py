@@ -26,19 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.selective_scan.triton_steps import (
-    LN_2,
-    decay,
-    drives,
-    places,
-    positive,
-    rates,
-    raw_steps,
-    rows,
-    sigmoid,
-    tile_of,
-    vectors,
-)
+from medssm.kernels.selective_scan.triton_steps import LN_2, decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors
 from medssm.kernels.triton_tiles import where_live
 
 
@@ -96,8 +84,9 @@ def store_rows(to, values, tokens, live, token_step, K: tl.constexpr):
 
 
 @triton.jit
-def walk_forwards(h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_token, c_state, N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr,
-                  KEEP: tl.constexpr):
+def walk_forwards(
+    h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_token, c_state, N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr
+):
     """K steps: (h after them, dC's products, y without D u, zero where no gate needs it)."""
     products, outputs = (), ()
     for k in tl.static_range(K):
@@ -116,8 +105,9 @@ def walk_forwards(h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_toke
 
 
 @triton.jit
-def walk_backwards(g, A_sums, h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_token, c_state, N: tl.constexpr, K: tl.constexpr,
-                   KEEP: tl.constexpr):
+def walk_backwards(
+    g, A_sums, h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_token, c_state, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr
+):
     """K steps from the last, h the state before them: (g before them, A_sums, dB's products, sum_n dh_t B_t, sum_n w_t A log2 e)."""
     before, decays = (), ()  # h_{t-1} and e_t, N of each token
     for k in tl.static_range(K):
@@ -148,10 +138,52 @@ def walk_backwards(g, A_sums, h, a, s, su, dy, fades, tokens, B, C, b_token, b_s
 
 
 @triton.jit
-def local_adjoint(dout, delta, A, C, z, bias, proj, index, keep, ends, totals, scale, length, channels, groups, steps, chunks, o_batch, o_token,
-                  o_channel, d_batch, d_token, d_channel, a_channel, a_state, c_batch, c_token, c_group, c_state, z_batch, z_token, z_channel,
-                  e_batch, e_chunk, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
-                  SOFTPLUS: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
+def local_adjoint(
+    dout,
+    delta,
+    A,
+    C,
+    z,
+    bias,
+    proj,
+    index,
+    keep,
+    ends,
+    totals,
+    scale,
+    length,
+    channels,
+    groups,
+    steps,
+    chunks,
+    o_batch,
+    o_token,
+    o_channel,
+    d_batch,
+    d_token,
+    d_channel,
+    a_channel,
+    a_state,
+    c_batch,
+    c_token,
+    c_group,
+    c_state,
+    z_batch,
+    z_token,
+    z_channel,
+    e_batch,
+    e_chunk,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WALK: tl.constexpr,
+    KEEP: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """ends (b,chunks,n,d): g before each chunk, from none after it; totals (b,chunks,d): of its steps."""
     tiles = groups * tl.cdiv(channels // groups, TILE)
     program = tl.program_id(0)
@@ -189,15 +221,104 @@ def local_adjoint(dout, delta, A, C, z, bias, proj, index, keep, ends, totals, s
 
 
 @triton.jit
-def adjoint(dout, u, delta, A, B, C, D, z, bias, proj, index, keep, checkpoints, exit, shelf, du, du_earlier, ddelta, ddelta_earlier, dz, dz_earlier,
-            dA, dB, dC, dD, dbias, dproj, dinitial, scale, items, batch, length, channels, groups, steps, chunks, g_batch, g_token, g_channel,
-            u_batch, u_token, u_channel, d_batch, d_token, d_channel, a_channel, a_state, b_batch, b_token, b_group, b_state, c_batch, c_token,
-            c_group, c_state, z_batch, z_token, z_channel, k_batch, k_chunk, e_batch, e_chunk, e_state, e_channel, du_batch, du_token,
-            du_earlier_batch, du_earlier_token, dd_batch, dd_token, dd_earlier_batch, dd_earlier_token, dz_batch, dz_token, dz_earlier_batch,
-            dz_earlier_token, i_batch, i_channel, i_state, N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-            RANK: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, EXIT: tl.constexpr, INITIAL: tl.constexpr,
-            DU_EARLIER: tl.constexpr, DD_EARLIER: tl.constexpr, DZ_EARLIER: tl.constexpr, SOFTPLUS: tl.constexpr, WALK: tl.constexpr,
-            KEEP: tl.constexpr, REVERSE: tl.constexpr):
+def adjoint(
+    dout,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    proj,
+    index,
+    keep,
+    checkpoints,
+    exit,
+    shelf,
+    du,
+    du_earlier,
+    ddelta,
+    ddelta_earlier,
+    dz,
+    dz_earlier,
+    dA,
+    dB,
+    dC,
+    dD,
+    dbias,
+    dproj,
+    dinitial,
+    scale,
+    items,
+    batch,
+    length,
+    channels,
+    groups,
+    steps,
+    chunks,
+    g_batch,
+    g_token,
+    g_channel,
+    u_batch,
+    u_token,
+    u_channel,
+    d_batch,
+    d_token,
+    d_channel,
+    a_channel,
+    a_state,
+    b_batch,
+    b_token,
+    b_group,
+    b_state,
+    c_batch,
+    c_token,
+    c_group,
+    c_state,
+    z_batch,
+    z_token,
+    z_channel,
+    k_batch,
+    k_chunk,
+    e_batch,
+    e_chunk,
+    e_state,
+    e_channel,
+    du_batch,
+    du_token,
+    du_earlier_batch,
+    du_earlier_token,
+    dd_batch,
+    dd_token,
+    dd_earlier_batch,
+    dd_earlier_token,
+    dz_batch,
+    dz_token,
+    dz_earlier_batch,
+    dz_earlier_token,
+    i_batch,
+    i_channel,
+    i_state,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    SKIP: tl.constexpr,
+    GATE: tl.constexpr,
+    EXIT: tl.constexpr,
+    INITIAL: tl.constexpr,
+    DU_EARLIER: tl.constexpr,
+    DD_EARLIER: tl.constexpr,
+    DZ_EARLIER: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WALK: tl.constexpr,
+    KEEP: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """Gradients along each chunk from g after it (exit, (b,chunks,n,d)) and the states at its checkpoints (b,.,n,d).
 
     du, ddelta, dz (b,l,d): added to what is earlier. Partial sums: dA (b,chunks,n,d), dD, dbias (b,chunks,d), dB, dC (tiles,b,l,g,n);
@@ -269,8 +390,9 @@ def adjoint(dout, u, delta, A, B, C, D, z, bias, proj, index, keep, checkpoints,
                 s = positive(raw, live, K, SOFTPLUS)
                 su = drives(s, inputs, live, K)
                 before = vectors(shelf + block * N * TILE, lane >= 0, TILE, N, True, shift)
-                g, A_sums, products, along_B, along_A = walk_backwards(g, A_sums, before, a, s, su, dy, fades, tokens, B_at, C_at, b_token, b_state,
-                                                                       c_token, c_state, N, K, KEEP)
+                g, A_sums, products, along_B, along_A = walk_backwards(
+                    g, A_sums, before, a, s, su, dy, fades, tokens, B_at, C_at, b_token, b_state, c_token, c_state, N, K, KEEP
+                )
                 store_rows(dB + row, products, tokens, live, groups * N, K)
                 dsteps = ()
                 for k in tl.static_range(K):

@@ -36,9 +36,14 @@ def forward(x, dt, A, B, C, D, z, dt_bias, softplus, limit, index, starts, rever
     state = torch.empty((batch, heads, size, B.shape[3]), dtype=dtype, device=x.device) if final else None
     if out.numel():
         tokens, weights = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype)
-        native.function("ssd_forward")(_FORWARD(
-            *_problem(*tokens, dt, *weights, softplus, limit, index, starts, reverse, initial_state, dtype), *_tokens(out),
-            *_tokens(y), *_state(state)))
+        native.function("ssd_forward")(
+            _FORWARD(
+                *_problem(*tokens, dt, *weights, softplus, limit, index, starts, reverse, initial_state, dtype),
+                *_tokens(out),
+                *_tokens(y),
+                *_state(state),
+            )
+        )
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state, y
@@ -57,10 +62,17 @@ def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, softplus, limit, in
     dD = None if D is None else torch.empty((batch, heads, size), dtype=torch.float64, device=x.device)
     if x.numel():
         tokens, weights, dout = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype), native.lanes(dout)
-        native.function("ssd_backward")(_BACKWARD(
-            *_problem(*tokens, dt, *weights, softplus, limit, index, starts, reverse, initial_state, dtype),
-            *_tokens(dout), *_tokens(y), *_state(dstate), *map(native.pointer, (dA, dbias, dD)),
-            *(field for t in (dx, ddt, dB, dC, dz) for field in _tokens(t)), *_state(dinitial)))
+        native.function("ssd_backward")(
+            _BACKWARD(
+                *_problem(*tokens, dt, *weights, softplus, limit, index, starts, reverse, initial_state, dtype),
+                *_tokens(dout),
+                *_tokens(y),
+                *_state(dstate),
+                *map(native.pointer, (dA, dbias, dD)),
+                *(field for t in (dx, ddt, dB, dC, dz) for field in _tokens(t)),
+                *_state(dinitial),
+            )
+        )
     else:
         for gradient in (dx, ddt, dB, dC, dz, dA, dbias, dD):
             if gradient is not None:
@@ -93,9 +105,27 @@ def _problem(x, z, B, C, dt, A, D, dt_bias, softplus, limit, index, starts, reve
     """The fields of Problem."""
     batch, length, heads, size = x.shape
     return (
-        *_tokens(x), *_tokens(z), *_tokens(B), *_tokens(C), *_tokens(dt), *_state(initial_state), *map(native.pointer, (A, D, dt_bias)),
-        native.pointer(index), native.pointer(starts), 0 if starts is None else starts.shape[0], reverse,
-        batch, length, heads, size, *B.shape[2:], softplus, dtype is torch.float64, torch.get_num_threads(), *limit)
+        *_tokens(x),
+        *_tokens(z),
+        *_tokens(B),
+        *_tokens(C),
+        *_tokens(dt),
+        *_state(initial_state),
+        *map(native.pointer, (A, D, dt_bias)),
+        native.pointer(index),
+        native.pointer(starts),
+        0 if starts is None else starts.shape[0],
+        reverse,
+        batch,
+        length,
+        heads,
+        size,
+        *B.shape[2:],
+        softplus,
+        dtype is torch.float64,
+        torch.get_num_threads(),
+        *limit,
+    )
 
 
 def _tokens(t):

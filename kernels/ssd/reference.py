@@ -17,8 +17,22 @@ from medssm.kernels.autocast import without_autocast
 from medssm.kernels.selective_scan.reference import walk_steps
 
 
-def ssd(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, math.inf), index=None, starts=None, reverse=False,
-        initial_state=None):
+def ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    index=None,
+    starts=None,
+    reverse=False,
+    initial_state=None,
+):
     """x, z (b,l,h,p); dt (b,l,h); A, dt_bias (h,); D (h,) or (h,p); B, C (b,l,g,n); state (b,h,p,n).
 
     Returns out (b,l,h,p) in x's dtype and the final state (b,h,p,n) in the compute dtype: float64 if any input is, else float32.

@@ -31,8 +31,9 @@ _LENGTHS = tuple(2**i for i in range(10, 22))
 def add_arguments(parser) -> None:
     parser.add_argument("--rows", default="*", help=f"shell pattern of rows (default all: {', '.join(ROWS)}); 'lengths' is the plot")
     parser.add_argument("--networks", nargs="?", const="*", metavar="PATTERN", help="whole networks instead of ops: shell pattern (default all)")
-    parser.add_argument("--mixers", nargs="?", const="*", metavar="PATTERN", help="medssm_unet's mixers on a volume instead (default all: "
-                        f"{', '.join(MIXERS)})")
+    parser.add_argument(
+        "--mixers", nargs="?", const="*", metavar="PATTERN", help=f"medssm_unet's mixers on a volume instead (default all: {', '.join(MIXERS)})"
+    )
     parser.add_argument("--docs", metavar="PAGE", help="of --mixers: put the table into this page too (docs/mixers.md)")
     parser.add_argument("--out", help="folder for results.json, results.md and lengths.png, or networks.json, or mixers.json (default: print alone)")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="for the rounds of each row (default %(default)s)")
@@ -150,8 +151,11 @@ def _lengths(into: dict):
                 del live[name]
                 continue
             side_inputs = tensors if peer is None else channel_first(tensors)
-            side = (lambda t=side_inputs: ops.selective_scan(**t, delta_softplus=True, backend="native")) if peer is None else (
-                lambda t=side_inputs, p=peer: p(**t))
+            side = (
+                (lambda t=side_inputs: ops.selective_scan(**t, delta_softplus=True, backend="native"))
+                if peer is None
+                else (lambda t=side_inputs, p=peer: p(**t))
+            )
             with torch.no_grad():
                 taken = measure.times({name: side}, 0.3, 1, limit=1.0)[name]["min"]
             into.setdefault(name, []).append((length, taken))

@@ -16,8 +16,9 @@ from medssm.bench.row import COMPILED, OURS, Row, call
 _EAGER, _HEADS_FIRST, _CHUNKED, _LOOP = "eager PyTorch", "eager PyTorch, heads in front", "chunked PyTorch", "loop over tokens in PyTorch"
 
 
-def _sides(ours: Callable, theirs: Callable, name: str, tensors: dict[str, torch.Tensor], grad: bool,
-           compiled: bool | Callable = True) -> dict[str, Side]:
+def _sides(
+    ours: Callable, theirs: Callable, name: str, tensors: dict[str, torch.Tensor], grad: bool, compiled: bool | Callable = True
+) -> dict[str, Side]:
     """Our op on channel-last tokens, the peer on its own layout, and the peer compiled (or what is given in its place)."""
     mine = {k: t.clone().requires_grad_(grad) for k, t in tensors.items()}
     other = {k: (t.movedim(1, 2).contiguous() if t.dim() > 2 and name != _LOOP else t.clone()).requires_grad_(grad) for k, t in tensors.items()}
@@ -65,8 +66,16 @@ def _delta(length: int, heads: int, width: int, grad: bool = False, compiled: bo
 
 
 def _ssd(length: int, heads: int, width: int, state: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
-    tensors = _draw(x=(1, length, heads, width), dt=(1, length, heads), A=(heads,), B=(1, length, 1, state), C=(1, length, 1, state), D=(heads,),
-                    z=(1, length, heads, width), dt_bias=(heads,))
+    tensors = _draw(
+        x=(1, length, heads, width),
+        dt=(1, length, heads),
+        A=(heads,),
+        B=(1, length, 1, state),
+        C=(1, length, 1, state),
+        D=(heads,),
+        z=(1, length, heads, width),
+        dt_bias=(heads,),
+    )
     tensors["A"] = -torch.linspace(1, 16, heads)
     tensors["dt_bias"] -= 4
     return _sides(partial(ops.ssd, dt_softplus=True, backend="native"), peers.ssd, _CHUNKED, tensors, grad, compiled)
@@ -116,16 +125,24 @@ def _rows() -> dict[str, Row]:
     for name, (title, make, heads, width, more) in kinds.items():
         for grad in (False, True):
             what = "forward and backward" if grad else "forward"
-            rows[name + "-train" * grad] = Row(f"{title}, {heads} heads of {width}, 32,768 tokens, {what}",
-                                               partial(make, 32768, heads, width, grad=grad, **more), limit=1.0, memory=True,
-                                               tokens=32768 * heads * width)
+            rows[name + "-train" * grad] = Row(
+                f"{title}, {heads} heads of {width}, 32,768 tokens, {what}",
+                partial(make, 32768, heads, width, grad=grad, **more),
+                limit=1.0,
+                memory=True,
+                tokens=32768 * heads * width,
+            )
     rows["wkv"] = Row("bi_wkv, 192 channels, 16,384 tokens, forward", partial(_wkv, 16384, 192), limit=1.0, memory=True, tokens=16384 * 192)
-    rows["wkv-train"] = Row("bi_wkv, 192 channels, 16,384 tokens, forward and backward", partial(_wkv, 16384, 192, True), limit=1.0, memory=True,
-                            tokens=16384 * 192)
+    rows["wkv-train"] = Row(
+        "bi_wkv, 192 channels, 16,384 tokens, forward and backward", partial(_wkv, 16384, 192, True), limit=1.0, memory=True, tokens=16384 * 192
+    )
     rows["mamba2"] = Row("Mamba-2 mixer, 256 channels, 4,096 tokens, inference", partial(_mamba2, 4096, 256), limit=1.0, tokens=4096 * 256)
     return rows
 
 
 ROWS = _rows()
-QUICK = {"linear-attention": Row("linear_attention, non-causal, 2 heads of 8, 256 tokens, forward", partial(_linear, 256, 2, 8, compiled=False),
-                                 tokens=256 * 2 * 8)}
+QUICK = {
+    "linear-attention": Row(
+        "linear_attention, non-causal, 2 heads of 8, 256 tokens, forward", partial(_linear, 256, 2, 8, compiled=False), tokens=256 * 2 * 8
+    )
+}

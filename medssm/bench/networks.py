@@ -16,10 +16,21 @@ import medssm
 from medssm.bench import apart, measure, peers
 
 # Axes of the input by network, where it is no volume of 64^3 (and one channel): what each was made for.
-INPUTS = {"segmamba": (4, 96, 96, 96), "vmunet": (3, 256, 256), "swin_umamba": (1, 256, 256), "swin_umamba_d": (1, 256, 256),
-          "ultralight_vmunet": (3, 256, 256), "vmamba": (3, 224, 224), "medmamba": (3, 224, 224), "vim": (3, 224, 224),
-          "mlla": (3, 224, 224), "vrwkv": (3, 224, 224), "efficientvit_seg": (3, 256, 256),
-          "monai_unetr": (1, 96, 96, 96), "monai_dynunet": (4, 96, 96, 96)}
+INPUTS = {
+    "segmamba": (4, 96, 96, 96),
+    "vmunet": (3, 256, 256),
+    "swin_umamba": (1, 256, 256),
+    "swin_umamba_d": (1, 256, 256),
+    "ultralight_vmunet": (3, 256, 256),
+    "vmamba": (3, 224, 224),
+    "medmamba": (3, 224, 224),
+    "vim": (3, 224, 224),
+    "mlla": (3, 224, 224),
+    "vrwkv": (3, 224, 224),
+    "efficientvit_seg": (3, 256, 256),
+    "monai_unetr": (1, 96, 96, 96),
+    "monai_dynunet": (4, 96, 96, 96),
+}
 # What the reference backend is measured on, and both peers in training: at full size that takes minutes, and more memory than there is.
 SMALL = {2: (64, 64), 3: (64, 32, 32)}
 CLASSES = {"vmamba": 1000, "medmamba": 1000, "vim": 1000, "mlla": 1000, "vrwkv": 1000, "efficientvit_seg": 19}
@@ -65,9 +76,14 @@ def main() -> None:
     with torch.no_grad():
         memory = measure.peak_above(lambda: model(x))
     seconds = 0.1 if quick else 2.0
-    result = {"input": list(x.shape), "classes": CLASSES.get(name, 4), "parameters": sum(p.numel() for p in model.parameters()),
-              "memory": memory, "threads": threads,
-              "inference": measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)}
+    result = {
+        "input": list(x.shape),
+        "classes": CLASSES.get(name, 4),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "memory": memory,
+        "threads": threads,
+        "inference": measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT),
+    }
     result["small"] = _small(model, x, seconds, threads) if scans else None
     model.train()
     ways.pop(CHUNKED, None)

@@ -30,19 +30,33 @@ def table(results: dict) -> str:
     """A row for each mixer, and under it what was measured, where and when."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
     for name, m in results["mixers"].items():
-        cells = [f"`{name}`", f"{m['parameters'] / 1e3:.1f} k", _milliseconds(m["inference"]), _mebibytes(m["memory"]), _milliseconds(m["training"]),
-                 _mebibytes(m["training_memory"])]
+        cells = [
+            f"`{name}`",
+            f"{m['parameters'] / 1e3:.1f} k",
+            _milliseconds(m["inference"]),
+            _mebibytes(m["memory"]),
+            _milliseconds(m["training"]),
+            _mebibytes(m["training_memory"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     where, commits = results["machine"], sorted({m["commit"] for m in results["mixers"].values()})
     sizes = sorted({" x ".join(map(str, m["size"])) + f" voxels of {m['channels']} channels" for m in results["mixers"].values()})
-    return "\n".join([*lines, "", f"One volume of {', '.join(sizes)}, float32; medians; memory: the peak above the mixer's own and its input's. "
-                      f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {results['date']}, commit {', '.join(commits)}."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"One volume of {', '.join(sizes)}, float32; medians; memory: the peak above the mixer's own and its input's. "
+            f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {results['date']}, commit {', '.join(commits)}.",
+        ]
+    )
 
 
 def line(name: str, m: dict) -> str:
     """A mixer's figures in a line."""
-    return (f"{name}: inference {_milliseconds(m['inference'])}, {_mebibytes(m['memory'])}; forward and backward {_milliseconds(m['training'])}, "
-            f"{_mebibytes(m['training_memory'])}")
+    return (
+        f"{name}: inference {_milliseconds(m['inference'])}, {_mebibytes(m['memory'])}; forward and backward {_milliseconds(m['training'])}, "
+        f"{_mebibytes(m['training_memory'])}"
+    )
 
 
 def _milliseconds(taken: dict) -> str:

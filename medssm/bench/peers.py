@@ -121,8 +121,18 @@ def in_pytorch(scan=two_level):
     def selective_scan_nd(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, orders, **_):
         total = 0
         for k, order in enumerate(orders):
-            total = total + selective_scan(x, delta[..., k, :], A[k], B[..., k, :], C[..., k, :], D[k], None, delta_bias[k],
-                                           delta_proj=None if delta_proj is None else delta_proj[k], order=order)
+            total = total + selective_scan(
+                x,
+                delta[..., k, :],
+                A[k],
+                B[..., k, :],
+                C[..., k, :],
+                D[k],
+                None,
+                delta_bias[k],
+                delta_proj=None if delta_proj is None else delta_proj[k],
+                order=order,
+            )
         return total
 
     def causal_conv1d(x, weight, bias=None, activation=None, *, order=None, **_):

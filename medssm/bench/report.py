@@ -28,10 +28,13 @@ def networks_markdown(results: dict) -> str:
     """One table for inference, one for a training step: median seconds by way, and ratios to our kernels in float32."""
     where = results["machine"]
     commits = sorted({n["commit"] for n in results["networks"].values()})
-    lines = [f"# Networks, {results['date']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}", "",
-             f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the ways of a network take turns in one "
-             "process, medians; a way that takes over 3 s was timed once, after a first call. "
-             "Training: forward, cross-entropy, backward, an SGD step, on two samples."]
+    lines = [
+        f"# Networks, {results['date']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
+        "",
+        f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the ways of a network take turns in one "
+        "process, medians; a way that takes over 3 s was timed once, after a first call. "
+        "Training: forward, cross-entropy, backward, an SGD step, on two samples.",
+    ]
     small = {name: n["small"] for name, n in results["networks"].items() if n["small"]}
     lines += _network_table("Inference", "inference", results["networks"]) + _network_table("Training", "training", results["networks"])
     lines += _network_table("Inference of a small input", "inference", small) + _network_table("Training on small inputs", "training", small)
@@ -120,12 +123,7 @@ def _plot_lengths(results: dict, path: Path) -> Path:
     for name, points in results["lengths"].items():
         width = 2.5 if name == OURS else 1.2
         axes.plot([p[0] for p in points], [p[1] / p[0] * 1e6 for p in points], marker="o", label=name, linewidth=width)
-    axes.set(
-        yscale="log",
-        xlabel="tokens",
-        ylabel="microseconds per token",
-        title="Selective scan forward, 96 channels, state 16, one thread",
-    )
+    axes.set(yscale="log", xlabel="tokens", ylabel="microseconds per token", title="Selective scan forward, 96 channels, state 16, one thread")
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -33,12 +33,18 @@ from medssm.segment.preprocess import Fitted
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 # MONAI's NormalizeIntensity leaves zeros where they are; training moved them too.
-_ZSCORE = ("$lambda x: (x - x[x != 0].double().mean().nan_to_num()) / "
-           "(x[x != 0].double().std(correction=0).nan_to_num() or 1.0)")
+_ZSCORE = "$lambda x: (x - x[x != 0].double().mean().nan_to_num()) / (x[x != 0].double().std(correction=0).nan_to_num() or 1.0)"
 
 
-def export_bundle(run: Path | str, out: Path | str, *, name: str | None = None, version: str = "0.1.0", authors: str = "not stated",
-                  license: Path | str | None = None) -> dict:
+def export_bundle(
+    run: Path | str,
+    out: Path | str,
+    *,
+    name: str | None = None,
+    version: str = "0.1.0",
+    authors: str = "not stated",
+    license: Path | str | None = None,
+) -> dict:
     """Write the network of `run`, a folder written by `medssm.segment.train` (of folds, one of them), as a MONAI bundle into the new folder `out`.
 
     name      of the bundle, by default that of `out`; version and authors go into its metadata
@@ -76,8 +82,7 @@ def export_bundle(run: Path | str, out: Path | str, *, name: str | None = None, 
         raise disk_error(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {"out": str(out), "name": name, "model": config["model"], "parameters": sum(p.numel() for p in network.parameters()),
-            "requires": requires}
+    return {"out": str(out), "name": name, "model": config["model"], "parameters": sum(p.numel() for p in network.parameters()), "requires": requires}
 
 
 def add_arguments(parser) -> None:
@@ -101,8 +106,11 @@ def _read(run: Path) -> tuple[Fitted, dict]:
     """The settings and the network's description of one trained network."""
     if not (run / FITTED).is_file():
         folds = sorted(file.parent.name for file in run.glob(f"*/{FITTED}"))
-        raise UserError(f"run: {run}: expected one network, got the folds {', '.join(folds)}: name one of them" if folds else
-                        f"run: {run}: no {FITTED} in it: not written by medssm train")
+        raise UserError(
+            f"run: {run}: expected one network, got the folds {', '.join(folds)}: name one of them"
+            if folds
+            else f"run: {run}: no {FITTED} in it: not written by medssm train"
+        )
     if not (run / networks.WEIGHTS).is_file():
         raise UserError(f"run: {run / networks.WEIGHTS}: no such file (the training is not finished)")
     config = read_json(run / networks.CONFIG)
@@ -134,15 +142,21 @@ def _inference(model: str, kwargs: dict, fitted: Fitted) -> dict:
     files, keys, joined = "{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii*'))", ["image"], []
     if len(fitted.channels) > 1:
         keys = [f"image_{i}" for i in range(len(fitted.channels))]
-        files = (f"{{f'image_{{i}}': path.replace('_0000.nii', f'_{{i:04d}}.nii') for i in range({len(keys)})}} "
-                 "for path in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))")
+        files = (
+            f"{{f'image_{{i}}': path.replace('_0000.nii', f'_{{i:04d}}.nii') for i in range({len(keys)})}} "
+            "for path in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))"
+        )
         # Joined here, not by LoadImage: MONAI 1.6 cannot save the label map of an image that it stacked where its first two axes lie in a plane.
         joined = [{"_target_": "ConcatItemsd", "keys": keys, "name": "image"}, {"_target_": "DeleteItemsd", "keys": keys}]
-    window = {"_target_": "SlidingWindowInfererAdapt"} if fitted.slice_axis is None else \
-        {"_target_": "SliceInferer", "spatial_dim": fitted.slice_axis}
+    window = (
+        {"_target_": "SlidingWindowInfererAdapt"} if fitted.slice_axis is None else {"_target_": "SliceInferer", "spatial_dim": fitted.slice_axis}
+    )
     values = list(fitted.classes.values())
-    renamed = [] if values == list(range(len(values))) else [
-        {"_target_": "MapLabelValued", "keys": "pred", "orig_labels": list(range(len(values))), "target_labels": values}]
+    renamed = (
+        []
+        if values == list(range(len(values)))
+        else [{"_target_": "MapLabelValued", "keys": "pred", "orig_labels": list(range(len(values))), "target_labels": values}]
+    )
     memory = str(networks.memory_format(len(fitted.patch)))
     return {
         "imports": ["$import glob"],
@@ -154,30 +168,58 @@ def _inference(model: str, kwargs: dict, fitted: Fitted) -> dict:
         "network_def": {**target, **kwargs},
         "network": f"$torch.nn.Sequential(@network_def, torch.nn.Softmax(1)).to(@device, memory_format={memory})",
         "intensity": [_intensity(how) for how in fitted.intensity],
-        "preprocessing": {"_target_": "Compose", "transforms": [
-            {"_target_": "LoadImaged", "keys": keys, "ensure_channel_first": True},
-            *joined,
-            {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
-            {"_target_": "Spacingd", "keys": "image", "pixdim": list(fitted.spacing), "mode": "bilinear", "padding_mode": "border",
-             "dtype": "$np.float32"},
-            {"_target_": "Lambdad", "keys": "image",
-             "func": "$lambda x, scales=@intensity: torch.cat([scale(channel) for scale, channel in zip(scales, x.split(1))])"},
-            # The margin is each channel's minimum, which SpatialPad cannot be told: infinity marks it, then it is filled.
-            {"_target_": "SpatialPadd", "keys": "image", "spatial_size": list(fitted.volume_patch), "value": "$float('inf')"},
-            {"_target_": "Lambdad", "keys": "image", "func": "$lambda x: torch.where(x.isinf(), x.amin((1, 2, 3), keepdim=True), x)"},
-        ]},
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "LoadImaged", "keys": keys, "ensure_channel_first": True},
+                *joined,
+                {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
+                {
+                    "_target_": "Spacingd",
+                    "keys": "image",
+                    "pixdim": list(fitted.spacing),
+                    "mode": "bilinear",
+                    "padding_mode": "border",
+                    "dtype": "$np.float32",
+                },
+                {
+                    "_target_": "Lambdad",
+                    "keys": "image",
+                    "func": "$lambda x, scales=@intensity: torch.cat([scale(channel) for scale, channel in zip(scales, x.split(1))])",
+                },
+                # The margin is each channel's minimum, which SpatialPad cannot be told: infinity marks it, then it is filled.
+                {"_target_": "SpatialPadd", "keys": "image", "spatial_size": list(fitted.volume_patch), "value": "$float('inf')"},
+                {"_target_": "Lambdad", "keys": "image", "func": "$lambda x: torch.where(x.isinf(), x.amin((1, 2, 3), keepdim=True), x)"},
+            ],
+        },
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
         "inferer": {**window, "roi_size": list(fitted.patch), "sw_batch_size": 1, "overlap": 0.5, "mode": "gaussian"},
-        "postprocessing": {"_target_": "Compose", "transforms": [
-            {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False},
-            {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
-            *renamed,
-            {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": "seg", "separate_folder": False,
-             "output_dtype": f"$np.{np.result_type(*(np.min_scalar_type(value) for value in (0, *values)))}"},
-        ]},
-        "evaluator": {"_target_": "SupervisedEvaluator", "device": "@device", "val_data_loader": "@dataloader", "network": "@network",
-                      "inferer": "@inferer", "postprocessing": "@postprocessing", "amp": "$@device.type == 'cuda'"},
+        "postprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False},
+                {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+                *renamed,
+                {
+                    "_target_": "SaveImaged",
+                    "keys": "pred",
+                    "output_dir": "@output_dir",
+                    "output_postfix": "seg",
+                    "separate_folder": False,
+                    "output_dtype": f"$np.{np.result_type(*(np.min_scalar_type(value) for value in (0, *values)))}",
+                },
+            ],
+        },
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "device": "@device",
+            "val_data_loader": "@dataloader",
+            "network": "@network",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "amp": "$@device.type == 'cuda'",
+        },
         "initialize": ["$@network_def.load_state_dict(torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True))"],
         "run": ["$@evaluator.run()"],
     }
@@ -187,8 +229,14 @@ def _intensity(how: dict) -> dict:
     """What scales one channel, as `preprocess.scaling` does."""
     if how["scheme"] == "ct":
         low, high, mean, deviation = (how[key] for key in ("low", "high", "mean", "deviation"))
-        return {"_target_": "ScaleIntensityRange", "a_min": low, "a_max": high, "b_min": (low - mean) / deviation,
-                "b_max": (high - mean) / deviation, "clip": True}
+        return {
+            "_target_": "ScaleIntensityRange",
+            "a_min": low,
+            "a_max": high,
+            "b_min": (low - mean) / deviation,
+            "b_max": (high - mean) / deviation,
+            "clip": True,
+        }
     return {"_target_": "Identity"} if how["scheme"] == "none" else {"_target_": "Lambda", "func": _ZSCORE}
 
 
@@ -213,8 +261,15 @@ def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str,
         "pred_classes": ", ".join(f"{value} is {name}" for name, value in fitted.classes.items()),
         "intended_use": "Research; not a medical device",
         "network_data_format": {
-            "inputs": {"image": {**tensor, "format": "hounsfield" if ct else "magnitude", "modality": ", ".join(fitted.channels),
-                                 "num_channels": len(fitted.channels), "channel_def": _numbered(fitted.channels)}},
+            "inputs": {
+                "image": {
+                    **tensor,
+                    "format": "hounsfield" if ct else "magnitude",
+                    "modality": ", ".join(fitted.channels),
+                    "num_channels": len(fitted.channels),
+                    "channel_def": _numbered(fitted.channels),
+                }
+            },
             "outputs": {"pred": {**tensor, "format": "labels", "num_channels": len(classes), "channel_def": _numbered(classes)}},
         },
     }
@@ -223,10 +278,14 @@ def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str,
 def _readme(name: str, model: str, fitted: Fitted, requires: dict) -> str:
     several = len(fitted.channels) > 1
     files = "CASE_0000.nii.gz, CASE_0001.nii.gz, ..., one for each channel" if several else "CASE.nii.gz"
-    steps = {"ct": "clipped, less the training cases' mean, over their deviation", "none": "as it is",
-             "zscore": "less the mean, over the deviation of the image's own nonzero voxels"}
-    channels = "\n".join(f"| {i} | {channel} | {steps[how['scheme']]} |"
-                         for i, (channel, how) in enumerate(zip(fitted.channels, fitted.intensity, strict=True)))
+    steps = {
+        "ct": "clipped, less the training cases' mean, over their deviation",
+        "none": "as it is",
+        "zscore": "less the mean, over the deviation of the image's own nonzero voxels",
+    }
+    channels = "\n".join(
+        f"| {i} | {channel} | {steps[how['scheme']]} |" for i, (channel, how) in enumerate(zip(fitted.channels, fitted.intensity, strict=True))
+    )
     classes = "\n".join(f"| {value} | {label} |" for label, value in fitted.classes.items())
     spacing = " x ".join(f"{edge:g}" if edge else "the image's own" for edge in fitted.spacing)
     window = f"{' x '.join(map(str, fitted.patch))} voxels"

@@ -80,10 +80,12 @@ class Backbone(nn.Module, BaseEncoder):
         given = features.channels[first:]
         filled = [max(1, given[0] // 2 ** (missing - i)) for i in range(missing)]
         self.channels = [*filled, *given]
-        self.fine = nn.ModuleList([
-            nn.Sequential(CONV[spatial_dims](a, b, 3, 2, 1, bias=False), BATCH_NORM[spatial_dims](b), nn.SiLU())
-            for a, b in zip([in_channels, *filled], filled, strict=False)
-        ])
+        self.fine = nn.ModuleList(
+            [
+                nn.Sequential(CONV[spatial_dims](a, b, 3, 2, 1, bias=False), BATCH_NORM[spatial_dims](b), nn.SiLU())
+                for a, b in zip([in_channels, *filled], filled, strict=False)
+            ]
+        )
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         size = x.shape[2:]
@@ -121,8 +123,10 @@ def _fit(model: str, strides: Sequence[tuple[int, ...]]) -> tuple[int, int]:
     missing = taken[0].bit_length() - 2 if taken else 0
     wanted = [2 ** (missing + 1 + i) for i in range(len(taken))]
     if not taken or taken != wanted or any(min(stride) != max(stride) for stride in strides) or missing + len(taken) > _MOST:
-        raise ValueError(f"model: expected maps that FlexibleUNet takes, at 1/2, 1/4, ... of the resolution, {_MOST} at most; {model} has the "
-                         f"strides {list(strides)}")
+        raise ValueError(
+            f"model: expected maps that FlexibleUNet takes, at 1/2, 1/4, ... of the resolution, {_MOST} at most; {model} has the "
+            f"strides {list(strides)}"
+        )
     return first, missing
 
 

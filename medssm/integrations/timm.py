@@ -65,8 +65,16 @@ class TimmModel(nn.Module):
         drop_path_rate: stochastic depth, for models that have it.
     """
 
-    def __init__(self, model: str, num_classes: int = 1000, in_chans: int = 3, global_pool: str = "avg", drop_rate: float = 0.0,
-                 drop_path_rate: float | None = None, **options):
+    def __init__(
+        self,
+        model: str,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float | None = None,
+        **options,
+    ):
         super().__init__()
         if drop_path_rate is not None:
             options["drop_path"] = drop_path_rate
@@ -74,8 +82,10 @@ class TimmModel(nn.Module):
         features = Features(network)
         self.encoder = features.encoder
         self.bottleneck = getattr(network, "bottleneck", None) or nn.Identity()  # U-Mamba Bot has its Mamba there
-        self.feature_info = [{"num_chs": c, "reduction": max(stride), "module": f"encoder.stages.{i}"}
-                             for i, (c, stride) in enumerate(zip(features.channels, features.strides, strict=True))]
+        self.feature_info = [
+            {"num_chs": c, "reduction": max(stride), "module": f"encoder.stages.{i}"}
+            for i, (c, stride) in enumerate(zip(features.channels, features.strides, strict=True))
+        ]
         self.num_features = self.head_hidden_size = features.channels[-1]
         self.in_chans, self.num_classes = in_chans, num_classes
         self.norm = getattr(network, "norm", None) or ChannelNorm(self.num_features)
@@ -95,8 +105,15 @@ class TimmModel(nn.Module):
         x = self.head_drop(self._pool(x) if self.global_pool else x)
         return x if pre_logits else self.head(x)
 
-    def forward_intermediates(self, x: torch.Tensor, indices: int | Sequence[int] | None = None, norm: bool = False, stop_early: bool = False,
-                              output_fmt: str = "NCHW", intermediates_only: bool = False):
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
         """Maps (b, c, height, width), the finest first, and the final features before them unless intermediates_only.
 
         indices: which maps, the last n for an int, all for None. norm: normalises the coarsest. stop_early changes nothing here: pruning, which

@@ -82,8 +82,9 @@ def upstream(size: str, *, dataset: str, n_classes: int | None = None, norm_eps:
     return _build(size, dataset, 2, 3, n_classes or _CLASSES[dataset], norm_eps=norm_eps)
 
 
-def _build(size: str, dataset: str, dims: int, in_channels: int, classes: int, enlarge: bool = False, input_size: str = "any",
-           norm_eps: float = 1e-5) -> AnySize:
+def _build(
+    size: str, dataset: str, dims: int, in_channels: int, classes: int, enlarge: bool = False, input_size: str = "any", norm_eps: float = 1e-5
+) -> AnySize:
     check_dims(dims)
     if size not in SIZES:
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
@@ -225,5 +226,11 @@ def weight_map(size: str) -> Map:
     stages = r"^backbone\.stages\.(\d+)\."
     if SIZES[size].large:
         return Map(rename=((stages, r"encoder.stages.\1."), (r"^head\.", "seg_head."), (r"\.op_list\b", "")))
-    return Map(rename=((stages, lambda found: f"encoder.stages.{int(found[1]) + 1}."), (r"^backbone\.input_stem\.", "encoder.stages.0."),
-                       (r"^head\.", "seg_head."), (r"\.op_list\b", "")))
+    return Map(
+        rename=(
+            (stages, lambda found: f"encoder.stages.{int(found[1]) + 1}."),
+            (r"^backbone\.input_stem\.", "encoder.stages.0."),
+            (r"^head\.", "seg_head."),
+            (r"\.op_list\b", ""),
+        )
+    )

@@ -31,7 +31,14 @@ FACTS = {
     "efficientvit_seg": Fact("2205.14756", "mit-han-lab/efficientvit", "Apache-2.0", _CARDS),
     "mlla": Fact("2405.16605", "LeapLabTHU/MLLA", "MIT", _CARDS),
     "vrwkv": Fact("2403.02308", "OpenGVLab/Vision-RWKV", "Apache-2.0", _CARDS),
-    **{name: Fact(paper, "Project-MONAI/MONAI", "Apache-2.0", "MONAI's own code") for name, paper in (
-        ("monai_segresnet", "1810.11654"), ("monai_dynunet", "1904.08128"), ("monai_mednext", "2303.09975"), ("monai_unetr", "2103.10504"),
-        ("monai_swin_unetr", "2201.01266"))},
+    **{
+        name: Fact(paper, "Project-MONAI/MONAI", "Apache-2.0", "MONAI's own code")
+        for name, paper in (
+            ("monai_segresnet", "1810.11654"),
+            ("monai_dynunet", "1904.08128"),
+            ("monai_mednext", "2303.09975"),
+            ("monai_unetr", "2103.10504"),
+            ("monai_swin_unetr", "2201.01266"),
+        )
+    },
 }

@@ -22,9 +22,19 @@ _DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
-def lightm_unet(*, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2, features: int = 32, depths: Sequence[int] = (1, 2, 2, 4),
-                decoder_depths: Sequence[int] = (1, 1, 1), groups: int = 8, dropout: float = 0.0, deep_supervision: bool = False,
-                input_size: str = "any") -> UNet:
+def lightm_unet(
+    *,
+    spatial_dims: int = 3,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    features: int = 32,
+    depths: Sequence[int] = (1, 2, 2, 4),
+    decoder_depths: Sequence[int] = (1, 1, 1),
+    groups: int = 8,
+    dropout: float = 0.0,
+    deep_supervision: bool = False,
+    input_size: str = "any",
+) -> UNet:
     """LightM-UNet for any input size; logits (b, out_channels, *spatial).
 
     Args:
@@ -45,35 +55,71 @@ def lightm_unet(*, spatial_dims: int = 3, in_channels: int = 1, out_channels: in
     encoder = Encoder(stem, stages, widths, [(1,) * spatial_dims] + [(2,) * spatial_dims] * (n - 1))
     ups, ups_stages, heads = [], [], []
     for s, depth in zip(range(n - 2, -1, -1), decoder_depths, strict=True):
-        ups.append(nn.Sequential(CONV[spatial_dims](widths[s + 1], widths[s], 1, bias=False),
-                                 nn.Upsample(scale_factor=2, mode=_LINEAR[spatial_dims], align_corners=False)))
+        ups.append(
+            nn.Sequential(
+                CONV[spatial_dims](widths[s + 1], widths[s], 1, bias=False),
+                nn.Upsample(scale_factor=2, mode=_LINEAR[spatial_dims], align_corners=False),
+            )
+        )
         ups_stages.append(nn.Sequential(*(UpBlock(widths[s], spatial_dims, groups) for _ in range(depth))))
         head = nn.Sequential(nn.GroupNorm(groups, widths[s]), nn.ReLU(), _separable(widths[s], out_channels, spatial_dims, 1, bias=True))
         heads.append(head if deep_supervision or s == 0 else None)
     return UNet(encoder, Decoder(ups, ups_stages, heads, ["sum"] * (n - 1), deep_supervision), size=input_size)
 
 
-def upstream(*, spatial_dims=3, init_filters=8, in_channels=1, out_channels=2, dropout_prob=None, act=("RELU", {"inplace": True}),
-             norm=("GROUP", {"num_groups": 8}), norm_name="", num_groups=8, use_conv_final=True, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1),
-             upsample_mode="nontrainable") -> UNet:
+def upstream(
+    *,
+    spatial_dims=3,
+    init_filters=8,
+    in_channels=1,
+    out_channels=2,
+    dropout_prob=None,
+    act=("RELU", {"inplace": True}),
+    norm=("GROUP", {"num_groups": 8}),
+    norm_name="",
+    num_groups=8,
+    use_conv_final=True,
+    blocks_down=(1, 2, 2, 4),
+    blocks_up=(1, 1, 1),
+    upsample_mode="nontrainable",
+) -> UNet:
     """LightM-UNet from upstream's keywords, for ReLU, group norm, linear upsampling and a final convolution."""
     kind, options = (norm, {}) if isinstance(norm, str) else norm
-    checks = (("act", (act if isinstance(act, str) else act[0]).lower(), "relu"), ("norm", (norm_name or kind).lower(), "group"),
-              ("use_conv_final", use_conv_final, True), ("upsample_mode", getattr(upsample_mode, "value", upsample_mode).lower(), "nontrainable"))
+    checks = (
+        ("act", (act if isinstance(act, str) else act[0]).lower(), "relu"),
+        ("norm", (norm_name or kind).lower(), "group"),
+        ("use_conv_final", use_conv_final, True),
+        ("upsample_mode", getattr(upsample_mode, "value", upsample_mode).lower(), "nontrainable"),
+    )
     for name, value, known in checks:
         if value != known:
             raise ValueError(f"{name}: expected {known!r}, got {value!r}")
-    return lightm_unet(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, features=init_filters, depths=blocks_down,
-                       decoder_depths=blocks_up, groups=num_groups if norm_name else options.get("num_groups", 8), dropout=dropout_prob or 0.0)
+    return lightm_unet(
+        spatial_dims=spatial_dims,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        features=init_filters,
+        depths=blocks_down,
+        decoder_depths=blocks_up,
+        groups=num_groups if norm_name else options.get("num_groups", 8),
+        dropout=dropout_prob or 0.0,
+    )
 
 
 def weight_map(blocks_up: Sequence[int] = (1, 1, 1), **_) -> Map:
     """Upstream's names, for upstream's keywords: the last convolutions are the head of the finest decoder level."""
     head = f"decoder.seg_layers.{len(blocks_up) - 1}"
-    return Map(rename=((r"^convInit\.(\d)\.conv\.", r"encoder.stem.0.\1."), (r"^down_layers\.", "encoder.stages."),
-                       (r"^up_samples\.(\d)\.0\.conv\.", r"decoder.upsample_layers.\1.0."),
-                       (r"^up_layers\.(\d)\.(.*)\.conv\.(\d)\.conv\.", r"decoder.stages.\1.\2.conv.\3."), (r"^up_layers\.", "decoder.stages."),
-                       (r"^conv_final\.2\.(\d)\.conv\.", rf"{head}.2.\1."), (r"^conv_final\.0\.", f"{head}.0.")))
+    return Map(
+        rename=(
+            (r"^convInit\.(\d)\.conv\.", r"encoder.stem.0.\1."),
+            (r"^down_layers\.", "encoder.stages."),
+            (r"^up_samples\.(\d)\.0\.conv\.", r"decoder.upsample_layers.\1.0."),
+            (r"^up_layers\.(\d)\.(.*)\.conv\.(\d)\.conv\.", r"decoder.stages.\1.\2.conv.\3."),
+            (r"^up_layers\.", "decoder.stages."),
+            (r"^conv_final\.2\.(\d)\.conv\.", rf"{head}.2.\1."),
+            (r"^conv_final\.0\.", f"{head}.0."),
+        )
+    )
 
 
 class MambaBlock(nn.Module):

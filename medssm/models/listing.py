@@ -40,8 +40,14 @@ def run(args) -> dict:
 
 def markdown(rows: list[dict], note: str) -> str:
     """The docs' page."""
-    lines = ["# Networks", "", "`medssm models` prints this table, `medssm models --markdown` this page.", "", f"| {' | '.join(_COLUMNS)} |",
-             f"|{'---|' * len(_COLUMNS)}"]
+    lines = [
+        "# Networks",
+        "",
+        "`medssm models` prints this table, `medssm models --markdown` this page.",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'---|' * len(_COLUMNS)}",
+    ]
     return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in rows), "", note])
 
 
@@ -80,7 +86,9 @@ def _note(measured: dict) -> str:
     where = measured.get("machine")
     if not where:
         return "Nothing was measured for this release: medssm bench --networks."
-    return ("Parameters, multiply-adds of convolutions and matrix products, memory above the network's own and median time of one inference, float32 "
-            "and under bf16 autocast, for one input of channels x spatial size; "
-            f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {measured['date']}. "
-            "Parity: against values recorded from the source's own classes; no released checkpoint has been loaded.")
+    return (
+        "Parameters, multiply-adds of convolutions and matrix products, memory above the network's own and median time of one inference, float32 "
+        "and under bf16 autocast, for one input of channels x spatial size; "
+        f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {measured['date']}. "
+        "Parity: against values recorded from the source's own classes; no released checkpoint has been loaded."
+    )

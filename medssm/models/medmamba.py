@@ -19,8 +19,17 @@ from medssm.nn.vss import DropPath, start_linears
 _SIZES = {"tiny": ((96, 192, 384, 768), (2, 2, 4, 2)), "small": ((96, 192, 384, 768), (2, 2, 8, 2)), "base": ((128, 256, 512, 1024), (2, 2, 12, 2))}
 
 
-def medmamba(*, spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 1000, size: str = "tiny", features: Sequence[int] | None = None,
-             depths: Sequence[int] | None = None, d_state: int = 16, drop_path: float = 0.1) -> Classifier:
+def medmamba(
+    *,
+    spatial_dims: int = 2,
+    in_channels: int = 3,
+    out_channels: int = 1000,
+    size: str = "tiny",
+    features: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    d_state: int = 16,
+    drop_path: float = 0.1,
+) -> Classifier:
     """MedMamba; class logits (b, out_channels) from an image or a volume of any size.
 
     Args:
@@ -39,11 +48,29 @@ def medmamba(*, spatial_dims: int = 2, in_channels: int = 3, out_channels: int =
     return model
 
 
-def upstream(*, patch_size=4, in_chans=3, num_classes=1000, depths=(2, 2, 4, 2), depths_decoder=None, dims=(96, 192, 384, 768), dims_decoder=None,
-             d_state=16, drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, patch_norm=True, use_checkpoint=False) -> Classifier:
+def upstream(
+    *,
+    patch_size=4,
+    in_chans=3,
+    num_classes=1000,
+    depths=(2, 2, 4, 2),
+    depths_decoder=None,
+    dims=(96, 192, 384, 768),
+    dims_decoder=None,
+    d_state=16,
+    drop_rate=0.0,
+    attn_drop_rate=0.0,
+    drop_path_rate=0.1,
+    patch_norm=True,
+    use_checkpoint=False,
+) -> Classifier:
     """MedMamba from the keywords of upstream's VSSM; depths_decoder, dims_decoder and use_checkpoint change no output."""
-    for name, value, known in (("patch_size", patch_size, 4), ("drop_rate", drop_rate, 0), ("attn_drop_rate", attn_drop_rate, 0),
-                               ("patch_norm", patch_norm, True)):
+    for name, value, known in (
+        ("patch_size", patch_size, 4),
+        ("drop_rate", drop_rate, 0),
+        ("attn_drop_rate", attn_drop_rate, 0),
+        ("patch_norm", patch_norm, True),
+    ):
         if value != known:
             raise ValueError(f"{name}: expected {known}, got {value!r}")
     features = [dims * 2**s for s in range(len(depths))] if isinstance(dims, int) else dims
@@ -64,8 +91,17 @@ class SplitBlock(nn.Module):
         self.norm = nn.LayerNorm(half)
         self.op = SSND(half, d_state, spatial_dims=spatial_dims)
         self.drop_path = DropPath(drop_path)
-        self.local = nn.Sequential(norm(half), conv(half, half, 3, padding=1), norm(half), nn.ReLU(), conv(half, half, 3, padding=1), norm(half),
-                                   nn.ReLU(), conv(half, half, 1), nn.ReLU())
+        self.local = nn.Sequential(
+            norm(half),
+            conv(half, half, 3, padding=1),
+            norm(half),
+            nn.ReLU(),
+            conv(half, half, 3, padding=1),
+            norm(half),
+            nn.ReLU(),
+            conv(half, half, 1),
+            nn.ReLU(),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         left, right = x.chunk(2, 1)

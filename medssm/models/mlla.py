@@ -16,13 +16,25 @@ from medssm.nn import Classifier, Encoder, MLLABlock
 from medssm.nn.blocks import BATCH_NORM, CONV, ChannelsLast, check_dims, image, tokens
 from medssm.nn.vss import drop_paths
 
-_SIZES = {"tiny": ((64, 128, 256, 512), (2, 4, 8, 4), (2, 4, 8, 16), 0.2), "small": ((64, 128, 256, 512), (3, 6, 21, 6), (2, 4, 8, 16), 0.3),
-          "base": ((96, 192, 384, 768), (3, 6, 21, 6), (3, 6, 12, 24), 0.5)}
+_SIZES = {
+    "tiny": ((64, 128, 256, 512), (2, 4, 8, 4), (2, 4, 8, 16), 0.2),
+    "small": ((64, 128, 256, 512), (3, 6, 21, 6), (2, 4, 8, 16), 0.3),
+    "base": ((96, 192, 384, 768), (3, 6, 21, 6), (3, 6, 12, 24), 0.5),
+}
 
 
-def mlla(*, spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 1000, size: str = "tiny", features: Sequence[int] | None = None,
-         depths: Sequence[int] | None = None, heads: Sequence[int] | None = None, mlp_ratio: float = 4.0,
-         drop_path: float | None = None) -> Classifier:
+def mlla(
+    *,
+    spatial_dims: int = 2,
+    in_channels: int = 3,
+    out_channels: int = 1000,
+    size: str = "tiny",
+    features: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    mlp_ratio: float = 4.0,
+    drop_path: float | None = None,
+) -> Classifier:
     """MLLA; class logits (b, out_channels) from an image or a volume of any size.
 
     Args:
@@ -33,8 +45,16 @@ def mlla(*, spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 100
     if size not in _SIZES:
         raise ValueError(f"size: expected one of {', '.join(_SIZES)}, got {size!r}")
     preset = _SIZES[size]
-    return _build(spatial_dims, in_channels, out_channels, features or preset[0], depths or preset[1], heads or preset[2], mlp_ratio,
-                  preset[3] if drop_path is None else drop_path)
+    return _build(
+        spatial_dims,
+        in_channels,
+        out_channels,
+        features or preset[0],
+        depths or preset[1],
+        heads or preset[2],
+        mlp_ratio,
+        preset[3] if drop_path is None else drop_path,
+    )
 
 
 def _build(dims, in_channels, classes, features, depths, heads, mlp_ratio, drop_path, bias=True, dropout=0.0) -> Classifier:
@@ -60,8 +80,18 @@ class OnImages(MLLABlock):
 class ConvLayer(nn.Module):
     """act(norm(conv(x))), with a batch norm or none, ReLU or none."""
 
-    def __init__(self, channels_in: int, channels: int, dims: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False,
-                 norm: bool = True, act: bool = True):
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        dims: int,
+        kernel: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: bool = True,
+    ):
         super().__init__()
         self.conv = CONV[dims](channels_in, channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = BATCH_NORM[dims](channels) if norm else None
@@ -95,9 +125,11 @@ class Shrink(nn.Module):
     def __init__(self, channels_in: int, channels: int, dims: int, ratio: int = 4):
         super().__init__()
         wide = ratio * channels
-        self.conv = nn.Sequential(ConvLayer(channels_in, wide, dims, 1, bias=True, norm=False),
-                                  ConvLayer(wide, wide, dims, 3, 2, groups=wide, bias=True, norm=False),
-                                  ConvLayer(wide, channels, dims, 1, bias=True, act=False))
+        self.conv = nn.Sequential(
+            ConvLayer(channels_in, wide, dims, 1, bias=True, norm=False),
+            ConvLayer(wide, wide, dims, 3, 2, groups=wide, bias=True, norm=False),
+            ConvLayer(wide, channels, dims, 1, bias=True, act=False),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x)
@@ -114,8 +146,22 @@ class SequenceBlock(MLLABlock):
         return super().forward(x.unflatten(1, self.resolution)).flatten(1, -2)
 
 
-def upstream(*, img_size=224, patch_size=4, in_chans=3, num_classes=1000, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), mlp_ratio=4.0,
-             qkv_bias=True, drop_rate=0.0, drop_path_rate=0.1, ape=False, use_checkpoint=False) -> Classifier:
+def upstream(
+    *,
+    img_size=224,
+    patch_size=4,
+    in_chans=3,
+    num_classes=1000,
+    embed_dim=96,
+    depths=(2, 2, 6, 2),
+    num_heads=(3, 6, 12, 24),
+    mlp_ratio=4.0,
+    qkv_bias=True,
+    drop_rate=0.0,
+    drop_path_rate=0.1,
+    ape=False,
+    use_checkpoint=False,
+) -> Classifier:
     """MLLA from the keywords of upstream's class; img_size and use_checkpoint change no output."""
     for name, value, known in (("patch_size", patch_size, 4), ("ape", ape, False)):
         if value != known:
@@ -131,7 +177,12 @@ def upstream_block(dim, input_resolution, num_heads, mlp_ratio=4.0, qkv_bias=Tru
 
 _DROP = (r"attn\.rope\.rotations$",)
 BLOCK_MAP = Map(drop=_DROP, rename=((r"^(in_proj|act_proj|dwc|attn|out_proj)\.", r"mixer.\1."),))
-MAP = Map(drop=_DROP, rename=(
-    (r"^layers\.(\d+)\.blocks\.(\d+)\.(in_proj|act_proj|dwc|attn|out_proj)\.", r"layers.\1.blocks.\2.mixer.\3."),
-    (r"^layers\.(\d+)\.downsample\.", lambda found: f"encoder.stages.{int(found[1]) + 1}.down."), (r"^layers\.", "encoder.stages."),
-    (r"^patch_embed\.", "encoder.stem.")))
+MAP = Map(
+    drop=_DROP,
+    rename=(
+        (r"^layers\.(\d+)\.blocks\.(\d+)\.(in_proj|act_proj|dwc|attn|out_proj)\.", r"layers.\1.blocks.\2.mixer.\3."),
+        (r"^layers\.(\d+)\.downsample\.", lambda found: f"encoder.stages.{int(found[1]) + 1}.down."),
+        (r"^layers\.", "encoder.stages."),
+        (r"^patch_embed\.", "encoder.stem."),
+    ),
+)

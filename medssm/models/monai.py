@@ -15,9 +15,13 @@ from medssm.nn.blocks import check_dims
 
 _DYNUNET = {"kernel_size": [3] * 6, "strides": [1] + [2] * 5, "upsample_kernel_size": [2] * 5, "filters": [32, 64, 128, 256, 320, 320]}
 # The constructor, what every side of an input must be a multiple of (None: of the size it is built for alone), and defaults.
-NETWORKS = {"monai_segresnet": ("SegResNet", 8, {"init_filters": 32}), "monai_dynunet": ("DynUNet", 32, _DYNUNET),
-            "monai_mednext": ("MedNeXt", 16, {}), "monai_unetr": ("UNETR", None, {"img_size": 96}),
-            "monai_swin_unetr": ("SwinUNETR", 32, {"feature_size": 48})}
+NETWORKS = {
+    "monai_segresnet": ("SegResNet", 8, {"init_filters": 32}),
+    "monai_dynunet": ("DynUNet", 32, _DYNUNET),
+    "monai_mednext": ("MedNeXt", 16, {}),
+    "monai_unetr": ("UNETR", None, {"img_size": 96}),
+    "monai_swin_unetr": ("SwinUNETR", 32, {"feature_size": 48}),
+}
 
 
 class Padded(AnySize):

@@ -39,8 +39,15 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_models, pattern))
 
 
-def create_model(name: str, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2, pretrained: Path | str | None = None,
-                 features_only: bool = False, **options) -> nn.Module:
+def create_model(
+    name: str,
+    spatial_dims: int = 3,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    pretrained: Path | str | None = None,
+    features_only: bool = False,
+    **options,
+) -> nn.Module:
     """Build a model: logits (b, out_channels, *spatial) from (b, in_channels, *spatial).
 
     pretrained: a .safetensors or PyTorch file of weights, or a folder with model.safetensors; nothing is ever downloaded.

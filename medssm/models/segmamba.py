@@ -22,9 +22,19 @@ from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
 from medssm.nn.unetr import ResidualBlock, residual_decoder
 
 
-def segmamba(*, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2, features: Sequence[int] = (48, 96, 192, 384),
-             depths: Sequence[int] = (2, 2, 2, 2), hidden: int = 768, slices: Sequence[int] | None = None, residual: bool = True,
-             deep_supervision: bool = False, input_size: str = "any") -> UNet:
+def segmamba(
+    *,
+    spatial_dims: int = 3,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    features: Sequence[int] = (48, 96, 192, 384),
+    depths: Sequence[int] = (2, 2, 2, 2),
+    hidden: int = 768,
+    slices: Sequence[int] | None = None,
+    residual: bool = True,
+    deep_supervision: bool = False,
+    input_size: str = "any",
+) -> UNet:
     """SegMamba for any input size; logits (b, out_channels, *spatial).
 
     Args:
@@ -41,27 +51,55 @@ def segmamba(*, spatial_dims: int = 3, in_channels: int = 1, out_channels: int =
     encoder = _Encoder(in_channels, features, depths, slices or [None] * n, spatial_dims)
     widths = [in_channels, *features, hidden]
     skips = [ResidualBlock(widths[i], widths[i + 1], spatial_dims, residual) for i in range(n + 1)]
-    decoder = Decoder(**residual_decoder(widths[1:], out_channels, spatial_dims, n if deep_supervision else 1, residual),
-                      deep_supervision=deep_supervision)
+    decoder = Decoder(
+        **residual_decoder(widths[1:], out_channels, spatial_dims, n if deep_supervision else 1, residual), deep_supervision=deep_supervision
+    )
     return UNet(encoder, decoder, size=input_size, skips=skips)
 
 
-def upstream(*, in_chans=1, out_chans=13, depths=(2, 2, 2, 2), feat_size=(48, 96, 192, 384), drop_path_rate=0, layer_scale_init_value=1e-6,
-             hidden_size=768, norm_name="instance", conv_block=True, res_block=True, spatial_dims=3) -> UNet:
+def upstream(
+    *,
+    in_chans=1,
+    out_chans=13,
+    depths=(2, 2, 2, 2),
+    feat_size=(48, 96, 192, 384),
+    drop_path_rate=0,
+    layer_scale_init_value=1e-6,
+    hidden_size=768,
+    norm_name="instance",
+    conv_block=True,
+    res_block=True,
+    spatial_dims=3,
+) -> UNet:
     """SegMamba from upstream's keywords; drop_path_rate, layer_scale_init_value and conv_block have no effect there either."""
     if norm_name != "instance":
         raise ValueError(f"norm_name: expected 'instance', got {norm_name!r}")
-    return segmamba(spatial_dims=spatial_dims, in_channels=in_chans, out_channels=out_chans, features=feat_size, depths=depths, hidden=hidden_size,
-                    slices=[64 >> s for s in range(len(feat_size))], residual=res_block)
+    return segmamba(
+        spatial_dims=spatial_dims,
+        in_channels=in_chans,
+        out_channels=out_chans,
+        features=feat_size,
+        depths=depths,
+        hidden=hidden_size,
+        slices=[64 >> s for s in range(len(feat_size))],
+        residual=res_block,
+    )
 
 
-MAP = Map(rename=(
-    (r"^vit\.downsample_layers\.(\d)\.", r"encoder.stages.\1.down."), (r"^vit\.gscs\.(\d)\.", r"encoder.stages.\1.gsc."),
-    (r"^vit\.stages\.(\d)\.", r"encoder.stages.\1.layers."), (r"^vit\.mlps\.(\d)\.", r"encoder.outs.\1."),
-    (r"\.(conv\d|transp_conv|conv)\.conv\.", r".\1."), (r"^encoder(\d)\.layer\.", lambda m: f"skips.{int(m[1]) - 1}."),
-    (r"^decoder([2-9])\.transp_conv\.", lambda m: f"decoder.upsample_layers.{5 - int(m[1])}."),
-    (r"^decoder([2-9])\.conv_block\.", lambda m: f"decoder.stages.{5 - int(m[1])}.0."),
-    (r"^decoder1\.layer\.", "decoder.stages.3.1."), (r"^out\.conv\.", "decoder.seg_layers.3.")))
+MAP = Map(
+    rename=(
+        (r"^vit\.downsample_layers\.(\d)\.", r"encoder.stages.\1.down."),
+        (r"^vit\.gscs\.(\d)\.", r"encoder.stages.\1.gsc."),
+        (r"^vit\.stages\.(\d)\.", r"encoder.stages.\1.layers."),
+        (r"^vit\.mlps\.(\d)\.", r"encoder.outs.\1."),
+        (r"\.(conv\d|transp_conv|conv)\.conv\.", r".\1."),
+        (r"^encoder(\d)\.layer\.", lambda m: f"skips.{int(m[1]) - 1}."),
+        (r"^decoder([2-9])\.transp_conv\.", lambda m: f"decoder.upsample_layers.{5 - int(m[1])}."),
+        (r"^decoder([2-9])\.conv_block\.", lambda m: f"decoder.stages.{5 - int(m[1])}.0."),
+        (r"^decoder1\.layer\.", "decoder.stages.3.1."),
+        (r"^out\.conv\.", "decoder.seg_layers.3."),
+    )
+)
 
 
 class GatedSpatialConv(nn.Module):
@@ -116,8 +154,10 @@ class _Encoder(Encoder):
     def __init__(self, in_channels: int, features: Sequence[int], depths: Sequence[int], slices: Sequence[int | None], dims: int):
         downs = [nn.Sequential(CONV[dims](in_channels, features[0], 7, 2, 3))]
         downs += [nn.Sequential(INSTANCE_NORM[dims](a), CONV[dims](a, b, 2, 2)) for a, b in itertools.pairwise(features)]
-        stages = [_Stage(down, GatedSpatialConv(c, dims), [MambaLayer(c, n) for _ in range(depth)])
-                  for down, c, depth, n in zip(downs, features, depths, slices, strict=True)]
+        stages = [
+            _Stage(down, GatedSpatialConv(c, dims), [MambaLayer(c, n) for _ in range(depth)])
+            for down, c, depth, n in zip(downs, features, depths, slices, strict=True)
+        ]
         super().__init__(nn.Identity(), stages, features, [(2,) * dims] * len(features))
         self.outs = nn.ModuleList([_Out(c, dims) for c in features])
 

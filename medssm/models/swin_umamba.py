@@ -20,9 +20,20 @@ from medssm.nn.unetr import ResidualBlock, residual_decoder
 from medssm.nn.vss import PatchExpand, start_linears
 
 
-def swin_umamba(*, spatial_dims: int = 2, in_channels: int = 1, out_channels: int = 2, features: Sequence[int] = (48, 96, 192, 384, 768),
-                depths: Sequence[int] = (2, 2, 9, 2), hidden: int | None = None, drop_path: float = 0.2, residual: bool = True,
-                deep_supervision: bool = False, heads: int | None = None, input_size: str = "any") -> UNet:
+def swin_umamba(
+    *,
+    spatial_dims: int = 2,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    features: Sequence[int] = (48, 96, 192, 384, 768),
+    depths: Sequence[int] = (2, 2, 9, 2),
+    hidden: int | None = None,
+    drop_path: float = 0.2,
+    residual: bool = True,
+    deep_supervision: bool = False,
+    heads: int | None = None,
+    input_size: str = "any",
+) -> UNet:
     """Swin-UMamba for any input size; logits (b, out_channels, *spatial).
 
     Args:
@@ -47,9 +58,19 @@ def swin_umamba(*, spatial_dims: int = 2, in_channels: int = 1, out_channels: in
     return UNet(encoder, decoder, size=input_size, skips=skips)
 
 
-def swin_umamba_d(*, spatial_dims: int = 2, in_channels: int = 1, out_channels: int = 2, features: Sequence[int] = (96, 192, 384, 768),
-                  depths: Sequence[int] = (2, 2, 9, 2), drop_path: float = 0.2, d_state: int = 16, deep_supervision: bool = False,
-                  heads: int | None = None, input_size: str = "any") -> UNet:
+def swin_umamba_d(
+    *,
+    spatial_dims: int = 2,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    features: Sequence[int] = (96, 192, 384, 768),
+    depths: Sequence[int] = (2, 2, 9, 2),
+    drop_path: float = 0.2,
+    d_state: int = 16,
+    deep_supervision: bool = False,
+    heads: int | None = None,
+    input_size: str = "any",
+) -> UNet:
     """Swin-UMamba-D for any input size, its decoder of two SS2D blocks per level; logits (b, out_channels, *spatial).
 
     Args:
@@ -92,13 +113,32 @@ class _Join(nn.Linear):
         return image(super().forward(tokens(x)))
 
 
-def upstream(*, in_chans=1, out_chans=13, feat_size=(48, 96, 192, 384, 768), drop_path_rate=0, layer_scale_init_value=1e-6, hidden_size=768,
-             norm_name="instance", res_block=True, spatial_dims=2, deep_supervision=False) -> UNet:
+def upstream(
+    *,
+    in_chans=1,
+    out_chans=13,
+    feat_size=(48, 96, 192, 384, 768),
+    drop_path_rate=0,
+    layer_scale_init_value=1e-6,
+    hidden_size=768,
+    norm_name="instance",
+    res_block=True,
+    spatial_dims=2,
+    deep_supervision=False,
+) -> UNet:
     """Swin-UMamba from upstream's keywords; drop_path_rate and layer_scale_init_value have no effect there either."""
     if norm_name != "instance":
         raise ValueError(f"norm_name: expected 'instance', got {norm_name!r}")
-    return swin_umamba(spatial_dims=spatial_dims, in_channels=in_chans, out_channels=out_chans, features=feat_size, hidden=hidden_size,
-                       residual=res_block, deep_supervision=deep_supervision, heads=4)
+    return swin_umamba(
+        spatial_dims=spatial_dims,
+        in_channels=in_chans,
+        out_channels=out_chans,
+        features=feat_size,
+        hidden=hidden_size,
+        residual=res_block,
+        deep_supervision=deep_supervision,
+        heads=4,
+    )
 
 
 def upstream_d(vss_args: Mapping, decoder_args: Mapping) -> UNet:
@@ -111,23 +151,45 @@ def upstream_d(vss_args: Mapping, decoder_args: Mapping) -> UNet:
     features = [vss["dims"] * 2**s for s in range(len(vss["depths"]))] if isinstance(vss["dims"], int) else list(vss["dims"])
     if list(decoder["features_per_stage"]) != features:
         raise ValueError(f"decoder_args: features_per_stage: expected {features}, the encoder's, got {decoder['features_per_stage']}")
-    return swin_umamba_d(in_channels=vss["in_chans"], out_channels=decoder["num_classes"], features=features, depths=vss["depths"],
-                         drop_path=vss["drop_path_rate"], d_state=decoder["d_state"], heads=len(features),
-                         deep_supervision=decoder["deep_supervision"])
+    return swin_umamba_d(
+        in_channels=vss["in_chans"],
+        out_channels=decoder["num_classes"],
+        features=features,
+        depths=vss["depths"],
+        drop_path=vss["drop_path_rate"],
+        d_state=decoder["d_state"],
+        heads=len(features),
+        deep_supervision=decoder["deep_supervision"],
+    )
 
 
 _VSSM = ((r"^vssm_encoder\.", ""), (r"^downsamples\.(\d)\.", r"layers.\1.downsample."))
-MAP_D = Map(rename=(*_VSSM, *EARLY, *ENCODER, (r"^decoder\.expand_layers\.", "decoder.upsample_layers."),
-                    (r"^decoder\.concat_back_dim\.(\d)\.", r"decoder.stages.\1.0."),
-                    (r"^decoder\.stages\.(\d)\.blocks\.(\d)\.", lambda m: f"decoder.stages.{m[1]}.{int(m[2]) + 1}.")))
-MAP = Map(rename=(*_VSSM, *EARLY, *ENCODER,
-                  (r"^encoder\.stem\.", "encoder.stages.1.0."),
-                  (r"^encoder\.stages\.(\d)\.(blocks|down)\.", lambda m: f"encoder.stages.{int(m[1]) + 1}.{'1.' if m[1] == '0' else ''}{m[2]}."),
-                  (r"^stem\.", "encoder.stages.0."), (r"\.(conv\d|transp_conv|conv)\.conv\.", r".\1."),
-                  (r"^encoder(\d)\.layer\.", lambda m: f"skips.{int(m[1]) - 1}."),
-                  (r"^decoder([2-9])\.transp_conv\.", lambda m: f"decoder.upsample_layers.{6 - int(m[1])}."),
-                  (r"^decoder([2-9])\.conv_block\.", lambda m: f"decoder.stages.{6 - int(m[1])}.0."),
-                  (r"^decoder1\.layer\.", "decoder.stages.4.1."), (r"^out_layers\.(\d)\.conv\.", lambda m: f"decoder.seg_layers.{4 - int(m[1])}.")))
+MAP_D = Map(
+    rename=(
+        *_VSSM,
+        *EARLY,
+        *ENCODER,
+        (r"^decoder\.expand_layers\.", "decoder.upsample_layers."),
+        (r"^decoder\.concat_back_dim\.(\d)\.", r"decoder.stages.\1.0."),
+        (r"^decoder\.stages\.(\d)\.blocks\.(\d)\.", lambda m: f"decoder.stages.{m[1]}.{int(m[2]) + 1}."),
+    )
+)
+MAP = Map(
+    rename=(
+        *_VSSM,
+        *EARLY,
+        *ENCODER,
+        (r"^encoder\.stem\.", "encoder.stages.1.0."),
+        (r"^encoder\.stages\.(\d)\.(blocks|down)\.", lambda m: f"encoder.stages.{int(m[1]) + 1}.{'1.' if m[1] == '0' else ''}{m[2]}."),
+        (r"^stem\.", "encoder.stages.0."),
+        (r"\.(conv\d|transp_conv|conv)\.conv\.", r".\1."),
+        (r"^encoder(\d)\.layer\.", lambda m: f"skips.{int(m[1]) - 1}."),
+        (r"^decoder([2-9])\.transp_conv\.", lambda m: f"decoder.upsample_layers.{6 - int(m[1])}."),
+        (r"^decoder([2-9])\.conv_block\.", lambda m: f"decoder.stages.{6 - int(m[1])}.0."),
+        (r"^decoder1\.layer\.", "decoder.stages.4.1."),
+        (r"^out_layers\.(\d)\.conv\.", lambda m: f"decoder.seg_layers.{4 - int(m[1])}."),
+    )
+)
 
 
 def _check(spatial_dims: int, features: Sequence[int], depths: Sequence[int], stem: int = 0) -> None:

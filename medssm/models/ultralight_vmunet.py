@@ -32,8 +32,18 @@ class UltraLightVMUNet(AnySize):
         activation: None, or "sigmoid" on the output. input_size: "any" pads and crops inside, "strict" raises.
     """
 
-    def __init__(self, *, spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 1, features: Sequence[int] = (8, 16, 24, 32, 48, 64),
-                 bridge: bool = True, attention: str = "linear", activation: str | None = None, input_size: str = "any"):
+    def __init__(
+        self,
+        *,
+        spatial_dims: int = 2,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        features: Sequence[int] = (8, 16, 24, 32, 48, 64),
+        bridge: bool = True,
+        attention: str = "linear",
+        activation: str | None = None,
+        input_size: str = "any",
+    ):
         check_dims(spatial_dims)
         if len(features) != 6 or any(c % _GROUPS for c in features):
             raise ValueError(f"features: expected six multiples of {_GROUPS}, got {list(features)}")
@@ -46,13 +56,16 @@ class UltraLightVMUNet(AnySize):
             return ScaledMamba(a, b, _GROUPS, skip_norm=True) if scans else CONV[spatial_dims](a, b, 3, padding=1)
 
         widths = [in_channels, *features]
-        stages = [nn.Sequential(mix(widths[s], widths[s + 1], s >= 3), nn.GroupNorm(_GROUPS, widths[s + 1]), _POOL[spatial_dims](2), nn.GELU())
-                  for s in range(5)]
+        stages = [
+            nn.Sequential(mix(widths[s], widths[s + 1], s >= 3), nn.GroupNorm(_GROUPS, widths[s + 1]), _POOL[spatial_dims](2), nn.GELU())
+            for s in range(5)
+        ]
         self.encoder = Encoder(nn.Identity(), stages, features[:5], [(2,) * spatial_dims] * 5)
         self.bottom = mix(features[4], features[5], True)
         self.bridge = _Bridge(features[:5], spatial_dims, attention) if bridge else None
-        self.ups = nn.ModuleList([nn.Sequential(mix(features[s + 1], features[s], s >= 2), nn.GroupNorm(_GROUPS, features[s]))
-                                  for s in range(4, -1, -1)])
+        self.ups = nn.ModuleList(
+            [nn.Sequential(mix(features[s + 1], features[s], s >= 2), nn.GroupNorm(_GROUPS, features[s])) for s in range(4, -1, -1)]
+        )
         self.final = CONV[spatial_dims](features[0], out_channels, 1)
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,11 +109,25 @@ class _Bridge(nn.Module):
 
 def upstream(*, num_classes=1, input_channels=3, c_list=(8, 16, 24, 32, 48, 64), split_att="fc", bridge=True) -> UltraLightVMUNet:
     """UltraLight-VM-UNet from upstream's keywords, with its sigmoid."""
-    return UltraLightVMUNet(in_channels=input_channels, out_channels=num_classes, features=c_list, bridge=bridge,
-                            attention="linear" if split_att == "fc" else "convolution", activation="sigmoid")
+    return UltraLightVMUNet(
+        in_channels=input_channels,
+        out_channels=num_classes,
+        features=c_list,
+        bridge=bridge,
+        attention="linear" if split_att == "fc" else "convolution",
+        activation="sigmoid",
+    )
 
 
-MAP = Map(rename=((r"^encoder6\.0\.", "bottom."), (r"^encoder(\d)\.0\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.0."),
-                  (r"^ebn(\d)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.1."), (r"^decoder(\d)\.0\.", lambda m: f"ups.{int(m[1]) - 1}.0."),
-                  (r"^dbn(\d)\.", lambda m: f"ups.{int(m[1]) - 1}.1."), (r"^scab\.satt\.shared_conv2d\.0\.", "bridge.spatial."),
-                  (r"^scab\.catt\.get_all_att\.", "bridge.means."), (r"^scab\.catt\.att(\d)\.", lambda m: f"bridge.channels.{int(m[1]) - 1}.")))
+MAP = Map(
+    rename=(
+        (r"^encoder6\.0\.", "bottom."),
+        (r"^encoder(\d)\.0\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.0."),
+        (r"^ebn(\d)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.1."),
+        (r"^decoder(\d)\.0\.", lambda m: f"ups.{int(m[1]) - 1}.0."),
+        (r"^dbn(\d)\.", lambda m: f"ups.{int(m[1]) - 1}.1."),
+        (r"^scab\.satt\.shared_conv2d\.0\.", "bridge.spatial."),
+        (r"^scab\.catt\.get_all_att\.", "bridge.means."),
+        (r"^scab\.catt\.att(\d)\.", lambda m: f"bridge.channels.{int(m[1]) - 1}."),
+    )
+)

@@ -25,10 +25,28 @@ from medssm.nn import Decoder, Encoder, Mamba, UNet
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims
 
 
-def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2,
-           features: Sequence[int] = (32, 64, 128, 256, 320, 320), strides=None, kernels=3, blocks=2, decoder_blocks=2,
-           conv_bias: bool = True, norm=None, norm_kwargs=None, act=nn.LeakyReLU, act_kwargs=None, dropout=None, dropout_kwargs=None,
-           deep_supervision: bool = False, input_size: str = "any", stem_channels: int | None = None) -> UNet:
+def umamba(
+    kind: str,
+    *,
+    spatial_dims: int = 3,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    features: Sequence[int] = (32, 64, 128, 256, 320, 320),
+    strides=None,
+    kernels=3,
+    blocks=2,
+    decoder_blocks=2,
+    conv_bias: bool = True,
+    norm=None,
+    norm_kwargs=None,
+    act=nn.LeakyReLU,
+    act_kwargs=None,
+    dropout=None,
+    dropout_kwargs=None,
+    deep_supervision: bool = False,
+    input_size: str = "any",
+    stem_channels: int | None = None,
+) -> UNet:
     """U-Mamba for any input size: kind "bot" or "enc".
 
     Args:
@@ -41,9 +59,13 @@ def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
     """
     check_dims(spatial_dims)
     n = len(features)
-    shape = Shape(list(features), _per_axis("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims),
-                  _per_axis("kernels", kernels, n, spatial_dims), _per_stage("blocks", blocks, n),
-                  _per_stage("decoder_blocks", decoder_blocks, n - 1))
+    shape = Shape(
+        list(features),
+        _per_axis("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims),
+        _per_axis("kernels", kernels, n, spatial_dims),
+        _per_stage("blocks", blocks, n),
+        _per_stage("decoder_blocks", decoder_blocks, n - 1),
+    )
     if norm is None:
         norm, norm_kwargs = INSTANCE_NORM[spatial_dims], {"affine": True, **(norm_kwargs or {})}
     if act_kwargs is None and act is nn.LeakyReLU:
@@ -53,9 +75,29 @@ def umamba(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
     return _network(layers, shape, in_channels, out_channels, mamba, deep_supervision, deep_supervision, input_size, stem_channels)
 
 
-def upstream(kind: str, *, input_channels, n_stages, features_per_stage, conv_op, kernel_sizes, strides, n_conv_per_stage, num_classes,
-             n_conv_per_stage_decoder, input_size=None, conv_bias=False, norm_op=None, norm_op_kwargs=None, dropout_op=None,
-             dropout_op_kwargs=None, nonlin=None, nonlin_kwargs=None, deep_supervision=False, stem_channels=None) -> UNet:
+def upstream(
+    kind: str,
+    *,
+    input_channels,
+    n_stages,
+    features_per_stage,
+    conv_op,
+    kernel_sizes,
+    strides,
+    n_conv_per_stage,
+    num_classes,
+    n_conv_per_stage_decoder,
+    input_size=None,
+    conv_bias=False,
+    norm_op=None,
+    norm_op_kwargs=None,
+    dropout_op=None,
+    dropout_op_kwargs=None,
+    nonlin=None,
+    nonlin_kwargs=None,
+    deep_supervision=False,
+    stem_channels=None,
+) -> UNet:
     """U-Mamba from the keywords of upstream's UMambaBot and UMambaEnc; classes may be given by name ("Conv3d")."""
     dims = {"Conv2d": 2, "Conv3d": 3}.get(getattr(_class("conv_op", conv_op), "__name__", None))
     if dims is None:
@@ -63,15 +105,24 @@ def upstream(kind: str, *, input_channels, n_stages, features_per_stage, conv_op
     if kind == "enc" and (input_size is None or len(input_size) != dims):
         raise ValueError(f"input_size: expected the {dims} sizes of the patch that the network was made for, got {input_size!r}")
     features = [features_per_stage * 2**s for s in range(n_stages)] if isinstance(features_per_stage, int) else features_per_stage
-    shape = Shape(_per_stage("features_per_stage", features, n_stages), _per_axis("strides", strides, n_stages, dims),
-                  _per_axis("kernel_sizes", kernel_sizes, n_stages, dims), _per_stage("n_conv_per_stage", n_conv_per_stage, n_stages),
-                  _per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1))
+    shape = Shape(
+        _per_stage("features_per_stage", features, n_stages),
+        _per_axis("strides", strides, n_stages, dims),
+        _per_axis("kernel_sizes", kernel_sizes, n_stages, dims),
+        _per_stage("n_conv_per_stage", n_conv_per_stage, n_stages),
+        _per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
+    )
     for s in range(math.ceil(n_stages / 2), n_stages):
         shape.blocks[s] = 1
     for s in range(math.ceil((n_stages - 1) / 2 + 0.5), n_stages - 1):
         shape.decoder_blocks[s] = 1
-    layers = Layers(CONV[dims], conv_bias, _maker(_class("norm_op", norm_op), norm_op_kwargs), _maker(_class("nonlin", nonlin), nonlin_kwargs),
-                    _maker(_class("dropout_op", dropout_op), dropout_op_kwargs))
+    layers = Layers(
+        CONV[dims],
+        conv_bias,
+        _maker(_class("norm_op", norm_op), norm_op_kwargs),
+        _maker(_class("nonlin", nonlin), nonlin_kwargs),
+        _maker(_class("dropout_op", dropout_op), dropout_op_kwargs),
+    )
     mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, input_size)
     return _network(layers, shape, input_channels, num_classes, mamba, deep_supervision, True, "any", stem_channels)
 
@@ -181,8 +232,10 @@ class MambaLayer(nn.Module):
                 return self.mamba(self.norm(x.movedim(1, -1))).movedim(-1, 1)
             tokens = x.flatten(2)
             if tokens.shape[-1] != self.dim:
-                raise ValueError(f"x: expected a map of {self.dim} voxels, which these channel-token weights are made for, got "
-                                 f"{tuple(x.shape[2:])}: use the input size of the training")
+                raise ValueError(
+                    f"x: expected a map of {self.dim} voxels, which these channel-token weights are made for, got "
+                    f"{tuple(x.shape[2:])}: use the input size of the training"
+                )
             return self.mamba(self.norm(tokens)).reshape(x.shape)
 
 
@@ -197,8 +250,17 @@ class UMambaEncoder(Encoder):
         return self.mamba_layers[s](self.stages[s](x))
 
 
-def _network(layers: Layers, shape: Shape, in_channels: int, out_channels: int, mamba: MambaLayer | list[nn.Module], deep_supervision: bool,
-             all_heads: bool, size: str, stem_channels: int | None) -> UNet:
+def _network(
+    layers: Layers,
+    shape: Shape,
+    in_channels: int,
+    out_channels: int,
+    mamba: MambaLayer | list[nn.Module],
+    deep_supervision: bool,
+    all_heads: bool,
+    size: str,
+    stem_channels: int | None,
+) -> UNet:
     """The network; mamba is Bot's layer or the list of Enc's, all_heads makes those that only deep supervision uses in any case."""
     features, n, stem_channels = shape.features, len(shape.features), stem_channels or shape.features[0]
 

@@ -33,16 +33,49 @@ class Vim(nn.Module):
             else layer norms. positions: learned ones are added.
     """
 
-    def __init__(self, *, spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 1000, size: str = "tiny", features: int | None = None,
-                 depth: int = 24, image_size: int | Sequence[int] = 224, patch: int = 16, stride: int | None = None, d_state: int = 16,
-                 cls: str | None = "middle", pool: str = "mean", divide_out: bool = True, drop_path: float = 0.1, dropout: float = 0.0,
-                 rms: bool = True, positions: bool = True, eps: float = 1e-5):
+    def __init__(
+        self,
+        *,
+        spatial_dims: int = 2,
+        in_channels: int = 3,
+        out_channels: int = 1000,
+        size: str = "tiny",
+        features: int | None = None,
+        depth: int = 24,
+        image_size: int | Sequence[int] = 224,
+        patch: int = 16,
+        stride: int | None = None,
+        d_state: int = 16,
+        cls: str | None = "middle",
+        pool: str = "mean",
+        divide_out: bool = True,
+        drop_path: float = 0.1,
+        dropout: float = 0.0,
+        rms: bool = True,
+        positions: bool = True,
+        eps: float = 1e-5,
+    ):
         super().__init__()
         if size not in _SIZES:
             raise ValueError(f"size: expected one of {', '.join(_SIZES)}, got {size!r}")
         sizes = [image_size] * spatial_dims if isinstance(image_size, int) else list(image_size)
-        self.encoder = VimEncoder(spatial_dims, in_channels, features or _SIZES[size], depth, sizes, patch, stride or patch, d_state, cls, divide_out,
-                                  drop_path, dropout, rms, positions, eps)
+        self.encoder = VimEncoder(
+            spatial_dims,
+            in_channels,
+            features or _SIZES[size],
+            depth,
+            sizes,
+            patch,
+            stride or patch,
+            d_state,
+            cls,
+            divide_out,
+            drop_path,
+            dropout,
+            rms,
+            positions,
+            eps,
+        )
         if pool not in ("mean", "last"):
             raise ValueError(f"pool: expected 'mean' or 'last', got {pool!r}")
         self.pool = pool
@@ -58,8 +91,9 @@ class Vim(nn.Module):
 class VimEncoder(Encoder):
     """Patches through the layers; forward gives one map, at the resolution of the patches, without the class token."""
 
-    def __init__(self, dims, in_channels, features, depth, image_size, patch, stride, d_state, cls, divide_out, drop_path, dropout, rms, positions,
-                 eps):
+    def __init__(
+        self, dims, in_channels, features, depth, image_size, patch, stride, d_state, cls, divide_out, drop_path, dropout, rms, positions, eps
+    ):
         check_dims(dims)
         if cls not in ("middle", "first", "both", None):
             raise ValueError(f"cls: expected 'middle', 'first', 'both' or None, got {cls!r}")
@@ -125,10 +159,36 @@ class VimLayer(nn.Module):
         return self.mixer(self.norm(residual.to(self.norm.weight.dtype))), residual
 
 
-def upstream(fn: str | None = None, *, img_size=224, patch_size=16, stride=None, depth=24, embed_dim=192, d_state=16, channels=3, num_classes=1000,
-             drop_rate=0.0, drop_path_rate=0.1, norm_epsilon=1e-5, rms_norm=True, fused_add_norm=True, residual_in_fp32=True, final_pool_type="mean",
-             if_abs_pos_embed=True, if_rope=False, if_rope_residual=False, if_bidirectional=False, flip_img_sequences_ratio=-1.0, bimamba_type="v2",
-             if_cls_token=True, if_divide_out=True, init_layer_scale=None, use_double_cls_token=False, use_middle_cls_token=True) -> Vim:
+def upstream(
+    fn: str | None = None,
+    *,
+    img_size=224,
+    patch_size=16,
+    stride=None,
+    depth=24,
+    embed_dim=192,
+    d_state=16,
+    channels=3,
+    num_classes=1000,
+    drop_rate=0.0,
+    drop_path_rate=0.1,
+    norm_epsilon=1e-5,
+    rms_norm=True,
+    fused_add_norm=True,
+    residual_in_fp32=True,
+    final_pool_type="mean",
+    if_abs_pos_embed=True,
+    if_rope=False,
+    if_rope_residual=False,
+    if_bidirectional=False,
+    flip_img_sequences_ratio=-1.0,
+    bimamba_type="v2",
+    if_cls_token=True,
+    if_divide_out=True,
+    init_layer_scale=None,
+    use_double_cls_token=False,
+    use_middle_cls_token=True,
+) -> Vim:
     """Vim from the keywords of upstream's VisionMamba, or from the name of one of its registered models with further keywords.
 
     Not in this release: rotary positions, flipped sequences, layers in pairs, mixers of one direction, a layer scale.
@@ -139,20 +199,45 @@ def upstream(fn: str | None = None, *, img_size=224, patch_size=16, stride=None,
             raise ValueError(f"fn: expected the name of one of upstream's models, vim_tiny_patch16_224_bimambav2_…, got {fn!r}")
         embed_dim, patch_size, img_size = _SIZES[found[1]], int(found[2]), int(found[4])
         stride = int(found[3]) if found[3] else patch_size
-    for name, value, known in (("if_rope", if_rope, False), ("if_rope_residual", if_rope_residual, False),
-                               ("if_bidirectional", if_bidirectional, False), ("bimamba_type", bimamba_type, "v2"),
-                               ("init_layer_scale", init_layer_scale, None),
-                               ("flip_img_sequences_ratio", max(flip_img_sequences_ratio, -1.0), -1.0)):
+    for name, value, known in (
+        ("if_rope", if_rope, False),
+        ("if_rope_residual", if_rope_residual, False),
+        ("if_bidirectional", if_bidirectional, False),
+        ("bimamba_type", bimamba_type, "v2"),
+        ("init_layer_scale", init_layer_scale, None),
+        ("flip_img_sequences_ratio", max(flip_img_sequences_ratio, -1.0), -1.0),
+    ):
         if value != known:
             raise ValueError(f"{name}: expected {known!r}, got {value!r}")
     cls = None if not if_cls_token else "both" if use_double_cls_token else "middle" if use_middle_cls_token else "first"
-    return Vim(in_channels=channels, out_channels=num_classes, features=embed_dim, depth=depth, image_size=img_size, patch=patch_size,
-               stride=stride or 16, d_state=d_state, cls=cls, pool="last" if final_pool_type == "none" else final_pool_type, divide_out=if_divide_out,
-               drop_path=drop_path_rate, dropout=drop_rate, rms=rms_norm, positions=if_abs_pos_embed, eps=norm_epsilon)
+    return Vim(
+        in_channels=channels,
+        out_channels=num_classes,
+        features=embed_dim,
+        depth=depth,
+        image_size=img_size,
+        patch=patch_size,
+        stride=stride or 16,
+        d_state=d_state,
+        cls=cls,
+        pool="last" if final_pool_type == "none" else final_pool_type,
+        divide_out=if_divide_out,
+        drop_path=drop_path_rate,
+        dropout=drop_rate,
+        rms=rms_norm,
+        positions=if_abs_pos_embed,
+        eps=norm_epsilon,
+    )
 
 
-MAP = Map(rename=((r"^layers\.", "encoder.stages."), (r"^patch_embed\.proj\.", "encoder.stem."), (r"^(cls_token|pos_embed)$", r"encoder.\1"),
-                  (r"^norm_f\.", "encoder.norm.")))
+MAP = Map(
+    rename=(
+        (r"^layers\.", "encoder.stages."),
+        (r"^patch_embed\.proj\.", "encoder.stem."),
+        (r"^(cls_token|pos_embed)$", r"encoder.\1"),
+        (r"^norm_f\.", "encoder.norm."),
+    )
+)
 
 
 def _norm(features: int, rms: bool, eps: float) -> nn.Module:

@@ -29,9 +29,20 @@ class VMUNet(AnySize):
         activation: None, or "sigmoid" on the output. input_size: "any" pads and crops inside, "strict" raises.
     """
 
-    def __init__(self, *, spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 1, features: Sequence[int] = (96, 192, 384, 768),
-                 depths: Sequence[int] = (2, 2, 2, 2), decoder_depths: Sequence[int] = (2, 2, 2, 1), drop_path: float = 0.2, d_state: int = 16,
-                 activation: str | None = None, input_size: str = "any"):
+    def __init__(
+        self,
+        *,
+        spatial_dims: int = 2,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        features: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        decoder_depths: Sequence[int] = (2, 2, 2, 1),
+        drop_path: float = 0.2,
+        d_state: int = 16,
+        activation: str | None = None,
+        input_size: str = "any",
+    ):
         features, n = list(features), len(features)
         check_dims(spatial_dims)
         if len(decoder_depths) != n:
@@ -43,8 +54,12 @@ class VMUNet(AnySize):
         self.encoder = vss_encoder(in_channels, features, depths, spatial_dims, drop_path, d_state=d_state)
         self.ups = nn.ModuleList([PatchExpand(a, b, spatial_dims) for a, b in zip(features[:0:-1], features[-2::-1], strict=True)])
         rates = drop_paths(decoder_depths[::-1], drop_path)[::-1]
-        self.stages = nn.ModuleList([nn.Sequential(*(VSSBlock(c, spatial_dims, rate, d_state=d_state) for rate in reversed(stage)))
-                                     for c, stage in zip(features[::-1], rates, strict=True)])
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(*(VSSBlock(c, spatial_dims, rate, d_state=d_state) for rate in reversed(stage)))
+                for c, stage in zip(features[::-1], rates, strict=True)
+            ]
+        )
         self.final_up = PatchExpand(features[0], features[0] // 4, spatial_dims, 4)
         self.final_conv = CONV[spatial_dims](features[0] // 4, out_channels, 1)
         start_linears(self)
@@ -72,9 +87,22 @@ def upstream(*, input_channels=3, num_classes=1, depths=(2, 2, 9, 2), depths_dec
     """VM-UNet from upstream's keywords; weights come as `from_upstream`'s state_dict, not from load_ckpt_path."""
     if load_ckpt_path is not None:
         raise ValueError(f"load_ckpt_path: expected None, pass the file as state_dict; got {load_ckpt_path!r}")
-    return _Upstream(in_channels=input_channels, out_channels=num_classes, depths=depths, decoder_depths=depths_decoder, drop_path=drop_path_rate,
-                     activation="sigmoid" if num_classes == 1 else None)
+    return _Upstream(
+        in_channels=input_channels,
+        out_channels=num_classes,
+        depths=depths,
+        decoder_depths=depths_decoder,
+        drop_path=drop_path_rate,
+        activation="sigmoid" if num_classes == 1 else None,
+    )
 
 
-MAP = Map(rename=((r"^vmunet\.", ""), *EARLY, *ENCODER, (r"^layers_up\.(\d)\.blocks\.", r"stages.\1."),
-                  (r"^layers_up\.(\d)\.upsample\.", lambda m: f"ups.{int(m[1]) - 1}.")))
+MAP = Map(
+    rename=(
+        (r"^vmunet\.", ""),
+        *EARLY,
+        *ENCODER,
+        (r"^layers_up\.(\d)\.blocks\.", r"stages.\1."),
+        (r"^layers_up\.(\d)\.upsample\.", lambda m: f"ups.{int(m[1]) - 1}."),
+    )
+)

@@ -21,8 +21,20 @@ _SIZES = {"tiny": 192, "small": 384, "base": 768}
 _CUBIC = {2: "bicubic", 3: "trilinear"}
 
 
-def vrwkv(*, spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 1000, size: str = "tiny", features: int | None = None, depth: int = 12,
-          image_size: int | Sequence[int] = 224, patch: int = 16, mode: str = "exact", drop_path: float = 0.0, key_norm: bool = False) -> Classifier:
+def vrwkv(
+    *,
+    spatial_dims: int = 2,
+    in_channels: int = 3,
+    out_channels: int = 1000,
+    size: str = "tiny",
+    features: int | None = None,
+    depth: int = 12,
+    image_size: int | Sequence[int] = 224,
+    patch: int = 16,
+    mode: str = "exact",
+    drop_path: float = 0.0,
+    key_norm: bool = False,
+) -> Classifier:
     """Vision-RWKV; class logits (b, out_channels) from an image or a volume of any size.
 
     Args:
@@ -33,8 +45,9 @@ def vrwkv(*, spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 10
     if size not in _SIZES:
         raise ValueError(f"size: expected one of {', '.join(_SIZES)}, got {size!r}")
     sizes = [image_size] * spatial_dims if isinstance(image_size, int) else list(image_size)
-    encoder = VRWKVEncoder(spatial_dims, in_channels, features or _SIZES[size], depth, sizes, patch, [depth - 1], mode=mode, drop_path=drop_path,
-                           key_norm=key_norm)
+    encoder = VRWKVEncoder(
+        spatial_dims, in_channels, features or _SIZES[size], depth, sizes, patch, [depth - 1], mode=mode, drop_path=drop_path, key_norm=key_norm
+    )
     return Classifier(encoder, out_channels, norm=False)
 
 
@@ -42,16 +55,35 @@ class VRWKVEncoder(Encoder):
     """Patches through the layers; forward gives the maps behind the layers `taps`, all at the resolution of the patches, the last layer's
     normalised. What patches do not divide is padded with zeros."""
 
-    def __init__(self, dims: int, in_channels: int, features: int, depth: int, image_size: Sequence[int], patch: int, taps: Sequence[int], *,
-                 share: float | None = None, pixels: int = 1, hidden_rate: float = 4, post_norm: bool = False, key_norm: bool = False,
-                 layer_scale: float | None = None, final_norm: bool = True, mode: str = "exact", drop_path: float = 0.0, dropout: float = 0.0,
-                 interpolation: str | None = None):
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        features: int,
+        depth: int,
+        image_size: Sequence[int],
+        patch: int,
+        taps: Sequence[int],
+        *,
+        share: float | None = None,
+        pixels: int = 1,
+        hidden_rate: float = 4,
+        post_norm: bool = False,
+        key_norm: bool = False,
+        layer_scale: float | None = None,
+        final_norm: bool = True,
+        mode: str = "exact",
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        interpolation: str | None = None,
+    ):
         check_dims(dims)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         common = {"pixels": pixels, "share": share, "key_norm": key_norm, "layers": depth}
         layers = [VRWKVLayer(features, int(hidden_rate * features), i, rates[i], post_norm, layer_scale, mode, **common) for i in range(depth)]
-        super().__init__(CONV[dims](in_channels, features, patch, patch), layers, [features] * len(taps),
-                         [(patch,) * dims] + [(1,) * dims] * (len(taps) - 1))
+        super().__init__(
+            CONV[dims](in_channels, features, patch, patch), layers, [features] * len(taps), [(patch,) * dims] + [(1,) * dims] * (len(taps) - 1)
+        )
         self.patch, self.taps, self.interpolation = patch, list(taps), interpolation or _CUBIC[dims]
         self.grid = tuple(n // patch for n in image_size)
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), features).normal_(std=0.02))
@@ -116,32 +148,72 @@ class SequenceChannelMix(_Sequence, ChannelMix):
     """ChannelMix on a sequence."""
 
 
-def upstream(*, img_size=224, patch_size=16, in_channels=3, out_indices=-1, drop_rate=0.0, drop_path_rate=0.0, embed_dims=256, depth=12,
-             channel_gamma=1 / 4, shift_pixel=1, shift_mode="q_shift", init_mode="fancy", post_norm=False, key_norm=False, init_values=None,
-             hidden_rate=4, final_norm=True, interpolate_mode="bicubic", with_cp=False, wkv_mode="upstream") -> VRWKVEncoder:
+def upstream(
+    *,
+    img_size=224,
+    patch_size=16,
+    in_channels=3,
+    out_indices=-1,
+    drop_rate=0.0,
+    drop_path_rate=0.0,
+    embed_dims=256,
+    depth=12,
+    channel_gamma=1 / 4,
+    shift_pixel=1,
+    shift_mode="q_shift",
+    init_mode="fancy",
+    post_norm=False,
+    key_norm=False,
+    init_values=None,
+    hidden_rate=4,
+    final_norm=True,
+    interpolate_mode="bicubic",
+    with_cp=False,
+    wkv_mode="upstream",
+) -> VRWKVEncoder:
     """The backbone from the keywords of upstream's VRWKV: a list of feature maps. wkv_mode, which upstream has not, is bi_wkv's mode: "upstream", as
     the published weights were trained, or "exact", the paper's formula; init_mode and with_cp change no output of given weights."""
     _check_shift(shift_mode)
     sizes = [img_size] * 2 if isinstance(img_size, int) else list(img_size)
     taps = [i + depth if i < 0 else i for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
-    return VRWKVEncoder(2, in_channels, embed_dims, depth, sizes, patch_size, taps, share=channel_gamma, pixels=shift_pixel, hidden_rate=hidden_rate,
-                        post_norm=post_norm, key_norm=key_norm, layer_scale=init_values, final_norm=final_norm, mode=wkv_mode,
-                        drop_path=drop_path_rate, dropout=drop_rate, interpolation=interpolate_mode)
+    return VRWKVEncoder(
+        2,
+        in_channels,
+        embed_dims,
+        depth,
+        sizes,
+        patch_size,
+        taps,
+        share=channel_gamma,
+        pixels=shift_pixel,
+        hidden_rate=hidden_rate,
+        post_norm=post_norm,
+        key_norm=key_norm,
+        layer_scale=init_values,
+        final_norm=final_norm,
+        mode=wkv_mode,
+        drop_path=drop_path_rate,
+        dropout=drop_rate,
+        interpolation=interpolate_mode,
+    )
 
 
-def upstream_spatial_mix(n_embd, n_layer, layer_id, shift_mode="q_shift", channel_gamma=1 / 4, shift_pixel=1, init_mode="fancy", key_norm=False,
-                         wkv_mode="upstream") -> SpatialMix:
+def upstream_spatial_mix(
+    n_embd, n_layer, layer_id, shift_mode="q_shift", channel_gamma=1 / 4, shift_pixel=1, init_mode="fancy", key_norm=False, wkv_mode="upstream"
+) -> SpatialMix:
     """Upstream's VRWKV_SpatialMix, (b, l, c) tokens and the image's size in; wkv_mode and init_mode as in `upstream`."""
     _check_shift(shift_mode)
     return SequenceSpatialMix(n_embd, pixels=shift_pixel, share=channel_gamma, key_norm=key_norm, layer=layer_id, layers=n_layer, mode=wkv_mode)
 
 
-def upstream_channel_mix(n_embd, n_layer, layer_id, shift_mode="q_shift", channel_gamma=1 / 4, shift_pixel=1, hidden_rate=4, init_mode="fancy",
-                         key_norm=False) -> ChannelMix:
+def upstream_channel_mix(
+    n_embd, n_layer, layer_id, shift_mode="q_shift", channel_gamma=1 / 4, shift_pixel=1, hidden_rate=4, init_mode="fancy", key_norm=False
+) -> ChannelMix:
     """Upstream's VRWKV_ChannelMix, (b, l, c) tokens and the image's size in."""
     _check_shift(shift_mode)
-    return SequenceChannelMix(n_embd, int(hidden_rate * n_embd), pixels=shift_pixel, share=channel_gamma, key_norm=key_norm, layer=layer_id,
-                              layers=n_layer)
+    return SequenceChannelMix(
+        n_embd, int(hidden_rate * n_embd), pixels=shift_pixel, share=channel_gamma, key_norm=key_norm, layer=layer_id, layers=n_layer
+    )
 
 
 def _check_shift(mode: str) -> None:

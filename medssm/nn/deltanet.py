@@ -37,9 +37,22 @@ class DeltaNet(nn.Module):
     g_proj, o_norm (RMS over a head's channels), o_proj.
     """
 
-    def __init__(self, d_model: int, heads: int = 4, *, expand_k: float = 1.0, expand_v: float = 1.0, gated: bool = True, gate: str | None = "silu",
-                 conv: str | None = "space", d_conv: int = 3, dt_min: float = 0.001, dt_max: float = 0.1, spatial_dims: int = 2,
-                 orders: Sequence[scan_orders.Order] | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        heads: int = 4,
+        *,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        gated: bool = True,
+        gate: str | None = "silu",
+        conv: str | None = "space",
+        d_conv: int = 3,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        spatial_dims: int = 2,
+        orders: Sequence[scan_orders.Order] | None = None,
+    ):
         super().__init__()
         if gate not in ("silu", None):
             raise ValueError(f"gate: expected 'silu' or None, got {gate!r}")

@@ -24,8 +24,19 @@ class LiteMLA(nn.Module):
     Weights: qkv.conv, aggreg.i.0 (depthwise) and aggreg.i.1 (grouped), proj.conv, proj.norm, as upstream's.
     """
 
-    def __init__(self, channels: int, channels_out: int | None = None, *, dim: int = 8, heads: int | None = None, heads_ratio: float = 1.0,
-                 scales: Sequence[int] = (5,), spatial_dims: int = 2, eps: float = 1e-15, norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        channels: int,
+        channels_out: int | None = None,
+        *,
+        dim: int = 8,
+        heads: int | None = None,
+        heads_ratio: float = 1.0,
+        scales: Sequence[int] = (5,),
+        spatial_dims: int = 2,
+        eps: float = 1e-15,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         check_dims(spatial_dims)
         heads = int(channels // dim * heads_ratio) if heads is None else heads
@@ -34,8 +45,12 @@ class LiteMLA(nn.Module):
         self.dim, self.eps, wide = dim, eps, 3 * heads * dim
         convolution = CONV[spatial_dims]
         self.qkv = ConvNorm(channels, wide, 1, spatial_dims=spatial_dims, norm=False)
-        self.aggreg = nn.ModuleList(nn.Sequential(convolution(wide, wide, scale, padding=scale // 2, groups=wide, bias=False),
-                                                  convolution(wide, wide, 1, groups=3 * heads, bias=False)) for scale in scales)
+        self.aggreg = nn.ModuleList(
+            nn.Sequential(
+                convolution(wide, wide, scale, padding=scale // 2, groups=wide, bias=False), convolution(wide, wide, 1, groups=3 * heads, bias=False)
+            )
+            for scale in scales
+        )
         self.proj = ConvNorm(heads * dim * (1 + len(scales)), channels_out or channels, 1, spatial_dims=spatial_dims, norm_eps=norm_eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,8 +66,20 @@ class LiteMLA(nn.Module):
 class ConvNorm(nn.Module):
     """act(norm(conv(x))) on (b, c, *spatial), the norm a batch norm; norm=False and act=None leave theirs out."""
 
-    def __init__(self, channels_in: int, channels: int, kernel: int = 3, stride: int = 1, *, spatial_dims: int, groups: int = 1, bias: bool = False,
-                 norm: bool = True, act: Callable[[], nn.Module] | None = None, norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        kernel: int = 3,
+        stride: int = 1,
+        *,
+        spatial_dims: int,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: Callable[[], nn.Module] | None = None,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         self.conv = CONV[spatial_dims](channels_in, channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = BATCH_NORM[spatial_dims](channels, norm_eps) if norm else None
@@ -70,8 +97,18 @@ class MBConv(nn.Module):
     fewer_norm: batch norm behind the last alone; the first two have biases then.
     """
 
-    def __init__(self, channels_in: int, channels: int, stride: int = 1, *, spatial_dims: int, expand: float = 4, act: Callable[[], nn.Module],
-                 fewer_norm: bool = False, norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        stride: int = 1,
+        *,
+        spatial_dims: int,
+        expand: float = 4,
+        act: Callable[[], nn.Module],
+        fewer_norm: bool = False,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         wide = round(channels_in * expand)
         early = {"spatial_dims": spatial_dims, "bias": fewer_norm, "norm": not fewer_norm, "act": act, "norm_eps": norm_eps}
@@ -100,12 +137,22 @@ class EfficientViTBlock(nn.Module):
     dim, scales: of the attention. expand, act: of the convolutions. norm_eps: of all batch norms.
     """
 
-    def __init__(self, channels: int, *, dim: int = 32, scales: Sequence[int] = (5,), expand: float = 4,
-                 act: Callable[[], nn.Module] = nn.Hardswish, spatial_dims: int = 2, norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dim: int = 32,
+        scales: Sequence[int] = (5,),
+        expand: float = 4,
+        act: Callable[[], nn.Module] = nn.Hardswish,
+        spatial_dims: int = 2,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         self.context_module = Residual(_OnImages(channels, dim=dim, scales=scales, spatial_dims=spatial_dims, norm_eps=norm_eps))
-        self.local_module = Residual(MBConv(channels, channels, spatial_dims=spatial_dims, expand=expand, act=act, fewer_norm=True,
-                                            norm_eps=norm_eps))
+        self.local_module = Residual(
+            MBConv(channels, channels, spatial_dims=spatial_dims, expand=expand, act=act, fewer_norm=True, norm_eps=norm_eps)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.local_module(self.context_module(x))

@@ -30,8 +30,20 @@ class GatedLinearAttention(nn.Module):
     decay_weight (n, heads dk, rank) or (n, heads, d_model), decay_bias, o_norm (RMS over a head's channels), o_proj.
     """
 
-    def __init__(self, d_model: int, heads: int = 4, *, expand_k: float = 0.5, expand_v: float = 1.0, decay: str = "key", rank: int = 16,
-                 slowness: float = 16.0, gate: str | None = "silu", spatial_dims: int = 2, orders: Sequence[scan_orders.Order] | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        heads: int = 4,
+        *,
+        expand_k: float = 0.5,
+        expand_v: float = 1.0,
+        decay: str = "key",
+        rank: int = 16,
+        slowness: float = 16.0,
+        gate: str | None = "silu",
+        spatial_dims: int = 2,
+        orders: Sequence[scan_orders.Order] | None = None,
+    ):
         super().__init__()
         if decay not in ("key", "head"):
             raise ValueError(f"decay: expected 'key' or 'head', got {decay!r}")

@@ -34,10 +34,28 @@ class Mamba2(nn.Module):
     Weights, h heads: in_proj, conv1d, dt_bias (h,), A_log (h,), D (h,) or (inner,), norm.weight, out_proj, as mamba_ssm.Mamba2.
     """
 
-    def __init__(self, d_model: int, d_state: int = 128, d_conv: int = 4, expand: float = 2, headdim: int | None = None, ngroups: int = 1,
-                 A_init_range: tuple[float, float] = (1, 16), D_has_hdim: bool = False, rmsnorm: bool = True, norm_before_gate: bool = False,
-                 dt_min: float = 0.001, dt_max: float = 0.1, dt_init_floor: float = 1e-4, dt_limit: tuple[float, float] = (0.0, math.inf),
-                 bias: bool = False, conv_bias: bool = True, *, spatial_dims: int = 1, orders: Sequence[scan_orders.Order] | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: float = 2,
+        headdim: int | None = None,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        bias: bool = False,
+        conv_bias: bool = True,
+        *,
+        spatial_dims: int = 1,
+        orders: Sequence[scan_orders.Order] | None = None,
+    ):
         super().__init__()
         inner = int(expand * d_model)
         headdim = math.gcd(inner, 64) if headdim is None else headdim

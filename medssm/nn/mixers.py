@@ -32,8 +32,9 @@ def heads(channels: int, width: int) -> int:
 MIXERS = {
     "ss_nd": Kind(lambda c, dims, expand, d_state: SSND(c, int(d_state), expand=expand, spatial_dims=dims), {"expand": 2, "d_state": 8}),
     "linear_attention": Kind(lambda c, dims: MLLA(c, heads(c, 16), dims), {}),
-    "gla": Kind(lambda c, dims, expand: GatedLinearAttention(c, heads(c, 32), expand_k=expand / 2, expand_v=expand, spatial_dims=dims),
-                {"expand": 1}),
+    "gla": Kind(
+        lambda c, dims, expand: GatedLinearAttention(c, heads(c, 32), expand_k=expand / 2, expand_v=expand, spatial_dims=dims), {"expand": 1}
+    ),
     "delta": Kind(lambda c, dims, expand: DeltaNet(c, heads(c, 32), expand_k=expand, expand_v=expand, spatial_dims=dims), {"expand": 1}),
     "mamba2": Kind(lambda c, dims, expand, d_state: Mamba2(c, int(d_state), expand=expand, spatial_dims=dims), {"expand": 2, "d_state": 64}),
     "rwkv": Kind(lambda c, dims: SpatialMix(c), {}),

@@ -74,8 +74,16 @@ class MLLABlock(nn.Module):
     mlp_ratio: hidden channels of the MLP over outer; dropout: in it; drop_path: of mixer and MLP. The others as LinearAttention.
     """
 
-    def __init__(self, channels: int, heads: int, spatial_dims: int = 2, mlp_ratio: float = 4.0, bias: bool = True, dropout: float = 0.0,
-                 drop_path: float = 0.0):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        spatial_dims: int = 2,
+        mlp_ratio: float = 4.0,
+        bias: bool = True,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
         self.cpe1, self.cpe2 = (CONV[spatial_dims](channels, channels, 3, padding=1, groups=channels) for _ in range(2))
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)

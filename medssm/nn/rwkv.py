@@ -51,8 +51,18 @@ class SpatialMix(nn.Module):
     key, value, receptance, output, key_norm.
     """
 
-    def __init__(self, d_model: int, *, pixels: int = 1, share: float | None = None, key_norm: bool = False, layer: int = 0, layers: int = 1,
-                 mode: str = "exact", order: scan_orders.Order | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        pixels: int = 1,
+        share: float | None = None,
+        key_norm: bool = False,
+        layer: int = 0,
+        layers: int = 1,
+        mode: str = "exact",
+        order: scan_orders.Order | None = None,
+    ):
         super().__init__()
         self.pixels, self.share, self.mode, self.order = pixels, share, mode, order
         along, depth = _place(d_model), layer / max(layers - 1, 1)
@@ -86,8 +96,17 @@ class ChannelMix(nn.Module):
     key, receptance, value, key_norm.
     """
 
-    def __init__(self, d_model: int, hidden: int | None = None, *, pixels: int = 1, share: float | None = None, key_norm: bool = False,
-                 layer: int = 0, layers: int = 1):
+    def __init__(
+        self,
+        d_model: int,
+        hidden: int | None = None,
+        *,
+        pixels: int = 1,
+        share: float | None = None,
+        key_norm: bool = False,
+        layer: int = 0,
+        layers: int = 1,
+    ):
         super().__init__()
         self.pixels, self.share = pixels, share
         hidden = hidden or 4 * d_model

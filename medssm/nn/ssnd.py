@@ -30,10 +30,26 @@ class SSND(nn.Module):
     dt_projs_weight (k, inner, rank), dt_projs_bias (k, inner), A_logs (k inner, n), Ds (k inner), out_norm, out_proj: in 2D VMamba's.
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 3, expand: float = 2, dt_rank: int | str = "auto", dt_min: float = 0.001,
-                 dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4, dropout: float = 0.0,
-                 conv_bias: bool = True, bias: bool = False, *, spatial_dims: int = 2, orders: Sequence[scan_orders.Order] | None = None,
-                 gate: str | None = "silu"):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 3,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        dropout: float = 0.0,
+        conv_bias: bool = True,
+        bias: bool = False,
+        *,
+        spatial_dims: int = 2,
+        orders: Sequence[scan_orders.Order] | None = None,
+        gate: str | None = "silu",
+    ):
         super().__init__()
         if gate not in ("silu", "linear", None):
             raise ValueError(f"gate: expected 'silu', 'linear' or None, got {gate!r}")
@@ -62,8 +78,9 @@ class SSND(nn.Module):
         rows = nn.functional.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (k, -1))
         dt, B, C = rows.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(self.A_logs.float()).unflatten(0, (k, -1))
-        y = ops.selective_scan_nd(u, dt, A, B, C, self.Ds.unflatten(0, (k, -1)), None, self.dt_projs_bias, True, delta_proj=self.dt_projs_weight,
-                                  orders=self.orders)
+        y = ops.selective_scan_nd(
+            u, dt, A, B, C, self.Ds.unflatten(0, (k, -1)), None, self.dt_projs_bias, True, delta_proj=self.dt_projs_weight, orders=self.orders
+        )
         y = self.out_norm(y)
         if self.gate:
             y = y * (nn.functional.silu(z) if self.gate == "silu" else z)

@@ -45,8 +45,14 @@ class Decoder(nn.Module):
     resolution first (nnU-Net's contract), else the finest logits.
     """
 
-    def __init__(self, upsample_layers: Sequence[nn.Module], stages: Sequence[nn.Module], seg_layers: Sequence[nn.Module | None],
-                 joins: Sequence[bool | str] | None = None, deep_supervision: bool = False):
+    def __init__(
+        self,
+        upsample_layers: Sequence[nn.Module],
+        stages: Sequence[nn.Module],
+        seg_layers: Sequence[nn.Module | None],
+        joins: Sequence[bool | str] | None = None,
+        deep_supervision: bool = False,
+    ):
         super().__init__()
         self.upsample_layers, self.stages, self.seg_layers = nn.ModuleList(upsample_layers), nn.ModuleList(stages), nn.ModuleList(seg_layers)
         self.joins = [True] * len(self.stages) if joins is None else list(joins)
@@ -132,8 +138,9 @@ class UNet(AnySize):
     per map that the decoder takes; with one more than the encoder has stages, the first works on the image itself.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, bottleneck: nn.Module | None = None, size: str = "any",
-                 skips: Sequence[nn.Module] | None = None):
+    def __init__(
+        self, encoder: Encoder, decoder: Decoder, bottleneck: nn.Module | None = None, size: str = "any", skips: Sequence[nn.Module] | None = None
+    ):
         super().__init__([math.prod(axis) for axis in zip(*encoder.strides, strict=True)], size)
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.skips = None if skips is None else nn.ModuleList(skips)

@@ -42,8 +42,17 @@ def drop_paths(depths: Sequence[int], rate: float) -> list[list[float]]:
 class VSSBlock(nn.Module):
     """x + op(norm(x)), then, with mlp_ratio above 0, x + mlp(norm2(x)): the visual state space block. op is an SSND with `ssnd`'s options."""
 
-    def __init__(self, channels: int, spatial_dims: int = 2, drop_path: float = 0.0, mlp_ratio: float = 0.0, mlp_dropout: float = 0.0,
-                 eps: float = 1e-5, act: type[nn.Module] = nn.GELU, **ssnd):
+    def __init__(
+        self,
+        channels: int,
+        spatial_dims: int = 2,
+        drop_path: float = 0.0,
+        mlp_ratio: float = 0.0,
+        mlp_dropout: float = 0.0,
+        eps: float = 1e-5,
+        act: type[nn.Module] = nn.GELU,
+        **ssnd,
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps)
         self.op = SSND(channels, spatial_dims=spatial_dims, **ssnd)

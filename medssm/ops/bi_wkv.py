@@ -103,7 +103,8 @@ _INPUTS = "Tensor v, Tensor k, Tensor w, Tensor u"
 _OPTIONS = "Tensor? index, str order, SymInt[] spatial, str mode, str backend"
 _forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _forward_impl, _forward_fake)
 _backward = registration.operator(
-    f"{OP}_backward", f"(Tensor dout, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _backward_impl, _backward_fake)
+    f"{OP}_backward", f"(Tensor dout, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _backward_impl, _backward_fake
+)
 
 
 def _setup(ctx, inputs, output):

@@ -17,8 +17,9 @@ _NAMES = ("x", "weight", "bias", "initial_state")
 _WIDEST = 8  # taps that Triton's kernels unroll
 
 
-def causal_conv1d(x, weight, bias=None, activation=None, *, order=None, reverse=False, initial_state=None, return_final_state=False,
-                  layout="bld", backend=None):
+def causal_conv1d(
+    x, weight, bias=None, activation=None, *, order=None, reverse=False, initial_state=None, return_final_state=False, layout="bld", backend=None
+):
     """Causal depthwise convolution along the walk p = order.index(spatial):
 
         y_t = act(bias + sum_{j=0}^{w-1} weight_j x_{p(t-w+1+j)})
@@ -47,8 +48,17 @@ def causal_conv1d(x, weight, bias=None, activation=None, *, order=None, reverse=
     if layout != "bld":
         checks.choice("layout", layout, ("bld", "bdl"))
         checks.dims("x", x, *range(3, 12), form="(b, d, l)")
-        out = causal_conv1d(x.movedim(1, -1), weight, bias, activation, order=order, reverse=reverse, initial_state=initial_state,
-                            return_final_state=return_final_state, backend=backend)
+        out = causal_conv1d(
+            x.movedim(1, -1),
+            weight,
+            bias,
+            activation,
+            order=order,
+            reverse=reverse,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+            backend=backend,
+        )
         return (out[0].movedim(-1, 1), out[1]) if return_final_state else out.movedim(-1, 1)
 
     spatial = _check(x, weight, bias, activation, initial_state, nd=order is not None and not isinstance(order, torch.Tensor))
@@ -128,8 +138,8 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state"
 _OPTIONS = "Tensor? index, str order, SymInt[] spatial, bool reverse, str? activation, str backend"
 _forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", _forward_impl, _forward_fake)
 _backward = registration.operator(
-    f"{OP}_backward", f"(Tensor dout, Tensor? dstate, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_impl, _backward_fake)
+    f"{OP}_backward", f"(Tensor dout, Tensor? dstate, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _backward_impl, _backward_fake
+)
 
 
 def _setup(ctx, inputs, output):
@@ -146,8 +156,7 @@ def _gradient(ctx, dout, dstate):
 
 registration.differentiable(f"{OP}_forward", _setup, _gradient)
 registration.once_differentiable(f"{OP}_backward")
-registration.foldable(f"{OP}_forward", _forward, (*_NAMES, "index", "order", "spatial", "reverse", "activation", "backend"),
-                      ("x", "initial_state"))
+registration.foldable(f"{OP}_forward", _forward, (*_NAMES, "index", "order", "spatial", "reverse", "activation", "backend"), ("x", "initial_state"))
 
 
 def _explained(x, weight, bias=None, activation=None, *, initial_state=None, **_rest):
@@ -156,7 +165,8 @@ def _explained(x, weight, bias=None, activation=None, *, initial_state=None, **_
 
 def _triton_refuses(x, weight, bias, initial_state):
     return triton.refuse(x, weight, bias, initial_state) or (
-        None if weight.shape[1] <= _WIDEST else f"it serves kernels of at most {_WIDEST} taps, got {weight.shape[1]}")
+        None if weight.shape[1] <= _WIDEST else f"it serves kernels of at most {_WIDEST} taps, got {weight.shape[1]}"
+    )
 
 
 dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_triton_refuses, cuda=cuda.refuse))

@@ -135,10 +135,14 @@ def _backward_fake(dout, dstate, recalled, q, k, v, beta, g, initial_state, *_re
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state"
 _OPTIONS = "Tensor? index, str order, SymInt[] spatial, bool reverse, float scale"
 _forward = registration.operator(
-    f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor)", _forward_impl, _forward_fake)
+    f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor)", _forward_impl, _forward_fake
+)
 _backward = registration.operator(
-    f"{OP}_backward", f"(Tensor dout, Tensor? dstate, Tensor recalled, {_INPUTS}, {_OPTIONS}, str backend) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _backward_impl, _backward_fake)
+    f"{OP}_backward",
+    f"(Tensor dout, Tensor? dstate, Tensor recalled, {_INPUTS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
 
 
 def _setup(ctx, inputs, output):

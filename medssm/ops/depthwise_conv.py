@@ -103,8 +103,9 @@ def _explained(x, weight, bias=None, activation=None, **_rest):
 
 def _gpu(library):
     """What a GPU's kernels refuse: what their library does, and more axes than they have."""
-    return lambda x, weight, bias: library.refuse(x, weight, bias) or (
-        None if x.dim() <= 5 else f"it serves up to three spatial axes, x has {x.dim() - 2}")
+    return lambda x, weight, bias: (
+        library.refuse(x, weight, bias) or (None if x.dim() <= 5 else f"it serves up to three spatial axes, x has {x.dim() - 2}")
+    )
 
 
 dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=_gpu(triton), cuda=_gpu(cuda)))

@@ -123,8 +123,11 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state"
 _OPTIONS = "Tensor? index, str order, SymInt[] spatial, bool reverse, float scale, str backend"
 _forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", _forward_impl, _forward_fake)
 _backward = registration.operator(
-    f"{OP}_backward", f"(Tensor dout, Tensor? dstate, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_impl, _backward_fake)
+    f"{OP}_backward",
+    f"(Tensor dout, Tensor? dstate, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
 
 
 def _setup(ctx, inputs, output):

@@ -17,8 +17,23 @@ _kernel = functools.partial(dispatch.kernel, OP)
 _NAMES = ("q", "k", "v", "cos", "sin", "initial_kv", "initial_k")
 
 
-def linear_attention(q, k, v, *, feature_map="elu", rotary=None, causal=False, normalize=True, scale=1.0, eps=1e-6, order=None, reverse=False,
-                     initial_state=None, return_final_state=False, backend=None):
+def linear_attention(
+    q,
+    k,
+    v,
+    *,
+    feature_map="elu",
+    rotary=None,
+    causal=False,
+    normalize=True,
+    scale=1.0,
+    eps=1e-6,
+    order=None,
+    reverse=False,
+    initial_state=None,
+    return_final_state=False,
+    backend=None,
+):
     """Linear attention. With q' = f(q), k' = f(k), f the feature map, and R the rotation of a token's position:
 
         kv = sum_s R_s k'_s v_s^T,    z = sum_s k'_s
@@ -93,8 +108,17 @@ def linear_attention_step(state, q, k, v, *, feature_map="elu", rotary=None, nor
     if rotary is not None:
         rotary = tuple(t.unsqueeze(0) for t in _pair("rotary", rotary, "(cos, sin)"))
     out, state = linear_attention(
-        *(t.unsqueeze(1) for t in (q, k, v)), feature_map=feature_map, rotary=rotary, causal=True, normalize=normalize, scale=scale, eps=eps,
-        initial_state=state, return_final_state=True, backend=backend)
+        *(t.unsqueeze(1) for t in (q, k, v)),
+        feature_map=feature_map,
+        rotary=rotary,
+        causal=True,
+        normalize=normalize,
+        scale=scale,
+        eps=eps,
+        initial_state=state,
+        return_final_state=True,
+        backend=backend,
+    )
     return out.squeeze(1), state
 
 
@@ -157,11 +181,34 @@ def _forward_fake(q, k, v, cos, sin, initial_kv, initial_k, *_rest):
     return v.new_empty((*q.shape[:-1], v.shape[-1])), state, q.new_empty((batch, groups, dk), dtype=dtype)
 
 
-def _backward_impl(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, index, order, spatial, reverse, feature_map, causal, normalize,
-                   scale, eps, backend):
+def _backward_impl(
+    dout,
+    dkv,
+    dz,
+    kv,
+    z,
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    initial_kv,
+    initial_k,
+    index,
+    order,
+    spatial,
+    reverse,
+    feature_map,
+    causal,
+    normalize,
+    scale,
+    eps,
+    backend,
+):
     way = walk.resolve(order, spatial, index, reverse, q.device)
-    gradients = _kernel(backend).backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps,
-                                          *way)
+    gradients = _kernel(backend).backward(
+        dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, *way
+    )
     return tuple(registration.absent(q) if g is None else g for g in gradients)
 
 
@@ -170,13 +217,16 @@ def _backward_fake(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? initial_kv, Tensor? initial_k"
-_OPTIONS = ("Tensor? index, str order, SymInt[] spatial, bool reverse, str? feature_map, bool causal, bool normalize, float scale, float eps, "
-            "str backend")
+_OPTIONS = (
+    "Tensor? index, str order, SymInt[] spatial, bool reverse, str? feature_map, bool causal, bool normalize, float scale, float eps, str backend"
+)
 _forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _forward_impl, _forward_fake)
 _backward = registration.operator(
     f"{OP}_backward",
     f"(Tensor dout, Tensor? dkv, Tensor? dz, Tensor kv, Tensor z, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_impl, _backward_fake)
+    _backward_impl,
+    _backward_fake,
+)
 
 
 def _setup(ctx, inputs, output):
@@ -195,8 +245,12 @@ def _gradient(ctx, dout, dkv, dz):
 
 registration.differentiable(f"{OP}_forward", _setup, _gradient)
 registration.once_differentiable(f"{OP}_backward")
-registration.foldable(f"{OP}_forward", _forward, (*_NAMES, "index", "order", "spatial", "reverse", "feature_map", "causal", "normalize", "scale",
-                                                  "eps", "backend"), ("q", "k", "v", "initial_kv", "initial_k"))
+registration.foldable(
+    f"{OP}_forward",
+    _forward,
+    (*_NAMES, "index", "order", "spatial", "reverse", "feature_map", "causal", "normalize", "scale", "eps", "backend"),
+    ("q", "k", "v", "initial_kv", "initial_k"),
+)
 
 
 def _explained(q, k, v, *, causal=False, rotary=None, initial_state=None, **_rest):

@@ -17,8 +17,24 @@ _kernel = functools.partial(dispatch.kernel, OP)
 _NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
 
-def ssd(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, *, dt_limit=(0.0, math.inf), order=None, reverse=False,
-        initial_state=None, return_final_state=False, backend=None):
+def ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    *,
+    dt_limit=(0.0, math.inf),
+    order=None,
+    reverse=False,
+    initial_state=None,
+    return_final_state=False,
+    backend=None,
+):
     """State space duality (Mamba-2): a matrix state per head, along the walk p = order.index(spatial):
 
         s_t = clamp(dt_t + dt_bias, *dt_limit), of softplus(dt_t + dt_bias) if dt_softplus
@@ -142,11 +158,15 @@ def _backward_fake(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, initial_state
 
 _INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state"
 _OPTIONS = "Tensor? index, str order, SymInt[] spatial, bool reverse, bool dt_softplus, float low, float high"
-_forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor)", _forward_impl,
-                                 _forward_fake)
+_forward = registration.operator(
+    f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor)", _forward_impl, _forward_fake
+)
 _backward = registration.operator(
-    f"{OP}_backward", f"(Tensor dout, Tensor? dstate, Tensor y, {_INPUTS}, {_OPTIONS}, str backend) -> (" + ", ".join(["Tensor"] * len(_NAMES)) + ")",
-    _backward_impl, _backward_fake)
+    f"{OP}_backward",
+    f"(Tensor dout, Tensor? dstate, Tensor y, {_INPUTS}, {_OPTIONS}, str backend) -> (" + ", ".join(["Tensor"] * len(_NAMES)) + ")",
+    _backward_impl,
+    _backward_fake,
+)
 
 
 def _setup(ctx, inputs, output):
@@ -164,9 +184,11 @@ def _gradient(ctx, dout, dstate, _dy):
 registration.differentiable(f"{OP}_forward", _setup, _gradient)
 registration.once_differentiable(f"{OP}_backward")
 registration.foldable(
-    f"{OP}_forward", _forward,
+    f"{OP}_forward",
+    _forward,
     (*_NAMES, "index", "order", "spatial", "reverse", "dt_softplus", "low", "high", "save", "backend"),
-    ("x", "dt", "B", "C", "z", "initial_state"))
+    ("x", "dt", "B", "C", "z", "initial_state"),
+)
 
 
 def _explained(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, *, initial_state=None, **_rest):

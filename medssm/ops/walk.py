@@ -75,4 +75,4 @@ def flatten(t: torch.Tensor | None, spatial: tuple[int, ...]) -> torch.Tensor | 
     """(b, *spatial, …) -> (b, l, …), a view wherever the strides allow one."""
     if t is None or len(spatial) == 1:
         return t
-    return t.reshape(t.shape[0], math.prod(spatial), *t.shape[1 + len(spatial):])
+    return t.reshape(t.shape[0], math.prod(spatial), *t.shape[1 + len(spatial) :])

@@ -81,8 +81,9 @@ def load_classes(path: Path) -> tuple[dict[str, int], int | None]:
     return classes, table.get("ignore", ignore)
 
 
-def split(dataset: Dataset, fold: int | None, *, folds: int = 5, splits: Path | str | None = None,
-          seed: int = 0) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+def split(
+    dataset: Dataset, fold: int | None, *, folds: int = 5, splits: Path | str | None = None, seed: int = 0
+) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """Training and validation cases.
 
     `fold` None trains on every case but a datalist's validation section. Else the fold comes from `splits` (nnU-Net's
@@ -124,7 +125,7 @@ def cases_in(path: Path | str, channels: int) -> list[Case]:
             cases[stem] = Case(stem, (file,))
             continue
         name = _CHANNEL.sub("", stem)
-        ending = file.name[len(stem):]
+        ending = file.name[len(stem) :]
         cases[name] = Case(name, tuple(file.with_name(f"{name}_{i:04d}{ending}") for i in range(channels)))
     return list(cases.values())
 
@@ -151,11 +152,13 @@ def _folder_cases(root: Path, channels: int, ending: str) -> list[Case]:
     if ending not in NIFTI_ENDINGS:
         raise UserError(f"{root / DATASET}: file_ending: expected .nii.gz or .nii, got {ending!r}")
     if not channels:
-        raise UserError(f"{root / DATASET}: channel_names: expected {{\"0\": name, ...}}, got none")
+        raise UserError(f'{root / DATASET}: channel_names: expected {{"0": name, ...}}, got none')
     names = {_CHANNEL.sub("", strip_ending(file)) for file in nifti_files(root / "imagesTr")}
     names |= {strip_ending(file) for file in nifti_files(root / "labelsTr")} if (root / "labelsTr").is_dir() else set()
-    return [Case(name, tuple(root / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(channels)), root / "labelsTr" / f"{name}{ending}")
-            for name in sorted(names)]
+    return [
+        Case(name, tuple(root / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(channels)), root / "labelsTr" / f"{name}{ending}")
+        for name in sorted(names)
+    ]
 
 
 def _listed_cases(root: Path, table: dict, description: Path) -> list[Case]:
@@ -166,8 +169,14 @@ def _listed_cases(root: Path, table: dict, description: Path) -> list[Case]:
             if not isinstance(entry, dict) or not entry.get("image") or not entry.get("label"):
                 raise UserError(f'{description}: {section}[{i}]: expected {{"image": ..., "label": ...}}, got {entry!r}')
             images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-            cases.append(Case(strip_ending(entry["label"]), tuple(root / file for file in images), root / entry["label"],
-                              "validation" if section == "validation" else entry.get("fold")))
+            cases.append(
+                Case(
+                    strip_ending(entry["label"]),
+                    tuple(root / file for file in images),
+                    root / entry["label"],
+                    "validation" if section == "validation" else entry.get("fold"),
+                )
+            )
     return _distinct(cases)
 
 

@@ -26,9 +26,19 @@ _FEWEST = 5  # patients that an interval is given for
 _DRAWS = 2000
 
 
-def evaluate(predictions: Path | str, references: Path | str, *, classes: Mapping[str, int] | Path | str | None = None, nsd_mm: float = 2.0,
-             ignore: int | None = None, patient: str | None = None, seed: int = 0, json_file: Path | str | None = None,
-             csv_file: Path | str | None = None, quiet: bool = False) -> dict:
+def evaluate(
+    predictions: Path | str,
+    references: Path | str,
+    *,
+    classes: Mapping[str, int] | Path | str | None = None,
+    nsd_mm: float = 2.0,
+    ignore: int | None = None,
+    patient: str | None = None,
+    seed: int = 0,
+    json_file: Path | str | None = None,
+    csv_file: Path | str | None = None,
+    quiet: bool = False,
+) -> dict:
     """Compare the file or folder `predictions` with the file or the files of the same names in the folder `references`.
 
     classes   {name: value}, or a dataset.json or a weights folder that has them; None: every value found in the files
@@ -59,9 +69,14 @@ def evaluate(predictions: Path | str, references: Path | str, *, classes: Mappin
     labels = dict.fromkeys(label for case in cases.values() for label in case)
     labels = list(labels) if names else sorted(labels, key=int)
     cases = {name: {label: case.get(label) for label in labels} for name, case in cases.items()}
-    result = {"nsd_mm": nsd_mm, "patients": len(set(patients.values())), "unused": unused, "cases": cases,
-              "classes": {label: _summary({name: case[label] for name, case in cases.items()}, patients, seed) for label in labels},
-              "mean": _summary({name: _over_classes(case) for name, case in cases.items()}, patients, seed)}
+    result = {
+        "nsd_mm": nsd_mm,
+        "patients": len(set(patients.values())),
+        "unused": unused,
+        "cases": cases,
+        "classes": {label: _summary({name: case[label] for name, case in cases.items()}, patients, seed) for label in labels},
+        "mean": _summary({name: _over_classes(case) for name, case in cases.items()}, patients, seed),
+    }
     if json_file:
         write_json(Path(json_file), result)
     if csv_file:
@@ -84,8 +99,18 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
-    result = evaluate(args.predictions, args.references, classes=args.classes, nsd_mm=args.nsd_mm, ignore=args.ignore, patient=args.patient,
-                      seed=args.seed, json_file=args.json_file, csv_file=args.csv, quiet=args.quiet)
+    result = evaluate(
+        args.predictions,
+        args.references,
+        classes=args.classes,
+        nsd_mm=args.nsd_mm,
+        ignore=args.ignore,
+        patient=args.patient,
+        seed=args.seed,
+        json_file=args.json_file,
+        csv_file=args.csv,
+        quiet=args.quiet,
+    )
     if not (args.quiet or args.json):
         print_table(result)
     return result
@@ -100,8 +125,13 @@ def print_table(result: dict) -> None:
     for heading in ("class", "Dice", "HD95 mm", f"surface Dice {result['nsd_mm']:g} mm", "cases", "empty in both"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for name, row in {**result["classes"], "mean": result["mean"]}.items():
-        table.add_row(name, *(_cell(row[metric], digits) for metric, digits in zip(METRICS, (3, 1, 3), strict=True)), str(row["n"]),
-                      str(row["empty_in_both"]), end_section=name == list(result["classes"])[-1])
+        table.add_row(
+            name,
+            *(_cell(row[metric], digits) for metric, digits in zip(METRICS, (3, 1, 3), strict=True)),
+            str(row["n"]),
+            str(row["empty_in_both"]),
+            end_section=name == list(result["classes"])[-1],
+        )
     console = Console()
     console.print(table)
     if result["patients"] < _FEWEST:

@@ -25,8 +25,19 @@ _PATCH_VOXELS = {("cpu", 3): 64**3, ("cpu", 2): 192**2, ("gpu", 3): 112**3, ("gp
 _SIDED = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
 
 
-def fit(table: Dataset, cases: Sequence[Case], *, spatial_dims: int, spacing: Sequence[float] | None, patch: Sequence[int] | None,
-        mirror: str | Sequence[int], cache: Path | str | None, seed: int, fabric: Fabric, quiet: bool) -> tuple[Fitted, list[Volume]]:
+def fit(
+    table: Dataset,
+    cases: Sequence[Case],
+    *,
+    spatial_dims: int,
+    spacing: Sequence[float] | None,
+    patch: Sequence[int] | None,
+    mirror: str | Sequence[int],
+    cache: Path | str | None,
+    seed: int,
+    fabric: Fabric,
+    quiet: bool,
+) -> tuple[Fitted, list[Volume]]:
     """Read the training cases and fit to them what the caller leaves open. Returns what was fitted, and the cases ready for cropping."""
     slice_axis = fit_slice_axis(cases) if spatial_dims == 2 else None
     spacing = tuple(0.0 if axis == slice_axis else float(edge) for axis, edge in enumerate(spacing or fit_spacing(cases)))
@@ -130,8 +141,9 @@ def _check_memory(cases: Sequence[Case], channels: int, spacing: Sequence[float]
     needed = float(_resampled_shapes(cases, spacing).prod(1, dtype=float).sum() * (4 * channels + 2))
     free = _free_memory()
     if needed > 0.75 * free:
-        raise UserError(f"cache: the cases take {needed / 2**30:.1f} GiB in memory at this spacing, {free / 2**30:.1f} are free: "
-                        "name a folder to keep them in")
+        raise UserError(
+            f"cache: the cases take {needed / 2**30:.1f} GiB in memory at this spacing, {free / 2**30:.1f} are free: name a folder to keep them in"
+        )
 
 
 def _free_memory() -> float:

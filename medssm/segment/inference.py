@@ -18,8 +18,18 @@ _ON_DEVICE = 2 * 2**30  # bytes of probabilities that are summed on the device r
 
 
 @torch.inference_mode()
-def probabilities(network: nn.Module, image: Tensor, fitted: Fitted, *, device: torch.device, half: torch.dtype | None = None,
-                  overlap: float = 0.5, mirror: bool = False, batch: int = 1, show: Callable[[float], None] = lambda fraction: None) -> Tensor:
+def probabilities(
+    network: nn.Module,
+    image: Tensor,
+    fitted: Fitted,
+    *,
+    device: torch.device,
+    half: torch.dtype | None = None,
+    overlap: float = 0.5,
+    mirror: bool = False,
+    batch: int = 1,
+    show: Callable[[float], None] = lambda fraction: None,
+) -> Tensor:
     """(classes, x, y, z) of an image (c, x, y, z) at the network's spacing, not yet scaled; the softmax is taken in every window.
 
     `half` is the type the network runs in under autocast, None for float32. `mirror` averages over all mirrorings of the axes that training
@@ -27,8 +37,14 @@ def probabilities(network: nn.Module, image: Tensor, fitted: Fitted, *, device: 
     """
     scaled, inside = pad(scaling(image, fitted.intensity)(image), fitted.volume_patch)
     small = scaled[0].numel() * 4 * len(fitted.classes) <= _ON_DEVICE
-    options = {"roi_size": fitted.patch, "sw_batch_size": batch, "overlap": overlap, "mode": "gaussian", "sw_device": device,
-               "device": device if small else torch.device("cpu")}
+    options = {
+        "roi_size": fitted.patch,
+        "sw_batch_size": batch,
+        "overlap": overlap,
+        "mode": "gaussian",
+        "sw_device": device,
+        "device": device if small else torch.device("cpu"),
+    }
     slices = fitted.slice_axis is not None
     window = SliceInferer(spatial_dim=fitted.slice_axis, **options) if slices else SlidingWindowInferer(**options)
     calls = math.ceil(_windows(scaled.shape[1:], fitted.volume_patch, overlap) / batch)

@@ -67,9 +67,24 @@ def learning_rate(peak: float, done: Progress, budget: Budget) -> float:
 class Loop:
     """One training: `run()` goes to the end of the budget, or raises Interrupted (saved) or UserError (a loss that is not finite)."""
 
-    def __init__(self, fabric: Fabric, network: nn.Module, optimizer: torch.optim.Optimizer, patches: Dataset, criterion: nn.Module,
-                 out: Path, *, batch: int, lr: float, clip: float, budget: Budget, seed: int, workers: int, save_seconds: float,
-                 settings: dict):
+    def __init__(
+        self,
+        fabric: Fabric,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        patches: Dataset,
+        criterion: nn.Module,
+        out: Path,
+        *,
+        batch: int,
+        lr: float,
+        clip: float,
+        budget: Budget,
+        seed: int,
+        workers: int,
+        save_seconds: float,
+        settings: dict,
+    ):
         self.fabric, self.network, self.out, self.settings = fabric, network, out, settings
         self.batch, self.lr, self.clip, self.budget, self.seed, self.workers = batch, lr, clip, budget, seed, workers
         self.patches, self.save_seconds, self.criterion = patches, save_seconds, criterion
@@ -116,9 +131,18 @@ class Loop:
         if self.fabric.is_global_zero:
             scaler = getattr(self.fabric.strategy.precision, "scaler", None)
             buffer = io.BytesIO()
-            torch.save({"settings": self.settings, "step": self.done.step, "seconds": self.done.seconds, "log_bytes": self.log_bytes,
-                        "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
-                        "scaler": scaler.state_dict() if scaler else None}, buffer)
+            torch.save(
+                {
+                    "settings": self.settings,
+                    "step": self.done.step,
+                    "seconds": self.done.seconds,
+                    "log_bytes": self.log_bytes,
+                    "network": self.network.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else None,
+                },
+                buffer,
+            )
             write_bytes(self.out / CHECKPOINT, buffer.getvalue())
         self.fabric.barrier()
 
@@ -183,8 +207,15 @@ class Loop:
 
     def _loader(self) -> DataLoader:
         sampler = _FromStep(self.done.step, self.batch, self.fabric.global_rank, self.fabric.world_size)
-        loader = DataLoader(self.patches, batch_size=self.batch, sampler=sampler, num_workers=self.workers, collate_fn=_collate,
-                            pin_memory=self.fabric.device.type == "cuda", persistent_workers=self.workers > 0)
+        loader = DataLoader(
+            self.patches,
+            batch_size=self.batch,
+            sampler=sampler,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.fabric.device.type == "cuda",
+            persistent_workers=self.workers > 0,
+        )
         return loader
 
 
@@ -203,8 +234,11 @@ class _FromStep(Sampler):
 
 
 def _collate(samples: list[dict]) -> dict:
-    return {"image": torch.stack([s["image"] for s in samples]), "label": torch.stack([s["label"] for s in samples]),
-            "case": [s["case"] for s in samples]}
+    return {
+        "image": torch.stack([s["image"] for s in samples]),
+        "label": torch.stack([s["label"] for s in samples]),
+        "case": [s["case"] for s in samples],
+    }
 
 
 @contextlib.contextmanager

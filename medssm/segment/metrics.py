@@ -17,8 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 
-def compare(a: np.ndarray, b: np.ndarray, spacing: Sequence[float], nsd_mm: float,
-            shape: Sequence[int] | None = None) -> dict[str, float] | None:
+def compare(a: np.ndarray, b: np.ndarray, spacing: Sequence[float], nsd_mm: float, shape: Sequence[int] | None = None) -> dict[str, float] | None:
     """{"dice", "hd95", "nsd"} of two masks (x, y, z) with voxels of `spacing` mm; None where both are empty.
 
     Where one is empty: Dice 0, NSD 0, and HD95 the diagonal of the image, the largest distance there could be. `shape` is the image's,
@@ -35,9 +34,11 @@ def compare(a: np.ndarray, b: np.ndarray, spacing: Sequence[float], nsd_mm: floa
     surface_a, surface_b = _surface(a[box], flat), _surface(b[box], flat)
     from_a, from_b = _distance_to(surface_b, spacing)[surface_a], _distance_to(surface_a, spacing)[surface_b]
     close = int((from_a <= nsd_mm).sum()) + int((from_b <= nsd_mm).sum())
-    return {"dice": 2 * int((a & b).sum()) / size,
-            "hd95": float(max(np.percentile(from_a, 95), np.percentile(from_b, 95))),
-            "nsd": close / (len(from_a) + len(from_b))}
+    return {
+        "dice": 2 * int((a & b).sum()) / size,
+        "hd95": float(max(np.percentile(from_a, 95), np.percentile(from_b, 95))),
+        "nsd": close / (len(from_a) + len(from_b)),
+    }
 
 
 def _surface(mask: np.ndarray, flat: tuple[int, ...]) -> np.ndarray:

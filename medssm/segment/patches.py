@@ -42,9 +42,16 @@ class Patches(Dataset):
         self.volumes, self.fitted, self.seed = volumes, fitted, seed
         self.foreground, self.augment = foreground, augment
         self.intensity = _intensity_augmentation(len(fitted.patch))
-        self.turn = RandAffined(("image", "label"), prob=1.0, spatial_size=fitted.patch, rotate_range=_rotations(fitted),
-                                scale_range=[_ZOOM] * len(fitted.patch), mode=("bilinear", "nearest"), padding_mode="border",
-                                cache_grid=True)
+        self.turn = RandAffined(
+            ("image", "label"),
+            prob=1.0,
+            spatial_size=fitted.patch,
+            rotate_range=_rotations(fitted),
+            scale_range=[_ZOOM] * len(fitted.patch),
+            mode=("bilinear", "nearest"),
+            padding_mode="border",
+            cache_grid=True,
+        )
 
     def __getitem__(self, index: int) -> dict:
         random = np.random.default_rng((self.seed, index))
@@ -101,10 +108,12 @@ def _rotations(fitted: Fitted) -> list[float]:
 def _intensity_augmentation(spatial_dims: int) -> Compose:
     blur = {f"sigma_{axis}": (0.5, 1.0) for axis in "xyz"[:spatial_dims]}
     linear = "bilinear" if spatial_dims == 2 else "trilinear"
-    return Compose([
-        RandGaussianNoised("image", prob=0.1, std=0.1),
-        RandGaussianSmoothd("image", prob=0.1, **blur),
-        RandScaleIntensityd("image", prob=0.15, factors=0.25),
-        RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0), upsample_mode=linear),
-        RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
-    ])
+    return Compose(
+        [
+            RandGaussianNoised("image", prob=0.1, std=0.1),
+            RandGaussianSmoothd("image", prob=0.1, **blur),
+            RandScaleIntensityd("image", prob=0.15, factors=0.25),
+            RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0), upsample_mode=linear),
+            RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
+        ]
+    )

@@ -31,9 +31,20 @@ from medssm.segment.progress import progress
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
 
 
-def predict(weights: Path | str | Sequence[Path | str], inputs: Path | str, out: Path | str, *, device: str = "auto", precision: str = "auto",
-            overlap: float = 0.5, mirror: bool = False, batch: int = 1, save_probabilities: bool = False, model: nn.Module | None = None,
-            quiet: bool = False) -> dict:
+def predict(
+    weights: Path | str | Sequence[Path | str],
+    inputs: Path | str,
+    out: Path | str,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    overlap: float = 0.5,
+    mirror: bool = False,
+    batch: int = 1,
+    save_probabilities: bool = False,
+    model: nn.Module | None = None,
+    quiet: bool = False,
+) -> dict:
     """Segment the file or the folder `inputs` into the file or the folder `out`.
 
     weights             a folder written by `train`, a folder of such folders (fold_0, fold_1, ...), or a list of them: averaged
@@ -59,8 +70,18 @@ def predict(weights: Path | str | Sequence[Path | str], inputs: Path | str, out:
     with progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
             try:
-                _predict_case(case, folds, targets[case.name], device, save_probabilities, half=half, overlap=overlap, mirror=mirror,
-                              batch=batch, show=lambda part, i=i, case=case: show((i + part) / len(cases), case.name))
+                _predict_case(
+                    case,
+                    folds,
+                    targets[case.name],
+                    device,
+                    save_probabilities,
+                    half=half,
+                    overlap=overlap,
+                    mirror=mirror,
+                    batch=batch,
+                    show=lambda part, i=i, case=case: show((i + part) / len(cases), case.name),
+                )
                 written[case.name] = str(targets[case.name])
             except UserError as error:
                 if len(cases) == 1:
@@ -86,8 +107,18 @@ def add_arguments(parser) -> None:
 
 def run(args) -> dict:
     keep_freed_memory()
-    result = predict([args.weights, *args.more_weights], args.inputs, args.out, device=args.device, precision=args.precision,
-                     overlap=args.overlap, mirror=args.mirror, batch=args.batch, save_probabilities=args.save_probabilities, quiet=args.quiet)
+    result = predict(
+        [args.weights, *args.more_weights],
+        args.inputs,
+        args.out,
+        device=args.device,
+        precision=args.precision,
+        overlap=args.overlap,
+        mirror=args.mirror,
+        batch=args.batch,
+        save_probabilities=args.save_probabilities,
+        quiet=args.quiet,
+    )
     for message in result["failed"].values():
         print(f"medssm predict: {message}", file=sys.stderr)
     if not (args.quiet or args.json):
@@ -102,8 +133,9 @@ class _Fold:
     fitted: Fitted
 
 
-def _predict_case(case: Case, folds: Sequence[_Fold], target: Path, device: torch.device, save_probabilities: bool, *,
-                  show: Callable[[float], None], **window) -> None:
+def _predict_case(
+    case: Case, folds: Sequence[_Fold], target: Path, device: torch.device, save_probabilities: bool, *, show: Callable[[float], None], **window
+) -> None:
     data, file = read_image(case.images, len(folds[0].fitted.channels))
     original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine))
     grids = []  # folds on one grid are summed there, so that each grid is resampled back once
@@ -111,8 +143,14 @@ def _predict_case(case: Case, folds: Sequence[_Fold], target: Path, device: torc
         grid, total = geometry(spacing), 0
         image = grid(original)
         for fold in (fold for fold in folds if fold.fitted.spacing == spacing):
-            total = total + probabilities(fold.network, image.as_tensor(), fold.fitted, device=device,
-                                          show=lambda part, fold=fold: show((folds.index(fold) + part) / len(folds)), **window)
+            total = total + probabilities(
+                fold.network,
+                image.as_tensor(),
+                fold.fitted,
+                device=device,
+                show=lambda part, fold=fold: show((folds.index(fold) + part) / len(folds)),
+                **window,
+            )
         grids.append((grid, image, total / len(folds)))
     classes = folds[0].fitted.classes
     best, positions, kept = torch.full(volume_shape(file), -1.0), torch.zeros(volume_shape(file), dtype=torch.int64), []

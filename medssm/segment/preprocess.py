@@ -67,8 +67,9 @@ class Fitted:
 
 def geometry(spacing: Sequence[float], mode: str = "bilinear") -> Compose:
     """MONAI's Orientation and Spacing: a MetaTensor (c, x, y, z) to RAS and `spacing`; its `inverse` goes back, exactly in the axes."""
-    return Compose([Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
-                    Spacing(tuple(spacing), mode=mode, padding_mode="border", dtype=np.float32)])
+    return Compose(
+        [Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))), Spacing(tuple(spacing), mode=mode, padding_mode="border", dtype=np.float32)]
+    )
 
 
 def load_image(case: Case, channels: int, spacing: Sequence[float]) -> MetaTensor:

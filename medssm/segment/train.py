@@ -37,14 +37,41 @@ _STEPS = 1000
 _OPTIMIZERS = {"adamw": 1e-3, "sgd": 1e-2}  # with the learning rate each starts from
 
 
-def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "medssm_unet", model_kwargs: dict | None = None,
-          spatial_dims: int = 3, fold: int | None = None, folds: int = 5, splits: Path | str | None = None,
-          max_steps: int | None = None, max_seconds: float | None = None, batch: int | None = None, patch: Sequence[int] | None = None,
-          spacing: Sequence[float] | None = None, lr: float | None = None, optimizer: str = "adamw", weight_decay: float = 1e-2,
-          clip: float = 12.0, foreground: float = 1 / 3, augment: bool = True, mirror: str | Sequence[int] = "auto", validations: int = 4,
-          device: str = "auto", devices: int | str = 1, strategy: str = "auto", precision: str = "auto", workers: int | None = None,
-          cache: Path | str | None = None, seed: int = 0, save_seconds: float = 60.0, resume: bool = False, overwrite: bool = False,
-          quiet: bool = False) -> dict:
+def train(
+    dataset: Path | str,
+    out: Path | str,
+    *,
+    model: str | nn.Module = "medssm_unet",
+    model_kwargs: dict | None = None,
+    spatial_dims: int = 3,
+    fold: int | None = None,
+    folds: int = 5,
+    splits: Path | str | None = None,
+    max_steps: int | None = None,
+    max_seconds: float | None = None,
+    batch: int | None = None,
+    patch: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
+    lr: float | None = None,
+    optimizer: str = "adamw",
+    weight_decay: float = 1e-2,
+    clip: float = 12.0,
+    foreground: float = 1 / 3,
+    augment: bool = True,
+    mirror: str | Sequence[int] = "auto",
+    validations: int = 4,
+    device: str = "auto",
+    devices: int | str = 1,
+    strategy: str = "auto",
+    precision: str = "auto",
+    workers: int | None = None,
+    cache: Path | str | None = None,
+    seed: int = 0,
+    save_seconds: float = 60.0,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict:
     """Train a network on `dataset` and write model.safetensors, config.json, fitted.json, metrics.jsonl and curves.png into `out`.
 
     dataset       a folder with dataset.json (nnU-Net) or a MONAI datalist's JSON file
@@ -79,8 +106,9 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
     fabric.launch()
     quiet = quiet or not fabric.is_global_zero
 
-    fitted, volumes = fit(table, training, spatial_dims=spatial_dims, spacing=spacing, patch=patch, mirror=mirror, cache=cache, seed=seed,
-                          fabric=fabric, quiet=quiet)
+    fitted, volumes = fit(
+        table, training, spatial_dims=spatial_dims, spacing=spacing, patch=patch, mirror=mirror, cache=cache, seed=seed, fabric=fabric, quiet=quiet
+    )
     held_out = load(validation[fabric.global_rank :: fabric.world_size], table, fitted.spacing, cache)
 
     torch.manual_seed(seed)
@@ -90,16 +118,40 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
     network = network.to(fabric.device, memory_format=networks.memory_format(spatial_dims))
     networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
     lr = lr or _OPTIMIZERS[optimizer]
-    settings = {"model": config, "cases": [case.name for case in training], **dataclasses.asdict(fitted), "batch": batch, "lr": lr,
-                "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip, "foreground": foreground, "augment": augment,
-                "seed": seed, "processes": fabric.world_size}
+    settings = {
+        "model": config,
+        "cases": [case.name for case in training],
+        **dataclasses.asdict(fitted),
+        "batch": batch,
+        "lr": lr,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "foreground": foreground,
+        "augment": augment,
+        "seed": seed,
+        "processes": fabric.world_size,
+    }
     if max_steps is None and max_seconds is None:
         max_steps = _STEPS
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
     criterion = SegmentationLoss(ignore=fitted.ignore is not None)
-    loop = Loop(fabric, network, _optimizer(optimizer, network, lr, weight_decay), patches, criterion, out, batch=batch, lr=lr, clip=clip,
-                budget=Budget(max_steps, max_seconds), seed=seed, workers=_workers(workers, fabric.device), save_seconds=save_seconds,
-                settings=settings)
+    loop = Loop(
+        fabric,
+        network,
+        _optimizer(optimizer, network, lr, weight_decay),
+        patches,
+        criterion,
+        out,
+        batch=batch,
+        lr=lr,
+        clip=clip,
+        budget=Budget(max_steps, max_seconds),
+        seed=seed,
+        workers=_workers(workers, fabric.device),
+        save_seconds=save_seconds,
+        settings=settings,
+    )
     if resume:
         loop.resume()
     elif fabric.is_global_zero:
@@ -111,9 +163,19 @@ def train(dataset: Path | str, out: Path | str, *, model: str | nn.Module = "med
     name = config["model"] or config["class"]
     with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
         dice = loop.run(show, lambda: _validate(network, fitted, held_out, fabric), validations if validation else 0)
-    result = {"out": str(out), "model": name, "parameters": sum(p.numel() for p in network.parameters()),
-              "cases": len(training), "validation_cases": len(validation), "steps": loop.done.step, "seconds": round(loop.done.seconds, 2),
-              "lr": lr, "spacing": list(fitted.spacing), "patch": list(fitted.patch), "validation": dice}
+    result = {
+        "out": str(out),
+        "model": name,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "cases": len(training),
+        "validation_cases": len(validation),
+        "steps": loop.done.step,
+        "seconds": round(loop.done.seconds, 2),
+        "lr": lr,
+        "spacing": list(fitted.spacing),
+        "patch": list(fitted.patch),
+        "validation": dice,
+    }
     if fabric.is_global_zero:
         loop.log({"finished": result})
         networks.save(out, network, config)
@@ -142,8 +204,13 @@ def add_arguments(parser) -> None:
     parser.add_argument("--clip", type=float, default=12.0, help="the gradients' largest norm (default %(default)s)")
     parser.add_argument("--foreground", type=float, default=1 / 3, help="share of patches centred on a class (default a third)")
     parser.add_argument("--no-augment", action="store_true", help="no rotation, zoom, noise, blur, brightness and contrast")
-    parser.add_argument("--mirror", type=_axes, default="auto", metavar="AXES",
-                        help="axes to mirror: auto, none, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1")
+    parser.add_argument(
+        "--mirror",
+        type=_axes,
+        default="auto",
+        metavar="AXES",
+        help="axes to mirror: auto, none, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1",
+    )
     parser.add_argument("--validations", type=int, default=4, help="how often the held-out cases are segmented (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default %(default)s)")
     parser.add_argument("--devices", default="1", help="how many processes or GPUs, each with its own batch (default %(default)s)")
@@ -214,8 +281,10 @@ def _fabric(device: str, devices: int | str, strategy: str, precision: str) -> F
 
 def _optimizer(name: str, network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov's momentum 0.99 as in nnU-Net; no decay on biases, norms and other vectors."""
-    groups = [{"params": [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == decayed],
-               "weight_decay": weight_decay if decayed else 0.0} for decayed in (True, False)]
+    groups = [
+        {"params": [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == decayed], "weight_decay": weight_decay if decayed else 0.0}
+        for decayed in (True, False)
+    ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr) if name == "adamw" else torch.optim.SGD(groups, lr=lr, momentum=0.99, nesterov=True)
 

@@ -34,8 +34,13 @@ class Volume:
     labelled: np.ndarray | None
 
 
-def load(cases: Sequence[Case], dataset: Dataset, spacing: Sequence[float], cache: Path | str | None,
-         show: Callable[[float, str], None] = lambda fraction, text: None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def load(
+    cases: Sequence[Case],
+    dataset: Dataset,
+    spacing: Sequence[float],
+    cache: Path | str | None,
+    show: Callable[[float, str], None] = lambda fraction, text: None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Each case's image (c, x, y, z) and label (x, y, z), from `cache` where it has been there before.
 
     Raises UserError with one line for each case that cannot be read.
@@ -69,8 +74,13 @@ def _load(case: Case, dataset: Dataset, spacing: Sequence[float]) -> tuple[torch
 
 def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The same through two .npy files, named by all that they depend on and mapped into memory, not read."""
-    key = (case.name, list(spacing), list(dataset.classes.values()), dataset.ignore,
-           [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*case.images, case.label)])
+    key = (
+        case.name,
+        list(spacing),
+        list(dataset.classes.values()),
+        dataset.ignore,
+        [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*case.images, case.label)],
+    )
     stem = cache / f"{case.name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
     files = stem.with_name(stem.name + "-image.npy"), stem.with_name(stem.name + "-label.npy")
     if not all(file.exists() for file in files):

@@ -33,9 +33,14 @@ def test_goals_are_ratios_of_a_run():
     def t(x):
         return {"median": x, "min": x, "calls": 1}
 
-    results = {"threads": 2, "extra": {"overhead_us": 9.0, "checkpoint_share": 0.25},
-               "rows": {"scan": {"times": {"1": {"medssm": t(1.0), "ceiling": t(0.9), "two-level": t(70.0)}, "2": {"medssm": t(0.5)}}},
-                        "scan-long": {"times": {"1": {"medssm": t(64 * 1.5)}}}}}
+    results = {
+        "threads": 2,
+        "extra": {"overhead_us": 9.0, "checkpoint_share": 0.25},
+        "rows": {
+            "scan": {"times": {"1": {"medssm": t(1.0), "ceiling": t(0.9), "two-level": t(70.0)}, "2": {"medssm": t(0.5)}}},
+            "scan-long": {"times": {"1": {"medssm": t(64 * 1.5)}}},
+        },
+    }
     found = {g.name: g for g in goals.judge(results)}
     assert found["forward over the ceiling micro-kernel"].met and found["forward, two-level / ours"].met
     assert found["all threads over one, forward"].reached == "2" and found["all threads over one, forward"].met

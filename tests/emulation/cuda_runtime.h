@@ -1,8 +1,9 @@
 // CUDA's runtime as far as medssm's kernels use it, on a CPU: for tests without a GPU.
 //
-// A block's threads are fibers of one thread, run in turn: each up to its next __syncthreads or shuffle, which it leaves when all threads of the block
-// or the warp have arrived; now the first thread goes first, now the last, so that what depends on their order shows. Blocks run one after another. A block whose threads wait at different places stops the process with a message.
-// A block's shared memory starts out as NaNs, so that what is read before it is written shows.
+// A block's threads are fibers of one thread, run in turn: each up to its next __syncthreads or shuffle, which it leaves when all threads of the
+// block or the warp have arrived; now the first thread goes first, now the last, so that what depends on their order shows. Blocks run one after
+// another. A block whose threads wait at different places stops the process with a message. A block's shared memory starts out as NaNs, so that what
+// is read before it is written shows.
 #pragma once
 #include <ucontext.h>
 
@@ -22,7 +23,9 @@
 #define __forceinline__ inline __attribute__((always_inline, unused))
 #define __launch_bounds__(...)
 
-struct dim3 { unsigned x = 1, y = 1, z = 1; };
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
 typedef void* cudaStream_t;
 typedef int cudaError_t;
 constexpr cudaError_t cudaSuccess = 0;

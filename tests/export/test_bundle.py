@@ -38,8 +38,14 @@ def runs(tmp_path_factory):
     """A 3D network of medssm with deep supervision, and a 2D one of MONAI for three channels of three kinds."""
     root = tmp_path_factory.mktemp("runs")
     common = {"max_steps": 50, "lr": 0.01, "device": "cpu", "quiet": True}
-    train(nnunet_folder(root / "data3"), root / "3d", model="medssm_unet", patch=(32, 32, 32),
-          model_kwargs={"size": "tiny", "deep_supervision": True}, **common)
+    train(
+        nnunet_folder(root / "data3"),
+        root / "3d",
+        model="medssm_unet",
+        patch=(32, 32, 32),
+        model_kwargs={"size": "tiny", "deep_supervision": True},
+        **common,
+    )
     data = nnunet_folder(root / "data2", channels=("CT", "MR", "noNorm"), labels={"background": 0, "ball": 5, "box": 300}, edit=sparse)
     train(data, root / "2d", model="monai.networks.nets.UNet", model_kwargs=UNET_2D, spatial_dims=2, patch=(32, 32), **common)
     return root
@@ -99,9 +105,27 @@ def test_monais_parts_give_predicts_labels(runs, bundles, scans, tmp_path, name)
 def test_monais_runner_gives_predicts_labels(runs, bundles, scans, tmp_path, name):
     pytest.importorskip("ignite")
     pytest.importorskip("fire")
-    subprocess.run([sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", "--meta_file", "configs/metadata.json",
-                    "--dataset_dir", scans / name, "--output_dir", tmp_path / "found", "--device", "$torch.device('cpu')"],
-                   cwd=bundles / name, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "monai.bundle",
+            "run",
+            "--config_file",
+            "configs/inference.json",
+            "--meta_file",
+            "configs/metadata.json",
+            "--dataset_dir",
+            scans / name,
+            "--output_dir",
+            tmp_path / "found",
+            "--device",
+            "$torch.device('cpu')",
+        ],
+        cwd=bundles / name,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+    )
     compare_with_predict(runs / name, scans / name, tmp_path, "_0000" if name == "2d" else "")
 
 
@@ -130,8 +154,12 @@ def test_metadata_has_what_monais_schema_asks_for(bundles, name):
 
 @pytest.mark.parametrize("name", ["3d", "2d"])
 def test_monai_verifies_the_network(bundles, name):
-    verify_net_in_out(net_id="network_def", config_file=str(bundles / name / "configs/inference.json"),
-                      meta_file=str(bundles / name / "configs/metadata.json"), device="cpu")
+    verify_net_in_out(
+        net_id="network_def",
+        config_file=str(bundles / name / "configs/inference.json"),
+        meta_file=str(bundles / name / "configs/metadata.json"),
+        device="cpu",
+    )
 
 
 def test_monais_networks_need_no_medssm(bundles):
@@ -143,8 +171,24 @@ def test_monais_networks_need_no_medssm(bundles):
 
 def test_the_command(runs, tmp_path, capsys):
     (tmp_path / "licence.txt").write_text("CC0")
-    assert cli.main(["export", "bundle", str(runs / "2d"), str(tmp_path / "b"), "--name", "balls", "--bundle-version", "1.2.0",
-                     "--license", str(tmp_path / "licence.txt"), "--json"]) == 0
+    assert (
+        cli.main(
+            [
+                "export",
+                "bundle",
+                str(runs / "2d"),
+                str(tmp_path / "b"),
+                "--name",
+                "balls",
+                "--bundle-version",
+                "1.2.0",
+                "--license",
+                str(tmp_path / "licence.txt"),
+                "--json",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert result["name"] == "balls" and result["out"] == str(tmp_path / "b") and result["requires"].keys() == {"nibabel", "pytorch-ignite"}
     assert (tmp_path / "b/LICENSE").read_text() == "CC0"
@@ -163,8 +207,12 @@ def test_what_cannot_be_a_bundle_is_one_line_and_leaves_nothing(runs, tmp_path):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(runs / "2d", unfinished)
     (unfinished / "model.safetensors").unlink()
-    for run, message in ((folds, "got the folds fold_0, fold_1: name one of them"), (given, "trained from a my.Net given as a module"),
-                         (unfinished, "the training is not finished"), (tmp_path / "none", "not written by medssm train")):
+    for run, message in (
+        (folds, "got the folds fold_0, fold_1: name one of them"),
+        (given, "trained from a my.Net given as a module"),
+        (unfinished, "the training is not finished"),
+        (tmp_path / "none", "not written by medssm train"),
+    ):
         with pytest.raises(UserError, match=message):
             export_bundle(run, tmp_path / "out")
     with pytest.raises(UserError, match=r"license: .* not a readable text file"):

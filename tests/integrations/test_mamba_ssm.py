@@ -19,15 +19,27 @@ def scan_inputs(b=2, d=6, n=3, l=7, groups=2, dtype=torch.float64):
     """u, delta, A, B, C, D, z, delta_bias as mamba_ssm takes them."""
     A = -torch.rand(d, n, dtype=torch.float64 if dtype == torch.float64 else torch.float32) - 0.1
     wide = A.dtype
-    return (draw(b, d, l, dtype=dtype), draw(b, d, l, dtype=dtype), A.requires_grad_(), draw(b, groups, n, l, dtype=dtype),
-            draw(b, groups, n, l, dtype=dtype), draw(d, dtype=wide), draw(b, d, l, dtype=dtype), draw(d, dtype=wide))
+    return (
+        draw(b, d, l, dtype=dtype),
+        draw(b, d, l, dtype=dtype),
+        A.requires_grad_(),
+        draw(b, groups, n, l, dtype=dtype),
+        draw(b, groups, n, l, dtype=dtype),
+        draw(d, dtype=wide),
+        draw(b, d, l, dtype=dtype),
+        draw(d, dtype=wide),
+    )
 
 
 def recurrence(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
     """The formula, token by token: (out, last state)."""
     heads = [t.shape[1] if t.dim() == 4 else 1 for t in (B, C)]
-    B, C = (t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1]) if t.dim() == 2
-            else t.reshape(t.shape[0], g, *t.shape[-2:]).repeat_interleave(u.shape[1] // g, 1) for t, g in zip((B, C), heads, strict=True))
+    B, C = (
+        t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1])
+        if t.dim() == 2
+        else t.reshape(t.shape[0], g, *t.shape[-2:]).repeat_interleave(u.shape[1] // g, 1)
+        for t, g in zip((B, C), heads, strict=True)
+    )
     steps = delta if delta_bias is None else delta + delta_bias[:, None]
     steps = F.softplus(steps) if delta_softplus else steps
     h, ys = torch.zeros_like(u[:, :, :1] * A), []
@@ -48,8 +60,14 @@ def test_selective_scan_fn_is_the_recurrence(installed, form, options):
 
     u, delta, A, B, C, D, z, bias = scan_inputs()
     constant = draw(6, 3)
-    B, C = {"groups": (B, C), "one group": (B[:, 0], C[:, 0]), "constant B": (constant, C), "constant C": (B, constant),
-            "constant both": (constant, constant), "mixed": (B, C[:, 0])}[form]
+    B, C = {
+        "groups": (B, C),
+        "one group": (B[:, 0], C[:, 0]),
+        "constant B": (constant, C),
+        "constant C": (B, constant),
+        "constant both": (constant, constant),
+        "mixed": (B, C[:, 0]),
+    }[form]
     given = {k: v for k, v in (("D", D), ("z", z), ("delta_bias", bias)) if k in options}
     given["delta_softplus"] = options.get("delta_softplus", False)
     if not given["delta_softplus"]:
@@ -250,13 +268,34 @@ def test_mamba_has_upstreams_weights_and_computes_upstreams_sum(installed, kind)
     xz = m.in_proj(x).movedim(-1, 1)
 
     def branch(xz, s):
-        return mamba_inner_fn_no_out_proj(xz, getattr(m, f"conv1d{s}").weight, getattr(m, f"conv1d{s}").bias, getattr(m, f"x_proj{s}").weight,
-                                          getattr(m, f"dt_proj{s}").weight, -torch.exp(getattr(m, f"A{s}_log")), None, None, getattr(m, f"D{s}"),
-                                          delta_bias=getattr(m, f"dt_proj{s}").bias, delta_softplus=True)
+        return mamba_inner_fn_no_out_proj(
+            xz,
+            getattr(m, f"conv1d{s}").weight,
+            getattr(m, f"conv1d{s}").bias,
+            getattr(m, f"x_proj{s}").weight,
+            getattr(m, f"dt_proj{s}").weight,
+            -torch.exp(getattr(m, f"A{s}_log")),
+            None,
+            None,
+            getattr(m, f"D{s}"),
+            delta_bias=getattr(m, f"dt_proj{s}").bias,
+            delta_softplus=True,
+        )
 
     if kind == "v1":
-        want = bimamba_inner_fn(xz, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight, None,
-                                -torch.exp(m.A_log), -torch.exp(m.A_b_log), D=m.D, delta_bias=m.dt_proj.bias)
+        want = bimamba_inner_fn(
+            xz,
+            m.conv1d.weight,
+            m.conv1d.bias,
+            m.x_proj.weight,
+            m.dt_proj.weight,
+            m.out_proj.weight,
+            None,
+            -torch.exp(m.A_log),
+            -torch.exp(m.A_b_log),
+            D=m.D,
+            delta_bias=m.dt_proj.bias,
+        )
     else:
         y = branch(xz, "")
         if "_b" in suffixes:

@@ -11,8 +11,12 @@ import medssm.nn
 from medssm import orders
 from tests.integrations.compare import draw, gradients, same
 
-KINDS = [{}, {"ngroups": 2, "dt_limit": (0.01, 0.05)}, {"D_has_hdim": True, "norm_before_gate": True, "bias": True, "conv_bias": False},
-         {"rmsnorm": False, "ngroups": 4}]
+KINDS = [
+    {},
+    {"ngroups": 2, "dt_limit": (0.01, 0.05)},
+    {"D_has_hdim": True, "norm_before_gate": True, "bias": True, "conv_bias": False},
+    {"rmsnorm": False, "ngroups": 4},
+]
 
 
 @pytest.mark.parametrize("options", KINDS)
@@ -23,9 +27,22 @@ def test_mamba2_is_its_formula_and_shares_weights_with_medssms(installed, option
     torch.manual_seed(0)
     m, x = Mamba2(8, d_state=5, headdim=4, **options).double(), draw(2, 9, 8)
     want = mamba_split_conv1d_scan_combined(
-        m.in_proj(x), m.conv1d.weight.squeeze(1), m.conv1d.bias, m.dt_bias, -torch.exp(m.A_log.float()), m.D.view(4, 4) if m.D_has_hdim else m.D, 256,
-        dt_limit=m.dt_limit, rmsnorm_weight=m.norm.weight if m.rmsnorm else None, rmsnorm_eps=1e-5, outproj_weight=m.out_proj.weight,
-        outproj_bias=m.out_proj.bias, headdim=4, ngroups=m.ngroups, norm_before_gate=m.norm_before_gate)
+        m.in_proj(x),
+        m.conv1d.weight.squeeze(1),
+        m.conv1d.bias,
+        m.dt_bias,
+        -torch.exp(m.A_log.float()),
+        m.D.view(4, 4) if m.D_has_hdim else m.D,
+        256,
+        dt_limit=m.dt_limit,
+        rmsnorm_weight=m.norm.weight if m.rmsnorm else None,
+        rmsnorm_eps=1e-5,
+        outproj_weight=m.out_proj.weight,
+        outproj_bias=m.out_proj.bias,
+        headdim=4,
+        ngroups=m.ngroups,
+        norm_before_gate=m.norm_before_gate,
+    )
     same([m(x)], [want])
     same(gradients(m(x), (x, *m.parameters())), gradients(want, (x, *m.parameters())))
 
@@ -110,8 +127,9 @@ def test_a_block_of_mamba2_runs_under_autocast(installed):
     from mamba_ssm.models.mixer_seq_simple import create_block
 
     torch.manual_seed(0)
-    block = create_block(16, ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8}, rms_norm=True, fused_add_norm=True, residual_in_fp32=True,
-                         layer_idx=2)
+    block = create_block(
+        16, ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8}, rms_norm=True, fused_add_norm=True, residual_in_fp32=True, layer_idx=2
+    )
     assert type(block.mixer) is Mamba2 and block.mixer.layer_idx == 2
     x = torch.randn(2, 30, 16)
     with torch.autocast("cpu", torch.bfloat16):

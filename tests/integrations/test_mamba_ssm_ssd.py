@@ -51,8 +51,15 @@ def scan_inputs(b=2, l=7, h=4, p=3, g=2, n=5):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("options", [{}, {"D": (4,), "dt_bias": (4,), "dt_softplus": True}, {"D": (4, 3), "z": (2, 7, 4, 3)},
-                                     {"z": (2, 7, 4, 3), "dt_softplus": True, "dt_limit": (0.4, 0.9), "initial_states": (2, 4, 3, 5)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"D": (4,), "dt_bias": (4,), "dt_softplus": True},
+        {"D": (4, 3), "z": (2, 7, 4, 3)},
+        {"z": (2, 7, 4, 3), "dt_softplus": True, "dt_limit": (0.4, 0.9), "initial_states": (2, 4, 3, 5)},
+    ],
+)
 def test_mamba_chunk_scan_combined_is_the_recurrence(installed, groups, options):
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -78,10 +85,15 @@ def test_the_scan_takes_its_arguments_in_upstreams_order(installed):
 
 
 @pytest.mark.parametrize("beside", [0, 3])
-@pytest.mark.parametrize("options", [
-    {"headdim": 3}, {"headdim": 3, "activation": None, "ngroups": 2, "outproj": True, "dt_limit": (0.2, 0.9)},
-    {"rmsnorm": True, "ngroups": 2, "outproj": True, "initial": True}, {"headdim": 3, "rmsnorm": True, "norm_before_gate": False, "ngroups": 2},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"headdim": 3},
+        {"headdim": 3, "activation": None, "ngroups": 2, "outproj": True, "dt_limit": (0.2, 0.9)},
+        {"rmsnorm": True, "ngroups": 2, "outproj": True, "initial": True},
+        {"headdim": 3, "rmsnorm": True, "norm_before_gate": False, "ngroups": 2},
+    ],
+)
 def test_mamba_split_conv1d_scan_combined_is_its_formula(installed, options, beside):
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
@@ -96,8 +108,19 @@ def test_mamba_split_conv1d_scan_combined_is_its_formula(installed, options, bes
 
     first, second, z, u, dt = zxbcdt.split([beside, beside, inner, inner + 2 * rows, h], -1)
     x, B, C = convolved(u, weight, bias, given.get("activation", "silu")).split([inner, rows, rows], -1)
-    y, last = recurrence(x.unflatten(-1, (h, p)), dt, A, B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n)), D, None, dt_bias, state, True,
-                         given.get("dt_limit", (0.0, float("inf"))))
+    y, last = recurrence(
+        x.unflatten(-1, (h, p)),
+        dt,
+        A,
+        B.unflatten(-1, (g, n)),
+        C.unflatten(-1, (g, n)),
+        D,
+        None,
+        dt_bias,
+        state,
+        True,
+        given.get("dt_limit", (0.0, float("inf"))),
+    )
     y = y.flatten(-2)
     if not rms:
         y = y * F.silu(z)
@@ -108,8 +131,21 @@ def test_mamba_split_conv1d_scan_combined_is_its_formula(installed, options, bes
     y = torch.cat([F.silu(first) * second, y], -1)
     want = y @ out_weight.T + out_bias if projected else y
 
-    got, state_out = mamba_split_conv1d_scan_combined(zxbcdt, weight, bias, dt_bias, A, D, 256, state, return_final_states=True, rmsnorm_weight=norm,
-                                                      outproj_weight=out_weight, outproj_bias=out_bias, **given)
+    got, state_out = mamba_split_conv1d_scan_combined(
+        zxbcdt,
+        weight,
+        bias,
+        dt_bias,
+        A,
+        D,
+        256,
+        state,
+        return_final_states=True,
+        rmsnorm_weight=norm,
+        outproj_weight=out_weight,
+        outproj_bias=out_bias,
+        **given,
+    )
     same([got, state_out], [want, last])
     leaves = [t for t in (zxbcdt, weight, bias, dt_bias, A, D, state, norm, out_weight, out_bias) if t is not None]
     same(gradients(got, leaves), gradients(want, leaves))
@@ -144,8 +180,21 @@ def test_selective_state_update_steps_through_mamba_2(installed, gated):
     want = mamba_chunk_scan_combined(x, dt, A, B, C, 64, D, z if gated else None, bias, dt_softplus=True, return_final_states=True)
     state, wide = torch.zeros(2, 4, 3, 5, dtype=DOUBLE), (4, 3)
     rates, D, bias = A[:, None, None].expand(4, 3, 5), D[:, None].expand(wide), bias[:, None].expand(wide)
-    outs = [selective_state_update(state, x[:, t], dt[:, t, :, None].expand(2, *wide), rates, B[:, t], C[:, t], D, z=z[:, t] if gated else None,
-                                   dt_bias=bias, dt_softplus=True) for t in range(7)]
+    outs = [
+        selective_state_update(
+            state,
+            x[:, t],
+            dt[:, t, :, None].expand(2, *wide),
+            rates,
+            B[:, t],
+            C[:, t],
+            D,
+            z=z[:, t] if gated else None,
+            dt_bias=bias,
+            dt_softplus=True,
+        )
+        for t in range(7)
+    ]
     same([torch.stack(outs, 1), state], want)
 
 
@@ -188,13 +237,14 @@ def test_gated_norms_keep_the_dtype_and_name_what_does_not_fit(installed):
         layer.bias.add_(1), layer.weight.zero_()
     layer.reset_parameters()
     same([layer(x)], [F.layer_norm(x, (8,))], 1e-5)
-    for bad, message in (({"group_size": 3}, "group_size: expected a divisor of the 8 channels, got 3"),
-                         ({"z": z[:1]}, r"z: expected \(2, 3, 8\), got \(1, 3, 8\)")):
+    for bad, message in (
+        ({"group_size": 3}, "group_size: expected a divisor of the 8 channels, got 3"),
+        ({"z": z[:1]}, r"z: expected \(2, 3, 8\), got \(1, 3, 8\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             rmsnorm_fn(x, norm.weight, None, **bad)
     with pytest.raises(ValueError, match=r"weight: expected \(8,\)"):
         rmsnorm_fn(x, torch.ones(1), None)
-
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------------------
@@ -204,8 +254,10 @@ def test_packed_sequences_are_refused_by_name(installed):
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 
     x, packed = torch.randn(1, 6, 8), torch.zeros(1, 6, dtype=torch.int32)
-    for function, arguments, names in ((mamba_chunk_scan_combined, (*scan_inputs(), 64), ("seq_idx", "cu_seqlens")),
-                                       (mamba_split_conv1d_scan_combined, (x, x[0], None, None, None, x, 64), ("seq_idx",))):
+    for function, arguments, names in (
+        (mamba_chunk_scan_combined, (*scan_inputs(), 64), ("seq_idx", "cu_seqlens")),
+        (mamba_split_conv1d_scan_combined, (x, x[0], None, None, None, x, 64), ("seq_idx",)),
+    ):
         for name in names:
             with pytest.raises(NotImplementedError, match=rf"^{name}: expected None \(it is not in this release of medssm\), got a tensor$"):
                 function(*arguments, **{name: packed})
@@ -222,10 +274,14 @@ def test_wrong_arguments_are_named(installed):
     for wrong, message in (
         (lambda: mamba_chunk_scan_combined(x, dt[..., :3], A, B, C, 64), r"dt: expected \(2, 7, 4\), got \(2, 7, 3\)"),
         (lambda: mamba_split_conv1d_scan_combined(torch.randn(2, 7, 38), torch.randn(22, 4), None, *rest), "headdim: expected the size of a head"),
-        (lambda: mamba_split_conv1d_scan_combined(torch.randn(2, 7, 39), torch.randn(22, 4), None, *rest, headdim=3),
-         r"zxbcdt: expected \(b, l, 2m \+ 12 \+ 22 \+ 4\).*got \(2, 7, 39\)"),
-        (lambda: mamba_split_conv1d_scan_combined(torch.randn(2, 7, 38), torch.randn(22, 4), None, *rest, headdim=3, activation="gelu"),
-         "activation: expected None, 'silu' or 'swish', got 'gelu'"),
+        (
+            lambda: mamba_split_conv1d_scan_combined(torch.randn(2, 7, 39), torch.randn(22, 4), None, *rest, headdim=3),
+            r"zxbcdt: expected \(b, l, 2m \+ 12 \+ 22 \+ 4\).*got \(2, 7, 39\)",
+        ),
+        (
+            lambda: mamba_split_conv1d_scan_combined(torch.randn(2, 7, 38), torch.randn(22, 4), None, *rest, headdim=3, activation="gelu"),
+            "activation: expected None, 'silu' or 'swish', got 'gelu'",
+        ),
         (lambda: ssd_minimal_discrete(x, A, B, C, 4), r"A: expected \(2, 7, 4\), got \(4,\)"),
         (lambda: ssd_minimal_discrete(x, dt, B[:, :, :2], C, 4), r"B: expected \(2, 7, 4, 5\), got \(2, 7, 2, 5\)"),
         (lambda: ssd_minimal_discrete(x, dt, B, C, 4, torch.zeros(2, 4, 3, 5)), r"initial_states: expected \(2, 1, 4, 3, 5\)"),

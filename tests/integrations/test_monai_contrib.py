@@ -12,8 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def python(*arguments, **environment):
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT / "contrib/monai", env={**os.environ, "PYTHONPATH": paths, **environment},
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT / "contrib/monai",
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_its_own_tests_pass():

@@ -17,8 +17,16 @@ from tests.models.test_models import CLASSIFIERS, SINGLE, SMALL
 FILES = Path(__file__).with_name("nnunet")
 GENERATIONS = ("new", "old")
 OPTIONS = {**SMALL, **SINGLE, "umamba_bot": {}, "umamba_enc": {}, "medssm_unet": {}}  # {}: the plans' lists
-OLD_KEYS = {"UNet_class_name", "UNet_base_num_features", "unet_max_num_features", "n_conv_per_stage_encoder", "n_conv_per_stage_decoder",
-            "num_pool_per_axis", "pool_op_kernel_sizes", "conv_kernel_sizes"}
+OLD_KEYS = {
+    "UNet_class_name",
+    "UNet_base_num_features",
+    "unet_max_num_features",
+    "n_conv_per_stage_encoder",
+    "n_conv_per_stage_decoder",
+    "num_pool_per_axis",
+    "pool_op_kernel_sizes",
+    "conv_kernel_sizes",
+}
 
 
 def plans(generation="new"):
@@ -33,8 +41,14 @@ def rewritten(tmp_path_factory):
     def write(model, *configurations, generation="new", **options):
         key = json.dumps((model, configurations, generation, options))
         if key not in done:
-            told = rewrite(plans(generation), model, folder / f"{len(done)}.json", configurations=configurations, name="new",
-                           options=options or OPTIONS.get(model))
+            told = rewrite(
+                plans(generation),
+                model,
+                folder / f"{len(done)}.json",
+                configurations=configurations,
+                name="new",
+                options=options or OPTIONS.get(model),
+            )
             done[key] = json.loads(Path(told["plans"]).read_text()), told
         return copy.deepcopy(done[key])
 
@@ -175,8 +189,13 @@ def test_options_win_over_the_plans(tmp_path, rewritten):
     new, _ = rewritten("umamba_bot", "3d_fullres", features=[6, 12, 18], blocks=1)
     network = built(new["configurations"]["3d_fullres"], True)
     assert network.encoder.output_channels == [6, 12, 18] and network.encoder.strides == [(1, 1, 1), (1, 2, 2), (2, 2, 2)]
-    rewrite(plans(), "medssm_unet", tmp_path / "tiny.json", configurations=["3d_fullres"],
-            options={"size": "tiny", "strides": [1, [1, 2, 2], 2, [1, 2, 2], 1]})
+    rewrite(
+        plans(),
+        "medssm_unet",
+        tmp_path / "tiny.json",
+        configurations=["3d_fullres"],
+        options={"size": "tiny", "strides": [1, [1, 2, 2], 2, [1, 2, 2], 1]},
+    )
     network = built(json.loads((tmp_path / "tiny.json").read_text())["configurations"]["3d_fullres"], True)
     assert network.encoder.strides[1] == (1, 2, 2) and len(network(torch.randn(1, 1, 10, 32, 24))) == 4
 
@@ -252,21 +271,24 @@ def test_path_prints_a_folder_of_nothing_but_trainers(capsys):
     assert trainers == ["nnUNetTrainerMedssm", "nnUNetTrainerMedssmNoDeepSupervision", "nnUNetTrainerMedssmShort"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--model", "unet"], r"model: expected one of .*umamba_bot.*, got 'unet'"),
-    (["--model", "umamba_bot", "--configuration", "3d_lowres"], "configuration: expected one of 2d, 3d_fullres, .*, got '3d_lowres'"),
-    (["--model", "umamba_bot", "width=3"], "width: expected one of umamba_bot's options"),
-    (["--model", "umamba_bot", "deep_supervision=true"], "deep_supervision: expected an option of the model, got one that nnU-Net sets"),
-    (["--model", "umamba_bot", "features"], "options: expected key=value, got 'features'"),
-    (["--model", "umamba_bot", "features=[4,8,8,8,8]"], "strides: expected 5 entries"),
-    (["--model", "umamba_bot", "features=wide"], "features: expected a list with one entry per stage, got 'wide'"),
-    (["--model", "umamba_bot", "features=[4,-8,16]", "--configuration", "2d"], r"2d: umamba_bot does not take the options .*-8"),
-    (["--model", "umamba_bot", "blocks=two", "--configuration", "2d"], "2d: umamba_bot does not take the options .*two"),
-    (["--model", "umamba_bot", "--name", "a__b"], "name: expected letters.*got 'a__b'"),
-    (["--model", "umamba_bot", "--out", plans(), "--overwrite"], "expected a new file, got one that exists"),
-    (["--model", "umamba_bot", "--out", plans("old")], "expected a new file, got one that exists .--overwrite"),
-    ([], "--model: expected a value, got none"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "unet"], r"model: expected one of .*umamba_bot.*, got 'unet'"),
+        (["--model", "umamba_bot", "--configuration", "3d_lowres"], "configuration: expected one of 2d, 3d_fullres, .*, got '3d_lowres'"),
+        (["--model", "umamba_bot", "width=3"], "width: expected one of umamba_bot's options"),
+        (["--model", "umamba_bot", "deep_supervision=true"], "deep_supervision: expected an option of the model, got one that nnU-Net sets"),
+        (["--model", "umamba_bot", "features"], "options: expected key=value, got 'features'"),
+        (["--model", "umamba_bot", "features=[4,8,8,8,8]"], "strides: expected 5 entries"),
+        (["--model", "umamba_bot", "features=wide"], "features: expected a list with one entry per stage, got 'wide'"),
+        (["--model", "umamba_bot", "features=[4,-8,16]", "--configuration", "2d"], r"2d: umamba_bot does not take the options .*-8"),
+        (["--model", "umamba_bot", "blocks=two", "--configuration", "2d"], "2d: umamba_bot does not take the options .*two"),
+        (["--model", "umamba_bot", "--name", "a__b"], "name: expected letters.*got 'a__b'"),
+        (["--model", "umamba_bot", "--out", plans(), "--overwrite"], "expected a new file, got one that exists"),
+        (["--model", "umamba_bot", "--out", plans("old")], "expected a new file, got one that exists .--overwrite"),
+        ([], "--model: expected a value, got none"),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = [file.read_bytes() for file in sorted(FILES.glob("*.json"))]
@@ -276,19 +298,24 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tmp_path, 
     assert before == [file.read_bytes() for file in sorted(FILES.glob("*.json"))]
 
 
-@pytest.mark.parametrize("text, message", [
-    (plans().read_text()[:300], "not JSON"),
-    ("[1, 2]", "expected nnU-Net's plans"),
-    ('{"plans_name": "a", "configurations": []}', "expected nnU-Net's plans"),
-    ('{"plans_name": "a", "configurations": {"2d": 5}}', "expected nnU-Net's plans"),
-    ('{"plans_name": "a", "configurations": {}}', "expected a configuration with a network of its own, got none"),
-    ('{"plans_name": "a", "configurations": {"2d": {"patch_size": [8, 8], "batch_size": 2}}}', "2d: expected the lists of nnU-Net's U-Net"),
-    ('{"plans_name": "a", "configurations": {"2d": {"inherits_from": "3d", "patch_size": [8, 8]}}}', "2d: expected to inherit from another"),
-    (plans().read_text().replace("[36, 32]", "[36, 32, 32]"), "2d: expected one entry of each list per stage and per axis"),
-    (plans().read_text().replace('"dynamic_network_architectures.architectures.unet.PlainConvUNet"', '"medssm.integrations.nnunet.Network"'),
-     "start from the plans that nnU-Net wrote"),
-    (None, "No such file"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (plans().read_text()[:300], "not JSON"),
+        ("[1, 2]", "expected nnU-Net's plans"),
+        ('{"plans_name": "a", "configurations": []}', "expected nnU-Net's plans"),
+        ('{"plans_name": "a", "configurations": {"2d": 5}}', "expected nnU-Net's plans"),
+        ('{"plans_name": "a", "configurations": {}}', "expected a configuration with a network of its own, got none"),
+        ('{"plans_name": "a", "configurations": {"2d": {"patch_size": [8, 8], "batch_size": 2}}}', "2d: expected the lists of nnU-Net's U-Net"),
+        ('{"plans_name": "a", "configurations": {"2d": {"inherits_from": "3d", "patch_size": [8, 8]}}}', "2d: expected to inherit from another"),
+        (plans().read_text().replace("[36, 32]", "[36, 32, 32]"), "2d: expected one entry of each list per stage and per axis"),
+        (
+            plans().read_text().replace('"dynamic_network_architectures.architectures.unet.PlainConvUNet"', '"medssm.integrations.nnunet.Network"'),
+            "start from the plans that nnU-Net wrote",
+        ),
+        (None, "No such file"),
+    ],
+)
 def test_bad_plans_are_one_line(text, message, tmp_path, capsys):
     if text is not None:
         (tmp_path / "plans.json").write_text(text)

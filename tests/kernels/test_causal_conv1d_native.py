@@ -45,8 +45,7 @@ def test_equals_the_reference(isa, width, length):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("starts", [[0, 1, 2, 3, 4], [0, 5], [2], [STEPS], [STEPS - 1, STEPS + 1], [2 * STEPS - 1],
-                                    [*range(0, 2 * STEPS, 7)]])
+@pytest.mark.parametrize("starts", [[0, 1, 2, 3, 4], [0, 5], [2], [STEPS], [STEPS - 1, STEPS + 1], [2 * STEPS - 1], [*range(0, 2 * STEPS, 7)]])
 def test_taps_begin_anew_at_every_start(starts, reverse):
     length = 2 * STEPS
     x, weight, bias, initial = inputs(1, length, 5, 4)

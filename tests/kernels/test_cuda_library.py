@@ -15,8 +15,18 @@ from tests.kernels import resources
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 built = pytest.mark.skipif(not cuda.path().is_file() or cuda.EMULATED, reason="no nvcc here: the CUDA library was not built")
-KERNELS = {"local": 6, "apply": 6, "local_adjoint": 6, "apply_adjoint": 6, "carry": 4, "forward": 4, "backward": 2, "backward_any": 2, "convolve": 4,
-           "weights": 4}
+KERNELS = {
+    "local": 6,
+    "apply": 6,
+    "local_adjoint": 6,
+    "apply_adjoint": 6,
+    "carry": 4,
+    "forward": 4,
+    "backward": 2,
+    "backward_any": 2,
+    "convolve": 4,
+    "weights": 4,
+}
 
 
 def ask(expression: str, **environment: str) -> str:

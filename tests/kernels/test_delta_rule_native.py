@@ -55,8 +55,21 @@ def test_equals_the_reference_at_every_width(isa, dk, dv):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("starts", [[0, 1, 2, 3, 4], [0, 5], [2], [TILE], [TILE - 1, TILE + 1], [CHUNK - 1], [CHUNK], [CHUNK + 1, CHUNK + 2],
-                                    [2 * CHUNK - 1], [*range(0, 2 * CHUNK, 7)]])
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [0, 1, 2, 3, 4],
+        [0, 5],
+        [2],
+        [TILE],
+        [TILE - 1, TILE + 1],
+        [CHUNK - 1],
+        [CHUNK],
+        [CHUNK + 1, CHUNK + 2],
+        [2 * CHUNK - 1],
+        [*range(0, 2 * CHUNK, 7)],
+    ],
+)
 def test_the_state_begins_anew_at_every_start(starts, reverse):
     length = 2 * CHUNK
     index = torch.randperm(length, generator=torch.Generator().manual_seed(0))

@@ -33,10 +33,22 @@ def check(x, weight, bias, activation, dout, tolerance):
             assert error < tolerance, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("spatial, kernel", [
-    *[(s, (3, 3, 3)) for s in VOLUMES], ((5, 6, 9), (1, 5, 7)), ((6, 5, 11), (5, 3, 1)), ((4, 5, 12), (7, 1, 9)), ((2, 3, 2), (5, 7, 11)),
-    *[(s, (3, 3)) for s in IMAGES], *[(s, (7, 7)) for s in IMAGES], ((20, 30), (5, 5)), ((6, 9), (1, 3)),
-    *[(s, (3,)) for s in SEQUENCES], *[(s, (9,)) for s in SEQUENCES]])
+@pytest.mark.parametrize(
+    "spatial, kernel",
+    [
+        *[(s, (3, 3, 3)) for s in VOLUMES],
+        ((5, 6, 9), (1, 5, 7)),
+        ((6, 5, 11), (5, 3, 1)),
+        ((4, 5, 12), (7, 1, 9)),
+        ((2, 3, 2), (5, 7, 11)),
+        *[(s, (3, 3)) for s in IMAGES],
+        *[(s, (7, 7)) for s in IMAGES],
+        ((20, 30), (5, 5)),
+        ((6, 9), (1, 3)),
+        *[(s, (3,)) for s in SEQUENCES],
+        *[(s, (9,)) for s in SEQUENCES],
+    ],
+)
 def test_equals_the_reference(isa, spatial, kernel):
     x, weight, bias, dout = inputs(2, spatial, 19, kernel)
     check(x, weight, bias, "silu", dout, 1e-12)
@@ -68,7 +80,7 @@ def test_outputs_written_past_the_caches_are_complete():
     large = [native.forward(x, weight, bias, "silu"), native.backward(dout, x, weight, bias, "silu")[0]]
     upper = [native.forward(x[:, :8], weight, bias, "silu"), native.backward(dout[:, :8], x[:, :8], weight, bias, "silu")[0]]
     for whole, part, halo in zip(large, upper, (1, 2), strict=True):
-        assert torch.equal(whole[:, :8 - halo], part[:, :8 - halo])
+        assert torch.equal(whole[:, : 8 - halo], part[:, : 8 - halo])
 
 
 def test_empty_tensors():

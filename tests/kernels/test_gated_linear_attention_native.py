@@ -15,8 +15,10 @@ TILE, EXACT = 64, 1024  # steps of a tile, and between two exact sums of the dec
 def inputs(batch, length, heads, dk, dv, per_key, dtype=torch.float64, initial=True, scale=1.0):
     g = torch.Generator().manual_seed(length * 31 + dk)
     tokens = (batch, length, heads)
-    q, k, v, decay, state = (torch.randn(s, generator=g, dtype=torch.float64) for s in (
-        (*tokens, dk), (*tokens, dk), (*tokens, dv), (*tokens, dk) if per_key else tokens, (batch, heads, dk, dv)))
+    q, k, v, decay, state = (
+        torch.randn(s, generator=g, dtype=torch.float64)
+        for s in ((*tokens, dk), (*tokens, dk), (*tokens, dv), (*tokens, dk) if per_key else tokens, (batch, heads, dk, dv))
+    )
     q, k, v, decay, state = (t.to(dtype) for t in (q, k, v, -scale * decay.abs(), state))
     return q, k, v, decay, state if initial else None
 
@@ -91,7 +93,11 @@ def test_threads_share_the_lanes_of_a_head():
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append([*native.forward(*tensors[:4], 1.0, None, None, False, tensors[4], True),
-                        *native.backward(tensors[2], None, *tensors[:4], 1.0, None, None, False, tensors[4])])
+        results.append(
+            [
+                *native.forward(*tensors[:4], 1.0, None, None, False, tensors[4], True),
+                *native.backward(tensors[2], None, *tensors[:4], 1.0, None, None, False, tensors[4]),
+            ]
+        )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

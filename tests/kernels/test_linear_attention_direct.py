@@ -17,7 +17,7 @@ def test_equals_the_reference_with_any_number_of_threads(isa, dtype, tolerance, 
     width = LANES[isa] * 4 // dtype.itemsize
     generator = torch.Generator().manual_seed(length)
     q = torch.randn(2, 4, length, width + 3, generator=generator, dtype=dtype)[..., :width].transpose(1, 2)
-    k, v = (torch.randn(2, length, heads, width, generator=generator, dtype=dtype)[:, :, ::heads // 2] for heads in (2, 4))
+    k, v = (torch.randn(2, length, heads, width, generator=generator, dtype=dtype)[:, :, :: heads // 2] for heads in (2, 4))
     feature_map, normalize = features
     options = (None, None, None, None, feature_map, False, normalize, 0.7, 0.5, None, None, False)
     results = []

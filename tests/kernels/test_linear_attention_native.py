@@ -23,8 +23,10 @@ def inputs(length, groups=1, dk=6, dv=5, *, batch=1, per_group=1, q_length=None,
     def normal(*shape):
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
-    q, k, v = (normal(batch, n, h, d).to(dtype) for n, h, d in (
-        (length if q_length is None else q_length, groups * per_group, dk), (length, groups, dk), (length, groups, dv)))
+    q, k, v = (
+        normal(batch, n, h, d).to(dtype)
+        for n, h, d in ((length if q_length is None else q_length, groups * per_group, dk), (length, groups, dk), (length, groups, dv))
+    )
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     angles = 3 * normal(length, groups, dk // 2).repeat_interleave(2, -1)
     turn = [angles.cos().to(compute), angles.sin().to(compute)] if rotary and dk % 2 == 0 else [None, None]
@@ -125,9 +127,25 @@ def test_groups_on_both_sides_of_a_block(groups, per_group, causal):
 
 
 STARTS = [
-    [*range(4)], [5], [TILE - 1], [TILE], [TILE + 1], [2 * TILE - 1, 2 * TILE + 1], [2 * TILE], [SEGMENT - 1], [SEGMENT], [SEGMENT + 1],
-    [SEGMENT, 2 * SEGMENT], [SEGMENT - 1, SEGMENT + 1], [2 * SEGMENT - 1, 2 * SEGMENT, 2 * SEGMENT + 1], [2 * SEGMENT + 5], [2 * SEGMENT + 75],
-    [*range(SEGMENT - 4, SEGMENT + 4)], [*range(0, 2 * SEGMENT + 76, 7)], [*range(0, 2 * SEGMENT + 76, TILE)]]
+    [*range(4)],
+    [5],
+    [TILE - 1],
+    [TILE],
+    [TILE + 1],
+    [2 * TILE - 1, 2 * TILE + 1],
+    [2 * TILE],
+    [SEGMENT - 1],
+    [SEGMENT],
+    [SEGMENT + 1],
+    [SEGMENT, 2 * SEGMENT],
+    [SEGMENT - 1, SEGMENT + 1],
+    [2 * SEGMENT - 1, 2 * SEGMENT, 2 * SEGMENT + 1],
+    [2 * SEGMENT + 5],
+    [2 * SEGMENT + 75],
+    [*range(SEGMENT - 4, SEGMENT + 4)],
+    [*range(0, 2 * SEGMENT + 76, 7)],
+    [*range(0, 2 * SEGMENT + 76, TILE)],
+]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -177,10 +195,10 @@ def test_a_query_that_is_not_a_number_spoils_its_own_row_alone(causal):
     """Rows of an earlier tile lie behind a short one's tokens, where they are read and must not be used."""
     tensors, options = inputs(2 * TILE + 3), ("elu", causal, True, 1.0, 1e-6, None, None, False)
     want = native.forward(*tensors, *options)[0]
-    tensors[0][:, TILE - 8:TILE] = torch.nan
+    tensors[0][:, TILE - 8 : TILE] = torch.nan
     got = native.forward(*tensors, *options)[0]
-    assert got[:, TILE - 8:TILE].isnan().all()
-    assert torch.equal(got[:, :TILE - 8], want[:, :TILE - 8]) and torch.equal(got[:, TILE:], want[:, TILE:])
+    assert got[:, TILE - 8 : TILE].isnan().all()
+    assert torch.equal(got[:, : TILE - 8], want[:, : TILE - 8]) and torch.equal(got[:, TILE:], want[:, TILE:])
 
 
 @both
@@ -223,7 +241,7 @@ def test_large_results_are_written_past_the_caches_to_the_same_bits(causal):
     dout = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0))
     got = [*outputs, *native.backward(dout, None, None, *outputs[1:], *tensors, *options, None, None, False)]
     for i in (0, 20, 47):
-        one = [t if j in (3, 4) else t[i:i + 1] for j, t in enumerate(tensors)]
+        one = [t if j in (3, 4) else t[i : i + 1] for j, t in enumerate(tensors)]
         alone = native.forward(*one, *options, None, None, False)
-        alone = [*alone, *native.backward(dout[i:i + 1], None, None, *alone[1:], *one, *options, None, None, False)]
-        assert all(torch.equal(a[i:i + 1], b) for a, b in zip(got, alone, strict=True))
+        alone = [*alone, *native.backward(dout[i : i + 1], None, None, *alone[1:], *one, *options, None, None, False)]
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(got, alone, strict=True))

@@ -27,9 +27,16 @@ def delta():
 
 
 def ssd():
-    return {"x": draw(1, LENGTH, 2, 16, seed=0), "dt": draw(1, LENGTH, 2, seed=1), "A": torch.tensor([-1.0, -16.0]),
-            "B": draw(1, LENGTH, 1, 16, seed=2), "C": draw(1, LENGTH, 1, 16, seed=3), "D": draw(2, seed=4), "z": draw(1, LENGTH, 2, 16, seed=5),
-            "dt_bias": draw(2, seed=6) - 4}
+    return {
+        "x": draw(1, LENGTH, 2, 16, seed=0),
+        "dt": draw(1, LENGTH, 2, seed=1),
+        "A": torch.tensor([-1.0, -16.0]),
+        "B": draw(1, LENGTH, 1, 16, seed=2),
+        "C": draw(1, LENGTH, 1, 16, seed=3),
+        "D": draw(2, seed=4),
+        "z": draw(1, LENGTH, 2, 16, seed=5),
+        "dt_bias": draw(2, seed=6) - 4,
+    }
 
 
 CASES = {

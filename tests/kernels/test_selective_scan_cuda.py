@@ -27,9 +27,16 @@ def inputs(length, channels, state, dtype=torch.float32, rank=None, groups=1):
         return torch.randn(shape, generator=g).to(dtype).to(cuda.DEVICE)
 
     tensors = {
-        "u": normal(2, length, channels), "delta": normal(2, length, rank or channels), "B": normal(2, length, groups, state),
-        "C": normal(2, length, groups, state), "D": normal(channels), "z": normal(2, length, channels), "delta_bias": normal(channels),
-        "initial_state": normal(2, channels, state), "A": -torch.rand(channels, state, generator=g).to(dtype).to(cuda.DEVICE)}
+        "u": normal(2, length, channels),
+        "delta": normal(2, length, rank or channels),
+        "B": normal(2, length, groups, state),
+        "C": normal(2, length, groups, state),
+        "D": normal(channels),
+        "z": normal(2, length, channels),
+        "delta_bias": normal(channels),
+        "initial_state": normal(2, channels, state),
+        "A": -torch.rand(channels, state, generator=g).to(dtype).to(cuda.DEVICE),
+    }
     return tensors | ({} if rank is None else {"delta_proj": normal(channels, rank)})
 
 

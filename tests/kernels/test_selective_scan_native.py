@@ -10,7 +10,7 @@ import torch
 
 from medssm.kernels.selective_scan import native, plan, reference
 
-TILE = 64    # steps that the kernel takes at a time (csrc/selective_scan/problem.h)
+TILE = 64  # steps that the kernel takes at a time (csrc/selective_scan/problem.h)
 ROUND = 1024  # steps between barriers, at most
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_proj", "initial_state")
@@ -58,8 +58,7 @@ class Problem:
         given = {k: t for k, t in leaves.tensors.items() if t is not None}
         dout, dstate = (t.to(dtype) for t in self.cotangents())
         gradients = torch.autograd.grad(outputs, list(given.values()), (dout, dstate), allow_unused=True, materialize_grads=True)
-        return dict(zip(("out", "state"), (o.detach() for o in outputs), strict=True)) | {
-            f"d{k}": g for k, g in zip(given, gradients, strict=True)}
+        return dict(zip(("out", "state"), (o.detach() for o in outputs), strict=True)) | {f"d{k}": g for k, g in zip(given, gradients, strict=True)}
 
 
 def problem(batch=2, length=150, channels=21, state=16, groups=1, rank=0, absent=(), seed=0, **walk) -> Problem:
@@ -69,10 +68,17 @@ def problem(batch=2, length=150, channels=21, state=16, groups=1, rank=0, absent
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     tensors = {
-        "u": n(batch, length, channels), "delta": n(batch, length, rank or channels),
-        "A": -4 * torch.rand((channels, state), generator=g, dtype=torch.float64), "B": n(batch, length, groups, state),
-        "C": n(batch, length, groups, state), "D": n(channels), "z": n(batch, length, channels), "delta_bias": n(channels),
-        "delta_proj": n(channels, rank) / rank**0.5 if rank else None, "initial_state": n(batch, channels, state)}
+        "u": n(batch, length, channels),
+        "delta": n(batch, length, rank or channels),
+        "A": -4 * torch.rand((channels, state), generator=g, dtype=torch.float64),
+        "B": n(batch, length, groups, state),
+        "C": n(batch, length, groups, state),
+        "D": n(channels),
+        "z": n(batch, length, channels),
+        "delta_bias": n(channels),
+        "delta_proj": n(channels, rank) / rank**0.5 if rank else None,
+        "initial_state": n(batch, channels, state),
+    }
     return Problem({k: None if k in absent else t for k, t in tensors.items()}, **walk)
 
 
@@ -171,8 +177,24 @@ def test_half_storage_computes_in_float32(isa, dtype, tolerance):
 
 def test_mixed_types_each_gradient_in_its_inputs_dtype():
     p = problem(length=70, channels=20, state=4)
-    types = dict(zip(NAMES, (torch.bfloat16, torch.float32, torch.float32, torch.float16, torch.float32, torch.bfloat16, torch.float32,
-                             torch.float32, torch.float32, torch.float32), strict=True))
+    types = dict(
+        zip(
+            NAMES,
+            (
+                torch.bfloat16,
+                torch.float32,
+                torch.float32,
+                torch.float16,
+                torch.float32,
+                torch.bfloat16,
+                torch.float32,
+                torch.float32,
+                torch.float32,
+                torch.float32,
+            ),
+            strict=True,
+        )
+    )
     p = p.but(**{k: t.to(types[k]) for k, t in p.tensors.items() if t is not None})
     compare(p.run(), p.reference(), 4e-3, 8e-3)
     wide = p.but(C=p.tensors["C"].double())  # one float64 input: computes in float64
@@ -257,7 +279,7 @@ def test_nothing_is_written_outside_and_everything_inside(isa, monkeypatch, chan
         size = math.prod(shape)
         buffer = torch.full((size + 2 * 256,), math.nan, dtype=dtype, device=device)
         buffers.append((buffer, size))
-        return buffer[256: 256 + size].view(shape)
+        return buffer[256 : 256 + size].view(shape)
 
     p = problem(length=90, channels=channels, state=state, rank=2).map(torch.Tensor.float)
     want = p.run()
@@ -266,7 +288,7 @@ def test_nothing_is_written_outside_and_everything_inside(isa, monkeypatch, chan
     monkeypatch.setattr(torch, "empty", plain)
     assert all(torch.equal(got[k], want[k]) for k in want)
     for buffer, size in buffers:
-        assert buffer[:256].isnan().all() and buffer[256 + size:].isnan().all() and not buffer[256: 256 + size].isnan().any()
+        assert buffer[:256].isnan().all() and buffer[256 + size :].isnan().all() and not buffer[256 : 256 + size].isnan().any()
 
 
 def test_checkpoints_depend_on_shapes_only():
@@ -287,12 +309,16 @@ def test_nothing_to_do(shape):
 # -- threads ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch, channels, length, state, rank", [
-    (1, 16, ROUND + 200, 16, 0),  # one item: halves of the state
-    (1, 3, 2 * ROUND + 1, 5, 2),  # halves of different sizes, several rounds
-    (1, 40, 300, 33, 0),          # chunks of several tiles
-    (3, 70, 130, 16, 3),          # more items than threads
-    (1, 9, 200, 1, 0)])           # nothing to halve
+@pytest.mark.parametrize(
+    "batch, channels, length, state, rank",
+    [
+        (1, 16, ROUND + 200, 16, 0),  # one item: halves of the state
+        (1, 3, 2 * ROUND + 1, 5, 2),  # halves of different sizes, several rounds
+        (1, 40, 300, 33, 0),  # chunks of several tiles
+        (3, 70, 130, 16, 3),  # more items than threads
+        (1, 9, 200, 1, 0),
+    ],
+)  # nothing to halve
 @pytest.mark.parametrize("starts", [None, [0, 3, 70, 71, 128]])
 def test_any_number_of_threads_gives_the_same_bits(isa, batch, channels, length, state, rank, starts):
     starts = None if starts is None else torch.tensor(starts)
@@ -321,10 +347,16 @@ def problem_nd(shared=True, rank=0, z=True, groups=1, k=3, length=97, channels=1
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     tensors = {
-        "x": n(2, length, channels) if shared else n(2, length, k, channels), "delta": n(2, length, k, rank or channels),
-        "A": -4 * torch.rand((k, channels, state), generator=g, dtype=torch.float64), "B": n(2, length, k, groups, state),
-        "C": n(2, length, k, groups, state), "D": n(k, channels), "z": n(2, length, channels) if z else None, "delta_bias": n(k, channels),
-        "delta_proj": n(k, channels, rank) if rank else None}
+        "x": n(2, length, channels) if shared else n(2, length, k, channels),
+        "delta": n(2, length, k, rank or channels),
+        "A": -4 * torch.rand((k, channels, state), generator=g, dtype=torch.float64),
+        "B": n(2, length, k, groups, state),
+        "C": n(2, length, k, groups, state),
+        "D": n(k, channels),
+        "z": n(2, length, channels) if z else None,
+        "delta_bias": n(k, channels),
+        "delta_proj": n(k, channels, rank) if rank else None,
+    }
     return tensors, [(None, None, False), (shuffled(length), torch.tensor([0, 10, 70]), False), (shuffled(length), None, True)][:k]
 
 
@@ -342,8 +374,11 @@ def test_several_orders_equal_the_reference(merge, shared, rank, z, groups, k, d
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     gradients = native.backward_nd(dout, checkpoints, *first, True, proj, walks, merge)
     expected = iter(torch.autograd.grad(want, [t for t in leaves if t is not None], dout.double()))
-    compare({"out": out} | dict(zip(tensors, gradients, strict=True)),
-            {"out": want.detach()} | {name: next(expected) for name, t in tensors.items() if t is not None}, tolerance)
+    compare(
+        {"out": out} | dict(zip(tensors, gradients, strict=True)),
+        {"out": want.detach()} | {name: next(expected) for name, t in tensors.items() if t is not None},
+        tolerance,
+    )
 
 
 def test_refuses_what_it_cannot_serve():

@@ -159,8 +159,16 @@ def test_orders_merge_in_place_and_in_chunks(merge, own, state):
         return torch.randn(shape, generator=g)
 
     x = n(1, 32, k, channels) if own else n(1, 32, channels)
-    tensors = [x, n(1, 32, k, channels), -torch.rand((k, channels, state), generator=g), n(1, 32, k, 1, state), n(1, 32, k, 1, state), n(k, channels),
-               n(1, 32, channels), n(k, channels)]
+    tensors = [
+        x,
+        n(1, 32, k, channels),
+        -torch.rand((k, channels, state), generator=g),
+        n(1, 32, k, 1, state),
+        n(1, 32, k, 1, state),
+        n(k, channels),
+        n(1, 32, channels),
+        n(k, channels),
+    ]
     chosen = [orders.window(3), orders.snake((1, 0))]
     walks = [(o.index(spatial), o.starts(spatial), reverse) for o, reverse in zip(chosen, (True, False), strict=True)]
     out, checkpoints = kernel.forward_nd(*tensors, True, None, walks, merge, True)
@@ -170,5 +178,9 @@ def test_orders_merge_in_place_and_in_chunks(merge, own, state):
     gradients = kernel.backward_nd(dout, checkpoints, *tensors, True, None, walks, merge)
     wanted = torch.autograd.grad(want, leaves, dout.double())
     names = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    compare({"out": out} | dict(zip((f"d{name}" for name in names), gradients, strict=False)),
-            {"out": want.detach()} | dict(zip((f"d{name}" for name in names), wanted, strict=True)), 1e-6, 1e-5)
+    compare(
+        {"out": out} | dict(zip((f"d{name}" for name in names), gradients, strict=False)),
+        {"out": want.detach()} | dict(zip((f"d{name}" for name in names), wanted, strict=True)),
+        1e-6,
+        1e-5,
+    )

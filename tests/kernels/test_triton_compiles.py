@@ -21,8 +21,18 @@ KERNELS = {
     "depthwise_conv": {"_conv", "_weights"},
     "linear_attention": {"sums", "outputs", "factors", "inputs"},
     "linear_attention_causal": {"chunk_states", "carry", "read"},
-    "delta_rule": {"inverse", "carry", "compose", "outputs", "outer", "carry_back", "pair_gradients", "query_gradients", "entry_key_gradients",
-                   "exit_key_gradients"},
+    "delta_rule": {
+        "inverse",
+        "carry",
+        "compose",
+        "outputs",
+        "outer",
+        "carry_back",
+        "pair_gradients",
+        "query_gradients",
+        "entry_key_gradients",
+        "exit_key_gradients",
+    },
 }
 
 

@@ -160,27 +160,39 @@ BF16, FLOAT = torch.bfloat16, torch.float32
 LONG = {"length": 65536, "heads": 2}
 CALLS = {
     "selective_scan": [lambda: _scan(8, BF16, True, 6)]
-    + [lambda n=n, d=d, o=o, r=r: _scan(n, d, o, r) for n, d, (o, r) in itertools.product(
-        (1, 2, 4, 8, 16, 24), (BF16, FLOAT), ((False, None), (True, None), (True, 6)))]
+    + [
+        lambda n=n, d=d, o=o, r=r: _scan(n, d, o, r)
+        for n, d, (o, r) in itertools.product((1, 2, 4, 8, 16, 24), (BF16, FLOAT), ((False, None), (True, None), (True, 6)))
+    ]
     + [lambda: _scan(16, BF16, True, channels=128), lambda: _scan(16, torch.float16, True, channels=67)],
     "selective_scan_nd": [lambda: _scan_nd(1, BF16), lambda: _scan_nd(16, BF16), lambda: _scan_nd(8, FLOAT)],
-    "bi_wkv": [lambda: _bi_wkv("upstream", BF16, True)] + [
-        lambda m=m, d=d, o=o: _bi_wkv(m, d, o) for m, d, o in itertools.product(("exact", "upstream"), (BF16, FLOAT), (False, True))],
+    "bi_wkv": [lambda: _bi_wkv("upstream", BF16, True)]
+    + [lambda m=m, d=d, o=o: _bi_wkv(m, d, o) for m, d, o in itertools.product(("exact", "upstream"), (BF16, FLOAT), (False, True))],
     "gated_linear_attention": [lambda: _gated(64, 64, True, BF16, True, **LONG), lambda: _gated(24, 40, True, FLOAT, False, **LONG)]
-    + [lambda k=k, v=v, o=o, d=d, y=y: _gated(k, v, y, d, o) for (k, v), o, d, y in itertools.product(
-        ((16, 16), (64, 128), (24, 40)), (False, True), (BF16, FLOAT), (False, True))],
-    "ssd": [lambda: _ssd(64, 64, BF16, True, **LONG)] + [lambda p=p, n=n, o=o, d=d: _ssd(p, n, d, o) for (p, n), o, d in itertools.product(
-        ((16, 16), (64, 128)), (False, True), (BF16, FLOAT))],
-    "causal_conv1d": [lambda: _causal(4, BF16, True)] + [lambda w=w, d=d, o=o: _causal(w, d, o) for w, d, o in itertools.product(
-        (1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
-    "depthwise_conv": [lambda: _depthwise(3, 3, BF16, True)] + [lambda s=s, n=n, d=d, o=o: _depthwise(s, n, d, o) for s, n, d, o in itertools.product(
-        (3, 7), (1, 2, 3), (BF16, FLOAT), (False, True))],
-    "linear_attention": [lambda: _linear(32, 32, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _linear(k, v, d, o) for (k, v), d, o in itertools.product(
-        ((16, 16), (32, 64), (40, 24)), (BF16, FLOAT), (False, True))],
-    "linear_attention_causal": [lambda: _linear(32, 32, BF16, True, True)] + [lambda k=k, v=v, o=o: _linear(k, v, FLOAT, o, True)
-        for (k, v), o in itertools.product(((16, 16), (64, 64), (40, 24)), (False, True))],
-    "delta_rule": [lambda: _delta(64, 64, BF16, True)] + [lambda k=k, v=v, d=d, o=o: _delta(k, v, d, o) for (k, v), d, o in itertools.product(
-        ((16, 16), (64, 64), (128, 128), (256, 256), (24, 40), (40, 24), (130, 100)), (BF16, FLOAT), (False, True))],
+    + [
+        lambda k=k, v=v, o=o, d=d, y=y: _gated(k, v, y, d, o)
+        for (k, v), o, d, y in itertools.product(((16, 16), (64, 128), (24, 40)), (False, True), (BF16, FLOAT), (False, True))
+    ],
+    "ssd": [lambda: _ssd(64, 64, BF16, True, **LONG)]
+    + [lambda p=p, n=n, o=o, d=d: _ssd(p, n, d, o) for (p, n), o, d in itertools.product(((16, 16), (64, 128)), (False, True), (BF16, FLOAT))],
+    "causal_conv1d": [lambda: _causal(4, BF16, True)]
+    + [lambda w=w, d=d, o=o: _causal(w, d, o) for w, d, o in itertools.product((1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
+    "depthwise_conv": [lambda: _depthwise(3, 3, BF16, True)]
+    + [lambda s=s, n=n, d=d, o=o: _depthwise(s, n, d, o) for s, n, d, o in itertools.product((3, 7), (1, 2, 3), (BF16, FLOAT), (False, True))],
+    "linear_attention": [lambda: _linear(32, 32, BF16, True)]
+    + [
+        lambda k=k, v=v, d=d, o=o: _linear(k, v, d, o)
+        for (k, v), d, o in itertools.product(((16, 16), (32, 64), (40, 24)), (BF16, FLOAT), (False, True))
+    ],
+    "linear_attention_causal": [lambda: _linear(32, 32, BF16, True, True)]
+    + [lambda k=k, v=v, o=o: _linear(k, v, FLOAT, o, True) for (k, v), o in itertools.product(((16, 16), (64, 64), (40, 24)), (False, True))],
+    "delta_rule": [lambda: _delta(64, 64, BF16, True)]
+    + [
+        lambda k=k, v=v, d=d, o=o: _delta(k, v, d, o)
+        for (k, v), d, o in itertools.product(
+            ((16, 16), (64, 64), (128, 128), (256, 256), (24, 40), (40, 24), (130, 100)), (BF16, FLOAT), (False, True)
+        )
+    ],
 }
 
 
@@ -241,8 +253,16 @@ def compiled(number: int, target: str, everything: bool, ops: list[str]) -> dict
         cubin.write_bytes(result.asm["cubin"])
         (row,) = resources.usage(cubin)
     constants = {k: v for k, v in kwargs.items() if isinstance(v, int) and k in kernel.arg_names}
-    return {"op": op, "kernel": kernel.__name__, "target": f"sm_{target}", "registers": row.registers, "stack": row.stack, "shared": row.shared,
-            "local": row.local, "constants": constants}
+    return {
+        "op": op,
+        "kernel": kernel.__name__,
+        "target": f"sm_{target}",
+        "registers": row.registers,
+        "stack": row.stack,
+        "shared": row.shared,
+        "local": row.local,
+        "constants": constants,
+    }
 
 
 def distinct(everything: bool, ops: list[str]) -> list[tuple]:

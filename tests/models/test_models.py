@@ -12,15 +12,27 @@ from medssm.nn.mixers import MIXERS
 from medssm.nn.vss import DropPath, PatchMerging
 
 # Segmentation networks with a head per level, those with one head, and classifiers; each as small as it goes.
-SMALL = {"medssm_unet": {"size": "tiny"}, "umamba_bot": {"features": (4, 8, 16)}, "umamba_enc": {"features": (4, 8, 16)},
-         "segmamba": {"features": (4, 6, 8), "depths": (1, 1, 1), "hidden": 8}, "swin_umamba": {"features": (4, 8, 16), "depths": (1, 1)},
-         "swin_umamba_d": {"features": (8, 16), "depths": (1, 1)}, "lightm_unet": {"features": 8, "depths": (1, 1, 1), "decoder_depths": (1, 1)}}
-SINGLE = {"vmunet": {"features": (8, 16), "depths": (1, 1), "decoder_depths": (1, 1)}, "ultralight_vmunet": {"features": (4, 4, 8, 8, 8, 8)},
-          "efficientvit_seg": {}}
-CLASSIFIERS = {"vmamba": {"features": (8, 16), "depths": (1, 1)}, "medmamba": {"features": (8, 16), "depths": (1, 1)},
-               "vim": {"features": 16, "depth": 2, "image_size": 32, "patch": 8},
-               "vrwkv": {"features": 16, "depth": 2, "image_size": 32, "patch": 8},
-               "mlla": {"features": (8, 16), "depths": (1, 1), "heads": (2, 2)}}
+SMALL = {
+    "medssm_unet": {"size": "tiny"},
+    "umamba_bot": {"features": (4, 8, 16)},
+    "umamba_enc": {"features": (4, 8, 16)},
+    "segmamba": {"features": (4, 6, 8), "depths": (1, 1, 1), "hidden": 8},
+    "swin_umamba": {"features": (4, 8, 16), "depths": (1, 1)},
+    "swin_umamba_d": {"features": (8, 16), "depths": (1, 1)},
+    "lightm_unet": {"features": 8, "depths": (1, 1, 1), "decoder_depths": (1, 1)},
+}
+SINGLE = {
+    "vmunet": {"features": (8, 16), "depths": (1, 1), "decoder_depths": (1, 1)},
+    "ultralight_vmunet": {"features": (4, 4, 8, 8, 8, 8)},
+    "efficientvit_seg": {},
+}
+CLASSIFIERS = {
+    "vmamba": {"features": (8, 16), "depths": (1, 1)},
+    "medmamba": {"features": (8, 16), "depths": (1, 1)},
+    "vim": {"features": 16, "depth": 2, "image_size": 32, "patch": 8},
+    "vrwkv": {"features": 16, "depth": 2, "image_size": 32, "patch": 8},
+    "mlla": {"features": (8, 16), "depths": (1, 1), "heads": (2, 2)},
+}
 ALL = SMALL | SINGLE | CLASSIFIERS
 
 
@@ -137,8 +149,12 @@ def test_deep_supervision_is_nnunets_list(name):
 
 @pytest.mark.parametrize("name", ["medssm_unet", "umamba_bot", "umamba_enc"])
 def test_anisotropic_strides(name):
-    model = build(name, 3, **({"features": (8, 8, 16), "depths": (1, 1, 1), "decoder_depths": (1, 1)} if name == "medssm_unet" else {}),
-                  strides=[(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+    model = build(
+        name,
+        3,
+        **({"features": (8, 8, 16), "depths": (1, 1, 1), "decoder_depths": (1, 1)} if name == "medssm_unet" else {}),
+        strides=[(1, 1, 1), (1, 2, 2), (2, 2, 2)],
+    )
     assert model.size_divisor == (2, 4, 4)
     assert model(torch.randn(1, 2, 6, 8, 12)).shape == (1, 3, 6, 8, 12)
 
@@ -171,9 +187,20 @@ def test_nnunets_checkpoints_are_read(tmp_path, numpy_1):
     model = build("umamba_enc", 2)
     log = {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "dice_per_class": [[np.float64(0.5)]], "epoch": np.int64(3)}
     path = tmp_path / "checkpoint_final.pth"
-    torch.save({"network_weights": model.state_dict(), "optimizer_state": {"lr": 1e-2}, "grad_scaler_state": None, "logging": log,
-                "_best_ema": np.float64(0.7), "current_epoch": 3, "init_args": {"plans": {"a": [1, 2]}, "fold": 0}, "trainer_name": "nnUNetTrainer",
-                "inference_allowed_mirroring_axes": (0, 1)}, path)
+    torch.save(
+        {
+            "network_weights": model.state_dict(),
+            "optimizer_state": {"lr": 1e-2},
+            "grad_scaler_state": None,
+            "logging": log,
+            "_best_ema": np.float64(0.7),
+            "current_epoch": 3,
+            "init_args": {"plans": {"a": [1, 2]}, "fold": 0},
+            "trainer_name": "nnUNetTrainer",
+            "inference_allowed_mirroring_axes": (0, 1),
+        },
+        path,
+    )
     if numpy_1:
         with zipfile.ZipFile(path) as archive:
             parts = {name: archive.read(name) for name in archive.namelist()}
@@ -227,10 +254,16 @@ def test_registering_a_model():
         registry._models.pop("test_identity")
 
 
-@pytest.mark.parametrize(("name", "options"), [("monai_segresnet", {"init_filters": 8}), ("monai_dynunet", {"filters": [4] * 6}),
-                                               ("monai_mednext", {"init_filters": 4, "kernel_size": 3}),
-                                               ("monai_unetr", {"img_size": 32, "hidden_size": 24, "mlp_dim": 24}),
-                                               ("monai_swin_unetr", {"feature_size": 12})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("monai_segresnet", {"init_filters": 8}),
+        ("monai_dynunet", {"filters": [4] * 6}),
+        ("monai_mednext", {"init_filters": 4, "kernel_size": 3}),
+        ("monai_unetr", {"img_size": 32, "hidden_size": 24, "mlp_dim": 24}),
+        ("monai_swin_unetr", {"feature_size": 12}),
+    ],
+)
 def test_monais_networks_for_comparison(name, options):
     model = medssm.create_model(name, 2, 2, 3, **options).eval()
     size = (32, 32) if name == "monai_unetr" else (37, 70)

@@ -32,8 +32,17 @@ def test_equals_upstream(groups, dt_limit):
 def test_has_upstreams_weights():
     shapes = {k: tuple(v.shape) for k, v in nn.Mamba2(32, d_state=16, ngroups=1, headdim=16, D_has_hdim=True, bias=True).state_dict().items()}
     assert shapes == {
-        "dt_bias": (4,), "A_log": (4,), "D": (64,), "in_proj.weight": (164, 32), "in_proj.bias": (164,), "conv1d.weight": (96, 1, 4),
-        "conv1d.bias": (96,), "norm.weight": (64,), "out_proj.weight": (32, 64), "out_proj.bias": (32,)}
+        "dt_bias": (4,),
+        "A_log": (4,),
+        "D": (64,),
+        "in_proj.weight": (164, 32),
+        "in_proj.bias": (164,),
+        "conv1d.weight": (96, 1, 4),
+        "conv1d.bias": (96,),
+        "norm.weight": (64,),
+        "out_proj.weight": (32, 64),
+        "out_proj.bias": (32,),
+    }
 
 
 def test_two_directions_are_the_mean_of_flips_before_the_norm():

@@ -60,8 +60,7 @@ class Call:
             cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o) for o in outputs]
             live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]  # an empty walk's zero state has no input
             grads = torch.autograd.grad([o for o, _ in live], list(call.tensors.values()), [c for _, c in live], allow_unused=True)
-            named |= {f"gradient of {k}": torch.zeros_like(t) if g is None else g
-                      for (k, t), g in zip(call.tensors.items(), grads, strict=True)}
+            named |= {f"gradient of {k}": torch.zeros_like(t) if g is None else g for (k, t), g in zip(call.tensors.items(), grads, strict=True)}
         return named
 
 
@@ -109,9 +108,16 @@ def permutation(length, seed):
 def any_order(draw, dims: int):
     """An Order of an image or a volume with this many dimensions."""
     axes = tuple(draw(st.permutations(range(dims))))
-    kinds = [orders.raster(axes), orders.raster(axes, reverse=True), orders.snake(axes), orders.window(draw(st.integers(1, 3)), axes),
-             orders.dilated(draw(st.integers(1, 3)), axes), orders.dilated(2, axes, reverse=True), orders.window(2, axes, reverse=True),
-             orders.interleaved(draw(st.integers(1, 4)))]
+    kinds = [
+        orders.raster(axes),
+        orders.raster(axes, reverse=True),
+        orders.snake(axes),
+        orders.window(draw(st.integers(1, 3)), axes),
+        orders.dilated(draw(st.integers(1, 3)), axes),
+        orders.dilated(2, axes, reverse=True),
+        orders.window(2, axes, reverse=True),
+        orders.interleaved(draw(st.integers(1, 4))),
+    ]
     if dims in (2, 3):
         kinds += [orders.zigzag(), orders.hilbert(reverse=True)]
     return draw(st.sampled_from(kinds))

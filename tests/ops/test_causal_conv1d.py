@@ -80,18 +80,21 @@ def test_step_equals_one_token_and_keeps_dtype(backend):
     assert torch.equal(new, torch.cat([state[..., 1:], x.unsqueeze(-1)], -1))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"weight": torch.zeros(5, 4)}, r"weight: expected \(6, 4\), got \(5, 4\)"),
-    ({"weight": torch.zeros(6, 0)}, r"weight: expected \(d, w\) with w at least 1, got \(6, 0\)"),
-    ({"weight": torch.zeros(6, 1, 4)}, r"weight: expected \(d, w\), got \(6, 1, 4\)"),
-    ({"bias": torch.zeros(4)}, r"bias: expected \(6,\), got \(4,\)"),
-    ({"initial_state": torch.zeros(2, 6, 4)}, r"initial_state: expected \(2, 6, 3\), got \(2, 6, 4\)"),
-    ({"activation": "relu"}, "activation: expected None or 'silu', got 'relu'"),
-    ({"layout": "dbl"}, "layout: expected 'bld' or 'bdl', got 'dbl'"),
-    ({"x": torch.zeros(2, 6)}, r"x: expected \(b, l, d\), got \(2, 6\)"),
-    ({"order": torch.arange(4)}, r"order: expected an int64 tensor \(5,\)"),
-    ({"backend": "cuda"}, "backend='cuda' cannot serve this causal_conv1d"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.zeros(5, 4)}, r"weight: expected \(6, 4\), got \(5, 4\)"),
+        ({"weight": torch.zeros(6, 0)}, r"weight: expected \(d, w\) with w at least 1, got \(6, 0\)"),
+        ({"weight": torch.zeros(6, 1, 4)}, r"weight: expected \(d, w\), got \(6, 1, 4\)"),
+        ({"bias": torch.zeros(4)}, r"bias: expected \(6,\), got \(4,\)"),
+        ({"initial_state": torch.zeros(2, 6, 4)}, r"initial_state: expected \(2, 6, 3\), got \(2, 6, 4\)"),
+        ({"activation": "relu"}, "activation: expected None or 'silu', got 'relu'"),
+        ({"layout": "dbl"}, "layout: expected 'bld' or 'bdl', got 'dbl'"),
+        ({"x": torch.zeros(2, 6)}, r"x: expected \(b, l, d\), got \(2, 6\)"),
+        ({"order": torch.arange(4)}, r"order: expected an int64 tensor \(5,\)"),
+        ({"backend": "cuda"}, "backend='cuda' cannot serve this causal_conv1d"),
+    ],
+)
 def test_errors_name_the_argument(change, message):
     arguments = {"x": torch.zeros(2, 5, 6), "weight": torch.zeros(6, 4), **change}
     with pytest.raises(ValueError, match=message):

@@ -87,8 +87,13 @@ def test_gradcheck(op, backend, data):
     names = list(call.tensors)
     if not next(iter(call.tensors.values())).numel():
         return
-    torch.autograd.gradcheck(lambda *ts: flat(Call(op, dict(zip(names, ts, strict=True)), call.options).run(backend)), tuple(call.tensors.values()),
-                             fast_mode=True, atol=1e-7, rtol=1e-4)
+    torch.autograd.gradcheck(
+        lambda *ts: flat(Call(op, dict(zip(names, ts, strict=True)), call.options).run(backend)),
+        tuple(call.tensors.values()),
+        fast_mode=True,
+        atol=1e-7,
+        rtol=1e-4,
+    )
 
 
 @settings(max_examples=6)
@@ -99,8 +104,13 @@ def test_reference_is_differentiable_twice(op, data):
     names = list(call.tensors)
     if not next(iter(call.tensors.values())).numel():
         return
-    torch.autograd.gradgradcheck(lambda *ts: flat(Call(op, dict(zip(names, ts, strict=True)), call.options).run("reference")),
-                                 tuple(call.tensors.values()), fast_mode=True, atol=1e-6, rtol=1e-3)
+    torch.autograd.gradgradcheck(
+        lambda *ts: flat(Call(op, dict(zip(names, ts, strict=True)), call.options).run("reference")),
+        tuple(call.tensors.values()),
+        fast_mode=True,
+        atol=1e-6,
+        rtol=1e-3,
+    )
 
 
 @every_kernel

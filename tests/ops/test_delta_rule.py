@@ -88,8 +88,9 @@ def test_a_volume_in_slabs_equals_the_whole(backend):
     whole, final = delta_rule(q, k, v, beta, g=decay, order=orders.raster(), return_final_state=True, backend=backend)
     state, slabs = None, []
     for z in (slice(0, 1), slice(1, 4), slice(4, 6)):
-        part, state = delta_rule(*(t[:, z] for t in (q, k, v, beta)), g=decay[:, z], order=orders.raster(), initial_state=state,
-                                 return_final_state=True, backend=backend)
+        part, state = delta_rule(
+            *(t[:, z] for t in (q, k, v, beta)), g=decay[:, z], order=orders.raster(), initial_state=state, return_final_state=True, backend=backend
+        )
         slabs.append(part)
     torch.testing.assert_close(torch.cat(slabs, 1), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)

@@ -19,8 +19,7 @@ def draw(*shape, seed=0):
 
 @both
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("spatial, kernel", [((19,), (5,)), ((9, 12), (3, 3)), ((9, 12), (7, 1)), ((5, 6, 7), (3, 3, 3)),
-                                             ((2, 3, 9), (5, 1, 3))])
+@pytest.mark.parametrize("spatial, kernel", [((19,), (5,)), ((9, 12), (3, 3)), ((9, 12), (7, 1)), ((5, 6, 7), (3, 3, 3)), ((2, 3, 9), (5, 1, 3))])
 def test_equals_torch_with_padding_same(backend, activation, spatial, kernel):
     x, weight, bias = draw(2, *spatial, 6), draw(6, *kernel, seed=1), draw(6, seed=2)
     conv = CONVOLUTIONS[len(spatial)]
@@ -45,17 +44,20 @@ def test_four_axes_fall_back_to_the_reference_with_a_reason():
         depthwise_conv(x, weight, backend="native")
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"weight": torch.zeros(6, 4, 3)}, r"weight: expected odd kernel sides, got \(4, 3\)"),
-    ({"weight": torch.zeros(6, 3, 0)}, r"weight: expected odd kernel sides, got \(3, 0\)"),
-    ({"weight": torch.zeros(5, 3, 3)}, r"weight: expected \(6, 3, 3\), got \(5, 3, 3\)"),
-    ({"weight": torch.zeros(6, 3)}, r"weight: expected \(d, \*kernel\) with 2 sides, got \(6, 3\)"),
-    ({"weight": torch.zeros(6, 1, 3, 3)}, r"weight: expected \(d, \*kernel\) with 2 sides, got \(6, 1, 3, 3\)"),
-    ({"bias": torch.zeros(4)}, r"bias: expected \(6,\), got \(4,\)"),
-    ({"activation": "gelu"}, "activation: expected None or 'silu', got 'gelu'"),
-    ({"x": torch.zeros(2, 6)}, r"x: expected \(b, \*spatial, d\), got \(2, 6\)"),
-    ({"backend": "triton"}, "backend='triton' cannot serve this depthwise_conv"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.zeros(6, 4, 3)}, r"weight: expected odd kernel sides, got \(4, 3\)"),
+        ({"weight": torch.zeros(6, 3, 0)}, r"weight: expected odd kernel sides, got \(3, 0\)"),
+        ({"weight": torch.zeros(5, 3, 3)}, r"weight: expected \(6, 3, 3\), got \(5, 3, 3\)"),
+        ({"weight": torch.zeros(6, 3)}, r"weight: expected \(d, \*kernel\) with 2 sides, got \(6, 3\)"),
+        ({"weight": torch.zeros(6, 1, 3, 3)}, r"weight: expected \(d, \*kernel\) with 2 sides, got \(6, 1, 3, 3\)"),
+        ({"bias": torch.zeros(4)}, r"bias: expected \(6,\), got \(4,\)"),
+        ({"activation": "gelu"}, "activation: expected None or 'silu', got 'gelu'"),
+        ({"x": torch.zeros(2, 6)}, r"x: expected \(b, \*spatial, d\), got \(2, 6\)"),
+        ({"backend": "triton"}, "backend='triton' cannot serve this depthwise_conv"),
+    ],
+)
 def test_errors_name_the_argument(change, message):
     arguments = {"x": torch.zeros(2, 5, 5, 6), "weight": torch.zeros(6, 3, 3), **change}
     with pytest.raises(ValueError, match=message):

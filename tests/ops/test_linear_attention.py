@@ -58,8 +58,9 @@ def test_equals_quadratic_attention(backend, causal, rotary):
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_feature_map_may_be_a_function(backend, causal):
     q, k, v = inputs()
-    torch.testing.assert_close(linear_attention(q, k, v, feature_map=elu, causal=causal, backend=backend),
-                               linear_attention(q, k, v, causal=causal, backend=backend))
+    torch.testing.assert_close(
+        linear_attention(q, k, v, feature_map=elu, causal=causal, backend=backend), linear_attention(q, k, v, causal=causal, backend=backend)
+    )
     wider = linear_attention(q, k, v, feature_map=lambda x: torch.cat([x.relu(), (-x).relu()], -1) + 0.1, causal=causal, backend=backend)
     assert wider.shape == v.shape
 
@@ -68,8 +69,9 @@ def test_a_feature_map_may_be_a_function(backend, causal):
 def test_the_lengths_of_q_and_k_may_differ(backend):
     q, (_, k, v) = draw(2, 7, 4, 6, seed=4), inputs()
     torch.testing.assert_close(linear_attention(q, k, v, backend=backend), quadratic(elu(q), elu(k), v, elu(q), elu(k)))
-    image = linear_attention(q[:, :6].unflatten(1, (2, 3)), k[:, :20].unflatten(1, (4, 5)), v[:, :20].unflatten(1, (4, 5)),
-                             order=medssm.orders.raster(), backend=backend)
+    image = linear_attention(
+        q[:, :6].unflatten(1, (2, 3)), k[:, :20].unflatten(1, (4, 5)), v[:, :20].unflatten(1, (4, 5)), order=medssm.orders.raster(), backend=backend
+    )
     torch.testing.assert_close(image.flatten(1, 2), linear_attention(q[:, :6], k[:, :20], v[:, :20], backend=backend))
 
 
@@ -110,8 +112,8 @@ def test_a_volume_streamed_slab_by_slab_equals_the_whole(backend, causal):
     whole, total = linear_attention(q, k, v, rotary=pair, return_final_state=True, **options)
     state, outs = None, []
     for i in range(4):
-        slab = [t[:, i:i + 1] for t in (q, k, v)]
-        out, state = linear_attention(*slab, rotary=tuple(t[i:i + 1] for t in pair), initial_state=state, return_final_state=True, **options)
+        slab = [t[:, i : i + 1] for t in (q, k, v)]
+        out, state = linear_attention(*slab, rotary=tuple(t[i : i + 1] for t in pair), initial_state=state, return_final_state=True, **options)
         outs.append(out)
     torch.testing.assert_close(state, total)
     if causal:
@@ -167,19 +169,22 @@ def zeros(*shape):
     return torch.zeros(shape)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"q": zeros(2, 5, 24)}, r"q: expected \(b, l, h, dk\), got \(2, 5, 24\)"),
-    ({"k": zeros(2, 5, 4, 7)}, r"k: expected \(2, 5, 4, 6\), got \(2, 5, 4, 7\)"),
-    ({"k": zeros(2, 5, 3, 6), "v": zeros(2, 5, 3, 5)}, "k: expected a number of heads that divides q's 4, got 3"),
-    ({"q": zeros(2, 3, 4, 6), "causal": True}, r"k: expected \(2, 3, 4, 6\), got \(2, 5, 4, 6\)"),
-    ({"v": zeros(2, 5, 2, 5)}, r"v: expected \(2, 5, 4, 5\), got \(2, 5, 2, 5\)"),
-    ({"rotary": (zeros(5, 3), zeros(5, 6))}, r"rotary: expected \(5, 6\) or \(5, 4, 6\)"),
-    ({"rotary": (zeros(5, 6).requires_grad_(), zeros(5, 6))}, "rotary: expected constants, got tensors that require a gradient"),
-    ({"q": zeros(2, 3, 4, 6), "rotary": (zeros(5, 6), zeros(5, 6))}, "rotary: expected q and k of the same tokens"),
-    ({"initial_state": (zeros(2, 4, 6, 5), zeros(2, 4, 5))}, r"initial_state: expected \(2, 4, 6\), got \(2, 4, 5\)"),
-    ({"feature_map": "softmax"}, "feature_map: expected 'elu' or 'relu' or None, got 'softmax'"),
-    ({"backend": "cuda"}, "backend='cuda' cannot serve this linear_attention"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": zeros(2, 5, 24)}, r"q: expected \(b, l, h, dk\), got \(2, 5, 24\)"),
+        ({"k": zeros(2, 5, 4, 7)}, r"k: expected \(2, 5, 4, 6\), got \(2, 5, 4, 7\)"),
+        ({"k": zeros(2, 5, 3, 6), "v": zeros(2, 5, 3, 5)}, "k: expected a number of heads that divides q's 4, got 3"),
+        ({"q": zeros(2, 3, 4, 6), "causal": True}, r"k: expected \(2, 3, 4, 6\), got \(2, 5, 4, 6\)"),
+        ({"v": zeros(2, 5, 2, 5)}, r"v: expected \(2, 5, 4, 5\), got \(2, 5, 2, 5\)"),
+        ({"rotary": (zeros(5, 3), zeros(5, 6))}, r"rotary: expected \(5, 6\) or \(5, 4, 6\)"),
+        ({"rotary": (zeros(5, 6).requires_grad_(), zeros(5, 6))}, "rotary: expected constants, got tensors that require a gradient"),
+        ({"q": zeros(2, 3, 4, 6), "rotary": (zeros(5, 6), zeros(5, 6))}, "rotary: expected q and k of the same tokens"),
+        ({"initial_state": (zeros(2, 4, 6, 5), zeros(2, 4, 5))}, r"initial_state: expected \(2, 4, 6\), got \(2, 4, 5\)"),
+        ({"feature_map": "softmax"}, "feature_map: expected 'elu' or 'relu' or None, got 'softmax'"),
+        ({"backend": "cuda"}, "backend='cuda' cannot serve this linear_attention"),
+    ],
+)
 def test_errors_name_the_argument(change, message):
     with pytest.raises(ValueError, match=message):
         linear_attention(**{"q": zeros(2, 5, 4, 6), "k": zeros(2, 5, 4, 6), "v": zeros(2, 5, 4, 5), **change})

@@ -28,8 +28,18 @@ def suite(backend: str, op: str, **environment: str) -> str:
     """Run an op's contract on one backend, strictly, and the tests of what is special about its kernels."""
     own = map(str, (ROOT / "tests" / "kernels").glob(f"test_{op}_{backend}*.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_contract.py", *own,
-         "-k", f"[{op}-{backend} or test_{op}_{backend}"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/ops/test_contract.py",
+            *own,
+            "-k",
+            f"[{op}-{backend} or test_{op}_{backend}",
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTEST_ADDOPTS": "", **environment},
         capture_output=True,

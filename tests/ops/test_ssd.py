@@ -19,8 +19,13 @@ def draw(*shape):
 
 def call(length, heads=4, size=5, groups=2, state=6):
     torch.manual_seed(0)
-    return {"x": draw(2, length, heads, size), "dt": draw(2, length, heads), "A": -draw(heads).abs(), "B": draw(2, length, groups, state),
-            "C": draw(2, length, groups, state)}
+    return {
+        "x": draw(2, length, heads, size),
+        "dt": draw(2, length, heads),
+        "A": -draw(heads).abs(),
+        "B": draw(2, length, groups, state),
+        "C": draw(2, length, groups, state),
+    }
 
 
 @every
@@ -35,9 +40,19 @@ def test_equals_a_selective_scan_with_one_rate_a_head(backend, per_channel):
         return t.repeat_interleave(size, -1)
 
     wanted, last = ops.selective_scan(
-        given["x"].flatten(2), spread(given["dt"]), spread(given["A"])[:, None].expand(-1, state), given["B"], given["C"],
-        D.flatten() if per_channel else spread(D), z.flatten(2), spread(bias), True, initial_state=initial.flatten(1, 2), return_final_state=True,
-        backend="reference")
+        given["x"].flatten(2),
+        spread(given["dt"]),
+        spread(given["A"])[:, None].expand(-1, state),
+        given["B"],
+        given["C"],
+        D.flatten() if per_channel else spread(D),
+        z.flatten(2),
+        spread(bias),
+        True,
+        initial_state=initial.flatten(1, 2),
+        return_final_state=True,
+        backend="reference",
+    )
     torch.testing.assert_close(out.flatten(2), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(final.flatten(1, 2), last, rtol=1e-4, atol=1e-5)
 

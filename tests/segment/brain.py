@@ -24,8 +24,16 @@ def install(monkeypatch, folder: Path, shift: float = 1.5, noise: float = 5.0) -
         _write(folder, "atlas.nii.gz", coarse, (61, 61, 61), lambda place: _labels(place, shift))
     else:
         _write(folder, "atlas.nii.gz", affine, _SHAPE, lambda place: _labels(place, shift))
-    source = data.Source("a synthetic brain", lambda: folder, "t1.nii.gz", "atlas.nii.gz", "t1.nii.gz", {"ball": (11, 12), "box": (21, 22)},
-                         "Made for the tests.", "cannot be missing")
+    source = data.Source(
+        "a synthetic brain",
+        lambda: folder,
+        "t1.nii.gz",
+        "atlas.nii.gz",
+        "t1.nii.gz",
+        {"ball": (11, 12), "box": (21, 22)},
+        "Made for the tests.",
+        "cannot be missing",
+    )
     monkeypatch.setitem(data.SOURCES, "synthetic", source)
 
 

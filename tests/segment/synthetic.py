@@ -38,7 +38,11 @@ def nnunet_folder(root: Path, cases: int = 4, shape=(40, 36, 32), affine=None, c
         for i in range(len(channels)):
             write(root / "imagesTr" / f"case_{seed}_{i:04d}.nii.gz", image[..., i], affine)
         write(root / "labelsTr" / f"case_{seed}.nii.gz", label, affine)
-    description = {"channel_names": {str(i): name for i, name in enumerate(channels)},
-                   "labels": labels or {"background": 0, "ball": 1, "box": 2}, "numTraining": cases, "file_ending": ".nii.gz"}
+    description = {
+        "channel_names": {str(i): name for i, name in enumerate(channels)},
+        "labels": labels or {"background": 0, "ball": 1, "box": 2},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
     (root / "dataset.json").write_text(json.dumps(description))
     return root

@@ -78,9 +78,13 @@ def test_folds_from_nnunets_file(folder):
     assert [case.name for case in training] == ["case_0", "case_1"] and [case.name for case in validation] == ["case_3"]
 
 
-@pytest.mark.parametrize(("entry", "message"), [
-    ({"train": ["case_0", "case_9"], "val": ["case_3"]}, "lacks: case_9"),
-    ({"train": ["case_0", "case_3"], "val": ["case_3"]}, "its own validation cases: case_3")])
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"train": ["case_0", "case_9"], "val": ["case_3"]}, "lacks: case_9"),
+        ({"train": ["case_0", "case_3"], "val": ["case_3"]}, "its own validation cases: case_3"),
+    ],
+)
 def test_bad_split_files(folder, entry, message):
     (folder / "splits_final.json").write_text(json.dumps([entry]))
     with pytest.raises(UserError, match=message):
@@ -101,8 +105,12 @@ def test_every_bad_file_is_one_line(folder):
         load_dataset(folder)
     lines = str(error.value).splitlines()
     assert len(lines) == 4
-    wanted = (("case_0_0000", "no such file"), ("case_1", "not a readable NIfTI"), ("case_2", "shape (12, 10, 7), expected (12, 10, 8)"),
-              ("case_3", "the affine puts a corner 7 mm away"))
+    wanted = (
+        ("case_0_0000", "no such file"),
+        ("case_1", "not a readable NIfTI"),
+        ("case_2", "shape (12, 10, 7), expected (12, 10, 8)"),
+        ("case_3", "the affine puts a corner 7 mm away"),
+    )
     assert all(name in line and reason in line for line, (name, reason) in zip(lines, wanted, strict=True))
 
 
@@ -113,11 +121,15 @@ def test_a_missing_channel(tmp_path):
         load_dataset(folder)
 
 
-@pytest.mark.parametrize(("table", "message"), [
-    ({"labels": {"background": 0, "tumour": [1, 2]}, "channel_names": {"0": "MR"}}, "regions are not supported"),
-    ({"labels": {"background": 0}, "channel_names": {"0": "MR"}, "file_ending": ".png"}, "file_ending: expected .nii.gz or .nii, got"),
-    ({"labels": {"background": 0}}, "channel_names: expected"),
-    ([1], "expected a JSON object, got list")])
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"labels": {"background": 0, "tumour": [1, 2]}, "channel_names": {"0": "MR"}}, "regions are not supported"),
+        ({"labels": {"background": 0}, "channel_names": {"0": "MR"}, "file_ending": ".png"}, "file_ending: expected .nii.gz or .nii, got"),
+        ({"labels": {"background": 0}}, "channel_names: expected"),
+        ([1], "expected a JSON object, got list"),
+    ],
+)
 def test_bad_dataset_json(folder, table, message):
     (folder / "dataset.json").write_text(json.dumps(table))
     with pytest.raises(UserError, match=message):
@@ -143,11 +155,15 @@ def test_truncated_uncompressed_file(tmp_path):
         read_image([path])
 
 
-@pytest.mark.parametrize(("data", "affine", "message"), [
-    (np.full(SMALL, np.nan, np.float32), np.eye(4), "960 voxel.s. are not finite"),
-    (np.zeros(SMALL, np.complex64), np.eye(4), "voxels of the type complex64"),
-    (np.zeros((4, 4, 4, 1, 3), np.float32), np.eye(4), "expected 2 or 3 axes"),
-    (np.zeros(SMALL, np.float32), np.diag([1, 1, 0, 1]), "affine cannot be inverted")])
+@pytest.mark.parametrize(
+    ("data", "affine", "message"),
+    [
+        (np.full(SMALL, np.nan, np.float32), np.eye(4), "960 voxel.s. are not finite"),
+        (np.zeros(SMALL, np.complex64), np.eye(4), "voxels of the type complex64"),
+        (np.zeros((4, 4, 4, 1, 3), np.float32), np.eye(4), "expected 2 or 3 axes"),
+        (np.zeros(SMALL, np.float32), np.diag([1, 1, 0, 1]), "affine cannot be inverted"),
+    ],
+)
 def test_bad_images(tmp_path, data, affine, message):
     image = nib.Nifti1Image(data, None)
     image.header.set_sform(affine, code=1)

@@ -94,8 +94,9 @@ def test_a_finished_network_is_not_trained_again(demo, monkeypatch):
     out, metrics = demo
     monkeypatch.setattr(Loop, "_step", lambda *_: pytest.fail("trained again"))
     again = structures(out, **SHORT)
-    assert again["rows"] == [{**row, **{key: new[key] for key in row if key == "predict_seconds"}}
-                             for row, new in zip(metrics["rows"], again["rows"], strict=True)]
+    assert again["rows"] == [
+        {**row, **{key: new[key] for key in row if key == "predict_seconds"}} for row, new in zip(metrics["rows"], again["rows"], strict=True)
+    ]
 
 
 def test_a_stopped_demo_goes_on_with_the_seconds_that_are_left(demo, tmp_path, monkeypatch, capsys):
@@ -137,8 +138,21 @@ def test_the_commands_do_what_the_demo_does(demo, tmp_path, monkeypatch, capsys)
 
 
 def test_the_command_prints_the_table_or_the_json(demo, capsys):
-    arguments = ["demo", "structures", "--data", "synthetic", "--fast", "--seconds", "1", "--out", str(demo[0]), "--model", OURS["model"],
-                 "--model-kwargs", json.dumps(UNET)]
+    arguments = [
+        "demo",
+        "structures",
+        "--data",
+        "synthetic",
+        "--fast",
+        "--seconds",
+        "1",
+        "--out",
+        str(demo[0]),
+        "--model",
+        OURS["model"],
+        "--model-kwargs",
+        json.dumps(UNET),
+    ]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr()
     assert "mirrored labels" in shown.out and "report.html" in shown.out and "training" in shown.err
@@ -194,8 +208,20 @@ def test_several_networks_side_by_side(monkeypatch, tmp_path, capsys):
 def test_mixers_beside_the_default(monkeypatch, tmp_path, capsys):
     (tmp_path / "source").mkdir()
     install(monkeypatch, tmp_path / "source")
-    arguments = ["demo", "structures", "--data", "synthetic", "--fast", "--seconds", "0.5", "--out", str(tmp_path / "out"), "--mixer",
-                 "linear_attention", "rwkv"]
+    arguments = [
+        "demo",
+        "structures",
+        "--data",
+        "synthetic",
+        "--fast",
+        "--seconds",
+        "0.5",
+        "--out",
+        str(tmp_path / "out"),
+        "--mixer",
+        "linear_attention",
+        "rwkv",
+    ]
     assert cli.main([*arguments, "--quiet", "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert [row["key"] for row in metrics["rows"]] == ["ours", "linear_attention", "rwkv", "monai", "mirrored", "look_up"]

@@ -84,8 +84,12 @@ def test_empty_classes(tmp_path):
     folders = files(tmp_path, both=(empty, empty), found=(A, empty), missed=(empty, A), right=(A, A))
     result = evaluate(*folders, classes={"bg": 0, "ball": 1}, quiet=True)
     none = {"dice": 0.0, "hd95": pytest.approx(DIAGONAL), "nsd": 0.0}
-    assert result["cases"] == {"both": {"ball": None}, "found": {"ball": none}, "missed": {"ball": none},
-                               "right": {"ball": {"dice": 1.0, "hd95": 0.0, "nsd": 1.0}}}
+    assert result["cases"] == {
+        "both": {"ball": None},
+        "found": {"ball": none},
+        "missed": {"ball": none},
+        "right": {"ball": {"dice": 1.0, "hd95": 0.0, "nsd": 1.0}},
+    }
     ball = result["classes"]["ball"]
     assert (ball["n"], ball["empty_in_both"]) == (3, 1) and ball["dice"]["mean"] == pytest.approx(1 / 3)
     assert ball["hd95"]["mean"] == pytest.approx(2 * DIAGONAL / 3) and ball["dice"]["low"] is None
@@ -154,8 +158,19 @@ def test_the_interval_covers_the_mean_of_a_normal():
 def test_the_command_prints_a_table_and_writes_json_and_csv(tmp_path, capsys):
     prediction, reference = files(tmp_path, **{f"sub-{i}": (MOVED if i % 2 else A, A) for i in range(6)})
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "ball": 1, "box": 2}}))
-    command = ["evaluate", str(prediction), str(reference), "--classes", str(tmp_path / "dataset.json"), "--nsd-mm", "0.5",
-               "--json-file", str(tmp_path / "a.json"), "--csv", str(tmp_path / "a.csv")]
+    command = [
+        "evaluate",
+        str(prediction),
+        str(reference),
+        "--classes",
+        str(tmp_path / "dataset.json"),
+        "--nsd-mm",
+        "0.5",
+        "--json-file",
+        str(tmp_path / "a.json"),
+        "--csv",
+        str(tmp_path / "a.csv"),
+    ]
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert "6 case(s) of 6 patient(s)" in shown and "0.875 [" in shown and "no interval" not in shown
@@ -189,11 +204,15 @@ def test_a_missing_prediction_is_an_error(tmp_path):
         evaluate(prediction, reference, quiet=True)
 
 
-@pytest.mark.parametrize(("data", "affine", "message"), [
-    (A[:-1], np.diag([*SPACING, 1]), r"not on the grid of .*: shape \(11, 10, 8\), expected \(12, 10, 8\)"),
-    (A, np.diag([1, 2, 3.3, 1]), r"not on the grid of .*: the affine puts a corner"),
-    (A, np.diag([-1, 2, 3, 1]), r"not on the grid of .*: the affine puts a corner"),
-    (A * 7, np.diag([*SPACING, 1]), r"p/a\.nii\.gz: label value\(s\) 7 outside the classes \[0, 1\]")])
+@pytest.mark.parametrize(
+    ("data", "affine", "message"),
+    [
+        (A[:-1], np.diag([*SPACING, 1]), r"not on the grid of .*: shape \(11, 10, 8\), expected \(12, 10, 8\)"),
+        (A, np.diag([1, 2, 3.3, 1]), r"not on the grid of .*: the affine puts a corner"),
+        (A, np.diag([-1, 2, 3, 1]), r"not on the grid of .*: the affine puts a corner"),
+        (A * 7, np.diag([*SPACING, 1]), r"p/a\.nii\.gz: label value\(s\) 7 outside the classes \[0, 1\]"),
+    ],
+)
 def test_what_cannot_be_compared_is_refused(tmp_path, data, affine, message):
     prediction, reference = files(tmp_path, a=(A, A), b=(A, A))
     write(prediction / "a.nii.gz", data, affine)
@@ -202,9 +221,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path, data, affine, message):
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"nsd_mm": -1}, "nsd_mm: expected 0 or more"), ({"patient": "("}, "is no regular expression"),
-    ({"patient": "x+"}, "is not in the name a")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"nsd_mm": -1}, "nsd_mm: expected 0 or more"), ({"patient": "("}, "is no regular expression"), ({"patient": "x+"}, "is not in the name a")],
+)
 def test_bad_arguments_are_one_line(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         evaluate(*files(tmp_path, a=(A, A)), quiet=True, **options)

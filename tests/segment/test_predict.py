@@ -19,10 +19,12 @@ from medssm.segment.train import train
 from tests.segment.synthetic import UNET, nnunet_folder, volume, write
 
 TINY = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET, "patch": (16, 16, 16), "max_steps": 1, "device": "cpu", "quiet": True}
-AFFINES = {"RAS": np.eye(4),
-           "LAS": np.array([[-1, 0, 0, 20], [0, 1, 0, -3], [0, 0, 1, 5], [0, 0, 0, 1.0]]),
-           "SPL": np.array([[0, 0, -1, 1], [0, -1, 0, 2], [1, 0, 0, 3], [0, 0, 0, 1.0]]),
-           "oblique": np.array([[0.9, -0.3, 0, 4], [0.3, 0.9, 0.1, 5], [0, -0.1, 1.1, 6], [0, 0, 0, 1.0]])}
+AFFINES = {
+    "RAS": np.eye(4),
+    "LAS": np.array([[-1, 0, 0, 20], [0, 1, 0, -3], [0, 0, 1, 5], [0, 0, 0, 1.0]]),
+    "SPL": np.array([[0, 0, -1, 1], [0, -1, 0, 2], [1, 0, 0, 3], [0, 0, 0, 1.0]]),
+    "oblique": np.array([[0.9, -0.3, 0, 4], [0.3, 0.9, 0.1, 5], [0, -0.1, 1.1, 6], [0, 0, 0, 1.0]]),
+}
 
 
 def dice(found, truth):
@@ -121,6 +123,7 @@ def test_folds_of_different_spacing_are_averaged_on_the_inputs_grid(trained, fol
 
 def test_mirroring_averages_over_all_mirrorings(trained):
     """A network that looks at one side of a voxel sees both through mirroring."""
+
     class Left(torch.nn.Module):
         def forward(self, x):
             return torch.cat([torch.zeros_like(x), x.roll(1, 2)], 1)
@@ -149,8 +152,13 @@ def test_windows_of_a_network_without_context_do_not_show(tmp_path):
 
 def test_values_of_the_classes_come_back(tmp_path):
     labels = {"background": 0, "ball": 10, "box": 300}
-    folder = nnunet_folder(tmp_path / "data", cases=1, shape=(16, 16, 16), labels=labels,
-                           edit=lambda seed, image, label: (image, np.array([0, 10, 300], np.int16)[label]))
+    folder = nnunet_folder(
+        tmp_path / "data",
+        cases=1,
+        shape=(16, 16, 16),
+        labels=labels,
+        edit=lambda seed, image, label: (image, np.array([0, 10, 300], np.int16)[label]),
+    )
     train(folder, tmp_path / "w", **TINY)
     predict(tmp_path / "w", folder / "imagesTr/case_0_0000.nii.gz", tmp_path / "out.nii.gz", device="cpu", quiet=True)
     found, file = read_label(tmp_path / "out.nii.gz")
@@ -206,19 +214,26 @@ def test_a_module_that_was_given_is_asked_for_again(tmp_path):
 def test_our_own_network(tmp_path, spatial_dims):
     folder = nnunet_folder(tmp_path / "data", cases=1, shape=(16, 16, 16))
     kwargs = {"size": "tiny", "deep_supervision": True}
-    train(folder, tmp_path / "w", **{**TINY, "model": "medssm_unet", "model_kwargs": kwargs, "spatial_dims": spatial_dims,
-                                     "patch": (16,) * spatial_dims, "batch": 1})
+    train(
+        folder,
+        tmp_path / "w",
+        **{**TINY, "model": "medssm_unet", "model_kwargs": kwargs, "spatial_dims": spatial_dims, "patch": (16,) * spatial_dims, "batch": 1},
+    )
     found = saved(tmp_path / "w", folder / "imagesTr/case_0_0000.nii.gz", tmp_path / "out")
     assert found.shape == (16, 16, 16, 3) and np.isfinite(found).all()
 
 
-@pytest.mark.parametrize(("spoiled", "message"), [
-    (lambda w: (w / "model.safetensors").unlink(), r"model\.safetensors: no such file \(the training is not finished"),
-    (lambda w: (w / "model.safetensors").write_bytes(b"1234"), "not a readable safetensors file"),
-    (lambda w: (w / "fitted.json").write_text("{"), r"fitted\.json: not JSON"),
-    (lambda w: (w / "fitted.json").write_text("{}"), "not written by this version"),
-    (lambda w: (w / "fitted.json").unlink(), r"no fitted\.json in it"),
-    (lambda w: (w / "config.json").write_text('{"model": "subprocess.Popen", "kwargs": {}}'), "Popen")])
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        (lambda w: (w / "model.safetensors").unlink(), r"model\.safetensors: no such file \(the training is not finished"),
+        (lambda w: (w / "model.safetensors").write_bytes(b"1234"), "not a readable safetensors file"),
+        (lambda w: (w / "fitted.json").write_text("{"), r"fitted\.json: not JSON"),
+        (lambda w: (w / "fitted.json").write_text("{}"), "not written by this version"),
+        (lambda w: (w / "fitted.json").unlink(), r"no fitted\.json in it"),
+        (lambda w: (w / "config.json").write_text('{"model": "subprocess.Popen", "kwargs": {}}'), "Popen"),
+    ],
+)
 def test_bad_weights_are_one_line(only, folder, tmp_path, spoiled, message):
     weights = shutil.copytree(only, tmp_path / "w")
     spoiled(weights)
@@ -227,9 +242,15 @@ def test_bad_weights_are_one_line(only, folder, tmp_path, spoiled, message):
     assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"overlap": 1.0}, "overlap: expected 0 to less than 1"), ({"device": "cuda:99"}, "device: cuda:99"),
-    ({"out": "x.nii.gz"}, r"out: expected a folder for 4 case\(s\)"), ({"weights": "nowhere"}, "weights: nowhere: no such folder")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap": 1.0}, "overlap: expected 0 to less than 1"),
+        ({"device": "cuda:99"}, "device: cuda:99"),
+        ({"out": "x.nii.gz"}, r"out: expected a folder for 4 case\(s\)"),
+        ({"weights": "nowhere"}, "weights: nowhere: no such folder"),
+    ],
+)
 def test_bad_arguments_are_one_line(only, folder, tmp_path, options, message):
     options = {"weights": only, "inputs": folder / "imagesTr", "out": tmp_path / "out", "device": "cpu", "quiet": True, **options}
     with pytest.raises(UserError, match=message):

@@ -221,8 +221,9 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_deep_supervision_is_used_where_the_network_has_it(small, tmp_path):
-    network = DynUNet(3, 1, 3, kernel_size=[3] * 3, strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[4, 8, 8],
-                      deep_supervision=True, deep_supr_num=1)
+    network = DynUNet(
+        3, 1, 3, kernel_size=[3] * 3, strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[4, 8, 8], deep_supervision=True, deep_supr_num=1
+    )
     before = {name: value.clone() for name, value in network.named_parameters() if "deep_supervision_heads" in name}
     train(small, tmp_path / "a", **{**FAST, "model": network}, max_steps=2)
     assert before and all(not torch.equal(value, dict(network.named_parameters())[name]) for name, value in before.items())
@@ -235,6 +236,7 @@ def test_half_precision(small, tmp_path):
 
 def test_a_scaler_skips_what_overflows_and_goes_on_after_a_stop(small, tmp_path, monkeypatch):
     """fp16 with a scale that starts far too high, on a CPU: GradScaler halves it step by step, and a checkpoint keeps it."""
+
     def fp16(*_):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**34)
         return Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
@@ -259,29 +261,53 @@ def test_workers_cut_the_same_patches(small, tmp_path):
 
 
 def test_two_processes(small, tmp_path):
-    command = [sys.executable, "-m", "medssm.cli", "train", str(small), str(tmp_path / "out"), *COMMAND, "--max-steps", "3",
-               "--devices", "2", "--strategy", "ddp", "--fold", "0", "--folds", "2", "--validations", "1", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "medssm.cli",
+        "train",
+        str(small),
+        str(tmp_path / "out"),
+        *COMMAND,
+        "--max-steps",
+        "3",
+        "--devices",
+        "2",
+        "--strategy",
+        "ddp",
+        "--fold",
+        "0",
+        "--folds",
+        "2",
+        "--validations",
+        "1",
+        "--quiet",
+    ]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert ended.returncode == 0, ended.stderr
     assert records(tmp_path / "out")[-1]["finished"]["steps"] == 3 and weights(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"spatial_dims": 4}, "spatial_dims: expected 2 or 3, got 4"),
-    ({"patch": (16, 16)}, r"patch: expected 3 numbers of voxels, got \(16, 16\)"),
-    ({"patch": (18, 16, 16)}, r"patch: the model does not take \(18, 16, 16\)"),
-    ({"patch": (15, 16, 16)}, r"model: expected logits of the shape \(1, 3, 15, 16, 16\), got \(1, 3, 16, 16, 16\)"),
-    ({"spacing": (1, 1, 0)}, "spacing: expected 3 lengths in millimetres"),
-    ({"max_steps": 0}, "max_steps: expected more than 0, got 0"),
-    ({"optimizer": "adam"}, "optimizer: expected one of adamw, sgd, got 'adam'"),
-    ({"foreground": 2}, "foreground: expected 0 to 1, got 2"),
-    ({"mirror": (0, 4)}, "mirror: expected"),
-    ({"fold": 3, "folds": 9}, "folds: expected 2 to 2"),
-    ({"device": "cuda:99"}, "device: cuda:99"),
-    ({"model": "monai.networks.nets.Nothing"}, "MONAI has no network"),
-    ({"model": "monai.networks.nets.os"}, "MONAI has no network"),
-    ({"model_kwargs": {"no_such": 1}}, "no_such"),
-    ({"model": nn.Conv3d(1, 7, 1)}, r"model: expected logits of the shape \(1, 3, 16, 16, 16\), got \(1, 7, 16, 16, 16\)")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spatial_dims": 4}, "spatial_dims: expected 2 or 3, got 4"),
+        ({"patch": (16, 16)}, r"patch: expected 3 numbers of voxels, got \(16, 16\)"),
+        ({"patch": (18, 16, 16)}, r"patch: the model does not take \(18, 16, 16\)"),
+        ({"patch": (15, 16, 16)}, r"model: expected logits of the shape \(1, 3, 15, 16, 16\), got \(1, 3, 16, 16, 16\)"),
+        ({"spacing": (1, 1, 0)}, "spacing: expected 3 lengths in millimetres"),
+        ({"max_steps": 0}, "max_steps: expected more than 0, got 0"),
+        ({"optimizer": "adam"}, "optimizer: expected one of adamw, sgd, got 'adam'"),
+        ({"foreground": 2}, "foreground: expected 0 to 1, got 2"),
+        ({"mirror": (0, 4)}, "mirror: expected"),
+        ({"fold": 3, "folds": 9}, "folds: expected 2 to 2"),
+        ({"device": "cuda:99"}, "device: cuda:99"),
+        ({"model": "monai.networks.nets.Nothing"}, "MONAI has no network"),
+        ({"model": "monai.networks.nets.os"}, "MONAI has no network"),
+        ({"model_kwargs": {"no_such": 1}}, "no_such"),
+        ({"model": nn.Conv3d(1, 7, 1)}, r"model: expected logits of the shape \(1, 3, 16, 16, 16\), got \(1, 7, 16, 16, 16\)"),
+    ],
+)
 def test_bad_arguments_are_one_line(small, tmp_path, options, message):
     with pytest.raises(UserError, match=message) as error:
         train(small, tmp_path / "a", **{"max_steps": 1, **FAST, **options})

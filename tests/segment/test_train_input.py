@@ -43,10 +43,14 @@ def test_spacing_is_the_median_along_the_ras_axes(tmp_path):
     assert fit_slice_axis(cases) == 2 and fit_slice_axis(cases[2:]) == 0
 
 
-@pytest.mark.parametrize(("shape", "spacing", "voxels", "wanted"), [
-    ((200, 200, 200), (1, 1, 1), 64**3, (64, 64, 64)),
-    ((30, 20, 10), (1, 1, 1), 64**3, (32, 32, 16)),
-    ((300, 300, 20), (0.5, 0.5, 4), 64**3, (128, 128, 16))])
+@pytest.mark.parametrize(
+    ("shape", "spacing", "voxels", "wanted"),
+    [
+        ((200, 200, 200), (1, 1, 1), 64**3, (64, 64, 64)),
+        ((30, 20, 10), (1, 1, 1), 64**3, (32, 32, 16)),
+        ((300, 300, 20), (0.5, 0.5, 4), 64**3, (128, 128, 16)),
+    ],
+)
 def test_a_patch_has_the_shape_of_the_median_case(shape, spacing, voxels, wanted):
     assert fit_patch(shape, spacing, voxels) == wanted
 
@@ -215,9 +219,15 @@ def test_mirroring_keeps_to_its_axes(volumes):
     assert 4 <= flips <= 16
 
 
-@pytest.mark.parametrize(("mirror", "classes", "wanted"), [
-    ("auto", ("background", "liver"), (0, 1, 2)), ("auto", ("background", "Hippocampus_L"), (1, 2)),
-    ("auto", ("background", "kidney left"), (1, 2)), ((), ("background", "liver"), ())])
+@pytest.mark.parametrize(
+    ("mirror", "classes", "wanted"),
+    [
+        ("auto", ("background", "liver"), (0, 1, 2)),
+        ("auto", ("background", "Hippocampus_L"), (1, 2)),
+        ("auto", ("background", "kidney left"), (1, 2)),
+        ((), ("background", "liver"), ()),
+    ],
+)
 def test_sides_are_not_mirrored_away(tmp_path, mirror, classes, wanted):
     folder = nnunet_folder(tmp_path, cases=1, shape=SHAPE, labels={**{name: i for i, name in enumerate(classes)}, "other": 2})
     assert read(folder, mirror=mirror)[0].mirror == wanted
@@ -262,14 +272,14 @@ def test_ignored_voxels_are_as_if_they_were_not_there():
     label[..., 2:, :] = IGNORE
     whole = SegmentationLoss(ignore=True)(logits, label)
     torch.testing.assert_close(whole, part)
-    gradient, = torch.autograd.grad(whole, logits)
+    (gradient,) = torch.autograd.grad(whole, logits)
     assert not gradient[..., 2:, :].any() and gradient[..., :2, :].all()
 
 
 def test_a_patch_without_any_label_costs_nothing():
     logits, label = logits_and_label()
     loss = SegmentationLoss(ignore=True)(logits, torch.full_like(label, IGNORE))
-    gradient, = torch.autograd.grad(loss, logits)
+    (gradient,) = torch.autograd.grad(loss, logits)
     assert loss == 0 and not gradient.any()
 
 

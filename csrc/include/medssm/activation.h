@@ -12,17 +12,18 @@ template <class T> MEDSSM_INLINE Vec<T> exp_minus_abs(Vec<T> x) { return exp_bou
 template <class T> MEDSSM_INLINE Vec<T> log1p_unit(Vec<T> e);
 #if defined(__AVX512F__) && !defined(MEDSSM_DEVICE)
 // 1 / (1 + i / 32) as floats c, and -ln(c).
-alignas(64) constexpr float kInverseTable[32] = {
-    1.000000000f, 0.969696999f, 0.941176474f, 0.914285719f, 0.888888896f, 0.864864886f, 0.842105269f, 0.820512831f,
-    0.800000012f, 0.780487776f, 0.761904776f, 0.744186044f, 0.727272749f, 0.711111128f, 0.695652187f, 0.680851042f,
-    0.666666687f, 0.653061211f, 0.639999986f, 0.627451003f, 0.615384638f, 0.603773594f, 0.592592597f, 0.581818163f,
-    0.571428597f, 0.561403513f, 0.551724136f, 0.542372882f, 0.533333361f, 0.524590135f, 0.516129017f, 0.507936537f};
-alignas(64) constexpr float kLogTable[32] = {
-    -0.000000000f, 0.030771628f, 0.060624618f, 0.089612156f, 0.117783025f, 0.145181984f, 0.171850249f, 0.197825730f,
-    0.223143533f, 0.247836202f, 0.271933705f, 0.295464218f, 0.318453699f, 0.340926558f, 0.362905473f, 0.384411722f,
-    0.405465066f, 0.426084429f, 0.446287125f, 0.466089696f, 0.485507786f, 0.504556000f, 0.523248136f, 0.541597307f,
-    0.559615731f, 0.577315331f, 0.594707131f, 0.611801565f, 0.628608584f, 0.645138025f, 0.661398530f, 0.677398741f};
-// ln(1 + e) = ln((1 + e) c) - ln(c), c the table's value nearest to 1 / (1 + e): with c near 1, (1 + e) c - 1 = e c + (c - 1) is right to its last place.
+alignas(64) constexpr float kInverseTable[32] = {1.000000000f, 0.969696999f, 0.941176474f, 0.914285719f, 0.888888896f, 0.864864886f, 0.842105269f,
+                                                 0.820512831f, 0.800000012f, 0.780487776f, 0.761904776f, 0.744186044f, 0.727272749f, 0.711111128f,
+                                                 0.695652187f, 0.680851042f, 0.666666687f, 0.653061211f, 0.639999986f, 0.627451003f, 0.615384638f,
+                                                 0.603773594f, 0.592592597f, 0.581818163f, 0.571428597f, 0.561403513f, 0.551724136f, 0.542372882f,
+                                                 0.533333361f, 0.524590135f, 0.516129017f, 0.507936537f};
+alignas(64) constexpr float kLogTable[32] = {-0.000000000f, 0.030771628f, 0.060624618f, 0.089612156f, 0.117783025f, 0.145181984f, 0.171850249f,
+                                             0.197825730f,  0.223143533f, 0.247836202f, 0.271933705f, 0.295464218f, 0.318453699f, 0.340926558f,
+                                             0.362905473f,  0.384411722f, 0.405465066f, 0.426084429f, 0.446287125f, 0.466089696f, 0.485507786f,
+                                             0.504556000f,  0.523248136f, 0.541597307f, 0.559615731f, 0.577315331f, 0.594707131f, 0.611801565f,
+                                             0.628608584f,  0.645138025f, 0.661398530f, 0.677398741f};
+// ln(1 + e) = ln((1 + e) c) - ln(c), c the table's value nearest to 1 / (1 + e): with c near 1, (1 + e) c - 1 = e c + (c - 1) is right to its last
+// place.
 template <> MEDSSM_INLINE Floats log1p_unit<float>(Floats e) {
   const Ints32 nearest = bit_cast<Ints32>(min(splat(0.97f), e) + kRound<float>);
   const Floats c = (Floats)_mm512_permutex2var_ps(_mm512_load_ps(kInverseTable), (__m512i)nearest, _mm512_load_ps(kInverseTable + 16));
@@ -50,7 +51,9 @@ template <> MEDSSM_INLINE Vec<double> log1p_unit<double>(Vec<double> e) {
 }
 
 // softplus(x) = ln(1 + e^x) and its derivative, which is sigmoid(x), from e = exp_minus_abs(x).
-template <class T> struct Softplus { Vec<T> value, slope; };
+template <class T> struct Softplus {
+  Vec<T> value, slope;
+};
 template <class T> MEDSSM_INLINE Softplus<T> softplus_of(Vec<T> x, Vec<T> e) {
   const Vec<T> one = splat(static_cast<T>(1));
   return {max(Vec<T>{}, x) + log1p_unit<T>(e), quotient<T>(select(x < 0, e, one), one + e)};
@@ -65,7 +68,9 @@ template <class T> MEDSSM_INLINE Vec<T> sigmoid_bounded(Vec<T> x) {
 
 // silu(x) = x sigmoid(x) and its derivative, both from one exponential. Below kSigmoidFrom<T> silu is 0 to the last place, and x is kept there:
 // sigmoid stops short of 0.
-template <class T> struct Silu { Vec<T> value, slope; };
+template <class T> struct Silu {
+  Vec<T> value, slope;
+};
 template <class T> MEDSSM_INLINE Silu<T> silu_and_slope(Vec<T> x) {
   const Vec<T> kept = max(splat(kSigmoidFrom<T>), x), s = sigmoid_bounded<T>(kept), one = splat(static_cast<T>(1));
   return {kept * s, s * fma(kept, one - s, one)};

@@ -48,18 +48,30 @@ template <class T> MEDSSM_INLINE T exp_bounded(T x) { return exp2<T>(x * static_
 // Element `at` of a tensor whose storage type is known at run time: all threads take the same branch.
 template <class T> MEDSSM_INLINE T read(const void* data, int64_t type, int64_t at) {
   switch (type) {
-    case kFloat32: return to_compute<T>(static_cast<const float*>(data)[at]);
-    case kFloat64: return to_compute<T>(static_cast<const double*>(data)[at]);
-    case kBFloat16: return to_compute<T>(static_cast<const BFloat16*>(data)[at]);
-    default: return to_compute<T>(static_cast<const Float16*>(data)[at]);
+    case kFloat32:
+      return to_compute<T>(static_cast<const float*>(data)[at]);
+    case kFloat64:
+      return to_compute<T>(static_cast<const double*>(data)[at]);
+    case kBFloat16:
+      return to_compute<T>(static_cast<const BFloat16*>(data)[at]);
+    default:
+      return to_compute<T>(static_cast<const Float16*>(data)[at]);
   }
 }
 template <class T> MEDSSM_INLINE void write(void* data, int64_t type, int64_t at, T value) {
   switch (type) {
-    case kFloat32: static_cast<float*>(data)[at] = to_storage<float>(value); break;
-    case kFloat64: static_cast<double*>(data)[at] = to_storage<double>(value); break;
-    case kBFloat16: static_cast<BFloat16*>(data)[at] = to_storage<BFloat16>(value); break;
-    default: static_cast<Float16*>(data)[at] = to_storage<Float16>(value); break;
+    case kFloat32:
+      static_cast<float*>(data)[at] = to_storage<float>(value);
+      break;
+    case kFloat64:
+      static_cast<double*>(data)[at] = to_storage<double>(value);
+      break;
+    case kBFloat16:
+      static_cast<BFloat16*>(data)[at] = to_storage<BFloat16>(value);
+      break;
+    default:
+      static_cast<Float16*>(data)[at] = to_storage<Float16>(value);
+      break;
   }
 }
 
@@ -82,8 +94,10 @@ template <class T> struct Bits;
 template <> struct Bits<float> {
   uint32_t bits;
   MEDSSM_INLINE void load(const void* data, int64_t type, int64_t at) {
-    if (type == kFloat32) bits = static_cast<const uint32_t*>(data)[at];
-    else bits = static_cast<const uint16_t*>(data)[at];
+    if (type == kFloat32)
+      bits = static_cast<const uint32_t*>(data)[at];
+    else
+      bits = static_cast<const uint16_t*>(data)[at];
   }
   MEDSSM_INLINE float value(int64_t type) const {
     if (type == kFloat32) return bit_cast<float>(bits);
@@ -110,8 +124,8 @@ template <class T> __device__ T* shared_memory() {
 constexpr int kWarp = 32;
 
 // Sums `kCount` values (a power of two) over lanes that differ in bits [low, high) of their number, both powers of two. While there are values to
-// share out, a step halves them: each of two lanes keeps the sums of one half. Afterwards a lane holds in values[0 … kept) the sums of the values from
-// the returned number on, kept = max(1, kCount * low / high); where lanes are more than values, several lanes hold the same.
+// share out, a step halves them: each of two lanes keeps the sums of one half. Afterwards a lane holds in values[0 … kept) the sums of the values
+// from the returned number on, kept = max(1, kCount * low / high); where lanes are more than values, several lanes hold the same.
 template <int kCount, class T> __device__ __forceinline__ int sum_across(T* values, int low, int high) {
   const int lane = threadIdx.x % kWarp;
   int first = 0;

@@ -20,7 +20,9 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // x = n + r, n the multiple of a power of two that is nearest to x. `shifted` carries n in its low bits.
-template <class T> struct Split { Vec<T> shifted, n, r; };
+template <class T> struct Split {
+  Vec<T> shifted, n, r;
+};
 
 // 2^(n + r).
 template <class T> MEDSSM_INLINE Vec<T> exp2_of(const Split<T>& x);
@@ -31,11 +33,11 @@ template <class T> constexpr T kExp2Bound = sizeof(T) == 4 ? T(65536) : T(1000);
 template <class T> constexpr T kRound = sizeof(T) == 4 ? T(393216) : T(6755399441055744);  // 1.5 * 2^18, 1.5 * 2^52: units of 1/32 and 1
 
 // 2^(i / 32)
-alignas(64) constexpr float kExp2Table[32] = {
-    1.000000000f, 1.021897149f, 1.044273782f, 1.067140401f, 1.090507733f, 1.114386743f, 1.138788635f, 1.163724859f,
-    1.189207115f, 1.215247360f, 1.241857812f, 1.269050957f, 1.296839555f, 1.325236643f, 1.354255547f, 1.383909882f,
-    1.414213562f, 1.445180807f, 1.476826146f, 1.509164428f, 1.542210825f, 1.575980845f, 1.610490332f, 1.645755478f,
-    1.681792831f, 1.718619298f, 1.756252160f, 1.794709075f, 1.834008086f, 1.874167634f, 1.915206561f, 1.957144124f};
+alignas(64) constexpr float kExp2Table[32] = {1.000000000f, 1.021897149f, 1.044273782f, 1.067140401f, 1.090507733f, 1.114386743f, 1.138788635f,
+                                              1.163724859f, 1.189207115f, 1.215247360f, 1.241857812f, 1.269050957f, 1.296839555f, 1.325236643f,
+                                              1.354255547f, 1.383909882f, 1.414213562f, 1.445180807f, 1.476826146f, 1.509164428f, 1.542210825f,
+                                              1.575980845f, 1.610490332f, 1.645755478f, 1.681792831f, 1.718619298f, 1.756252160f, 1.794709075f,
+                                              1.834008086f, 1.874167634f, 1.915206561f, 1.957144124f};
 
 // 2^floor(n) * table[32 frac(n)] * (1 + c1 r + c2 r^2). A recurrence with small steps multiplies many such factors near 1, and what counts is
 // the relative error of 1 - 2^x: so c1 and c2 are not the minimax ones (which are 5e-8 from 2^r) but nearer to ln 2 and ln(2)^2 / 2
@@ -64,9 +66,19 @@ template <> MEDSSM_INLINE Floats exp2_of<float>(const Split<float>& x) {
 #endif
 
 template <> MEDSSM_INLINE Doubles exp2_of<double>(const Split<double>& x) {
-  constexpr double kTaylor[] = {1., 0.6931471805599453, 0.2402265069591007, 0.055504108664821576, 0.009618129107628477,
-                                0.0013333558146428441, 0.00015403530393381606, 1.5252733804059838e-05, 1.3215486790144305e-06,
-                                1.0178086009239696e-07, 7.054911620801121e-09, 4.44553827187081e-10, 2.5678435993488196e-11};  // ln(2)^k / k!
+  constexpr double kTaylor[] = {1.,
+                                0.6931471805599453,
+                                0.2402265069591007,
+                                0.055504108664821576,
+                                0.009618129107628477,
+                                0.0013333558146428441,
+                                0.00015403530393381606,
+                                1.5252733804059838e-05,
+                                1.3215486790144305e-06,
+                                1.0178086009239696e-07,
+                                7.054911620801121e-09,
+                                4.44553827187081e-10,
+                                2.5678435993488196e-11};  // ln(2)^k / k!
   Doubles p = splat(kTaylor[12]);
   for (int k = 11; k >= 0; --k) p = fma(p, x.r, splat(kTaylor[k]));
   return bit_cast<Doubles>(bit_cast<Ints64>(p) + (bit_cast<Ints64>(x.shifted) << 52));

@@ -77,17 +77,14 @@ template <class T> void store_states(const Seat<T>& seat, const StateTensor& to)
 // How a walk is cut beyond its tiles: where steps - offset is a multiple of `every`, a tile begins. 0: nowhere.
 struct Cuts {
   int64_t every, offset;
-  int64_t next(int64_t from, int64_t length) const {
-    return every ? least(length, from + every - (from + every - offset % every) % every) : length;
-  }
+  int64_t next(int64_t from, int64_t length) const { return every ? least(length, from + every - (from + every - offset % every) % every) : length; }
 };
 
 // Runs a pass. make(): a pass, for one thread. carry: how many numbers of its own a pass keeps per seat and block.
-template <class T, class Make>
-void scan(const MatrixShape& shape, const Walk& walk, int64_t length, int64_t threads, const StateTensor& initial, const StateTensor& final,
-          const Cuts& cuts, int64_t carry, const Make& make) {
+template <class T, class Make> void scan(const MatrixShape& shape, const Walk& walk, int64_t length, int64_t threads, const StateTensor& initial,
+                                         const StateTensor& final, const Cuts& cuts, int64_t carry, const Make& make) {
   constexpr int W = kLanes<T>;
-  constexpr int64_t kBand = 16;       // heads that walk together: neighbours in memory, their states stay in the second-level cache
+  constexpr int64_t kBand = 16;        // heads that walk together: neighbours in memory, their states stay in the second-level cache
   constexpr int64_t kWorth = 1 << 20;  // products of a thread's share: starting it costs as much as some hundred thousand
   using Pass = decltype(make());
   const int64_t items = shape.batch * (shape.heads / shape.together), blocks = ceil_div(shape.lanes, W);
@@ -107,8 +104,16 @@ void scan(const MatrixShape& shape, const Walk& walk, int64_t length, int64_t th
         const int64_t item = unit / parts, part = unit % parts, first_head = item % (shape.heads / shape.together) * shape.together;
         for (int64_t i = 0; i < shape.together; ++i, ++count) {
           T* own = memory.data() + count * most_blocks * (per_block + carry);
-          seats.data()[count] = {item / (shape.heads / shape.together), first_head + i, part * blocks / parts, (part + 1) * blocks / parts,
-                                 i == 0, i + 1 == shape.together, own, own + most_blocks * per_block, shape.rows, shape.lanes};
+          seats.data()[count] = {item / (shape.heads / shape.together),
+                                 first_head + i,
+                                 part * blocks / parts,
+                                 (part + 1) * blocks / parts,
+                                 i == 0,
+                                 i + 1 == shape.together,
+                                 own,
+                                 own + most_blocks * per_block,
+                                 shape.rows,
+                                 shape.lanes};
         }
       }
       std::memset(memory.data(), 0, sizeof(T) * static_cast<std::size_t>(count * most_blocks * (per_block + carry)));

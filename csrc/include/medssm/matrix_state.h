@@ -94,11 +94,14 @@ template <class T> void own_products(const View<T>& q, const View<T>& k, int64_t
   constexpr int W = kLanes<T>;
   const int64_t whole = rows / W * W;
   const int rest = static_cast<int>(rows - whole);
-  lane_sums<T>(count, [&](int64_t t) {
-    Vec<T> sum{};
-    for (int64_t r = 0; r < whole; r += W) sum = fma(load<T>(q[t] + r), load<T>(k[t] + r), sum);
-    return rest ? fma(load_part<T>(q[t] + whole, rest), load_part<T>(k[t] + whole, rest), sum) : sum;
-  }, own);
+  lane_sums<T>(
+      count,
+      [&](int64_t t) {
+        Vec<T> sum{};
+        for (int64_t r = 0; r < whole; r += W) sum = fma(load<T>(q[t] + r), load<T>(k[t] + r), sum);
+        return rest ? fma(load_part<T>(q[t] + whole, rest), load_part<T>(k[t] + whole, rest), sum) : sum;
+      },
+      own);
 }
 
 }  // namespace

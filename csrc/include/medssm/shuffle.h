@@ -45,7 +45,7 @@ template <class T> constexpr int kQuarter = 16 / static_cast<int>(sizeof(T));
 template <class T, int kOdd> struct Adjacent {
   static constexpr int at(int i) {
     const int within = i % kQuarter<T>, pair = within % (kQuarter<T> / 2);
-    return (within < kQuarter<T> / 2 ? 0 : kLanes<T>) + i / kQuarter<T> * kQuarter<T> + 2 * pair + kOdd;
+    return (within < kQuarter<T> / 2 ? 0 : kLanes<T>)+i / kQuarter<T> * kQuarter<T> + 2 * pair + kOdd;
   }
 };
 template <class T, int kBlock, int kHigh> struct Across {  // kBlock quarters hold the partial sums of one group of values

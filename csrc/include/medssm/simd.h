@@ -42,8 +42,16 @@ typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t Words64 __attribute__((vector_size(kVectorBytes)));
 
 template <class T> struct VectorOf;
-template <> struct VectorOf<float> { using type = Floats; using ints = Ints32; using words = Words; };
-template <> struct VectorOf<double> { using type = Doubles; using ints = Ints64; using words = Words64; };
+template <> struct VectorOf<float> {
+  using type = Floats;
+  using ints = Ints32;
+  using words = Words;
+};
+template <> struct VectorOf<double> {
+  using type = Doubles;
+  using ints = Ints64;
+  using words = Words64;
+};
 
 // The compute vector of T, the integers of the same width, and how many lanes both have.
 template <class T> using Vec = typename VectorOf<T>::type;
@@ -54,9 +62,7 @@ template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof
 template <class T> MEDSSM_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 
 // mask ? a : b, with mask from a comparison of vectors.
-template <class V, class M> MEDSSM_INLINE V select(M mask, V a, V b) {
-  return bit_cast<V>((bit_cast<M>(a) & mask) | (bit_cast<M>(b) & ~mask));
-}
+template <class V, class M> MEDSSM_INLINE V select(M mask, V a, V b) { return bit_cast<V>((bit_cast<M>(a) & mask) | (bit_cast<M>(b) & ~mask)); }
 
 // Lane-wise minimum and maximum; where a lane of `x` is NaN the result is NaN.
 #if defined(__AVX512F__)

@@ -18,12 +18,13 @@ namespace {
 template <class T> MEDSSM_INLINE Vec<T> next_state(Vec<T> e, Vec<T> h, Vec<T> su, T B) { return fma(e, h, su * B); }
 
 // A state's terms of dB_t and dC_t, before the sum over channels.
-template <class T> struct RowTerms { Vec<T> dB, dC; };
+template <class T> struct RowTerms {
+  Vec<T> dB, dC;
+};
 
 // g becomes g_{t-1}; dA, along_A and along_B are added to. h is h_t, before h_{t-1}.
-template <class T>
-MEDSSM_INLINE RowTerms<T> step_back(Vec<T> e, Vec<T> h, Vec<T> before, Vec<T> s, Vec<T> su, Vec<T> dy, Vec<T> rate, T B, T C, Vec<T>& g, Vec<T>& dA,
-                                    Vec<T>& along_A, Vec<T>& along_B) {
+template <class T> MEDSSM_INLINE RowTerms<T> step_back(Vec<T> e, Vec<T> h, Vec<T> before, Vec<T> s, Vec<T> su, Vec<T> dy, Vec<T> rate, T B, T C,
+                                                       Vec<T>& g, Vec<T>& dA, Vec<T>& along_A, Vec<T>& along_B) {
   const Vec<T> dh = fma(splat(C), dy, g);
   along_B = fma(splat(B), dh, along_B);
   g = e * dh;

@@ -17,8 +17,12 @@
 namespace medssm {
 namespace {
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 template <class To, class From> MEDSSM_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -72,10 +76,14 @@ template <> MEDSSM_INLINE Float16 to_storage<Float16>(float x) {
 #else
   const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   uint32_t half;
-  if (magnitude > 0x7f800000) half = 0x7e00;
-  else if (magnitude >= 0x477ff000) half = 0x7c00;  // 65520 and above round to infinity
-  else if (magnitude < 0x38800000) half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // denormal: 0.5 has its last place at 2^-24
-  else half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  if (magnitude > 0x7f800000)
+    half = 0x7e00;
+  else if (magnitude >= 0x477ff000)
+    half = 0x7c00;  // 65520 and above round to infinity
+  else if (magnitude < 0x38800000)
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // denormal: 0.5 has its last place at 2^-24
+  else
+    half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   return {static_cast<uint16_t>(half | sign)};
 #endif
 }
@@ -85,18 +93,26 @@ template <> MEDSSM_INLINE double to_storage<double>(double x) { return x; }
 // Calls body(pointer) with data cast to the storage type that dtype names.
 template <class Body> MEDSSM_INLINE void with_storage(int64_t dtype, const void* data, Body&& body) {
   switch (dtype) {
-    case kFloat32: return body(static_cast<const float*>(data));
-    case kFloat64: return body(static_cast<const double*>(data));
-    case kBFloat16: return body(static_cast<const BFloat16*>(data));
-    default: return body(static_cast<const Float16*>(data));
+    case kFloat32:
+      return body(static_cast<const float*>(data));
+    case kFloat64:
+      return body(static_cast<const double*>(data));
+    case kBFloat16:
+      return body(static_cast<const BFloat16*>(data));
+    default:
+      return body(static_cast<const Float16*>(data));
   }
 }
 template <class Body> MEDSSM_INLINE void with_storage(int64_t dtype, void* data, Body&& body) {
   switch (dtype) {
-    case kFloat32: return body(static_cast<float*>(data));
-    case kFloat64: return body(static_cast<double*>(data));
-    case kBFloat16: return body(static_cast<BFloat16*>(data));
-    default: return body(static_cast<Float16*>(data));
+    case kFloat32:
+      return body(static_cast<float*>(data));
+    case kFloat64:
+      return body(static_cast<double*>(data));
+    case kBFloat16:
+      return body(static_cast<BFloat16*>(data));
+    default:
+      return body(static_cast<Float16*>(data));
   }
 }
 

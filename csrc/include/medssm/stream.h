@@ -9,8 +9,8 @@ namespace {
 // afterwards, and every vector is a whole cache line (AVX-512 without change of type).
 template <class T, class S> MEDSSM_INLINE bool streams(const S* data, int64_t elements, int64_t channels) {
   constexpr int64_t kLarge = 4 << 20;
-  return kVectorBytes == 64 && sizeof(S) == sizeof(T) && elements * static_cast<int64_t>(sizeof(S)) > kLarge &&
-         channels % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0;
+  return kVectorBytes == 64 && sizeof(S) == sizeof(T) && elements * static_cast<int64_t>(sizeof(S)) > kLarge && channels % kLanes<T> == 0 &&
+         reinterpret_cast<uintptr_t>(data) % 64 == 0;
 }
 
 // Call it before other threads read what this one wrote past the caches.

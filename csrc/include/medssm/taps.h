@@ -9,9 +9,7 @@ namespace medssm {
 namespace {
 
 // How many threads `elements` outputs in `tasks` tasks are worth: starting one costs as much as some ten thousand of them.
-MEDSSM_INLINE int64_t worthwhile(int64_t threads, int64_t tasks, int64_t elements) {
-  return least(threads, least(tasks, ceil_div(elements, 16384)));
-}
+MEDSSM_INLINE int64_t worthwhile(int64_t threads, int64_t tasks, int64_t elements) { return least(threads, least(tasks, ceil_div(elements, 16384))); }
 
 // Weights (d, z, y, x) and a bias (d,) or null, any strides; shorter kernels have leading sides of 1. All fields are 8 bytes (see abi.h).
 struct Taps {

@@ -45,8 +45,10 @@ void stage_rows(const HeadTokens& x, int64_t batch, int64_t head, int64_t from, 
       for (int64_t e = whole; e < padded; e += W) {
         const Vec<T> v = e == whole && rest ? load_part<T>(row + e, rest) : Vec<T>{};
         // A masked store costs many times a whole one; what that writes too much, the next row overwrites.
-        if (e + W <= padded || t + 1 < tile.count) store(to + e, v);
-        else store_part(to + e, v, static_cast<int>(padded - e));
+        if (e + W <= padded || t + 1 < tile.count)
+          store(to + e, v);
+        else
+          store_part(to + e, v, static_cast<int>(padded - e));
       }
     }
   });

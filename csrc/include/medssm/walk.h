@@ -23,13 +23,11 @@ class Walk {
  public:
   // index: the token of each step, null for raster. starts: the sorted steps at which the state begins anew, in the walk that is not turned
   // round. reverse: the same walk backwards.
-  Walk(int64_t length, const int64_t* index, const int64_t* starts, int64_t start_count, bool reverse)
-      : length_(length), index_(index), starts_(starts), start_count_(start_count), reverse_(reverse) {}
+  Walk(int64_t length, const int64_t* index, const int64_t* starts, int64_t start_count, bool reverse) :
+      length_(length), index_(index), starts_(starts), start_count_(start_count), reverse_(reverse) {}
 
   // Steps [from, end), a segment start or not: for a prefetch.
-  Tile steps(int64_t from, int64_t end) const {
-    return {from, end - from, false, index_, reverse_ ? length_ - 1 - from : from, reverse_ ? -1 : 1};
-  }
+  Tile steps(int64_t from, int64_t end) const { return {from, end - from, false, index_, reverse_ ? length_ - 1 - from : from, reverse_ ? -1 : 1}; }
 
   // The tile that begins at `from`, ending before `end`, the next multiple of kTileSteps and the next start.
   Tile tile(int64_t from, int64_t end) const {
@@ -57,8 +55,10 @@ class Walk {
     int64_t low = 0, high = start_count_;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (start(middle) < most<int64_t>(from, 1)) low = middle + 1;
-      else high = middle;
+      if (start(middle) < most<int64_t>(from, 1))
+        low = middle + 1;
+      else
+        high = middle;
     }
     return low;
   }

@@ -42,15 +42,35 @@ class Block(nn.Module):
 
     def _add_norm(self, layer, x, residual):
         if self.fused_add_norm:
-            return norm.layer_norm_fn(x, layer.weight, layer.bias, residual, eps=layer.eps, prenorm=True, residual_in_fp32=self.residual_in_fp32,
-                                      is_rms_norm=isinstance(layer, norm.RMSNorm))
+            return norm.layer_norm_fn(
+                x,
+                layer.weight,
+                layer.bias,
+                residual,
+                eps=layer.eps,
+                prenorm=True,
+                residual_in_fp32=self.residual_in_fp32,
+                is_rms_norm=isinstance(layer, norm.RMSNorm),
+            )
         residual = x if residual is None else x + residual
         x = layer(residual.to(layer.weight.dtype))
         return x, residual.float() if self.residual_in_fp32 else residual
 
 
-def create_block(d_model, d_intermediate=0, ssm_cfg=None, attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-5, rms_norm=False,
-                 residual_in_fp32=False, fused_add_norm=False, layer_idx=None, device=None, dtype=None):
+def create_block(
+    d_model,
+    d_intermediate=0,
+    ssm_cfg=None,
+    attn_layer_idx=None,
+    attn_cfg=None,
+    norm_epsilon=1e-5,
+    rms_norm=False,
+    residual_in_fp32=False,
+    fused_add_norm=False,
+    layer_idx=None,
+    device=None,
+    dtype=None,
+):
     """A Block of Mamba or Mamba2 with a layer or RMS norm.
 
     ssm_cfg: the mixer's arguments, and "layer", "Mamba1" (the default) or "Mamba2"; mamba_ssm 1 has it in d_intermediate's place, as a call here may.

@@ -22,8 +22,9 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
     if isinstance(seq_idx, str):
         seq_idx, activation = None, seq_idx
     refuse(seq_idx=seq_idx)
-    out = ops.causal_conv1d(x, weight, bias, activation_name(activation), initial_state=initial_states, return_final_state=return_final_states,
-                            layout="bdl")
+    out = ops.causal_conv1d(
+        x, weight, bias, activation_name(activation), initial_state=initial_states, return_final_state=return_final_states, layout="bdl"
+    )
     if not return_final_states:
         return out.contiguous()
     out, states = out

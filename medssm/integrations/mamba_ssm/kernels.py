@@ -34,8 +34,11 @@ def bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, r
 
     dout: (b, d, l), of what fwd returns last. x, out: of fwd, not read. What is None has the gradient None.
     """
-    out_z, gradients = _gradients(lambda u, delta, A, B, C, D, delta_bias, z: _differentiable(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
-                                  (u, delta, A, B, C, D, delta_bias, z), dout)
+    out_z, gradients = _gradients(
+        lambda u, delta, A, B, C, D, delta_bias, z: _differentiable(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+        (u, delta, A, B, C, D, delta_bias, z),
+        dout,
+    )
     *gradients, gate = gradients
     if z is not None:
         gradients.append(gate if dz is None else dz.copy_(gate))
@@ -88,8 +91,9 @@ def causal_conv1d_fwd(x, weight, bias, *rest):
     """causal_conv1d_cuda.causal_conv1d_fwd -> out. rest: silu; or seq_idx, silu; or seq_idx, initial_states, final_states_out, silu."""
     given = _named(rest, ("silu",), ("seq_idx", "silu"), ("seq_idx", "initial_states", "final_states_out", "silu"))
     states = given.get("final_states_out")
-    out = convolution.causal_conv1d_fn(x, weight, bias, given.get("seq_idx"), given.get("initial_states"), states is not None, states,
-                                       "silu" if given["silu"] else None)
+    out = convolution.causal_conv1d_fn(
+        x, weight, bias, given.get("seq_idx"), given.get("initial_states"), states is not None, states, "silu" if given["silu"] else None
+    )
     return out if states is None else out[0]
 
 
@@ -99,16 +103,18 @@ def causal_conv1d_bwd(x, weight, bias, dout, *rest):
     rest: dx, silu; or seq_idx, dx, silu; or seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu, which returns
     dinitial_states (or None) too.
     """
-    given = _named(rest, ("dx", "silu"), ("seq_idx", "dx", "silu"),
-                   ("seq_idx", "initial_states", "dfinal_states", "dx", "return_dinitial_states", "silu"))
+    given = _named(
+        rest, ("dx", "silu"), ("seq_idx", "dx", "silu"), ("seq_idx", "initial_states", "dfinal_states", "dx", "return_dinitial_states", "silu")
+    )
     dstates = given.get("dfinal_states")
 
     def forward(x, weight, bias, initial):
         out, states = convolution.causal_conv1d_fn(x, weight, bias, given.get("seq_idx"), initial, True, None, "silu" if given["silu"] else None)
         return out if dstates is None else (out, states)
 
-    _, (dx, dweight, dbias, dinitial) = _gradients(forward, (x, weight, bias, given.get("initial_states")),
-                                                   dout if dstates is None else (dout, dstates))
+    _, (dx, dweight, dbias, dinitial) = _gradients(
+        forward, (x, weight, bias, given.get("initial_states")), dout if dstates is None else (dout, dstates)
+    )
     dx = dx if given["dx"] is None else given["dx"].copy_(dx)
     return (dx, dweight, dbias, dinitial) if "initial_states" in given else (dx, dweight, dbias)
 
@@ -125,8 +131,9 @@ def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     outs, kept, state, passed = [], [], None, 0
     for start in range(0, max(u.shape[-1], 1), _CHUNK):
         u_, delta_, B_, C_ = (t[..., start : start + _CHUNK] for t in (u, delta, B, C))
-        out, state = ops.selective_scan(u_, delta_, A, B_, C_, D, None, delta_bias, delta_softplus, initial_state=state, return_final_state=True,
-                                        layout="bdl")
+        out, state = ops.selective_scan(
+            u_, delta_, A, B_, C_, D, None, delta_bias, delta_softplus, initial_state=state, return_final_state=True, layout="bdl"
+        )
         steps = delta_.to(u.dtype) if delta_bias is None else delta_.to(u.dtype) + delta_bias[:, None]
         passed = passed + (softplus(steps) if delta_softplus else steps).sum(-1, keepdim=True)
         outs.append(out)

@@ -30,9 +30,29 @@ class Mamba(layers.Mamba):
     # Also for a whole model that upstream's code pickled: it carries no more than its own version's attributes.
     bimamba_type, nslices, if_divide_out, init_layer_scale = "none", 5, False, None
 
-    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank="auto", dt_min=0.001, dt_max=0.1, dt_init="random", dt_scale=1.0,
-                 dt_init_floor=1e-4, conv_bias=True, bias=False, use_fast_path=True, layer_idx=None, device=None, dtype=None,
-                 bimamba_type="none", nslices=5, if_divide_out=False, init_layer_scale=None):
+    def __init__(
+        self,
+        d_model,
+        d_state=16,
+        d_conv=4,
+        expand=2,
+        dt_rank="auto",
+        dt_min=0.001,
+        dt_max=0.1,
+        dt_init="random",
+        dt_scale=1.0,
+        dt_init_floor=1e-4,
+        conv_bias=True,
+        bias=False,
+        use_fast_path=True,
+        layer_idx=None,
+        device=None,
+        dtype=None,
+        bimamba_type="none",
+        nslices=5,
+        if_divide_out=False,
+        init_layer_scale=None,
+    ):
         if bimamba_type not in _KINDS:
             raise ValueError(f"bimamba_type: expected {', '.join(map(repr, _KINDS))}, got {bimamba_type!r}")
         self.bimamba_type = bimamba_type  # before the weights, which are one set per direction
@@ -77,9 +97,19 @@ class Mamba(layers.Mamba):
             out = self._continue(hidden_states, inference_params)
         elif self.bimamba_type == "v1":
             A, A_b = (-torch.exp(t.float()) for t in (self.A_log, self.A_b_log))
-            out = scan.bimamba_inner_fn(self.in_proj(hidden_states).movedim(-1, 1), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
-                                        self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, A, A_b, D=self.D,
-                                        delta_bias=self.dt_proj.bias)
+            out = scan.bimamba_inner_fn(
+                self.in_proj(hidden_states).movedim(-1, 1),
+                self.conv1d.weight,
+                self.conv1d.bias,
+                self.x_proj.weight,
+                self.dt_proj.weight,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                A,
+                A_b,
+                D=self.D,
+                delta_bias=self.dt_proj.bias,
+            )
         else:
             out = super().forward(hidden_states)
         return out if self.init_layer_scale is None else out * self.gamma
@@ -92,15 +122,18 @@ class Mamba(layers.Mamba):
         u, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         u = convolution.causal_conv1d_update(u, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = scan.selective_state_update(ssm_state, u, F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float()), B, C, self.D, z,
-                                        self.dt_proj.bias, True)
+        y = scan.selective_state_update(
+            ssm_state, u, F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float()), B, C, self.D, z, self.dt_proj.bias, True
+        )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         """(conv_state, ssm_state) of `step`, zeros: before the first token."""
         self._one_way()
-        return tuple(weight.new_zeros((batch_size, self.d_inner, n), dtype=dtype)
-                     for weight, n in ((self.conv1d.weight, self.d_conv), (self.dt_proj.weight, self.d_state)))
+        return tuple(
+            weight.new_zeros((batch_size, self.d_inner, n), dtype=dtype)
+            for weight, n in ((self.conv1d.weight, self.d_conv), (self.dt_proj.weight, self.d_state))
+        )
 
     def _continue(self, x, inference_params):
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
@@ -112,8 +145,9 @@ class Mamba(layers.Mamba):
         conv_state.copy_(F.pad(u.detach().movedim(-1, 1), (self.d_conv - u.shape[1], 0)))
         u = ops.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y, state = ops.selective_scan(u, dt, -torch.exp(self.A_log.float()), B, C, self.D, z, self.dt_proj.bias, True,
-                                      delta_proj=self.dt_proj.weight, return_final_state=True)
+        y, state = ops.selective_scan(
+            u, dt, -torch.exp(self.A_log.float()), B, C, self.D, z, self.dt_proj.bias, True, delta_proj=self.dt_proj.weight, return_final_state=True
+        )
         ssm_state.copy_(state.detach())
         return self.out_proj(y)
 

@@ -1,6 +1,6 @@
 """mamba_ssm.ops.triton.layer_norm on PyTorch: layer and RMS norm with the addition of the residual before it, in float32 inside.
 
-    r = residual + dropout(rowscale x) + dropout(x1);   out = norm(r) weight + bias
+r = residual + dropout(rowscale x) + dropout(x1);   out = norm(r) weight + bias
 """
 
 from __future__ import annotations
@@ -12,8 +12,22 @@ from torch.nn import functional as F
 from medssm.ops.checks import compute_dtype
 
 
-def layer_norm_fn(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0, rowscale=None, prenorm=False,
-                  residual_in_fp32=False, is_rms_norm=False, return_dropout_mask=False):
+def layer_norm_fn(
+    x,
+    weight,
+    bias,
+    residual=None,
+    x1=None,
+    weight1=None,
+    bias1=None,
+    eps=1e-6,
+    dropout_p=0.0,
+    rowscale=None,
+    prenorm=False,
+    residual_in_fp32=False,
+    is_rms_norm=False,
+    return_dropout_mask=False,
+):
     """Norm of x + residual over the last dimension.
 
     Args:
@@ -38,11 +52,25 @@ def layer_norm_fn(x, weight, bias, residual=None, x1=None, weight1=None, bias1=N
     return outs[0] if len(outs) == 1 else tuple(outs)
 
 
-def rms_norm_fn(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0, rowscale=None, prenorm=False,
-                residual_in_fp32=False, return_dropout_mask=False):
+def rms_norm_fn(
+    x,
+    weight,
+    bias,
+    residual=None,
+    x1=None,
+    weight1=None,
+    bias1=None,
+    eps=1e-6,
+    dropout_p=0.0,
+    rowscale=None,
+    prenorm=False,
+    residual_in_fp32=False,
+    return_dropout_mask=False,
+):
     """layer_norm_fn with the RMS norm."""
-    return layer_norm_fn(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True,
-                         return_dropout_mask)
+    return layer_norm_fn(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True, return_dropout_mask
+    )
 
 
 class RMSNorm(nn.Module):
@@ -55,8 +83,16 @@ class RMSNorm(nn.Module):
         self.register_parameter("bias", None)
 
     def forward(self, x, residual=None, prenorm=False, residual_in_fp32=False):
-        return rms_norm_fn(x, self.weight, self.bias, residual, eps=self.eps, dropout_p=self.dropout_p if self.training else 0.0, prenorm=prenorm,
-                           residual_in_fp32=residual_in_fp32)
+        return rms_norm_fn(
+            x,
+            self.weight,
+            self.bias,
+            residual,
+            eps=self.eps,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32,
+        )
 
 
 # mamba_ssm.ops.triton.layernorm, the module of mamba_ssm 1: the same functions with fewer arguments in another order.

@@ -1,6 +1,6 @@
 """mamba_ssm.ops.triton.layernorm_gated on PyTorch: layer and RMS norm of groups of channels, gated before or after, in float32 inside.
 
-    norm_before_gate: out = (norm(x) weight + bias) silu(z);   else: out = norm(x silu(z)) weight + bias
+norm_before_gate: out = (norm(x) weight + bias) silu(z);   else: out = norm(x silu(z)) weight + bias
 """
 
 from __future__ import annotations

@@ -23,9 +23,28 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     return (out[0].contiguous(), out[1]) if return_last_state else out.contiguous()
 
 
-def mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, C=None, D=None,
-                   delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1, b_rms_weight=None,
-                   c_rms_weight=None, dt_rms_weight=None, b_c_dt_rms_eps=1e-6):
+def mamba_inner_fn(
+    xz,
+    conv1d_weight,
+    conv1d_bias,
+    x_proj_weight,
+    delta_proj_weight,
+    out_proj_weight,
+    out_proj_bias,
+    A,
+    B=None,
+    C=None,
+    D=None,
+    delta_bias=None,
+    B_proj_bias=None,
+    C_proj_bias=None,
+    delta_softplus=True,
+    checkpoint_lvl=1,
+    b_rms_weight=None,
+    c_rms_weight=None,
+    dt_rms_weight=None,
+    b_c_dt_rms_eps=1e-6,
+):
     """All of a Mamba mixer behind in_proj: convolution, projections, scan, gate and out_proj; (b, l, d_model).
 
     Args:
@@ -41,20 +60,53 @@ def mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_wei
     return linear(y, out_proj_weight, out_proj_bias)
 
 
-def mamba_inner_fn_no_out_proj(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B=None, C=None, D=None, delta_bias=None,
-                               B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1):
+def mamba_inner_fn_no_out_proj(
+    xz,
+    conv1d_weight,
+    conv1d_bias,
+    x_proj_weight,
+    delta_proj_weight,
+    A,
+    B=None,
+    C=None,
+    D=None,
+    delta_bias=None,
+    B_proj_bias=None,
+    C_proj_bias=None,
+    delta_softplus=True,
+    checkpoint_lvl=1,
+):
     """mamba_inner_fn without out_proj, as Vim's and SegMamba's forks have it; (b, d, l), contiguous."""
     u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
     y = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight)
     return y.movedim(-1, 1).contiguous()
 
 
-def bimamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B=None, C=None,
-                     D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1):
+def bimamba_inner_fn(
+    xz,
+    conv1d_weight,
+    conv1d_bias,
+    x_proj_weight,
+    delta_proj_weight,
+    out_proj_weight,
+    out_proj_bias,
+    A,
+    A_b,
+    B=None,
+    C=None,
+    D=None,
+    delta_bias=None,
+    B_proj_bias=None,
+    C_proj_bias=None,
+    delta_softplus=True,
+    checkpoint_lvl=1,
+):
     """Vim's first bidirectional mixer: mamba_inner_fn with a second, reversed scan that has its own A_b (d, n) and shares the rest."""
     u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
-    y, back = (ops.selective_scan(u, delta, a, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight, reverse=reverse)
-               for a, reverse in ((A, False), (A_b, True)))
+    y, back = (
+        ops.selective_scan(u, delta, a, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight, reverse=reverse)
+        for a, reverse in ((A, False), (A_b, True))
+    )
     return linear(y + back, out_proj_weight, out_proj_bias)
 
 

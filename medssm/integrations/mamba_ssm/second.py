@@ -31,15 +31,56 @@ class Mamba2(layers.Mamba2):
 
     rmsnorm = True  # of a Mamba2Simple that upstream's code pickled, which does not say
 
-    def __init__(self, d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, d_ssm=None, ngroups=1, A_init_range=(1, 16),
-                 D_has_hdim=False, rmsnorm=True, norm_before_gate=False, dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, math.inf),
-                 bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=True, layer_idx=None, process_group=None, sequence_parallel=True,
-                 device=None, dtype=None):
+    def __init__(
+        self,
+        d_model,
+        d_state=128,
+        d_conv=4,
+        conv_init=None,
+        expand=2,
+        headdim=64,
+        d_ssm=None,
+        ngroups=1,
+        A_init_range=(1, 16),
+        D_has_hdim=False,
+        rmsnorm=True,
+        norm_before_gate=False,
+        dt_min=0.001,
+        dt_max=0.1,
+        dt_init_floor=1e-4,
+        dt_limit=(0.0, math.inf),
+        bias=False,
+        conv_bias=True,
+        chunk_size=256,
+        use_mem_eff_path=True,
+        layer_idx=None,
+        process_group=None,
+        sequence_parallel=True,
+        device=None,
+        dtype=None,
+    ):
         inner = int(expand * d_model)
         refuse(process_group=process_group, d_ssm=None if d_ssm == inner else d_ssm)
         with contextlib.nullcontext() if device is None else torch.device(device):
-            super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, A_init_range, D_has_hdim, rmsnorm, norm_before_gate, dt_min,
-                             dt_max, dt_init_floor, dt_limit, bias, conv_bias, orders=[orders.raster()])
+            super().__init__(
+                d_model,
+                d_state,
+                d_conv,
+                expand,
+                headdim,
+                ngroups,
+                A_init_range,
+                D_has_hdim,
+                rmsnorm,
+                norm_before_gate,
+                dt_min,
+                dt_max,
+                dt_init_floor,
+                dt_limit,
+                bias,
+                conv_bias,
+                orders=[orders.raster()],
+            )
             if rmsnorm:  # upstream's module for the same norm, since upstream's code reads its attributes
                 self.norm = RMSNorm(inner, group_size=inner // ngroups, norm_before_gate=norm_before_gate)
         for parameter in self.parameters(recurse=False):  # dt_bias, A_log and D
@@ -107,14 +148,54 @@ class Mamba2Simple(Mamba2):
     activation: "swish" or "silu", the same. learnable_init_states: refused. The rest as Mamba2.
     """
 
-    def __init__(self, d_model, d_state=64, d_conv=4, conv_init=None, expand=2, headdim=128, ngroups=1, A_init_range=(1, 16), dt_min=0.001,
-                 dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, math.inf), learnable_init_states=False, activation="swish", bias=False,
-                 conv_bias=True, chunk_size=256, use_mem_eff_path=True, layer_idx=None, device=None, dtype=None):
+    def __init__(
+        self,
+        d_model,
+        d_state=64,
+        d_conv=4,
+        conv_init=None,
+        expand=2,
+        headdim=128,
+        ngroups=1,
+        A_init_range=(1, 16),
+        dt_min=0.001,
+        dt_max=0.1,
+        dt_init_floor=1e-4,
+        dt_limit=(0.0, math.inf),
+        learnable_init_states=False,
+        activation="swish",
+        bias=False,
+        conv_bias=True,
+        chunk_size=256,
+        use_mem_eff_path=True,
+        layer_idx=None,
+        device=None,
+        dtype=None,
+    ):
         refuse(learnable_init_states=learnable_init_states)
         checks.choice("activation", activation, ("swish", "silu"))
-        super().__init__(d_model, d_state, d_conv, conv_init, expand, headdim, None, ngroups, A_init_range, dt_min=dt_min, dt_max=dt_max,
-                         dt_init_floor=dt_init_floor, dt_limit=dt_limit, bias=bias, conv_bias=conv_bias, chunk_size=chunk_size,
-                         use_mem_eff_path=use_mem_eff_path, layer_idx=layer_idx, device=device, dtype=dtype)
+        super().__init__(
+            d_model,
+            d_state,
+            d_conv,
+            conv_init,
+            expand,
+            headdim,
+            None,
+            ngroups,
+            A_init_range,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            dt_limit=dt_limit,
+            bias=bias,
+            conv_bias=conv_bias,
+            chunk_size=chunk_size,
+            use_mem_eff_path=use_mem_eff_path,
+            layer_idx=layer_idx,
+            device=device,
+            dtype=dtype,
+        )
         self.learnable_init_states, self.activation = False, activation
         self.norm.group_size = None
 

@@ -14,8 +14,24 @@ from medssm.integrations.mamba_ssm.norm_gated import rmsnorm_fn
 from medssm.ops import checks
 
 
-def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
-                              dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False, return_varlen_states=False):
+def mamba_chunk_scan_combined(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+    return_varlen_states=False,
+):
     """Mamba-2's scan, `medssm.ops.ssd` under upstream's arguments.
 
     Args:
@@ -25,13 +41,32 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
     Returns out (b, l, h, p) in x's dtype, or (out, final states (b, h, p, n) in float32). Raises NotImplementedError for packed sequences.
     """
     refuse(seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
-    return ops.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=dt_limit, initial_state=initial_states,
-                   return_final_state=return_final_states)
+    return ops.ssd(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=dt_limit, initial_state=initial_states, return_final_state=return_final_states
+    )
 
 
-def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None, seq_idx=None,
-                                     dt_limit=(0.0, math.inf), return_final_states=False, activation="silu", rmsnorm_weight=None,
-                                     rmsnorm_eps=1e-6, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, norm_before_gate=True):
+def mamba_split_conv1d_scan_combined(
+    zxbcdt,
+    conv1d_weight,
+    conv1d_bias,
+    dt_bias,
+    A,
+    D,
+    chunk_size,
+    initial_states=None,
+    seq_idx=None,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+    activation="silu",
+    rmsnorm_weight=None,
+    rmsnorm_eps=1e-6,
+    outproj_weight=None,
+    outproj_bias=None,
+    headdim=None,
+    ngroups=1,
+    norm_before_gate=True,
+):
     """All of a Mamba-2 mixer behind in_proj: convolution, scan, gated RMS norm of each group's channels, out_proj.
 
     Args, with d = h p:
@@ -49,14 +84,28 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
     inner, channels = heads * size, conv1d_weight.shape[0]
     beside = zxbcdt.shape[-1] - inner - channels - heads
     if (channels - inner) % (2 * ngroups) or beside < 0 or beside % 2:
-        raise ValueError(f"zxbcdt: expected (b, l, 2m + {inner} + {channels} + {heads}), of z, the convolution's channels (the {inner} of x, "
-                         f"and B and C by {ngroups} groups) and dt, got {tuple(zxbcdt.shape)} and conv1d_weight {tuple(conv1d_weight.shape)}")
+        raise ValueError(
+            f"zxbcdt: expected (b, l, 2m + {inner} + {channels} + {heads}), of z, the convolution's channels (the {inner} of x, "
+            f"and B and C by {ngroups} groups) and dt, got {tuple(zxbcdt.shape)} and conv1d_weight {tuple(conv1d_weight.shape)}"
+        )
     mlp, z, u, dt = zxbcdt.split([beside, inner, channels, heads], dim=-1)
     u = ops.causal_conv1d(u, conv1d_weight, conv1d_bias, activation_name(activation))
     x, B, C = u.split([inner, (channels - inner) // 2, (channels - inner) // 2], dim=-1)
     x, B, C = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
-    y, states = ops.ssd(x, dt, A, B, C, D, z.unflatten(-1, (heads, -1)) if rmsnorm_weight is None else None, dt_bias, True, dt_limit=dt_limit,
-                        initial_state=initial_states, return_final_state=True)
+    y, states = ops.ssd(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z.unflatten(-1, (heads, -1)) if rmsnorm_weight is None else None,
+        dt_bias,
+        True,
+        dt_limit=dt_limit,
+        initial_state=initial_states,
+        return_final_state=True,
+    )
     y = y.flatten(-2)
     if rmsnorm_weight is not None:
         y = rmsnorm_fn(y, rmsnorm_weight, None, z, rmsnorm_eps, inner // ngroups, norm_before_gate)

@@ -9,13 +9,7 @@ from medssm.integrations.mamba_ssm.block import Block, create_block
 from medssm.integrations.mamba_ssm.convolution import causal_conv1d_fn, causal_conv1d_update
 from medssm.integrations.mamba_ssm.mixer import Mamba
 from medssm.integrations.mamba_ssm.norm import RMSNorm, layer_norm_fn, layer_norm_fn_v1, rms_norm_fn, rms_norm_fn_v1
-from medssm.integrations.mamba_ssm.scan import (
-    bimamba_inner_fn,
-    mamba_inner_fn,
-    mamba_inner_fn_no_out_proj,
-    selective_scan_fn,
-    selective_state_update,
-)
+from medssm.integrations.mamba_ssm.scan import bimamba_inner_fn, mamba_inner_fn, mamba_inner_fn_no_out_proj, selective_scan_fn, selective_state_update
 from medssm.integrations.mamba_ssm.second import Mamba2, Mamba2Simple
 from medssm.integrations.mamba_ssm.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined, ssd_minimal_discrete
 

@@ -14,14 +14,22 @@ TRAINERS = Path(__file__).with_name("trainers")
 
 def add_arguments(parser) -> None:
     parser.epilog = "nnU-Net finds the trainers of `medssm nnunet path` with: export nnUNet_extTrainer=$(medssm nnunet path)"
-    parser.add_argument("action", choices=("plans", "path"),
-                        help="plans: write nnU-Net's plans anew with a network of medssm's; path: the folder that serves trainers to nnU-Net")
+    parser.add_argument(
+        "action",
+        choices=("plans", "path"),
+        help="plans: write nnU-Net's plans anew with a network of medssm's; path: the folder that serves trainers to nnU-Net",
+    )
     parser.add_argument("plans", nargs="?", metavar="PLANS.json", help="nnU-Net's plans, as nnUNetv2_plan_and_preprocess wrote them")
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the model, values in JSON, for instance features=[16,32,64]")
     parser.add_argument("--model", help="one of `medssm models`")
     parser.add_argument("--out", help="the new plans (default NAME.json beside PLANS.json: nnU-Net looks for NAME.json there)")
-    parser.add_argument("--configuration", action="append", default=[], metavar="NAME",
-                        help="3d_fullres, 2d, ...; may be repeated (default: all that have a network of their own)")
+    parser.add_argument(
+        "--configuration",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="3d_fullres, 2d, ...; may be repeated (default: all that have a network of their own)",
+    )
     parser.add_argument("--name", help="the new plans' identifier, for nnU-Net's -p (default that of --out, else the old one and the model)")
     parser.add_argument("--overwrite", action="store_true", help="replace plans that exist")
     parser.parse_args = parser.parse_intermixed_args  # key=value may follow the flags
@@ -38,8 +46,15 @@ def run(args) -> dict:
     for flag, value in (("PLANS.json", args.plans), ("--model", args.model)):
         if not value:
             raise UserError(f"{flag}: expected a value, got none")
-    result = rewrite(args.plans, args.model, args.out, configurations=args.configuration, name=args.name,
-                     options=dict(map(_option, args.options)), overwrite=args.overwrite)
+    result = rewrite(
+        args.plans,
+        args.model,
+        args.out,
+        configurations=args.configuration,
+        name=args.name,
+        options=dict(map(_option, args.options)),
+        overwrite=args.overwrite,
+    )
     if not (args.json or args.quiet):
         _print(result)
     return result

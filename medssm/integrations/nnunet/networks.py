@@ -14,8 +14,16 @@ from medssm.nn import UNet
 Steps = tuple[int, ...]
 
 
-def Network(input_channels: int, num_classes: int, *, model: str, spatial_dims: int, strides: Sequence[Sequence[int]],
-            options: Mapping | None = None, deep_supervision: bool = False) -> nn.Module:
+def Network(
+    input_channels: int,
+    num_classes: int,
+    *,
+    model: str,
+    spatial_dims: int,
+    strides: Sequence[Sequence[int]],
+    options: Mapping | None = None,
+    deep_supervision: bool = False,
+) -> nn.Module:
     """A medssm network under nnU-Net's contract, in the place of the class that plans name.
 
     Args:

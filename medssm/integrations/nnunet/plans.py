@@ -25,8 +25,16 @@ from medssm.models import create_model, list_models
 from medssm.segment.files import read_json, write_json
 
 _CLASS = "medssm.integrations.nnunet.Network"
-_OLD_KEYS = ("UNet_class_name", "UNet_base_num_features", "unet_max_num_features", "n_conv_per_stage_encoder", "n_conv_per_stage_decoder",
-             "num_pool_per_axis", "pool_op_kernel_sizes", "conv_kernel_sizes")
+_OLD_KEYS = (
+    "UNet_class_name",
+    "UNet_base_num_features",
+    "unet_max_num_features",
+    "n_conv_per_stage_encoder",
+    "n_conv_per_stage_decoder",
+    "num_pool_per_axis",
+    "pool_op_kernel_sizes",
+    "conv_kernel_sizes",
+)
 _OURS = ("spatial_dims", "in_channels", "out_channels", "deep_supervision", "pretrained", "features_only")
 
 
@@ -42,8 +50,16 @@ class Shape(NamedTuple):
     decoder_blocks: list[int]
 
 
-def rewrite(plans: Path | str, model: str, out: Path | str | None = None, *, configurations: Sequence[str] = (), name: str | None = None,
-            options: Mapping[str, Any] | None = None, overwrite: bool = False) -> dict:
+def rewrite(
+    plans: Path | str,
+    model: str,
+    out: Path | str | None = None,
+    *,
+    configurations: Sequence[str] = (),
+    name: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> dict:
     """Write the plans file `plans` anew, with `model` as the network of its configurations.
 
     Args:
@@ -87,8 +103,11 @@ def rewrite(plans: Path | str, model: str, out: Path | str | None = None, *, con
         except (TypeError, RuntimeError) as error:  # a value of the wrong kind, a layer of an impossible size
             raise UserError(f"{configuration}: {model} does not take the options {options}: {' '.join(str(error).split())}") from error
         spans = sorted(set(resolutions(arguments["strides"])[:-1]))
-        result["configurations"][configuration] = {"patch_size": shape.patch, "outputs": spans,
-                                                   "parameters": sum(p.numel() for p in network.parameters())}
+        result["configurations"][configuration] = {
+            "patch_size": shape.patch,
+            "outputs": spans,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        }
         entry = written["configurations"][configuration]
         for key in _OLD_KEYS:
             entry.pop(key, None)
@@ -133,8 +152,10 @@ def _shape(where: str, entry: Mapping) -> Shape:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: expected the lists of nnU-Net's U-Net and a patch size, got none or a wrong one ({error!r})") from error
     if not fits or [len(shape.strides), len(shape.kernels), len(shape.blocks), len(shape.decoder_blocks)] != [stages, stages, stages, stages - 1]:
-        raise UserError(f"{where}: expected one entry of each list per stage and per axis, got {stages} features, {shape.strides} as strides and "
-                        f"{shape.kernels} as kernels, {shape.blocks} and {shape.decoder_blocks} blocks for the patch {shape.patch}")
+        raise UserError(
+            f"{where}: expected one entry of each list per stage and per axis, got {stages} features, {shape.strides} as strides and "
+            f"{shape.kernels} as kernels, {shape.blocks} and {shape.decoder_blocks} blocks for the patch {shape.patch}"
+        )
     return shape
 
 
@@ -197,12 +218,14 @@ def _check(network: nn.Module, arguments: Mapping, shape: Shape) -> None:
     except Exception as error:  # whatever a network raises
         message = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model: {arguments['model']} does not take patches of {shape.patch}: {message}") from error
-    wanted = [(shape.batch, 2, *(round(p / n) for p, n in zip(shape.patch, output, strict=True)))
-              for output in resolutions(arguments["strides"])[:-1]]
+    wanted = [
+        (shape.batch, 2, *(round(p / n) for p, n in zip(shape.patch, output, strict=True))) for output in resolutions(arguments["strides"])[:-1]
+    ]
     got = [tuple(logits.shape) for logits in given]
     if got != wanted:
-        raise ValueError(f"model: expected one that segments, with logits {wanted} for a batch of patches of {shape.patch}, got {got} from "
-                         f"{arguments['model']}")
+        raise ValueError(
+            f"model: expected one that segments, with logits {wanted} for a batch of patches of {shape.patch}, got {got} from {arguments['model']}"
+        )
 
 
 @contextlib.contextmanager

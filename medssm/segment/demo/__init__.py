@@ -14,10 +14,21 @@ def add_arguments(parser) -> None:
     parser.add_argument("task", choices=("structures",), help="structures: deep structures of a T1 brain MRI")
     parser.add_argument("--out", default="demo-out", help="folder for all results; one that was stopped goes on (default %(default)s)")
     parser.add_argument("--data", choices=tuple(SOURCES), default="icbm2009c", help="default %(default)s")
-    parser.add_argument("--model", nargs="+", default=[OURS], metavar="NAME", help="one of `medssm models`, or monai.networks.nets.NAME; several "
-                        f"stand side by side in the report (default {OURS})")
-    parser.add_argument("--mixer", nargs="+", default=[], choices=tuple(MIXERS), metavar="NAME", help="further networks beside the first: "
-                        f"{OURS} with this mixer, one of {', '.join(MIXERS)}")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=[OURS],
+        metavar="NAME",
+        help=f"one of `medssm models`, or monai.networks.nets.NAME; several stand side by side in the report (default {OURS})",
+    )
+    parser.add_argument(
+        "--mixer",
+        nargs="+",
+        default=[],
+        choices=tuple(MIXERS),
+        metavar="NAME",
+        help=f"further networks beside the first: {OURS} with this mixer, one of {', '.join(MIXERS)}",
+    )
     parser.add_argument("--size", help="the model's size: tiny, small or base (default tiny for medssm_unet, else the model's own)")
     parser.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="more keywords for the model")
     parser.add_argument("--seconds", type=float, help=f"of training, for each network (default {SECONDS:g}; with --fast {FAST_SECONDS:g})")
@@ -35,9 +46,21 @@ def run(args) -> dict:
     keep_freed_memory()
     kwargs = args.model_kwargs | ({"size": args.size} if args.size else {})
     model = args.model if len(args.model) > 1 else args.model[0]
-    result = structures(args.out, data=args.data, model=model, model_kwargs=kwargs, mixers=args.mixer, seconds=args.seconds,
-                        trained=args.trained, seed=args.seed, device=args.device, fast=args.fast, prepare=args.prepare,
-                        overwrite=args.overwrite, quiet=args.quiet)
+    result = structures(
+        args.out,
+        data=args.data,
+        model=model,
+        model_kwargs=kwargs,
+        mixers=args.mixer,
+        seconds=args.seconds,
+        trained=args.trained,
+        seed=args.seed,
+        device=args.device,
+        fast=args.fast,
+        prepare=args.prepare,
+        overwrite=args.overwrite,
+        quiet=args.quiet,
+    )
     if not (args.quiet or args.json):
         _print_commands(args.out, result["commands"]) if args.prepare else _print_table(result)
     return result
@@ -54,8 +77,10 @@ def _print_table(metrics: dict) -> None:
     from rich.table import Table
 
     split = metrics["split"]
-    table = Table(title=f"Dice on the {split['tested']} hemisphere, trained on the {split['trained']} one", caption="one volume, similar "
-                  "hemispheres: that it works, not how accurate it is")
+    table = Table(
+        title=f"Dice on the {split['tested']} hemisphere, trained on the {split['trained']} one",
+        caption="one volume, similar hemispheres: that it works, not how accurate it is",
+    )
     table.add_column(no_wrap=True)
     if len(metrics["rows"]) > 4:  # the classes stand in the report
         for title in ("mean Dice", "training steps", "seconds to segment"):

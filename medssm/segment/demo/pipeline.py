@@ -39,9 +39,22 @@ OVERLAP = 0.625  # of the windows in prediction: a window knows least near its b
 FAST = {"spacing": [3.0, 3.0, 3.0], "patch": [32, 32, 32]}
 
 
-def structures(out: Path | str, *, data: str = "icbm2009c", model: str | Sequence[str] = OURS, model_kwargs: Mapping | None = None,
-               mixers: Sequence[str] = (), seconds: float | None = None, trained: str = "right", seed: int = 0, device: str = "auto",
-               fast: bool = False, prepare: bool = False, overwrite: bool = False, quiet: bool = False) -> dict:
+def structures(
+    out: Path | str,
+    *,
+    data: str = "icbm2009c",
+    model: str | Sequence[str] = OURS,
+    model_kwargs: Mapping | None = None,
+    mixers: Sequence[str] = (),
+    seconds: float | None = None,
+    trained: str = "right",
+    seed: int = 0,
+    device: str = "auto",
+    fast: bool = False,
+    prepare: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict:
     """Run the demo in the folder `out`, or go on with one that was stopped there.
 
     data      a key of `data.SOURCES`
@@ -62,8 +75,15 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str | Sequenc
     recipes = {key: shared | ({"lr": LEARNING_RATES[name]} if name in LEARNING_RATES else {}) for key, (name, _) in nets.items()}
     brain = load_brain(data, trained)
     named = model if isinstance(model, str) else list(model)
-    settings = {"data": data, "trained": trained, "seed": seed, "model": named, "model_kwargs": nets["ours"][1],
-                **({"mixers": list(mixers)} if mixers else {}), **recipes["ours"]}
+    settings = {
+        "data": data,
+        "trained": trained,
+        "seed": seed,
+        "model": named,
+        "model_kwargs": nets["ours"][1],
+        **({"mixers": list(mixers)} if mixers else {}),
+        **recipes["ours"],
+    }
     _keep_settings(out / "demo.json", settings, overwrite)
     _say(f"data: {brain.source.title}", quiet)
     write_dataset(brain, out / "data")
@@ -75,11 +95,21 @@ def structures(out: Path | str, *, data: str = "icbm2009c", model: str | Sequenc
     for key, title, about, labels in _baselines(brain):
         write_nifti(_prediction(out, brain, key), labels, brain.image.slicer[brain.tested.box])
         rows.append({"key": key, "title": title, "about": about, **_scores(out, brain, key)})
-    metrics = {"version": medssm.__version__, "seed": seed, "classes": [name for name, value in brain.classes.items() if value],
-               "data": {"name": data, "title": brain.source.title, "credit": brain.source.credit}, "overlap": OVERLAP,
-               "split": {"trained": brain.trained.side, "tested": brain.tested.side, "gap_mm": GAP_MM}, "recipe": shared, "nsd_mm": NSD_MM,
-               "rows": rows, "checks": _checks(rows), "machine": machine.describe(), "commands": commands,
-               "report": str(out / "report.html")}
+    metrics = {
+        "version": medssm.__version__,
+        "seed": seed,
+        "classes": [name for name, value in brain.classes.items() if value],
+        "data": {"name": data, "title": brain.source.title, "credit": brain.source.credit},
+        "overlap": OVERLAP,
+        "split": {"trained": brain.trained.side, "tested": brain.tested.side, "gap_mm": GAP_MM},
+        "recipe": shared,
+        "nsd_mm": NSD_MM,
+        "rows": rows,
+        "checks": _checks(rows),
+        "machine": machine.describe(),
+        "commands": commands,
+        "report": str(out / "report.html"),
+    }
     _say("figures and report", quiet)
     pictures = _draw(out, brain, rows)
     write_nifti(out / "labels.nii.gz", whole(brain, _labels(out, brain, "ours"), brain.tested), brain.image)
@@ -100,14 +130,26 @@ def _networks(names: Sequence[str], kwargs: dict, mixers: Sequence[str]) -> dict
     return {**nets, **{mixer: (OURS, {**shared, "mixer": mixer}) for mixer in mixers}, "monai": (UNET, UNET_KWARGS)}
 
 
-def _network_row(out: Path, brain: Brain, key: str, model: str, kwargs: Mapping, recipe: Mapping, *, seed: int, device: str,
-                 overwrite: bool, quiet: bool) -> dict:
+def _network_row(
+    out: Path, brain: Brain, key: str, model: str, kwargs: Mapping, recipe: Mapping, *, seed: int, device: str, overwrite: bool, quiet: bool
+) -> dict:
     """Train a network (or take it as far as it got), segment the tested side, and compare."""
     weights, title = out / "networks" / key, _title(key, model, kwargs)
     _say(f"{title}: training for {recipe['max_seconds']:g} s", quiet)
     try:
-        trained = train(out / "data", weights, model=model, model_kwargs=dict(kwargs), validations=0, seed=seed, device=device,
-                        resume=not overwrite, overwrite=overwrite, quiet=quiet, **recipe)
+        trained = train(
+            out / "data",
+            weights,
+            model=model,
+            model_kwargs=dict(kwargs),
+            validations=0,
+            seed=seed,
+            device=device,
+            resume=not overwrite,
+            overwrite=overwrite,
+            quiet=quiet,
+            **recipe,
+        )
     except KeyboardInterrupt:
         _say(f"{title}: stopped and saved; the same command goes on from here", quiet)
         raise
@@ -115,19 +157,35 @@ def _network_row(out: Path, brain: Brain, key: str, model: str, kwargs: Mapping,
     begun = time.perf_counter()
     predict(weights, out / "data" / "imagesTs", out / "predictions" / key, overlap=OVERLAP, device=device, quiet=quiet)
     settings = ", ".join(f"{name} {value}" for name, value in kwargs.items()) or "its defaults"
-    about = (f"{model} with {settings}: {trained['parameters']:,} parameters, {trained['steps']:,} training steps in "
-             f"{trained['seconds']:.0f} seconds.")
-    return {"key": key, "title": title, "about": about, "parameters": trained["parameters"], "steps": trained["steps"], "lr": trained["lr"],
-            "seconds": trained["seconds"], "predict_seconds": round(time.perf_counter() - begun, 2), **_scores(out, brain, key)}
+    about = f"{model} with {settings}: {trained['parameters']:,} parameters, {trained['steps']:,} training steps in {trained['seconds']:.0f} seconds."
+    return {
+        "key": key,
+        "title": title,
+        "about": about,
+        "parameters": trained["parameters"],
+        "steps": trained["steps"],
+        "lr": trained["lr"],
+        "seconds": trained["seconds"],
+        "predict_seconds": round(time.perf_counter() - begun, 2),
+        **_scores(out, brain, key),
+    }
 
 
 def _baselines(brain: Brain):
     """(key, title, what it is, labels of the tested side) for each answer that needs no network."""
     side = brain.trained.side
-    yield ("mirrored", "mirrored labels", f"The labels drawn on the {side} side, reflected at the midline; the image is not looked at.",
-           mirrored_labels(brain))
-    yield ("look_up", "look-up table", "Each voxel by its intensity alone: a table from intensity to class, fitted for the mean Dice of "
-           f"the {side} side.", looked_up_labels(brain))
+    yield (
+        "mirrored",
+        "mirrored labels",
+        f"The labels drawn on the {side} side, reflected at the midline; the image is not looked at.",
+        mirrored_labels(brain),
+    )
+    yield (
+        "look_up",
+        "look-up table",
+        f"Each voxel by its intensity alone: a table from intensity to class, fitted for the mean Dice of the {side} side.",
+        looked_up_labels(brain),
+    )
 
 
 def _scores(out: Path, brain: Brain, key: str) -> dict:
@@ -140,8 +198,7 @@ def _scores(out: Path, brain: Brain, key: str) -> dict:
 def _checks(rows: list[dict]) -> dict:
     """What the demo promises of its first row, on a machine that gives it enough steps."""
     ours, monai, look_up = ({row["key"]: row["dice"] for row in rows}[key] for key in ("ours", "monai", "look_up"))
-    return {"ours_minus_monai": ours["mean"] - monai["mean"],
-            "above_look_up_in_every_class": all(ours[name] > look_up[name] for name in ours)}
+    return {"ours_minus_monai": ours["mean"] - monai["mean"], "above_look_up_in_every_class": all(ours[name] > look_up[name] for name in ours)}
 
 
 def _draw(out: Path, brain: Brain, rows: list[dict]) -> dict[str, Path]:
@@ -159,15 +216,31 @@ def _commands(brain: Brain, data: str, nets: Mapping, mixers: Sequence[str], rec
     """The demo as one command, then as those it is made of, run in its folder."""
     kwargs = nets["ours"][1]
     models = [name for key, (name, _) in nets.items() if key != "monai" and key not in mixers]
-    options = ["--data", data, "--trained", brain.trained.side, "--model", *models, "--model-kwargs", json.dumps(kwargs),
-               *(["--mixer", *mixers] if mixers else []), "--seconds", f"{recipes['ours']['max_seconds']:g}", "--seed", str(seed)]
+    options = [
+        "--data",
+        data,
+        "--trained",
+        brain.trained.side,
+        "--model",
+        *models,
+        "--model-kwargs",
+        json.dumps(kwargs),
+        *(["--mixer", *mixers] if mixers else []),
+        "--seconds",
+        f"{recipes['ours']['max_seconds']:g}",
+        "--seed",
+        str(seed),
+    ]
     commands = [shlex.join(["medssm", "demo", "structures", *options, *["--fast"] * fast])]
     for key, (model, kwargs) in nets.items():
         flags = [word for name, value in recipes[key].items() for word in _flag(name, value)]
-        commands += [shlex.join(["medssm", "train", "data", f"networks/{key}", "--model", model, "--model-kwargs", json.dumps(kwargs),
-                                 *flags, "--seed", str(seed)]),
-                     f"medssm predict networks/{key} data/imagesTs predictions/{key} --overlap {OVERLAP:g}",
-                     f"medssm evaluate predictions/{key} data/labelsTs --classes data/dataset.json"]
+        commands += [
+            shlex.join(
+                ["medssm", "train", "data", f"networks/{key}", "--model", model, "--model-kwargs", json.dumps(kwargs), *flags, "--seed", str(seed)]
+            ),
+            f"medssm predict networks/{key} data/imagesTs predictions/{key} --overlap {OVERLAP:g}",
+            f"medssm evaluate predictions/{key} data/labelsTs --classes data/dataset.json",
+        ]
     return commands
 
 

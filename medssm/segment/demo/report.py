@@ -10,9 +10,11 @@ from pathlib import Path
 from medssm.segment.files import write_bytes
 
 # metric: its name, what it means, digits, whether it lies between 0 and 1 with 1 the best
-_METRICS = {"dice": ("Dice", "overlap, 1 is best", 3, True),
-            "hd95": ("HD95", "95th percentile of the distance between the surfaces in mm, 0 is best", 1, False),
-            "nsd": ("Surface Dice", "share of the surfaces within {nsd_mm:g} mm of each other, 1 is best", 3, True)}
+_METRICS = {
+    "dice": ("Dice", "overlap, 1 is best", 3, True),
+    "hd95": ("HD95", "95th percentile of the distance between the surfaces in mm, 0 is best", 1, False),
+    "nsd": ("Surface Dice", "share of the surfaces within {nsd_mm:g} mm of each other, 1 is best", 3, True),
+}
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2733; --soft: #5c6b7a; --line: #dfe5eb; --bar: #cfe3f5; --accent: #0b63a5; --paper: #f4f6f8; }
 * { box-sizing: border-box; }
@@ -113,8 +115,10 @@ def _scores(metrics: Mapping) -> str:
         best = [(max if share else min)(column) for column in zip(*values, strict=True)]
         cells = ["".join(_cell(value, top, digits, share) for value, top in zip(line, best, strict=True)) for line in values]
         body = "".join(f"<tr><th>{escape(row['title'])}</th>{line}</tr>" for row, line in zip(metrics["rows"], cells, strict=True))
-        tables.append(f'<table class="scores"><caption>{name} <span>{meaning.format(**metrics)}</span></caption>'
-                      f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        tables.append(
+            f'<table class="scores"><caption>{name} <span>{meaning.format(**metrics)}</span></caption>'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
     return "\n".join(tables)
 
 
@@ -130,15 +134,15 @@ def _method(metrics: Mapping) -> dict[str, str]:
     return {
         "Data": f"{metrics['data']['credit']} Cropped to the brain; the two sides of a structure are one class.",
         "Split": f"Trained on the {trained} hemisphere, tested on the {tested} one. The {metrics['split']['gap_mm']:g} mm about the "
-                 "midline (x = 0) belong to neither, and each side is a file of its own: no window or patch reaches across.",
+        "midline (x = 0) belong to neither, and each side is a file of its own: no window or patch reaches across.",
         "Left and right": "One hemisphere has one handedness. So half of the training patches, drawn at random, are mirrored left to "
-                          "right, for all networks alike. The tested side is segmented as it is, never flipped.",
+        "right, for all networks alike. The tested side is segmented as it is, never flipped.",
         "Recipe": f"For each network: {recipe['max_seconds']:g} seconds of training steps, {recipe['batch']} patches of {patch} "
-                  f"voxels at {edges} mm in a step, {recipe['foreground']:.0%} of them centred on a structure; rotation, zoom, noise, "
-                  "blur, contrast and low resolution on some; Dice and cross-entropy; AdamW, the learning rate down a cosine from "
-                  f"{rates}. Windows in prediction overlap by "
-                  f"{metrics['overlap']:.3g} of their edge. All this was chosen with the sides exchanged: trained on the left one, "
-                  "tested on the right one.",
+        f"voxels at {edges} mm in a step, {recipe['foreground']:.0%} of them centred on a structure; rotation, zoom, noise, "
+        "blur, contrast and low resolution on some; Dice and cross-entropy; AdamW, the learning rate down a cosine from "
+        f"{rates}. Windows in prediction overlap by "
+        f"{metrics['overlap']:.3g} of their edge. All this was chosen with the sides exchanged: trained on the left one, "
+        "tested on the right one.",
         "Metrics": "By medssm evaluate, in millimetres. A class of which nothing was found has an HD95 of the image's diagonal.",
     }
 

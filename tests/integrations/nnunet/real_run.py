@@ -34,14 +34,31 @@ def nnunet(tmp_path_factory):
     """The folder of a data set that nnU-Net planned and preprocessed, with plans for each model; nnU-Net's environment is set."""
     folder = tmp_path_factory.mktemp("nnunet")
     environment = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
-    environment |= {"nnUNet_extTrainer": path_of_trainers(), "nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0", "nnUNet_compile": "f",
-                    "PYTHONPATH": os.pathsep.join(filter(None, (str(SHIM), os.environ.get("PYTHONPATH"))))}
+    environment |= {
+        "nnUNet_extTrainer": path_of_trainers(),
+        "nnUNet_def_n_proc": "1",
+        "nnUNet_n_proc_DA": "0",
+        "nnUNet_compile": "f",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(SHIM), os.environ.get("PYTHONPATH")))),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         write_dataset(folder / "raw" / DATASET)
-        run("nnUNetv2_plan_and_preprocess", "-d", 501, "-c", CONFIGURATION, "-np", 1, "-npfp", 1, "--verify_dataset_integrity", "--no_pbar",
-            nnUNet_n_proc_DA="1")
+        run(
+            "nnUNetv2_plan_and_preprocess",
+            "-d",
+            501,
+            "-c",
+            CONFIGURATION,
+            "-np",
+            1,
+            "-npfp",
+            1,
+            "--verify_dataset_integrity",
+            "--no_pbar",
+            nnUNet_n_proc_DA="1",
+        )
         plans = folder / "preprocessed" / DATASET / "nnUNetPlans.json"
         for model, options in OPTIONS.items():
             assert cli.main(["nnunet", "plans", str(plans), "--model", model, "--configuration", CONFIGURATION, "--quiet", *options]) == 0
@@ -64,8 +81,25 @@ def test_train_validate_and_predict(nnunet):
     model = "ultralight_vmunet"
     settings = ("-tr", "nnUNetTrainerMedssmShort", "-p", f"nnUNetPlans_{model}", "-device", "cpu")
     run("nnUNetv2_train", 501, CONFIGURATION, "all", *settings)
-    run("nnUNetv2_predict", "-i", nnunet / "raw" / DATASET / "imagesTs", "-o", nnunet / model, "-d", 501, "-c", CONFIGURATION, "-f", "all", *settings,
-        "--disable_tta", "-npp", 1, "-nps", 1)
+    run(
+        "nnUNetv2_predict",
+        "-i",
+        nnunet / "raw" / DATASET / "imagesTs",
+        "-o",
+        nnunet / model,
+        "-d",
+        501,
+        "-c",
+        CONFIGURATION,
+        "-f",
+        "all",
+        *settings,
+        "--disable_tta",
+        "-npp",
+        1,
+        "-nps",
+        1,
+    )
     report(model, nnunet, "fold_all", nnunet / model)
 
 
@@ -76,8 +110,9 @@ def test_trainers_of_both_makes_take_a_step(nnunet, model, trainer, capsys):
 
     folder = nnunet / "preprocessed" / DATASET
     plans = json.loads((folder / f"nnUNetPlans_{model}.json").read_text()) | {"continue_training": False}
-    made = recursive_find_trainer_class_by_name(trainer)(plans, CONFIGURATION, "all", json.loads((folder / "dataset.json").read_text()),
-                                                         torch.device("cpu"))
+    made = recursive_find_trainer_class_by_name(trainer)(
+        plans, CONFIGURATION, "all", json.loads((folder / "dataset.json").read_text()), torch.device("cpu")
+    )
     made.initialize()
     patch = made.configuration_manager.patch_size
     labels = torch.randint(8, (1, 1, *patch)).float()
@@ -110,8 +145,9 @@ def run(program: str, *arguments, cwd: Path | None = None, **environment) -> Non
     """Run one of nnU-Net's commands and say how long it took; its output is shown where it fails."""
     started = time.perf_counter()
     where = program if program == "bash" else BIN / program
-    done = subprocess.run([where, *map(str, arguments)], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, cwd=cwd)
+    done = subprocess.run(
+        [where, *map(str, arguments)], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd
+    )
     assert done.returncode == 0, done.stdout[-5000:]
     print(f"{program} {time.perf_counter() - started:.0f} s")
 

@@ -1,14 +1,14 @@
 """The ops under the contract suite, one module each:
 
-    TOKENS          the arguments that have one entry a token: (b, l, …), or (b, *spatial, …) with an Order
-    FEATURES        dimensions of the first tensor behind the tokens' (1 unless said)
-    WEIGHT          an argument over which vmap is refused, or None
-    STEP_OPTIONS    of an op with a state, a walk and `reverse`: the options that its step function takes too; other ops have none
-    SEQUENCE        options that such an op needs for it ({} unless said)
-    LAYOUTS         true where the op takes layout="bdl"
-    calls(small)    random calls; `small` ones suit gradcheck and Triton's interpreter
-    example(n)      one fixed float32 call with every option that all PyTorch features must carry, 13 tokens (4 x 5 without a walk); n(*shape) draws
-    far(n)          the other tensors, and the options, of a call whose first tensor is FAR, (1, 3, 4) unless said
+TOKENS          the arguments that have one entry a token: (b, l, …), or (b, *spatial, …) with an Order
+FEATURES        dimensions of the first tensor behind the tokens' (1 unless said)
+WEIGHT          an argument over which vmap is refused, or None
+STEP_OPTIONS    of an op with a state, a walk and `reverse`: the options that its step function takes too; other ops have none
+SEQUENCE        options that such an op needs for it ({} unless said)
+LAYOUTS         true where the op takes layout="bdl"
+calls(small)    random calls; `small` ones suit gradcheck and Triton's interpreter
+example(n)      one fixed float32 call with every option that all PyTorch features must carry, 13 tokens (4 x 5 without a walk); n(*shape) draws
+far(n)          the other tensors, and the options, of a call whose first tensor is FAR, (1, 3, 4) unless said
 """
 
 from __future__ import annotations

@@ -13,8 +13,11 @@ WEIGHT = "w"
 def calls(draw, small=False):
     batch, channels = draw(st.integers(1, 2)), draw(st.sampled_from([3] if small else [5, 16, 33]))  # the gradient of one w may cancel
     kind = draw(st.sampled_from(["plain", "index", "order"]))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
-        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 2, 9, 70, 131])),)
+    spatial = (
+        draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple))
+        if kind == "order"
+        else (draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 2, 9, 70, 131])),)
+    )
     modes = ["exact"] if small and (kind == "order" or spatial[0] < 5) else ["exact", "upstream"]  # eps is no constant to gradcheck where 0 is due
     mode, seed = draw(st.sampled_from(modes)), draw(st.integers(0, 1000))
     decay = draw(st.sampled_from([0.01, 0.05, 0.3, 3.0] if mode == "exact" else [0.01, 0.03]))
@@ -23,7 +26,8 @@ def calls(draw, small=False):
         "v": normal((batch, *spatial, channels), seed),
         "k": normal((batch, *spatial, channels), seed + 1, draw(st.sampled_from([1.0, 10.0] if mode == "exact" else [1.0]))),
         "w": w.abs() if decay > 0.1 else w,
-        "u": normal((channels,), seed + 3)}
+        "u": normal((channels,), seed + 3),
+    }
     order = None
     if kind == "index":
         order = permutation(spatial[0], seed)
@@ -33,12 +37,7 @@ def calls(draw, small=False):
 
 
 def example(n):
-    tensors = {
-        "v": n(1, 13, 6),
-        "k": n(1, 13, 6),
-        "w": 0.1 * n(6),
-        "u": n(6),
-    }
+    tensors = {"v": n(1, 13, 6), "k": n(1, 13, 6), "w": 0.1 * n(6), "u": n(6)}
     return Call("bi_wkv", tensors, {"mode": "upstream"})
 
 

@@ -18,15 +18,19 @@ def calls(draw, small=False):
     batch, heads = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3]))
     dk, dv = draw(st.sampled_from([1, 3] if small else [1, 5, 16, 33])), draw(st.sampled_from([1, 3] if small else [1, 5, 16, 37]))
     kind = draw(st.sampled_from(["plain", "index", "order"]))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
-        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 6, 64, 65, 131])),)
+    spatial = (
+        draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple))
+        if kind == "order"
+        else (draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 6, 64, 65, 131])),)
+    )
     seed = draw(st.integers(0, 1000))
     tokens = (batch, *spatial, heads)
     tensors = {
         "q": normal((*tokens, dk), seed),
         "k": functional.normalize(normal((*tokens, dk), seed + 1), dim=-1) * draw(st.sampled_from([1.0, 0.5])),
         "v": normal((*tokens, dv), seed + 2),
-        "beta": torch.sigmoid(2 * normal(tokens, seed + 3))}
+        "beta": torch.sigmoid(2 * normal(tokens, seed + 3)),
+    }
     if draw(st.booleans()):
         tensors["g"] = -normal(tokens, seed + 4).abs() * draw(st.sampled_from([0.01, 1.0, 50.0]))
     if draw(st.booleans()):

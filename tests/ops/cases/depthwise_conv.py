@@ -23,11 +23,7 @@ def calls(draw, small=False):
 
 
 def example(n):
-    tensors = {
-        "x": n(2, 4, 5, 6),
-        "weight": n(6, 3, 3),
-        "bias": n(6),
-    }
+    tensors = {"x": n(2, 4, 5, 6), "weight": n(6, 3, 3), "bias": n(6)}
     return Call("depthwise_conv", tensors, {"activation": "silu"})
 
 

@@ -16,15 +16,19 @@ def calls(draw, small=False):
     batch, heads = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3]))
     dk, dv = (draw(st.sampled_from([1, 3] if small else [1, 5, 16, 37])) for _ in range(2))
     kind = draw(st.sampled_from(["plain", "index", "order"]))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
-        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 6, 64, 65, 131])),)
+    spatial = (
+        draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple))
+        if kind == "order"
+        else (draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 6, 64, 65, 131])),)
+    )
     seed = draw(st.integers(0, 1000))
     tokens = (batch, *spatial, heads)
     tensors = {
         "q": normal((*tokens, dk), seed),
         "k": normal((*tokens, dk), seed + 1),
         "v": normal((*tokens, dv), seed + 2),
-        "g": -normal(draw(st.sampled_from([tokens, (*tokens, dk)])), seed + 3).abs() * draw(st.sampled_from([0.01, 1.0, 50.0]))}
+        "g": -normal(draw(st.sampled_from([tokens, (*tokens, dk)])), seed + 3).abs() * draw(st.sampled_from([0.01, 1.0, 50.0])),
+    }
     if draw(st.booleans()):
         tensors["initial_state"] = normal((batch, heads, dk, dv), seed + 4)
     options = {"scale": draw(st.sampled_from([None, 0.7])), "reverse": draw(st.booleans()), "return_final_state": draw(st.booleans()), "order": None}

@@ -19,8 +19,11 @@ def calls(draw, small=False):
     widths = st.sampled_from([1, 2, 4] if small else [1, 2, 8, 16, 19, 40])
     dk, dv, causal = draw(widths), draw(widths), draw(st.booleans())
     kind = draw(st.sampled_from(["plain", "index", "order"]))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
-        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 7, 64, 65, 150])),)
+    spatial = (
+        draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple))
+        if kind == "order"
+        else (draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 7, 64, 65, 150])),)
+    )
     seed = draw(st.integers(0, 1000))
     tensors = {
         "v": normal((batch, *spatial, groups, dv), seed),
@@ -32,10 +35,17 @@ def calls(draw, small=False):
         tensors["initial_state_1"] = normal((batch, groups, dk), seed + 4).abs()
     feature_map = draw(st.sampled_from(["elu", "relu", None]))
     options = {
-        "feature_map": feature_map, "causal": causal, "scale": draw(st.sampled_from([1.0, 0.3])), "reverse": draw(st.booleans()), "order": None,
+        "feature_map": feature_map,
+        "causal": causal,
+        "scale": draw(st.sampled_from([1.0, 0.3])),
+        "reverse": draw(st.booleans()),
+        "order": None,
         # a denominator is positive, and where all of relu(k) may be zero not a millionth either, whose inverse no difference quotient meets
-        "normalize": feature_map is not None and draw(st.booleans()), "eps": 1e-6 if feature_map == "elu" else 0.5,
-        "rotary": None, "return_final_state": draw(st.booleans())}
+        "normalize": feature_map is not None and draw(st.booleans()),
+        "eps": 1e-6 if feature_map == "elu" else 0.5,
+        "rotary": None,
+        "return_final_state": draw(st.booleans()),
+    }
     if dk % 2 == 0 and draw(st.booleans()):
         angles = normal((*spatial, groups, dk // 2) if draw(st.booleans()) else (*spatial, dk // 2), seed + 5, 3.0)
         angles = angles.to(torch.float32).repeat_interleave(2, -1)
@@ -48,13 +58,7 @@ def calls(draw, small=False):
 
 
 def example(n):
-    tensors = {
-        "v": n(2, 13, 2, 5),
-        "q": n(2, 13, 4, 6),
-        "k": n(2, 13, 2, 6),
-        "initial_state_0": n(2, 2, 6, 5),
-        "initial_state_1": n(2, 2, 6).abs(),
-    }
+    tensors = {"v": n(2, 13, 2, 5), "q": n(2, 13, 4, 6), "k": n(2, 13, 2, 6), "initial_state_0": n(2, 2, 6, 5), "initial_state_1": n(2, 2, 6).abs()}
     return Call("linear_attention", tensors, {"scale": 0.5, "return_final_state": True})
 
 

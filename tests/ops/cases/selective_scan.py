@@ -15,8 +15,11 @@ def calls(draw, small=False):
     batch, groups, per = draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([1, 3] if small else [1, 5, 8, 17]))
     channels, state = groups * per, draw(st.sampled_from([1, 3] if small else [1, 2, 8, 16, 19, 40]))
     kind = draw(st.sampled_from(["plain", "index", "order"]))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 6), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
-        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 7, 64, 65, 150])),)
+    spatial = (
+        draw(st.lists(st.integers(1, 3 if small else 6), min_size=2, max_size=3).map(tuple))
+        if kind == "order"
+        else (draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 7, 64, 65, 150])),)
+    )
     seed = draw(st.integers(0, 1000))
     rank = draw(st.sampled_from([None, 1, 3]))
     grouped = groups > 1 or draw(st.booleans())
@@ -25,7 +28,9 @@ def calls(draw, small=False):
         "u": normal((batch, *spatial, channels), seed),
         "delta": steps((batch, *spatial, channels if rank is None else rank), seed + 1, rank is None and draw(st.booleans())),
         "A": rates((channels, state), seed),
-        "B": normal(bc, seed + 2), "C": normal(bc, seed + 3)}
+        "B": normal(bc, seed + 2),
+        "C": normal(bc, seed + 3),
+    }
     optional = {"D": (channels,), "z": (batch, *spatial, channels), "delta_bias": (channels,), "initial_state": (batch, channels, state)}
     for i, (name, shape) in enumerate(optional.items()):
         if draw(st.booleans()):

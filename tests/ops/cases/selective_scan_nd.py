@@ -22,14 +22,19 @@ def calls(draw, small=False):
         "x": normal((batch, *spatial, channels) if shared else (batch, *spatial, k, channels), seed),
         "delta": normal((batch, *spatial, k, channels if rank is None else rank), seed + 1),
         "A": rates((k, channels, state), seed),
-        "B": normal(bc, seed + 2), "C": normal(bc, seed + 3)}
+        "B": normal(bc, seed + 2),
+        "C": normal(bc, seed + 3),
+    }
     for i, (name, shape) in enumerate({"D": (k, channels), "z": (batch, *spatial, channels), "delta_bias": (k, channels)}.items()):
         if draw(st.booleans()):
             tensors[name] = normal(shape, seed + 4 + i)
     if rank is not None:
         tensors["delta_proj"] = normal((k, channels, rank), seed + 9, 0.5)
-    options = {"delta_softplus": True, "merge": draw(st.sampled_from(["sum", "mean", "stack"])),
-               "orders": [draw(any_order(len(spatial))) for _ in range(k)]}
+    options = {
+        "delta_softplus": True,
+        "merge": draw(st.sampled_from(["sum", "mean", "stack"])),
+        "orders": [draw(any_order(len(spatial))) for _ in range(k)],
+    }
     return Call("selective_scan_nd", tensors, options)
 
 

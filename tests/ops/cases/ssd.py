@@ -17,8 +17,11 @@ def calls(draw, small=False):
     heads, size = groups * per, draw(st.sampled_from([1, 3] if small else [1, 5, 16, 33]))
     state = draw(st.sampled_from([1, 3] if small else [1, 5, 16, 37]))
     kind = draw(st.sampled_from(["plain", "index", "order"]))
-    spatial = draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple)) if kind == "order" else (
-        draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 6, 64, 65, 131])),)
+    spatial = (
+        draw(st.lists(st.integers(1, 3 if small else 5), min_size=2, max_size=3).map(tuple))
+        if kind == "order"
+        else (draw(st.sampled_from([0, 1, 2, 5] if small else [0, 1, 6, 64, 65, 131])),)
+    )
     seed = draw(st.integers(0, 1000))
     tokens = (batch, *spatial)
     tensors = {
@@ -26,9 +29,14 @@ def calls(draw, small=False):
         "dt": steps((*tokens, heads), seed + 1, draw(st.booleans())),
         "A": rates((heads,), seed) * draw(st.sampled_from([1.0, 1.0, 30.0])),
         "B": normal((*tokens, groups, state), seed + 2),
-        "C": normal((*tokens, groups, state), seed + 3)}
-    optional = {"D": draw(st.sampled_from([(heads,), (heads, size)])), "z": (*tokens, heads, size), "dt_bias": (heads,),
-                "initial_state": (batch, heads, size, state)}
+        "C": normal((*tokens, groups, state), seed + 3),
+    }
+    optional = {
+        "D": draw(st.sampled_from([(heads,), (heads, size)])),
+        "z": (*tokens, heads, size),
+        "dt_bias": (heads,),
+        "initial_state": (batch, heads, size, state),
+    }
     for i, (name, shape) in enumerate(optional.items()):
         if draw(st.booleans()):
             tensors[name] = normal(shape, seed + 4 + i)
