@@ -2,7 +2,7 @@
 
 A backend brings two functions, for one scan each:
 
-    scan(dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, scale, out, earlier, state,
+    scan(dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, scale, out, earlier, state,
          checkpoints)
         out = scale (y + D u + earlier) silu(z), with y along the walk; fills state and checkpoints where given.
     scan_backward(dtype, dout, dstate, checkpoints, u, …, initial_state, scale, du, du_earlier, ddelta, dB, dC, dz, dz_earlier, dA, dD, dbias, dproj,
@@ -27,7 +27,7 @@ class Scans:
     def __init__(self, scan, scan_backward):
         self._scan, self._scan_backward = scan, scan_backward
 
-    def forward(self, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, save, final):
+    def forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, save, final):
         """u, delta, z (b,l,d), or delta (b,l,r) with delta_proj (d,r); A (d,n); B, C (b,l,g,n); D, delta_bias (d,); initial_state (b,d,n).
 
         save: keep what backward needs. final: return the state after the last step. Returns out (b,l,d), the state (b,d,n) or None, and
@@ -50,7 +50,7 @@ class Scans:
                 D,
                 z,
                 delta_bias,
-                softplus,
+                delta_softplus,
                 delta_proj,
                 index,
                 starts,
@@ -66,7 +66,7 @@ class Scans:
             state.zero_() if initial_state is None else state.copy_(initial_state)
         return out, state, checkpoints
 
-    def forward_nd(self, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge, save):
+    def forward_nd(self, x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, walks, merge, save):
         """One scan per walk (index, starts, reverse), merged in the order of the list.
 
         x (b,l,d) or (b,l,k,d); delta (b,l,k,d) or (b,l,k,r); A (k,d,n); B, C (b,l,k,g,n); D, delta_bias (k,d); delta_proj (k,d,r); z (b,l,d).
@@ -94,7 +94,7 @@ class Scans:
                 _row(D, i),
                 z if last else None,
                 _row(delta_bias, i),
-                softplus,
+                delta_softplus,
                 _row(delta_proj, i),
                 index,
                 starts,
@@ -108,7 +108,9 @@ class Scans:
             )
         return out, checkpoints
 
-    def backward(self, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state):
+    def backward(
+        self, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state
+    ):
         """Gradients of u, delta, A, B, C, D, z, delta_bias, delta_proj and initial_state, None where the input is; each in its input's dtype.
 
         dout (b,l,d); dstate (b,d,n) or None; checkpoints as forward saved them; the rest as in forward.
@@ -136,7 +138,7 @@ class Scans:
             D,
             z,
             delta_bias,
-            softplus,
+            delta_softplus,
             delta_proj,
             index,
             starts,
@@ -155,7 +157,7 @@ class Scans:
         dA, dD, dbias, dproj, dinitial = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
         return du, ddelta, dA, dB, dC, dD, dz, dbias, dproj, dinitial
 
-    def backward_nd(self, dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge):
+    def backward_nd(self, dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, walks, merge):
         """Gradients of x, delta, A, B, C, D, z, delta_bias and delta_proj, None where the input is; each in its input's dtype.
 
         dout as forward_nd's out; the rest as there. The orders add to the gradients of x and z in the compute dtype.
@@ -186,7 +188,7 @@ class Scans:
                 _row(D, i),
                 z,
                 _row(delta_bias, i),
-                softplus,
+                delta_softplus,
                 _row(delta_proj, i),
                 index,
                 starts,

@@ -93,7 +93,7 @@ class _Total:
         return target, earlier
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, save, final):
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, save, final):
     """As `native.forward`: out (b,l,d), the state (b,d,n) or None, the checkpoints (b,chunks,n,d) or None."""
     u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = plain(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     batch, length, channels = u.shape
@@ -103,14 +103,14 @@ def forward(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, st
     checkpoints = _floats(u, batch, plan.chunks(length, n), n, channels) if save else None
     if out.numel():
         with on(u):
-            scan = _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state)
+            scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state)
             _forward(scan, 1.0, _Total(out, _launches(A)), checkpoints, state)
     elif final:
         state.zero_() if initial_state is None else state.copy_(initial_state)
     return out, state, checkpoints
 
 
-def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge, save):
+def forward_nd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, walks, merge, save):
     """As `native.forward_nd`: out (b,l,d), or (b,l,k,d) for merge="stack", and the checkpoints (b,k,chunks,n,d) or None."""
     x, delta, A, B, C, D, z, delta_bias, delta_proj = plain(x, delta, A, B, C, D, z, delta_bias, delta_proj)
     k, channels, n = A.shape
@@ -131,7 +131,7 @@ def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks,
                     _row(D, i),
                     z,
                     _row(delta_bias, i),
-                    softplus,
+                    delta_softplus,
                     _row(delta_proj, i),
                     index,
                     starts,
@@ -143,7 +143,7 @@ def forward_nd(x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks,
     return out, checkpoints
 
 
-def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state):
+def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state):
     """As `native.backward`: gradients of u, delta, A, B, C, D, z, delta_bias, delta_proj and initial_state, None where the input is."""
     dout, dstate, checkpoints, *inputs = plain(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = inputs
@@ -157,7 +157,7 @@ def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, sof
     dweights = [None if t is None else _floats(t, *t.shape) for t in weights]
     launches = _launches(A)
     with on(u):
-        scan = _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state)
+        scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state)
         _backward(
             scan,
             1.0,
@@ -176,7 +176,7 @@ def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, sof
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dproj, dinitial
 
 
-def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, walks, merge):
+def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, walks, merge):
     """As `native.backward_nd`: gradients of x, delta, A, B, C, D, z, delta_bias and delta_proj, None where the input is."""
     dout, checkpoints, *inputs = plain(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_proj)
     x, delta, A, B, C, D, z, delta_bias, delta_proj = inputs
@@ -199,7 +199,7 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, softplus
                 _row(D, i),
                 z,
                 _row(delta_bias, i),
-                softplus,
+                delta_softplus,
                 _row(delta_proj, i),
                 index,
                 starts,

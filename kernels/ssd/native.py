@@ -25,7 +25,7 @@ def refuse(*tensors) -> str | None:
     return None
 
 
-def forward(x, dt, A, B, C, D, z, dt_bias, softplus, limit, index, starts, reverse, initial_state, save, final):
+def forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, save, final):
     """Arguments as in `reference.ssd`; save: whether y is wanted; final: whether the final state is.
 
     Returns (out (b,l,h,p) contiguous, state (b,h,p,n) or None, y or None): y (b,l,h,p), the compute type, is out before the gate.
@@ -38,7 +38,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, softplus, limit, index, starts, rever
         tokens, weights = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype)
         native.function("ssd_forward")(
             _FORWARD(
-                *_problem(*tokens, dt, *weights, softplus, limit, index, starts, reverse, initial_state, dtype),
+                *_problem(*tokens, dt, *weights, dt_softplus, low, high, index, starts, reverse, initial_state, dtype),
                 *_tokens(out),
                 *_tokens(y),
                 *_state(state),
@@ -49,7 +49,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, softplus, limit, index, starts, rever
     return out, state, y
 
 
-def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, softplus, limit, index, starts, reverse, initial_state):
+def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state):
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state (None where that input is), each in its input's dtype and contiguous.
 
     y: as `forward` kept it, None without z.
@@ -64,7 +64,7 @@ def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, softplus, limit, in
         tokens, weights, dout = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype), native.lanes(dout)
         native.function("ssd_backward")(
             _BACKWARD(
-                *_problem(*tokens, dt, *weights, softplus, limit, index, starts, reverse, initial_state, dtype),
+                *_problem(*tokens, dt, *weights, dt_softplus, low, high, index, starts, reverse, initial_state, dtype),
                 *_tokens(dout),
                 *_tokens(y),
                 *_state(dstate),
@@ -101,7 +101,7 @@ def _weights(A, D, dt_bias, size, dtype):
     return [None if t is None else t.to(dtype).contiguous() for t in (A, D, dt_bias)]
 
 
-def _problem(x, z, B, C, dt, A, D, dt_bias, softplus, limit, index, starts, reverse, initial_state, dtype):
+def _problem(x, z, B, C, dt, A, D, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, dtype):
     """The fields of Problem."""
     batch, length, heads, size = x.shape
     return (
@@ -121,10 +121,11 @@ def _problem(x, z, B, C, dt, A, D, dt_bias, softplus, limit, index, starts, reve
         heads,
         size,
         *B.shape[2:],
-        softplus,
+        dt_softplus,
         dtype is torch.float64,
         torch.get_num_threads(),
-        *limit,
+        low,
+        high,
     )
 
 

@@ -27,7 +27,8 @@ def ssd(
     z=None,
     dt_bias=None,
     dt_softplus=False,
-    dt_limit=(0.0, math.inf),
+    low=0.0,
+    high=math.inf,
     index=None,
     starts=None,
     reverse=False,
@@ -48,7 +49,7 @@ def ssd(
         s = dt if dt_bias is None else dt + dt_bias
         if dt_softplus:
             s = torch.logaddexp(s, torch.zeros_like(s))  # log(1 + e^s), exact at every s
-        s = s.clamp(*dt_limit)
+        s = s.clamp(low, high)
 
         steps, fresh = walk_steps(length, index, starts, reverse, x.device)
         along = [t.index_select(1, steps).unbind(1) for t in (x, s, B, C)]

@@ -75,10 +75,10 @@ def ssd(
     chosen = dispatch.choose(OP, backend, tensors)
     if chosen == "reference" and not x.is_meta:  # of a meta tensor only shapes are wanted: the operator has them without a loop
         way = walk.resolve(spec, spatial, index, reverse, x.device)
-        out, state = reference.ssd(*tensors[:8], dt_softplus, (low, high), *way, initial_state)
+        out, state = reference.ssd(*tensors[:8], dt_softplus, low, high, *way, initial_state)
     elif chosen != "reference" and registration.direct(tensors):
         way = walk.resolve(spec, spatial, index, reverse, x.device)
-        out, state, _ = _kernel(chosen).forward(*tensors[:8], dt_softplus, (low, high), *way, initial_state, False, return_final_state)
+        out, state, _ = _kernel(chosen).forward(*tensors[:8], dt_softplus, low, high, *way, initial_state, False, return_final_state)
     else:
         save = z is not None and registration.needs_grad(tensors)
         out, state, _ = _forward(*tensors, index, spec, spatial, reverse, dt_softplus, low, high, save, chosen)
@@ -119,7 +119,7 @@ def _check(x, dt, A, B, C, D, z, dt_bias, initial_state, dt_limit, nd):
     checks.shape("dt_bias", dt_bias, (heads,))
     checks.shape("initial_state", initial_state, (batch, heads, size, state))
     if not (isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2 and dt_limit[0] <= dt_limit[1]):
-        raise ValueError(f"dt_limit: expected (low, high) with low at most high, got {dt_limit!r}")
+        raise ValueError(f"dt_limit: expected low, high with low at most high, got {dt_limit!r}")
     return tuple(spatial)
 
 
@@ -129,7 +129,7 @@ def _check(x, dt, A, B, C, D, z, dt_bias, initial_state, dt_limit, nd):
 
 def _forward_impl(x, dt, A, B, C, D, z, dt_bias, initial_state, index, order, spatial, reverse, dt_softplus, low, high, save, backend):
     way = walk.resolve(order, spatial, index, reverse, x.device)
-    out, state, y = _kernel(backend).forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, (low, high), *way, initial_state, save, True)
+    out, state, y = _kernel(backend).forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, *way, initial_state, save, True)
     return out, state, registration.absent(state) if y is None else y
 
 
@@ -142,7 +142,7 @@ def _forward_fake(x, dt, A, B, C, D, z, dt_bias, initial_state, index, order, sp
 
 def _backward_impl(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, initial_state, index, order, spatial, reverse, dt_softplus, low, high, backend):
     kernel, way = _kernel(backend), walk.resolve(order, spatial, index, reverse, x.device)
-    rest = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, (low, high), *way, initial_state)
+    rest = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, *way, initial_state)
     if z is None:
         y = None
     elif y.dim() == 1:

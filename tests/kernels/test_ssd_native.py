@@ -28,7 +28,7 @@ def inputs(batch, length, groups, per, size, state, dtype=torch.float64, initial
 def check(tensors, tolerance, index=None, starts=None, reverse=False, softplus=True, limit=(0.0, math.inf), with_dstate=True):
     """Outputs and all gradients equal the float64 reference's."""
     *given, initial = tensors
-    walk = (softplus, limit, index, starts, reverse, initial)
+    walk = (softplus, *limit, index, starts, reverse, initial)
     out, state, y = native.forward(*given, *walk, given[6] is not None, True)
     g = torch.Generator().manual_seed(5)
     dout = torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype)
