@@ -100,7 +100,7 @@ def test_the_gradient_of_the_decay_stays_right_over_a_long_walk():
     """A sum over the walk of differences that cancel: without exact sums in between its rounding would grow with the length."""
     *tensors, _ = inputs(1, 20000, 1, 2, 4, 4, torch.float32, gated=False)
     tensors[1] = tensors[1] * 0.5 - 5  # steps as Mamba has them at the start
-    walk, dout = (True, (0.0, math.inf), None, None, False, None), torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5))
+    walk, dout = (True, 0.0, math.inf, None, None, False, None), torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5))
     got = native.backward(dout, None, None, *tensors, *walk)
     want = native.backward(dout.double(), None, None, *(None if t is None else t.double() for t in tensors), *walk)
     for i in (1, 2, 7):
@@ -110,7 +110,7 @@ def test_the_gradient_of_the_decay_stays_right_over_a_long_walk():
 @pytest.mark.parametrize("heads, size, state", [(1, 80, 40), (8, 8, 8)])
 def test_threads_share_the_lanes_of_a_head_and_the_heads_of_a_group(heads, size, state):
     *tensors, initial = inputs(1, 3000, 1, heads, size, state, torch.float32)
-    walk, results = (True, (0.0, math.inf), None, None, False, initial), []
+    walk, results = (True, 0.0, math.inf, None, None, False, initial), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         out, state, y = native.forward(*tensors, *walk, True, True)
