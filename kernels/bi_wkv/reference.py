@@ -22,14 +22,15 @@ import itertools
 import torch
 
 from medssm.kernels.autocast import without_autocast
-from medssm.kernels.selective_scan.reference import walk_steps
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.walks import walk_steps
 
 CHUNKS, EPS = 32, 1e-6
 
 
 def bi_wkv(w, u, k, v, mode="exact", index=None, starts=None, reverse=False):
     """w, u (d,); k, v (b,l,d). Returns (b,l,d) in v's dtype. The arithmetic is in float64 if any input is, else in float32."""
-    dtype = torch.float64 if any(t.dtype is torch.float64 for t in (w, u, k, v)) else torch.float32
+    dtype = compute_dtype(w, u, k, v)
     with without_autocast(v.device):
         out_dtype = v.dtype
         w, u, k, v = (t.to(dtype) for t in (w, u, k, v))

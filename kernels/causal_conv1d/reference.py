@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from medssm.kernels.autocast import without_autocast
-from medssm.kernels.selective_scan.reference import walk_steps
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.walks import walk_steps
 
 
 def causal_conv1d(x, weight, bias=None, activation=None, index=None, starts=None, reverse=False, initial_state=None):
@@ -23,7 +24,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, index=None, starts=None
     float64 if any input is, else in float32.
     """
     inputs = (x, weight, bias, initial_state)
-    dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
+    dtype = compute_dtype(*inputs)
     with without_autocast(x.device):
         out_dtype = x.dtype
         x, weight, bias, initial_state = (None if t is None else t.to(dtype) for t in inputs)

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from medssm.kernels.autocast import without_autocast
+from medssm.kernels.dtypes import compute_dtype
 
 
 def depthwise_conv(x, weight, bias=None, activation=None):
@@ -21,7 +22,7 @@ def depthwise_conv(x, weight, bias=None, activation=None):
     The arithmetic is in float64 if any input is, else in float32.
     """
     inputs = (x, weight, bias)
-    dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
+    dtype = compute_dtype(*inputs)
     with without_autocast(x.device):
         out_dtype = x.dtype
         x, weight, bias = (None if t is None else t.to(dtype) for t in inputs)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels.autocast import without_autocast
-from medssm.kernels.selective_scan.reference import walk_steps
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.walks import walk_steps
 
 
 def gated_linear_attention(q, k, v, g, scale, index=None, starts=None, reverse=False, initial_state=None):
@@ -23,7 +24,7 @@ def gated_linear_attention(q, k, v, g, scale, index=None, starts=None, reverse=F
     Returns out (b,l,h,dv) in v's dtype and the final state (b,h,dk,dv) in the compute dtype: float64 if any input is, else float32.
     """
     inputs = (q, k, v, g, initial_state)
-    dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
+    dtype = compute_dtype(*inputs)
     with without_autocast(q.device):
         out_dtype = v.dtype
         q, k, v, g, initial_state = (None if t is None else t.to(dtype) for t in inputs)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels.autocast import without_autocast
-from medssm.kernels.selective_scan.reference import walk_steps
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.walks import walk_steps
 
 
 def feature(x, feature_map):
@@ -55,7 +56,7 @@ def linear_attention(
     any input is, else float32.
     """
     inputs = (q, k, v, cos, sin, initial_kv, initial_k)
-    dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
+    dtype = compute_dtype(*inputs)
     with without_autocast(q.device):
         out_dtype = v.dtype
         q, k, v, cos, sin, initial_kv, initial_k = (None if t is None else t.to(dtype) for t in inputs)

@@ -12,16 +12,8 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels.autocast import without_autocast
-
-
-def walk_steps(length: int, index: torch.Tensor | None, starts: torch.Tensor | None, reverse: bool, device) -> tuple[torch.Tensor, set[int]]:
-    """The token visited at each step, and the steps at which the state begins anew (step 0 left out: initial_state precedes it)."""
-    steps = torch.arange(length, device=device) if index is None else index.to(device)
-    fresh = set() if starts is None else {int(s) for s in starts}
-    if reverse:
-        steps = steps.flip(0)
-        fresh = {length - s for s in fresh}
-    return steps, fresh - {0, length}
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.walks import walk_steps
 
 
 def selective_scan(
@@ -45,7 +37,7 @@ def selective_scan(
     Returns out (b,l,d) in u's dtype and the final state (b,d,n) in the compute dtype: float64 if any input is, else float32.
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
-    dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
+    dtype = compute_dtype(*inputs)
     with without_autocast(u.device):
         out_dtype = u.dtype
         u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = (None if t is None else t.to(dtype) for t in inputs)
@@ -88,7 +80,7 @@ def selective_scan_nd(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     D, delta_bias (k,d); z (b,l,d). Returns (b,l,d), or (b,l,k,d) for merge="stack", in x's dtype.
     """
     inputs = (x, delta, A, B, C, D, z, delta_bias, delta_proj)
-    dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
+    dtype = compute_dtype(*inputs)
     outputs = []
     for k, (index, starts, reverse) in enumerate(walks):
         one = [None if t is None else t[k] for t in (A, D, delta_bias, delta_proj)]

@@ -14,7 +14,8 @@ import math
 import torch
 
 from medssm.kernels.autocast import without_autocast
-from medssm.kernels.selective_scan.reference import walk_steps
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.walks import walk_steps
 
 
 def ssd(
@@ -39,7 +40,7 @@ def ssd(
     Returns out (b,l,h,p) in x's dtype and the final state (b,h,p,n) in the compute dtype: float64 if any input is, else float32.
     """
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    dtype = torch.float64 if any(t is not None and t.dtype is torch.float64 for t in inputs) else torch.float32
+    dtype = compute_dtype(*inputs)
     with without_autocast(x.device):
         out_dtype = x.dtype
         x, dt, A, B, C, D, z, dt_bias, initial_state = (None if t is None else t.to(dtype) for t in inputs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medssm.kernels.linear_attention import native, reference
-from medssm.kernels.selective_scan.reference import walk_steps
+from medssm.kernels.walks import walk_steps
 
 TILE, SEGMENT = 32, 512  # csrc/linear_attention/problem.h; a causal walk's tiles end at multiples of 64 steps too
 GROWING, LONGEST = 32 * SEGMENT, 32 * 4096  # lengths up to which segments have SEGMENT tokens, and causal ones a 32nd of the length
