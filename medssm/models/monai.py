@@ -12,6 +12,7 @@ from torch import nn
 
 from medssm.nn import AnySize
 from medssm.nn.blocks import check_dims
+from medssm.nn.unet import has_instance_norms
 
 _DYNUNET = {"kernel_size": [3] * 6, "strides": [1] + [2] * 5, "upsample_kernel_size": [2] * 5, "filters": [32, 64, 128, 256, 320, 320]}
 # The constructor, what every side of an input must be a multiple of (None: of the size it is built for alone), and defaults.
@@ -30,6 +31,7 @@ class Padded(AnySize):
     def __init__(self, network: nn.Module, size_divisor: tuple[int, ...]):
         super().__init__(size_divisor)
         self.network = network
+        self.instance_norms = has_instance_norms(network)
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         return self.network(x)

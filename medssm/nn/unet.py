@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -86,8 +85,10 @@ class AnySize(nn.Module):
 
     `size="any"` pads the input with zeros behind it and crops the outputs, of any resolution; `size="strict"` raises ValueError and names
     the axis. Instance norms have no statistics of the single voxel that an input of one `size_divisor` becomes: such a network sees two.
-    A subclass has `whole(x)`, which returns a tensor or a list of them.
+    A subclass has `whole(x)`, which returns a tensor or a list of them, and sets `instance_norms` once it has its layers.
     """
+
+    instance_norms: bool = False
 
     def __init__(self, size_divisor: Sequence[int], size: str = "any"):
         super().__init__()
@@ -98,16 +99,17 @@ class AnySize(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         spatial = x.shape[2:]
         padded = pad_to(x, self.size_divisor, self.size)
-        if self.size == "any" and self._has_instance_norms and padded.shape[2:] == self.size_divisor:
+        if self.size == "any" and self.instance_norms and padded.shape[2:] == self.size_divisor:
             padded = pad_to(padded, (*self.size_divisor[:-1], 2 * self.size_divisor[-1]))
         y = self.whole(padded)
         if padded is x:
             return y
         return [_crop(o, padded.shape[2:], spatial) for o in y] if isinstance(y, list) else _crop(y, padded.shape[2:], spatial)
 
-    @functools.cached_property
-    def _has_instance_norms(self) -> bool:
-        return any(isinstance(m, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for m in self.modules())
+
+def has_instance_norms(network: nn.Module) -> bool:
+    """Whether a layer of the network is an instance norm."""
+    return any(isinstance(m, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for m in network.modules())
 
 
 def pad_to(x: torch.Tensor, divisor: Sequence[int], size: str = "any") -> torch.Tensor:
@@ -144,6 +146,7 @@ class UNet(AnySize):
         super().__init__([math.prod(axis) for axis in zip(*encoder.strides, strict=True)], size)
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.skips = None if skips is None else nn.ModuleList(skips)
+        self.instance_norms = has_instance_norms(self)
 
     def whole(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         maps = self.encoder(x)
