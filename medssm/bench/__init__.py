@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import subprocess
 import time
 from functools import partial
@@ -19,6 +18,7 @@ from medssm.bench.row import OURS
 from medssm.bench.rows import QUICK, ROWS
 from medssm.bench.scans import channel_first, scan_inputs
 from medssm.errors import UserError
+from medssm.files import read_json
 from medssm.kernels import native
 from medssm.kernels.selective_scan.plan import chunks
 from medssm.models import list_models
@@ -56,12 +56,9 @@ def run(args) -> dict:
     absent = [name for name in PEERS if not installed(name)]
     about = _about()
     results = about | {"threads": torch.get_num_threads(), "absent": absent, "rows": {}, "extra": _extra()}
-    before = Path(args.out or "") / "results.json"
-    if args.out and not args.quick and before.is_file():  # what was measured earlier on this machine stays, each row with its own commit and date
-        kept = json.loads(before.read_text())
-        if _alike(kept, results):
-            results |= {key: kept[key] for key in ("rows", "lengths") if key in kept}
-            results["rows"] = {name: {key: kept[key] for key in ("commit", "date")} | row for name, row in kept["rows"].items()}
+    kept = {} if args.quick else _earlier(args.out, "results.json", results)
+    results |= {"lengths": kept["lengths"]} if "lengths" in kept else {}
+    results["rows"] = {name: {key: kept[key] for key in ("commit", "date")} | row for name, row in kept.get("rows", {}).items()}
     for name in chosen:
         row = apart.row(name, 0.1 if args.quick else args.seconds, args.quick) | {key: about[key] for key in ("commit", "date")}
         results["rows"] = {key: row if key == name else results["rows"][key] for key in table if key == name or key in results["rows"]}
@@ -84,11 +81,8 @@ def _networks(args) -> dict:
     names = list_models(args.networks)
     if not names:
         raise UserError(f"--networks: expected a pattern of {', '.join(list_models('*'))}, got {args.networks!r}")
-    results = _about() | {"networks": {}}
-    before = Path(args.out) / "networks.json" if args.out else None
-    if before is not None and before.is_file():  # what was measured earlier on this machine stays, each network with its own commit and date
-        kept = json.loads(before.read_text())
-        results["networks"] = kept["networks"] if _alike(kept, results) else {}
+    results = _about()
+    results["networks"] = _earlier(args.out, "networks.json", results).get("networks", {})
     for name in names:
         figures = networks.network(name, args.quick) | {key: results[key] for key in ("commit", "date")}
         results["networks"] = dict(sorted((results["networks"] | {name: figures}).items()))
@@ -105,11 +99,8 @@ def _mixers(args) -> dict:
         raise UserError(f"--mixers: expected a pattern of {', '.join(MIXERS)}, got {args.mixers!r}")
     if args.docs and not args.out:
         raise UserError("--docs: goes with --out, the folder that the figures are kept in")
-    results = _about() | {"mixers": {}}
-    before = Path(args.out) / "mixers.json" if args.out else None
-    if before is not None and before.is_file():  # what was measured earlier on this machine stays, each mixer with its own commit and date
-        kept = json.loads(before.read_text())
-        results["mixers"] = kept["mixers"] if _alike(kept, results) else {}
+    results = _about()
+    results["mixers"] = _earlier(args.out, "mixers.json", results).get("mixers", {})
     for name in names:
         figures = mixers.mixer(name, args.quick) | {key: results[key] for key in ("commit", "date")}
         found = results["mixers"] | {name: figures}
@@ -121,9 +112,13 @@ def _mixers(args) -> dict:
     return results
 
 
-def _alike(one: dict, other: dict) -> bool:
-    """Whether two results are of machines on which times are the same."""
-    return all(one["machine"][key] == other["machine"][key] for key in ("processor", "cores", "threads", "GPU", "torch"))
+def _earlier(out: str | None, name: str, results: dict) -> dict:
+    """The results of an earlier run in `out`, each with its own commit and date; {} when there are none or another machine measured them."""
+    if not out or not (Path(out) / name).is_file():
+        return {}
+    kept = read_json(Path(out) / name)
+    same = all(kept["machine"][key] == results["machine"][key] for key in ("processor", "cores", "threads", "GPU", "torch"))
+    return kept if same else {}
 
 
 def _about() -> dict:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from medssm.bench.report import replace
+from medssm.files import write_json, write_text
 
 BEGIN, END = "<!-- begin: medssm bench --mixers -->", "<!-- end -->"
 _COLUMNS = ("mixer", "parameters", "inference", "memory", "forward and backward", "memory")
 
 
 def write(results: dict, out: Path, docs: Path | None) -> None:
-    """mixers.json and mixers.md in `out`; the table also into the page `docs`."""
-    out.mkdir(parents=True, exist_ok=True)
-    replace(out / "mixers.json", json.dumps(results, indent=1))
-    replace(out / "mixers.md", f"# Mixers on a volume\n\n{table(results)}\n")
+    """Write mixers.json and mixers.md into `out`, and the table also into the page `docs`."""
+    write_json(out / "mixers.json", results)
+    write_text(out / "mixers.md", f"# Mixers on a volume\n\n{table(results)}\n")
     if docs is not None:
-        replace(docs, filled(docs.read_text(), results))
+        write_text(docs, filled(docs.read_text(), results))
 
 
 def filled(page: str, results: dict) -> str:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 from medssm.bench.row import OURS
+from medssm.files import atomic, write_json, write_text
 
 
-def write(results: dict, out: Path) -> list[Path]:
-    """results.json, results.md and, where it was measured, lengths.png in `out`, each whole or not there."""
-    out.mkdir(parents=True, exist_ok=True)
-    files = [replace(out / "results.json", json.dumps(results, indent=1)), replace(out / "results.md", markdown(results))]
+def write(results: dict, out: Path) -> None:
+    """Write results.json, results.md and, when it was measured, lengths.png into `out`."""
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", markdown(results))
     if results.get("lengths"):
-        files.append(_plot_lengths(results, out / "lengths.png"))
-    return files
+        _plot_lengths(results, out / "lengths.png")
 
 
-def write_networks(results: dict, out: Path) -> list[Path]:
-    """networks.json and networks.md in `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    return [replace(out / "networks.json", json.dumps(results, indent=1)), replace(out / "networks.md", networks_markdown(results))]
+def write_networks(results: dict, out: Path) -> None:
+    """Write networks.json and networks.md into `out`."""
+    write_json(out / "networks.json", results)
+    write_text(out / "networks.md", networks_markdown(results))
 
 
 def networks_markdown(results: dict) -> str:
@@ -61,14 +59,6 @@ def network_line(name: str, figures: dict) -> str:
 
 def _against(seconds: float, ours: float) -> str:
     return _seconds(seconds) + (f" ({seconds / ours:.2g} x)" if seconds != ours else "")
-
-
-def replace(path: Path, text: str) -> Path:
-    """Write a file whole: who reads it meanwhile finds the old one."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    os.replace(fresh, path)
-    return path
 
 
 def markdown(results: dict) -> str:
@@ -112,14 +102,12 @@ def _seconds(t: float) -> str:
     return f"{t * 1e6:.0f} us" if t < 1e-3 else f"{t * 1e3:.2f} ms" if t < 1 else f"{t:.1f} s"
 
 
-def _plot_lengths(results: dict, path: Path) -> Path:
+def _plot_lengths(results: dict, path: Path) -> None:
     """Time per token against length."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
     for name, points in results["lengths"].items():
         width = 2.5 if name == OURS else 1.2
         axes.plot([p[0] for p in points], [p[1] / p[0] * 1e6 for p in points], marker="o", label=name, linewidth=width)
@@ -127,8 +115,5 @@ def _plot_lengths(results: dict, path: Path) -> Path:
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend()
-    fresh = path.with_name("new-" + path.name)
-    figure.savefig(fresh, dpi=150)
-    plt.close(figure)
-    os.replace(fresh, path)
-    return path
+    with atomic(path) as temporary:
+        figure.savefig(temporary)

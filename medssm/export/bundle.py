@@ -25,9 +25,9 @@ from torch import nn
 
 import medssm
 from medssm.errors import UserError
+from medssm.files import disk_error, read_json, write_bytes, write_json
 from medssm.segment import networks
 from medssm.segment.data import FITTED
-from medssm.segment.files import disk_error, read_json, write_bytes, write_json
 from medssm.segment.losses import finest_first
 from medssm.segment.preprocess import Fitted
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from medssm.segment.files import atomic
+from medssm.files import atomic, read_json_lines
 
 
 def draw(log: Path, picture: Path) -> None:
     """Loss and validation Dice by seconds, from metrics.jsonl, as a PNG."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = read_json_lines(log)
     losses = [record for record in records if "loss" in record]
     checks = [record for record in records if "validation" in record]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

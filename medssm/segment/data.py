@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from medssm.errors import UserError
-from medssm.segment.files import NIFTI_ENDINGS, different_grid, open_nifti, read_json, read_label, strip_ending
+from medssm.files import read_json
+from medssm.segment.nifti import NIFTI_ENDINGS, different_grid, open_nifti, read_label, strip_ending
 
 DATASET, FITTED = "dataset.json", "fitted.json"  # what describes a data set, and a trained network's data
 _CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net's channel files end in _0000, _0001, ...

@@ -16,9 +16,10 @@ import numpy as np
 from scipy import ndimage
 
 from medssm.errors import UserError
+from medssm.files import write_bytes, write_json
 from medssm.segment.data import load_classes, nifti_files
-from medssm.segment.files import different_grid, read_label, spacing_mm, strip_ending, write_bytes, write_json
 from medssm.segment.metrics import compare
+from medssm.segment.nifti import different_grid, read_label, spacing_mm, strip_ending
 from medssm.segment.progress import progress
 
 METRICS = ("dice", "hd95", "nsd")

@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 
 from medssm.errors import UserError
 from medssm.segment.data import Case, Dataset
-from medssm.segment.files import open_nifti, volume_shape
+from medssm.segment.nifti import open_nifti, volume_shape
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
 from medssm.segment.volumes import Volume, load, prepare

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medssm.errors import UserError
-from medssm.segment.files import write_at, write_bytes
+from medssm.files import write_at, write_bytes
 from medssm.segment.losses import finest_first
 from medssm.segment.networks import memory_format
 

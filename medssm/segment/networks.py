@@ -11,7 +11,7 @@ from torch import nn
 
 import medssm
 from medssm.errors import UserError
-from medssm.segment.files import read_json, write_bytes, write_json
+from medssm.files import read_json, write_bytes, write_json
 from medssm.segment.losses import finest_first
 
 MONAI = "monai.networks.nets."

@@ -23,8 +23,8 @@ from medssm.allocator import keep_freed_memory
 from medssm.errors import UserError
 from medssm.segment import networks
 from medssm.segment.data import FITTED, Case, cases_in
-from medssm.segment.files import NIFTI_ENDINGS, read_image, strip_ending, volume_shape, write_nifti
 from medssm.segment.inference import probabilities
+from medssm.segment.nifti import NIFTI_ENDINGS, read_image, strip_ending, volume_shape, write_nifti
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 

@@ -21,8 +21,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, Spacing
 
 from medssm.errors import UserError
+from medssm.files import read_json, write_json
 from medssm.segment.data import Case, Dataset, check_values
-from medssm.segment.files import different_grid, open_nifti, read_image, read_json, read_label, write_json
+from medssm.segment.nifti import different_grid, open_nifti, read_image, read_label
 
 IGNORE = -1  # in a label map the network is trained on: no class, no loss
 

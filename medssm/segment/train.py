@@ -20,9 +20,9 @@ from torch import nn
 
 from medssm.allocator import keep_freed_memory
 from medssm.errors import UserError
+from medssm.files import make_folder, read_json_lines
 from medssm.segment import curves, networks
 from medssm.segment.data import FITTED, load_dataset, split
-from medssm.segment.files import make_folder
 from medssm.segment.fit import fit
 from medssm.segment.inference import probabilities
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
@@ -243,7 +243,7 @@ def _finished(out: Path, resume: bool, overwrite: bool) -> dict | None:
     """The result of the training in `out` where there is nothing left to do; UserError rather than write over one unasked."""
     weights, checkpoint = out / networks.WEIGHTS, out / CHECKPOINT
     if resume and weights.exists() and not checkpoint.exists():
-        return json.loads((out / LOG).read_text().splitlines()[-1])["finished"]
+        return read_json_lines(out / LOG)[-1]["finished"]
     if not (resume or overwrite) and (weights.exists() or checkpoint.exists()):
         raise UserError(f"out: {out} has a training: pass resume to go on with it, or overwrite")
     make_folder(out)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from medssm.errors import UserError
+from medssm.files import atomic
 from medssm.segment.data import Case, Dataset
-from medssm.segment.files import atomic
 from medssm.segment.preprocess import IGNORE, Fitted, Scaling, load_image, load_label, pad, scaling
 
 _CENTRES = 20_000  # voxels of each class that a patch may be centred on

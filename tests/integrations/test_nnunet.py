@@ -328,7 +328,7 @@ def test_plans_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medssm.segment.files.os.replace", full)
+    monkeypatch.setattr("medssm.files.os.replace", full)
     with pytest.raises(UserError, match="disk is full"):
         rewrite(plans(), "umamba_bot", tmp_path / "new.json", configurations=["2d"])
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import pytest
 
 from medssm.errors import UserError
 from medssm.segment.data import cases_in, load_classes, load_dataset, split
-from medssm.segment.files import atomic, different_grid, read_image, read_label, spacing_mm, write_json, write_nifti
+from medssm.segment.nifti import different_grid, read_image, read_label, spacing_mm, write_nifti
 from tests.segment.synthetic import nnunet_folder, volume, write
 
 SMALL = (12, 10, 8)
@@ -214,20 +214,6 @@ def test_lengths_are_millimetres_whatever_the_unit(tmp_path):
 def test_rounding_in_an_affine_is_no_difference():
     image, other = (nib.Nifti1Image(np.zeros(SMALL, np.float32), np.diag([edge, 1, 1, 1])) for edge in (1.0, 1.0 + 1e-4))
     assert different_grid(image, other) is None
-
-
-def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path):
-    (tmp_path / "a.json").write_text("old")
-    with pytest.raises(RuntimeError), atomic(tmp_path / "a.json") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert (tmp_path / "a.json").read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written"):
-        write_json(tmp_path / "file" / "a.json", {})
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (7, 6, 5), (7, 6, 5, 2)])

@@ -11,8 +11,8 @@ import torch
 
 from medssm import cli
 from medssm.errors import UserError
-from medssm.segment.files import read_label
 from medssm.segment.inference import probabilities
+from medssm.segment.nifti import read_label
 from medssm.segment.predict import predict
 from medssm.segment.preprocess import Fitted
 from medssm.segment.train import train

@@ -11,9 +11,9 @@ from monai.transforms import Compose
 
 from medssm.errors import UserError
 from medssm.segment.data import load_dataset
-from medssm.segment.files import read_label
 from medssm.segment.fit import fit, fit_patch, fit_slice_axis, fit_spacing
 from medssm.segment.losses import SegmentationLoss
+from medssm.segment.nifti import read_label
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import IGNORE, Fitted, load_image, load_label, pad, scaling
 from tests.segment.synthetic import nnunet_folder

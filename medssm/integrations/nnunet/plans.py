@@ -20,9 +20,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medssm.errors import UserError
+from medssm.files import read_json, write_json
 from medssm.integrations.nnunet.networks import Network, output_resolutions, resolutions
 from medssm.models import create_model, list_models
-from medssm.segment.files import read_json, write_json
 
 _CLASS = "medssm.integrations.nnunet.Network"
 _OLD_KEYS = (

@@ -15,7 +15,8 @@ import numpy as np
 from nibabel.processing import resample_from_to
 
 from medssm.errors import UserError
-from medssm.segment.files import different_grid, open_nifti, write_json, write_nifti
+from medssm.files import write_json
+from medssm.segment.nifti import different_grid, open_nifti, write_nifti
 
 SIDES = ("left", "right")
 GAP_MM = 6.0  # about the midline: neither trained nor tested on

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
+from medssm.files import atomic, read_json_lines
 from medssm.segment.demo.data import Brain, whole
-from medssm.segment.files import atomic
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's, told apart by colour-blind eyes
 MARKERS = ("o", "s", "^", "D", "v", "P", "x")
@@ -106,7 +105,7 @@ def draw_curves(logs: Mapping[str, Path], path: Path) -> None:
     figure = Figure(figsize=(8, 3.6), dpi=130, layout="constrained")
     axes = figure.subplots()
     for colour, (title, log) in zip(itertools.cycle(NETWORKS), logs.items(), strict=False):
-        records = [record for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
+        records = [record for record in read_json_lines(log) if "loss" in record]
         seconds, loss = (np.array([record[key] for record in records]) for key in ("seconds", "loss"))
         axes.plot(seconds, loss, ".-", color=colour, alpha=0.3, lw=1, ms=3)
         axes.plot(seconds, _running_mean(loss), color=colour, lw=2, label=f"{title}, {records[-1]['step']:,} steps")

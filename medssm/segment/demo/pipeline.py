@@ -17,13 +17,14 @@ import numpy as np
 import medssm
 from medssm import machine
 from medssm.errors import UserError
+from medssm.files import read_json, write_json
 from medssm.segment.demo import figures
 from medssm.segment.demo.baselines import looked_up_labels, mirrored_labels
 from medssm.segment.demo.data import GAP_MM, Brain, load_brain, whole, write_dataset
 from medssm.segment.demo.report import write_report
 from medssm.segment.evaluate import METRICS, evaluate
-from medssm.segment.files import read_json, read_label, write_json, write_nifti
 from medssm.segment.loop import LOG
+from medssm.segment.nifti import read_label, write_nifti
 from medssm.segment.predict import predict
 from medssm.segment.train import train
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from medssm.segment.files import write_bytes
+from medssm.files import write_bytes
 
 # metric: its name, what it means, digits, whether it lies between 0 and 1 with 1 the best
 _METRICS = {

@@ -1,23 +1,19 @@
-"""NIfTI and other files, read with one clear line for each thing that is wrong, written whole or not at all."""
+"""NIfTI files: read with one clear line for whatever is wrong with them, and written in the geometry of another one."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
 from medssm.errors import UserError
+from medssm.files import atomic, first_line
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # any other unit, "unknown" included, is taken for the millimetre
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_nifti(path: Path) -> nib.Nifti1Image:
@@ -28,7 +24,7 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
     try:
         image = nib.load(path)
     except Exception as error:  # nibabel lets out whatever its readers raise: ImageFileError, EOFError, zlib.error, HeaderDataError
-        raise UserError(f"{path}: not a readable NIfTI file ({_first_line(error)})") from error
+        raise UserError(f"{path}: not a readable NIfTI file ({first_line(error)})") from error
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise UserError(f"{path}: expected a NIfTI file, got {type(image).__name__}")
     if image.ndim not in (2, 3, 4) or 0 in image.shape:
@@ -102,77 +98,6 @@ def different_grid(image: nib.Nifti1Image, other: nib.Nifti1Image) -> str | None
     return None
 
 
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well; nothing is left behind when it does not.
-
-    An error of the file system (a full disk, no permission) is a UserError.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".partial-{path.name}")  # the ending stays: nibabel and matplotlib go by it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(path, error) from error
-
-
-def disk_error(path: Path, error: OSError) -> UserError:
-    """The one line that says why `path` could not be written."""
-    if error.errno in _FULL:
-        return UserError(f"{path}: the disk is full ({error.strerror}); nothing half written is left")
-    return UserError(f"{path}: cannot be written ({error.strerror or _first_line(error)})")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    with atomic(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_at(path: Path, start: int, data: bytes) -> int:
-    """Write `data` at `start` of a file, the end of which it becomes; returns that end. Where it fails the file ends at `start`."""
-    try:
-        with open(path, "r+b" if path.exists() else "wb", buffering=0) as file:  # a buffer would be written again by closing
-            file.truncate(start)
-            file.seek(start)
-            try:
-                if file.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(start)
-                raise
-    except OSError as error:
-        raise disk_error(path, error) from error
-    return start + len(data)
-
-
-def write_json(path: Path, value) -> None:
-    """`value` as JSON; a number that is not finite is an error, since JSON has none."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({_first_line(error)})") from error
-
-
 def write_nifti(path: Path, data: np.ndarray, like: nib.Nifti1Image) -> None:
     """`data` (x, y, z) or (x, y, z, c) with the geometry, the codes and the units of `like`; planes go back as planes."""
     header = like.header.copy()
@@ -197,12 +122,8 @@ def _voxels(path: Path, image: nib.Nifti1Image, dtype) -> np.ndarray:
     try:
         return np.asarray(image.dataobj, dtype=dtype)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: truncated or corrupt ({_first_line(error)})") from error
+        raise UserError(f"{path}: truncated or corrupt ({first_line(error)})") from error
 
 
 def _odd_value(data: np.ndarray, rounded: np.ndarray) -> float:
     return float(data.flat[np.argmax(~np.isfinite(data) | (np.abs(data - rounded) > 1e-3))])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
