@@ -151,7 +151,7 @@ def _ssd(p, n, dtype, options, length=4096, heads=4):
     weight = torch.empty(heads)
     optional = (weight, x, weight) if options else (None, None, None)
     way = (torch.arange(length), torch.tensor([0, 64]), True, state) if options else (None, None, False, None)
-    given = (x, torch.empty(1, length, heads, dtype=dtype), weight, B, B, *optional, True, (0.0, math.inf), *way)
+    given = (x, torch.empty(1, length, heads, dtype=dtype), weight, B, B, *optional, True, 0.0, math.inf, *way)
     kernel.forward(*given, options, options)
     kernel.backward(x, state if options else None, torch.empty(x.shape) if options else None, *given)
 
