@@ -1,4 +1,9 @@
-"""What Triton kernels of the recurrences share: matrix products, a walk's tokens, tiles loaded in float32, masks of a vector and a scalar."""
+"""Shared by the Triton kernels of the recurrences: matrix products, the tokens of a walk, tiles in float32, masks, and decays.
+
+The decay between two tokens is the exponential of a sum of log decays, none of them positive. A sum that begins or ends at the edge of a chunk or
+block is cumulated from that edge and stays accurate. A sum between any two tokens is a difference of two cumulated sums: after one log decay of -100,
+every later difference would have an error of 1e-5. So `split` cuts each log decay into a multiple of 2^-11, whose sums are exact, and a small rest.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import triton
 import triton.language as tl
 
 PRECISION = tl.constexpr("tf32x3")  # three products on tensor cores keep 22 bits of each factor, faster than float32's own units
+# The lowest log decay: its exponential is 0 in float32, and a chunk's sum needs 13 bits before the point and 11 behind it.
+STRONGEST = tl.constexpr(-128.0)
 
 
 @triton.jit
@@ -16,7 +23,7 @@ def product(a, b):
 
 @triton.jit
 def visited(index, step, length, WALK: tl.constexpr, REVERSE: tl.constexpr):
-    """The token visited at each step (int64); steps out of range give one in range."""
+    """The token (int64) that each step visits. A step out of range gives some token in range."""
     step = tl.minimum(tl.maximum(step, 0), length - 1).to(tl.int64)
     if REVERSE:
         step = length - 1 - step
@@ -33,5 +40,22 @@ def tile(pointer, rows, cols, live, here):
 
 @triton.jit
 def where_live(lanes, live):
-    """lanes & live, of a vector and a scalar: the interpreter makes integers of the scalar, and no mask of them."""
+    """lanes & live, of a vector and a scalar. The interpreter turns the scalar into an integer, which `&` alone would not accept as a mask."""
     return lanes & (tl.full(lanes.shape, live, tl.int32) != 0)
+
+
+@triton.jit
+def split(logs):
+    """(multiples of 2^-11, the rest) of log decays, both cumulated along the steps. Sums of the first are exact, sums of the second are small."""
+    coarse = tl.floor(logs * 2048.0 + 0.5) * (1.0 / 2048.0)
+    return tl.cumsum(coarse, 0), tl.cumsum(logs - coarse, 0)
+
+
+@triton.jit
+def pair_decays(logs, seen, TO_LATER: tl.constexpr):
+    """(steps, steps): the decay between two steps, of log decays (steps,); 0 where not seen. The later step is the row, with TO_LATER the column."""
+    coarse, rest = split(logs)
+    sums = (coarse[:, None] - coarse[None, :]) + (rest[:, None] - rest[None, :])
+    if TO_LATER:
+        sums = -sums
+    return tl.exp(tl.where(seen, sums, float("-inf")))

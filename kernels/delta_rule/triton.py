@@ -17,7 +17,7 @@ from medssm.kernels.delta_rule.triton_carry import carry, carry_back, compose
 from medssm.kernels.delta_rule.triton_forward import inverse, outputs
 from medssm.kernels.native import lanes, like
 from medssm.kernels.triton import on, plain, present, strides
-from medssm.kernels.triton_decays import STRONGEST
+from medssm.kernels.triton_tiles import STRONGEST
 
 HELD = 2  # tiles of keys: a state of more would not fit in a program's registers
 CARRIED = 16  # value channels of a tile where the state of all keys is carried

@@ -15,8 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.triton_decays import STRONGEST, pair_decays, split
-from medssm.kernels.triton_tiles import product, tile
+from medssm.kernels.triton_tiles import STRONGEST, pair_decays, product, split, tile
 
 
 @triton.jit

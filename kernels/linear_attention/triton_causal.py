@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels.autocast import without_autocast
-from medssm.kernels.gated_linear_attention import triton_core as core
 from medssm.kernels.linear_attention.reference import feature, rotate
+from medssm.kernels.matrix_state import triton_core as core
 from medssm.kernels.triton import plain
 
 

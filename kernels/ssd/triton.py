@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels.autocast import without_autocast
-from medssm.kernels.gated_linear_attention import triton_core as core
+from medssm.kernels.matrix_state import triton_core as core
 from medssm.kernels.triton import plain
 
 

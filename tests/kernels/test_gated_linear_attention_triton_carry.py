@@ -10,7 +10,7 @@ if triton.reason() is not None:
 
 from test_gated_linear_attention_triton import compare_with_the_reference
 
-from medssm.kernels.gated_linear_attention import triton_carry, triton_core
+from medssm.kernels.matrix_state import triton_carry, triton_core
 from tests.ops.calls import compare
 from tests.ops.cases import CASES
 

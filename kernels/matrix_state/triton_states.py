@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.gated_linear_attention.triton_tiles import HEAD, KEY, log_decays, scaled_tile, segment_of
+from medssm.kernels.matrix_state.triton_tiles import HEAD, KEY, log_decays, scaled_tile, segment_of
 from medssm.kernels.triton_tiles import product, tile, visited
 
 

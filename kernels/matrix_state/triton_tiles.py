@@ -7,8 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.triton_decays import STRONGEST
-from medssm.kernels.triton_tiles import tile
+from medssm.kernels.triton_tiles import STRONGEST, tile
 
 NONE, HEAD, KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # decays: none, one a head, one a head and key
 BY_NOTHING, BY_STEPS, BY_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a tile is multiplied by as it is loaded

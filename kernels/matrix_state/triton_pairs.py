@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.gated_linear_attention.triton_tiles import KEY, log_decays, segment_of
-from medssm.kernels.triton_decays import split
-from medssm.kernels.triton_tiles import product, tile, visited
+from medssm.kernels.matrix_state.triton_tiles import KEY, log_decays, segment_of
+from medssm.kernels.triton_tiles import product, split, tile, visited
 
 
 @triton.jit

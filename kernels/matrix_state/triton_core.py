@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from medssm.kernels.gated_linear_attention.triton_carry import carry_over
-from medssm.kernels.gated_linear_attention.triton_gradients import decay_gradients, key_gradients
-from medssm.kernels.gated_linear_attention.triton_outputs import read
-from medssm.kernels.gated_linear_attention.triton_pairs import key_pairs, pair_gradients
-from medssm.kernels.gated_linear_attention.triton_states import chunk_states
+from medssm.kernels.matrix_state.triton_carry import carry_over
+from medssm.kernels.matrix_state.triton_gradients import decay_gradients, key_gradients
+from medssm.kernels.matrix_state.triton_outputs import read
+from medssm.kernels.matrix_state.triton_pairs import key_pairs, pair_gradients
+from medssm.kernels.matrix_state.triton_states import chunk_states
 from medssm.kernels.triton import INTERPRETED, on, present
 
 CHUNK = 64  # tokens: as many as a chunk's products need to keep the states' traffic below the tokens'

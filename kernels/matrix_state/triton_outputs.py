@@ -15,9 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.gated_linear_attention.triton_tiles import HEAD, KEY, log_decays, scaled_tile, segment_of, silu
-from medssm.kernels.triton_decays import pair_decays
-from medssm.kernels.triton_tiles import product, tile, visited
+from medssm.kernels.matrix_state.triton_tiles import HEAD, KEY, log_decays, scaled_tile, segment_of, silu
+from medssm.kernels.triton_tiles import pair_decays, product, tile, visited
 
 OUT, DV, DQ, DK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
