@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from monai.networks.blocks import BaseEncoder
 from monai.networks.nets.flexible_unet import FLEXUNET_BACKBONE
-from torch import nn
+from torch import Tensor, nn
 
 import medssm
 from medssm.models.monai import BUILDERS as MONAIS_OWN
@@ -87,7 +87,7 @@ class Backbone(nn.Module, BaseEncoder):
             ]
         )
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         size = x.shape[2:]
         if any(n < d for n, d in zip(size, self.divisor, strict=True)):
             raise ValueError(f"x: expected at least {self.divisor} voxels, the coarsest map's stride, got {tuple(size)}")
@@ -130,7 +130,7 @@ def _fit(model: str, strides: Sequence[tuple[int, ...]]) -> tuple[int, int]:
     return first, missing
 
 
-def _crop(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def _crop(x: Tensor, size: Sequence[int]) -> Tensor:
     for axis, n in enumerate(size, 2):
         x = x.narrow(axis, 0, n)
     return x

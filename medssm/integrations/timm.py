@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
-from torch import nn
+from torch import Tensor, nn
 
 import medssm
 from medssm.models.monai import BUILDERS as MONAIS_OWN
@@ -94,20 +94,20 @@ class TimmModel(nn.Module):
         if num_classes and hasattr(network, "head"):
             self.head = network.head
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """The coarsest map, normalised: (b, num_features, height / reduction, width / reduction)."""
         return self._maps(x)[0]
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self._pool(x) if self.global_pool else x)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
@@ -166,13 +166,13 @@ class TimmModel(nn.Module):
         if enable:
             raise NotImplementedError("set_grad_checkpointing: expected False; medssm's scans recompute inside already")
 
-    def _maps(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The final features, and every map, the finest first."""
         maps = self.encoder(x)
         maps[-1] = self.bottleneck(maps[-1])
         return self.norm(maps[-1]), maps
 
-    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+    def _pool(self, x: Tensor) -> Tensor:
         return x.flatten(2).mean(-1)
 
     def _taken(self, indices: int | Sequence[int] | None) -> list[int]:
@@ -192,10 +192,10 @@ class TimmVim(TimmModel):
         self.num_prefix_tokens = len(self.encoder.cls_token)
         self.norm = nn.Identity()  # the encoder has it
 
-    def _maps(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         tokens, grid, at = self.encoder.tokens(x)
         patches = tokens[:, [i for i in range(tokens.shape[1]) if i not in at]]
         return torch.cat((tokens[:, at], patches), 1), [patches.transpose(1, 2).unflatten(2, grid)]
 
-    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+    def _pool(self, x: Tensor) -> Tensor:
         return x[:, : self.num_prefix_tokens or None].mean(1)

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models.weights import Map
 from medssm.nn import Encoder
-from medssm.nn.blocks import ChannelsLast, check_dims
-from medssm.nn.efficientvit import ConvNorm, EfficientViTBlock, MBConv, Residual
+from medssm.nn.blocks import ChannelsLast, ConvNorm, check_dims
+from medssm.nn.efficientvit import EfficientViTBlock, MBConv, Residual
 from medssm.nn.unet import AnySize
 
 _CUBIC = {2: "bicubic", 3: "trilinear"}
@@ -103,7 +102,7 @@ class EfficientViTSeg(AnySize):
         super().__init__((32,) * len(encoder.strides[0]), input_size)
         self.encoder, self.seg_head, self.enlarge = encoder, head, enlarge
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
+    def whole(self, x: Tensor) -> Tensor:
         logits = self.seg_head(self.encoder(x)[:1:-1])
         return nn.functional.interpolate(logits, x.shape[2:], mode=("bilinear", "trilinear")[x.dim() - 4]) if self.enlarge else logits
 
@@ -124,7 +123,7 @@ class SegHead(nn.Module):
         logits = ConvNorm(last, classes, 1, bias=True, norm=False, spatial_dims=dims)
         self.output_ops = nn.Sequential(nn.Sequential(*widen, logits))
 
-    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
         coarse, middle, fine = (op(x) for op, x in zip(self.input_ops, maps, strict=True))
         return self.output_ops(self.middle(coarse + middle + fine))
 
@@ -136,7 +135,7 @@ class _Enlarge(nn.Module):
         super().__init__()
         self.factor, self.mode = factor, _CUBIC[dims]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return nn.functional.interpolate(x, [n * self.factor for n in x.shape[2:]], mode=self.mode, align_corners=False)
 
 
@@ -148,7 +147,7 @@ class DSConv(nn.Module):
         self.depth_conv = ConvNorm(channels, channels, 3, groups=channels, act=act, **common)
         self.point_conv = ConvNorm(channels, channels, 1, **common)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.point_conv(self.depth_conv(x))
 
 
@@ -160,7 +159,7 @@ class ResBlock(nn.Module):
         self.conv1 = ConvNorm(channels, channels, 3, act=act, **common)
         self.conv2 = ConvNorm(channels, channels, 3, **common)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.conv1(x))
 
 
@@ -173,7 +172,7 @@ class FusedMBConv(nn.Module):
         self.spatial_conv = ConvNorm(channels_in, wide, 3, stride, act=act, **common)
         self.point_conv = ConvNorm(wide, channels, 1, **common)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.point_conv(self.spatial_conv(x))
 
 
@@ -184,7 +183,7 @@ class _Main(nn.Module):
         super().__init__()
         self.main = main
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.main(x)
 
 

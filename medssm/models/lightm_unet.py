@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from medssm.models.weights import Map
@@ -130,7 +130,7 @@ class MambaBlock(nn.Module):
         self.norm1, self.norm2 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
         self.conv1, self.conv2 = ScaledMamba(channels, channels), ScaledMamba(channels, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(relu(self.norm1(x)))
         return x + self.conv2(relu(self.norm2(y)))
 
@@ -144,7 +144,7 @@ class UpBlock(nn.Module):
         self.conv = _separable(channels, channels, spatial_dims)
         self.skip_scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return relu(self.norm2(self.conv(relu(self.norm1(x))) + self.skip_scale * x))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models.vmamba import EARLY, ENCODER, vss_encoder
 from medssm.models.weights import Map
@@ -103,7 +103,7 @@ class SplitBlock(nn.Module):
             nn.ReLU(),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 1)
         scanned = image(self.drop_path(self.op(self.norm(tokens(right)))))
         return x + torch.stack((self.local(left), scanned), 2).flatten(1, 2)
@@ -112,7 +112,7 @@ class SplitBlock(nn.Module):
 class ChannelLastBlock(SplitBlock):
     """A SplitBlock on (b, *spatial, c), as upstream's."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return tokens(super().forward(image(x)))
 
 

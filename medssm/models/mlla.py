@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models.weights import Map
 from medssm.nn import Classifier, Encoder, MLLABlock
@@ -73,7 +72,7 @@ def _build(dims, in_channels, classes, features, depths, heads, mlp_ratio, drop_
 class OnImages(MLLABlock):
     """An MLLABlock on (b, c, *spatial)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return image(super().forward(tokens(x)))
 
 
@@ -97,7 +96,7 @@ class ConvLayer(nn.Module):
         self.norm = BATCH_NORM[dims](channels) if norm else None
         self.act = nn.ReLU() if act else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         x = x if self.norm is None else self.norm(x)
         return x if self.act is None else self.act(x)
@@ -114,7 +113,7 @@ class Stem(nn.Module):
         self.conv2 = nn.Sequential(ConvLayer(half, half, dims), ConvLayer(half, half, dims, act=False))
         self.conv3 = nn.Sequential(ConvLayer(half, 4 * channels, dims, stride=2), ConvLayer(4 * channels, channels, dims, 1, act=False))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(self.memory(x))
         return self.conv3(self.conv2(x) + x)
 
@@ -131,7 +130,7 @@ class Shrink(nn.Module):
             ConvLayer(wide, channels, dims, 1, bias=True, act=False),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
@@ -142,7 +141,7 @@ class SequenceBlock(MLLABlock):
         super().__init__(*args, **kwargs)
         self.resolution = tuple(resolution)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.unflatten(1, self.resolution)).flatten(1, -2)
 
 

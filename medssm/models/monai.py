@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.nn import AnySize
 from medssm.nn.blocks import check_dims
@@ -33,7 +32,7 @@ class Padded(AnySize):
         self.network = network
         self.instance_norms = has_instance_norms(network)
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
+    def whole(self, x: Tensor) -> Tensor:
         return self.network(x)
 
 

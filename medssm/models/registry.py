@@ -7,8 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models import weights
 from medssm.nn.unet import pad_to
@@ -64,7 +63,7 @@ def create_model(
     return Features(model) if features_only else model
 
 
-def from_upstream(name: str, state_dict: Mapping[str, torch.Tensor] | Path | str | None = None, **kwargs) -> nn.Module:
+def from_upstream(name: str, state_dict: Mapping[str, Tensor] | Path | str | None = None, **kwargs) -> nn.Module:
     """Build an upstream model from upstream's own constructor keywords, with upstream's quirks, and load upstream's weights.
 
     Classes among the keywords may be given by name ("Conv3d"). state_dict: a dictionary or a file; keys that repeat a shared tensor are
@@ -95,7 +94,7 @@ class Features(nn.Module):
             reached = tuple(a * b for a, b in zip(reached, step, strict=True))
             self.strides.append(reached)
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         return self.encoder(pad_to(x, self.strides[-1]))
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import instance_norm, relu
 
 from medssm.models.weights import Map
@@ -111,7 +110,7 @@ class GatedSpatialConv(nn.Module):
         self.proj, self.proj2 = conv(channels, channels, 3, padding=1), conv(channels, channels, 3, padding=1)
         self.proj3, self.proj4 = conv(channels, channels, 1), conv(channels, channels, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         def through(conv, y):
             return relu(instance_norm(conv(y)), inplace=True)
 
@@ -125,7 +124,7 @@ class MambaLayer(nn.Module):
         super().__init__()
         self.norm, self.mamba = nn.LayerNorm(channels), TriMamba(channels, slices=slices)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         t = tokens(x)
         return image(t + self.mamba(self.norm(t))).contiguous()  # the convolutions around it work channel by channel
 
@@ -135,7 +134,7 @@ class _Stage(nn.Module):
         super().__init__()
         self.down, self.gsc, self.layers = down, gsc, nn.Sequential(*layers)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.layers(self.gsc(self.down(x)))
 
 
@@ -146,7 +145,7 @@ class _Out(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = CONV[spatial_dims](channels, 2 * channels, 1), CONV[spatial_dims](2 * channels, channels, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(instance_norm(x))))
 
 
@@ -161,5 +160,5 @@ class _Encoder(Encoder):
         super().__init__(nn.Identity(), stages, features, [(2,) * dims] * len(features))
         self.outs = nn.ModuleList([_Out(c, dims) for c in features])
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         return [out(m) for out, m in zip(self.outs, super().forward(x), strict=True)]

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models.vmamba import EARLY, ENCODER, vss_encoder
 from medssm.models.weights import Map
@@ -101,7 +101,7 @@ def swin_umamba_d(
 class _FromSecond(UNet):
     """The decoder's last level is the image's, which has no skip."""
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
         maps = self.encoder(x)
         return self.decoder([x, *maps])
 
@@ -109,7 +109,7 @@ class _FromSecond(UNet):
 class _Join(nn.Linear):
     """A linear layer over channels of (b, c, *spatial)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return image(super().forward(tokens(x)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate
 
 from medssm.models.weights import Map
@@ -68,7 +68,7 @@ class UltraLightVMUNet(AnySize):
         )
         self.final = CONV[spatial_dims](features[0], out_channels, 1)
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
+    def whole(self, x: Tensor) -> Tensor:
         skips = self.encoder(x)
         x = gelu(self.bottom(skips[-1]))
         if self.bridge is not None:
@@ -79,7 +79,7 @@ class UltraLightVMUNet(AnySize):
         x = self._double(self.final(x))
         return torch.sigmoid(x) if self.activation else x
 
-    def _double(self, x: torch.Tensor) -> torch.Tensor:
+    def _double(self, x: Tensor) -> Tensor:
         return interpolate(x, scale_factor=2, mode=self.mode, align_corners=True)
 
 
@@ -96,7 +96,7 @@ class _Bridge(nn.Module):
         self.means = nn.Conv1d(1, 1, 3, padding=1, bias=False)
         self.channels = nn.ModuleList([nn.Linear(total, c) if attention == "linear" else nn.Conv1d(total, c, 1) for c in features])
 
-    def forward(self, skips: list[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
         seen = [torch.sigmoid(self.spatial(torch.cat((t.mean(1, keepdim=True), t.amax(1, keepdim=True)), 1))) * t for t in skips]
         both = [s + t for s, t in zip(seen, skips, strict=True)]
         means = self.means(torch.cat([t.flatten(2).mean(-1) for t in both], 1)[:, None])[:, 0]

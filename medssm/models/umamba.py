@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.kernels.autocast import without_autocast
 from medssm.models.weights import Map
@@ -169,7 +168,7 @@ class ResBlock(nn.Module):
         self.conv3 = layers.conv(channels_in, channels, 1)
         self.stride = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
         # Every stride-th voxel, then the 1 x 1 convolution: its own stride crashes torch 2.13's backward on channels-last maps on a CPU.
         return self.act2(y + self.conv3(x[(..., *(slice(None, None, n) for n in self.stride))]))
@@ -185,7 +184,7 @@ class ConvNorm(nn.Module):
         self.norm = layers.norm(channels)
         self.act = layers.act() if act else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.dropout(self.conv(x))))
 
 
@@ -198,7 +197,7 @@ class BasicBlock(nn.Module):
         self.conv2 = ConvNorm(layers, channels, kernel, act=False)
         self.act = layers.act()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.act(self.conv2(self.conv1(x)) + x)
 
 
@@ -209,7 +208,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv, self.stride = layers.conv(channels_in, channels, 1), tuple(float(s) for s in stride)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(nn.functional.interpolate(x, scale_factor=self.stride, mode="nearest"))
 
 
@@ -225,7 +224,7 @@ class MambaLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mamba = Mamba(dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x.device):
             x = x.to(self.norm.weight.dtype)
             if not self.channel_tokens:
@@ -246,7 +245,7 @@ class UMambaEncoder(Encoder):
         super().__init__(*args)
         self.mamba_layers = nn.ModuleList(mamba_layers)
 
-    def stage(self, s: int, x: torch.Tensor) -> torch.Tensor:
+    def stage(self, s: int, x: Tensor) -> Tensor:
         return self.mamba_layers[s](self.stages[s](x))
 
 

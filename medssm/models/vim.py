@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models.weights import Map
 from medssm.nn import BiMamba, Encoder
@@ -81,7 +81,7 @@ class Vim(nn.Module):
         self.pool = pool
         self.head = nn.Linear(features or _SIZES[size], out_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         tokens, _, at = self.encoder.tokens(x)
         if at:
             return self.head(tokens[:, at].mean(1))
@@ -107,12 +107,12 @@ class VimEncoder(Encoder):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.norm = _norm(features, rms, eps)
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         tokens, grid, at = self.tokens(x)
         kept = [i for i in range(tokens.shape[1]) if i not in at]
         return [tokens[:, kept].transpose(1, 2).unflatten(2, grid)]
 
-    def tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], list[int]]:
+    def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], list[int]]:
         """Tokens (b, l, c) behind the last norm, the grid of patches, and where the class tokens stand."""
         patches = self.stem(x)
         grid = tuple(patches.shape[2:])
@@ -125,7 +125,7 @@ class VimEncoder(Encoder):
             t, residual = layer(t, residual)
         return self.norm(residual + self.drop_path(t)), grid, at
 
-    def _with_cls(self, t: torch.Tensor, cls: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    def _with_cls(self, t: Tensor, cls: list[Tensor]) -> tuple[Tensor, list[int]]:
         """Tokens with the class tokens among them, and where those stand."""
         n = t.shape[1]
         if not cls:
@@ -135,7 +135,7 @@ class VimEncoder(Encoder):
         at = n // 2 if self.cls == "middle" else 0
         return torch.cat((t[:, :at], cls[0], t[:, at:]), 1), [at]
 
-    def _positions(self, grid: tuple[int, ...]) -> torch.Tensor:
+    def _positions(self, grid: tuple[int, ...]) -> Tensor:
         """The learned positions, interpolated where the grid is another than they were learned for."""
         if grid == self.grid:
             return self.pos_embed
@@ -154,7 +154,7 @@ class VimLayer(nn.Module):
         self.mixer = BiMamba(features, d_state, divide_out=divide_out)
         self.norm, self.drop_path = _norm(features, rms, eps), DropPath(drop_path)
 
-    def forward(self, y: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, y: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         residual = y.float() if residual is None else residual + self.drop_path(y)
         return self.mixer(self.norm(residual.to(self.norm.weight.dtype))), residual
 

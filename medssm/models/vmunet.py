@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models.vmamba import EARLY, ENCODER, vss_encoder
 from medssm.models.weights import Map
@@ -64,7 +64,7 @@ class VMUNet(AnySize):
         self.final_conv = CONV[spatial_dims](features[0] // 4, out_channels, 1)
         start_linears(self)
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
+    def whole(self, x: Tensor) -> Tensor:
         x, skips = self.encoder.stem(x), []
         for stage in self.encoder.stages:
             for name, part in stage.named_children():
@@ -79,7 +79,7 @@ class VMUNet(AnySize):
 
 
 class _Upstream(VMUNet):
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
+    def whole(self, x: Tensor) -> Tensor:
         return super().whole(x.expand(-1, 3, *x.shape[2:]) if x.shape[1] == 1 else x)
 
 

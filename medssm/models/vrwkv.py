@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models.weights import Map
 from medssm.nn import ChannelMix, Classifier, Encoder, SpatialMix
@@ -90,7 +90,7 @@ class VRWKVEncoder(Encoder):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(features) if final_norm else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         patches = self.stem(pad_to(x, (self.patch,) * (x.dim() - 2)))
         t = self.dropout(patches.movedim(1, -1) + self._positions(tuple(patches.shape[2:])))
         maps = []
@@ -102,7 +102,7 @@ class VRWKVEncoder(Encoder):
                 maps.append(t.movedim(-1, 1))
         return maps
 
-    def _positions(self, grid: tuple[int, ...]) -> torch.Tensor:
+    def _positions(self, grid: tuple[int, ...]) -> Tensor:
         """The learned positions (1, *grid, c), interpolated where the grid is another than they were learned for."""
         learned = self.pos_embed.unflatten(1, self.grid)
         if grid == self.grid:
@@ -124,7 +124,7 @@ class VRWKVLayer(nn.Module):
         for name in ("gamma1", "gamma2"):
             self.register_parameter(name, None if layer_scale is None else nn.Parameter(torch.full((features,), float(layer_scale))))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         for norm, mix, gamma in ((self.ln1, self.att, self.gamma1), (self.ln2, self.ffn, self.gamma2)):
@@ -136,7 +136,7 @@ class VRWKVLayer(nn.Module):
 class _Sequence:
     """A mix on (b, l, c) tokens of an image of `resolution`, as upstream calls it."""
 
-    def forward(self, x: torch.Tensor, resolution: Sequence[int]) -> torch.Tensor:
+    def forward(self, x: Tensor, resolution: Sequence[int]) -> Tensor:
         return super().forward(x.unflatten(1, tuple(resolution))).flatten(1, -2)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Map(NamedTuple):
@@ -18,7 +18,7 @@ class Map(NamedTuple):
     drop: Sequence[str] = ()
     rename: Sequence[tuple[str, str | Callable[[re.Match], str]]] = ()
 
-    def __call__(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __call__(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
         for key, tensor in state.items():
             if any(re.search(pattern, key) for pattern in self.drop):
@@ -29,7 +29,7 @@ class Map(NamedTuple):
         return kept
 
 
-def read(path: Path | str) -> dict[str, torch.Tensor]:
+def read(path: Path | str) -> dict[str, Tensor]:
     """A state dict from model.safetensors, a folder that holds it, or a PyTorch file: tensors, plain Python values and NumPy's numbers (which
     nnU-Net's checkpoints log), nothing else; nothing in a file is run.
 
@@ -52,7 +52,7 @@ def read(path: Path | str) -> dict[str, torch.Tensor]:
     for key in ("network_weights", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"pretrained: {path} holds no state dict")
     return dict(state)
 
@@ -64,7 +64,7 @@ def _numpys_numbers() -> list:
     return [np.dtype, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), *kinds]
 
 
-def fit(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+def fit(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Load a state dict whole; raises ValueError that lists missing, unexpected and wrongly shaped keys."""
     own = model.state_dict()
     missing = [f"missing    {k} {tuple(t.shape)}" for k, t in own.items() if k not in state]

@@ -7,17 +7,22 @@ a volume could be streamed through slab by slab.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm import ops
+from medssm.orders import Order
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED_CONV = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+Conv = nn.Conv2d | nn.Conv3d
+CONV: dict[int, Callable[..., Conv]] = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+LINEAR = {2: "bilinear", 3: "trilinear"}  # modes of nn.functional.interpolate
+CUBIC = {2: "bicubic", 3: "trilinear"}  # PyTorch has no tricubic mode
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -27,17 +32,17 @@ def check_dims(spatial_dims: int) -> None:
         raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}")
 
 
-def tokens(x: torch.Tensor) -> torch.Tensor:
+def tokens(x: Tensor) -> Tensor:
     """(b, c, *spatial) -> (b, *spatial, c), contiguous where x has channels-last memory."""
     return x.movedim(1, -1)
 
 
-def image(x: torch.Tensor) -> torch.Tensor:
+def image(x: Tensor) -> Tensor:
     """(b, *spatial, c) -> (b, c, *spatial), a view."""
     return x.movedim(-1, 1)
 
 
-def spread(y: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+def spread(y: Tensor, stride: Sequence[int]) -> Tensor:
     """(b, *spatial, prod(stride) c) -> (b, *(spatial stride), c): each voxel's values become a block of voxels."""
     dims, coarse = len(stride), y.shape[1:-1]
     y = y.unflatten(-1, (*stride, -1))  # (b, *spatial, *stride, c)
@@ -46,18 +51,58 @@ def spread(y: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     return y.reshape(y.shape[0], *(n * s for n, s in zip(coarse, stride, strict=True)), -1)
 
 
+def depthwise(conv: Conv, x: Tensor, activation: str | None = None) -> Tensor:
+    """The depthwise convolution `conv` on (b, *spatial, c), then the activation: None or "silu"."""
+    return ops.depthwise_conv(x, conv.weight.squeeze(1), conv.bias, activation)
+
+
+def causal(conv: nn.Conv1d, x: Tensor, order: Order | None = None) -> Tensor:
+    """silu of the causal depthwise convolution `conv` along the tokens of (b, l, c), or along an order of (b, *spatial, c)."""
+    return ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, "silu", order=order)
+
+
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each voxel of (b, c, *spatial)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, *spatial) -> the same shape."""
         return image(super().forward(tokens(x)))
+
+
+class ConvNorm(nn.Module):
+    """act(norm(conv(x))) on (b, c, *spatial), the norm a batch norm; norm=False and act=None leave theirs out."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        kernel: int = 3,
+        stride: int = 1,
+        *,
+        spatial_dims: int,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: Callable[[], nn.Module] | None = None,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.conv = CONV[spatial_dims](channels_in, channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        self.norm = BATCH_NORM[spatial_dims](channels, norm_eps) if norm else None
+        self.act = act() if act else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *(spatial / stride))."""
+        x = self.conv(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.act is None else self.act(x)
 
 
 class DenseBlock(nn.Module):
     """silu(norm(conv(silu(norm(conv(x))))) + x): full kernels, where maps are large and channels few. The norm is a batch norm: at inference a
     scale and a shift of each voxel."""
 
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int, kernel: int = 3):
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, kernel: int = 3) -> None:
         super().__init__()
         self.conv1 = CONV[spatial_dims](channels_in, channels, kernel, padding=kernel // 2, bias=False)
         self.norm1 = BATCH_NORM[spatial_dims](channels)
@@ -65,7 +110,8 @@ class DenseBlock(nn.Module):
         self.norm2 = BATCH_NORM[spatial_dims](channels)
         self.skip = nn.Identity() if channels_in == channels else CONV[spatial_dims](channels_in, channels, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
         y = self.norm2(self.conv2(nn.functional.silu(self.norm1(self.conv1(x)))))
         return nn.functional.silu(y + self.skip(x))
 
@@ -73,36 +119,39 @@ class DenseBlock(nn.Module):
 class ConvBlock(nn.Module):
     """x + W2 silu(W1 norm(depthwise_conv(x))): spatial mixing by a depthwise kernel, channels by two linear layers (ConvNeXt's order)."""
 
-    def __init__(self, channels: int, spatial_dims: int, kernel: int = 3, expand: float = 2):
+    def __init__(self, channels: int, spatial_dims: int, kernel: int = 3, expand: float = 2) -> None:
         super().__init__()
         self.conv = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.norm = nn.LayerNorm(channels)
         self.up = nn.Linear(channels, int(expand * channels))
         self.down = nn.Linear(int(expand * channels), channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
         t = tokens(x)
-        y = self.norm(ops.depthwise_conv(t, self.conv.weight.squeeze(1), self.conv.bias))
+        y = self.norm(depthwise(self.conv, t))
         return image(t + self.down(nn.functional.silu(self.up(y))))
 
 
 class MixerBlock(nn.Module):
     """x + mixer(norm(x)), then a ConvBlock. `mixer` works on (b, *spatial, c)."""
 
-    def __init__(self, channels: int, spatial_dims: int, mixer: nn.Module, kernel: int = 3, expand: float = 2):
+    def __init__(self, channels: int, spatial_dims: int, mixer: nn.Module, kernel: int = 3, expand: float = 2) -> None:
         super().__init__()
         self.norm, self.mixer = nn.LayerNorm(channels), mixer
         self.local = ConvBlock(channels, spatial_dims, kernel, expand)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
         t = tokens(x)
-        return self.local(image(t + self.mixer(self.norm(t))))
+        y: Tensor = self.local(image(t + self.mixer(self.norm(t))))
+        return y
 
 
 class Down(nn.Sequential):
-    """Norm, then a convolution whose kernel is its stride."""
+    """Norm, then a convolution whose kernel is its stride: (b, channels_in, *spatial) -> (b, channels, *(spatial / stride))."""
 
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int, stride: Sequence[int]):
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, stride: Sequence[int]) -> None:
         super().__init__(ChannelNorm(channels_in), CONV[spatial_dims](channels_in, channels, tuple(stride), tuple(stride)))
 
 
@@ -110,21 +159,23 @@ class Up(nn.Module):
     """A linear layer from each voxel to the stride's block of voxels: a transposed convolution whose kernel is its stride, as one matrix
     product and one rearrangement."""
 
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int, stride: Sequence[int]):
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, stride: Sequence[int]) -> None:
         super().__init__()
         self.stride = tuple(stride)
         self.linear = nn.Linear(channels_in, math.prod(self.stride) * channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *(spatial stride))."""
         return image(spread(self.linear(tokens(x)), self.stride))
 
 
 class ChannelsLast(nn.Module):
     """Give the memory of (b, c, *spatial) the channels-last format: the entrance of a network of these blocks."""
 
-    def __init__(self, spatial_dims: int):
+    def __init__(self, spatial_dims: int) -> None:
         super().__init__()
         self.memory_format = _FORMAT[spatial_dims]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, *spatial) -> the same shape."""
         return x.contiguous(memory_format=self.memory_format)

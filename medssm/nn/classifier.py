@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.nn.blocks import ChannelNorm
 from medssm.nn.unet import Encoder
@@ -15,12 +14,14 @@ class Classifier(nn.Module):
     Any input size that leaves a voxel at the coarsest level; nothing is padded.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, norm: bool = True):
+    def __init__(self, encoder: Encoder, classes: int, norm: bool = True) -> None:
         super().__init__()
         channels = encoder.output_channels[-1]
         self.encoder = encoder
         self.norm = ChannelNorm(channels) if norm else nn.Identity()
         self.head = nn.Linear(channels, classes)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.encoder(x)[-1]).flatten(2).mean(-1))
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, *spatial) -> (b, classes)."""
+        logits: Tensor = self.head(self.norm(self.encoder(x)[-1]).flatten(2).mean(-1))
+        return logits

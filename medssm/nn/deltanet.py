@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from medssm import ops
-from medssm import orders as scan_orders
-from medssm.nn.blocks import CONV
+from medssm.nn.blocks import CONV, Conv, causal, depthwise
+from medssm.nn.mamba import step_biases
 from medssm.nn.ssnd import orders_of
+from medssm.orders import Order
 
 
 class DeltaNet(nn.Module):
@@ -51,8 +52,8 @@ class DeltaNet(nn.Module):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         spatial_dims: int = 2,
-        orders: Sequence[scan_orders.Order] | None = None,
-    ):
+        orders: Sequence[Order] | None = None,
+    ) -> None:
         super().__init__()
         if gate not in ("silu", None):
             raise ValueError(f"gate: expected 'silu' or None, got {gate!r}")
@@ -66,42 +67,42 @@ class DeltaNet(nn.Module):
         channels = sum(self.split)
         self.qkv_proj = nn.Linear(d_model, channels, bias=False)
         if conv == "space":
-            self.convolution = CONV[spatial_dims](channels, channels, d_conv, groups=channels, padding=d_conv // 2, bias=False)
+            self.convolution: nn.Module = CONV[spatial_dims](channels, channels, d_conv, groups=channels, padding=d_conv // 2, bias=False)
         elif conv == "order":
             self.convolution = nn.Conv1d(channels, channels, d_conv, groups=channels, padding=d_conv - 1, bias=False)
         self.b_proj = nn.Linear(d_model, heads, bias=False)
         self.a_proj = nn.Linear(d_model, heads, bias=False) if gated else None
         if gated:
-            dt = torch.exp(torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)))
-            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.dt_bias = nn.Parameter(step_biases(heads, dt_min, dt_max))
             self.A_log = nn.Parameter(torch.log(torch.empty(heads).uniform_(1, 16)))
         self.g_proj = nn.Linear(d_model, values, bias=False) if gate else None
         self.o_norm = nn.RMSNorm(values // heads, eps=1e-5)
         self.o_proj = nn.Linear(values, d_model, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        u, y = self.qkv_proj(x), None
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, d_model) -> the same shape."""
+        u: Tensor = self.qkv_proj(x)
         beta = torch.sigmoid(self.b_proj(x).float())
         g = None
         if self.a_proj is not None:
             g = -torch.exp(self.A_log.float()) * functional.softplus(self.a_proj(x).float() + self.dt_bias.float())
         if self.conv == "space":
-            u = ops.depthwise_conv(u, self.convolution.weight.squeeze(1), None, "silu")
+            u = depthwise(cast(Conv, self.convolution), u, "silu")
         elif self.conv is None:
             u = functional.silu(u)
+        heads = None if self.conv == "order" else self._heads(u)  # the same for every order, or of that order's own convolution
+        y = None
         for order in self.orders:
-            if y is None or self.conv == "order":
-                q, k, v = self._heads(u, order)
+            q, k, v = heads or self._heads(causal(cast(nn.Conv1d, self.convolution), u, order))
             scanned = ops.delta_rule(q, k, v, beta, g=g, order=order)
             y = scanned if y is None else y + scanned
         y = self.o_norm(y / len(self.orders)).flatten(-2)
         if self.g_proj is not None:
             y = y * functional.silu(self.g_proj(x))
-        return self.o_proj(y)
+        out: Tensor = self.o_proj(y)
+        return out
 
-    def _heads(self, u, order):
+    def _heads(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of unit length, and values, by heads."""
-        if self.conv == "order":
-            u = ops.causal_conv1d(u, self.convolution.weight.squeeze(1), None, "silu", order=order)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in u.split(self.split, dim=-1))
         return functional.normalize(q, dim=-1, eps=1e-6), functional.normalize(k, dim=-1, eps=1e-6), v

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm import ops
-from medssm.nn.blocks import BATCH_NORM, CONV, check_dims, image, tokens
+from medssm.nn.blocks import CONV, Conv, ConvNorm, check_dims, depthwise, image, tokens
 
 
 class LiteMLA(nn.Module):
@@ -36,59 +38,39 @@ class LiteMLA(nn.Module):
         spatial_dims: int = 2,
         eps: float = 1e-15,
         norm_eps: float = 1e-5,
-    ):
+    ) -> None:
         super().__init__()
         check_dims(spatial_dims)
         heads = int(channels // dim * heads_ratio) if heads is None else heads
         if heads < 1:
             raise ValueError(f"dim: expected at most {channels}, the channels, got {dim}")
         self.dim, self.eps, wide = dim, eps, 3 * heads * dim
-        convolution = CONV[spatial_dims]
         self.qkv = ConvNorm(channels, wide, 1, spatial_dims=spatial_dims, norm=False)
-        self.aggreg = nn.ModuleList(
-            nn.Sequential(
-                convolution(wide, wide, scale, padding=scale // 2, groups=wide, bias=False), convolution(wide, wide, 1, groups=3 * heads, bias=False)
-            )
-            for scale in scales
-        )
+        self.aggreg = nn.ModuleList(_Scale(wide, scale, 3 * heads, spatial_dims) for scale in scales)
         self.proj = ConvNorm(heads * dim * (1 + len(scales)), channels_out or channels, 1, spatial_dims=spatial_dims, norm_eps=norm_eps)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = tokens(self.qkv(image(x)))
-        scales = [qkv]
-        for local, grouped in self.aggreg:
-            scales.append(tokens(grouped(image(ops.depthwise_conv(qkv, local.weight.squeeze(1))))))
-        q, k, v = torch.cat(scales, -1).flatten(1, -2).unflatten(-1, (-1, 3, self.dim)).unbind(3)  # (b, l, heads of all scales, dim)
-        o = ops.linear_attention(q, k, v, feature_map="relu", eps=self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, channels) -> (b, *spatial, channels_out)."""
+        qkv = self.qkv(image(x))
+        scales = torch.cat([tokens(t) for t in (qkv, *(scale(qkv) for scale in self.aggreg))], -1)
+        q, k, v = scales.flatten(1, -2).unflatten(-1, (-1, 3, self.dim)).unbind(3)
+        o = ops.linear_attention(q, k, v, feature_map="relu", eps=self.eps)  # (b, l, heads of all scales, dim)
         return tokens(self.proj(image(o.flatten(-2).unflatten(1, x.shape[1:-1]))))
 
 
-class ConvNorm(nn.Module):
-    """act(norm(conv(x))) on (b, c, *spatial), the norm a batch norm; norm=False and act=None leave theirs out."""
+class _Scale(nn.Sequential):
+    """A depthwise convolution, then a 1 x 1 one inside each group of channels, on (b, c, *spatial)."""
 
-    def __init__(
-        self,
-        channels_in: int,
-        channels: int,
-        kernel: int = 3,
-        stride: int = 1,
-        *,
-        spatial_dims: int,
-        groups: int = 1,
-        bias: bool = False,
-        norm: bool = True,
-        act: Callable[[], nn.Module] | None = None,
-        norm_eps: float = 1e-5,
-    ):
-        super().__init__()
-        self.conv = CONV[spatial_dims](channels_in, channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
-        self.norm = BATCH_NORM[spatial_dims](channels, norm_eps) if norm else None
-        self.act = act() if act else None
+    def __init__(self, channels: int, kernel: int, groups: int, spatial_dims: int) -> None:
+        convolution = CONV[spatial_dims]
+        super().__init__(
+            convolution(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False),
+            convolution(channels, channels, 1, groups=groups, bias=False),
+        )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv(x)
-        x = x if self.norm is None else self.norm(x)
-        return x if self.act is None else self.act(x)
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self[1](image(depthwise(cast(Conv, self[0]), tokens(x))))
+        return y
 
 
 class MBConv(nn.Module):
@@ -108,27 +90,31 @@ class MBConv(nn.Module):
         act: Callable[[], nn.Module],
         fewer_norm: bool = False,
         norm_eps: float = 1e-5,
-    ):
+    ) -> None:
         super().__init__()
         wide = round(channels_in * expand)
-        early = {"spatial_dims": spatial_dims, "bias": fewer_norm, "norm": not fewer_norm, "act": act, "norm_eps": norm_eps}
-        self.inverted_conv = ConvNorm(channels_in, wide, 1, **early)
-        self.depth_conv = ConvNorm(wide, wide, 3, stride, groups=wide, **early)
+        early = partial(ConvNorm, spatial_dims=spatial_dims, bias=fewer_norm, norm=not fewer_norm, act=act, norm_eps=norm_eps)
+        self.inverted_conv = early(channels_in, wide, 1)
+        self.depth_conv = early(wide, wide, 3, stride, groups=wide)
         self.point_conv = ConvNorm(wide, channels, 1, spatial_dims=spatial_dims, norm_eps=norm_eps)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.point_conv(self.depth_conv(self.inverted_conv(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *(spatial / stride))."""
+        y: Tensor = self.point_conv(self.depth_conv(self.inverted_conv(x)))
+        return y
 
 
 class Residual(nn.Module):
     """x + main(x)."""
 
-    def __init__(self, main: nn.Module):
+    def __init__(self, main: nn.Module) -> None:
         super().__init__()
         self.main = main
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.main(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """x -> x + main(x), of the same shape."""
+        y: Tensor = x + self.main(x)
+        return y
 
 
 class EfficientViTBlock(nn.Module):
@@ -147,19 +133,21 @@ class EfficientViTBlock(nn.Module):
         act: Callable[[], nn.Module] = nn.Hardswish,
         spatial_dims: int = 2,
         norm_eps: float = 1e-5,
-    ):
+    ) -> None:
         super().__init__()
         self.context_module = Residual(_OnImages(channels, dim=dim, scales=scales, spatial_dims=spatial_dims, norm_eps=norm_eps))
         self.local_module = Residual(
             MBConv(channels, channels, spatial_dims=spatial_dims, expand=expand, act=act, fewer_norm=True, norm_eps=norm_eps)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.local_module(self.context_module(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
+        y: Tensor = self.local_module(self.context_module(x))
+        return y
 
 
 class _OnImages(LiteMLA):
     """LiteMLA on (b, c, *spatial)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return image(super().forward(tokens(x)))

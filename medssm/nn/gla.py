@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm import ops
-from medssm import orders as scan_orders
 from medssm.nn.ssnd import orders_of
+from medssm.orders import Order
 
 
 class GatedLinearAttention(nn.Module):
@@ -42,8 +42,8 @@ class GatedLinearAttention(nn.Module):
         slowness: float = 16.0,
         gate: str | None = "silu",
         spatial_dims: int = 2,
-        orders: Sequence[scan_orders.Order] | None = None,
-    ):
+        orders: Sequence[Order] | None = None,
+    ) -> None:
         super().__init__()
         if decay not in ("key", "head"):
             raise ValueError(f"decay: expected 'key' or 'head', got {decay!r}")
@@ -65,7 +65,8 @@ class GatedLinearAttention(nn.Module):
         self.o_norm = nn.RMSNorm(values // heads, eps=1e-5)
         self.o_proj = nn.Linear(values, d_model, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, d_model) -> the same shape."""
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         low, y = self.decay_in(x), None
         wide = torch.promote_types(v.dtype, torch.float32)  # of the sum over orders and of its norm
@@ -77,4 +78,5 @@ class GatedLinearAttention(nn.Module):
         y = self.o_norm(y).to(v.dtype).flatten(-2)
         if self.g_proj is not None:
             y = y * nn.functional.silu(self.g_proj(x))
-        return self.o_proj(y)
+        out: Tensor = self.o_proj(y)
+        return out

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from medssm import ops, orders
+from medssm import ops
+from medssm.nn.blocks import causal
+from medssm.orders import Order, raster, tri3d
 
 
 class Mamba(nn.Module):
@@ -42,9 +45,9 @@ class Mamba(nn.Module):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
-    ):
+    ) -> None:
         super().__init__()
-        inner, rank = int(expand * d_model), math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        inner, rank = int(expand * d_model), step_rank(d_model, dt_rank)
         self.d_model, self.d_state, self.dt_rank = d_model, d_state, rank
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
         for s in self.suffixes:
@@ -53,29 +56,31 @@ class Mamba(nn.Module):
             self.add_module(f"conv1d{s}", nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias))
             self.add_module(f"x_proj{s}", nn.Linear(inner, rank + 2 * d_state, bias=False))
             project = nn.Linear(rank, inner)
-            steps(project.weight, project.bias, rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+            start_steps(project.weight, project.bias, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
             self.add_module(f"dt_proj{s}", project)
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
 
-    def orders(self, x: torch.Tensor) -> list[orders.Order]:
+    def orders(self, x: Tensor) -> list[Order]:
         """One order per direction, in the order of `suffixes`, for an input."""
-        return [orders.raster()]
+        return [raster()]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, d_model) or (b, *spatial, d_model) -> the same shape."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        y = None
-        for suffix, order in zip(self.suffixes, self.orders(x), strict=True):
-            branch = self._scan(u, z, suffix, order)
-            y = branch if y is None else y + branch
-        return self.out_proj(self.merge(y))
+        first, *others = zip(self.suffixes, self.orders(x), strict=True)
+        y = self._scan(u, z, *first)
+        for suffix, order in others:
+            y = y + self._scan(u, z, suffix, order)
+        out: Tensor = self.out_proj(self.merge(y))
+        return out
 
-    def merge(self, y: torch.Tensor) -> torch.Tensor:
+    def merge(self, y: Tensor) -> Tensor:
         """What becomes of the sum over directions before out_proj."""
         return y
 
-    def _scan(self, u, z, suffix, order):
-        convolution, project = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
-        u = ops.causal_conv1d(u, convolution.weight.squeeze(1), convolution.bias, "silu", order=order)
+    def _scan(self, u: Tensor, z: Tensor, suffix: str, order: Order) -> Tensor:
+        """One direction's gated scan, (b, *spatial, inner)."""
+        u, project = causal(getattr(self, f"conv1d{suffix}"), u, order), getattr(self, f"dt_proj{suffix}")
         dt, B, C = getattr(self, f"x_proj{suffix}")(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(getattr(self, f"A{suffix}_log").float())
         return ops.selective_scan(u, dt, A, B, C, getattr(self, f"D{suffix}"), z, project.bias, True, delta_proj=project.weight, order=order)
@@ -89,14 +94,14 @@ class BiMamba(Mamba):
 
     suffixes = ("", "_b")
 
-    def __init__(self, d_model: int, *args, divide_out: bool = False, **kwargs):
+    def __init__(self, d_model: int, *args: Any, divide_out: bool = False, **kwargs: Any) -> None:
         super().__init__(d_model, *args, **kwargs)
         self.divide_out = divide_out
 
-    def orders(self, x: torch.Tensor) -> list[orders.Order]:
-        return [orders.raster(), orders.raster(reverse=True)]
+    def orders(self, x: Tensor) -> list[Order]:
+        return [raster(), raster(reverse=True)]
 
-    def merge(self, y: torch.Tensor) -> torch.Tensor:
+    def merge(self, y: Tensor) -> Tensor:
         return y / 2 if self.divide_out else y
 
 
@@ -109,28 +114,50 @@ class TriMamba(Mamba):
 
     suffixes = ("", "_b", "_s")
 
-    def __init__(self, d_model: int, *args, slices: int | None = None, **kwargs):
+    def __init__(self, d_model: int, *args: Any, slices: int | None = None, **kwargs: Any) -> None:
         super().__init__(d_model, *args, **kwargs)
         self.slices = slices
 
-    def orders(self, x: torch.Tensor) -> list[orders.Order]:
-        return orders.tri3d(self.slices or x.shape[1])
+    def orders(self, x: Tensor) -> list[Order]:
+        return tri3d(self.slices or x.shape[1])
 
 
-def rates(channels: int, state: int) -> torch.Tensor:
+def rates(channels: int, state: int) -> Tensor:
     """A_log of the S4D-real start: A_n = -(n + 1) in every channel."""
     return torch.log(torch.arange(1, state + 1, dtype=torch.float32)).repeat(channels, 1)
 
 
+def step_rank(d_model: int, dt_rank: int | str) -> int:
+    """The rank of a step projection: dt_rank, "auto" for ceil(d_model / 16)."""
+    return math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+
+
 @torch.no_grad()
-def steps(weight, bias, rank, low, high, init, scale, floor) -> None:
+def start_steps(
+    weight: Tensor,  # (inner, rank)
+    bias: Tensor,  # (inner,)
+    low: float,
+    high: float,
+    init: str,
+    scale: float,
+    floor: float,
+) -> None:
     """Start a step projection: softplus(bias) log-uniform in [low, high], at least floor; weight uniform or constant in rank**-0.5 scale."""
     if init not in ("random", "constant"):
         raise ValueError(f"dt_init: expected 'random' or 'constant', got {init!r}")
-    spread = rank**-0.5 * scale
+    spread = weight.shape[-1] ** -0.5 * scale
     if init == "random":
         weight.uniform_(-spread, spread)
     else:
         weight.fill_(spread)
-    dt = torch.exp(torch.rand_like(bias) * (math.log(high) - math.log(low)) + math.log(low)).clamp_min(floor)
-    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    bias.copy_(inverse_softplus(torch.exp(torch.rand_like(bias) * (math.log(high) - math.log(low)) + math.log(low)).clamp_min(floor)))
+
+
+def step_biases(heads: int, low: float, high: float, floor: float = 0.0) -> Tensor:
+    """Biases (heads,) whose softplus is log-uniform in [low, high], at least floor."""
+    return inverse_softplus(torch.exp(torch.empty(heads).uniform_(math.log(low), math.log(high))).clamp_min(floor))
+
+
+def inverse_softplus(dt: Tensor) -> Tensor:
+    """The x with softplus(x) = dt, for dt above 0."""
+    return dt + torch.log(-torch.expm1(-dt))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm import ops
-from medssm import orders as scan_orders
+from medssm.nn.blocks import causal
+from medssm.nn.mamba import step_biases
+from medssm.nn.norms import grouped_norm
+from medssm.orders import Order, axes3d, cross2d, raster
 
 
 class Mamba2(nn.Module):
@@ -54,8 +58,8 @@ class Mamba2(nn.Module):
         conv_bias: bool = True,
         *,
         spatial_dims: int = 1,
-        orders: Sequence[scan_orders.Order] | None = None,
-    ):
+        orders: Sequence[Order] | None = None,
+    ) -> None:
         super().__init__()
         inner = int(expand * d_model)
         headdim = math.gcd(inner, 64) if headdim is None else headdim
@@ -67,34 +71,34 @@ class Mamba2(nn.Module):
         if orders is None:
             if spatial_dims not in (1, 2, 3):
                 raise ValueError(f"orders: expected a list of orders for spatial_dims={spatial_dims}, got None")
-            both = [scan_orders.raster(), scan_orders.raster(reverse=True)]
-            orders = {1: both, 2: scan_orders.cross2d(), 3: scan_orders.axes3d()}[spatial_dims]
+            both = [raster(), raster(reverse=True)]
+            orders = {1: both, 2: cross2d(), 3: axes3d()}[spatial_dims]
         self.orders = list(orders)
         self.headdim, self.ngroups, self.d_state, self.dt_limit = headdim, ngroups, d_state, tuple(dt_limit)
         self.split = (inner, inner + 2 * ngroups * d_state, heads)
         self.in_proj = nn.Linear(d_model, sum(self.split), bias=bias)
         channels = self.split[1]
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, padding=d_conv - 1, bias=conv_bias)
-        dt = torch.exp(torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max))).clamp_min(dt_init_floor)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt_bias = nn.Parameter(step_biases(heads, dt_min, dt_max, dt_init_floor))
         self.A_log = nn.Parameter(torch.log(torch.empty(heads).uniform_(*A_init_range)))
         self.D = nn.Parameter(torch.ones(inner if D_has_hdim else heads))
         self.norm = GatedRMSNorm(inner, ngroups, norm_before_gate) if rmsnorm else None
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, d_model) or (b, *spatial, d_model) -> the same shape."""
         z, u, dt = self.in_proj(x).split(self.split, dim=-1)
         y = self._scan(u, dt, self.orders[0])
         for order in self.orders[1:]:
             y = y + self._scan(u, dt, order)
-        return self.out_proj(self._gate(y / len(self.orders), z))
+        out: Tensor = self.out_proj(self._gate(y / len(self.orders), z))
+        return out
 
-    def _scan(self, u, dt, order):
+    def _scan(self, u: Tensor, dt: Tensor, order: Order) -> Tensor:
         """One scan with its own convolution, (b, *spatial, inner)."""
-        u = ops.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", order=order)
-        return ops.ssd(*self._operands(u, dt), dt_limit=self.dt_limit, order=order).flatten(-2)
+        return ops.ssd(*self._operands(causal(self.conv1d, u, order), dt), dt_limit=self.dt_limit, order=order).flatten(-2)
 
-    def _operands(self, u, dt):
+    def _operands(self, u: Tensor, dt: Tensor) -> tuple[Any, ...]:
         """x to dt_softplus of ops.ssd (or ssd_step), from the convolved u and the projected dt."""
         rows = self.ngroups * self.d_state
         x, B, C = u.split([self.split[0], rows, rows], dim=-1)
@@ -102,24 +106,24 @@ class Mamba2(nn.Module):
         B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))
         return x.unflatten(-1, (-1, self.headdim)), dt, -torch.exp(self.A_log.float()), B, C, D, None, self.dt_bias, True
 
-    def _gate(self, y, z):
-        return y * nn.functional.silu(z) if self.norm is None else self.norm(y, z)
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+        gated: Tensor = y * nn.functional.silu(z) if self.norm is None else self.norm(y, z)
+        return gated
 
 
 class GatedRMSNorm(nn.Module):
     """RMS norm of y silu(z) over each group of channels; before_gate: of y, and the result gated. In float32 at least."""
 
-    def __init__(self, channels: int, groups: int = 1, before_gate: bool = False, eps: float = 1e-5):
+    def __init__(self, channels: int, groups: int = 1, before_gate: bool = False, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.groups, self.before_gate, self.eps = groups, before_gate, eps
 
-    def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        dtype = y.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        y, gate = y.to(wide), nn.functional.silu(z.to(wide))
-        if not self.before_gate:
-            y = y * gate
-        grouped = y.unflatten(-1, (self.groups, -1))
-        y = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight
-        return (y * gate if self.before_gate else y).to(dtype)
+    def forward(
+        self,
+        y: Tensor,  # (*, channels)
+        z: Tensor,  # (*, channels)
+    ) -> Tensor:
+        """The gated norm, of y's shape and dtype."""
+        size = y.shape[-1] // self.groups
+        return grouped_norm(y, self.weight, None, z, size=size, eps=self.eps, norm_before_gate=self.before_gate, rms=True)

@@ -29,7 +29,7 @@ def heads(channels: int, width: int) -> int:
     return max(counts, default=1)
 
 
-MIXERS = {
+MIXERS: dict[str, Kind] = {
     "ss_nd": Kind(lambda c, dims, expand, d_state: SSND(c, int(d_state), expand=expand, spatial_dims=dims), {"expand": 2, "d_state": 8}),
     "linear_attention": Kind(lambda c, dims: MLLA(c, heads(c, 16), dims), {}),
     "gla": Kind(

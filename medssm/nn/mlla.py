@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm import ops
-from medssm.nn.blocks import CONV, check_dims
+from medssm.nn.blocks import CONV, check_dims, depthwise
 from medssm.nn.vss import MLP, DropPath
 from medssm.ops import registration
 
@@ -29,7 +29,7 @@ class LinearAttention(nn.Module):
     Weights: qk (2c, c) and lepe, as MLLA's.
     """
 
-    def __init__(self, channels: int, heads: int, spatial_dims: int = 2, bias: bool = True, rotary: bool = True, kernel: int = 3):
+    def __init__(self, channels: int, heads: int, spatial_dims: int = 2, bias: bool = True, rotary: bool = True, kernel: int = 3) -> None:
         super().__init__()
         check_dims(spatial_dims)
         if channels % heads or (rotary and channels // heads % 2):
@@ -38,7 +38,8 @@ class LinearAttention(nn.Module):
         self.qk = nn.Linear(channels, 2 * channels, bias=bias)
         self.lepe = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, channels) -> the same shape."""
         spatial, channels = x.shape[1:-1], x.shape[-1]
         q, k = self.qk(x).flatten(1, -2).unflatten(-1, (2, self.heads, -1)).unbind(2)
         v = x.flatten(1, -2).unflatten(-1, (self.heads, -1))
@@ -46,7 +47,7 @@ class LinearAttention(nn.Module):
         if self.rotary:
             rotary = tuple(t.unflatten(-1, (self.heads, -1)) for t in rotations(tuple(spatial), channels, x.device))
         o = ops.linear_attention(q, k, v, feature_map="elu", rotary=rotary, eps=1e-6 * math.prod(spatial))
-        return o.flatten(-2).view_as(x) + ops.depthwise_conv(x, self.lepe.weight.squeeze(1), self.lepe.bias)
+        return o.flatten(-2).view_as(x) + depthwise(self.lepe, x)
 
 
 class MLLA(nn.Module):
@@ -55,17 +56,19 @@ class MLLA(nn.Module):
     Arguments as LinearAttention. Weights: in_proj, act_proj, dwc (depthwise), attn, out_proj.
     """
 
-    def __init__(self, channels: int, heads: int, spatial_dims: int = 2, bias: bool = True, rotary: bool = True, kernel: int = 3):
+    def __init__(self, channels: int, heads: int, spatial_dims: int = 2, bias: bool = True, rotary: bool = True, kernel: int = 3) -> None:
         super().__init__()
         self.in_proj, self.act_proj = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.dwc = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.attn = LinearAttention(channels, heads, spatial_dims, bias, rotary, kernel)
         self.out_proj = nn.Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, channels) -> the same shape."""
         gate = nn.functional.silu(self.act_proj(x))
-        v = ops.depthwise_conv(self.in_proj(x), self.dwc.weight.squeeze(1), self.dwc.bias, "silu")
-        return self.out_proj(self.attn(v) * gate)
+        v = depthwise(self.dwc, self.in_proj(x), "silu")
+        out: Tensor = self.out_proj(self.attn(v) * gate)
+        return out
 
 
 class MLLABlock(nn.Module):
@@ -83,21 +86,23 @@ class MLLABlock(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         drop_path: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         self.cpe1, self.cpe2 = (CONV[spatial_dims](channels, channels, 3, padding=1, groups=channels) for _ in range(2))
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.mixer = MLLA(channels, heads, spatial_dims, bias)
         self.mlp, self.drop_path = MLP(channels, int(mlp_ratio * channels), dropout), DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + ops.depthwise_conv(x, self.cpe1.weight.squeeze(1), self.cpe1.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, channels) -> the same shape."""
+        x = x + depthwise(self.cpe1, x)
         x = x + self.drop_path(self.mixer(self.norm1(x)))
-        x = x + ops.depthwise_conv(x, self.cpe2.weight.squeeze(1), self.cpe2.bias)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + depthwise(self.cpe2, x)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
 
 
-def rotations(spatial: Sequence[int], channels: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rotations(spatial: Sequence[int], channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(cos, sin), (l, channels) each, of the angles by which the voxels of `spatial` rotate neighbouring pairs of channels.
 
     With m = channels // (2 dims), the first m pairs turn with the position along the first axis, pair j by 10000^(-j / m) radians a voxel,
@@ -109,7 +114,7 @@ def rotations(spatial: Sequence[int], channels: int, device: torch.device) -> tu
 
 
 @functools.lru_cache(maxsize=8)
-def _rotations(spatial: tuple[int, ...], channels: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotations(spatial: tuple[int, ...], channels: int, device: str) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         pairs = channels // (2 * len(spatial))
         rates = 10000.0 ** (-torch.arange(pairs, device=device, dtype=torch.float64) / max(pairs, 1))

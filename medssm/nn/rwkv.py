@@ -8,13 +8,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm import ops
-from medssm import orders as scan_orders
+from medssm.orders import Order
 
 
-def q_shift(x: torch.Tensor, pixels: int = 1, share: float | None = None) -> torch.Tensor:
+def q_shift(
+    x: Tensor,  # (b, *spatial, c)
+    pixels: int = 1,
+    share: float | None = None,
+) -> Tensor:
     """Shift groups of channels by `pixels` along an axis each, zeros coming in; (b, *spatial, c) in and out.
 
     The groups, int(share c) channels each, lie side by side in this order: along the last axis to its end ("right": a voxel gets its left
@@ -61,8 +65,8 @@ class SpatialMix(nn.Module):
         layer: int = 0,
         layers: int = 1,
         mode: str = "exact",
-        order: scan_orders.Order | None = None,
-    ):
+        order: Order | None = None,
+    ) -> None:
         super().__init__()
         self.pixels, self.share, self.mode, self.order = pixels, share, mode, order
         along, depth = _place(d_model), layer / max(layers - 1, 1)
@@ -75,7 +79,8 @@ class SpatialMix(nn.Module):
         self.key, self.value, self.receptance, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
         self.key_norm = nn.LayerNorm(d_model) if key_norm else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, d_model) -> the same shape."""
         length = math.prod(x.shape[1:-1])
         xk, xv, xr = _mixed(self, x, "kvr")
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
@@ -86,7 +91,8 @@ class SpatialMix(nn.Module):
             y = ops.bi_wkv(w, u, k, v, mode=self.mode, order=self.order)
         if self.key_norm is not None:
             y = self.key_norm(y)
-        return self.output(torch.sigmoid(r) * y)
+        out: Tensor = self.output(torch.sigmoid(r) * y)
+        return out
 
 
 class ChannelMix(nn.Module):
@@ -106,7 +112,7 @@ class ChannelMix(nn.Module):
         key_norm: bool = False,
         layer: int = 0,
         layers: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         self.pixels, self.share = pixels, share
         hidden = hidden or 4 * d_model
@@ -117,15 +123,17 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(hidden, d_model, bias=False)
         self.key_norm = nn.LayerNorm(hidden) if key_norm else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, d_model) -> the same shape."""
         xk, xr = _mixed(self, x, "kr")
         k = torch.relu(self.key(xk)).square()
         if self.key_norm is not None:
             k = self.key_norm(k)
-        return torch.sigmoid(self.receptance(xr)) * self.value(k)
+        out: Tensor = torch.sigmoid(self.receptance(xr)) * self.value(k)
+        return out
 
 
-def _mixed(module: SpatialMix | ChannelMix, x: torch.Tensor, names: str) -> list[torch.Tensor]:
+def _mixed(module: SpatialMix | ChannelMix, x: Tensor, names: str) -> list[Tensor]:
     """x mixed with its shifted self, once for each of the module's spatial_mix parameters."""
     if not module.pixels:
         return [x] * len(names)
@@ -133,7 +141,7 @@ def _mixed(module: SpatialMix | ChannelMix, x: torch.Tensor, names: str) -> list
     return [shifted + getattr(module, f"spatial_mix_{name}").flatten() * (x - shifted) for name in names]
 
 
-def _place(channels: int, last: float | None = None) -> torch.Tensor:
+def _place(channels: int, last: float | None = None) -> Tensor:
     """Where each channel stands among all: from 0 to (c - 1) / c, or to `last`."""
     at = torch.arange(channels, dtype=torch.float32)
     return at / channels if last is None else last * at / max(channels - 1, 1)

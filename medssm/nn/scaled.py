@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.nn.blocks import image, tokens
 from medssm.nn.mamba import Mamba
@@ -15,7 +15,7 @@ class ScaledMamba(nn.Module):
     groups: the channels fall into groups that one small Mamba scans each alone (UltraLight-VM-UNet's parallel vision Mamba).
     """
 
-    def __init__(self, channels_in: int, channels: int, groups: int = 1, skip_norm: bool = False):
+    def __init__(self, channels_in: int, channels: int, groups: int = 1, skip_norm: bool = False) -> None:
         super().__init__()
         if channels_in % groups:
             raise ValueError(f"features: expected multiples of {groups}, got {channels_in}")
@@ -24,7 +24,8 @@ class ScaledMamba(nn.Module):
         self.proj = nn.Linear(channels_in, channels)
         self.skip_scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
         t = tokens(x)
         normed = self.norm(t)
         grouped = normed.unflatten(-1, (self.groups, -1)).movedim(-2, 1)  # (b, groups, *spatial, c): a group is a batch element of its own

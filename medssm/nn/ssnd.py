@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm import ops
-from medssm import orders as scan_orders
-from medssm.nn.mamba import rates, steps
+from medssm.nn.blocks import Conv, depthwise
+from medssm.nn.mamba import rates, start_steps, step_rank
+from medssm.orders import Order, axes3d, cross2d
 
 
 class SSND(nn.Module):
@@ -47,14 +47,14 @@ class SSND(nn.Module):
         bias: bool = False,
         *,
         spatial_dims: int = 2,
-        orders: Sequence[scan_orders.Order] | None = None,
+        orders: Sequence[Order] | None = None,
         gate: str | None = "silu",
-    ):
+    ) -> None:
         super().__init__()
         if gate not in ("silu", "linear", None):
             raise ValueError(f"gate: expected 'silu', 'linear' or None, got {gate!r}")
         self.orders = orders_of(spatial_dims, orders)
-        k, inner, rank = len(self.orders), int(expand * d_model), math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        k, inner, rank = len(self.orders), int(expand * d_model), step_rank(d_model, dt_rank)
         self.d_state, self.dt_rank, self.spatial_dims, self.gate = d_state, rank, spatial_dims, gate
         self.in_proj = nn.Linear(d_model, 2 * inner if gate else inner, bias=bias)
         if d_conv > 1:
@@ -64,14 +64,15 @@ class SSND(nn.Module):
         self.dt_projs_weight = nn.Parameter(torch.empty(k, inner, rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(k, inner))
         for i in range(k):
-            steps(self.dt_projs_weight[i], self.dt_projs_bias[i], rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+            start_steps(self.dt_projs_weight[i], self.dt_projs_bias[i], dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         self.A_logs = nn.Parameter(rates(k * inner, d_state))
         self.Ds = nn.Parameter(torch.ones(k * inner))
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, d_model) -> the same shape."""
         k = len(self.orders)
         u, z = self.in_proj(x).chunk(2, dim=-1) if self.gate else (self.in_proj(x), None)
         u = self._local(u)
@@ -82,21 +83,20 @@ class SSND(nn.Module):
             u, dt, A, B, C, self.Ds.unflatten(0, (k, -1)), None, self.dt_projs_bias, True, delta_proj=self.dt_projs_weight, orders=self.orders
         )
         y = self.out_norm(y)
-        if self.gate:
+        if z is not None:
             y = y * (nn.functional.silu(z) if self.gate == "silu" else z)
-        return self.dropout(self.out_proj(y))
+        out: Tensor = self.dropout(self.out_proj(y))
+        return out
 
-    def _local(self, u: torch.Tensor) -> torch.Tensor:
-        convolution = getattr(self, f"conv{self.spatial_dims}d", None)
-        if convolution is None:
-            return nn.functional.silu(u)
-        return ops.depthwise_conv(u, convolution.weight.squeeze(1), convolution.bias, "silu")
+    def _local(self, u: Tensor) -> Tensor:
+        convolution: Conv | None = getattr(self, f"conv{self.spatial_dims}d", None)
+        return nn.functional.silu(u) if convolution is None else depthwise(convolution, u, "silu")
 
 
-def orders_of(spatial_dims: int, orders: Sequence[scan_orders.Order] | None) -> list[scan_orders.Order]:
+def orders_of(spatial_dims: int, orders: Sequence[Order] | None) -> list[Order]:
     """`orders`, or where there are none cross2d() in 2D and axes3d() in 3D."""
     if orders is not None:
         return list(orders)
     if spatial_dims not in (2, 3):
         raise ValueError(f"orders: expected a list of orders for spatial_dims={spatial_dims}, got None")
-    return scan_orders.cross2d() if spatial_dims == 2 else scan_orders.axes3d()
+    return cross2d() if spatial_dims == 2 else axes3d()

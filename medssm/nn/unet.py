@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Strides = Sequence[Sequence[int]]
 
@@ -17,21 +18,23 @@ class Encoder(nn.Module):
     stages, output_channels and strides have one entry per stage. forward returns every stage's output, the finest first.
     """
 
-    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], output_channels: Sequence[int], strides: Strides):
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], output_channels: Sequence[int], strides: Strides) -> None:
         super().__init__()
         self.stem, self.stages = stem, nn.ModuleList(stages)
         self.output_channels, self.strides = list(output_channels), [tuple(s) for s in strides]
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(b, c, *spatial) -> one map (b, output_channels[s], *(spatial / the strides so far)) per stage."""
         x, skips = self.stem(x), []
         for s in range(len(self.stages)):
             x = self.stage(s, x)
             skips.append(x)
         return skips
 
-    def stage(self, s: int, x: torch.Tensor) -> torch.Tensor:
+    def stage(self, s: int, x: Tensor) -> Tensor:
         """One stage; an encoder with more than `stages` per level overrides it."""
-        return self.stages[s](x)
+        y: Tensor = self.stages[s](x)
+        return y
 
 
 class Decoder(nn.Module):
@@ -51,14 +54,16 @@ class Decoder(nn.Module):
         seg_layers: Sequence[nn.Module | None],
         joins: Sequence[bool | str] | None = None,
         deep_supervision: bool = False,
-    ):
+    ) -> None:
         super().__init__()
-        self.upsample_layers, self.stages, self.seg_layers = nn.ModuleList(upsample_layers), nn.ModuleList(stages), nn.ModuleList(seg_layers)
+        self.upsample_layers, self.stages = nn.ModuleList(upsample_layers), nn.ModuleList(stages)
+        self.seg_layers = nn.ModuleList(cast(Sequence[nn.Module], seg_layers))  # which takes None too
         self.joins = [True] * len(self.stages) if joins is None else list(joins)
         self.deep_supervision = deep_supervision
 
     @property
     def deep_supervision(self) -> bool:
+        """Whether forward returns the logits of every level that has a head."""
         return self._deep_supervision
 
     @deep_supervision.setter
@@ -67,7 +72,8 @@ class Decoder(nn.Module):
             raise ValueError("deep_supervision: this decoder has a head for the finest level alone; build it with deep_supervision=True")
         self._deep_supervision = bool(value)
 
-    def forward(self, skips: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """The encoder's maps (b, c, *spatial), the finest first -> logits (b, classes, *spatial), or their list."""
         x, outputs, finest = skips[-1], [], len(self.stages) - 1
         for s, (upsample, stage, head, join) in enumerate(zip(self.upsample_layers, self.stages, self.seg_layers, self.joins, strict=True)):
             x = upsample(x)
@@ -90,13 +96,18 @@ class AnySize(nn.Module):
 
     instance_norms: bool = False
 
-    def __init__(self, size_divisor: Sequence[int], size: str = "any"):
+    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
+        """The network on (b, c, *spatial) whose sizes `size_divisor` divides."""
+        raise NotImplementedError
+
+    def __init__(self, size_divisor: Sequence[int], size: str = "any") -> None:
         super().__init__()
         if size not in ("any", "strict"):
             raise ValueError(f"size: expected 'any' or 'strict', got {size!r}")
         self.size_divisor, self.size = tuple(size_divisor), size
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(b, c, *spatial) -> `whole`'s output for it, (b, classes, *spatial) or a list of coarser ones too."""
         spatial = x.shape[2:]
         padded = pad_to(x, self.size_divisor, self.size)
         if self.size == "any" and self.instance_norms and padded.shape[2:] == self.size_divisor:
@@ -112,7 +123,7 @@ def has_instance_norms(network: nn.Module) -> bool:
     return any(isinstance(m, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for m in network.modules())
 
 
-def pad_to(x: torch.Tensor, divisor: Sequence[int], size: str = "any") -> torch.Tensor:
+def pad_to(x: Tensor, divisor: Sequence[int], size: str = "any") -> Tensor:
     """(b, c, *spatial) with zeros behind it, up to a multiple of `divisor` along each axis; ValueError where size is "strict" and some lack."""
     if x.dim() != 2 + len(divisor):
         raise ValueError(f"x: expected (b, c, *spatial) with {len(divisor)} spatial axes, got {tuple(x.shape)}")
@@ -125,7 +136,7 @@ def pad_to(x: torch.Tensor, divisor: Sequence[int], size: str = "any") -> torch.
     return nn.functional.pad(x, [p for m in reversed(missing) for p in (0, m)])
 
 
-def _crop(y: torch.Tensor, padded: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+def _crop(y: Tensor, padded: Sequence[int], wanted: Sequence[int]) -> Tensor:
     """The part of an output (of any resolution) that lies over the unpadded input."""
     kept = [-(-w * n // p) for n, p, w in zip(y.shape[2:], padded, wanted, strict=True)]
     for axis, n in enumerate(kept):
@@ -142,17 +153,18 @@ class UNet(AnySize):
 
     def __init__(
         self, encoder: Encoder, decoder: Decoder, bottleneck: nn.Module | None = None, size: str = "any", skips: Sequence[nn.Module] | None = None
-    ):
+    ) -> None:
         super().__init__([math.prod(axis) for axis in zip(*encoder.strides, strict=True)], size)
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.skips = None if skips is None else nn.ModuleList(skips)
         self.instance_norms = has_instance_norms(self)
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
         maps = self.encoder(x)
         if self.skips is not None:
             maps = [x, *maps] if len(self.skips) > len(maps) else maps
             maps = [skip(m) for skip, m in zip(self.skips, maps, strict=True)]
         if self.bottleneck is not None:
             maps[-1] = self.bottleneck(maps[-1])
-        return self.decoder(maps)
+        logits: Tensor | list[Tensor] = self.decoder(maps)
+        return logits

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn.functional import instance_norm, leaky_relu
 
 from medssm.nn.blocks import CONV, TRANSPOSED_CONV
@@ -15,14 +17,15 @@ class ResidualBlock(nn.Module):
     skip is the identity, or norm(conv3(x)) with a 1 x 1 convolution where the channels change. residual=False leaves skip(x) out.
     """
 
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int, residual: bool = True):
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, residual: bool = True) -> None:
         super().__init__()
         conv, self.residual = CONV[spatial_dims], residual
         self.conv1 = conv(channels_in, channels, 3, padding=1, bias=False)
         self.conv2 = conv(channels, channels, 3, padding=1, bias=False)
         self.conv3 = conv(channels_in, channels, 1, bias=False) if residual and channels_in != channels else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
         # In place where autograd allows it: at full resolution the pages of a fresh map cost as much as the arithmetic on it.
         y = instance_norm(self.conv2(leaky_relu(instance_norm(self.conv1(x)), 0.01, inplace=True)))
         if self.residual:
@@ -30,7 +33,7 @@ class ResidualBlock(nn.Module):
         return leaky_relu(y, 0.01, inplace=True)
 
 
-def residual_decoder(features: list[int], out_channels: int, spatial_dims: int, heads: int, residual: bool = True) -> dict[str, list]:
+def residual_decoder(features: Sequence[int], out_channels: int, spatial_dims: int, heads: int, residual: bool = True) -> dict[str, list[Any]]:
     """Decoder's arguments for features from fine to coarse, every step twofold: transposed convolutions without bias, a residual block per
     level and a second one at the finest, heads (1 x 1 convolutions) on the finest `heads` levels."""
     ups, stages, seg_layers = [], [], []

@@ -6,10 +6,11 @@ They take and give (b, c, *spatial) in channels-last memory, as `blocks` does. W
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.nn.blocks import image, spread, tokens
 from medssm.nn.ssnd import SSND
@@ -19,11 +20,12 @@ class DropPath(nn.Module):
     """Stochastic depth (Huang et al., arXiv 1603.09382): in training a residual branch is left out for a sample with probability p, and
     divided by 1 - p where it is kept."""
 
-    def __init__(self, p: float = 0.0):
+    def __init__(self, p: float = 0.0) -> None:
         super().__init__()
         self.p = p
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, ...) -> the same shape."""
         if not self.training or self.p == 0:
             return x
         kept = torch.empty(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
@@ -50,9 +52,9 @@ class VSSBlock(nn.Module):
         mlp_ratio: float = 0.0,
         mlp_dropout: float = 0.0,
         eps: float = 1e-5,
-        act: type[nn.Module] = nn.GELU,
-        **ssnd,
-    ):
+        act: Callable[[], nn.Module] = nn.GELU,
+        **ssnd: Any,
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps)
         self.op = SSND(channels, spatial_dims=spatial_dims, **ssnd)
@@ -61,7 +63,8 @@ class VSSBlock(nn.Module):
         if mlp_ratio > 0:
             self.norm2, self.mlp = nn.LayerNorm(channels, eps), MLP(channels, int(mlp_ratio * channels), mlp_dropout, act)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
         t = tokens(x)
         t = t + self.drop_path(self.op(self.norm(t)))
         if self.mlp is not None:
@@ -72,25 +75,28 @@ class VSSBlock(nn.Module):
 class MLP(nn.Module):
     """fc2(act(fc1(x))) on (b, *spatial, c)."""
 
-    def __init__(self, channels: int, hidden: int, dropout: float = 0.0, act: type[nn.Module] = nn.GELU):
+    def __init__(self, channels: int, hidden: int, dropout: float = 0.0, act: Callable[[], nn.Module] = nn.GELU) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2, self.dropout = nn.Linear(channels, hidden), act(), nn.Linear(hidden, channels), nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, channels) -> the same shape."""
+        y: Tensor = self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+        return y
 
 
 class PatchMerging(nn.Module):
     """Each block of 2 x 2 (x 2) voxels becomes one: its voxels' channels side by side, the first axis fastest, a norm, a linear layer without
     bias to twice the channels. Of an odd axis the last voxel falls away, or, with pad, a voxel of zeros is added."""
 
-    def __init__(self, channels: int, spatial_dims: int = 2, channels_out: int | None = None, pad: bool = False):
+    def __init__(self, channels: int, spatial_dims: int = 2, channels_out: int | None = None, pad: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(2**spatial_dims * channels)
         self.reduction = nn.Linear(2**spatial_dims * channels, channels_out or 2 * channels, bias=False)
         self.pad = pad
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> (b, channels_out, *(spatial / 2))."""
         dims = x.dim() - 2
         if self.pad:
             x = nn.functional.pad(x, [p for n in reversed(x.shape[2:]) for p in (0, n % 2)])
@@ -106,13 +112,14 @@ class PatchMerging(nn.Module):
 class PatchExpand(nn.Module):
     """A linear layer without bias from each voxel to a block of scale^dims voxels with `channels` each, then a norm over channels."""
 
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int = 2, scale: int = 2):
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int = 2, scale: int = 2) -> None:
         super().__init__()
         self.stride = (scale,) * spatial_dims
         self.expand = nn.Linear(channels_in, math.prod(self.stride) * channels, bias=False)
         self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *(scale spatial))."""
         return image(self.norm(spread(self.expand(tokens(x)), self.stride)))
 
 

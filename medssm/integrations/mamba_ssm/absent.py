@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 
 class _Absent(type):
@@ -33,5 +33,5 @@ def refuse(**arguments) -> None:
     """Raise NotImplementedError for the first of these arguments that is given, neither None nor False."""
     for name, value in arguments.items():
         if value is not None and value is not False:
-            got = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            got = "a tensor" if isinstance(value, Tensor) else repr(value)
             raise NotImplementedError(f"{name}: expected {'False' if value is True else 'None'} (it is not in this release of medssm), got {got}")

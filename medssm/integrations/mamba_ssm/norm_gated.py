@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from medssm.nn.norms import grouped_norm
 from medssm.ops import checks
 
 
@@ -27,14 +27,7 @@ def layernorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before
     checks.shape("z", z, x.shape)
     if channels % size:
         raise ValueError(f"group_size: expected a divisor of the {channels} channels, got {size}")
-    wide = checks.compute_dtype(x, weight, z)
-    y, gate = x.to(wide), None if z is None else F.silu(z.to(wide))
-    if gate is not None and not norm_before_gate:
-        y = y * gate
-    y = (F.rms_norm if is_rms_norm else F.layer_norm)(y.unflatten(-1, (-1, size)), (size,), eps=eps).flatten(-2) * weight.to(wide)
-    if bias is not None:
-        y = y + bias.to(wide)
-    return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
+    return grouped_norm(x, weight, bias, z, size=size, eps=eps, norm_before_gate=norm_before_gate, rms=is_rms_norm)
 
 
 def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.models import create_model
 from medssm.nn import UNet
@@ -84,6 +83,6 @@ class _Repeated(nn.Module):
         """Where nnU-Net sets deep_supervision."""
         return self
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         logits = self.network(x)
         return [logits] * self.times if self.deep_supervision else logits
