@@ -1,14 +1,25 @@
-"""Builds medssm/_lib/libmedssm_cpu.so and, where nvcc is, libmedssm_cuda.so: a plain C ABI, no torch and no Python headers.
+"""Builds medssm/_lib/libmedssm_cpu.so and, where it can be used, libmedssm_cuda.so: a plain C ABI, no torch and no Python headers.
 
-Knobs (environment): CXX, NVCC, CUDA_HOME; MEDSSM_CPU and MEDSSM_CUDA=auto|0|1 (0: do not build, 1: fail where it does not build); MEDSSM_CPU_ISAS
-("base v3 v4") and MEDSSM_CUDA_ARCHS ("80 90 100"): what to compile for; MEDSSM_SANITIZE=1 (AddressSanitizer and UBSan); MEDSSM_EMULATE=1 (the CUDA
-kernels for the CPU, see tests/emulation).
+The CUDA library is built where nvcc is and the torch of this environment has CUDA. Compiled objects stay in build/objects: a build compiles
+again only what changed.
+
+Environment variables: CXX, NVCC, CUDA_HOME; MEDSSM_CPU and MEDSSM_CUDA=auto|0|1 (0: do not build, 1: build, and fail where that fails);
+MEDSSM_CPU_ISAS ("base v3 v4") and MEDSSM_CUDA_ARCHS ("80 90 100"): what to compile for; MEDSSM_OBJECTS: another folder for objects, which
+several checkouts may share; MEDSSM_SANITIZE=1 (AddressSanitizer and UBSan); MEDSSM_EMULATE=1 (the CUDA kernels for the CPU, see tests/emulation).
 """
 
+import functools
+import hashlib
+import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -16,9 +27,11 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OBJECTS = Path(os.environ.get("MEDSSM_OBJECTS") or ROOT / "build" / "objects")
+LINUX = sys.platform.startswith("linux")
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# One object per kernel and instruction set; the loader picks at run time. Other processors get the portable C++ alone.
+# One object per kernel and instruction set; the library picks at run time. Other processors get the portable C++ alone.
 ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {"base": []}
 ISAS = {name: flags for name, flags in ISAS.items() if name in os.environ.get("MEDSSM_CPU_ISAS", "base v3 v4").split()}
 # Never -ffast-math: at link time it makes the loader flip denormals for the whole process, torch included.
@@ -27,6 +40,7 @@ FLAGS = [
     "-O3",
     "-g0",
     "-fPIC",
+    "-pthread",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -38,23 +52,72 @@ FLAGS = [
 # What GPUs of a major version share; code for the last one is kept as PTX too, which the driver compiles for newer ones.
 CUDA_ARCHS = os.environ.get("MEDSSM_CUDA_ARCHS", "80 90 100").split()
 CUDA_FLAGS = ["-std=c++17", "-O3", "-DMEDSSM_DEVICE", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
-EMULATE = ["-x", "c++", *FLAGS, "-O1", "-DMEDSSM_DEVICE", "-Wno-unknown-pragmas"]
+EMULATE = ["-x", "c++", *FLAGS, "-O1", "-DMEDSSM_DEVICE", "-Wno-unknown-pragmas", "-Itests/emulation"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
-
-
-def works(compiler: str, flags: list[str], scratch: Path) -> bool:
-    """Whether the compiler takes these flags."""
-    import subprocess
-
-    source = scratch / "probe.cpp"
-    source.write_text("int main() { return 0; }\n")
-    return subprocess.run([compiler, *flags, str(source), "-o", str(scratch / "probe")], capture_output=True).returncode == 0
+REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps ."
 
 
 def nvcc() -> str | None:
     """CUDA's compiler, if there is one."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def torch_has_cuda() -> bool:
+    """Whether the torch of this environment is a CUDA build. Reads a file: pip's isolated builds cannot import torch."""
+    spec = importlib.util.find_spec("torch")
+    folders = [*(spec.submodule_search_locations or [] if spec else []), *(f"{sysconfig.get_path(p)}/torch" for p in ("purelib", "platlib"))]
+    files = [Path(folder) / "version.py" for folder in folders]
+    return any(re.search(r"^cuda\b[^=]*= *['\"]", file.read_text(), re.MULTILINE) for file in files if file.is_file())
+
+
+@functools.cache
+def identity(compiler: str) -> str:
+    """What a compiler says of its version."""
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
+def dependencies(file: Path) -> list[Path]:
+    """The source and headers that a compiler's dependency file (of -MMD) names: "object: source header \\<newline> header ..."."""
+    names = re.findall(r"(?:\\[ #]|[^\s\\])+", file.read_text().split(": ", 1)[1])
+    return [ROOT / name.replace("\\", "") for name in names]
+
+
+def digest(files: list[Path]) -> str:
+    """Of the files' contents."""
+    if not all(file.is_file() for file in files):
+        return "a file is missing"
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def compile_object(command: list[str], source: Path, name: str) -> str:
+    """The object file of a source; compiled only where command, compiler, source or a header changed. Paths are relative to the root."""
+    relative = source.relative_to(ROOT).as_posix()
+    key = hashlib.sha256("\0".join([identity(command[0]), *command, relative]).encode()).hexdigest()[:16]
+    target, known, state = (OBJECTS / f"{name}-{key}{suffix}" for suffix in (".o", ".d", ".state"))
+    if target.is_file() and state.is_file() and known.is_file() and state.read_text() == digest(dependencies(known)):
+        return str(target)
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    made, found = (OBJECTS / f"{name}-{key}.{os.getpid()}{suffix}" for suffix in (".o", ".d"))
+    print("compiling", name, flush=True)
+    begin = time.time()
+    subprocess.run([*command, "-MMD", "-MF", str(found), "-c", relative, "-o", str(made)], cwd=ROOT, check=True)
+    read = dependencies(found)
+    os.replace(made, target)
+    os.replace(found, known)
+    # A file saved since then may hold something else than what was compiled.
+    state.write_text(digest(read) if all(file.stat().st_mtime < begin for file in read) else "compile again")
+    return str(target)
+
+
+def compile_all(jobs: list[tuple[list[str], Path, str]]) -> list[str]:
+    """The objects of all jobs. The first failure ends it."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(compile_object, *job) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Build(build_ext):
@@ -75,79 +138,81 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         out = Path(self.build_lib) / self.get_ext_filename(ext.name)
-        scratch = Path(self.build_temp)
-        for folder in (scratch, out.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)  # an earlier build's library is not this one's
         cuda = ext.name.endswith("_cuda")
         want = os.environ.get("MEDSSM_CUDA" if cuda else "MEDSSM_CPU", "auto")
-        if want == "0" or (cuda and want == "auto" and nvcc() is None):
+        if want == "0" or (cuda and want == "auto" and not (nvcc() and torch_has_cuda())):
             return
         try:
-            (self.build_cuda if cuda else self.build_cpu)(out, scratch)
+            (self.build_cuda if cuda else self.build_cpu)(out)
         except Exception as error:
             if want == "1":
                 raise
-            lacks, tool = ("CUDA", "Install CUDA's compiler") if cuda else ("CPU", "Install a C++ compiler")
-            self.warn(
-                f"the {lacks} kernels were not built ({error}); medssm will use its {'Triton kernels' if cuda else 'PyTorch reference'}. "
-                f"{tool}, then: pip install --no-cache-dir --force-reinstall medssm"
-            )
+            lacks, tool, other = ("CUDA", "CUDA's compiler", "Triton kernels") if cuda else ("CPU", "a C++ compiler", "PyTorch reference")
+            self.warn(f"the {lacks} kernels were not built ({error}); medssm will use its {other}. Install {tool}, then: {REINSTALL}")
 
-    def compile_all(self, jobs: list[list[str]]):
-        from concurrent.futures import ThreadPoolExecutor
+    def named(self, source: Path) -> list[str]:
+        """What the files right under csrc/ are told about the build."""
+        return [f'-DMEDSSM_VERSION="{self.distribution.get_version()}"'] if source.parent.name == "csrc" else []
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self.spawn, jobs))
-
-    def build_cuda(self, out: Path, scratch: Path):
-        sources = sorted((ROOT / "csrc").glob("**/*.cu"))
-        objects = [scratch / f"{source.parent.name}_{source.stem}.cu.o" for source in sources]
+    def build_cuda(self, out: Path):
         if os.environ.get("MEDSSM_EMULATE") == "1":
-            command = [os.environ.get("CXX", "g++"), *EMULATE, f"-I{ROOT / 'tests/emulation'}"]
-            link = [os.environ.get("CXX", "g++")]
+            compiler, flags, link, about = os.environ.get("CXX", "g++"), EMULATE, [], []
         else:
             if nvcc() is None:
                 raise RuntimeError("no nvcc found (NVCC, CUDA_HOME or PATH)")
-            targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
-            targets.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-            names = " ".join([*(f"sm_{arch}" for arch in CUDA_ARCHS), f"compute_{CUDA_ARCHS[-1]}"])
-            command, link = [nvcc(), *CUDA_FLAGS, *targets, f'-DMEDSSM_TARGETS="{names}"'], [nvcc(), *targets]
-        command.append(f"-I{ROOT / 'csrc/include'}")
-        self.compile_all([[*command, "-c", str(source), "-o", str(obj)] for source, obj in zip(sources, objects, strict=True)])
-        self.spawn([*link, "-shared", *map(str, objects), "-o", str(out)])
+            last = f"compute_{CUDA_ARCHS[-1]}"
+            link = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS] + [f"-gencode=arch={last},code={last}"]
+            about = [f'-DMEDSSM_TARGETS="{" ".join([*(f"sm_{arch}" for arch in CUDA_ARCHS), last])}"']
+            compiler, flags = nvcc(), [*CUDA_FLAGS, *link]
+        jobs = []
+        for source in sorted((ROOT / "csrc").glob("**/*.cu")):
+            told = [*self.named(source), *about] if source.parent.name == "csrc" else []
+            jobs.append(([compiler, *flags, *told, "-Icsrc/include"], source, f"{source.parent.name}_{source.stem}_cu"))
+        subprocess.run([compiler, *link, "-shared", *compile_all(jobs), "-o", str(out)], check=True)
 
-    def build_cpu(self, out: Path, scratch: Path):
+    def build_cpu(self, out: Path):
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
         if compiler is None:
             raise RuntimeError("no C++ compiler found (g++, clang++ or CXX)")
-        openmp = ["-fopenmp"] if works(compiler, ["-fopenmp"], scratch) else ["-pthread"]
-        flags = [*FLAGS, *openmp, f"-I{ROOT / 'csrc/include'}"]
-        link = [*openmp, "-Wl,--as-needed"] if sys.platform.startswith("linux") else openmp
-        if os.environ.get("MEDSSM_SANITIZE") == "1":
-            flags, link = [*flags, *SANITIZE], [*link, *SANITIZE]
-        if X86:
-            flags.append("-DMEDSSM_MULTI_ISA")
-        jobs = [(source, scratch / f"{source.stem}.o", []) for source in sorted((ROOT / "csrc").glob("*.cpp"))]
+        sanitize = SANITIZE if os.environ.get("MEDSSM_SANITIZE") == "1" else []
+        command = [compiler, *FLAGS, *sanitize, "-Icsrc/include"]
+        compiled = [f"-DMEDSSM_HAS_{isa}" for isa in ISAS]
+        jobs = [([*command, *compiled, *self.named(source)], source, f"csrc_{source.stem}") for source in sorted((ROOT / "csrc").glob("*.cpp"))]
         for source in sorted((ROOT / "csrc").glob("*/cpu*.cpp")):
             for isa, march in ISAS.items():
-                jobs.append((source, scratch / f"{source.parent.name}_{source.stem}_{isa}.o", [*march, f"-DMEDSSM_ISA={isa}"]))
-        self.compile_all([[compiler, *flags, *extra, "-c", str(source), "-o", str(obj)] for source, obj, extra in jobs])
-        self.spawn([compiler, "-shared", *link, *[str(obj) for _, obj, _ in jobs], "-o", str(out)])
+                jobs.append(([*command, *march, f"-DMEDSSM_ISA={isa}"], source, f"{source.parent.name}_{source.stem}_{isa}"))
+        # Every symbol is found at link time, but for the sanitizers' own, which are loaded first.
+        system = ["-Wl,--as-needed", "-ldl", *([] if sanitize else ["-Wl,--no-undefined"])] if LINUX else []
+        subprocess.run([compiler, "-shared", "-pthread", *sanitize, *compile_all(jobs), *system, "-o", str(out)], check=True)
 
 
 class Wheel(bdist_wheel):
-    """One wheel per platform for every Python 3: the library has no Python ABI."""
+    """One wheel per platform for every Python 3, since the libraries have no Python ABI; for every platform where none was built."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = False
+    def run(self):
+        self.run_command("build")
+        if not list(Path(self.get_finalized_command("build").build_lib).glob("medssm/_lib/*")):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
+
+
+def layout() -> dict:
+    """The packages. medssm/kernels links to kernels/; a checkout or archive without links takes that folder by name."""
+    packages = find_packages(include=["medssm", "medssm.*"])
+    if "medssm.kernels" in packages:
+        return {"packages": packages}
+    kernels = [f"medssm.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
+    return {"packages": [*packages, *kernels], "package_dir": {"medssm.kernels": "kernels"}}
 
 
 setup(
-    packages=find_packages(include=["medssm", "medssm.*"]),
+    **layout(),
     ext_modules=[Extension("medssm._lib.libmedssm_cpu", []), Extension("medssm._lib.libmedssm_cuda", [])],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

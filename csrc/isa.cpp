@@ -1,14 +1,46 @@
-// Which of the compiled variants this processor can run: "v4" (AVX-512), "v3" (AVX2, FMA, F16C) or "base".
+// Which of the compiled instruction sets this processor runs: "v4" (AVX-512), "v3" (AVX2, FMA, F16C) or "base".
 #include "medssm/abi.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+
+// Asked directly, since __builtin_cpu_supports of clang 16 has no name for them. Their registers are those of AVX2, which it does check.
+bool has_f16c_movbe_lzcnt() {
+  constexpr unsigned kF16C = 1u << 29, kMovbe = 1u << 22, kLzcnt = 1u << 5;
+  unsigned eax, ebx, ecx, edx, extended;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !__get_cpuid(0x80000001, &eax, &ebx, &extended, &edx)) return false;
+  return (ecx & kF16C) && (ecx & kMovbe) && (extended & kLzcnt);
+}
+
+bool runs_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         has_f16c_movbe_lzcnt();
+}
+
+bool runs_v4() {
+  return runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+#endif
+
+}  // namespace
+
+// The best of those that were compiled.
 MEDSSM_VISIBLE const char* medssm_cpu_isa() {
-#if defined(__x86_64__) && defined(MEDSSM_MULTI_ISA)
+#if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return "v4";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
-    return "v3";
+#if defined(MEDSSM_HAS_v4)
+  if (runs_v4()) return "v4";
+#endif
+#if defined(MEDSSM_HAS_v3)
+  if (runs_v3()) return "v3";
+#endif
 #endif
   return "base";
 }

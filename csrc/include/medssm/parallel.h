@@ -1,88 +1,42 @@
-// Threads: OpenMP where the compiler has it (torch's own pool then), std::thread elsewhere.
+// Threads: a team of them runs one body together.
 //
-//   parallel(threads, [&](Team& team) { for (i in share(items, team)) ...; team.barrier(); ... });
+//   parallel(threads, [&](const Team& team) { for (i in share(items, team)) ...; team.barrier(); ... });
 //
 // One thread runs the body in place and enters no parallel region. What a body computes must not depend on team.size.
 #pragma once
 #include <cstdint>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-#include <condition_variable>
-#include <mutex>
-#include <thread>
-#include <vector>
-#endif
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace medssm {
+
+// csrc/threads.cpp, which is compiled once for all instruction sets.
+using TeamBody = void (*)(void* context, int64_t rank, int64_t size, void* gate);
+void run_team(int64_t threads, TeamBody body, void* context);
+void team_barrier(void* gate);
+
 namespace {
 
 struct Range {
   int64_t begin, end;
 };
 
-#if defined(_OPENMP)
-
 struct Team {
   int64_t rank, size;
+  void* gate;  // what team_barrier takes
+
   void barrier() const {
-    if (size > 1) {
-#pragma omp barrier
-    }
-  }
-};
-
-template <class Body> void parallel(int64_t threads, const Body& body) {
-  if (threads <= 1) return body(Team{0, 1});
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  body(Team{omp_get_thread_num(), omp_get_num_threads()});
-}
-
-#else
-
-class Gate {
- public:
-  void pass(int64_t size) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t mine = turn_;
-    if (++arrived_ == size) {
-      arrived_ = 0;
-      ++turn_;
-      opened_.notify_all();
-    } else {
-      opened_.wait(lock, [&] { return turn_ != mine; });
-    }
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable opened_;
-  int64_t arrived_ = 0, turn_ = 0;
-};
-
-struct Team {
-  int64_t rank, size;
-  Gate* gate;
-  void barrier() const {
-    if (size > 1) gate->pass(size);
+    if (size > 1) team_barrier(gate);
   }
 };
 
 template <class Body> void parallel(int64_t threads, const Body& body) {
   if (threads <= 1) return body(Team{0, 1, nullptr});
-  Gate gate;
-  std::vector<std::thread> others;
-  for (int64_t rank = 1; rank < threads; ++rank) others.emplace_back([&, rank] { body(Team{rank, threads, &gate}); });
-  body(Team{0, threads, &gate});
-  for (std::thread& other : others) other.join();
+  const auto enter = [](void* context, int64_t rank, int64_t size, void* gate) { (*static_cast<const Body*>(context))(Team{rank, size, gate}); };
+  run_team(threads, enter, const_cast<Body*>(&body));
 }
-
-#endif
 
 // This thread's contiguous share of `items`, within one of each other's size.
 inline __attribute__((unused)) Range share(int64_t items, const Team& team) {
