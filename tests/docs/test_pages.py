@@ -1,0 +1,104 @@
+"""What README and the site's pages show works: Python blocks run, commands parse, tutorials' commands run, drawings are those of their script."""
+
+import importlib
+import re
+import runpy
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from medssm import cli
+from medssm.integrations import mamba_ssm as stand_in
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+RUN = ROOT / "docs/guides/files.md"  # its commands run, on the data set that the page itself makes
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """(language, code) of a page's fenced blocks, in order; the code is preceded by as many empty lines as lines of the page."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", text, re.M | re.S)
+    return [(block[2], "\n" * text.count("\n", 0, block.start(3)) + textwrap.dedent(block[3])) for block in found if block[2] in languages]
+
+
+def commands(code: str) -> list[list[str]]:
+    """The arguments of every `medssm …` in a shell's lines, inside $(…) too."""
+    return [shlex.split(line, comments=True)[1:] for line in re.findall(r"(?:^|\$\()(medssm [^\n)]*)", code.replace("\\\n", " "), re.M)]
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    return [arguments for _, code in blocks(page, "bash") for arguments in commands(code)]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def needing(*languages: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, *languages)]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in; threads, seed and the stand-in for mamba_ssm as before."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield tmp_path
+    torch.set_num_threads(threads)
+    stand_in.uninstall()
+
+
+@pytest.mark.parametrize("page", [page for page in needing("python") if page != RUN], ids=name)
+def test_python_blocks_run(page, workplace):
+    if "monai" in page.read_text():
+        pytest.importorskip("monai")
+    space = {"__name__": "page"}
+    for _, code in blocks(page, "python"):
+        exec(compile(code, page, "exec"), space)
+
+
+def test_the_guide_to_files_runs_as_it_stands(workplace):
+    pytest.importorskip("monai")
+    space = {"__name__": "page"}
+    for language, code in blocks(RUN, "python", "bash"):
+        if language == "python":
+            exec(compile(code, RUN, "exec"), space)
+        else:
+            for arguments in commands(code):
+                assert cli.main([*arguments, "--quiet"]) == 0, arguments
+    assert space["result"]["classes"]["ball"]["dice"]["mean"] > 0.5
+
+
+@pytest.mark.parametrize("page", [page for page in needing("bash") if commands_of(page)], ids=name)
+def test_commands_parse(page, monkeypatch):
+    """Each is taken apart by its own parser; nothing runs."""
+    pytest.importorskip("monai")
+    for arguments in commands_of(page):
+        module = importlib.import_module(cli.COMMANDS[arguments[0]][0])
+        monkeypatch.setattr(module, "run", lambda args: None)
+        assert cli.main(arguments) == 0, arguments
+
+
+def test_drawings_are_those_of_their_script():
+    drawn = runpy.run_path(str(ROOT / "docs/drawings.py"))["pictures"]()
+    assert {file.name for file in (ROOT / "docs").rglob("*.svg")} == {file.name for file in drawn}
+    for file, drawing in drawn.items():
+        assert file.read_text() == drawing, f"{file.name}: run python docs/drawings.py"
+
+
+def test_every_public_function_is_in_the_reference():
+    import medssm
+
+    text = "\n".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    listed = set(re.findall(r"^::: \S*?(\w+)$", text, re.M))
+    assert {*medssm.ops.__all__, *medssm.nn.__all__, *medssm.models.__all__, "backends", "explain", "use_backend"} <= listed | {"register_upstream"}
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert navigation == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
