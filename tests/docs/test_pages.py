@@ -1,9 +1,12 @@
 """What README and the site's pages show works: Python blocks run, commands parse, tutorials' commands run, drawings are those of their script."""
 
 import importlib
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from medssm.integrations import mamba_ssm as stand_in
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 RUN = ROOT / "docs/guides/files.md"  # its commands run, on the data set that the page itself makes
+APART = [ROOT / "docs/developing/model.md"]  # it registers what no other test should find
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
@@ -53,13 +57,22 @@ def workplace(tmp_path, monkeypatch):
     stand_in.uninstall()
 
 
-@pytest.mark.parametrize("page", [page for page in needing("python") if page != RUN], ids=name)
+@pytest.mark.parametrize("page", [page for page in needing("python") if page not in (RUN, *APART)], ids=name)
 def test_python_blocks_run(page, workplace):
     if "monai" in page.read_text():
         pytest.importorskip("monai")
     space = {"__name__": "page"}
     for _, code in blocks(page, "python"):
         exec(compile(code, page, "exec"), space)
+
+
+@pytest.mark.parametrize("page", APART, ids=name)
+def test_python_blocks_run_apart(page, workplace):
+    file = workplace / "page.py"
+    file.write_text("".join(code.lstrip("\n") for _, code in blocks(page, "python")))
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, file], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_guide_to_files_runs_as_it_stands(workplace):
