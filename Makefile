@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 INTEGRATIONS := build/integrations
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+RELEASE := build/release
+SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 export OMP_PROC_BIND ?= true
 
 CPP := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-integrations lint format sanitize gpu-kernels bench docs clean
+.PHONY: demo test test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out
@@ -67,6 +69,34 @@ $(INTEGRATIONS)/installed-nnunet: $(SOURCES)
 	$(MAKE) VENV=$(INTEGRATIONS) $(INTEGRATIONS)/installed-dev
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nnunet]'
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --no-deps timm
+	touch $@
+
+# With the lowest versions that the metadata allows, and with the newest there are; PYTHON names the interpreter.
+test-lowest:
+	$(MAKE) VENV=build/lowest CONSTRAINTS=constraints-lowest.txt test-versions
+
+test-newest:
+	$(MAKE) VENV=build/newest CONSTRAINTS=/dev/null test-versions
+
+test-versions: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -n auto --dist worksteal tests/ops/test_contract.py tests/nn tests/models tests/segment tests/export tests/test_*.py
+
+# dist/ as the release has it: a source archive and a wheel built from it, each checked, and the wheel tried in an environment of its own.
+wheel: export PATH := $(CURDIR)/$(RELEASE)/bin:$(PATH)
+wheel: export MEDSSM_OBJECTS = $(CURDIR)/build/objects
+wheel: $(RELEASE)/installed
+	rm -rf dist build/lib* build/bdist* build/try
+	python -m build
+	for wheel in dist/*-linux_*.whl; do test ! -e $$wheel || { auditwheel repair -w dist $$wheel && rm $$wheel; } || exit 1; done
+	twine check --strict dist/*
+	check-wheel-contents dist/*.whl
+	python -m venv build/try
+	build/try/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
+	build/try/bin/python tests/smoke.py --kernels
+
+$(RELEASE)/installed: requirements-release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet --disable-pip-version-check -r requirements-release.txt
 	touch $@
 
 clean:

@@ -66,9 +66,9 @@ def nvcc() -> str | None:
 def torch_has_cuda() -> bool:
     """Whether the torch of this environment is a CUDA build. Reads a file: pip's isolated builds cannot import torch."""
     spec = importlib.util.find_spec("torch")
-    folders = [*(spec.submodule_search_locations or [] if spec else []), *(f"{sysconfig.get_path(p)}/torch" for p in ("purelib", "platlib"))]
-    files = [Path(folder) / "version.py" for folder in folders]
-    return any(re.search(r"^cuda\b[^=]*= *['\"]", file.read_text(), re.MULTILINE) for file in files if file.is_file())
+    folders = [*(spec.submodule_search_locations if spec else []), *(f"{sysconfig.get_path(kind)}/torch" for kind in ("purelib", "platlib"))]
+    file = next((file for folder in folders if (file := Path(folder) / "version.py").is_file()), None)
+    return file is not None and re.search(r"^cuda\b[^=]*= *['\"]", file.read_text(), re.MULTILINE) is not None
 
 
 @functools.cache
