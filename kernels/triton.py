@@ -57,6 +57,21 @@ def strides(tensor: torch.Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if tensor is None else tensor.stride()
 
 
+def pointers(instead: torch.Tensor, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """A kernel's pointers, by parameter name. None becomes `instead`: a pointer that the kernel gets and never reads."""
+    return {name: instead if t is None else t for name, t in tensors.items()}
+
+
+def strided(dims: tuple[str, ...], instead: torch.Tensor, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor | int]:
+    """A kernel's pointers, as `pointers` gives them, and for each its strides over its first dimensions: `<name>_<dim>`, 0 for None."""
+    arguments: dict[str, torch.Tensor | int] = {}
+    for name, t in tensors.items():
+        arguments[name] = instead if t is None else t
+        steps = (0,) * len(dims) if t is None else t.stride()[: len(dims)]
+        arguments |= {f"{name}_{dim}": step for dim, step in zip(dims, steps, strict=True)}
+    return arguments
+
+
 def on(tensor: torch.Tensor):
     """The tensor's device as the current one while a kernel is launched."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

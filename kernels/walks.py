@@ -22,3 +22,15 @@ def walk_steps(
         steps = steps.flip(0)
         fresh = {length - s for s in fresh}
     return steps, fresh - {0, length}
+
+
+def at_starts(starts: torch.Tensor | None, length: int, reverse: bool, value: float, dtype: torch.dtype) -> torch.Tensor | None:
+    """(length,): `value` at each step where the state begins anew, else 0. None without starts: then no step does.
+
+    Step 0 is 0: the initial state precedes it.
+    """
+    if starts is None:
+        return None
+    marks = torch.zeros(length + 1, dtype=dtype, device=starts.device).index_fill_(0, length - starts if reverse else starts, value)
+    marks[0] = 0
+    return marks[:length]

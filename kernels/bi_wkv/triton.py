@@ -14,10 +14,11 @@ from medssm.kernels.bi_wkv.reference import CHUNKS
 from medssm.kernels.bi_wkv.segments import bounds
 from medssm.kernels.bi_wkv.triton_backward import tokens_adjoint
 from medssm.kernels.bi_wkv.triton_forward import carry, local, outputs
-from medssm.kernels.triton import INTERPRETED, on, plain, present, strides
+from medssm.kernels.triton import INTERPRETED, on, plain, pointers, strided
 
 # Steps that are in registers at a time, and channels of a program.
 STEPS, CHANNELS = (2, 64) if INTERPRETED else (8, 32)
+TOKENS = ("batch", "token", "channel")  # the names of strides
 GROUP = 4  # chunks that `carry` reads ahead
 REGISTERS = 255  # of `outputs`: left to itself, the assembler for sm_80 takes 168 and spills
 PROGRAMS = 4096  # of one warp, that fill a large GPU: a constant, so that every GPU gives the same bits
@@ -58,6 +59,7 @@ class _Pass:
         self.begins, self.fresh = _chunks(bounds(starts, self.length, reverse), self.length, batch * tiles, self.upstream, str(v.device))
         self.chunks = self.fresh.shape[0]
         self.grid, self.rows = (batch * self.chunks * tiles,), (batch * tiles,)
+        self.sizes = {"begins": self.begins, "length": self.length, "channels": self.channels, "chunks": self.chunks}
         self.walk = {"WALK": index is not None, "REVERSE": reverse, "K": STEPS, "TILE": CHANNELS, "num_warps": 1}
         self.slots = self.length // STEPS + self.chunks + 1
 
@@ -65,46 +67,35 @@ class _Pass:
         return torch.empty(shape, dtype=torch.float32, device=self.v.device)
 
     def carried(self, sums):
-        """What each chunk holds, (2 ways, fields, b, chunks, d), made into what lies before it and behind it."""
-        fields = sums.shape[1]
-        for way in range(2):
+        """What each chunk holds, (2 directions, fields, b, chunks, d), made into what lies before it and behind it."""
+        for direction, of_chunks in enumerate(sums):
             carry[self.rows](
-                sums[way],
-                self.w,
-                self.begins,
-                self.fresh,
-                self.channels,
-                self.chunks,
-                sums.stride(1),
+                **strided(("field",), sums, sums=of_chunks),
+                w=self.w,
+                begins=self.begins,
+                fresh=self.fresh,
+                channels=self.channels,
+                chunks=self.chunks,
                 GROUP=GROUP,
                 TILE=CHANNELS,
-                SLOPE=fields == 6,
-                BACK=way == 1,
+                SLOPE=sums.shape[1] == 6,
+                BACK=direction == 1,
                 num_warps=1,
             )
         return sums
 
     def outputs(self, out=None, dout=None):
         """Fills out; or, with dout, keeps what `tokens` needs and returns the gradients of w and u."""
-        fields, several, size = 6 if self.adjoint else 4, self.chunks > 1, self.batch * self.chunks * self.channels
-        k, v, entry = self.k, self.v, None
-        if several:
+        fields, k, v, entry = 6 if self.adjoint else 4, self.k, self.v, None
+        if self.chunks > 1:
             entry = self.new(2, fields, self.batch, self.chunks, self.channels)
             local[self.grid](
-                k,
-                v,
-                v,
-                self.w,
-                *present(k, self.index),
-                self.begins,
-                entry,
-                self.length,
-                self.channels,
-                self.chunks,
-                *k.stride(),
-                *v.stride(),
-                fields * size,
-                size,
+                **strided(TOKENS, k, k=k, v=v),
+                y=v,
+                w=self.w,
+                **pointers(k, index=self.index),
+                **strided(("direction", "field"), k, sums=entry),
+                **self.sizes,
                 ONES=True,
                 SLOPE=self.adjoint,
                 **self.walk,
@@ -114,27 +105,14 @@ class _Pass:
         top = self.new(3, *v.shape) if self.adjoint else None
         weights = self.new(2, self.batch, self.chunks, self.channels) if self.adjoint else None
         outputs[self.grid](
-            k,
-            v,
-            self.w,
-            self.u,
-            *present(k, dout, self.index),
-            self.begins,
-            *present(kept, entry),
-            kept,
-            *present(kept, out, top, weights),
-            self.length,
-            self.channels,
-            self.chunks,
-            *k.stride(),
-            *v.stride(),
-            *strides(dout, 3),
-            fields * size,
-            size,
-            *_slots(kept),
-            v.numel(),
+            **strided(TOKENS, k, k=k, v=v, dout=dout),
+            **pointers(k, w=self.w, u=self.u, index=self.index, out=out),
+            **strided(("direction", "field"), k, entry=entry),
+            **strided(("field", "batch"), k, kept=kept),
+            **strided(("field",), k, top=top, weights=weights),
+            **self.sizes,
             UPSTREAM=self.upstream,
-            ENTRY=several,
+            ENTRY=entry is not None,
             ADJOINT=self.adjoint,
             maxnreg=REGISTERS,
             **self.walk,
@@ -144,60 +122,34 @@ class _Pass:
 
     def tokens(self, dk, dv):
         """The gradients of k and v, after `outputs`: the same over the outputs, whose keys, x and y are rows in the order of the walk."""
-        several, size, top = self.chunks > 1, self.batch * self.chunks * self.channels, self.top
         k, v, entry = self.k, self.v, None
-        if several:
+        if self.chunks > 1:
             entry = self.new(2, 4, self.batch, self.chunks, self.channels)
-            row = top.stride()[1:]
+            keys, x, y = self.top
             local[self.grid](
-                *top,
-                self.w,
-                top,
-                self.begins,
-                entry,
-                self.length,
-                self.channels,
-                self.chunks,
-                *row,
-                *row,
-                4 * size,
-                size,
+                **strided(TOKENS, k, k=keys, v=x),
+                y=y,
+                w=self.w,
+                index=keys,
+                **strided(("direction", "field"), k, sums=entry),
+                **self.sizes,
                 ONES=False,
                 SLOPE=False,
-                **{**self.walk, "WALK": False, "REVERSE": False},
+                **self.walk | {"WALK": False, "REVERSE": False},
             )
             self.carried(entry)
         kept = self.new(4, self.batch, self.slots, self.channels)
         tokens_adjoint[self.grid](
-            k,
-            v,
-            self.w,
-            self.u,
-            top,
-            *present(k, self.index),
-            self.begins,
-            *present(kept, entry),
-            kept,
-            dk,
-            dv,
-            self.length,
-            self.channels,
-            self.chunks,
-            *k.stride(),
-            *v.stride(),
-            4 * size,
-            size,
-            *_slots(kept),
-            v.numel(),
+            **strided(TOKENS, k, k=k, v=v),
+            **pointers(k, w=self.w, u=self.u, index=self.index, dk=dk, dv=dv),
+            **strided(("field",), k, top=self.top),
+            **strided(("direction", "field"), k, entry=entry),
+            **strided(("field", "batch"), k, kept=kept),
+            **self.sizes,
             UPSTREAM=self.upstream,
-            ENTRY=several,
+            ENTRY=entry is not None,
             **self.walk,
         )
-
-
-def _slots(kept):
-    """Its strides over batch and fields."""
-    return kept.stride(1), kept.stride(0)
 
 
 def _chunks(ends, length, rows, upstream, device):

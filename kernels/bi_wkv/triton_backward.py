@@ -47,11 +47,11 @@ def tokens_adjoint(
     v_batch,
     v_token,
     v_channel,
-    s_way,
-    s_field,
-    h_batch,
-    h_field,
-    o_field,
+    entry_direction,
+    entry_field,
+    kept_batch,
+    kept_field,
+    top_field,
     K: tl.constexpr,
     TILE: tl.constexpr,
     UPSTREAM: tl.constexpr,
@@ -59,29 +59,29 @@ def tokens_adjoint(
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """dk, dv (b,l,d) from the outputs' top (3,b,l,d) and entry (2 ways, fields, b, chunks, d): the outputs before each chunk and behind it."""
+    """dk, dv (b,l,d) from the outputs' top (3,b,l,d) and entry (2 directions, fields, b, chunks, d): the outputs before each chunk and behind it."""
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate, bonus = tl.load(w + d, mask=here, other=0.0), tl.load(u + d, mask=here, other=0.0)
-    o_field = tl.cast(o_field, tl.int64)
+    top_field = tl.cast(top_field, tl.int64)
     k += b * k_batch + d * k_channel
     v += b * v_batch + d * v_channel
     dk += b * length * channels + d
     dv += b * length * channels + d
     top += b * length * channels + d
-    kept += b * h_batch + (begin // K + chunk) * channels + d
+    kept += b * kept_batch + (begin // K + chunk) * channels + d
     past, future = empty(rate), empty(rate)
     if ENTRY:
         at = entry + (b * chunks + chunk) * channels + d
-        past, future = load_sum(at, s_field, here, False), load_sum(at + s_way, s_field, here, False)
+        past, future = load_sum(at, entry_field, here, False), load_sum(at + entry_direction, entry_field, here, False)
     groups = tl.cdiv(end - begin, K)
     for i in range(groups):
         first = begin + i * K
-        store_sum(kept + i * channels, h_field, here, past, False)
+        store_sum(kept + i * channels, kept_field, here, past, False)
         steps, live = places(index, first, end, length, K, False, False)
         keys, x, y = (
             rows(top, steps, live, here, channels, K),
-            rows(top + o_field, steps, live, here, channels, K),
-            rows(top + 2 * o_field, steps, live, here, channels, K),
+            rows(top + top_field, steps, live, here, channels, K),
+            rows(top + 2 * top_field, steps, live, here, channels, K),
         )
         for j in tl.static_range(K):
             past = add(past, rate, live[j], keys[j], x[j], y[j], False)
@@ -96,10 +96,10 @@ def tokens_adjoint(
         keys, values = rows(k, tokens, live, here, k_token, K), rows(v, tokens, live, here, v_token, K)
         tops, x, y = (
             rows(top, steps, live, here, channels, K),
-            rows(top + o_field, steps, live, here, channels, K),
-            rows(top + 2 * o_field, steps, live, here, channels, K),
+            rows(top + top_field, steps, live, here, channels, K),
+            rows(top + 2 * top_field, steps, live, here, channels, K),
         )
-        past = load_sum(kept + (groups - 1 - i) * channels, h_field, here, False)
+        past = load_sum(kept + (groups - 1 - i) * channels, kept_field, here, False)
         shares = ()
         for j in tl.static_range(K):
             own = exp(bonus + keys[j] + tops[j])

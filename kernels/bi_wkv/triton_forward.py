@@ -50,8 +50,8 @@ def local(
     v_batch,
     v_token,
     v_channel,
-    s_way,
-    s_field,
+    sums_direction,
+    sums_field,
     K: tl.constexpr,
     TILE: tl.constexpr,
     ONES: tl.constexpr,
@@ -59,7 +59,7 @@ def local(
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """sums (2 ways, fields, b, chunks, d): way 0 the chunk's tokens seen from the step after it, way 1 from the one before it.
+    """sums (2 directions, fields, b, chunks, d): the chunk's tokens, first as seen from the step after it, then from the step before it.
 
     Their a is v, their b ones or y, which has v's strides.
     """
@@ -81,8 +81,8 @@ def local(
             steps = (first + j - begin).to(tl.float32)
             back = both(back, _one(keys[j], steps, live[j], values[j], ones[j]), rate)
     at = sums + (b * chunks + chunk) * channels + d
-    store_sum(at, s_field, here, forth, SLOPE)
-    store_sum(at + s_way, s_field, here, back, SLOPE)
+    store_sum(at, sums_field, here, forth, SLOPE)
+    store_sum(at + sums_direction, sums_field, here, back, SLOPE)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _unless(condition, s, r):
 
 
 @triton.jit
-def carry(sums, w, begins, fresh, channels, chunks, s_field, GROUP: tl.constexpr, TILE: tl.constexpr, SLOPE: tl.constexpr, BACK: tl.constexpr):
+def carry(sums, w, begins, fresh, channels, chunks, sums_field, GROUP: tl.constexpr, TILE: tl.constexpr, SLOPE: tl.constexpr, BACK: tl.constexpr):
     """sums (fields, b, chunks, d): what each chunk holds becomes what lies behind it, going forth or back.
 
     fresh (chunks,): 1 where a segment begins.
@@ -132,9 +132,9 @@ def carry(sums, w, begins, fresh, channels, chunks, s_field, GROUP: tl.constexpr
     at = sums + b * chunks * channels + d
     s = empty(rate)
     zero = tl.zeros((), tl.int64)
-    group, steps = _group(at, s_field, zero, chunks, here, channels, begins, GROUP, BACK, SLOPE)
+    group, steps = _group(at, sums_field, zero, chunks, here, channels, begins, GROUP, BACK, SLOPE)
     for first in range(zero, chunks, GROUP):
-        next_group, next_steps = _group(at, s_field, first + GROUP, chunks, here, channels, begins, GROUP, BACK, SLOPE)  # read while this is used
+        next_group, next_steps = _group(at, sums_field, first + GROUP, chunks, here, channels, begins, GROUP, BACK, SLOPE)  # read while this is used
         for j in tl.static_range(GROUP):
             c = first + j
             live = c < chunks
@@ -144,7 +144,7 @@ def carry(sums, w, begins, fresh, channels, chunks, s_field, GROUP: tl.constexpr
             else:
                 anew = tl.load(fresh + c, mask=live, other=1)
             s = _unless(anew > 0, s, empty(rate))
-            store_sum(at + c * channels, s_field, lanes(here, live.to(tl.float32)), s, SLOPE)
+            store_sum(at + c * channels, sums_field, lanes(here, live.to(tl.float32)), s, SLOPE)
             s = both(later(s, steps[j]), group[j], rate)
         group, steps = next_group, next_steps
 
@@ -172,14 +172,15 @@ def outputs(
     v_batch,
     v_token,
     v_channel,
-    g_batch,
-    g_token,
-    g_channel,
-    s_way,
-    s_field,
-    h_batch,
-    h_field,
-    o_field,
+    dout_batch,
+    dout_token,
+    dout_channel,
+    entry_direction,
+    entry_field,
+    kept_batch,
+    kept_field,
+    top_field,
+    weights_field,
     K: tl.constexpr,
     TILE: tl.constexpr,
     UPSTREAM: tl.constexpr,
@@ -188,29 +189,29 @@ def outputs(
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """entry (2 ways, fields, b, chunks, d): what lies before each chunk and behind it; kept: room for what lies ahead of every K steps.
+    """entry (2 directions, fields, b, chunks, d): what lies before each chunk and behind it; kept: room for what lies ahead of every K steps.
 
     Writes out (b,l,d); or, for the backward pass (ADJOINT), top (3,b,l,d): of each output -top, x = dout / denominator and y = x out, in the order of
     the walk, and weights (2,b,chunks,d): each chunk's shares of dw and du.
     """
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate, bonus = tl.load(w + d, mask=here, other=0.0), tl.load(u + d, mask=here, other=0.0)
-    o_field = tl.cast(o_field, tl.int64)
+    top_field = tl.cast(top_field, tl.int64)
     k += b * k_batch + d * k_channel
     v += b * v_batch + d * v_channel
-    dout += b * g_batch + d * g_channel
+    dout += b * dout_batch + d * dout_channel
     out += b * length * channels + d
     top += b * length * channels + d
     # Slots before this chunk's: at most as many as whole groups of K, and one a chunk.
-    kept += b * h_batch + (begin // K + chunk) * channels + d
+    kept += b * kept_batch + (begin // K + chunk) * channels + d
     past, future = empty(rate), empty(rate)
     if ENTRY:
         at = entry + (b * chunks + chunk) * channels + d
-        past, future = load_sum(at, s_field, here, ADJOINT), load_sum(at + s_way, s_field, here, ADJOINT)
+        past, future = load_sum(at, entry_field, here, ADJOINT), load_sum(at + entry_direction, entry_field, here, ADJOINT)
     groups = tl.cdiv(end - begin, K)
     for i in range(groups):
         first = begin + (groups - 1 - i) * K
-        store_sum(kept + (groups - 1 - i) * channels, h_field, here, future, ADJOINT)
+        store_sum(kept + (groups - 1 - i) * channels, kept_field, here, future, ADJOINT)
         tokens, live = places(index, first, end, length, K, WALK, REVERSE)
         keys, values = rows(k, tokens, live, here, k_token, K), rows(v, tokens, live, here, v_token, K)
         for j in tl.static_range(K):
@@ -226,8 +227,8 @@ def outputs(
         tokens, live = places(index, first, end, length, K, WALK, REVERSE)
         keys, values = rows(k, tokens, live, here, k_token, K), rows(v, tokens, live, here, v_token, K)
         if ADJOINT:
-            gradients = rows(dout, tokens, live, here, g_token, K)
-        future = load_sum(kept + i * channels, h_field, here, ADJOINT)
+            gradients = rows(dout, tokens, live, here, dout_token, K)
+        future = load_sum(kept + i * channels, kept_field, here, ADJOINT)
         ahead = ()
         for j in tl.static_range(K):
             ahead = ahead + (seen(future, rate),)
@@ -270,10 +271,10 @@ def outputs(
             if ADJOINT:
                 step = (first + j).to(tl.int64) * channels
                 for field in tl.static_range(3):
-                    tl.store(top + field * o_field + step, results[j][field], mask=there)
+                    tl.store(top + field * top_field + step, results[j][field], mask=there)
             else:
                 tl.store(out + tokens[j] * channels, results[j].to(out.dtype.element_ty), mask=there)
     if ADJOINT:
         at = weights + (b * chunks + chunk) * channels + d
         tl.store(at, dw, mask=here)
-        tl.store(at + s_field, du, mask=here)
+        tl.store(at + weights_field, du, mask=here)

@@ -15,25 +15,16 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.causal_conv1d.walks import begins, state
-from medssm.kernels.triton import INTERPRETED, on, plain, present, strides
+from medssm.kernels.triton import INTERPRETED, on, plain, pointers, strided
+from medssm.kernels.triton_tiles import visited
 
+TOKENS, TAPS = ("batch", "token", "channel"), ("batch", "channel", "tap")  # the names of strides
 STEPS, CHANNELS = (32, 64) if INTERPRETED else (16, 32)  # of a tile: four numbers a thread, which backward has registers for
 
 
 @triton.jit
-def _token(index, step, length, WALK: tl.constexpr, REVERSE: tl.constexpr):
-    """The token visited at each step (int64); steps out of range give token 0's place or any other in range."""
-    step = tl.minimum(tl.maximum(step, 0), length - 1).to(tl.int64)
-    if REVERSE:
-        step = length - 1 - step
-    if WALK:
-        step = tl.load(index + step)
-    return step
-
-
-@triton.jit
 def _first(begin, step, length, PAST: tl.constexpr, BEGINS: tl.constexpr):
-    """The earliest step that each step sees; that of the initial state's oldest token is -PAST."""
+    """The earliest step that each step sees; -PAST is the initial state's oldest token."""
     if BEGINS:
         return tl.load(begin + tl.minimum(tl.maximum(step, 0), length - 1))
     return tl.zeros_like(step) - PAST
@@ -46,27 +37,24 @@ def _taps(
     index,
     step,
     live,
-    b,
-    d,
     here,
     length,
-    x_batch,
     x_token,
-    x_channel,
-    i_batch,
-    i_channel,
-    i_tap,
+    initial_tap,
     PAST: tl.constexpr,
     INITIAL: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """What a kernel sees at each step (steps, channels) in float32: a token, or one of the initial state, or zero where not live."""
-    at = b * x_batch + _token(index, step, length, WALK, REVERSE)[:, None] * x_token + d[None, :] * x_channel
-    values = tl.load(x + at, mask=(live & (step >= 0))[:, None] & here[None, :], other=0.0).to(tl.float32)
+    """What a kernel sees at each step (steps, channels) in float32: a token, one of the initial state's, or zero where not live.
+
+    x and initial point to the channels of the batch entry's first token.
+    """
+    at = visited(index, step, length, WALK, REVERSE)[:, None] * x_token
+    values = tl.load(x[None, :] + at, mask=(live & (step >= 0))[:, None] & here[None, :], other=0.0).to(tl.float32)
     if INITIAL:
-        early = b * i_batch + (step + PAST)[:, None] * i_tap + d[None, :] * i_channel
-        values += tl.load(initial + early, mask=(live & (step < 0))[:, None] & here[None, :], other=0.0).to(tl.float32)
+        early = (step + PAST)[:, None] * initial_tap
+        values += tl.load(initial[None, :] + early, mask=(live & (step < 0))[:, None] & here[None, :], other=0.0).to(tl.float32)
     return values
 
 
@@ -80,53 +68,25 @@ def _before_activation(
     step,
     first,
     live,
-    b,
-    d,
     here,
     length,
-    x_batch,
     x_token,
-    x_channel,
-    w_channel,
-    w_tap,
-    bias_channel,
-    i_batch,
-    i_channel,
-    i_tap,
+    weight_tap,
+    initial_tap,
     W: tl.constexpr,
     BIAS: tl.constexpr,
     INITIAL: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """bias + sum_j weight_j tap_j at each step (steps, channels)."""
-    sums = tl.zeros((step.shape[0], d.shape[0]), tl.float32)
+    """bias + sum_j weight_j tap_j at each step (steps, channels). Pointers are to channels, as in `_taps`."""
+    sums = tl.zeros((step.shape[0], here.shape[0]), tl.float32)
     for j in tl.static_range(W):
         tap = step - (W - 1) + j
-        values = _taps(
-            x,
-            initial,
-            index,
-            tap,
-            live & (tap >= first),
-            b,
-            d,
-            here,
-            length,
-            x_batch,
-            x_token,
-            x_channel,
-            i_batch,
-            i_channel,
-            i_tap,
-            W - 1,
-            INITIAL,
-            WALK,
-            REVERSE,
-        )
-        sums += values * tl.load(weight + d * w_channel + j * w_tap, mask=here, other=0.0).to(tl.float32)[None, :]
+        values = _taps(x, initial, index, tap, live & (tap >= first), here, length, x_token, initial_tap, W - 1, INITIAL, WALK, REVERSE)
+        sums += values * tl.load(weight + j * weight_tap, mask=here, other=0.0).to(tl.float32)[None, :]
     if BIAS:
-        sums += tl.load(bias + d * bias_channel, mask=here, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias, mask=here, other=0.0).to(tl.float32)[None, :]
     return sums
 
 
@@ -144,12 +104,12 @@ def _forward(
     x_batch,
     x_token,
     x_channel,
-    w_channel,
-    w_tap,
+    weight_channel,
+    weight_tap,
     bias_channel,
-    i_batch,
-    i_channel,
-    i_tap,
+    initial_batch,
+    initial_channel,
+    initial_tap,
     W: tl.constexpr,
     SILU: tl.constexpr,
     BIAS: tl.constexpr,
@@ -160,34 +120,30 @@ def _forward(
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """out (b,l,d), contiguous."""
     tiles = tl.cdiv(length, STEPS)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64)
     step = tile * STEPS + tl.arange(0, STEPS)
     d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     live, here = step < length, d < channels
+    x_at = x + b * x_batch + d * x_channel
+    initial_at = initial + b * initial_batch + d * initial_channel
+    weight_at, bias_at = weight + d * weight_channel, bias + d * bias_channel
     first = _first(begin, step, length, W - 1, BEGINS)
     y = _before_activation(
-        x,
-        weight,
-        bias,
-        initial,
+        x_at,
+        weight_at,
+        bias_at,
+        initial_at,
         index,
         step,
         first,
         live,
-        b,
-        d,
         here,
         length,
-        x_batch,
         x_token,
-        x_channel,
-        w_channel,
-        w_tap,
-        bias_channel,
-        i_batch,
-        i_channel,
-        i_tap,
+        weight_tap,
+        initial_tap,
         W,
         BIAS,
         INITIAL,
@@ -196,7 +152,7 @@ def _forward(
     )
     if SILU:
         y = y / (1 + tl.exp(-y))
-    at = (b * length + _token(index, step, length, WALK, REVERSE))[:, None] * channels + d[None, :]
+    at = (b * length + visited(index, step, length, WALK, REVERSE))[:, None] * channels + d[None, :]
     tl.store(out + at, y.to(out.dtype.element_ty), mask=live[:, None] & here[None, :])
 
 
@@ -215,21 +171,21 @@ def _backward(
     sums,
     length,
     channels,
-    o_batch,
-    o_token,
-    o_channel,
-    s_batch,
-    s_channel,
-    s_tap,
+    dout_batch,
+    dout_token,
+    dout_channel,
+    dstate_batch,
+    dstate_channel,
+    dstate_tap,
     x_batch,
     x_token,
     x_channel,
-    w_channel,
-    w_tap,
+    weight_channel,
+    weight_tap,
     bias_channel,
-    i_batch,
-    i_channel,
-    i_tap,
+    initial_batch,
+    initial_channel,
+    initial_tap,
     W: tl.constexpr,
     SILU: tl.constexpr,
     BIAS: tl.constexpr,
@@ -241,45 +197,40 @@ def _backward(
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """dx (b,l,d), dinitial (b,d,w-1), and sums (b * tiles, w + 1, d): a tile's part of the gradients of weight and, last, bias."""
     tiles = tl.cdiv(length + W - 1, STEPS)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64)
     step = tile * STEPS + tl.arange(0, STEPS) - (W - 1)  # from the initial state's oldest token on
     d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     live, here = step < length, d < channels
-    seen = _taps(
-        x, initial, index, step, live, b, d, here, length, x_batch, x_token, x_channel, i_batch, i_channel, i_tap, W - 1, INITIAL, WALK, REVERSE
-    )
+    x_at = x + b * x_batch + d * x_channel
+    initial_at = initial + b * initial_batch + d * initial_channel
+    weight_at, bias_at = weight + d * weight_channel, bias + d * bias_channel
+    dout_at = dout + b * dout_batch + d * dout_channel
+    seen = _taps(x_at, initial_at, index, step, live, here, length, x_token, initial_tap, W - 1, INITIAL, WALK, REVERSE)
     rows = (b * tiles + tile) * (W + 1)
     total = tl.zeros((STEPS, CHANNELS), tl.float32)
     for k in tl.static_range(W):
         later = step + k  # an output that saw this step, through tap W - 1 - k
         first = _first(begin, later, length, W - 1, BEGINS)
         sees = (later >= 0) & (later < length) & (first <= step)
-        at = b * o_batch + _token(index, later, length, WALK, REVERSE)[:, None] * o_token + d[None, :] * o_channel
-        g = tl.load(dout + at, mask=sees[:, None] & here[None, :], other=0.0).to(tl.float32)
+        at = visited(index, later, length, WALK, REVERSE)[:, None] * dout_token
+        g = tl.load(dout_at[None, :] + at, mask=sees[:, None] & here[None, :], other=0.0).to(tl.float32)
         if SILU:
             y = _before_activation(
-                x,
-                weight,
-                bias,
-                initial,
+                x_at,
+                weight_at,
+                bias_at,
+                initial_at,
                 index,
                 later,
                 first,
                 sees,
-                b,
-                d,
                 here,
                 length,
-                x_batch,
                 x_token,
-                x_channel,
-                w_channel,
-                w_tap,
-                bias_channel,
-                i_batch,
-                i_channel,
-                i_tap,
+                weight_tap,
+                initial_tap,
                 W,
                 BIAS,
                 INITIAL,
@@ -288,7 +239,7 @@ def _backward(
             )
             s = 1 / (1 + tl.exp(-y))
             g = g * s * (1 + y * (1 - s))
-        total += g * tl.load(weight + d * w_channel + (W - 1 - k) * w_tap, mask=here, other=0.0).to(tl.float32)[None, :]
+        total += g * tl.load(weight_at + (W - 1 - k) * weight_tap, mask=here, other=0.0).to(tl.float32)[None, :]
         tl.store(sums + (rows + W - 1 - k) * channels + d, tl.sum(g * seen, 0), mask=here)
         if k == 0:
             tl.store(sums + (rows + W) * channels + d, tl.sum(g, 0), mask=here)
@@ -297,10 +248,9 @@ def _backward(
         kept = live & (tap >= 0)
         if BEGINS:
             kept = kept & (step >= tl.load(begin + length - 1))
-        total += tl.load(dstate + b * s_batch + tap[:, None] * s_tap + d[None, :] * s_channel, mask=kept[:, None] & here[None, :], other=0.0).to(
-            tl.float32
-        )
-    at = (b * length + _token(index, step, length, WALK, REVERSE))[:, None] * channels + d[None, :]
+        at = b * dstate_batch + tap[:, None] * dstate_tap + d[None, :] * dstate_channel
+        total += tl.load(dstate + at, mask=kept[:, None] & here[None, :], other=0.0).to(tl.float32)
+    at = (b * length + visited(index, step, length, WALK, REVERSE))[:, None] * channels + d[None, :]
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(live & (step >= 0))[:, None] & here[None, :])
     if INITIAL:
         at = (b * channels + d)[None, :] * (W - 1) + (step + W - 1)[:, None]
@@ -320,25 +270,7 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
     if out.numel():
         with on(x):
             _forward[_grid(batch, length, channels)](
-                x,
-                weight,
-                *present(x, bias, initial_state, index, begin),
-                out,
-                length,
-                channels,
-                *x.stride(),
-                *weight.stride(),
-                *strides(bias, 1),
-                *strides(initial_state, 3),
-                W=width,
-                SILU=activation == "silu",
-                BIAS=bias is not None,
-                INITIAL=initial_state is not None,
-                WALK=index is not None,
-                BEGINS=begin is not None,
-                REVERSE=reverse,
-                STEPS=STEPS,
-                CHANNELS=CHANNELS,
+                **_inputs(x, weight, bias, initial_state, index, begin, reverse), out=out, SILU=activation == "silu"
             )
     return out, state(x, width, index, begin, reverse, initial_state) if final else None
 
@@ -360,36 +292,37 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
     sums = torch.empty((grid[0], width + 1, channels), dtype=torch.float32, device=x.device)
     with on(x):
         _backward[grid](
-            dout,
-            *present(x, dstate),
-            x,
-            weight,
-            *present(x, bias, initial_state, index, begin),
-            dx,
-            *present(x, dinitial),
-            sums,
-            length,
-            channels,
-            *dout.stride(),
-            *strides(dstate, 3),
-            *x.stride(),
-            *weight.stride(),
-            *strides(bias, 1),
-            *strides(initial_state, 3),
-            W=width,
+            **_inputs(x, weight, bias, initial_state, index, begin, reverse),
+            **strided(TOKENS, x, dout=dout),
+            **strided(TAPS, x, dstate=dstate),
+            **pointers(x, dx=dx, dinitial=dinitial, sums=sums),
             SILU=activation == "silu",
-            BIAS=bias is not None,
-            INITIAL=initial_state is not None,
             STATE=dstate is not None,
-            WALK=index is not None,
-            BEGINS=begin is not None,
-            REVERSE=reverse,
-            STEPS=STEPS,
-            CHANNELS=CHANNELS,
         )
     total = sums.sum(0)
     dbias = None if bias is None else total[width].to(bias.dtype)
     return dx, total[:width].t().to(weight.dtype).contiguous(), dbias, dinitial
+
+
+def _inputs(x, weight, bias, initial, index, begin, reverse) -> dict:
+    """The arguments of both kernels that come from the op's inputs."""
+    return {
+        **strided(TOKENS, x, x=x),
+        **strided(("channel", "tap"), x, weight=weight),
+        **strided(("channel",), x, bias=bias),
+        **strided(TAPS, x, initial=initial),
+        **pointers(x, index=index, begin=begin),
+        "length": x.shape[1],
+        "channels": x.shape[2],
+        "W": weight.shape[1],
+        "BIAS": bias is not None,
+        "INITIAL": initial is not None,
+        "WALK": index is not None,
+        "BEGINS": begin is not None,
+        "REVERSE": reverse,
+        "STEPS": STEPS,
+        "CHANNELS": CHANNELS,
+    }
 
 
 def _grid(batch: int, steps: int, channels: int) -> tuple[int, int]:

@@ -16,9 +16,11 @@ from medssm.kernels.delta_rule.triton_backward import entry_key_gradients, exit_
 from medssm.kernels.delta_rule.triton_carry import carry, carry_back, compose
 from medssm.kernels.delta_rule.triton_forward import inverse, outputs
 from medssm.kernels.native import lanes, like
-from medssm.kernels.triton import on, plain, present, strides
+from medssm.kernels.triton import on, plain, pointers, strided
 from medssm.kernels.triton_tiles import STRONGEST
+from medssm.kernels.walks import at_starts
 
+TOKENS = ("batch", "token", "head")  # the names of strides
 HELD = 2  # tiles of keys: a state of more would not fit in a program's registers
 CARRIED = 16  # value channels of a tile where the state of all keys is carried
 # The bound is what there is: without one ptxas spills registers to fit more warps on a multiprocessor.
@@ -97,15 +99,19 @@ class _Problem:
         self.q, self.k, self.v, self.beta, self.g, self.scale, self.index = lanes(q), lanes(k), lanes(v), beta, g, scale, index
         batch, length, heads, dk = q.shape
         dv = v.shape[-1]
-        self.sizes = sizes(dk, dv)
-        self.fresh = _fresh(starts, length, reverse)
+        self.dk, self.dv, self.sizes = dk, dv, sizes(dk, dv)
+        self.fresh = at_starts(starts, length, reverse, STRONGEST.value, torch.float32)
         self.rows, self.chunks, self.tiles = batch * heads, triton.cdiv(length, self.sizes.chunk), triton.cdiv(dv, self.sizes.values)
         parts = triton.cdiv(dk, self.sizes.keys)
-        self.carries = {"PARTS": parts if parts <= HELD else 0, "BV": CARRIED}
         self.segment = segment(self.rows, self.chunks, dk, dv)
         self.segments = triton.cdiv(self.chunks, self.segment)
-        self.shape = (length, heads, dk, dv, self.chunks)
-        self.options = {
+        self.shared = {  # by every kernel but `compose`
+            **strided(TOKENS, q, k=self.k, g=g),
+            **pointers(q, fresh=self.fresh, index=index),
+            "length": length,
+            "heads": heads,
+            "dk": dk,
+            "chunks": self.chunks,
             "GATED": g is not None,
             "FRESH": self.fresh is not None,
             "WALK": index is not None,
@@ -114,51 +120,61 @@ class _Problem:
             "BK": self.sizes.keys,
             **OPTIONS,
         }
+        self.of_beta = strided(TOKENS, q, beta=beta)
+        self.of_values = {"dv": dv, "BV": self.sizes.values}
+        self.of_carry = {"dv": dv, "segment": self.segment, "PARTS": parts if parts <= HELD else 0, "BV": CARRIED}
 
     def inverses(self, rows: bool):
         """(b*h, chunks, CHUNK, CHUNK)."""
-        chunk, (length, heads, dk, _, chunks) = self.sizes.chunk, self.shape
-        made = _floats(self.q, self.rows, chunks, chunk, chunk)
-        inverse[self.rows * chunks,](
-            self.k, self.beta, *self._optional(), made, length, heads, dk, chunks, *self._strides("k", "beta", "g"), ROWS=rows, **self.options
-        )
+        made = self._squares()
+        inverse[self.rows * self.chunks,](inverses=made, ROWS=rows, **self.of_beta, **self.shared)
         return made
 
     def carry(self, inverses, initial_state, recalled):
         """The states (b*h, chunks + 1, dk, dv) that enter the chunks, and the final one. Fills recalled where inverses are given."""
         states = self._states()
         _fill(states[:, 0], initial_state)
-        given = self.k, self.v, self.beta, *self._optional(), *present(self.q, inverses), recalled
-        rest = *self.shape, self.segment, *self._strides("k", "v", "beta", "g")
-        options = {"KNOWN": inverses is None, **self.carries, **self.options}
+        given = {
+            **strided(TOKENS, self.q, v=self.v),
+            **pointers(self.q, inverses=inverses, recalled=recalled),
+            "KNOWN": inverses is None,
+            **self.of_beta,
+            **self.of_carry,
+            **self.shared,
+        }
         if self.segments > 1:
             ends = self._ends()
-            carry[self._programs(across=True),](*given, ends, *rest, ACROSS=True, **options)
+            carry[self._programs(across=True),](states=ends, ACROSS=True, **given)
             self.compose(ends, states, back=False)
-        carry[self._programs(across=False),](*given, states, *rest, ACROSS=False, **options)
+        carry[self._programs(across=False),](states=states, ACROSS=False, **given)
         return states
 
     def compose(self, ends, states, back):
-        _, _, dk, dv, chunks = self.shape
-        compose[self.rows * triton.cdiv(dv, CARRIED),](
-            ends, states, dk, dv, chunks, self.segment, BACK=back, BK=self.sizes.keys, BV=CARRIED, **OPTIONS
+        """Fills the states that enter the segments; back: the gradients of those that leave them."""
+        compose[self.rows * triton.cdiv(self.dv, CARRIED),](
+            ends=ends,
+            states=states,
+            dk=self.dk,
+            dv=self.dv,
+            chunks=self.chunks,
+            segment=self.segment,
+            BACK=back,
+            BK=self.sizes.keys,
+            BV=CARRIED,
+            **OPTIONS,
         )
 
     def outputs(self, recalled, states, out):
+        """Fills out (b,l,h,dv)."""
         outputs[self.rows * self.chunks * self.tiles,](
-            self.q,
-            self.k,
-            self.v,
-            self.beta,
-            *self._optional(),
-            recalled,
-            states,
-            out,
-            self.scale,
-            *self.shape,
-            *self._strides("q", "k", "v", "beta", "g"),
-            BV=self.sizes.values,
-            **self.options,
+            **strided(TOKENS, self.q, q=self.q, v=self.v),
+            recalled=recalled,
+            states=states,
+            out=out,
+            scale=self.scale,
+            **self.of_beta,
+            **self.of_values,
+            **self.shared,
         )
 
     def carry_back(self, dout, dstate):
@@ -166,132 +182,68 @@ class _Problem:
         r, exits = like(self.v, torch.float32), self._states()
         _fill(exits[:, -1], dstate)
         outer[self.rows * self.chunks * self.tiles,](
-            dout,
-            self.q,
-            self.k,
-            *self._optional(),
-            r,
-            exits,
-            self.scale,
-            *self.shape,
-            *dout.stride()[:3],
-            *self._strides("q", "k", "g"),
-            BV=self.sizes.values,
-            **self.options,
+            **strided(TOKENS, self.q, dout=dout, q=self.q), r=r, exits=exits, scale=self.scale, **self.of_values, **self.shared
         )
-        given = self.k, self.beta, *self._optional(), self.inverses(rows=True), r, exits
-        rest = *self.shape, self.segment, *self._strides("k", "beta", "g")
-        options = {**self.carries, **self.options}
+        given = {"inverses": self.inverses(rows=True), "r": r, "exits": exits, **self.of_beta, **self.of_carry, **self.shared}
         if self.segments > 1:
             ends = self._ends()
-            carry_back[self._programs(across=True),](*given, ends, *rest, ACROSS=True, **options)
+            carry_back[self._programs(across=True),](states=ends, ACROSS=True, **given)
             self.compose(ends, exits, back=True)
-        carry_back[self._programs(across=False),](*given, exits, *rest, ACROSS=False, **options)
+        carry_back[self._programs(across=False),](states=exits, ACROSS=False, **given)
         return r, exits
 
     def gradients(self, dout, recalled, r, states, exits, dq, dk, dv, dbeta, dg):
         """Fills those of q, k, v, beta and g."""
-        chunk, (length, heads, _, _, chunks), batch = self.sizes.chunk, self.shape, self.q.shape[0]
-        dpairs, dinverted = (_floats(self.q, self.rows, chunks, chunk, chunk) for _ in range(2))
-        part = None if dg is None else _floats(self.q, batch, length, heads)
-        options = {"BV": self.sizes.values, **self.options}
-        pair_gradients[self.rows * chunks,](
-            dout,
-            self.q,
-            self.k,
-            self.v,
-            self.beta,
-            *self._optional(),
-            recalled,
-            r,
-            dv,
-            dbeta,
-            *present(self.q, part),
-            dpairs,
-            dinverted,
-            self.scale,
-            *self.shape,
-            *dout.stride()[:3],
-            *self._strides("q", "k", "v", "beta", "g"),
-            **options,
-        )
-        query_gradients[self.rows * chunks,](
-            dout,
-            self.k,
-            self.q,
-            *self._optional(),
-            states,
-            dpairs,
-            dq,
-            *present(self.q, part),
-            self.scale,
-            *self.shape,
-            *dout.stride()[:3],
-            *self._strides("k", "q", "g"),
-            **options,
-        )
+        programs = self.rows * self.chunks
+        dpairs, dinverted = self._squares(), self._squares()
+        part = None if dg is None else _floats(self.q, *self.q.shape[:3])  # of g's gradient: each kernel adds to it
         key_part = like(self.k, torch.float32)
-        entry_key_gradients[self.rows * chunks,](
-            self.q,
-            self.k,
-            self.beta,
-            *self._optional(),
-            r,
-            states,
-            dpairs,
-            dinverted,
-            key_part,
-            *present(self.q, part),
-            *self.shape,
-            *self._strides("q", "k", "beta", "g"),
-            **options,
+        pair_gradients[programs,](
+            **strided(TOKENS, self.q, dout=dout, q=self.q, v=self.v),
+            **pointers(self.q, recalled=recalled, r=r, to_v=dv, to_beta=dbeta, to_g=part, dpairs=dpairs, dinverted=dinverted),
+            scale=self.scale,
+            **self.of_beta,
+            **self.of_values,
+            **self.shared,
         )
-        exit_key_gradients[self.rows * chunks,](
-            self.k,
-            self.v,
-            self.beta,
-            *self._optional(),
-            recalled,
-            states,
-            exits,
-            key_part,
-            dk,
-            *present(self.q, part, dg),
-            *self.shape,
-            *self._strides("k", "v", "beta", "g"),
-            **options,
+        query_gradients[programs,](
+            **strided(TOKENS, self.q, dout=dout, q=self.q),
+            **pointers(self.q, states=states, dpairs=dpairs, to_q=dq, to_g=part),
+            scale=self.scale,
+            **self.of_values,
+            **self.shared,
+        )
+        entry_key_gradients[programs,](
+            **strided(TOKENS, self.q, q=self.q),
+            **pointers(self.q, r=r, states=states, dpairs=dpairs, dinverted=dinverted, to_k=key_part, to_g=part),
+            **self.of_beta,
+            **self.of_values,
+            **self.shared,
+        )
+        exit_key_gradients[programs,](
+            **strided(TOKENS, self.q, v=self.v),
+            **pointers(self.q, recalled=recalled, states=states, exits=exits, so_far=key_part, to_k=dk, g_so_far=part, to_g=dg),
+            **self.of_beta,
+            **self.of_values,
+            **self.shared,
         )
 
     def _states(self):
-        _, _, dk, dv, chunks = self.shape
-        return _floats(self.q, self.rows, chunks + 1, dk, dv)
+        return _floats(self.q, self.rows, self.chunks + 1, self.dk, self.dv)
+
+    def _squares(self):
+        """A matrix of pairs of steps for each chunk."""
+        return _floats(self.q, self.rows, self.chunks, self.sizes.chunk, self.sizes.chunk)
 
     def _ends(self):
         """(b*h, segments - 1, dk, dv + dk): [0, I], before `carry` walks ACROSS."""
-        _, _, dk, dv, _ = self.shape
-        ends = _floats(self.q, self.rows, self.segments - 1, dk, dv + dk).zero_()
-        ends[..., dv:].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        ends = _floats(self.q, self.rows, self.segments - 1, self.dk, self.dv + self.dk).zero_()
+        ends[..., self.dv :].diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return ends
 
     def _programs(self, across):
-        _, _, dk, dv, _ = self.shape
-        return self.rows * ((self.segments - 1) * triton.cdiv(dv + dk, CARRIED) if across else self.segments * triton.cdiv(dv, CARRIED))
-
-    def _optional(self):
-        return present(self.q, self.g, self.fresh, self.index)
-
-    def _strides(self, *names):
-        return [s for name in names for s in strides(getattr(self, name), 3)[:3]]
-
-
-def _fresh(starts, length, reverse):
-    """(l,) in float32, by step: the log decay that forgets where the state begins anew, else 0; None where it never does."""
-    if starts is None:
-        return None
-    fresh = torch.zeros(length + 1, dtype=torch.float32, device=starts.device)
-    fresh[length - starts if reverse else starts] = STRONGEST.value
-    fresh[0] = 0.0  # the initial state precedes step 0
-    return fresh[:length]
+        pieces, width = (self.segments - 1, self.dv + self.dk) if across else (self.segments, self.dv)
+        return self.rows * pieces * triton.cdiv(width, CARRIED)
 
 
 def _fill(states, given):

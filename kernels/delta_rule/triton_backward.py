@@ -35,9 +35,9 @@ def outer(
     dk,
     dv,
     chunks,
-    d_batch,
-    d_token,
-    d_head,
+    dout_batch,
+    dout_token,
+    dout_head,
     q_batch,
     q_token,
     q_head,
@@ -71,7 +71,7 @@ def outer(
     exits += (row * (chunks + 1) + chunk) * dk * dv
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     from_begin, _, _ = edge_decays(logs, GATED or FRESH)
-    do = tile(dout + b * d_batch + h * d_head, token * d_token, values, live, here)
+    do = tile(dout + b * dout_batch + h * dout_head, token * dout_token, values, live, here)
     faded = do * (scale * from_begin)[:, None]
     pairs = tl.zeros((CHUNK, CHUNK), tl.float32)  # [i, t]
     for first in range(0, dk, BK):
@@ -107,9 +107,9 @@ def pair_gradients(
     dk,
     dv,
     chunks,
-    d_batch,
-    d_token,
-    d_head,
+    dout_batch,
+    dout_token,
+    dout_head,
     q_batch,
     q_token,
     q_head,
@@ -119,9 +119,9 @@ def pair_gradients(
     v_batch,
     v_token,
     v_head,
-    b_batch,
-    b_token,
-    b_head,
+    beta_batch,
+    beta_token,
+    beta_head,
     g_batch,
     g_token,
     g_head,
@@ -144,8 +144,8 @@ def pair_gradients(
     live = step < length
     token = visited(index, step, length, WALK, REVERSE)
     at = (b * length + token) * heads + h
-    shares = tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
-    dout += b * d_batch + h * d_head
+    shares = tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
+    dout += b * dout_batch + h * dout_head
     v += b * v_batch + h * v_head
     of_pairs, of_inverted = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, CHUNK), tl.float32)
     of_beta = tl.zeros((CHUNK,), tl.float32)
@@ -159,7 +159,7 @@ def pair_gradients(
         )
         of_beta += tl.sum(behind * w, 1)
         u = tl.trans(shares[:, None] * w)
-        of_pairs += product(tile(dout, token * d_token, values, live, here), u)
+        of_pairs += product(tile(dout, token * dout_token, values, live, here), u)
         of_inverted += product(behind, u)
     tl.store(to_beta + at, of_beta.to(to_beta.dtype.element_ty), mask=live)
 
@@ -203,9 +203,9 @@ def query_gradients(
     dk,
     dv,
     chunks,
-    d_batch,
-    d_token,
-    d_head,
+    dout_batch,
+    dout_token,
+    dout_head,
     k_batch,
     k_token,
     k_head,
@@ -233,7 +233,7 @@ def query_gradients(
     token = visited(index, step, length, WALK, REVERSE)
     at = (b * length + token) * heads + h
     from_begin, _, _ = edge_decays(log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
-    dout += b * d_batch + h * d_head
+    dout += b * dout_batch + h * dout_head
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
     states += (row * (chunks + 1) + chunk) * dk * dv
@@ -247,7 +247,7 @@ def query_gradients(
             values = first + tl.arange(0, BV)
             here = values < dv
             state = tl.trans(tile(states, keys * dv, values, here_k, here))
-            of_q += product(tile(dout, token * d_token, values, live, here), state)
+            of_q += product(tile(dout, token * dout_token, values, live, here), state)
         of_q *= (scale * from_begin)[:, None]
         if GATED:
             from_entry += tl.sum(of_q * tile(q, token * q_token, keys, live, here_k), 1)
@@ -283,9 +283,9 @@ def entry_key_gradients(
     k_batch,
     k_token,
     k_head,
-    b_batch,
-    b_token,
-    b_head,
+    beta_batch,
+    beta_token,
+    beta_head,
     g_batch,
     g_token,
     g_head,
@@ -307,7 +307,7 @@ def entry_key_gradients(
     token = visited(index, step, length, WALK, REVERSE)
     at = (b * length + token) * heads + h
     from_begin, _, _ = edge_decays(log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
-    factor = -from_begin * tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
+    factor = -from_begin * tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
     states += (row * (chunks + 1) + chunk) * dk * dv
@@ -360,9 +360,9 @@ def exit_key_gradients(
     v_batch,
     v_token,
     v_head,
-    b_batch,
-    b_token,
-    b_head,
+    beta_batch,
+    beta_token,
+    beta_head,
     g_batch,
     g_token,
     g_head,
@@ -384,7 +384,7 @@ def exit_key_gradients(
     at = (b * length + token) * heads + h
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     _, to_end, through = edge_decays(logs, GATED or FRESH)
-    factor = to_end * tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
+    factor = to_end * tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
     states += (row * (chunks + 1) + chunk) * dk * dv

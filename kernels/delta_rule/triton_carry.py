@@ -45,9 +45,9 @@ def carry(
     v_batch,
     v_token,
     v_head,
-    b_batch,
-    b_token,
-    b_head,
+    beta_batch,
+    beta_token,
+    beta_head,
     g_batch,
     g_token,
     g_head,
@@ -78,7 +78,7 @@ def carry(
     square = inside[:, None] * CHUNK + inside[None, :]
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
-    beta += b * b_batch + h * b_head
+    beta += b * beta_batch + h * beta_head
     g += b * g_batch + h * g_head
     recalled += b * length * heads * dv + h * dv
     entry = states + ((tl.program_id(0) // tiles).to(tl.int64) if ACROSS else row * (chunks + 1) + first) * dk * width
@@ -88,7 +88,7 @@ def carry(
         live = step < length
         token = visited(index, step, length, WALK, REVERSE)
         v_t = tile(v, token * v_token, values, live, valued)
-        shares = tl.load(beta + token * b_token, mask=live, other=0.0).to(tl.float32)
+        shares = tl.load(beta + token * beta_token, mask=live, other=0.0).to(tl.float32)
         from_begin, to_end, through = edge_decays(log_decays(g, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
         if KNOWN:
             w = v_t - tile(recalled, token * heads * dv, values, live, valued)
@@ -172,9 +172,9 @@ def carry_back(
     k_batch,
     k_token,
     k_head,
-    b_batch,
-    b_token,
-    b_head,
+    beta_batch,
+    beta_token,
+    beta_head,
     g_batch,
     g_token,
     g_head,
@@ -203,7 +203,7 @@ def carry_back(
     here, valued = values < width, values < dv
     square = inside[None, :] * CHUNK + inside[:, None]  # transposed
     k += b * k_batch + h * k_head
-    beta += b * b_batch + h * b_head
+    beta += b * beta_batch + h * beta_head
     g += b * g_batch + h * g_head
     r += b * length * heads * dv + h * dv
     own = exits + (row * (chunks + 1) + stop) * dk * dv
@@ -214,7 +214,7 @@ def carry_back(
         step = chunk * CHUNK + inside
         live = step < length
         token = visited(index, step, length, WALK, REVERSE)
-        shares = tl.load(beta + token * b_token, mask=live, other=0.0).to(tl.float32)
+        shares = tl.load(beta + token * beta_token, mask=live, other=0.0).to(tl.float32)
         from_begin, to_end, through = edge_decays(log_decays(g, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
         left = state_times(k, token * k_token, live, ds, leaving, dk, width, values, here, CHUNK, PARTS, BK, BV)
         solve = tl.load(inverses + (row * chunks + chunk) * CHUNK * CHUNK + square)

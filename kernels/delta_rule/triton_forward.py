@@ -28,9 +28,9 @@ def inverse(
     k_batch,
     k_token,
     k_head,
-    b_batch,
-    b_token,
-    b_head,
+    beta_batch,
+    beta_token,
+    beta_head,
     g_batch,
     g_token,
     g_head,
@@ -55,7 +55,7 @@ def inverse(
         keys = first + tl.arange(0, BK)
         k_t = tile(k, token * k_token, keys, live, keys < dk)
         a += product(k_t, tl.trans(k_t))
-    shares = tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)
+    shares = tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     a *= decays_between(logs, inside[:, None] > inside[None, :], GATED or FRESH)
     if ROWS:
@@ -93,9 +93,9 @@ def outputs(
     v_batch,
     v_token,
     v_head,
-    b_batch,
-    b_token,
-    b_head,
+    beta_batch,
+    beta_token,
+    beta_head,
     g_batch,
     g_token,
     g_head,
@@ -131,6 +131,6 @@ def outputs(
     from_begin, _, _ = edge_decays(logs, GATED or FRESH)
     at = ((b * length + token) * heads + h) * dv
     u = tile(v + b * v_batch + h * v_head, token * v_token, values, live, here) - tile(recalled, at, values, live, here)
-    u *= tl.load(beta + b * b_batch + h * b_head + token * b_token, mask=live, other=0.0).to(tl.float32)[:, None]
+    u *= tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)[:, None]
     o = scale * (o * from_begin[:, None] + product(pairs, u))
     tl.store(out + at[:, None] + values[None, :], o.to(out.dtype.element_ty), mask=live[:, None] & here[None, :])

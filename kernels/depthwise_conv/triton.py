@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from medssm.kernels.triton import INTERPRETED, on, plain, present, strides
+from medssm.kernels.triton import INTERPRETED, on, plain, pointers, strided
 
 POSITIONS, CHANNELS = 256 if INTERPRETED else 32, 64  # of a tile
 SHARE = 2048  # positions that one program sums the gradient of a weight over
@@ -46,16 +46,16 @@ def _conv(
     x_y,
     x_x,
     x_channel,
-    w_channel,
-    w_z,
-    w_y,
-    w_x,
+    weight_channel,
+    weight_z,
+    weight_y,
+    weight_x,
     bias_channel,
-    o_batch,
-    o_z,
-    o_y,
-    o_x,
-    o_channel,
+    dout_batch,
+    dout_z,
+    dout_y,
+    dout_x,
+    dout_channel,
     KZ: tl.constexpr,
     KY: tl.constexpr,
     KX: tl.constexpr,
@@ -76,7 +76,9 @@ def _conv(
     y = tl.zeros((POSITIONS, CHANNELS), tl.float32)
     for o in range(KZ * KY * KX):
         oz, oy, ox = o // (KY * KX) - KZ // 2, o // KX % KY - KY // 2, o % KX - KX // 2
-        w = tl.load(weight + d * w_channel + (oz + KZ // 2) * w_z + (oy + KY // 2) * w_y + (ox + KX // 2) * w_x, mask=here, other=0.0)
+        w = tl.load(
+            weight + d * weight_channel + (oz + KZ // 2) * weight_z + (oy + KY // 2) * weight_y + (ox + KX // 2) * weight_x, mask=here, other=0.0
+        )
         if TURN:
             z, yy, xx = pz - oz, py - oy, px - ox
         else:
@@ -89,7 +91,7 @@ def _conv(
     keep = live[:, None] & here[None, :]
     if BEFORE:
         s = 1 / (1 + tl.exp(-y))
-        at = (b * o_batch + pz * o_z + py * o_y + px * o_x)[:, None] + (d * o_channel)[None, :]
+        at = (b * dout_batch + pz * dout_z + py * dout_y + px * dout_x)[:, None] + (d * dout_channel)[None, :]
         y = tl.load(dout + at, mask=keep, other=0.0).to(tl.float32) * s * (1 + y * (1 - s))
     elif SILU:
         y = y / (1 + tl.exp(-y))
@@ -165,13 +167,12 @@ def backward(dout, x, weight, bias, activation):
         g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         _run(x, weight, bias, g, dout=dout)
     _run(g, weight, None, dx, turn=True)
-    batch, *size, channels = x.shape
-    size, kernel = _axes(size, 1), _axes(weight.shape[1:], 1)
-    offsets, shares = weight[0].numel(), triton.cdiv(math.prod(size), SHARE)
+    batch, *spatial, channels = x.shape
+    offsets, shares = weight[0].numel(), triton.cdiv(math.prod(spatial), SHARE)
     sums = torch.empty((batch * shares, offsets + 1, channels), dtype=torch.float32, device=x.device)
     with on(x):
         _weights[batch * shares, triton.cdiv(channels, CHANNELS), offsets + 1](
-            g, x, sums, math.prod(size), *size, channels, *_strides(g), *_strides(x), *kernel, SHARE=SHARE, POSITIONS=POSITIONS, CHANNELS=CHANNELS
+            **_volumes(x, g=g, x=x), sums=sums, **_sizes(x, weight), SHARE=SHARE, POSITIONS=POSITIONS, CHANNELS=CHANNELS
         )
     total = sums.sum(0)
     dweight = total[:offsets].t().reshape(weight.shape).to(weight.dtype).contiguous()
@@ -182,23 +183,14 @@ def _run(x, weight, bias, out, *, dout=None, turn=False, silu=False):
     """_conv into `out`, contiguous."""
     if not out.numel():
         return
-    batch, *size, channels = x.shape
-    size = _axes(size, 1)
+    batch, *spatial, channels = x.shape
     with on(x):
-        _conv[batch * triton.cdiv(math.prod(size), POSITIONS), triton.cdiv(channels, CHANNELS)](
-            x,
-            weight,
-            *present(x, bias, dout),
-            out,
-            math.prod(size),
-            *size,
-            channels,
-            *_strides(x),
-            weight.stride(0),
-            *_axes(weight.stride()[1:], 0),
-            *strides(bias, 1),
-            *(_strides(dout) if dout is not None else (0,) * 5),
-            *_axes(weight.shape[1:], 1),
+        _conv[batch * triton.cdiv(math.prod(spatial), POSITIONS), triton.cdiv(channels, CHANNELS)](
+            **_volumes(x, x=x, dout=dout),
+            **_weight(weight),
+            **strided(("channel",), x, bias=bias),
+            out=out,
+            **_sizes(x, weight),
             TURN=turn,
             BIAS=bias is not None,
             SILU=silu,
@@ -208,10 +200,28 @@ def _run(x, weight, bias, out, *, dout=None, turn=False, silu=False):
         )
 
 
-def _strides(tensor) -> tuple[int, ...]:
-    """Of batch, z, y, x and channel."""
-    first, *axes, last = tensor.stride()
-    return first, *_axes(axes, 0), last
+def _volumes(instead, **tensors) -> dict:
+    """Kernel arguments: tensors (b,*spatial,d) as pointers and strides of volumes. A missing leading axis has stride 0."""
+    arguments = pointers(instead, **tensors)
+    for name, t in tensors.items():
+        batch, *axes, channel = (0,) * 5 if t is None else t.stride()
+        steps = (batch, *_axes(axes, 0), channel)
+        arguments |= {f"{name}_{dim}": step for dim, step in zip(("batch", "z", "y", "x", "channel"), steps, strict=True)}
+    return arguments
+
+
+def _weight(weight) -> dict:
+    """The weight (d,*kernel) likewise."""
+    z, y, x = _axes(weight.stride()[1:], 0)
+    return {"weight": weight, "weight_channel": weight.stride(0), "weight_z": z, "weight_y": y, "weight_x": x}
+
+
+def _sizes(x, weight) -> dict:
+    """How large the volume and the kernel are."""
+    _, *spatial, channels = x.shape
+    (size_z, size_y, size_x), (KZ, KY, KX) = _axes(spatial, 1), _axes(weight.shape[1:], 1)
+    volume = {"size": math.prod(spatial), "size_z": size_z, "size_y": size_y, "size_x": size_x, "channels": channels}
+    return volume | {"KZ": KZ, "KY": KY, "KX": KX}
 
 
 def _axes(values, absent: int) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ import triton
 from medssm.kernels.linear_attention import triton_causal
 from medssm.kernels.linear_attention import triton_whole as kernels
 from medssm.kernels.native import lanes, like
-from medssm.kernels.triton import on, plain, present, strides
+from medssm.kernels.triton import on, plain, pointers, strided
 
 PROGRAMS = 1024  # of a pass that sums: enough to fill a large GPU
+TOKENS = ("batch", "token", "head")  # the names of strides
 _MAPS = {None: 0, "relu": 1, "elu": 2}
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -68,26 +69,16 @@ def _sums(x, v, cos, sin, weights, scale, constant, feature_map, groups):
     kv = torch.empty((batch, heads, segments, dk, dv), dtype=torch.float32, device=x.device)
     z = torch.empty((batch, heads, segments, dk), dtype=torch.float32, device=x.device)
     if kv.numel():
-        kernels.sums[batch * heads * segments * tiles["BK"] * tiles["BV"],](
-            x,
-            v,
-            *present(x, cos, sin, *(weights or (None, None))),
-            kv,
-            z,
-            scale,
-            constant,
-            length,
-            heads,
-            groups,
-            dk,
-            dv,
-            segments,
-            steps,
-            *x.stride()[:3],
-            *v.stride()[:3],
-            *strides(cos, 2)[:2],
-            *strides(sin, 2)[:2],
-            FACTORS=weights is not None,
+        kernels.sums[programs * segments,](
+            **strided(TOKENS, x, x=x, v=v),
+            **_weights(x, weights),
+            to_kv=kv,
+            to_z=z,
+            scale=scale,
+            constant=constant,
+            segments=segments,
+            steps=steps,
+            **_shared(x, dv, groups, cos, sin),
             **options,
         )
     elif z.numel():
@@ -96,25 +87,18 @@ def _sums(x, v, cos, sin, weights, scale, constant, feature_map, groups):
 
 
 def _outputs(x, kv, z, cos, sin, out, scale, eps, feature_map, normalize):
-    batch, length, heads, dk = x.shape
+    """Fills out (b,l,h,dv)."""
+    batch, length, heads, _ = x.shape
     options, tiles = _tiles(x, out, feature_map, cos)
     if out.numel():
         kernels.outputs[batch * heads * triton.cdiv(length, options["T"]) * tiles["BV"],](
-            x,
-            kv,
-            z,
-            *present(x, cos, sin),
-            out,
-            scale,
-            eps,
-            length,
-            heads,
-            kv.shape[1],
-            dk,
-            out.shape[-1],
-            *x.stride()[:3],
-            *strides(cos, 2)[:2],
-            *strides(sin, 2)[:2],
+            **strided(TOKENS, x, x=x),
+            kv=kv,
+            z=z,
+            out=out,
+            scale=scale,
+            eps=eps,
+            **_shared(x, out.shape[-1], kv.shape[1], cos, sin),
             NORMALIZE=normalize,
             **options,
         )
@@ -122,58 +106,53 @@ def _outputs(x, kv, z, cos, sin, out, scale, eps, feature_map, normalize):
 
 def _factors(q, dout, kv, z, cos, sin, scale, eps, feature_map):
     """Two tensors (b*h, l)."""
-    batch, length, heads, dk = q.shape
-    made = [torch.empty((batch * heads, length), dtype=torch.float32, device=q.device) for _ in range(2)]
+    batch, length, heads, _ = q.shape
+    factor, weight = (torch.empty((batch * heads, length), dtype=torch.float32, device=q.device) for _ in range(2))
     options, _ = _tiles(q, dout, feature_map, cos)
-    if made[0].numel():
+    if factor.numel():
         kernels.factors[batch * heads * triton.cdiv(length, options["T"]),](
-            q,
-            dout,
-            kv,
-            z,
-            *present(q, cos, sin),
-            *made,
-            scale,
-            eps,
-            length,
-            heads,
-            kv.shape[1],
-            dk,
-            dout.shape[-1],
-            *q.stride()[:3],
-            *dout.stride()[:3],
-            *strides(cos, 2)[:2],
-            *strides(sin, 2)[:2],
+            **strided(TOKENS, q, x=q, y=dout),
+            kv=kv,
+            z=z,
+            factor=factor,
+            weight=weight,
+            scale=scale,
+            eps=eps,
+            **_shared(q, dout.shape[-1], kv.shape[1], cos, sin),
             **options,
         )
-    return made
+    return factor, weight
 
 
 def _inputs(x, y, kv, z, cos, sin, weights, dx, scale, constant, feature_map):
-    batch, length, heads, dk = x.shape
+    """Fills dx (b,l,h,dk)."""
+    batch, length, heads, _ = x.shape
     options, tiles = _tiles(x, y, feature_map, cos)
     if dx.numel():
         kernels.inputs[batch * heads * triton.cdiv(length, options["T"]) * tiles["BK"],](
-            x,
-            y,
-            kv,
-            z,
-            *present(x, cos, sin, *(weights or (None, None))),
-            dx,
-            scale,
-            constant,
-            length,
-            heads,
-            kv.shape[1],
-            dk,
-            y.shape[-1],
-            *x.stride()[:3],
-            *y.stride()[:3],
-            *strides(cos, 2)[:2],
-            *strides(sin, 2)[:2],
-            FACTORS=weights is not None,
+            **strided(TOKENS, x, x=x, y=y),
+            kv=kv,
+            z=z,
+            **_weights(x, weights),
+            to_x=dx,
+            scale=scale,
+            constant=constant,
+            **_shared(x, y.shape[-1], kv.shape[1], cos, sin),
             **options,
         )
+
+
+def _shared(x, dv, groups, cos, sin) -> dict:
+    """The arguments that every kernel takes."""
+    _, length, heads, dk = x.shape
+    sizes = {"length": length, "heads": heads, "groups": groups, "dk": dk, "dv": dv}
+    return strided(("token", "group"), x, cos=cos, sin=sin) | sizes
+
+
+def _weights(instead, weights) -> dict:
+    """What `factors` gave, or None."""
+    factor, weight = weights or (None, None)
+    return {**pointers(instead, factor=factor, weight=weight), "FACTORS": weights is not None}
 
 
 def _tiles(x, v, feature_map, cos):

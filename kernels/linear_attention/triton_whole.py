@@ -29,7 +29,7 @@ def feature(x, inner, MAP: tl.constexpr):
 
 
 @triton.jit
-def rotated(x, cos, sin, tokens, keys, live, here, c_token, s_token, BACK: tl.constexpr, ROTARY: tl.constexpr):
+def rotated(x, cos, sin, tokens, keys, live, here, cos_token, sin_token, BACK: tl.constexpr, ROTARY: tl.constexpr):
     """The pairs (2i, 2i+1) of x (tokens, keys) turned by their angle; BACK: by its negative."""
     if ROTARY:
         even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -37,7 +37,7 @@ def rotated(x, cos, sin, tokens, keys, live, here, c_token, s_token, BACK: tl.co
             other = tl.join(odd, -even)
         else:
             other = tl.join(-odd, even)
-        cosine, sine = tile(cos, tokens * c_token, keys, live, here), tile(sin, tokens * s_token, keys, live, here)
+        cosine, sine = tile(cos, tokens * cos_token, keys, live, here), tile(sin, tokens * sin_token, keys, live, here)
         x = x * cosine + tl.reshape(other, (x.shape[0], x.shape[1])) * sine
     return x
 
@@ -67,10 +67,10 @@ def sums(
     v_batch,
     v_token,
     v_head,
-    c_token,
-    c_group,
-    s_token,
-    s_group,
+    cos_token,
+    cos_group,
+    sin_token,
+    sin_group,
     MAP: tl.constexpr,
     ROTARY: tl.constexpr,
     FACTORS: tl.constexpr,
@@ -91,8 +91,8 @@ def sums(
     here_k, here_v = keys < dk, values < dv
     x += b * x_batch + h * x_head
     v += b * v_batch + h * v_head
-    cos += h // (heads // groups) * c_group
-    sin += h // (heads // groups) * s_group
+    cos += h // (heads // groups) * cos_group
+    sin += h // (heads // groups) * sin_group
     kv, z = tl.zeros((BK, BV), tl.float32), tl.zeros((BK,), tl.float32)
     for first in range(segment * steps, tl.minimum((segment + 1) * steps, length), T):
         tokens = first + tl.arange(0, T).to(tl.int64)
@@ -105,7 +105,7 @@ def sums(
         else:
             v_t *= scale
             z += tl.sum(mapped, 0) * constant
-        kv += product(tl.trans(rotated(mapped, cos, sin, tokens, keys, live, here_k, c_token, s_token, False, ROTARY)), v_t)
+        kv += product(tl.trans(rotated(mapped, cos, sin, tokens, keys, live, here_k, cos_token, sin_token, False, ROTARY)), v_t)
     at = row * segments + segment
     tl.store(to_kv + at * dk * dv + keys[:, None] * dv + values[None, :], kv, mask=here_k[:, None] & here_v[None, :])
     if tile_v == 0:
@@ -130,10 +130,10 @@ def outputs(
     x_batch,
     x_token,
     x_head,
-    c_token,
-    c_group,
-    s_token,
-    s_group,
+    cos_token,
+    cos_group,
+    sin_token,
+    sin_group,
     MAP: tl.constexpr,
     ROTARY: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -151,8 +151,8 @@ def outputs(
     values = program % tiles_v * BV + tl.arange(0, BV)
     live, here_v = tokens < length, values < dv
     x += b * x_batch + h * x_head
-    cos += group * c_group
-    sin += group * s_group
+    cos += group * cos_group
+    sin += group * sin_group
     kv += (b * groups + group) * dk * dv
     z += (b * groups + group) * dk
     upper, below = tl.zeros((T, BV), tl.float32), tl.zeros((T,), tl.float32)
@@ -162,7 +162,7 @@ def outputs(
         mapped = feature(tile(x, tokens * x_token, keys, live, here_k), live[:, None] & here_k[None, :], MAP)
         if NORMALIZE:
             below += tl.sum(mapped * tl.load(z + keys, mask=here_k, other=0.0)[None, :], 1)
-        turned = rotated(mapped, cos, sin, tokens, keys, live, here_k, c_token, s_token, False, ROTARY)
+        turned = rotated(mapped, cos, sin, tokens, keys, live, here_k, cos_token, sin_token, False, ROTARY)
         upper += product(turned, tile(kv, keys * dv, values, here_k, here_v))
     upper *= scale
     if NORMALIZE:
@@ -194,10 +194,10 @@ def factors(
     y_batch,
     y_token,
     y_head,
-    c_token,
-    c_group,
-    s_token,
-    s_group,
+    cos_token,
+    cos_group,
+    sin_token,
+    sin_group,
     MAP: tl.constexpr,
     ROTARY: tl.constexpr,
     T: tl.constexpr,
@@ -213,8 +213,8 @@ def factors(
     live = tokens < length
     x += b * x_batch + h * x_head
     y += b * y_batch + h * y_head
-    cos += group * c_group
-    sin += group * s_group
+    cos += group * cos_group
+    sin += group * sin_group
     kv += (b * groups + group) * dk * dv
     z += (b * groups + group) * dk
     below, above = tl.zeros((T,), tl.float32), tl.zeros((T,), tl.float32)
@@ -228,7 +228,7 @@ def factors(
             back += product(tile(y, tokens * y_token, values, live, here_v), tl.trans(tile(kv, keys * dv, values, here_k, here_v)))
         mapped = feature(tile(x, tokens * x_token, keys, live, here_k), live[:, None] & here_k[None, :], MAP)
         below += tl.sum(mapped * tl.load(z + keys, mask=here_k, other=0.0)[None, :], 1)
-        above += tl.sum(back * rotated(mapped, cos, sin, tokens, keys, live, here_k, c_token, s_token, False, ROTARY), 1)
+        above += tl.sum(back * rotated(mapped, cos, sin, tokens, keys, live, here_k, cos_token, sin_token, False, ROTARY), 1)
     f = scale / (below + eps)
     tl.store(factor + row * length + tokens, f, mask=live)
     tl.store(weight + row * length + tokens, -f * above / (below + eps), mask=live)
@@ -258,10 +258,10 @@ def inputs(
     y_batch,
     y_token,
     y_head,
-    c_token,
-    c_group,
-    s_token,
-    s_group,
+    cos_token,
+    cos_group,
+    sin_token,
+    sin_group,
     MAP: tl.constexpr,
     ROTARY: tl.constexpr,
     FACTORS: tl.constexpr,
@@ -285,7 +285,7 @@ def inputs(
         values = first + tl.arange(0, BV)
         here_v = values < dv
         back += product(tile(y, tokens * y_token, values, live, here_v), tl.trans(tile(kv, keys * dv, values, here_k, here_v)))
-    back = rotated(back, cos + group * c_group, sin + group * s_group, tokens, keys, live, here_k, c_token, s_token, True, ROTARY)
+    back = rotated(back, cos + group * cos_group, sin + group * sin_group, tokens, keys, live, here_k, cos_token, sin_token, True, ROTARY)
     total = tl.load(z + (b * groups + group) * dk + keys, mask=here_k, other=0.0)[None, :]
     if FACTORS:
         back *= tl.load(factor + row * length + tokens, mask=live, other=0.0)[:, None]

@@ -16,7 +16,8 @@ import triton
 from medssm.kernels.selective_scan import plan
 from medssm.kernels.selective_scan.triton_backward import adjoint, local_adjoint
 from medssm.kernels.selective_scan.triton_forward import apply, carry, local
-from medssm.kernels.triton import on, plain, present, strides
+from medssm.kernels.triton import on, plain, pointers, strided
+from medssm.kernels.walks import at_starts
 
 STATES = 16  # of a launch: as many vectors as stay in registers
 LANES = 32  # of a warp
@@ -24,6 +25,9 @@ GROUP = 32  # chunks that the carry reads ahead
 HELD = 2  # steps whose states a backward holds at a time
 SHELVES = 2**26  # bytes, of all programs of a backward: 1024 programs with 16 states, as many as a large GPU runs at a time
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+# The names of the strides that a launch passes: of tokens, A, B and C, results, states by chunk, and states (b,d,n).
+TOKENS, RATES, GROUPS, ROWS = ("batch", "token", "channel"), ("channel", "state"), ("batch", "token", "group", "state"), ("batch", "token")
+CHUNKS, STATES_OF = ("batch", "chunk"), ("batch", "channel", "state")
 UNSPILLED = {"maxnreg": 255}  # else the assembler may spill a few registers so that more programs run at a time
 
 
@@ -62,10 +66,18 @@ class _Scan(NamedTuple):
         steps = plan.steps(batch * tiles, length, states)
         return tiles, steps, triton.cdiv(length, steps)
 
-    def options(self) -> dict:
-        """What all kernels are compiled for."""
+    def arguments(self, steps: int, chunks: int) -> dict:
+        """What every kernel but `carry` takes."""
         n = self.A.shape[1]
         return {
+            **strided(TOKENS, self.u, delta=self.delta),
+            **strided(RATES, self.u, A=self.A),
+            **pointers(self.u, bias=self.bias, proj=self.proj, index=self.index, keep=self.keep),
+            "length": self.u.shape[1],
+            "channels": self.u.shape[2],
+            "groups": self.B.shape[2],
+            "steps": steps,
+            "chunks": chunks,
             "N": n,
             "K": 4 if n > 4 else 8,
             "RANK": 0 if self.proj is None else self.proj.shape[0],
@@ -121,23 +133,8 @@ def forward_nd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, 
     if out.numel():
         merged = None if stack else _Total(out, k * _launches(A))
         with on(x):
-            for i, (index, starts, reverse) in enumerate(walks):
-                scan = _scan(
-                    _slice(x, i),
-                    delta[:, :, i],
-                    A[i],
-                    B[:, :, i],
-                    C[:, :, i],
-                    _row(D, i),
-                    z,
-                    _row(delta_bias, i),
-                    delta_softplus,
-                    _row(delta_proj, i),
-                    index,
-                    starts,
-                    reverse,
-                    None,
-                )
+            for i, walk in enumerate(walks):
+                scan = _scan_of_walk(i, walk, x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj)
                 total = _Total(out[:, :, i], _launches(A)) if stack else merged
                 _forward(scan, 1 / k if merge == "mean" else 1.0, total, None if checkpoints is None else checkpoints[:, i], None)
     return out, checkpoints
@@ -189,23 +186,8 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_so
     x_total = None if own else _Total(dx, k * _launches(A))
     z_total = None if z is None else _Total(dz, k * _launches(A))
     with on(x):
-        for i, (index, starts, reverse) in enumerate(walks):
-            scan = _scan(
-                _slice(x, i),
-                delta[:, :, i],
-                A[i],
-                B[:, :, i],
-                C[:, :, i],
-                _row(D, i),
-                z,
-                _row(delta_bias, i),
-                delta_softplus,
-                _row(delta_proj, i),
-                index,
-                starts,
-                reverse,
-                None,
-            )
+        for i, walk in enumerate(walks):
+            scan = _scan_of_walk(i, walk, x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj)
             _backward(
                 scan,
                 1 / k if merge == "mean" else 1.0,
@@ -217,7 +199,7 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_so
                 dB[:, :, i],
                 dC[:, :, i],
                 z_total,
-                *(_row(g, i) for g in dweights),
+                *(None if g is None else g[i] for g in dweights),
                 None,
             )
     dA, dD, dbias, dproj = (None if t is None else g.to(t.dtype) for g, t in zip(dweights, weights, strict=True))
@@ -226,81 +208,44 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_so
 
 def _forward(scan, scale, total, checkpoints, state):
     """total += y + D u along one walk; its last launch scales and gates. Fills checkpoints (b,chunks,n,d) and state (b,d,n) where given."""
-    batch, length, channels = scan.u.shape
+    batch, _, channels = scan.u.shape
     n, groups = scan.A.shape[1], scan.B.shape[2]
     per_group = channels // groups
     tile = 2 * LANES if per_group % (2 * LANES) == 0 or per_group > 8 * LANES else LANES  # two channels a lane, unless that leaves many idle
     tiles, steps, chunks = scan.cut(tile, n)
+    programs = batch * chunks * tiles
     sums = _floats(scan.u, batch, chunks, channels) if chunks > 1 else None
     for of, part in scan.parts():
-        u, delta, A, B, C, D, z, bias, _, proj, index, keep, _, initial = part
-        options = part.options() | {"TILE": tile}
+        u, A = part.u, part.A
         saved = None if checkpoints is None else checkpoints[:, :, of]
-        entries = _by_chunk(initial)
+        entries = _by_chunk(part.initial)
+        shared = part.arguments(steps, chunks) | {"TILE": tile}
         if chunks > 1:
             # Where checkpoints are saved, those at the chunks' begins hold their ends and then their entry states: no further memory.
             entries = _floats(u, batch, chunks, A.shape[1], channels) if saved is None else saved[:, :: steps // plan.chunk(n)]
-            local[batch * chunks * tiles,](
-                u,
-                delta,
-                A,
-                B,
-                *present(u, bias, proj, index, keep),
-                entries,
-                sums,
-                length,
-                channels,
-                groups,
-                steps,
-                chunks,
-                *u.stride(),
-                *delta.stride(),
-                *A.stride(),
-                *B.stride(),
-                *entries.stride()[:2],
-                **options,
-            )
-            _carry(entries, sums, A, initial, keep, steps, backward=False)
+            local[programs,](**strided(TOKENS, u, u=u), **strided(GROUPS, u, B=part.B), **strided(CHUNKS, u, ends=entries), sums=sums, **shared)
+            _carry(entries, sums, A, part.initial, part.keep, steps, backward=False)
         target, earlier = total.next()
-        if total.left:  # only the last launch scales and gates
-            z, factor = None, 1.0
-        else:
-            factor = scale
+        last = not total.left  # only the last launch scales and gates
+        z = part.z if last else None
         final = None if state is None else state[:, :, of]
-        apply[batch * chunks * tiles,](
-            u,
-            delta,
-            A,
-            B,
-            C,
-            *present(u, D, z, bias, proj, index, keep, entries),
-            target,
-            *present(u, earlier, saved, final),
-            factor,
-            length,
-            channels,
-            groups,
-            steps,
-            chunks,
-            *u.stride(),
-            *delta.stride(),
-            *A.stride(),
-            *B.stride(),
-            *C.stride(),
-            *strides(z, 3),
-            *strides(entries, 4),
-            *target.stride()[:2],
-            *strides(earlier, 3)[:2],
-            *strides(saved, 4)[:2],
-            *strides(final, 3),
+        apply[programs,](
+            **strided(TOKENS, u, u=u, z=z),
+            **strided(GROUPS, u, B=part.B, C=part.C),
+            **pointers(u, D=part.D),
+            **strided((*CHUNKS, "state", "channel"), u, entry=entries),
+            **strided(ROWS, u, out=target, earlier=earlier),
+            **strided(CHUNKS, u, checkpoints=saved),
+            **strided(STATES_OF, u, state=final),
+            scale=scale if last else 1.0,
             CHUNK=plan.chunk(n),
-            SKIP=D is not None,
+            SKIP=part.D is not None,
             GATE=z is not None,
             ENTRY=entries is not None,
             EARLIER=earlier is not None,
             SAVE=saved is not None,
             FINAL=final is not None,
-            **options,
+            **shared,
         )
 
 
@@ -319,36 +264,18 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
     rank = scan.proj.shape[0] if low_rank else 0
     delta_total, delta_sums = None if low_rank else _Total(ddelta, _launches(scan.A)), []
     for of, part in scan.parts():
-        u, delta, A, B, C, D, z, bias, _, proj, index, keep, _, _ = part
-        options = part.options() | {"TILE": LANES, "GATE": z is not None}
-        exits = _by_chunk(None if dstate is None else dstate[:, :, of])
+        u, A, z, D = part.u, part.A, part.z, part.D
+        dfinal = None if dstate is None else dstate[:, :, of]
+        exits = _by_chunk(dfinal)
+        shared = part.arguments(steps, chunks) | {"scale": scale, "TILE": LANES, "GATE": z is not None}
         if chunks > 1:
-            after, exits = exits, _floats(like, batch, chunks, A.shape[1], channels)
+            exits = _floats(like, batch, chunks, A.shape[1], channels)
             local_adjoint[items,](
-                dout,
-                delta,
-                A,
-                C,
-                *present(u, z, bias, proj, index, keep),
-                exits,
-                sums,
-                scale,
-                length,
-                channels,
-                groups,
-                steps,
-                chunks,
-                *dout.stride(),
-                *delta.stride(),
-                *A.stride(),
-                *C.stride(),
-                *strides(z, 3),
-                *exits.stride()[:2],
-                **options,
+                **strided(TOKENS, u, dout=dout, z=z), **strided(GROUPS, u, C=part.C), **strided(CHUNKS, u, ends=exits), totals=sums, **shared
             )
-            _carry(exits, sums, A, None if after is None else dstate[:, :, of], keep, steps, backward=True)
+            _carry(exits, sums, A, dfinal, part.keep, steps, backward=True)
         A_sums = _floats(like, batch, chunks, A.shape[1], channels)
-        B_sums, C_sums = (_floats(like, tiles // groups, *B.shape) for _ in range(2))
+        B_sums, C_sums = (_floats(like, tiles // groups, *part.B.shape) for _ in range(2))
         shelf = _floats(like, programs, *shelf_of_one)
         du_target, du_earlier = du.next()
         dz_target, dz_earlier = (None, None) if dz is None else dz.next()
@@ -358,67 +285,32 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
         else:
             (delta_target, delta_earlier), proj_sums = delta_total.next(), None
         into = None if dinitial is None else dinitial[:, :, of]
-        saved = checkpoints[:, :, of]
         adjoint[programs,](
-            dout,
-            u,
-            delta,
-            A,
-            B,
-            C,
-            *present(u, D, z, bias, proj, index, keep),
-            saved,
-            *present(u, exits),
-            shelf,
-            du_target,
-            *present(u, du_earlier),
-            delta_target,
-            *present(u, delta_earlier, dz_target, dz_earlier),
-            A_sums,
-            B_sums,
-            C_sums,
-            D_sums,
-            bias_sums,
-            *present(u, proj_sums, into),
-            scale,
-            items,
-            batch,
-            length,
-            channels,
-            groups,
-            steps,
-            chunks,
-            *dout.stride(),
-            *u.stride(),
-            *delta.stride(),
-            *A.stride(),
-            *B.stride(),
-            *C.stride(),
-            *strides(z, 3),
-            *saved.stride()[:2],
-            *strides(exits, 4),
-            *du_target.stride()[:2],
-            *strides(du_earlier, 3)[:2],
-            *delta_target.stride()[:2],
-            *strides(delta_earlier, 3)[:2],
-            *strides(dz_target, 3)[:2],
-            *strides(dz_earlier, 3)[:2],
-            *strides(into, 3),
+            **strided(TOKENS, u, dout=dout, u=u, z=z),
+            **strided(GROUPS, u, B=part.B, C=part.C),
+            **strided(CHUNKS, u, checkpoints=checkpoints[:, :, of]),
+            **strided((*CHUNKS, "state", "channel"), u, exit=exits),
+            **strided(ROWS, u, du=du_target, du_earlier=du_earlier, dz=dz_target, dz_earlier=dz_earlier),
+            **strided(ROWS, u, ddelta=delta_target, ddelta_earlier=delta_earlier),
+            **strided(STATES_OF, u, dinitial=into),
+            **pointers(u, D=D, shelf=shelf, dA=A_sums, dB=B_sums, dC=C_sums, dD=D_sums, dbias=bias_sums, dproj=proj_sums),
+            items=items,
+            batch=batch,
             CHUNK=chunk,
             SKIP=D is not None,
             EXIT=exits is not None,
             INITIAL=into is not None,
             DU_EARLIER=du_earlier is not None,
-            DD_EARLIER=delta_earlier is not None,
+            DDELTA_EARLIER=delta_earlier is not None,
             DZ_EARLIER=dz_earlier is not None,
-            **options | UNSPILLED | {"K": HELD},
+            **shared | UNSPILLED | {"K": HELD},
         )
         dA[:, of] = A_sums.sum((0, 1)).t()
         dB[..., of] = B_sums.sum(0)
         dC[..., of] = C_sums.sum(0)
         if D is not None:
             torch.sum(D_sums, (0, 1), out=dD)
-        if bias is not None:
+        if part.bias is not None:
             _add(dbias, bias_sums.sum((0, 1)), of)
         if low_rank:
             _add(dproj, proj_sums.sum((0, 1)).t(), of)
@@ -430,21 +322,15 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
 def _carry(values, sums, A, entry, keep, steps, backward):
     """values (b,chunks,n,d), what each chunk gives from zero, become what enters each; sums (b,chunks,d); entry (b,d,n) enters the first."""
     batch, chunks, n, channels = values.shape
-    fades = None
-    if keep is not None:
-        fades = torch.nn.functional.pad(keep[:-1], (0, chunks * steps - keep.shape[0] + 1)).view(chunks, steps).amin(1)
-    entry_strides = (0, 0, 0) if entry is None else (entry.stride(0), entry.stride(2), entry.stride(1))
+    fades = None if keep is None else torch.nn.functional.pad(keep, (0, chunks * steps - keep.shape[0])).view(chunks, steps).amin(1)
     carry[batch * n * triton.cdiv(channels, LANES),](
-        values,
-        sums,
-        A,
-        *present(A, entry, fades),
-        channels,
-        n,
-        chunks,
-        *values.stride()[:2],
-        *A.stride(),
-        *entry_strides,
+        **strided(CHUNKS, A, values=values),
+        **strided(RATES, A, A=A),
+        **strided(STATES_OF, A, entry=entry),
+        **pointers(A, sums=sums, fades=fades),
+        channels=channels,
+        states=n,
+        chunks=chunks,
         TILE=LANES,
         GROUP=min(GROUP, triton.next_power_of_2(chunks)),
         ENTRY=entry is not None,
@@ -456,12 +342,15 @@ def _carry(values, sums, A, entry, keep, steps, backward):
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state) -> _Scan:
     proj = None if delta_proj is None else _dense(delta_proj.t())  # lanes read a rank's row of channels
-    keep = None
-    if starts is not None:
-        length = u.shape[1]
-        keep = torch.zeros(length + 1, dtype=torch.float32, device=u.device).index_fill_(0, length - starts if reverse else starts, -math.inf)
-        keep[0] = 0.0  # the initial state precedes step 0
+    keep = at_starts(starts, u.shape[1], reverse, -math.inf, torch.float32)
     return _Scan(u, delta, _dense(A), B, C, _dense(D), z, _dense(delta_bias), softplus, proj, index, keep, reverse, initial_state)
+
+
+def _scan_of_walk(i, walk, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj) -> _Scan:
+    """The scan along walk i of `forward_nd`."""
+    weights = (None if t is None else t[i] for t in (D, delta_bias, delta_proj))
+    D, delta_bias, delta_proj = weights
+    return _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], D, z, delta_bias, softplus, delta_proj, *walk, None)
 
 
 def _launches(A) -> int:
@@ -495,7 +384,3 @@ def _dense(t):
 def _slice(x, i):
     """Order i's tokens: a tensor (b,l,k,d) has its own for every order, (b,l,d) serves all."""
     return x[:, :, i] if x.dim() == 4 else x
-
-
-def _row(weight, i):
-    return None if weight is None else weight[i]

@@ -53,11 +53,11 @@ def sums(values):
 
 
 @triton.jit
-def upstream(dout, z, tokens, here, live, scale, o_token, z_token, K: tl.constexpr, GATE: tl.constexpr):
+def upstream(dout, z, tokens, here, live, scale, dout_token, z_token, K: tl.constexpr, GATE: tl.constexpr):
     """dy of K tokens, and the gradient of z over y (zeros without a gate); both 0 past the end."""
     dy, dgate = (), ()
     for k in tl.static_range(K):
-        g = tl.load(dout + tokens[k] * o_token, mask=where_live(here, live[k]), other=0.0).to(tl.float32) * scale
+        g = tl.load(dout + tokens[k] * dout_token, mask=where_live(here, live[k]), other=0.0).to(tl.float32) * scale
         if GATE:
             gate = tl.load(z + tokens[k] * z_token, mask=here, other=0.0).to(tl.float32)
             open = sigmoid(gate)
@@ -85,7 +85,7 @@ def store_rows(to, values, tokens, live, token_step, K: tl.constexpr):
 
 @triton.jit
 def walk_forwards(
-    h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_token, c_state, N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr
+    h, a, s, su, dy, fades, tokens, B, C, B_token, B_state, C_token, C_state, N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr
 ):
     """K steps: (h after them, dC's products, y without D u, zero where no gate needs it)."""
     products, outputs = (), ()
@@ -93,10 +93,10 @@ def walk_forwards(
         after = ()
         y = tl.zeros_like(s[k])
         for n in tl.static_range(N):
-            B_t = tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
+            B_t = tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32)
             v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t
             if GATE:
-                y += v * tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
+                y += v * tl.load(C + tokens[k] * C_token + n * C_state).to(tl.float32)
             products = products + (dy[k] * v,)
             after = after + (v,)
         h = after
@@ -106,7 +106,7 @@ def walk_forwards(
 
 @triton.jit
 def walk_backwards(
-    g, A_sums, h, a, s, su, dy, fades, tokens, B, C, b_token, b_state, c_token, c_state, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr
+    g, A_sums, h, a, s, su, dy, fades, tokens, B, C, B_token, B_state, C_token, C_state, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr
 ):
     """K steps from the last, h the state before them: (g before them, A_sums, dB's products, sum_n dh_t B_t, sum_n w_t A log2 e)."""
     before, decays = (), ()  # h_{t-1} and e_t, N of each token
@@ -116,7 +116,7 @@ def walk_backwards(
             e = decay(s[k], a[n], fades[k], KEEP)
             before = before + (h[n],)
             decays = decays + (e,)
-            after = after + (e * h[n] + su[k] * tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32),)
+            after = after + (e * h[n] + su[k] * tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32),)
         h = after
     products, along_B, along_A = (), (), ()
     for k in tl.static_range(K - 1, -1, -1):
@@ -124,9 +124,9 @@ def walk_backwards(
         by_A = tl.zeros_like(s[k])
         earlier, totals, row = (), (), ()
         for n in tl.static_range(N):
-            dh = g[n] + dy[k] * tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
+            dh = g[n] + dy[k] * tl.load(C + tokens[k] * C_token + n * C_state).to(tl.float32)
             row = row + (dh * su[k],)
-            by_B += dh * tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
+            by_B += dh * tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32)
             dh *= decays[k * N + n]
             w = dh * before[k * N + n]
             by_A += w * a[n]
@@ -156,23 +156,23 @@ def local_adjoint(
     groups,
     steps,
     chunks,
-    o_batch,
-    o_token,
-    o_channel,
-    d_batch,
-    d_token,
-    d_channel,
-    a_channel,
-    a_state,
-    c_batch,
-    c_token,
-    c_group,
-    c_state,
+    dout_batch,
+    dout_token,
+    dout_channel,
+    delta_batch,
+    delta_token,
+    delta_channel,
+    A_channel,
+    A_state,
+    C_batch,
+    C_token,
+    C_group,
+    C_state,
     z_batch,
     z_token,
     z_channel,
-    e_batch,
-    e_chunk,
+    ends_batch,
+    ends_chunk,
     N: tl.constexpr,
     K: tl.constexpr,
     TILE: tl.constexpr,
@@ -188,16 +188,16 @@ def local_adjoint(
     tiles = groups * tl.cdiv(channels // groups, TILE)
     program = tl.program_id(0)
     chunk, b = program // tiles % chunks, (program // tiles // chunks).to(tl.int64)
-    c_state, d_channel = tl.cast(c_state, tl.int64), tl.cast(d_channel, tl.int64)
+    C_state, delta_channel = tl.cast(C_state, tl.int64), tl.cast(delta_channel, tl.int64)
     group, d, here = tile_of(program % tiles, channels, groups, TILE)
-    a = rates(A, d, here, a_channel, a_state, N)
+    a = rates(A, d, here, A_channel, A_state, N)
     shift = tl.zeros((TILE,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, mask=here, other=0.0)
-    dout += b * o_batch + d * o_channel
-    delta += b * d_batch
+    dout += b * dout_batch + d * dout_channel
+    delta += b * delta_batch
     z += b * z_batch + d * z_channel
-    C += b * c_batch + group * c_group
+    C += b * C_batch + group * C_group
     g = vectors(ends, here, 0, N, False, shift)
     total = tl.zeros((TILE,), tl.float32)
     end = tl.minimum((chunk + 1) * steps, length)
@@ -205,18 +205,18 @@ def local_adjoint(
     for block in range(blocks):
         first = chunk * steps + (blocks - 1 - block) * K
         tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
-        raw = raw_steps(delta, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
-        dy, _ = upstream(dout, z, tokens, here, live, scale, o_token, z_token, K, GATE)
+        raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
+        dy, _ = upstream(dout, z, tokens, here, live, scale, dout_token, z_token, K, GATE)
         s = positive(raw, live, K, SOFTPLUS)
         for k in tl.static_range(K - 1, -1, -1):
             total += s[k]
             before = ()
             for n in tl.static_range(N):
-                C_t = tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
+                C_t = tl.load(C + tokens[k] * C_token + n * C_state).to(tl.float32)
                 before = before + (decay(s[k], a[n], fades[k], KEEP) * (g[n] + dy[k] * C_t),)
             g = before
     for n in tl.static_range(N):
-        tl.store(ends + b * e_batch + tl.cast(chunk, tl.int64) * e_chunk + n * channels + d, g[n], mask=here)
+        tl.store(ends + b * ends_batch + tl.cast(chunk, tl.int64) * ends_chunk + n * channels + d, g[n], mask=here)
     tl.store(totals + (b * chunks + chunk) * channels + d, total, mask=here)
 
 
@@ -258,49 +258,49 @@ def adjoint(
     groups,
     steps,
     chunks,
-    g_batch,
-    g_token,
-    g_channel,
+    dout_batch,
+    dout_token,
+    dout_channel,
     u_batch,
     u_token,
     u_channel,
-    d_batch,
-    d_token,
-    d_channel,
-    a_channel,
-    a_state,
-    b_batch,
-    b_token,
-    b_group,
-    b_state,
-    c_batch,
-    c_token,
-    c_group,
-    c_state,
+    delta_batch,
+    delta_token,
+    delta_channel,
+    A_channel,
+    A_state,
+    B_batch,
+    B_token,
+    B_group,
+    B_state,
+    C_batch,
+    C_token,
+    C_group,
+    C_state,
     z_batch,
     z_token,
     z_channel,
-    k_batch,
-    k_chunk,
-    e_batch,
-    e_chunk,
-    e_state,
-    e_channel,
+    checkpoints_batch,
+    checkpoints_chunk,
+    exit_batch,
+    exit_chunk,
+    exit_state,
+    exit_channel,
     du_batch,
     du_token,
     du_earlier_batch,
     du_earlier_token,
-    dd_batch,
-    dd_token,
-    dd_earlier_batch,
-    dd_earlier_token,
+    ddelta_batch,
+    ddelta_token,
+    ddelta_earlier_batch,
+    ddelta_earlier_token,
     dz_batch,
     dz_token,
     dz_earlier_batch,
     dz_earlier_token,
-    i_batch,
-    i_channel,
-    i_state,
+    dinitial_batch,
+    dinitial_channel,
+    dinitial_state,
     N: tl.constexpr,
     K: tl.constexpr,
     TILE: tl.constexpr,
@@ -312,7 +312,7 @@ def adjoint(
     EXIT: tl.constexpr,
     INITIAL: tl.constexpr,
     DU_EARLIER: tl.constexpr,
-    DD_EARLIER: tl.constexpr,
+    DDELTA_EARLIER: tl.constexpr,
     DZ_EARLIER: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     WALK: tl.constexpr,
@@ -326,26 +326,26 @@ def adjoint(
     """
     tiles_of_group = tl.cdiv(channels // groups, TILE)
     tiles = groups * tiles_of_group
-    b_state, c_state, d_channel = tl.cast(b_state, tl.int64), tl.cast(c_state, tl.int64), tl.cast(d_channel, tl.int64)
+    B_state, C_state, delta_channel = tl.cast(B_state, tl.int64), tl.cast(C_state, tl.int64), tl.cast(delta_channel, tl.int64)
     lane = tl.arange(0, TILE)
     shelf += tl.program_id(0).to(tl.int64) * (CHUNK // K * N * TILE) + lane
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile, chunk, b = item % tiles, item // tiles % chunks, tl.cast(item // tiles // chunks, tl.int64)
         group, d, here = tile_of(tile, channels, groups, TILE)
-        a = rates(A, d, here, a_channel, a_state, N)
+        a = rates(A, d, here, A_channel, A_state, N)
         shift = tl.zeros((TILE,), tl.float32)
         if BIAS:
             shift = tl.load(bias + d, mask=here, other=0.0)
         if SKIP:
             skip = tl.load(D + d, mask=here, other=0.0)
-        dout_at = dout + b * g_batch + d * g_channel
+        dout_at = dout + b * dout_batch + d * dout_channel
         u_at = u + b * u_batch + d * u_channel
-        delta_at = delta + b * d_batch
+        delta_at = delta + b * delta_batch
         z_at = z + b * z_batch + d * z_channel
-        B_at = B + b * b_batch + group * b_group
-        C_at = C + b * c_batch + group * c_group
+        B_at = B + b * B_batch + group * B_group
+        C_at = C + b * C_batch + group * C_group
         row = ((tile % tiles_of_group * batch + b) * length * groups + group) * N  # of dB and dC
-        g = vectors(exit + b * e_batch + tl.cast(chunk, tl.int64) * e_chunk + d * e_channel, here, e_state, N, EXIT, shift)
+        g = vectors(exit + b * exit_batch + tl.cast(chunk, tl.int64) * exit_chunk + d * exit_channel, here, exit_state, N, EXIT, shift)
         A_sums = vectors(exit, here, 0, N, False, shift)
         D_sum = tl.zeros((TILE,), tl.float32)
         bias_sum = tl.zeros((TILE,), tl.float32)
@@ -356,19 +356,21 @@ def adjoint(
             end = tl.minimum(begin + CHUNK, end_of_chunk)
             blocks = tl.cdiv(end - begin, K)
 
-            h = vectors(checkpoints + b * k_batch + tl.cast(begin // CHUNK, tl.int64) * k_chunk + d, here, channels, N, True, shift)
+            h = vectors(
+                checkpoints + b * checkpoints_batch + tl.cast(begin // CHUNK, tl.int64) * checkpoints_chunk + d, here, channels, N, True, shift
+            )
             for block in range(blocks):
                 for n in tl.static_range(N):
                     tl.store(shelf + (block * N + n) * TILE, h[n])
                 tokens, live, fades = places(index, keep, begin + block * K, end, length, K, WALK, KEEP, REVERSE)
-                raw = raw_steps(delta_at, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+                raw = raw_steps(delta_at, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
                 inputs = rows(u_at, tokens, here, u_token, K)
-                dy, dgate = upstream(dout_at, z_at, tokens, here, live, scale, g_token, z_token, K, GATE)
+                dy, dgate = upstream(dout_at, z_at, tokens, here, live, scale, dout_token, z_token, K, GATE)
                 if DZ_EARLIER:
                     gate_sums = rows(dz_earlier + b * dz_earlier_batch + d, tokens, here, dz_earlier_token, K)
                 s = positive(raw, live, K, SOFTPLUS)
                 su = drives(s, inputs, live, K)
-                h, products, y = walk_forwards(h, a, s, su, dy, fades, tokens, B_at, C_at, b_token, b_state, c_token, c_state, N, K, GATE, KEEP)
+                h, products, y = walk_forwards(h, a, s, su, dy, fades, tokens, B_at, C_at, B_token, B_state, C_token, C_state, N, K, GATE, KEEP)
                 store_rows(dC + row, products, tokens, live, groups * N, K)
                 if GATE:
                     for k in tl.static_range(K):
@@ -384,14 +386,14 @@ def adjoint(
             for i in range(blocks):
                 block = blocks - 1 - i
                 tokens, live, fades = places(index, keep, begin + block * K, end, length, K, WALK, KEEP, REVERSE)
-                raw = raw_steps(delta_at, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+                raw = raw_steps(delta_at, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
                 inputs = rows(u_at, tokens, here, u_token, K)
-                dy, _ = upstream(dout_at, z_at, tokens, here, live, scale, g_token, z_token, K, GATE)
+                dy, _ = upstream(dout_at, z_at, tokens, here, live, scale, dout_token, z_token, K, GATE)
                 s = positive(raw, live, K, SOFTPLUS)
                 su = drives(s, inputs, live, K)
                 before = vectors(shelf + block * N * TILE, lane >= 0, TILE, N, True, shift)
                 g, A_sums, products, along_B, along_A = walk_backwards(
-                    g, A_sums, before, a, s, su, dy, fades, tokens, B_at, C_at, b_token, b_state, c_token, c_state, N, K, KEEP
+                    g, A_sums, before, a, s, su, dy, fades, tokens, B_at, C_at, B_token, B_state, C_token, C_state, N, K, KEEP
                 )
                 store_rows(dB + row, products, tokens, live, groups * N, K)
                 dsteps = ()
@@ -409,9 +411,11 @@ def adjoint(
                     bias_sum += ds
                     dsteps = dsteps + (ds,)
                     if RANK == 0:
-                        if DD_EARLIER:
-                            ds += tl.load(ddelta_earlier + b * dd_earlier_batch + tokens[k] * dd_earlier_token + d, mask=here, other=0.0)
-                        tl.store(ddelta + b * dd_batch + tokens[k] * dd_token + d, ds.to(ddelta.dtype.element_ty), mask=where_live(here, live[k]))
+                        if DDELTA_EARLIER:
+                            ds += tl.load(ddelta_earlier + b * ddelta_earlier_batch + tokens[k] * ddelta_earlier_token + d, mask=here, other=0.0)
+                        tl.store(
+                            ddelta + b * ddelta_batch + tokens[k] * ddelta_token + d, ds.to(ddelta.dtype.element_ty), mask=where_live(here, live[k])
+                        )
                 if RANK > 0:
                     for r in range(RANK):
                         p = tl.load(proj + r * channels + d, mask=here, other=0.0)
@@ -419,7 +423,7 @@ def adjoint(
                         proj_sum = tl.load(to_proj, mask=here, other=0.0)
                         parts = ()
                         for k in tl.static_range(K):
-                            proj_sum += dsteps[k] * tl.load(delta_at + tokens[k] * d_token + r * d_channel).to(tl.float32)
+                            proj_sum += dsteps[k] * tl.load(delta_at + tokens[k] * delta_token + r * delta_channel).to(tl.float32)
                             parts = parts + (dsteps[k] * p,)
                         tl.store(to_proj, proj_sum, mask=here)
                         store_rows(ddelta + (tile * batch + b) * length * RANK + r, parts, tokens, live, RANK, K)
@@ -434,4 +438,4 @@ def adjoint(
         if INITIAL:
             if chunk == 0:
                 for n in tl.static_range(N):
-                    tl.store(dinitial + b * i_batch + d * i_channel + n * i_state, g[n].to(dinitial.dtype.element_ty), mask=here)
+                    tl.store(dinitial + b * dinitial_batch + d * dinitial_channel + n * dinitial_state, g[n].to(dinitial.dtype.element_ty), mask=here)

@@ -40,17 +40,17 @@ def local(
     u_batch,
     u_token,
     u_channel,
-    d_batch,
-    d_token,
-    d_channel,
-    a_channel,
-    a_state,
-    b_batch,
-    b_token,
-    b_group,
-    b_state,
-    e_batch,
-    e_chunk,
+    delta_batch,
+    delta_token,
+    delta_channel,
+    A_channel,
+    A_state,
+    B_batch,
+    B_token,
+    B_group,
+    B_state,
+    ends_batch,
+    ends_chunk,
     N: tl.constexpr,
     K: tl.constexpr,
     TILE: tl.constexpr,
@@ -65,21 +65,21 @@ def local(
     tiles = groups * tl.cdiv(channels // groups, TILE)
     program = tl.program_id(0)
     chunk, b = program // tiles % chunks, (program // tiles // chunks).to(tl.int64)
-    b_state, d_channel = tl.cast(b_state, tl.int64), tl.cast(d_channel, tl.int64)
+    B_state, delta_channel = tl.cast(B_state, tl.int64), tl.cast(delta_channel, tl.int64)
     group, d, here = tile_of(program % tiles, channels, groups, TILE)
-    a = rates(A, d, here, a_channel, a_state, N)
+    a = rates(A, d, here, A_channel, A_state, N)
     shift = tl.zeros((TILE,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, mask=here, other=0.0)
     u += b * u_batch + d * u_channel
-    delta += b * d_batch
-    B += b * b_batch + group * b_group
+    delta += b * delta_batch
+    B += b * B_batch + group * B_group
     h = vectors(ends, here, 0, N, False, shift)
     total = tl.zeros((TILE,), tl.float32)
     end = tl.minimum((chunk + 1) * steps, length)
     for first in range(chunk * steps, end, K):
         tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
-        raw = raw_steps(delta, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+        raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
         inputs = rows(u, tokens, here, u_token, K)
         s = positive(raw, live, K, SOFTPLUS)
         su = drives(s, inputs, live, K)
@@ -87,16 +87,16 @@ def local(
             total += s[k]
             after = ()
             for n in tl.static_range(N):
-                B_t = tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
+                B_t = tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32)
                 after = after + (decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t,)
             h = after
     for n in tl.static_range(N):
-        tl.store(ends + b * e_batch + chunk.to(tl.int64) * e_chunk + n * channels + d, h[n], mask=here)
+        tl.store(ends + b * ends_batch + chunk.to(tl.int64) * ends_chunk + n * channels + d, h[n], mask=here)
     tl.store(sums + (b * chunks + chunk) * channels + d, total, mask=here)
 
 
 @triton.jit
-def _group(values, sums, first, chunks, here, channels, v_chunk, GROUP: tl.constexpr, BACKWARD: tl.constexpr):
+def _group(values, sums, first, chunks, here, channels, values_chunk, GROUP: tl.constexpr, BACKWARD: tl.constexpr):
     """GROUP chunks' values and sums from the first on; zeros past the last."""
     v, s = (), ()
     for i in tl.static_range(GROUP):
@@ -104,7 +104,7 @@ def _group(values, sums, first, chunks, here, channels, v_chunk, GROUP: tl.const
         live = where_live(here, at < chunks)
         if BACKWARD:
             at = chunks - 1 - at
-        v = v + (tl.load(values + at * v_chunk, mask=live, other=0.0),)
+        v = v + (tl.load(values + at * values_chunk, mask=live, other=0.0),)
         s = s + (tl.load(sums + at * channels, mask=live, other=0.0),)
     return v, s
 
@@ -119,13 +119,13 @@ def carry(
     channels,
     states,
     chunks,
-    v_batch,
-    v_chunk,
-    a_channel,
-    a_state,
-    e_batch,
-    e_state,
-    e_channel,
+    values_batch,
+    values_chunk,
+    A_channel,
+    A_state,
+    entry_batch,
+    entry_state,
+    entry_channel,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     ENTRY: tl.constexpr,
@@ -142,16 +142,16 @@ def carry(
     n, b = program // tiles % states, program // tiles // states
     d = program % tiles * TILE + tl.arange(0, TILE)
     here = d < channels
-    a = tl.load(A + d * a_channel + n * a_state, mask=here, other=0.0) * 1.4426950408889634
+    a = tl.load(A + d * A_channel + n * A_state, mask=here, other=0.0) * 1.4426950408889634
     h = tl.zeros((TILE,), tl.float32)
     if ENTRY:
-        h = tl.load(entry + b * e_batch + n * e_state + d * e_channel, mask=here, other=0.0).to(tl.float32)
-    values += b * v_batch + n * channels + d
+        h = tl.load(entry + b * entry_batch + n * entry_state + d * entry_channel, mask=here, other=0.0).to(tl.float32)
+    values += b * values_batch + n * channels + d
     sums += b * chunks * channels + d
     chunk = tl.zeros((), tl.int64)
-    v, s = _group(values, sums, chunk, chunks, here, channels, v_chunk, GROUP, BACKWARD)
+    v, s = _group(values, sums, chunk, chunks, here, channels, values_chunk, GROUP, BACKWARD)
     for first in range(chunk, chunks, GROUP):
-        next_v, next_s = _group(values, sums, first + GROUP, chunks, here, channels, v_chunk, GROUP, BACKWARD)
+        next_v, next_s = _group(values, sums, first + GROUP, chunks, here, channels, values_chunk, GROUP, BACKWARD)
         for i in tl.static_range(GROUP):
             at = first + i
             live = at < chunks
@@ -160,7 +160,7 @@ def carry(
             fade = 0.0
             if KEEP:
                 fade = tl.load(fades + at, mask=live, other=0.0)
-            tl.store(values + at * v_chunk, h, mask=where_live(here, live))
+            tl.store(values + at * values_chunk, h, mask=where_live(here, live))
             h = decay(s[i], a, fade, KEEP) * h + v[i]
         v, s = next_v, next_s
 
@@ -192,35 +192,35 @@ def apply(
     u_batch,
     u_token,
     u_channel,
-    d_batch,
-    d_token,
-    d_channel,
-    a_channel,
-    a_state,
-    b_batch,
-    b_token,
-    b_group,
-    b_state,
-    c_batch,
-    c_token,
-    c_group,
-    c_state,
+    delta_batch,
+    delta_token,
+    delta_channel,
+    A_channel,
+    A_state,
+    B_batch,
+    B_token,
+    B_group,
+    B_state,
+    C_batch,
+    C_token,
+    C_group,
+    C_state,
     z_batch,
     z_token,
     z_channel,
-    e_batch,
-    e_chunk,
-    e_state,
-    e_channel,
-    o_batch,
-    o_token,
-    y_batch,
-    y_token,
-    k_batch,
-    k_chunk,
-    h_batch,
-    h_channel,
-    h_state,
+    entry_batch,
+    entry_chunk,
+    entry_state,
+    entry_channel,
+    out_batch,
+    out_token,
+    earlier_batch,
+    earlier_token,
+    checkpoints_batch,
+    checkpoints_chunk,
+    state_batch,
+    state_channel,
+    state_state,
     N: tl.constexpr,
     K: tl.constexpr,
     TILE: tl.constexpr,
@@ -245,35 +245,37 @@ def apply(
     tiles = groups * tl.cdiv(channels // groups, TILE)
     program = tl.program_id(0)
     chunk, b = program // tiles % chunks, (program // tiles // chunks).to(tl.int64)
-    b_state, c_state, d_channel = tl.cast(b_state, tl.int64), tl.cast(c_state, tl.int64), tl.cast(d_channel, tl.int64)
+    B_state, C_state, delta_channel = tl.cast(B_state, tl.int64), tl.cast(C_state, tl.int64), tl.cast(delta_channel, tl.int64)
     group, d, here = tile_of(program % tiles, channels, groups, TILE)
-    a = rates(A, d, here, a_channel, a_state, N)
+    a = rates(A, d, here, A_channel, A_state, N)
     shift = tl.zeros((TILE,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, mask=here, other=0.0)
     if SKIP:
         skip = tl.load(D + d, mask=here, other=0.0)
     u += b * u_batch + d * u_channel
-    delta += b * d_batch
+    delta += b * delta_batch
     z += b * z_batch + d * z_channel
-    B += b * b_batch + group * b_group
-    C += b * c_batch + group * c_group
-    out += b * o_batch + d
-    earlier += b * y_batch + d
-    h = vectors(entry + b * e_batch + chunk.to(tl.int64) * e_chunk + d * e_channel, here, e_state, N, ENTRY, shift)
+    B += b * B_batch + group * B_group
+    C += b * C_batch + group * C_group
+    out += b * out_batch + d
+    earlier += b * earlier_batch + d
+    h = vectors(entry + b * entry_batch + chunk.to(tl.int64) * entry_chunk + d * entry_channel, here, entry_state, N, ENTRY, shift)
     end = tl.minimum((chunk + 1) * steps, length)
     for begin in range(chunk * steps, end, CHUNK):
         if SAVE:
             for n in tl.static_range(N):
-                tl.store(checkpoints + b * k_batch + tl.cast(begin // CHUNK, tl.int64) * k_chunk + n * channels + d, h[n], mask=here)
+                tl.store(
+                    checkpoints + b * checkpoints_batch + tl.cast(begin // CHUNK, tl.int64) * checkpoints_chunk + n * channels + d, h[n], mask=here
+                )
         for first in range(begin, tl.minimum(begin + CHUNK, end), K):
             tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
-            raw = raw_steps(delta, proj, shift, tokens, d, here, channels, d_token, d_channel, K, RANK)
+            raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
             inputs = rows(u, tokens, here, u_token, K)
             if GATE:
                 gates = rows(z, tokens, here, z_token, K)
             if EARLIER:
-                y = rows(earlier, tokens, here, y_token, K)
+                y = rows(earlier, tokens, here, earlier_token, K)
             else:
                 y = vectors(out, here, 0, K, False, shift)
             s = positive(raw, live, K, SOFTPLUS)
@@ -284,8 +286,8 @@ def apply(
                 after = ()
                 result = tl.zeros((TILE,), tl.float32)
                 for n in tl.static_range(N):
-                    B_t = tl.load(B + tokens[k] * b_token + n * b_state).to(tl.float32)
-                    C_t = tl.load(C + tokens[k] * c_token + n * c_state).to(tl.float32)
+                    B_t = tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32)
+                    C_t = tl.load(C + tokens[k] * C_token + n * C_state).to(tl.float32)
                     v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t
                     result += v * C_t
                     after = after + (v,)
@@ -297,8 +299,8 @@ def apply(
                     result *= gates[k] * sigmoid(gates[k])
                 results = results + (result,)
             for k in tl.static_range(K):
-                tl.store(out + tokens[k] * o_token, results[k].to(out.dtype.element_ty), mask=where_live(here, live[k]))
+                tl.store(out + tokens[k] * out_token, results[k].to(out.dtype.element_ty), mask=where_live(here, live[k]))
     if FINAL:
         if chunk == chunks - 1:
             for n in tl.static_range(N):
-                tl.store(state + b * h_batch + d * h_channel + n * h_state, h[n], mask=here)
+                tl.store(state + b * state_batch + d * state_channel + n * state_state, h[n], mask=here)

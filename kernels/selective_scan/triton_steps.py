@@ -75,11 +75,11 @@ def decay(s, a, fade, KEEP: tl.constexpr):
 
 
 @triton.jit
-def rates(A, d, here, a_channel, a_state, N: tl.constexpr):
+def rates(A, d, here, A_channel, A_state, N: tl.constexpr):
     """A log2 e: N vectors of channels."""
     a = ()
     for n in tl.static_range(N):
-        a = a + (tl.load(A + d * a_channel + n * a_state, mask=here, other=0.0) * LOG2_E,)
+        a = a + (tl.load(A + d * A_channel + n * A_state, mask=here, other=0.0) * LOG2_E,)
     return a
 
 
@@ -105,12 +105,12 @@ def rows(values, tokens, here, step, K: tl.constexpr):
 
 
 @triton.jit
-def raw_steps(delta, proj, bias, tokens, d, here, channels, d_token, d_channel, K: tl.constexpr, RANK: tl.constexpr):
+def raw_steps(delta, proj, bias, tokens, d, here, channels, delta_token, delta_channel, K: tl.constexpr, RANK: tl.constexpr):
     """delta + bias of K tokens. delta: pointer to the first token; with RANK > 0 it is low-rank and proj (r,d) expands it, read once for K tokens."""
     s = ()
     if RANK == 0:
         for k in tl.static_range(K):
-            s = s + (tl.load(delta + tokens[k] * d_token + d * d_channel, mask=here, other=0.0).to(tl.float32) + bias,)
+            s = s + (tl.load(delta + tokens[k] * delta_token + d * delta_channel, mask=here, other=0.0).to(tl.float32) + bias,)
     else:
         for _ in tl.static_range(K):
             s = s + (bias,)
@@ -118,7 +118,7 @@ def raw_steps(delta, proj, bias, tokens, d, here, channels, d_token, d_channel, 
             p = tl.load(proj + r * channels + d, mask=here, other=0.0)
             sums = ()
             for k in tl.static_range(K):
-                sums = sums + (s[k] + tl.load(delta + tokens[k] * d_token + r * d_channel).to(tl.float32) * p,)
+                sums = sums + (s[k] + tl.load(delta + tokens[k] * delta_token + r * delta_channel).to(tl.float32) * p,)
             s = sums
     return s
 

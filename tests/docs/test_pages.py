@@ -97,6 +97,13 @@ def test_commands_parse(page, monkeypatch):
         assert cli.main(arguments) == 0, arguments
 
 
+def test_the_goals_are_included_whole():
+    """docs/benchmarks.md takes them by their lines from what `medssm bench` wrote."""
+    file, first, last = re.search(r'--8<-- "(bench\S+):(\d+):(\d+)"', (ROOT / "docs/benchmarks.md").read_text()).groups()
+    lines = (ROOT / file).read_text().splitlines()
+    assert lines[int(first) - 1].startswith("| goal ") and lines[int(last) - 1].startswith("|") and not lines[int(last)]
+
+
 def test_drawings_are_those_of_their_script():
     drawn = runpy.run_path(str(ROOT / "docs/drawings.py"))["pictures"]()
     assert {file.name for file in (ROOT / "docs").rglob("*.svg")} == {file.name for file in drawn}

@@ -200,11 +200,11 @@ CALLS = {
 
 
 def recorded(everything: bool, ops: list[str]) -> list[tuple]:
-    """(op, kernel, arguments, constants) of every launch that the calls of ops make."""
+    """(op, kernel, arguments and options by name) of every launch that the calls of ops make."""
     seen, launches = [], []
 
     def record(self, *args, grid, warmup, **kwargs):
-        seen.append((self, args, kwargs))
+        seen.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
 
     real, JITFunction.run = JITFunction.run, record
     try:
@@ -219,13 +219,15 @@ def recorded(everything: bool, ops: list[str]) -> list[tuple]:
     return launches
 
 
-def source(kernel, args, kwargs):
+def source(kernel, arguments):
     """What a launch compiles, the kernel with its types, constants and divisibilities; the compiler's options; and all of it as text."""
-    names = kernel.arg_names
-    options = {k: v for k, v in kwargs.items() if k not in names}
+    options = {k: v for k, v in arguments.items() if k not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(names, args, strict=False)):
-        if isinstance(value, torch.Tensor):
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -236,23 +238,20 @@ def source(kernel, args, kwargs):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    for name, value in kwargs.items():
-        if name in names:
-            signature[name], constants[(names.index(name),)] = "constexpr", value
     text = f"{kernel.__name__} {signature} {constants} {attributes} {options}"
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options, text
 
 
 def compiled(number: int, target: str, everything: bool, ops: list[str]) -> dict:
     """The resources of one of the distinct launches; made anew here, since a kernel does not travel between processes."""
-    op, kernel, args, kwargs = distinct(everything, ops)[number]
-    made, options, _ = source(kernel, args, kwargs)
+    op, kernel, arguments = distinct(everything, ops)[number]
+    made, options, _ = source(kernel, arguments)
     result = triton.compile(made, target=GPUTarget("cuda", int(target), 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(result.asm["cubin"])
         (row,) = resources.usage(cubin)
-    constants = {k: v for k, v in kwargs.items() if isinstance(v, int) and k in kernel.arg_names}
+    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
     return {
         "op": op,
         "kernel": kernel.__name__,
