@@ -177,7 +177,8 @@ class Build(build_ext):
         if compiler is None:
             raise RuntimeError("no C++ compiler found (g++, clang++ or CXX)")
         sanitize = SANITIZE if os.environ.get("MEDSSM_SANITIZE") == "1" else []
-        command = [compiler, *FLAGS, *sanitize, "-Icsrc/include"]
+        clang = ["-Wno-unknown-warning-option"] if "clang" in identity(compiler) else []  # it does not know all warnings that g++ gives
+        command = [compiler, *FLAGS, *clang, *sanitize, "-Icsrc/include"]
         compiled = [f"-DMEDSSM_HAS_{isa}" for isa in ISAS]
         jobs = [([*command, *compiled, *self.named(source)], source, f"csrc_{source.stem}") for source in sorted((ROOT / "csrc").glob("*.cpp"))]
         for source in sorted((ROOT / "csrc").glob("*/cpu*.cpp")):
