@@ -79,6 +79,14 @@ def function(name: str):
     return bound
 
 
+def refuse(*tensors: torch.Tensor | None) -> str | None:
+    """Why these kernels cannot serve these tensors, or None."""
+    for t in tensors:
+        if t is not None and t.device.type != "cpu":
+            return f"it serves tensors on the CPU, got one on {t.device}"
+    return None
+
+
 def pointer(tensor: torch.Tensor | None) -> int:
     """A tensor's address for an argument block; 0, the null pointer, for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -11,7 +11,8 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "__init__.py
     __path__.append(str(_here.parent))  # a checkout that made the link medssm/kernels -> ../kernels a text file
 
 from medssm import ops, orders  # noqa: E402  (after the path above, which makes medssm.kernels importable)
-from medssm.dispatch import backends, explain, use_backend  # noqa: E402  (likewise)
+from medssm.dispatch import backends, use_backend  # noqa: E402  (likewise)
+from medssm.ops.op import explain  # noqa: E402  (likewise)
 
 __version__ = "0.1.0"
 __all__ = ["backends", "create_model", "explain", "from_upstream", "list_models", "ops", "orders", "register_model", "use_backend"]

@@ -13,8 +13,11 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
+
+from torch import Tensor
 
 from medssm import thresholds
 
@@ -36,29 +39,39 @@ class Backend(NamedTuple):
 
 
 _ops: dict[str, dict[str, Backend]] = {}
-_explainers: dict[str, Callable] = {}
 
 
-def _serves(*_args) -> None:
+class Question(NamedTuple):
+    """In the place of a call's `backend`: the call raises Answer where it would have chosen a backend. named: the call's own argument."""
+
+    named: str | None
+
+
+class Answer(Exception):
+    """report: what `explain` returns."""
+
+    def __init__(self, report: dict[str, str]) -> None:
+        super().__init__("explain asks, nothing is computed")
+        self.report = report
+
+
+def _serves(*_args: object) -> None:
     return None
 
 
 @functools.cache
-def kernel(op: str, backend: str):
+def kernel(op: str, backend: str) -> ModuleType:
     """The module of an op's kernels, imported at its first use: medssm.kernels.<op>.<backend>."""
     return importlib.import_module(f"medssm.kernels.{op}.{backend}")
 
 
-def register(op: str, arguments: Callable, **served: Backend) -> None:
-    """Enter an op in the table.
+def register(op: str, **served: Backend) -> None:
+    """Enter an op in the table with the backends that it has beside the reference."""
 
-    arguments(*args, **kw) maps a call of the public function to the positional arguments that `refuse` takes.
-    """
-    table = {name: Backend(lambda name=name: f"{op} has no {name} kernel in this release", _serves) for name in PRIORITY}
-    table["reference"] = Backend(_serves, _serves)
-    table.update(served)
-    _ops[op] = table
-    _explainers[op] = arguments
+    def absent(name: str) -> Backend:
+        return Backend(lambda: f"{op} has no {name} kernel in this release", _serves)
+
+    _ops[op] = {name: served.get(name, absent(name)) for name in PRIORITY} | {"reference": Backend(_serves, _serves)}
 
 
 def _check(name: str, where: str) -> str:
@@ -70,7 +83,7 @@ def _check(name: str, where: str) -> str:
 class _Choice(threading.local):
     """The thread's preference; the environment's until the thread states one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.name = _check(os.environ.get("MEDSSM_BACKEND", "auto"), "MEDSSM_BACKEND")
         self.strict = False
 
@@ -89,47 +102,52 @@ class use_backend:
     ...     y = model(x)
     """
 
-    def __init__(self, name: str, strict: bool = False):
+    def __init__(self, name: str, strict: bool = False) -> None:
         self._before = (_choice.name, _choice.strict)
         _choice.name, _choice.strict = _check(name, "backend"), bool(strict)
 
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(self, *_exc) -> None:
+    def __exit__(self, *_exc: object) -> None:
         _choice.name, _choice.strict = self._before
 
 
-def _why_not(op: str, name: str, args: tuple) -> str | None:
+def _why_not(op: str, name: str, tensors: Sequence[Tensor | None]) -> str | None:
     backend = _ops[op][name]
-    return backend.missing() or backend.refuse(*args)
+    return backend.missing() or backend.refuse(*tensors)
 
 
-def choose(op: str, backend: str | None, args: tuple) -> str:
-    """The backend that this call takes; `backend` is the call's own argument, which raises ValueError where it cannot serve."""
+def choose(op: str, backend: str | Question | None, main: Tensor, tensors: Sequence[Tensor | None]) -> str:
+    """The backend that this call takes; `backend` is the call's own argument, which raises ValueError where it cannot serve.
+
+    main: the tensor whose size and device say which comes first.
+    """
+    if isinstance(backend, Question):
+        raise Answer(_report(op, backend.named, main, tensors))
     wanted, forced = (_choice.name, _choice.strict) if backend is None else (_check(backend, "backend"), True)
     if wanted != "auto":
-        why = _why_not(op, wanted, args)
+        why = _why_not(op, wanted, tensors)
         if why is None:
             return wanted
         if forced:
             raise ValueError(f"backend={wanted!r} cannot serve this {op}: {why}")
         _tell(op, wanted, why)
-    for name in _priority(op, args[0]):
-        if _why_not(op, name, args) is None:
+    for name in _priority(op, main):
+        if _why_not(op, name, tensors) is None:
             return name
     raise AssertionError("the reference serves every call")
 
 
-def _priority(op: str, tensor) -> tuple[str, ...]:
+def _priority(op: str, main: Tensor) -> tuple[str, ...]:
     """PRIORITY; for a tensor on a GPU what thresholds.FIRST names comes first."""
-    if not tensor.is_cuda:
+    if not main.is_cuda:
         return PRIORITY
-    name = thresholds.first(op, tensor.numel())
+    name = thresholds.first(op, main.numel())
     return (name, *(other for other in PRIORITY if other != name))
 
 
-def free(backend: str | None, name: str) -> bool:
+def free(backend: str | Question | None, name: str) -> bool:
     """Whether nothing but the arguments stands against this backend: the call and the thread leave the choice open, or name it."""
     return (_choice.name if backend is None else backend) in ("auto", name)
 
@@ -145,21 +163,11 @@ def backends() -> dict[str, dict[str, str]]:
     return {op: {name: table[name].missing() or "ok" for name in reversed(PRIORITY)} for op, table in sorted(_ops.items())}
 
 
-def explain(op: str, *args, **kwargs) -> dict[str, str]:
-    """Which backend that very call would take, and why each other one would not.
-
-    Takes the op's name and the call's own arguments; returns {"chosen": name, backend: "ok" | "would serve, … comes first" | reason}.
-
-    >>> medssm.explain("selective_scan", u, delta, A, B, C)["chosen"]
-    'native'
-    """
-    if op not in _ops:
-        raise ValueError(f"op: expected one of {', '.join(sorted(_ops))}, got {op!r}")
-    backend = kwargs.pop("backend", None)
-    call = _explainers[op](*args, **kwargs)
-    chosen = choose(op, backend, call)
+def _report(op: str, named: str | None, main: Tensor, tensors: Sequence[Tensor | None]) -> dict[str, str]:
+    """{"chosen": name, backend: "ok" | "would serve; … was preferred" | the reason why it cannot serve}."""
+    chosen = choose(op, named, main, tensors)
     report = {"chosen": chosen}
     for name in PRIORITY:
-        why = _why_not(op, name, call)
+        why = _why_not(op, name, tensors)
         report[name] = why or ("ok" if name == chosen else f"would serve; {chosen} was preferred")
     return report

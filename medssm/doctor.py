@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import platform
 import shutil
+from typing import Any
 
 import torch
-from torch.nn import functional
 
 import medssm
-from medssm import dispatch, ops, orders
+from medssm import dispatch, ops
 from medssm.kernels import cuda, native, triton
+from medssm.ops.op import OPS
 
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps medssm"
 EXTRAS = {"monai": "segment", "nibabel": "segment", "lightning": "segment", "scipy": "segment", "rich": "segment", "matplotlib": "segment"}
@@ -65,89 +66,30 @@ def _missing() -> list[str]:
     return lines
 
 
-def _cases() -> dict:
-    """One small call of every op: (function, arguments)."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
-    A = -torch.rand(6, 8, generator=generator)
-    return {
-        "selective_scan": (
-            ops.selective_scan,
-            (draw(2, 21, 6), draw(2, 21, 6), A, draw(2, 21, 8), draw(2, 21, 8), draw(6), draw(2, 21, 6), draw(6), True),
-            {},
-        ),
-        "selective_scan_nd": (
-            ops.selective_scan_nd,
-            (
-                draw(1, 3, 4, 5, 6),
-                draw(1, 3, 4, 5, 6, 2),
-                -torch.rand(6, 6, 8, generator=generator),
-                draw(1, 3, 4, 5, 6, 8),
-                draw(1, 3, 4, 5, 6, 8),
-                draw(6, 6),
-                draw(1, 3, 4, 5, 6),
-                draw(6, 6),
-                True,
-            ),
-            {"delta_proj": draw(6, 6, 2), "orders": orders.axes3d()},
-        ),
-        "causal_conv1d": (ops.causal_conv1d, (draw(2, 21, 6), draw(6, 4), draw(6), "silu"), {}),
-        "gated_linear_attention": (
-            ops.gated_linear_attention,
-            (draw(2, 21, 3, 5), draw(2, 21, 3, 5), draw(2, 21, 3, 6), -torch.rand(2, 21, 3, 5, generator=generator)),
-            {},
-        ),
-        "depthwise_conv": (ops.depthwise_conv, (draw(1, 5, 6, 7, 6), draw(6, 3, 3, 3), draw(6), "silu"), {}),
-        "bi_wkv": (ops.bi_wkv, (0.1 * draw(6), draw(6), draw(2, 21, 6), draw(2, 21, 6)), {}),
-        "delta_rule": (
-            ops.delta_rule,
-            (draw(2, 21, 2, 6), functional.normalize(draw(2, 21, 2, 6), dim=-1), draw(2, 21, 2, 5), torch.sigmoid(draw(2, 21, 2))),
-            {"g": -draw(2, 21, 2).abs()},
-        ),
-        "linear_attention": (ops.linear_attention, (draw(2, 21, 2, 6), draw(2, 21, 2, 6), draw(2, 21, 2, 5)), {}),
-        "ssd": (
-            ops.ssd,
-            (draw(2, 21, 4, 6), draw(2, 21, 4), A[:4, 0], draw(2, 21, 2, 8), draw(2, 21, 2, 8), draw(4), draw(2, 21, 4, 6), draw(4), True),
-            {},
-        ),
-    }
-
-
 def _examine(op: str, table: dict[str, str]) -> dict[str, str]:
-    """Run the op's small case, output and gradients, on every backend that the machine has."""
-    function, args, kwargs = _cases()[op]
-    wanted = _outputs(
-        function,
-        [a.double() if isinstance(a, torch.Tensor) else a for a in args],
-        {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
-        "reference",
-    )
+    """Run the op's example, output and gradients, on every backend that the machine has."""
+    generator = torch.Generator().manual_seed(0)
+    call = OPS[op].example(lambda *shape: torch.randn(shape, generator=generator), 21, 6)
+    call.pop("initial_state", None)
+    wanted = _outputs(op, {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in call.items()}, "reference")
     lines = {}
     for name, why in table.items():
         if why != "ok":
             lines[name] = why
             continue
-        got = _outputs(function, args, kwargs, name)
+        got = _outputs(op, call, name)
         error = max(float((g.double() - w).abs().max() / w.abs().max().clamp_min(1e-30)) for g, w in zip(got, wanted, strict=True))
         lines[name] = f"ok (error {error:.1e})" if error < 1e-4 else f"wrong: error {error:.1e} against the float64 reference; please report it"
     return lines
 
 
-def _outputs(function, args, kwargs, backend: str) -> list[torch.Tensor]:
-    """The output and the gradient of every floating-point argument, worked out on the device that the backend serves."""
+def _outputs(op: str, call: dict[str, Any], backend: str) -> list[torch.Tensor]:
+    """The output and the gradient of every tensor, worked out on the device that the backend serves."""
     device = {"triton": triton.DEVICE, "cuda": cuda.DEVICE}.get(backend, "cpu")
-
-    def leaf(value):
-        return value.detach().clone().to(device).requires_grad_() if isinstance(value, torch.Tensor) else value
-
-    args, kwargs = [leaf(a) for a in args], {k: leaf(v) for k, v in kwargs.items()}
-    out = function(*args, **kwargs, backend=backend)
-    leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+    leaves = {name: value.detach().clone().to(device).requires_grad_() for name, value in call.items() if isinstance(value, torch.Tensor)}
+    out = getattr(ops, op)(**{**call, **leaves}, backend=backend)
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).to(device)
-    return [t.cpu() for t in (out.detach(), *torch.autograd.grad(out, leaves, weight))]
+    return [t.cpu() for t in (out.detach(), *torch.autograd.grad(out, list(leaves.values()), weight))]
 
 
 def _print(report: dict) -> None:

@@ -13,21 +13,12 @@ import torch
 
 import medssm
 from gpu_parts.timing import DEVICE, peak_memory, synchronize
-from medssm import ops, orders
+from medssm import ops
+from medssm.ops.op import OPS as DECLARED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BACKENDS = ("cuda", "triton")
-OPS = (
-    "selective_scan",
-    "selective_scan_nd",
-    "causal_conv1d",
-    "depthwise_conv",
-    "linear_attention",
-    "gated_linear_attention",
-    "delta_rule",
-    "ssd",
-    "bi_wkv",
-)
+OPS = tuple(DECLARED)
 
 SMALL = """
 import torch
@@ -58,58 +49,12 @@ def served(op: str) -> list[str]:
 
 
 def example(op: str, scale: int = 1, dtype=torch.float32) -> dict:
-    """A small call of an op with its options; `scale` times as many tokens."""
-    g = torch.Generator(DEVICE).manual_seed(0)
-
-    def n(*shape):
-        return torch.randn(shape, generator=g, device=DEVICE).to(dtype)
-
-    def heads(*names):
-        """Tokens of four heads of 24, keys of unit length."""
-        return {name: torch.nn.functional.normalize(n(2, length, 4, 24).float(), dim=-1).to(dtype) for name in names}
-
-    length = 150 * scale
-    A = -torch.rand(24, 16, generator=g, device=DEVICE)
-    return {
-        "selective_scan": lambda: {
-            "u": n(2, length, 24),
-            "delta": n(2, length, 3),
-            "A": A,
-            "B": n(2, length, 16),
-            "C": n(2, length, 16),
-            "D": n(24),
-            "z": n(2, length, 24),
-            "delta_bias": n(24),
-            "delta_softplus": True,
-            "delta_proj": n(24, 3),
-        },
-        "selective_scan_nd": lambda: {
-            "x": n(1, 6, 5, 5 * scale, 24),
-            "delta": n(1, 6, 5, 5 * scale, 6, 24),
-            "A": A.expand(6, 24, 16).contiguous(),
-            "B": n(1, 6, 5, 5 * scale, 6, 16),
-            "C": n(1, 6, 5, 5 * scale, 6, 16),
-            "delta_softplus": True,
-            "orders": orders.axes3d(),
-        },
-        "causal_conv1d": lambda: {"x": n(2, length, 24), "weight": n(24, 4), "bias": n(24), "activation": "silu"},
-        "depthwise_conv": lambda: {"x": n(1, 6, 5, 5 * scale, 24), "weight": n(24, 3, 3, 3), "bias": n(24), "activation": "silu"},
-        "linear_attention": lambda: {**heads("q", "k", "v"), "causal": True},
-        "gated_linear_attention": lambda: {**heads("q", "k", "v"), "g": -n(2, length, 4, 24).abs()},
-        "delta_rule": lambda: {**heads("q", "k", "v"), "beta": torch.sigmoid(n(2, length, 4)), "g": -n(2, length, 4).abs()},
-        "ssd": lambda: {
-            "x": n(2, length, 4, 24),
-            "dt": n(2, length, 4),
-            "A": A[:4, 0].contiguous(),
-            "B": n(2, length, 2, 16),
-            "C": n(2, length, 2, 16),
-            "D": n(4),
-            "z": n(2, length, 4, 24),
-            "dt_bias": n(4),
-            "dt_softplus": True,
-        },
-        "bi_wkv": lambda: {"k": n(2, length, 24), "v": n(2, length, 24), "w": n(24) / length, "u": n(24) / length},
-    }[op]()
+    """The op's own example with 24 channels, the tensor that gives the output its type first; `scale` times as many tokens."""
+    g, declared = torch.Generator(DEVICE).manual_seed(0), DECLARED[op]
+    call = declared.example(lambda *shape: torch.randn(shape, generator=g, device=DEVICE).to(dtype), 150 * scale, 24)
+    call.pop("initial_state", None)
+    main = declared.names[declared.main]
+    return {main: call.pop(main), **call}
 
 
 def forward(op: str, call: dict, backend: str | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -140,23 +141,41 @@ def _depthwise(n: int = 48, channels: int = 96, grad: bool = False) -> dict[str,
     leaves = [t.requires_grad_(grad) for t in (x, w, b)]
     theirs = [x.detach().movedim(-1, 1).requires_grad_(grad), w5.detach().requires_grad_(grad), b]
 
-    def run(function, leaves):
-        def both():
-            out = function()
-            return torch.autograd.grad(out, leaves, torch.ones_like(out)) if grad else out
-
-        def forward():
-            with torch.no_grad():
-                return function()
-
-        return both if grad else forward
-
     return {
-        OURS: run(lambda: ops.depthwise_conv(x, w, b, "silu", backend="native"), leaves),
-        "PyTorch, channels_last_3d": run(
-            lambda: torch.nn.functional.silu(torch.nn.functional.conv3d(theirs[0], theirs[1], b, padding=1, groups=channels)), theirs
+        OURS: _both_ways(lambda: ops.depthwise_conv(x, w, b, "silu", backend="native"), leaves, grad),
+        "PyTorch, channels_last_3d": _both_ways(
+            lambda: torch.nn.functional.silu(torch.nn.functional.conv3d(theirs[0], theirs[1], b, padding=1, groups=channels)), theirs, grad
         ),
     }
+
+
+def _causal(length: int = 4096, channels: int = 192, grad: bool = False) -> dict[str, Side]:
+    g = torch.Generator().manual_seed(0)
+    x, w, b = torch.randn(1, length, channels, generator=g), torch.randn(channels, 4, generator=g), torch.randn(channels, generator=g)
+    leaves = [t.requires_grad_(grad) for t in (x, w, b)]
+    theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_(grad), w.detach().unsqueeze(1).requires_grad_(grad), b]
+
+    def in_pytorch():
+        return torch.nn.functional.silu(torch.nn.functional.conv1d(*theirs, padding=3, groups=channels)[..., :length])
+
+    return {
+        OURS: _both_ways(lambda: ops.causal_conv1d(x, w, b, "silu", backend="native"), leaves, grad),
+        "PyTorch": _both_ways(in_pytorch, theirs, grad),
+    }
+
+
+def _both_ways(function: Callable[[], torch.Tensor], leaves: list[torch.Tensor], grad: bool) -> Side:
+    """The function without gradients, or with those of the leaves."""
+
+    def both():
+        out = function()
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    def forward():
+        with torch.no_grad():
+            return function()
+
+    return both if grad else forward
 
 
 def _whole_model() -> dict[str, Side]:
@@ -230,6 +249,10 @@ ROWS: dict[str, Row] = {
     ),
     "depthwise-train": Row(
         "depthwise_conv 3x3x3 with silu, 96 channels, 48^3, forward and backward", partial(_depthwise, grad=True), limit=1.0, tokens=96 * 48**3
+    ),
+    "causal": Row("causal_conv1d of 4 taps with silu, 192 channels, 4,096 tokens, forward", _causal, tokens=192 * 4096),
+    "causal-train": Row(
+        "causal_conv1d of 4 taps with silu, 192 channels, 4,096 tokens, forward and backward", partial(_causal, grad=True), tokens=192 * 4096
     ),
     "model": Row("U-Mamba Enc, 3D, inference on a 96^3 patch", _whole_model, "all", limit=5.0),
 }

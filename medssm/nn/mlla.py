@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.nn.blocks import CONV, check_dims, depthwise
 from medssm.nn.vss import MLP, DropPath
-from medssm.ops import registration
+from medssm.ops import modes
 
 
 class LinearAttention(nn.Module):
@@ -109,7 +109,7 @@ def rotations(spatial: Sequence[int], channels: int, device: torch.device) -> tu
     the next m with the second axis, and so on; channels that are left over do not turn. Made for the size at hand and kept for the last
     eight sizes, since each is as large as two of the maps.
     """
-    make = _rotations.__wrapped__ if registration.traced() else _rotations
+    make = _rotations.__wrapped__ if modes.traced() else _rotations
     return make(tuple(spatial), channels, str(device))
 
 

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from medssm import dispatch
-from medssm.kernels import triton
-from medssm.kernels.bi_wkv import native, reference
-from medssm.ops import checks, registration, walk
-
-OP = "bi_wkv"
-_kernel = functools.partial(dispatch.kernel, OP)
-_NAMES = ("v", "k", "w", "u")
+from medssm.kernels.bi_wkv import reference
+from medssm.ops import shapes
+from medssm.ops.op import Draw, Op
+from medssm.ops.walk import AnyOrder
 
 
-def bi_wkv(w, u, k, v, *, mode="exact", order=None, backend=None):
+def _example(draw: Draw, tokens: int, width: int) -> dict[str, Any]:
+    return {"w": draw(width) / tokens, "u": draw(width), "k": draw(1, tokens, width), "v": draw(1, tokens, width), "mode": "upstream"}
+
+
+_op = Op(
+    "bi_wkv",
+    {"w": "d", "u": "d", "k": "b *l d", "v": "b *l d"},
+    options={"mode": "str"},
+    out="b *l d",
+    main="v",
+    reference=reference.bi_wkv,
+    example=_example,
+    operations=lambda b, l, d: 14 * b * l * d,
+    rules=shapes.Rules(first=("v",)),
+)
+
+
+def bi_wkv(
+    w: Tensor,  # (d,)
+    u: Tensor,  # (d,)
+    k: Tensor,  # (b, l, d)
+    v: Tensor,  # (b, l, d); with an Order (b, *spatial, d)
+    *,
+    mode: str = "exact",
+    order: AnyOrder = None,
+    backend: str | None = None,
+) -> Tensor:
     """Bidirectional WKV along the walk p = order.index(spatial); t and i are steps of it:
 
         o_t = (sum_{i != t} e^{k_i - (|t-i|-1) w} v_i + e^{u+k_t} v_t) / (sum_{i != t} e^{k_i - (|t-i|-1) w} + e^{u+k_t})
@@ -46,85 +68,6 @@ def bi_wkv(w, u, k, v, *, mode="exact", order=None, backend=None):
 
     Source: Duan et al., Vision-RWKV, arXiv 2403.02308, section 3.2.
     """
-    spatial = _check(w, u, k, v, mode, nd=order is not None and not isinstance(order, torch.Tensor))
-    shape, spec, index = v.shape, "", None
-    if order is not None:
-        spec, index = walk.parse(order, spatial)
-        k, v = walk.flatten(k, spatial), walk.flatten(v, spatial)
-    tensors = (v, k, w, u)
-
-    chosen = dispatch.choose(OP, backend, tensors)
-    if chosen == "reference" and not v.is_meta:  # of a meta tensor only shapes are wanted: the operator has them without a loop
-        out = reference.bi_wkv(w, u, k, v, mode, *walk.resolve(spec, spatial, index, False, v.device))
-    elif chosen != "reference" and registration.direct(tensors):
-        out = _kernel(chosen).forward(w, u, k, v, mode, *walk.resolve(spec, spatial, index, False, v.device))
-    else:
-        out = _forward(*tensors, index, spec, spatial, mode, chosen)
-    return out if order is None else out.reshape(shape)
-
-
-def _check(w, u, k, v, mode, nd):
-    """Raise one clear error for arguments that do not fit; return the spatial shape."""
-    checks.floating(dict(zip(_NAMES, (v, k, w, u), strict=True)))
-    if nd:
-        checks.dims("v", v, *range(3, 12), form="(b, *spatial, d)")
-    else:
-        checks.dims("v", v, 3, form="(b, l, d)")
-    _batch, *spatial, channels = v.shape
-    checks.shape("k", k, v.shape)
-    checks.shape("w", w, (channels,))
-    checks.shape("u", u, (channels,))
-    checks.choice("mode", mode, ("exact", "upstream"))
-    return tuple(spatial)
-
-
-# -- the registered operator ------------------------------------------------------------------------------------------------------
-# The backward keeps nothing but the inputs: the forward's sums are found again, in two of its sweeps.
-
-
-def _forward_impl(v, k, w, u, index, order, spatial, mode, backend):
-    return _kernel(backend).forward(w, u, k, v, mode, *walk.resolve(order, spatial, index, False, v.device))
-
-
-def _forward_fake(v, k, w, u, index, order, spatial, mode, backend):
-    return v.new_empty(v.shape)
-
-
-def _backward_impl(dout, v, k, w, u, index, order, spatial, mode, backend):
-    dw, du, dk, dv = _kernel(backend).backward(dout, w, u, k, v, mode, *walk.resolve(order, spatial, index, False, v.device))
-    return dv, dk, dw, du
-
-
-def _backward_fake(dout, v, k, w, u, *_rest):
-    return tuple(t.new_empty(t.shape) for t in (v, k, w, u))
-
-
-_INPUTS = "Tensor v, Tensor k, Tensor w, Tensor u"
-_OPTIONS = "Tensor? index, str order, SymInt[] spatial, str mode, str backend"
-_forward = registration.operator(f"{OP}_forward", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _forward_impl, _forward_fake)
-_backward = registration.operator(
-    f"{OP}_backward", f"(Tensor dout, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _backward_impl, _backward_fake
-)
-
-
-def _setup(ctx, inputs, output):
-    *tensors, order, spatial, mode, backend = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = (order, spatial, mode, backend)
-
-
-def _gradient(ctx, dout):
-    *tensors, index = ctx.saved_tensors
-    return (*_backward(dout, *tensors, index, *ctx.options), *[None] * 5)
-
-
-registration.differentiable(f"{OP}_forward", _setup, _gradient)
-registration.once_differentiable(f"{OP}_backward")
-registration.foldable(f"{OP}_forward", _forward, (*_NAMES, "index", "order", "spatial", "mode", "backend"), ("v", "k"))
-
-
-def _explained(w, u, k, v, **_rest):
-    return v, k, w, u
-
-
-dispatch.register(OP, _explained, **registration.kernels(native=native.refuse, triton=triton.refuse))
+    shapes.choice("mode", mode, ("exact", "upstream"))
+    out: Tensor = _op(w, u, k, v, options={"mode": mode}, order=order, backend=backend)
+    return out

@@ -1,125 +1,202 @@
-"""How an op becomes a PyTorch operator: schema, implementation, fake kernel, autograd and vmap, in one call.
+"""How a declared op becomes two PyTorch operators, medssm::<name>_forward and medssm::<name>_backward: schemas, implementations, fake kernels,
+gradient, vmap and operation counts. torch.compile, torch.export, autograd and vmap understand them.
 
-A public function takes the direct road to its kernel when `direct(...)` says that nothing traces, transforms or differentiates;
-else it calls the registered operator, which torch.compile, torch.export, autograd and vmap understand.
+    forward(tensors, walk, options, [save], backend) -> out, states, [saved]
+    backward(dout, dstates, kept, tensors, walk, options, backend) -> the gradient of each tensor that has one
+
+An output or a gradient that a call does not have is an empty tensor, since operators cannot return None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import forward_ad
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from medssm import dispatch
 from medssm.kernels import cuda, native, triton
+from medssm.kernels.dtypes import compute_dtype
+from medssm.ops import modes, shapes
 
-_library = torch.library.Library("medssm", "DEF")
+if TYPE_CHECKING:
+    from medssm.ops.op import Op
 
-# Looked up once: `direct` is asked at every call.
-_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
-_is_compiling, _grad_enabled, _tracing = torch.compiler.is_compiling, torch.is_grad_enabled, torch._C._get_tracing_state
-_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-
-
-def operator(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Define medssm::name with an implementation for every device and a fake kernel (shapes and dtypes only)."""
-    _library.define(name + schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"medssm::{name}", fake, lib=_library)
-    return getattr(torch.ops.medssm, name).default
+_library: Any = torch.library.Library("medssm", "DEF")  # type: ignore[no-untyped-call]  # torch has not annotated it
+_BACKENDS = {"native": native, "triton": triton, "cuda": cuda}
+_WALKS = {"one": "Tensor? index, str order, bool reverse", "many": "str orders", "none": ""}
 
 
-def differentiable(name: str, setup: Callable, backward: Callable) -> None:
-    """Attach a gradient: setup(ctx, inputs, output) and backward(ctx, *grads)."""
-    torch.library.register_autograd(f"medssm::{name}", backward, setup_context=setup, lib=_library)
+def kernels(**limits: Callable[..., str | None]) -> dict[str, dispatch.Backend]:
+    """The backends of an op for `dispatch.register`, each with what limits it beside its library."""
+
+    def backend(name: str, limit: Callable[..., str | None]) -> dispatch.Backend:
+        library = _BACKENDS[name]
+        return dispatch.Backend(library.reason, lambda *tensors: modes.transformed() or library.refuse(*tensors) or limit(*tensors))
+
+    return {name: backend(name, limit) for name, limit in limits.items()}
 
 
-def once_differentiable(name: str) -> None:
-    """A backward operator's own autograd: raise, since an opaque operator would silently contribute a zero second derivative."""
+class Operators:
+    """The two operators of an op, registered; calling this gives forward's output and states."""
 
-    def refuse(_ctx, *_grads):
-        raise RuntimeError(f"medssm::{name}: second derivatives need backend='reference'")
+    def __init__(self, op: Op) -> None:
+        self.op = op
+        self._differentiable = [i for i, given in enumerate(op.inputs) if given.gradient]
+        self._kept = list(op.states) if op.saves_states else [op.saved[0]] if op.saved else []
+        tensors = ", ".join(f"Tensor{'?' if given.optional else ''} {given.name}" for given in op.inputs)
+        options = ", ".join(f"{kind} {name}" for name, kind in op.options.items())
+        outputs = 1 + len(op.states) + bool(op.saved)
+        self.forward = self._define("forward", [tensors, _WALKS[op.walk], options, "bool save" if op.saved else "", "str backend"], outputs)
+        gradients = ", ".join(["Tensor dout", *(f"Tensor? d{state}" for state in op.states), *(f"Tensor {name}" for name in self._kept)])
+        self.backward = self._define("backward", [gradients, tensors, _WALKS[op.walk], options, "str backend"], len(self._differentiable))
+        torch.library.register_autograd(f"medssm::{op.name}_forward", self._gradient, setup_context=self._setup, lib=_library)
+        torch.library.register_autograd(
+            f"medssm::{op.name}_backward", self._second_derivative, setup_context=lambda ctx, inputs, output: None, lib=_library
+        )
+        torch.library.register_vmap(f"medssm::{op.name}_forward", self._vmap, lib=_library)
 
-    differentiable(name, lambda ctx, inputs, output: None, refuse)
+    def __call__(self, tensors: Sequence[Tensor | None], path: Sequence[Any], options: Mapping[str, Any], backend: str) -> tuple[Tensor, ...]:
+        save = [self.op.saves(tensors) and modes.needs_grad(tensors)] if self.op.saved else []
+        outputs = self.forward(*tensors, *path, *options.values(), *save, backend)
+        return outputs[: 1 + len(self.op.states)] if isinstance(outputs, tuple) else (outputs,)
 
+    def _define(self, way: str, arguments: Sequence[str], outputs: int) -> Callable[..., Any]:
+        name = f"{self.op.name}_{way}"
+        returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
+        _library.define(f"{name}({', '.join(filter(None, arguments))}) -> {returns}")
+        _library.impl(name, getattr(self, f"_{way}"), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"medssm::{name}", getattr(self, f"_{way}_shapes"), lib=_library)
+        packet = getattr(torch.ops.medssm, name)
+        register_flop_formula(packet, get_raw=True)(getattr(self, f"_{way}_operations"))
+        found: Callable[..., Any] = packet.default
+        return found
 
-def foldable(name: str, call: Callable, names: Sequence[str], tokens: Sequence[str]) -> None:
-    """vmap by folding: the mapped dimension of token tensors joins the batch; mapped weights raise.
+    def _split(self, args: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[Any], dict[str, Any], Sequence[Any]]:
+        """(tensors, walk, options, the rest) of an operator's arguments from the first tensor on."""
+        count = len(self.op.inputs)
+        walked = count + {"one": 3, "many": 1, "none": 0}[self.op.walk]
+        rest = walked + len(self.op.options)
+        return args[:count], args[count:walked], dict(zip(self.op.options, args[walked:rest], strict=True)), args[rest:]
 
-    names: the operator's argument names in order; tokens: those whose first dimension is the batch.
-    """
+    def _sizes(self, tensors: Sequence[Tensor | None]) -> shapes.Sizes:
+        return shapes.sizes([(self.op.inputs[i], tensors[i]) for i in self.op.shape_order], True, self.op.rules)
 
-    def rule(info, in_dims, *args):
-        size, folded, batch = info.batch_size, [], None
-        for argument, dim, value in zip(names, in_dims, args, strict=True):
-            if argument in tokens and value is not None:
+    # -- forward ------------------------------------------------------------------------------------------------------------------------
+
+    def _forward(self, *args: Any) -> Any:
+        op, (tensors, path, options, rest) = self.op, self._split(args)
+        main = tensors[op.main]
+        assert main is not None
+        out, *others = op.forward(rest[-1], op.arguments(tensors, path, options), save=bool(op.saved) and rest[0])
+        out = op.shaped(out, tensors, options)
+        return (out, *(_absent(main) if t is None else t for t in others)) if others else out
+
+    def _forward_shapes(self, *args: Any) -> Any:
+        op, (tensors, _, options, rest) = self.op, self._split(args)
+        sizes, dtype, main = self._sizes(tensors), compute_dtype(*tensors), tensors[op.main]
+        assert main is not None
+        outputs = [main.new_empty(shapes.shape(op.out_axes(options), sizes))]
+        outputs += [main.new_empty(shapes.shape(axes, sizes), dtype=main.dtype if op.states_like_main else dtype) for axes in op.states.values()]
+        if op.saved:
+            outputs.append(main.new_empty(op.saved[1](**shapes.totals(sizes)), dtype=dtype) if rest[0] else _absent(main))
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _forward_operations(self, *args: Any, out_val: Any = None, **_: Any) -> int:
+        return self.op.operations(**shapes.totals(self._sizes(self._split(args)[0])))
+
+    # -- backward -----------------------------------------------------------------------------------------------------------------------
+
+    def _gradients(self, args: Sequence[Any]) -> tuple[dict[str, Any], Sequence[Any]]:
+        """({"dout": …, "dstate": …, what was kept}, the arguments from the first tensor on)."""
+        names = ["dout", *(f"d{state}" for state in self.op.states), *self._kept]
+        return dict(zip(names, args, strict=False)), args[len(names) :]
+
+    def _backward(self, *args: Any) -> Any:
+        op, (gradients, inputs) = self.op, self._gradients(args)
+        tensors, path, options, (backend,) = self._split(inputs)
+        main = tensors[op.main]
+        assert main is not None
+        arguments = op.arguments(tensors, path, options)
+        if op.walk != "none":
+            gradients["dout"] = shapes.flat(gradients["dout"], gradients["dout"].dim() - len(op.out_axes(options)) + 1)
+        if op.saved:
+            name = op.saved[0]
+            if not op.saves(tensors):
+                gradients[name] = None
+            elif _is_absent(gradients[name]):
+                gradients[name] = op.forward(backend, arguments, save=True, final=False)[-1]
+        found = op.backward(backend, gradients, arguments)
+        back = [_absent(main) if g is None else g.reshape(t.shape) for g, t in zip(found, self._with_gradient(tensors), strict=True)]
+        return tuple(back) if len(back) > 1 else back[0]
+
+    def _backward_shapes(self, *args: Any) -> Any:
+        tensors = self._split(self._gradients(args)[1])[0]
+        main = tensors[self.op.main]
+        assert main is not None
+        back = [_absent(main) if t is None else t.new_empty(t.shape) for t in self._with_gradient(tensors)]
+        return tuple(back) if len(back) > 1 else back[0]
+
+    def _backward_operations(self, *args: Any, out_val: Any = None, **_: Any) -> int:
+        """Twice the forward's, the convention of PyTorch's own counter: a product's gradient is two products."""
+        return 2 * self._forward_operations(*self._gradients(args)[1])
+
+    def _with_gradient(self, tensors: Sequence[Any]) -> list[Any]:
+        return [tensors[i] for i in self._differentiable]
+
+    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors, path, options, rest = self._split(inputs)
+        outputs = output if isinstance(output, tuple) else (output,)
+        kept = outputs[1 : 1 + len(self._kept)] if self.op.saves_states else outputs[len(outputs) - len(self._kept) :]
+        ctx.kept, ctx.count = len(kept), len(inputs)
+        ctx.index = bool(path) and isinstance(path[0], Tensor)
+        ctx.save_for_backward(*kept, *tensors, *(path[:1] if ctx.index else ()))
+        ctx.rest = (*(path[1:] if ctx.index else path), *options.values(), rest[-1])
+
+    def _gradient(self, ctx: Any, *douts: Any) -> tuple[Any, ...]:
+        op, saved = self.op, ctx.saved_tensors
+        # Outputs that are kept have gradients only where they are states.
+        found = self.backward(*douts[: 1 + len(op.states)], *saved, *ctx.rest)
+        gradients = iter(found if isinstance(found, tuple) else (found,))
+        tensors = saved[ctx.kept :]
+        back: list[Any] = [None] * ctx.count
+        for i in self._differentiable:
+            gradient = next(gradients)
+            back[i] = None if tensors[i] is None else gradient
+        return tuple(back)
+
+    def _second_derivative(self, ctx: Any, *_: Any) -> None:
+        """An opaque backward would contribute a zero in silence."""
+        raise RuntimeError(f"medssm::{self.op.name}_backward: second derivatives need backend='reference'")
+
+    # -- vmap ---------------------------------------------------------------------------------------------------------------------------
+
+    def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        """The mapped dimension of tensors with a batch joins the batch; mapped weights raise."""
+        size, folded, batch = info.batch_size, [], 0
+        for i, (dim, value) in enumerate(zip(in_dims, args, strict=True)):
+            given = self.op.inputs[i] if i < len(self.op.inputs) else None
+            if given is not None and given.axes[0] == "b" and value is not None:
                 value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
                 batch = value.shape[1]
                 value = value.reshape(size * batch, *value.shape[2:])
-            elif dim is not None and isinstance(value, torch.Tensor):
-                raise ValueError(f"{argument}: vmap over weights is not supported, only over tensors that carry a batch dimension")
+            elif dim is not None and isinstance(value, Tensor):
+                name = given.name if given is not None else "order"
+                raise ValueError(f"{name}: vmap over weights is not supported, only over tensors that carry a batch dimension")
             folded.append(value)
-        outputs = call(*folded)
-        single = isinstance(outputs, torch.Tensor)
-        unfolded = tuple(o if o.dim() == 1 and o.numel() == 0 else o.reshape(size, batch, *o.shape[1:]) for o in ((outputs,) if single else outputs))
-        dims = tuple(None if o.dim() == 1 and o.numel() == 0 else 0 for o in unfolded)
-        return (unfolded[0], dims[0]) if single else (unfolded, dims)
-
-    torch.library.register_vmap(f"medssm::{name}", rule, lib=_library)
+        found = self.forward(*folded)
+        outputs = found if isinstance(found, tuple) else (found,)
+        unfolded = tuple(o if _is_absent(o) else o.reshape(size, batch, *o.shape[1:]) for o in outputs)
+        dims = tuple(None if _is_absent(o) else 0 for o in outputs)
+        return (unfolded, dims) if isinstance(found, tuple) else (unfolded[0], dims[0])
 
 
-def needs_grad(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether autograd will ask this call for gradients."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def direct(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether a call may go straight to the C function: plain tensors, no gradients, nothing that traces or transforms."""
-    if _is_compiling() or _modes() or _function_modes() or _transforms() is not None or forward_ad._current_level >= 0 or _tracing() is not None:
-        return False
-    grad = _grad_enabled()
-    for t in tensors:
-        kind = type(t)
-        if kind is not _Tensor and kind is not _Parameter:
-            if t is not None:
-                return False
-        elif grad and t.requires_grad:
-            return False
-    return True
-
-
-def traced() -> bool:
-    """Whether a tracer or a fake mode is at work: a tensor made now is of that trace alone, and kept it would turn up in later calls."""
-    return _is_compiling() or bool(_modes())
-
-
-def transformed() -> str | None:
-    """Why a kernel without forward-mode and higher-order derivatives cannot serve under the torch.func transform in force, or None."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode derivatives (jvp) need backend='reference'"
-    stack = torch._C._functorch.get_interpreter_stack()
-    for level in stack or ():
-        if level.key() != torch._C._functorch.TransformType.Vmap:
-            return f"torch.func.{level.key().name.lower()} needs backend='reference'"
-    return None
-
-
-_LIBRARIES = {"native": native, "triton": triton, "cuda": cuda}
-
-
-def kernels(**refusals: Callable) -> dict[str, dispatch.Backend]:
-    """The backends that an op has, each with the function that says why it cannot serve a call's tensors, or None."""
-
-    def backend(library, refuse):
-        return dispatch.Backend(library.reason, lambda *args: transformed() or refuse(*args))
-
-    return {name: backend(_LIBRARIES[name], refuse) for name, refuse in refusals.items()}
-
-
-def absent(like: torch.Tensor) -> torch.Tensor:
-    """What an operator returns in place of an output that the call does not have (operators cannot return None)."""
+def _absent(like: Tensor) -> Tensor:
+    """What an operator returns in place of an output that the call does not have."""
     return like.new_empty((0,))
+
+
+def _is_absent(t: Tensor) -> bool:
+    return t.dim() == 1 and t.numel() == 0

@@ -7,19 +7,20 @@ shape and device. A LongTensor order travels as a tensor.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 
 from medssm import orders
-from medssm.ops import registration
+from medssm.ops import modes
+
+AnyOrder = orders.Order | torch.Tensor | None  # the `order` of an op
 
 
 class Walk(NamedTuple):
     """index: the token visited at each step, None for raster; starts: steps at which state and taps begin anew, None where only step 0."""
 
-    index: torch.Tensor | None
+    index: torch.Tensor | None  # type: ignore[assignment]  # it hides tuple.index, which nobody calls here
     starts: torch.Tensor | None
     reverse: bool
 
@@ -41,7 +42,7 @@ def resolve(spec: str, spatial: tuple[int, ...], index: torch.Tensor | None, rev
         return Walk(index, None, reverse)
     if not spec:
         return Walk(None, None, reverse)
-    tables = _tables.__wrapped__ if registration.traced() else _tables
+    tables = _tables.__wrapped__ if modes.traced() else _tables
     found = tables(spec, tuple(int(n) for n in spatial), str(device))
     return Walk(found.index, found.starts, found.reverse != reverse)
 
@@ -57,7 +58,7 @@ def check_index(order: torch.Tensor, length: int) -> torch.Tensor:
     return order.contiguous()
 
 
-def parse(order, spatial: tuple[int, ...], name: str = "order") -> tuple[str, torch.Tensor | None]:
+def parse(order: object, spatial: tuple[int, ...], name: str = "order") -> tuple[str, torch.Tensor | None]:
     """(spec, index) of an Order, a LongTensor or None, checked against the spatial shape."""
     if order is None:
         return "", None
@@ -69,10 +70,3 @@ def parse(order, spatial: tuple[int, ...], name: str = "order") -> tuple[str, to
             raise ValueError(f"{name}: a LongTensor goes with (b, l, …) tensors, got spatial shape {spatial}")
         return "", check_index(order, spatial[0])
     raise TypeError(f"{name}: expected an Order, a LongTensor or None, got {type(order).__name__}")
-
-
-def flatten(t: torch.Tensor | None, spatial: tuple[int, ...]) -> torch.Tensor | None:
-    """(b, *spatial, …) -> (b, l, …), a view wherever the strides allow one."""
-    if t is None or len(spatial) == 1:
-        return t
-    return t.reshape(t.shape[0], math.prod(spatial), *t.shape[1 + len(spatial) :])

@@ -83,9 +83,9 @@ def test_step_equals_one_token_and_keeps_dtype(backend):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"weight": torch.zeros(5, 4)}, r"weight: expected \(6, 4\), got \(5, 4\)"),
+        ({"weight": torch.zeros(5, 4)}, r"weight: expected \(6, w\), got \(5, 4\)"),
         ({"weight": torch.zeros(6, 0)}, r"weight: expected \(d, w\) with w at least 1, got \(6, 0\)"),
-        ({"weight": torch.zeros(6, 1, 4)}, r"weight: expected \(d, w\), got \(6, 1, 4\)"),
+        ({"weight": torch.zeros(6, 1, 4)}, r"weight: expected \(6, w\), got \(6, 1, 4\)"),
         ({"bias": torch.zeros(4)}, r"bias: expected \(6,\), got \(4,\)"),
         ({"initial_state": torch.zeros(2, 6, 4)}, r"initial_state: expected \(2, 6, 3\), got \(2, 6, 4\)"),
         ({"activation": "relu"}, "activation: expected None or 'silu', got 'relu'"),
@@ -104,4 +104,4 @@ def test_errors_name_the_argument(change, message):
 def test_explain_gives_the_choice():
     x, weight = draw(1, 4, 3), draw(3, 2)
     assert medssm.explain("causal_conv1d", x, weight)["chosen"] == "native"
-    assert "x is on meta" in medssm.explain("causal_conv1d", x.to("meta"), weight.to("meta"))["native"]
+    assert "got one on meta" in medssm.explain("causal_conv1d", x.to("meta"), weight.to("meta"))["native"]

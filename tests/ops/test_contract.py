@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import medssm
 from medssm import ops
+from medssm.ops.op import OPS as DECLARED
 from tests.ops.calls import DEVICE, Call, compare, flat, initial, permutation
-from tests.ops.cases import CASES, OPS, SEQUENCE, available, calls, example, flattened, tokens
+from tests.ops.cases import CASES, LAYOUTS, OPS, SEQUENCE, available, calls, example, flattened, step_options, tokens, weight
 
 PAIRS = available()
 KERNELS = [(op, backend) for op, backend in PAIRS if backend != "reference"]
@@ -219,7 +220,7 @@ def test_any_strides_and_nothing_written_outside(op, backend, data):
         assert torch.equal(b.isnan(), before[k].isnan()) and torch.equal(b.nan_to_num(), before[k].nan_to_num()), k
 
 
-@pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if hasattr(CASES[pair[0]], "LAYOUTS")])
+@pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if pair[0] in LAYOUTS])
 @given(data=st.data())
 def test_bdl_layout_equals_bld(op, backend, data):
     call = data.draw(calls(op)).to(torch.float32).with_options(return_final_state=True)
@@ -240,10 +241,10 @@ def test_steps_equal_the_scan(op, backend, data):
     assume(0 < whole.shape[1] <= 9)
     arguments = call.arguments()
     state = arguments.pop("initial_state", tuple(map(torch.zeros_like, final)) if isinstance(final, tuple) else torch.zeros_like(final))
-    options = {k: v for k, v in call.options.items() if k in CASES[op].STEP_OPTIONS}
+    options = {k: v for k, v in call.options.items() if k in step_options(op)}
     outs = []
     for t in range(whole.shape[1]):
-        token = {k: v[:, t] if k in CASES[op].TOKENS else v for k, v in arguments.items()}
+        token = {k: v[:, t] if k in tokens(call) else v for k, v in arguments.items()}
         out, state = getattr(ops, f"{op}_step")(state, **token, **options, backend=backend)
         outs.append(out)
     compare({"output": torch.stack(outs, 1), **initial(state)}, {"output": whole, **initial(final)}, 1e-5, 1e-5)
@@ -292,10 +293,9 @@ def fresh_compiler():
 def test_opcheck(op, backend, monkeypatch):
     """torch.library's own check of schema, fake kernel, autograd registration and compiled use, on the operator as it is called."""
     call = example(op).leaves()
-    module = __import__(f"medssm.ops.{op}", fromlist=["_forward"])
-    seen = []
-    real = module._forward
-    monkeypatch.setattr(module, "_forward", lambda *args: seen.append(args) or real(*args))
+    operators, seen = DECLARED[op].operators, []
+    real = operators.forward
+    monkeypatch.setattr(operators, "forward", lambda *args: seen.append(args) or real(*args))
     output(call.run(backend))
     assert seen, "the call did not go through the registered operator"
     torch.use_deterministic_algorithms(False)
@@ -363,7 +363,7 @@ def test_a_meta_tensor_costs_no_loop(op):
 
 def test_a_meta_scan_never_runs_the_recurrence(monkeypatch):
     for op in ("selective_scan", "selective_scan_nd"):
-        monkeypatch.setattr(f"medssm.kernels.selective_scan.reference.{op}", lambda *_: pytest.fail("the reference ran"))
+        monkeypatch.setattr(DECLARED[op], "reference", lambda **_: pytest.fail("the reference ran"))
     u, A = torch.empty(1, 10**7, 8, device="meta"), torch.empty(8, 16, device="meta")
     B = torch.empty(1, 10**7, 16, device="meta")
     assert medssm.ops.selective_scan(u, u, A, B, B).shape == u.shape
@@ -391,11 +391,11 @@ def test_vmap_folds_tokens_and_refuses_weights(op, backend):
     got = torch.vmap(lambda t: output(call.but(**{name: t}).run(backend)))(batched)
     for i in range(3):
         torch.testing.assert_close(got[i], output(call.but(**{name: batched[i]}).run(backend)))
-    weight = CASES[op].WEIGHT
-    if weight is None:
+    shared = weight(op)
+    if shared is None:
         return
-    with pytest.raises(ValueError, match="vmap over weights"):
-        torch.vmap(lambda t: output(call.but(**{weight: t}).run(backend)))(torch.stack([call.tensors[weight]] * 2))
+    with pytest.raises(ValueError, match=f"{shared}: vmap over weights"):
+        torch.vmap(lambda t: output(call.but(**{shared: t}).run(backend)))(torch.stack([call.tensors[shared]] * 2))
 
 
 @every_kernel

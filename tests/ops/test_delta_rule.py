@@ -112,7 +112,7 @@ def test_wrong_arguments_are_named(backend):
     q, k, v, beta = draw(1, 4, 2, 3, 5)
     for change, message in (
         ({"k": k[..., :2]}, r"k: expected \(1, 4, 2, 3\), got \(1, 4, 2, 2\)"),
-        ({"v": v[:, :3]}, r"v: expected \(1, 4, 2, 5\), got \(1, 3, 2, 5\)"),
+        ({"v": v[:, :3]}, r"v: expected \(1, 4, 2, dv\), got \(1, 3, 2, 5\)"),
         ({"beta": beta[..., None]}, r"beta: expected \(1, 4, 2\), got \(1, 4, 2, 1\)"),
         ({"g": beta[:, :, :1]}, r"g: expected \(1, 4, 2\), got \(1, 4, 1\)"),
         ({"initial_state": v}, r"initial_state: expected \(1, 2, 3, 5\), got"),

@@ -49,7 +49,7 @@ def test_four_axes_fall_back_to_the_reference_with_a_reason():
     [
         ({"weight": torch.zeros(6, 4, 3)}, r"weight: expected odd kernel sides, got \(4, 3\)"),
         ({"weight": torch.zeros(6, 3, 0)}, r"weight: expected odd kernel sides, got \(3, 0\)"),
-        ({"weight": torch.zeros(5, 3, 3)}, r"weight: expected \(6, 3, 3\), got \(5, 3, 3\)"),
+        ({"weight": torch.zeros(5, 3, 3)}, r"weight: expected \(6, \*kernel\), got \(5, 3, 3\)"),
         ({"weight": torch.zeros(6, 3)}, r"weight: expected \(d, \*kernel\) with 2 sides, got \(6, 3\)"),
         ({"weight": torch.zeros(6, 1, 3, 3)}, r"weight: expected \(d, \*kernel\) with 2 sides, got \(6, 1, 3, 3\)"),
         ({"bias": torch.zeros(4)}, r"bias: expected \(6,\), got \(4,\)"),

@@ -96,7 +96,7 @@ def test_wrong_shapes_name_the_argument():
     q, k, v = draw()
     with pytest.raises(ValueError, match=r"g: expected \(2, 70, 3\) or \(2, 70, 3, 6\), got"):
         ops.gated_linear_attention(q, k, v, q[..., :2])
-    with pytest.raises(ValueError, match=r"v: expected \(2, 70, 3, 5\), got"):
+    with pytest.raises(ValueError, match=r"v: expected \(2, 70, 3, dv\), got"):
         ops.gated_linear_attention(q, k, v[:, :, :2], q[..., 0])
     with pytest.raises(ValueError, match="dk at least 1"):
         ops.gated_linear_attention(q[..., :0], k[..., :0], v, q[..., 0])

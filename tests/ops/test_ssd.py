@@ -110,5 +110,5 @@ def test_a_wrong_dt_limit_is_named(limit):
 
 
 def test_groups_that_do_not_divide_the_heads_are_named():
-    with pytest.raises(ValueError, match=r"B: expected .* g dividing 4 heads"):
+    with pytest.raises(ValueError, match=r"B: expected .* g dividing h = 4"):
         ops.ssd(**call(3, groups=3))

@@ -9,7 +9,7 @@ from torch import nn
 from medssm.integrations.mamba_ssm import norm
 from medssm.integrations.mamba_ssm.mixer import Mamba
 from medssm.integrations.mamba_ssm.second import Mamba2
-from medssm.ops import checks
+from medssm.ops import shapes
 
 _LAYERS = {"Mamba1": Mamba, "Mamba2": Mamba2}
 
@@ -80,7 +80,7 @@ def create_block(
         d_intermediate, ssm_cfg = 0, d_intermediate
     config = dict(ssm_cfg or {})
     kind = config.pop("layer", "Mamba1")
-    checks.choice("ssm_cfg['layer']", kind, tuple(_LAYERS))
+    shapes.choice("ssm_cfg['layer']", kind, tuple(_LAYERS))
     for name, given, expected in (("d_intermediate", d_intermediate, 0), ("attn_layer_idx", layer_idx in (attn_layer_idx or ()), False)):
         if given != expected:
             raise NotImplementedError(f"{name}: expected {expected!r} (more is not in this release of medssm), got {given!r}")

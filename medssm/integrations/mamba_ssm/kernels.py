@@ -12,7 +12,7 @@ from torch.nn.functional import silu, softplus
 from medssm import ops
 from medssm.integrations.mamba_ssm import convolution
 from medssm.integrations.mamba_ssm.scan import grouped
-from medssm.ops.checks import compute_dtype
+from medssm.kernels.dtypes import compute_dtype
 
 _CHUNK = 2048  # tokens per entry of x
 

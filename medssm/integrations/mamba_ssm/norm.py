@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from medssm.ops.checks import compute_dtype
+from medssm.kernels.dtypes import compute_dtype
 
 
 def layer_norm_fn(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medssm.nn.norms import grouped_norm
-from medssm.ops import checks
+from medssm.ops import shapes
 
 
 def layernorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, is_rms_norm=False):
@@ -22,9 +22,7 @@ def layernorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before
     """
     channels = x.shape[-1]
     size = channels if group_size is None else group_size
-    checks.shape("weight", weight, (channels,))
-    checks.shape("bias", bias, (channels,))
-    checks.shape("z", z, x.shape)
+    shapes.agree({"x": "*rows d | d", "weight?": "d", "bias?": "d", "z?": "*rows d | d"}, x, weight, bias, z)
     if channels % size:
         raise ValueError(f"group_size: expected a divisor of the {channels} channels, got {size}")
     return grouped_norm(x, weight, bias, z, size=size, eps=eps, norm_before_gate=norm_before_gate, rms=is_rms_norm)

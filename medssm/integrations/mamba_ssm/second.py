@@ -15,7 +15,7 @@ from medssm.integrations.mamba_ssm import convolution
 from medssm.integrations.mamba_ssm.absent import refuse
 from medssm.integrations.mamba_ssm.mixer import kept_states
 from medssm.integrations.mamba_ssm.norm_gated import RMSNorm, rmsnorm_fn
-from medssm.ops import checks
+from medssm.ops import shapes
 
 
 class Mamba2(layers.Mamba2):
@@ -173,7 +173,7 @@ class Mamba2Simple(Mamba2):
         dtype=None,
     ):
         refuse(learnable_init_states=learnable_init_states)
-        checks.choice("activation", activation, ("swish", "silu"))
+        shapes.choice("activation", activation, ("swish", "silu"))
         super().__init__(
             d_model,
             d_state,

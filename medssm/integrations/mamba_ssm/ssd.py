@@ -11,7 +11,7 @@ from medssm import ops
 from medssm.integrations.mamba_ssm.absent import refuse
 from medssm.integrations.mamba_ssm.convolution import activation_name
 from medssm.integrations.mamba_ssm.norm_gated import rmsnorm_fn
-from medssm.ops import checks
+from medssm.ops import shapes
 
 
 def mamba_chunk_scan_combined(
@@ -125,13 +125,8 @@ def ssd_minimal_discrete(X, A, B, C, block_len, initial_states=None):
 
     Returns (Y (b, l, h, p), the last state (b, h, p, n)), both in X's dtype. This is `medssm.ops.gated_linear_attention` of q = C, k = B, v = X.
     """
-    checks.dims("X", X, 4, form="(b, l, h, p)")
-    checks.dims("B", B, 4, form="(b, l, h, n)")
-    batch, _, heads, size = X.shape
-    checks.shape("A", A, X.shape[:3])
-    checks.shape("B", B, (*X.shape[:3], B.shape[-1]))
-    checks.shape("C", C, B.shape)
-    checks.shape("initial_states", initial_states, (batch, 1, heads, size, B.shape[-1]))
+    forms = {"X": "b l h p", "A": "b l h", "B": "b l h n", "C": "b l h n", "initial_states?": "b 1 h p n"}
+    shapes.agree(forms, X, A, B, C, initial_states)
     state = None if initial_states is None else initial_states.squeeze(1).transpose(-1, -2)
     out, state = ops.gated_linear_attention(C, B, X, A, scale=1.0, initial_state=state, return_final_state=True)
     return out, state.transpose(-1, -2).to(X.dtype).contiguous()

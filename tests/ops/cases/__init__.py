@@ -1,48 +1,26 @@
-"""The ops under the contract suite, one module each:
+"""What the contract suite draws of each op, one module each, found by the op's name; what else it needs follows from the op's declaration.
 
-TOKENS          the arguments that have one entry a token: (b, l, …), or (b, *spatial, …) with an Order
-FEATURES        dimensions of the first tensor behind the tokens' (1 unless said)
-WEIGHT          an argument over which vmap is refused, or None
-STEP_OPTIONS    of an op with a state, a walk and `reverse`: the options that its step function takes too; other ops have none
-SEQUENCE        options that such an op needs for it ({} unless said)
-LAYOUTS         true where the op takes layout="bdl"
 calls(small)    random calls; `small` ones suit gradcheck and Triton's interpreter
-example(n)      one fixed float32 call with every option that all PyTorch features must carry, 13 tokens (4 x 5 without a walk); n(*shape) draws
-far(n)          the other tensors, and the options, of a call whose first tensor is FAR, (1, 3, 4) unless said
+far(n)          the other tensors, and the options, of a call whose first tensor is FAR, (1, 3, 4) unless said; n(*shape) draws
+SEQUENCE        options that an op with a state needs for it ({} unless said)
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+
 import torch
 
-from medssm import backends
+from medssm import backends, ops
 from medssm.kernels import triton
-from tests.ops.calls import DEVICE, SERVES, Call
-from tests.ops.cases import (
-    bi_wkv,
-    causal_conv1d,
-    delta_rule,
-    depthwise_conv,
-    gated_linear_attention,
-    linear_attention,
-    selective_scan,
-    selective_scan_nd,
-    ssd,
-)
+from medssm.ops.op import OPS as DECLARED
+from tests.ops.calls import DEVICE, SERVES, Call, initial
 
-CASES = {
-    "selective_scan": selective_scan,
-    "causal_conv1d": causal_conv1d,
-    "selective_scan_nd": selective_scan_nd,
-    "depthwise_conv": depthwise_conv,
-    "delta_rule": delta_rule,
-    "bi_wkv": bi_wkv,
-    "gated_linear_attention": gated_linear_attention,
-    "linear_attention": linear_attention,
-    "ssd": ssd,
-}
+CASES = {op: importlib.import_module(f"tests.ops.cases.{op}") for op in DECLARED}
 OPS = tuple(CASES)
-SEQUENCE = tuple(op for op, case in CASES.items() if hasattr(case, "STEP_OPTIONS"))
+SEQUENCE = tuple(op for op in OPS if hasattr(ops, f"{op}_step"))  # the ops with a state
+LAYOUTS = tuple(op for op in OPS if "layout" in inspect.signature(getattr(ops, op)).parameters)
 BACKENDS = tuple(name for name, device in SERVES.items() if device == DEVICE)
 
 
@@ -59,18 +37,36 @@ def calls(op: str, small: bool = False):
 
 
 def example(op: str) -> Call:
-    """The op's fixed call."""
-    generator = torch.Generator().manual_seed(0)
-    return CASES[op].example(lambda *shape: torch.randn(shape, generator=generator).to(DEVICE))
+    """The op's own example."""
+    generator, declared = torch.Generator().manual_seed(0), DECLARED[op]
+    given = declared.example(lambda *shape: torch.randn(shape, generator=generator).to(DEVICE), 13, 6)
+    state = initial(given.pop("initial_state")) if "initial_state" in given else {}
+    main = declared.names[declared.main]
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    options = {name: value for name, value in given.items() if name not in tensors}
+    if state:
+        options["return_final_state"] = True
+    return Call(op, {main: tensors.pop(main), **tensors, **state}, options)
 
 
 def tokens(call: Call) -> dict[str, torch.Tensor]:
     """The call's token tensors."""
-    return {name: t for name, t in call.tensors.items() if name in CASES[call.op].TOKENS}
+    names = [given.name for given in DECLARED[call.op].inputs if given.tokens]
+    return {name: t for name, t in call.tensors.items() if name in names}
+
+
+def weight(op: str) -> str | None:
+    """A tensor that every call has and that carries no batch."""
+    return next((given.name for given in DECLARED[op].inputs if given.axes[0] != "b" and not given.optional), None)
+
+
+def step_options(op: str) -> set[str]:
+    """The options that the op's step function takes too."""
+    return set(inspect.signature(getattr(ops, f"{op}_step")).parameters) - {"backend"}
 
 
 def flattened(call: Call) -> Call:
     """The call with the tokens of an image or a volume as one sequence, in the form that has a state."""
-    case, first = CASES[call.op], next(iter(call.tensors.values()))
-    spatial = first.dim() - 1 - getattr(case, "FEATURES", 1)
-    return call.with_options(**getattr(case, "SEQUENCE", {})).but(**{name: t.flatten(1, spatial) for name, t in tokens(call).items()})
+    declared, first = DECLARED[call.op], next(iter(call.tensors.values()))
+    spatial = first.dim() + 1 - len(declared.inputs[declared.main].axes)
+    return call.with_options(**getattr(CASES[call.op], "SEQUENCE", {})).but(**{name: t.flatten(1, spatial) for name, t in tokens(call).items()})

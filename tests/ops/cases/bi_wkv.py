@@ -5,9 +5,6 @@ from hypothesis import strategies as st
 
 from tests.ops.calls import Call, any_order, normal, permutation
 
-TOKENS = ("v", "k")
-WEIGHT = "w"
-
 
 @st.composite
 def calls(draw, small=False):
@@ -34,11 +31,6 @@ def calls(draw, small=False):
     elif kind == "order":
         order = draw(any_order(len(spatial)))
     return Call("bi_wkv", tensors, {"mode": mode, "order": order})
-
-
-def example(n):
-    tensors = {"v": n(1, 13, 6), "k": n(1, 13, 6), "w": 0.1 * n(6), "u": n(6)}
-    return Call("bi_wkv", tensors, {"mode": "upstream"})
 
 
 def far(n):

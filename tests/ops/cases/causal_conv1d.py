@@ -4,11 +4,6 @@ from hypothesis import strategies as st
 
 from tests.ops.calls import Call, any_order, normal, permutation
 
-TOKENS = ("x",)
-WEIGHT = "weight"
-STEP_OPTIONS = ("activation",)
-LAYOUTS = True
-
 
 @st.composite
 def calls(draw, small=False):
@@ -36,11 +31,6 @@ def calls(draw, small=False):
     elif kind == "order":
         options["order"] = draw(any_order(len(spatial)))
     return Call("causal_conv1d", tensors, options)
-
-
-def example(n):
-    tensors = {"x": n(2, 13, 6), "weight": n(6, 4), "bias": n(6), "initial_state": n(2, 6, 3)}
-    return Call("causal_conv1d", tensors, {"activation": "silu", "return_final_state": True})
 
 
 def far(n):

@@ -6,10 +6,6 @@ from torch.nn import functional
 
 from tests.ops.calls import Call, any_order, normal, permutation
 
-TOKENS = ("q", "k", "v", "beta", "g")
-FEATURES = 2
-WEIGHT = None
-STEP_OPTIONS = ("scale",)
 FAR = (1, 3, 1, 4)
 
 
@@ -43,17 +39,5 @@ def calls(draw, small=False):
     return Call("delta_rule", tensors, options)
 
 
-def example(n):
-    tensors = {
-        "q": n(1, 13, 2, 6),
-        "k": functional.normalize(n(1, 13, 2, 6), dim=-1),
-        "v": n(1, 13, 2, 5),
-        "beta": torch.sigmoid(n(1, 13, 2)),
-        "g": -n(1, 13, 2).abs(),
-        "initial_state": n(1, 2, 6, 5),
-    }
-    return Call("delta_rule", tensors, {"return_final_state": True})
-
-
 def far(n):
-    return {"k": functional.normalize(n(1, 3, 1, 4), dim=-1), "v": n(1, 3, 1, 2), "beta": torch.sigmoid(n(1, 3, 1))}, {}
+    return {"q": n(1, 3, 1, 2), "k": functional.normalize(n(1, 3, 1, 2), dim=-1), "beta": torch.sigmoid(n(1, 3, 1))}, {}

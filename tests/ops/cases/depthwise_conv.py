@@ -6,9 +6,6 @@ from hypothesis import strategies as st
 
 from tests.ops.calls import Call, normal
 
-TOKENS = ("x",)
-WEIGHT = "weight"
-
 
 @st.composite
 def calls(draw, small=False):
@@ -20,11 +17,6 @@ def calls(draw, small=False):
     if draw(st.booleans()):
         tensors["bias"] = normal((channels,), seed + 2)
     return Call("depthwise_conv", tensors, {"activation": draw(st.sampled_from([None, "silu"]))})
-
-
-def example(n):
-    tensors = {"x": n(2, 4, 5, 6), "weight": n(6, 3, 3), "bias": n(6)}
-    return Call("depthwise_conv", tensors, {"activation": "silu"})
 
 
 def far(n):

@@ -5,10 +5,6 @@ from hypothesis import strategies as st
 
 from tests.ops.calls import Call, any_order, normal, permutation
 
-TOKENS = ("v", "q", "k")
-FEATURES = 2
-WEIGHT = None
-STEP_OPTIONS = ("feature_map", "normalize", "scale", "eps")
 SEQUENCE = {"causal": True, "rotary": None}  # cosines and sines are a token's own: they do not move with it
 FAR = (1, 3, 2, 4)
 
@@ -55,11 +51,6 @@ def calls(draw, small=False):
     elif kind == "order":
         options["order"] = draw(any_order(len(spatial)))
     return Call("linear_attention", tensors, options)
-
-
-def example(n):
-    tensors = {"v": n(2, 13, 2, 5), "q": n(2, 13, 4, 6), "k": n(2, 13, 2, 6), "initial_state_0": n(2, 2, 6, 5), "initial_state_1": n(2, 2, 6).abs()}
-    return Call("linear_attention", tensors, {"scale": 0.5, "return_final_state": True})
 
 
 def far(n):

@@ -4,11 +4,6 @@ from hypothesis import strategies as st
 
 from tests.ops.calls import Call, any_order, normal, permutation, rates, steps
 
-TOKENS = ("u", "delta", "B", "C", "z")
-WEIGHT = "A"
-STEP_OPTIONS = ("delta_softplus",)
-LAYOUTS = True
-
 
 @st.composite
 def calls(draw, small=False):
@@ -50,22 +45,6 @@ def calls(draw, small=False):
     elif kind == "order":
         options["order"] = draw(any_order(len(spatial)))
     return Call("selective_scan", tensors, options)
-
-
-def example(n):
-    tensors = {
-        "u": n(2, 13, 6),
-        "delta": n(2, 13, 2),
-        "A": -n(6, 4).abs(),
-        "B": n(2, 13, 4),
-        "C": n(2, 13, 4),
-        "D": n(6),
-        "z": n(2, 13, 6),
-        "delta_bias": n(6),
-        "initial_state": n(2, 6, 4),
-        "delta_proj": n(6, 2),
-    }
-    return Call("selective_scan", tensors, {"delta_softplus": True, "return_final_state": True})
 
 
 def far(n):

@@ -5,9 +5,6 @@ from hypothesis import strategies as st
 from medssm import orders
 from tests.ops.calls import Call, any_order, normal, rates
 
-TOKENS = ("x", "delta", "B", "C", "z")
-WEIGHT = "A"
-
 
 @st.composite
 def calls(draw, small=False):
@@ -36,21 +33,6 @@ def calls(draw, small=False):
         "orders": [draw(any_order(len(spatial))) for _ in range(k)],
     }
     return Call("selective_scan_nd", tensors, options)
-
-
-def example(n):
-    tensors = {
-        "x": n(2, 3, 4, 6),
-        "delta": n(2, 3, 4, 4, 2),
-        "A": -n(4, 6, 4).abs(),
-        "B": n(2, 3, 4, 4, 4),
-        "C": n(2, 3, 4, 4, 4),
-        "D": n(4, 6),
-        "z": n(2, 3, 4, 6),
-        "delta_bias": n(4, 6),
-        "delta_proj": n(4, 6, 2),
-    }
-    return Call("selective_scan_nd", tensors, {"delta_softplus": True, "orders": orders.cross2d()})
 
 
 def far(n):

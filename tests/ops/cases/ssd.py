@@ -4,10 +4,6 @@ from hypothesis import strategies as st
 
 from tests.ops.calls import Call, any_order, normal, permutation, rates, steps
 
-TOKENS = ("x", "dt", "B", "C", "z")
-FEATURES = 2
-WEIGHT = "A"
-STEP_OPTIONS = ("dt_softplus", "dt_limit")
 FAR = (1, 3, 1, 4)
 
 
@@ -48,21 +44,6 @@ def calls(draw, small=False):
     elif kind == "order":
         options["order"] = draw(any_order(len(spatial)))
     return Call("ssd", tensors, options)
-
-
-def example(n):
-    tensors = {
-        "x": n(2, 13, 4, 5),
-        "dt": n(2, 13, 4),
-        "A": -n(4).abs(),
-        "B": n(2, 13, 2, 6),
-        "C": n(2, 13, 2, 6),
-        "D": n(4),
-        "z": n(2, 13, 4, 5),
-        "dt_bias": n(4),
-        "initial_state": n(2, 4, 5, 6),
-    }
-    return Call("ssd", tensors, {"dt_softplus": True, "dt_limit": (0.01, 2.0), "return_final_state": True})
 
 
 def far(n):
