@@ -1,12 +1,12 @@
-"""What a result was measured on."""
+"""The machine and the versions that a result was measured with."""
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+import cpuinfo
+import psutil
 import torch
 
 import medssm
@@ -19,10 +19,10 @@ def describe() -> dict[str, str]:
     """Processor, memory, threads, kernels and versions, each as text."""
     kernels = native.reason() or f"compiled, instruction set {native.isa()}"
     table = {
-        "processor": _processor(),
-        "cores": str(_cores()),
+        "processor": cpuinfo.get_cpu_info().get("brand_raw") or platform.machine(),
+        "cores": str(cores()),
         "threads": str(torch.get_num_threads()),
-        "memory": _memory(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": platform.platform(),
         "medssm": f"{medssm.__version__} ({kernels})",
@@ -31,26 +31,15 @@ def describe() -> dict[str, str]:
     return table | {name: _version(name) for name in _PACKAGES}
 
 
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def cores() -> int:
+    """The number of cores that this process may run on; of all cores where the system has no such limit (macOS)."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
-def _cores() -> int:
-    """Those this process may run on, where the system says."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (AttributeError, ValueError, OSError):
-        return "unknown"
+def free_memory() -> int:
+    """Bytes of memory that can be had without swapping."""
+    return psutil.virtual_memory().available
 
 
 def _version(package: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import subprocess
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,11 +27,52 @@ from medssm.kernels.selective_scan.plan import chunks
 from medssm.models import list_models
 from medssm.nn.mixers import MIXERS
 
-_SECONDS = 4.0  # for the rounds of one row and number of threads
 _LENGTHS = tuple(2**i for i in range(10, 22))
 
 
-def add_arguments(parser) -> None:
+def bench(
+    *,
+    rows: str = "*",
+    networks: str | None = None,
+    mixers: str | None = None,
+    out: Path | str | None = None,
+    docs: Path | str | None = None,
+    seconds: float = 4.0,
+    quick: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Time our kernels on this machine against what people run on a CPU today and against the processor's ceiling, all in one run.
+
+    With `out` the files are written anew after every row, so that an interrupted run keeps what it has measured.
+
+    Args: What is measured
+        rows: shell pattern of the rows; lengths is the plot of time against length
+        networks: whole networks instead of ops: a shell pattern of their names
+        mixers: medssm_unet's mixers on a volume instead: a shell pattern of their names
+    Args: How
+        out: folder for results.json, results.md and lengths.png, or networks.json, or mixers.json; without it the results are printed only
+        docs: with mixers, put the table into this page too (docs/mixers.md)
+        seconds: for the rounds of each row
+        quick: tiny shapes, in seconds: to see it work
+
+    Returns:
+        The results, as the JSON file holds them.
+
+    Raises:
+        UserError: a pattern fits nothing, or the compiled kernels are missing.
+    """
+    if native.reason():
+        raise UserError(f"the benchmark needs the compiled kernels: {native.reason()}")
+    folder = Path(out) if out else None
+    if networks:
+        return _networks(networks, folder, quick, quiet)
+    if mixers:
+        return _mixers(mixers, folder, Path(docs) if docs else None, quick, quiet)
+    return _rows(rows, folder, seconds, quick, quiet)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command, as `bench` documents them."""
     parser.add_argument("--rows", default="*", help=f"shell pattern of rows (default all: {', '.join(ROWS)}); 'lengths' is the plot")
     parser.add_argument("--networks", nargs="?", const="*", metavar="PATTERN", help="whole networks instead of ops: shell pattern (default all)")
     parser.add_argument(
@@ -36,138 +80,159 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--docs", metavar="PAGE", help="of --mixers: put the table into this page too (docs/mixers.md)")
     parser.add_argument("--out", help="folder for results.json, results.md and lengths.png, or networks.json, or mixers.json (default: print alone)")
-    parser.add_argument("--seconds", type=float, default=_SECONDS, help="for the rounds of each row (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of each row (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds: to see it work")
 
 
-def run(args) -> dict:
-    """Measure; with --out the files are written anew after every row, so that an interrupted run keeps what it has."""
-    if native.reason():
-        raise UserError(f"the benchmark needs the compiled kernels: {native.reason()}")
-    if args.networks:
-        return _networks(args)
-    if args.mixers:
-        return _mixers(args)
-    table = QUICK if args.quick else ROWS
-    chosen = [name for name in table if fnmatch.fnmatch(name, args.rows)]
-    lengths = not args.quick and fnmatch.fnmatch("lengths", args.rows)
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and print the goals."""
+    options = {name: getattr(args, name) for name in ("rows", "networks", "mixers", "out", "docs", "seconds", "quick")}
+    result = bench(**options, quiet=args.quiet or args.json)
+    if not (args.quiet or args.json):
+        show(result, options)
+    return result
+
+
+def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Print which goals are met; what was measured is printed as it comes."""
+    for goal in result.get("goals", ()):
+        mark = {None: "      ", True: "met   ", False: "MISSED"}[goal["met"]]
+        print(f"{mark} {goal['name']}: {goal['reached']} ({goal['wanted']})")
+
+
+def _rows(pattern: str, out: Path | None, seconds: float, quick: bool, quiet: bool) -> dict[str, Any]:
+    table = QUICK if quick else ROWS
+    chosen = [name for name in table if fnmatch.fnmatch(name, pattern)]
+    lengths = not quick and fnmatch.fnmatch("lengths", pattern)
     if not chosen and not lengths:
-        raise UserError(f"--rows: expected a pattern of {', '.join((*table, 'lengths'))}, got {args.rows!r}")
-    absent = [name for name in PEERS if not installed(name)]
+        raise UserError(f"--rows: expected a pattern of {', '.join((*table, 'lengths'))}, got {pattern!r}")
     about = _about()
-    results = about | {"threads": torch.get_num_threads(), "absent": absent, "rows": {}, "extra": _extra()}
-    kept = {} if args.quick else _earlier(args.out, "results.json", results)
+    results = about | {"threads": torch.get_num_threads(), "absent": [name for name in PEERS if not installed(name)], "rows": {}, "extra": _extra()}
+    kept = {} if quick else _earlier(out, "results.json", results)
     results |= {"lengths": kept["lengths"]} if "lengths" in kept else {}
     results["rows"] = {name: {key: kept[key] for key in ("commit", "date")} | row for name, row in kept.get("rows", {}).items()}
+
+    def keep(text: str) -> None:
+        if out:
+            report.write(results, out)
+        if text and not quiet:
+            print(text, flush=True)
+
     for name in chosen:
-        row = apart.row(name, 0.1 if args.quick else args.seconds, args.quick) | {key: about[key] for key in ("commit", "date")}
-        results["rows"] = {key: row if key == name else results["rows"][key] for key in table if key == name or key in results["rows"]}
-        _keep(results, args, report.markdown({**results, "rows": {name: row}}).split("\n\n## ", 1)[-1])
+        row = apart.row(name, 0.1 if quick else seconds, quick) | {key: about[key] for key in ("commit", "date")}
+        results["rows"] = _inserted(results["rows"], name, row, table)
+        keep(report.markdown({**results, "rows": {name: row}}).split("\n\n## ", 1)[-1])
     if lengths:
         results["lengths"] = {}
         for points in _lengths(results["lengths"]):
-            _keep(results, args, points)
-    if not args.quick:  # the goals are about full-sized rows
+            keep(points)
+    if not quick:  # the goals are about full-sized rows
         results["goals"] = [goal._asdict() for goal in judge(results)]
-    _keep(results, args, "")
-    if not (args.json or args.quiet or args.quick):
-        for goal in results["goals"]:
-            mark = {None: "      ", True: "met   ", False: "MISSED"}[goal["met"]]
-            print(f"{mark} {goal['name']}: {goal['reached']} ({goal['wanted']})")
+    keep("")
     return results
 
 
-def _networks(args) -> dict:
-    names = list_models(args.networks)
+def _networks(pattern: str, out: Path | None, quick: bool, quiet: bool) -> dict[str, Any]:
+    names = list_models(pattern)
     if not names:
-        raise UserError(f"--networks: expected a pattern of {', '.join(list_models('*'))}, got {args.networks!r}")
-    results = _about()
-    results["networks"] = _earlier(args.out, "networks.json", results).get("networks", {})
-    for name in names:
-        figures = networks.network(name, args.quick) | {key: results[key] for key in ("commit", "date")}
-        results["networks"] = dict(sorted((results["networks"] | {name: figures}).items()))
-        if args.out:
-            report.write_networks(results, Path(args.out))
-        if not (args.json or args.quiet):
-            print(report.network_line(name, figures), flush=True)
-    return results
+        raise UserError(f"--networks: expected a pattern of {', '.join(list_models('*'))}, got {pattern!r}")
+
+    def write(results: dict[str, Any]) -> None:
+        if out:
+            report.write_networks(results, out)
+
+    return _each("networks", names, sorted(list_models("*")), partial(networks.network, quick=quick), report.network_line, write, out, quiet)
 
 
-def _mixers(args) -> dict:
-    names = [name for name in MIXERS if fnmatch.fnmatch(name, args.mixers)]
+def _mixers(pattern: str, out: Path | None, docs: Path | None, quick: bool, quiet: bool) -> dict[str, Any]:
+    names = [name for name in MIXERS if fnmatch.fnmatch(name, pattern)]
     if not names:
-        raise UserError(f"--mixers: expected a pattern of {', '.join(MIXERS)}, got {args.mixers!r}")
-    if args.docs and not args.out:
+        raise UserError(f"--mixers: expected a pattern of {', '.join(MIXERS)}, got {pattern!r}")
+    if docs and not out:
         raise UserError("--docs: goes with --out, the folder that the figures are kept in")
+
+    def write(results: dict[str, Any]) -> None:
+        if out:
+            page.write(results, out, docs)
+
+    return _each("mixers", names, MIXERS, partial(mixers.mixer, quick=quick), page.line, write, out, quiet)
+
+
+def _each(
+    kind: str,
+    names: Sequence[str],
+    order: Iterable[str],
+    measured: Callable[[str], dict[str, Any]],
+    line: Callable[[str, dict[str, Any]], str],
+    write: Callable[[dict[str, Any]], None],
+    out: Path | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Measure each of `names` into results[kind], written and printed one by one; earlier results of this machine in `out` stay."""
     results = _about()
-    results["mixers"] = _earlier(args.out, "mixers.json", results).get("mixers", {})
+    results[kind] = _earlier(out, f"{kind}.json", results).get(kind, {})
     for name in names:
-        figures = mixers.mixer(name, args.quick) | {key: results[key] for key in ("commit", "date")}
-        found = results["mixers"] | {name: figures}
-        results["mixers"] = {each: found[each] for each in MIXERS if each in found}
-        if args.out:
-            page.write(results, Path(args.out), Path(args.docs) if args.docs else None)
-        if not (args.json or args.quiet):
-            print(page.line(name, figures), flush=True)
+        figures = measured(name) | {key: results[key] for key in ("commit", "date")}
+        results[kind] = _inserted(results[kind], name, figures, order)
+        write(results)
+        if not quiet:
+            print(line(name, figures), flush=True)
     return results
 
 
-def _earlier(out: str | None, name: str, results: dict) -> dict:
-    """The results of an earlier run in `out`, each with its own commit and date; {} when there are none or another machine measured them."""
-    if not out or not (Path(out) / name).is_file():
+def _inserted(table: Mapping[str, Any], name: str, value: Any, order: Iterable[str]) -> dict[str, Any]:
+    """`table` with one entry more or replaced, in the given order of names."""
+    table = {**table, name: value}
+    return {each: table[each] for each in order if each in table}
+
+
+def _earlier(out: Path | None, name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of an earlier run in `out`, each with its own commit and date; {} if there are none or another machine measured them."""
+    if not out or not (out / name).is_file():
         return {}
-    kept = read_json(Path(out) / name)
+    kept = read_json(out / name)
     same = all(kept["machine"][key] == results["machine"][key] for key in ("processor", "cores", "threads", "GPU", "torch"))
     return kept if same else {}
 
 
-def _about() -> dict:
+def _about() -> dict[str, Any]:
     return {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "machine": machine.describe()}
 
 
-def _extra() -> dict:
-    """Figures that are no comparison of sides."""
-    tiny = scan_inputs(1, 16, 1, 16)
+def _extra() -> dict[str, float]:
+    """Figures that are not a comparison of sides: the overhead of a call, and the size of what is kept for the backward."""
+    u, delta, A, B, C, D, z, bias = scan_inputs(1, 16, 1, 16).values()
     with torch.no_grad():
-        overhead = measure.call_overhead(partial(ops.selective_scan, *tiny.values(), True))
+        overhead = measure.call_overhead(partial(ops.selective_scan, u, delta, A, B, C, D, z, bias, True))
         x, w = torch.randn(1, 4, 16), torch.randn(16, 4)
         convolution = measure.call_overhead(lambda: ops.causal_conv1d(x, w))
     return {"overhead_us": overhead * 1e6, "causal_conv1d_overhead_us": convolution * 1e6, "checkpoint_share": chunks(4096, 16) * 16 / 4096}
 
 
-def _lengths(into: dict):
-    """Seconds of a forward of 96 channels against length, up to two million tokens; a peer stops where a call takes over 4 s or 6 GB."""
-    live = {OURS: None, **{name: PEERS[name] for name in PEERS if installed(name)}}
+def _lengths(into: dict[str, list[tuple[int, float]]]) -> Iterator[str]:
+    """Seconds of a forward of 96 channels against length, up to two million tokens, as (length, seconds) by side; yields a line per length.
+
+    A peer is left out from the length on at which a call takes over 4 s or would take over 6 GB.
+    """
+    live: dict[str, Callable[..., torch.Tensor]] = {OURS: partial(ops.selective_scan, delta_softplus=True, backend="native")}
+    live |= {name: peer for name, peer in PEERS.items() if installed(name)}
     for length in _LENGTHS:
         tensors = scan_inputs(1, 96, length, 16)
         for name in list(live):
-            peer = live[name]
-            if peer is not None and length * 96 * 16 * 4 * 4 > 6e9:
+            if name != OURS and length * 96 * 16 * 4 * 4 > 6e9:
                 del live[name]
                 continue
-            side_inputs = tensors if peer is None else channel_first(tensors)
-            side = (
-                (lambda t=side_inputs: ops.selective_scan(**t, delta_softplus=True, backend="native"))
-                if peer is None
-                else (lambda t=side_inputs, p=peer: p(**t))
-            )
+            side = partial(live[name], **(tensors if name == OURS else channel_first(tensors)))
             with torch.no_grad():
                 taken = measure.times({name: side}, 0.3, 1, limit=1.0)[name]["min"]
             into.setdefault(name, []).append((length, taken))
-            if peer is not None and taken > 4:
+            if name != OURS and taken > 4:
                 del live[name]
         yield f"{length} tokens: " + ", ".join(f"{name} {points[-1][1] * 1e3:.1f} ms" for name, points in into.items() if points[-1][0] == length)
 
 
-def _keep(results: dict, args, text: str) -> None:
-    if args.out:
-        report.write(results, Path(args.out))
-    if text and not (args.json or args.quiet):
-        print(text, flush=True)
-
-
 def _commit() -> str:
-    """The checkout's commit, "-dirty" where its code was changed since, or the version of an installed package."""
+    """The checkout's commit, with "-dirty" if its code was changed since; the version if the package was installed."""
     import medssm
 
     root = Path(medssm.__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""One row in a process of its own: what earlier rows left in the allocator's hands would otherwise change its times."""
+"""One row in a process of its own: memory that the allocator kept from earlier rows would change its times."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -14,16 +15,19 @@ from medssm.bench import measure, memory
 from medssm.bench.row import COMPILED
 from medssm.bench.rows import QUICK, ROWS
 
-_BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}  # two unbound threads may share a core, and then look no faster than one
+_BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}  # two unbound threads may share a core and are then no faster than one
 
 
-def row(name: str, seconds: float, quick: bool) -> dict:
+def row(name: str, seconds: float, quick: bool) -> dict[str, Any]:
     """A row on one and on all threads, each thread bound to a core, and the memory of its sides: {"title", "tokens", "times", "memory"}."""
     return run("apart", name, str(seconds), str(int(quick)))
 
 
-def run(module: str, *arguments: str) -> dict:
-    """What main() of a module of medssm.bench prints, as JSON in its last line, in another process whose threads are each bound to a core."""
+def run(module: str, *arguments: str) -> dict[str, Any]:
+    """Run main() of a module of medssm.bench in another process, each thread bound to a core. Returns the JSON in its last line.
+
+    Raises RuntimeError if it fails.
+    """
     command = [sys.executable, "-c", f"from medssm.bench import {module}; {module}.main()", *arguments]
     unbind = _all_cores if "OMP_PROC_BIND" in os.environ and hasattr(os, "sched_setaffinity") else None
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **_BOUND}, preexec_fn=unbind)
@@ -33,20 +37,21 @@ def run(module: str, *arguments: str) -> dict:
 
 
 def _all_cores() -> None:
-    """Where this process's own thread was bound at its start, the row's process would inherit that one core."""
+    """Allow all cores: if this process's thread is bound to one core, the row's process would inherit that core alone."""
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
-def _measure(name: str, seconds: float, quick: bool) -> dict:
+def _measure(name: str, seconds: float, quick: bool) -> dict[str, Any]:
     row, threads = (QUICK if quick else ROWS)[name], torch.get_num_threads()
     if row.kept:
         keep_freed_memory()
     sides = row.sides()
     counts = {"both": sorted({1, threads}), "all": [threads], "one": [1]}[row.threads]
-    result = {"title": row.title, "tokens": row.tokens, "times": {str(n): measure.times(sides, seconds, n, row.limit) for n in counts}}
+    times = {str(n): measure.times(sides, seconds, n, row.limit) for n in counts}
+    result: dict[str, Any] = {"title": row.title, "tokens": row.tokens, "times": times}
     if row.memory:
         del sides
-        measured = [side for side in result["times"][str(counts[-1])] if side not in ("ceiling", COMPILED)]
+        measured = [side for side in times[str(counts[-1])] if side not in ("ceiling", COMPILED)]
         result["memory"] = {side: memory.peak(name, side, counts[-1], quick) for side in measured}
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -13,12 +14,11 @@ from medssm.bench import attention_peers as peers
 from medssm.bench.measure import Side
 from medssm.bench.row import COMPILED, OURS, Row, call
 
+Peer: TypeAlias = Callable[..., torch.Tensor]
 _EAGER, _HEADS_FIRST, _CHUNKED, _LOOP = "eager PyTorch", "eager PyTorch, heads in front", "chunked PyTorch", "loop over tokens in PyTorch"
 
 
-def _sides(
-    ours: Callable, theirs: Callable, name: str, tensors: dict[str, torch.Tensor], grad: bool, compiled: bool | Callable = True
-) -> dict[str, Side]:
+def _sides(ours: Peer, theirs: Peer, name: str, tensors: dict[str, torch.Tensor], grad: bool, compiled: bool | Peer = True) -> dict[str, Side]:
     """Our op on channel-last tokens, the peer on its own layout, and the peer compiled (or what is given in its place)."""
     mine = {k: t.clone().requires_grad_(grad) for k, t in tensors.items()}
     other = {k: (t.movedim(1, 2).contiguous() if t.dim() > 2 and name != _LOOP else t.clone()).requires_grad_(grad) for k, t in tensors.items()}
@@ -36,7 +36,7 @@ def _heads(length: int, heads: int, width: int) -> dict[str, torch.Tensor]:
 
 
 def _linear(length: int, heads: int, width: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
-    """Beside the form on tokens, as networks have it: what it costs once the heads are in front."""
+    """Against the form on tokens, as networks have them, and against the form whose heads are already in front of the tokens."""
     tensors = _heads(length, heads, width)
     tokens = {k: t.clone().requires_grad_(grad) for k, t in tensors.items()}
     sides = _sides(partial(ops.linear_attention, backend="native"), peers.linear_attention, _HEADS_FIRST, tensors, grad, compiled=False)
@@ -60,7 +60,7 @@ def _delta(length: int, heads: int, width: int, grad: bool = False, compiled: bo
     tensors = _heads(length, heads, width)
     tensors["k"] = torch.nn.functional.normalize(tensors["k"], dim=-1)
     tensors["beta"] = torch.rand((1, length, heads), generator=torch.Generator().manual_seed(1))
-    # The loop unrolled over 512 chunks keeps the compiler busy for more than a quarter of an hour: a chunk is compiled, not the whole.
+    # Compiling the loop unrolled over 512 chunks takes more than a quarter of an hour, so one chunk is compiled, not the whole.
     whole = partial(peers.delta_rule, step=torch.compile(peers.delta_step))
     return _sides(partial(ops.delta_rule, backend="native"), peers.delta_rule, _CHUNKED, tensors, grad, compiled and whole)
 
@@ -88,15 +88,15 @@ def _wkv(length: int, channels: int, grad: bool = False) -> dict[str, Side]:
 
 
 def _mamba2(length: int, channels: int) -> dict[str, Side]:
-    """The whole mixer, inference: what transformers runs where mamba_ssm is absent is its slow path."""
+    """Inference of the whole mixer, against the slow path of transformers, which runs where mamba_ssm is not installed."""
     from medssm.nn import Mamba2
 
     torch.manual_seed(0)
     x = torch.randn(1, length, channels)
     ours = Mamba2(channels, d_state=64, headdim=64, orders=[orders.raster()]).eval()
 
-    def run(module):
-        def forward():
+    def run(module: torch.nn.Module) -> Side:
+        def forward() -> torch.Tensor:
             with torch.no_grad():
                 return module(x)
 
@@ -114,7 +114,7 @@ def _mamba2(length: int, channels: int) -> dict[str, Side]:
 
 def _rows() -> dict[str, Row]:
     rows = {}
-    kinds = {
+    kinds: dict[str, tuple[str, Callable[..., dict[str, Side]], int, int, dict[str, int]]] = {
         "linear-attention": ("linear_attention, non-causal", _linear, 6, 16, {}),
         "linear-attention-causal": ("linear_attention, causal", _causal, 4, 32, {}),
         "gla": ("gated_linear_attention, decay per head", _gated, 4, 64, {}),

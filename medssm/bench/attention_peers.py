@@ -6,18 +6,21 @@ carry the states from chunk to chunk in a loop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.nn.functional import elu, pad, silu, softplus
 
 _CHUNK = 64
 
 
-def linear_attention_of_tokens(q, k, v):
-    """`linear_attention` from q, k, v (b, l, h, d), which is how projections give them, and back to that: heads go to the front and return."""
+def linear_attention_of_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`linear_attention` for q, k, v (b, l, h, d), the layout that projections give: heads are moved before tokens and back."""
     return linear_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).contiguous()
 
 
-def linear_attention(q, k, v):
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Non-causal, elu + 1, normalised: the key-value sums, then the queries."""
     q, k = elu(q) + 1, elu(k) + 1
     sums = torch.einsum("bhld,bhle->bhde", k, v)
@@ -25,20 +28,20 @@ def linear_attention(q, k, v):
     return torch.einsum("bhld,bhde,bhl->bhle", q, sums, normaliser)
 
 
-def causal_linear_attention(q, k, v):
+def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal, elu + 1, normalised: the normaliser is one more column of v."""
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     o = _chunked(elu(q) + 1, elu(k) + 1, ones, torch.zeros_like(q[..., 0]))
     return o[..., :-1] / (o[..., -1:] + 1e-6)
 
 
-def gated_linear_attention(q, k, v, g):
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Decay g (b, h, l) per head, or (b, h, l, dk) per key."""
     q = q * q.shape[-1] ** -0.5
     return _chunked(q, k, v, g) if g.dim() == 3 else _chunked_per_key(q, k, v, g)
 
 
-def ssd(x, dt, A, B, C, D, z, dt_bias):
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
     """Mamba-2's state-space duality: x, z (b, h, l, p); dt (b, h, l); A, D, dt_bias (h,); B, C (b, 1, l, n), shared by the heads."""
     step = softplus(dt + dt_bias[:, None])
     heads = x.shape[1]
@@ -46,14 +49,14 @@ def ssd(x, dt, A, B, C, D, z, dt_bias):
     return (y + D[:, None, None] * x) * silu(z)
 
 
-def delta_step(state, q, k, u, w, scores):
-    """A chunk of the delta rule: its outputs, and the state behind it."""
+def delta_step(state: Tensor, q: Tensor, k: Tensor, u: Tensor, w: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """A chunk of the delta rule: its outputs, and the state after it."""
     new = u - w @ state
     return q @ state + scores @ new, state + k.transpose(-1, -2) @ new
 
 
-def delta_rule(q, k, v, beta, step=delta_step):
-    """Ungated: inside a chunk the updates are the solution of a triangular system (Yang et al., arXiv 2406.06484). step: in delta_step's place."""
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, step: Callable[..., tuple[Tensor, Tensor]] = delta_step) -> Tensor:
+    """Ungated: inside a chunk the updates are the solution of a triangular system (Yang et al., arXiv 2406.06484). `step` replaces delta_step."""
     length = q.shape[2]
     q, k, v = (_chunks(t) for t in (q * q.shape[-1] ** -0.5, k, v))
     beta = _chunks(beta.unsqueeze(-1))
@@ -68,7 +71,7 @@ def delta_rule(q, k, v, beta, step=delta_step):
     return torch.stack(out, 2).flatten(2, 3)[:, :, :length]
 
 
-def bi_wkv(w, u, k, v):
+def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A loop over the tokens each way with running maxima, which is what there is without the published CUDA kernels: k, v (b, l, d)."""
     left = _running(w, k, v)
     right = [t.flip(1) for t in _running(w, k.flip(1), v.flip(1))]
@@ -78,7 +81,7 @@ def bi_wkv(w, u, k, v):
     return (weights[0] * left[1] + weights[1] * right[1] + weights[2] * v) / (weights[0] * left[2] + weights[1] * right[2] + weights[2])
 
 
-def _running(w, k, v):
+def _running(w: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Before each token: the exponent, and the sums of v and of 1 scaled by it, over the tokens before, each weighted e^(k - (distance - 1) w)."""
     top, total, count = torch.full_like(k[:, 0], -1e38), torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0])
     tops, totals, counts = [], [], []
@@ -92,12 +95,13 @@ def _running(w, k, v):
     return torch.stack(tops, 1), torch.stack(totals, 1), torch.stack(counts, 1)
 
 
-def _chunks(t):
-    """(b, h, l, …) -> (b, h, chunks, 64, …), zeros behind the end."""
+def _chunks(t: Tensor) -> Tensor:
+    """(b, h, l, …) -> (b, h, chunks, 64, …), padded with zeros at the end."""
     return pad(t, (0, 0) * (t.dim() - 3) + (0, -t.shape[2] % _CHUNK)).unflatten(2, (-1, _CHUNK))
 
 
-def _chunked(q, k, v, g):
+def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Linear attention with a decay per head, g (b, h, l): S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = q_t S_t."""
     length = q.shape[2]
     q, k, v, g = _chunks(q), _chunks(k), _chunks(v), torch.cumsum(_chunks(g), -1)
     inside = torch.tril(torch.exp(torch.tril(g[..., :, None] - g[..., None, :])))
@@ -106,8 +110,8 @@ def _chunked(q, k, v, g):
     return _carried(out, q * torch.exp(g)[..., None], added, torch.exp(g[..., -1])[..., None, None], length)
 
 
-def _chunked_per_key(q, k, v, g):
-    """The usual factored form, exp(G_i) q . exp(-G_j) k: right only while a chunk's decay does not overflow."""
+def _chunked_per_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """The usual factored form, exp(G_i) q . exp(-G_j) k. It is right only as long as exp(-G) of a chunk does not overflow."""
     length = q.shape[2]
     q, k, v, g = _chunks(q), _chunks(k), _chunks(v), torch.cumsum(_chunks(g), -2)
     decayed = q * torch.exp(g)
@@ -116,7 +120,8 @@ def _chunked_per_key(q, k, v, g):
     return _carried(out, decayed, added, torch.exp(g[..., -1, :])[..., None], length)
 
 
-def _carried(out, q, added, decay, length):
+def _carried(out: Tensor, q: Tensor, added: Tensor, decay: Tensor, length: int) -> Tensor:
+    """The chunks' outputs with what the states before them add: state = decay * state + added, chunk after chunk."""
     state, before = torch.zeros_like(added[:, :, 0]), []
     for a, d in zip(added.unbind(2), decay.unbind(2), strict=True):
         before.append(state)

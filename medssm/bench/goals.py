@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from medssm.bench.row import OURS
 
 
 class Goal(NamedTuple):
-    """what was asked for, the figure reached, and whether it is met (None where the run did not measure it)."""
+    """What was asked for, the figure reached, and whether it is met (None if the run did not measure it)."""
 
     name: str
     wanted: str
@@ -16,23 +17,23 @@ class Goal(NamedTuple):
     met: bool | None
 
 
-def judge(results: dict) -> list[Goal]:
-    """Every goal, from the rows of a run: {row: {"times": {threads: {side: {"min", …}}}, "memory": {side: bytes}}} and "extra"."""
+def judge(results: Mapping[str, Any]) -> list[Goal]:
+    """Every goal, from the rows of a run: {row: {"times": {threads: {side: {"median", …}}}, "memory": {side: bytes}}}, and "extra"."""
     rows, extra = results["rows"], results.get("extra", {})
 
-    def seconds(row, side=OURS, threads="1"):
+    def seconds(row: str, side: str = OURS, threads: str = "1") -> float | None:
         return rows.get(row, {}).get("times", {}).get(threads, {}).get(side, {}).get("median")
 
-    def ratio(a, b):
+    def ratio(a: float | None, b: float | None) -> float | None:
         return a / b if a and b else None
 
-    def over(row, peer, threads="1"):
-        return ratio(seconds(row, peer, threads), seconds(row, OURS, threads))
+    def over(row: str, peer: str) -> float | None:
+        return ratio(seconds(row, peer), seconds(row))
 
-    def both(row):
+    def both(row: str) -> float | None:
         return ratio(seconds(row), seconds(row, threads=str(results["threads"])))
 
-    def room(row, ours, theirs):
+    def room(row: str, ours: str, theirs: str) -> float | None:
         sides = rows.get(row, {}).get("memory", {})
         return ratio(sides.get(ours), sides.get(theirs))
 

@@ -6,17 +6,27 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 Side = Callable[[], object]
 _TURN = 0.3  # seconds
 
 
-def times(sides: dict[str, Side], seconds: float, threads: int, limit: float | None = None) -> dict[str, dict]:
-    """Seconds of each side: {"min", "median", "calls"}. The sides take turns until the time is spent, at least three rounds. A turn is one
-    call, or several of a short one: the first after another side finds that side's data in the caches. The first call of each side is not
-    counted; a side that takes longer than `limit` there takes part in one round alone."""
+def times(sides: dict[str, Side], seconds: float, threads: int, limit: float | None = None) -> dict[str, dict[str, Any]]:
+    """Seconds of each side: {"min", "median", "calls"}.
+
+    The sides take turns until the time is spent, for three rounds at least. A turn is one call, or several calls of a short side: the first call
+    after another side's turn finds that side's data in the caches. The first call of each side is not counted.
+
+    Args:
+        sides: the calls to time, by name
+        seconds: of all rounds together
+        threads: of PyTorch and of our kernels
+        limit: a side whose first call takes longer, in seconds, is called in one round only
+    """
     torch.set_num_threads(threads)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     first = {name: _time(side) for name, side in sides.items()}
@@ -40,21 +50,21 @@ def _time(side: Side) -> float:
 
 
 def call_overhead(side: Side, calls: int = 300, repeats: int = 40) -> float:
-    """Seconds of one call of something tiny: the least mean of many repetitions."""
+    """Seconds of one call of a tiny side: the smallest mean over `calls` calls, of `repeats` means."""
     torch.set_num_threads(1)
     return min(_time(lambda: [side() for _ in range(calls)]) for _ in range(repeats)) / calls
 
 
 def peak_above(side: Side) -> int | None:
-    """Peak resident memory of one call above the level before it (Linux: VmHWM, reset through clear_refs)."""
+    """Bytes of resident memory that one call takes above what the process held before it, at its peak; None where the system is not Linux.
+
+    The peak is Linux's VmHWM. Writing 5 to clear_refs resets it; psutil can neither read nor reset it.
+    """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists():
         return None
-
-    def read(field):
-        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
-
     reset.write_text("5")
-    before = read("VmRSS")
+    before = psutil.Process().memory_info().rss
     side()
-    return max(0, read("VmHWM") - before)
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return max(0, int(peak.split()[1]) * 1024 - before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -12,11 +13,11 @@ from medssm.nn.mixers import MIXERS, make_mixer
 
 SIZE, CHANNELS = (64, 64, 64), 48
 _QUICK = (8, 8, 8), 16
-EXPAND = 1  # inner channels over outer, as medssm_unet's tiny and small take it
-_LIMIT = 3.0  # seconds of a call beyond which it is timed once, after a first call
+EXPAND = 1  # inner channels divided by outer ones, as in medssm_unet's sizes tiny and small
+_LIMIT = 3.0  # a call that takes longer, in seconds, is timed once, after a first call
 
 
-def mixer(name: str, quick: bool = False) -> dict:
+def mixer(name: str, quick: bool = False) -> dict[str, Any]:
     """A mixer's figures: {"size", "channels", "parameters", "threads", "inference", "training", "memory", "training_memory"}: seconds, and bytes
     above the mixer's own and its input's. Inference and training are each measured in a process of their own."""
     return apart.run("mixers", name, "inference", str(int(quick))) | apart.run("mixers", name, "training", str(int(quick)))
@@ -31,11 +32,11 @@ def main() -> None:
     module = make_mixer(name, channels, len(size), expand=EXPAND if "expand" in MIXERS[name].options else None)
     x = torch.randn(1, *size, channels)
 
-    def inference():
+    def inference() -> None:
         with torch.no_grad():
             module(x)
 
-    def training():
+    def training() -> None:
         leaves = [x.requires_grad_(), *module.parameters()]
         torch.autograd.grad(module(x).sum(), leaves)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import medssm
 from medssm.bench import apart, measure, peers
 
-# Axes of the input by network, where it is no volume of 64^3 (and one channel): what each was made for.
+# Channels and spatial axes of the input that each network was made for; any other network gets one channel of 64^3.
 INPUTS = {
     "segmamba": (4, 96, 96, 96),
     "vmunet": (3, 256, 256),
@@ -31,15 +32,16 @@ INPUTS = {
     "monai_unetr": (1, 96, 96, 96),
     "monai_dynunet": (4, 96, 96, 96),
 }
-# What the reference backend is measured on, and both peers in training: at full size that takes minutes, and more memory than there is.
+# The input for the reference backend, and for both peers in training: a full one takes minutes, and more memory than there is.
 SMALL = {2: (64, 64), 3: (64, 32, 32)}
 CLASSES = {"vmamba": 1000, "medmamba": 1000, "vim": 1000, "mlla": 1000, "vrwkv": 1000, "efficientvit_seg": 19}
 SCANLESS = ("mlla", "vrwkv", "efficientvit_seg")  # no selective scan for a peer to compute
 NATIVE, BF16, REFERENCE, CHUNKED = "native", "native, bf16", "reference backend", "time-chunked scan in PyTorch"
-_LIMIT = 3.0  # seconds of a call beyond which a side is timed once
+_LIMIT = 3.0  # a side whose call takes longer, in seconds, is timed once
+Context: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
-def network(name: str, quick: bool = False) -> dict:
+def network(name: str, quick: bool = False) -> dict[str, Any]:
     """A network's figures, measured in a process of its own: {"input", "classes", "parameters", "multiply_adds", "inference", "training",
     "memory", "small"}: seconds by side; bytes of one inference above the network's own; input, inference and training of a small input, on the
     reference backend too (None without scans)."""
@@ -56,7 +58,7 @@ def build(name: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
 
 
 def multiply_adds(model: nn.Module, x: torch.Tensor) -> int:
-    """Of convolutions and matrix products in one inference, counted without computing; the scans' are left out. The model's values are lost."""
+    """Of convolutions and matrix products in one inference, counted without computing; the scans are left out. The model loses its values."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model.eval().to("meta")(x.to("meta"))
@@ -69,7 +71,7 @@ def main() -> None:
     threads = torch.get_num_threads()
     model, x = build(name, quick)
     scans = not name.startswith("monai_") and name not in SCANLESS
-    ways = {NATIVE: nullcontext, BF16: _autocast}
+    ways: dict[str, Context] = {NATIVE: nullcontext, BF16: _autocast}
     if scans:
         ways[CHUNKED] = peers.in_pytorch
     model.eval()
@@ -93,9 +95,9 @@ def main() -> None:
     print(json.dumps(result | {"multiply_adds": multiply_adds(model, x)}))
 
 
-def _small(model: nn.Module, x: torch.Tensor, seconds: float, threads: int) -> dict:
-    """Inference and training on both peers, of an input that they take in bearable time."""
-    ways = {NATIVE: nullcontext, CHUNKED: peers.in_pytorch, REFERENCE: _reference}
+def _small(model: nn.Module, x: torch.Tensor, seconds: float, threads: int) -> dict[str, Any]:
+    """Inference and training of a small input, on both peers too: a full one would take them minutes."""
+    ways: dict[str, Context] = {NATIVE: nullcontext, CHUNKED: peers.in_pytorch, REFERENCE: _reference}
     x = torch.randn(*x.shape[:2], *SMALL[x.dim() - 2])
     model.eval()
     inference = measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)
@@ -104,20 +106,20 @@ def _small(model: nn.Module, x: torch.Tensor, seconds: float, threads: int) -> d
     return {"input": list(x.shape), "inference": inference, "training": training}
 
 
-def _infer(model: nn.Module, x: torch.Tensor, context: Callable) -> measure.Side:
-    def run():
+def _infer(model: nn.Module, x: torch.Tensor, context: Context) -> measure.Side:
+    def run() -> None:
         with torch.no_grad(), context():
             model(x)
 
     return run
 
 
-def _step(model: nn.Module, x: torch.Tensor, context: Callable) -> measure.Side:
+def _step(model: nn.Module, x: torch.Tensor, context: Context) -> measure.Side:
     """Forward, cross-entropy, backward, a step of SGD that changes nothing."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     batch = torch.cat((x, x.flip(-1)))  # two samples: batch norms of a single voxel have no statistics
 
-    def run():
+    def run() -> None:
         with context():
             y = model(batch)
             loss = nn.functional.cross_entropy(y.float(), torch.zeros_like(y[:, 0], dtype=torch.long))
@@ -129,12 +131,12 @@ def _step(model: nn.Module, x: torch.Tensor, context: Callable) -> measure.Side:
 
 
 @contextmanager
-def _autocast():
+def _autocast() -> Iterator[None]:
     with torch.autocast("cpu", torch.bfloat16):
         yield
 
 
 @contextmanager
-def _reference():
+def _reference() -> Iterator[None]:
     with medssm.use_backend("reference", strict=True):
         yield

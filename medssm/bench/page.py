@@ -1,8 +1,10 @@
-"""The table of the mixers' measured cost, in a file of its own and in the docs' page between two marks."""
+"""The table of the mixers' measured cost: a file of its own, and a part of the docs' page between two marks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from medssm.files import write_json, write_text
 
@@ -10,7 +12,7 @@ BEGIN, END = "<!-- begin: medssm bench --mixers -->", "<!-- end -->"
 _COLUMNS = ("mixer", "parameters", "inference", "memory", "forward and backward", "memory")
 
 
-def write(results: dict, out: Path, docs: Path | None) -> None:
+def write(results: Mapping[str, Any], out: Path, docs: Path | None) -> None:
     """Write mixers.json and mixers.md into `out`, and the table also into the page `docs`."""
     write_json(out / "mixers.json", results)
     write_text(out / "mixers.md", f"# Mixers on a volume\n\n{table(results)}\n")
@@ -18,14 +20,14 @@ def write(results: dict, out: Path, docs: Path | None) -> None:
         write_text(docs, filled(docs.read_text(), results))
 
 
-def filled(page: str, results: dict) -> str:
+def filled(page: str, results: Mapping[str, Any]) -> str:
     """The page with the table between its marks."""
     before, rest = page.split(BEGIN, 1)
     return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END, 1)[1]}"
 
 
-def table(results: dict) -> str:
-    """A row for each mixer, and under it what was measured, where and when."""
+def table(results: Mapping[str, Any]) -> str:
+    """A row for each mixer, and below the table what was measured, where and when."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
     for name, m in results["mixers"].items():
         cells = [
@@ -49,15 +51,15 @@ def table(results: dict) -> str:
     )
 
 
-def line(name: str, m: dict) -> str:
-    """A mixer's figures in a line."""
+def line(name: str, m: Mapping[str, Any]) -> str:
+    """A mixer's figures in one line."""
     return (
         f"{name}: inference {_milliseconds(m['inference'])}, {_mebibytes(m['memory'])}; forward and backward {_milliseconds(m['training'])}, "
         f"{_mebibytes(m['training_memory'])}"
     )
 
 
-def _milliseconds(taken: dict) -> str:
+def _milliseconds(taken: Mapping[str, float]) -> str:
     return f"{taken['median'] * 1e3:.0f} ms"
 
 

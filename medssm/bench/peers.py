@@ -1,5 +1,5 @@
-"""What people run on a CPU today, each written anew from its algorithm: channel-first (b, d, l) scans as their users have them; and networks
-that run on one of them.
+"""What people run on a CPU today, each written anew from its algorithm: scans in the channel-first layout (b, d, l) of their users, and a way
+to run our networks on one of them.
 
 All scans take u, delta, z (b, d, l); A (d, n); B, C (b, n, l); D, delta_bias (d,) and apply bias, softplus, D and the gate as mamba_ssm does.
 """
@@ -8,23 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad, silu, softplus
 
 from medssm import ops
+from medssm.orders import Order
+
+Scan: TypeAlias = Callable[..., Tensor]
 
 
-def _prepare(delta, delta_bias):
+def _prepare(delta: Tensor, delta_bias: Tensor) -> Tensor:
     return softplus(delta + delta_bias[:, None])
 
 
-def _finish(y, u, D, z):
+def _finish(y: Tensor, u: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
     y = y + D[:, None] * u
     return y if z is None else y * silu(z)
 
 
-def literal(u, delta, A, B, C, D, z, delta_bias):
+def literal(
+    u: Tensor,  # (b, d, l)
+    delta: Tensor,  # (b, d, l)
+    A: Tensor,  # (d, n)
+    B: Tensor,  # (b, n, l)
+    C: Tensor,  # (b, n, l)
+    D: Tensor,  # (d,)
+    z: Tensor | None,  # (b, d, l)
+    delta_bias: Tensor,  # (d,)
+) -> Tensor:  # (b, d, l)
     """mamba_ssm's reference as its users run it where there is no CUDA: the whole of exp(delta A) and delta B u (b, d, l, n), then a Python
     loop that indexes one step at a time."""
     delta = _prepare(delta, delta_bias)
@@ -37,8 +52,17 @@ def literal(u, delta, A, B, C, D, z, delta_bias):
     return _finish(torch.stack(y, 2), u, D, z)
 
 
-def unbound(u, delta, A, B, C, D, z, delta_bias):
-    """The same loop over tensors unbound once, which spares its backward the O(l^2) of indexing."""
+def unbound(
+    u: Tensor,  # (b, d, l)
+    delta: Tensor,  # (b, d, l)
+    A: Tensor,  # (d, n)
+    B: Tensor,  # (b, n, l)
+    C: Tensor,  # (b, n, l)
+    D: Tensor,  # (d,)
+    z: Tensor | None,  # (b, d, l)
+    delta_bias: Tensor,  # (d,)
+) -> Tensor:  # (b, d, l)
+    """The same loop over tensors unbound once: indexing each step would cost its backward O(l^2)."""
     delta = _prepare(delta, delta_bias)
     decay = torch.exp(torch.einsum("bdl,dn->ldbn", delta, A)).unbind(0)
     inputs = torch.einsum("bdl,bnl,bdl->ldbn", delta, B, u).unbind(0)
@@ -49,7 +73,16 @@ def unbound(u, delta, A, B, C, D, z, delta_bias):
     return _finish(torch.stack(y, 2).transpose(0, 1), u, D, z)
 
 
-def mambapy(u, delta, A, B, C, D, z, delta_bias):
+def mambapy(
+    u: Tensor,  # (b, d, l)
+    delta: Tensor,  # (b, d, l)
+    A: Tensor,  # (d, n)
+    B: Tensor,  # (b, n, l)
+    C: Tensor,  # (b, n, l)
+    D: Tensor,  # (d,)
+    z: Tensor | None,  # (b, d, l)
+    delta_bias: Tensor,  # (d,)
+) -> Tensor:  # (b, d, l)
     """mambapy's parallel scan (a Blelloch scan in PyTorch), from its package."""
     from mambapy.pscan import pscan
 
@@ -60,7 +93,17 @@ def mambapy(u, delta, A, B, C, D, z, delta_bias):
     return _finish((h @ C.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2), u, D, z)
 
 
-def two_level(u, delta, A, B, C, D, z, delta_bias, chunk=64):
+def two_level(
+    u: Tensor,  # (b, d, l)
+    delta: Tensor,  # (b, d, l)
+    A: Tensor,  # (d, n)
+    B: Tensor,  # (b, n, l)
+    C: Tensor,  # (b, n, l)
+    D: Tensor,  # (d,)
+    z: Tensor | None,  # (b, d, l)
+    delta_bias: Tensor,  # (d,)
+    chunk: int = 64,
+) -> Tensor:  # (b, d, l)
     """The best that plain PyTorch gives: all chunks step together in a loop of `chunk` steps, then the states are carried from chunk to
     chunk, with exponentials of sums instead of products."""
     batch, channels, length = u.shape
@@ -84,32 +127,46 @@ def two_level(u, delta, A, B, C, D, z, delta_bias, chunk=64):
     return _finish(torch.stack(y, -1).flatten(2)[..., :length], u, D, z)
 
 
-def _chunks(x, missing, chunks):
+def _chunks(x: Tensor, missing: int, chunks: int) -> Tensor:
     """(b, n, l) -> (b, chunks, chunk, n)."""
     return pad(x, (0, missing)).unflatten(2, (chunks, -1)).permute(0, 2, 3, 1)
 
 
 def installed(name: str) -> bool:
-    """Whether a peer can run here; one that cannot is reported absent, never counted as beaten."""
+    """Whether a peer can run here. One that cannot is reported as absent, never as slower."""
     from importlib.util import find_spec
 
     return name != "mambapy" or find_spec("mambapy") is not None
 
 
-PEERS = {"mamba_ssm reference": literal, "reference, unbound": unbound, "mambapy": mambapy, "two-level": two_level}
+PEERS: dict[str, Scan] = {"mamba_ssm reference": literal, "reference, unbound": unbound, "mambapy": mambapy, "two-level": two_level}
 
 
 @contextlib.contextmanager
-def in_pytorch(scan=two_level):
-    """Networks of medssm run on `scan` and PyTorch's convolutions meanwhile, gathering and scattering each order, as they would without our
-    kernels."""
+def in_pytorch(scan: Scan = two_level) -> Iterator[None]:
+    """In this block medssm's networks run on `scan` and on PyTorch's convolutions, with a gather and a scatter for each order: as they would
+    without our kernels."""
 
-    def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, order=None, **_):
+    def selective_scan(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        *,
+        delta_proj: Tensor | None = None,
+        order: Order | None = None,
+        **_: Any,
+    ) -> Tensor:
         spatial = u.shape[1:-1]
         index = None if order is None else order.index(tuple(spatial))
         delta = delta if delta_proj is None else delta @ delta_proj.T
 
-        def walk(t):
+        def walk(t: Tensor) -> Tensor:
             flat = t.flatten(1, -2)
             return (flat if index is None else flat[:, index]).transpose(1, 2).contiguous()
 
@@ -118,8 +175,22 @@ def in_pytorch(scan=two_level):
             y = torch.empty_like(y).index_copy_(1, index, y)
         return y.unflatten(1, spatial).to(u.dtype)
 
-    def selective_scan_nd(x, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *, delta_proj=None, orders, **_):
-        total = 0
+    def selective_scan_nd(
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        *,
+        delta_proj: Tensor | None = None,
+        orders: Sequence[Order],
+        **_: Any,
+    ) -> Tensor:
+        total = torch.zeros(())
         for k, order in enumerate(orders):
             total = total + selective_scan(
                 x,
@@ -129,13 +200,15 @@ def in_pytorch(scan=two_level):
                 C[..., k, :],
                 D[k],
                 None,
-                delta_bias[k],
+                None if delta_bias is None else delta_bias[k],
                 delta_proj=None if delta_proj is None else delta_proj[k],
                 order=order,
             )
         return total
 
-    def causal_conv1d(x, weight, bias=None, activation=None, *, order=None, **_):
+    def causal_conv1d(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, order: Order | None = None, **_: Any
+    ) -> Tensor:
         spatial, taps = x.shape[1:-1], weight.shape[1]
         index = None if order is None else order.index(tuple(spatial))
         flat = x.flatten(1, -2)
@@ -146,7 +219,7 @@ def in_pytorch(scan=two_level):
             y = torch.empty_like(y).index_copy_(1, index, y)
         return y.unflatten(1, spatial)
 
-    def depthwise_conv(x, weight, bias=None, activation=None, **_):
+    def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any) -> Tensor:
         convolution = {2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[x.dim() - 2]
         y = convolution(x.movedim(-1, 1), weight[:, None], bias, padding=[k // 2 for k in weight.shape[1:]], groups=len(weight)).movedim(1, -1)
         return silu(y) if activation else y

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from medssm.bench.row import OURS
 from medssm.files import atomic, write_json, write_text
 
 
-def write(results: dict, out: Path) -> None:
+def write(results: Mapping[str, Any], out: Path) -> None:
     """Write results.json, results.md and, when it was measured, lengths.png into `out`."""
     write_json(out / "results.json", results)
     write_text(out / "results.md", markdown(results))
@@ -16,21 +18,21 @@ def write(results: dict, out: Path) -> None:
         _plot_lengths(results, out / "lengths.png")
 
 
-def write_networks(results: dict, out: Path) -> None:
+def write_networks(results: Mapping[str, Any], out: Path) -> None:
     """Write networks.json and networks.md into `out`."""
     write_json(out / "networks.json", results)
     write_text(out / "networks.md", networks_markdown(results))
 
 
-def networks_markdown(results: dict) -> str:
-    """One table for inference, one for a training step: median seconds by way, and ratios to our kernels in float32."""
+def networks_markdown(results: Mapping[str, Any]) -> str:
+    """A table for inference and one for a training step: median seconds on each kind of kernels, and ratios to ours in float32."""
     where = results["machine"]
     commits = sorted({n["commit"] for n in results["networks"].values()})
     lines = [
         f"# Networks, {results['date']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
         "",
-        f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the ways of a network take turns in one "
-        "process, medians; a way that takes over 3 s was timed once, after a first call. "
+        f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the kinds of a network take turns in one "
+        "process, medians; a kind that takes over 3 s was timed once, after a first call. "
         "Training: forward, cross-entropy, backward, an SGD step, on two samples.",
     ]
     small = {name: n["small"] for name, n in results["networks"].items() if n["small"]}
@@ -39,7 +41,7 @@ def networks_markdown(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _network_table(title: str, kind: str, networks: dict) -> list[str]:
+def _network_table(title: str, kind: str, networks: Mapping[str, Any]) -> list[str]:
     networks = {name: n for name, n in networks.items() if n[kind]}
     ways = list(dict.fromkeys(way for n in networks.values() for way in n[kind]))
     columns = ["network", "input", *ways]
@@ -51,8 +53,8 @@ def _network_table(title: str, kind: str, networks: dict) -> list[str]:
     return lines
 
 
-def network_line(name: str, figures: dict) -> str:
-    """A network's figures in a line."""
+def network_line(name: str, figures: Mapping[str, Any]) -> str:
+    """A network's seconds in one line."""
     ways = ", ".join(f"{way} {_seconds(t['median'])}" for way, t in figures["inference"].items())
     return f"{name}: {ways}; training " + ", ".join(f"{way} {_seconds(t['median'])}" for way, t in figures["training"].items())
 
@@ -61,7 +63,7 @@ def _against(seconds: float, ours: float) -> str:
     return _seconds(seconds) + (f" ({seconds / ours:.2g} x)" if seconds != ours else "")
 
 
-def markdown(results: dict) -> str:
+def markdown(results: Mapping[str, Any]) -> str:
     """The goals, then every row: median times, ratios to ours, memory."""
     where = results["machine"]
     lines = [
@@ -102,7 +104,7 @@ def _seconds(t: float) -> str:
     return f"{t * 1e6:.0f} us" if t < 1e-3 else f"{t * 1e3:.2f} ms" if t < 1 else f"{t:.1f} s"
 
 
-def _plot_lengths(results: dict, path: Path) -> None:
+def _plot_lengths(results: Mapping[str, Any], path: Path) -> None:
     """Time per token against length."""
     from matplotlib.figure import Figure
 

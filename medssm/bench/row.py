@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,9 +16,17 @@ COMPILED = "the same, torch.compile"
 
 @dataclass(frozen=True)
 class Row:
-    """make() gives the sides. threads: "one", "both" (one and all) or "all"; limit: seconds of a side's call beyond which it is called once;
-    memory: measure it too; kept: the allocator keeps what is freed, so that no side waits for the kernel's fresh pages; tokens:
-    token-channels of the work, for a time per each."""
+    """A comparison.
+
+    Args:
+        title: what is compared
+        make: gives the sides by name
+        threads: "one", "all", or "both": once with one thread and once with all
+        limit: a side whose call takes longer, in seconds, is called in one round only
+        memory: measure the memory of each side too
+        kept: the allocator keeps freed memory, so that no side waits for new pages of the system
+        tokens: tokens times channels of the work, for a time per each
+    """
 
     title: str
     make: Callable[[], dict[str, Side]]
@@ -28,18 +37,19 @@ class Row:
     tokens: int | None = None
 
     def sides(self) -> dict[str, Side]:
+        """The sides with fresh inputs."""
         return self.make()
 
 
-def call(function: Callable, tensors: dict[str, torch.Tensor], **options) -> Side:
-    """Forward without gradients, or forward and backward where the tensors ask for gradients."""
+def call(function: Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor], **options: Any) -> Side:
+    """A call without gradients, or with its backward if the tensors require gradients."""
     leaves = list(tensors.values())
 
-    def forward():
+    def forward() -> torch.Tensor:
         with torch.no_grad():
             return function(**tensors, **options)
 
-    def both():
+    def both() -> tuple[torch.Tensor, ...]:
         out = function(**tensors, **options)
         return torch.autograd.grad(out, leaves, torch.ones_like(out))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -78,40 +78,40 @@ def _volume_inputs(n: int, channels: int, rank: int | None) -> dict[str, torch.T
 
 
 def _six_orders(n: int = 64, channels: int = 96) -> dict[str, Side]:
-    """In place, against what SS2D does in three dimensions: six permuted copies, six scans by the same kernel, six results put back."""
+    """Scans in place, against SS2D's way in three dimensions: six permuted copies, six scans by the same kernel, six results permuted back."""
     tensors = _volume_inputs(n, channels, None)
     axes = [order.parameters["axes"] for order in SIX]
     copies = {k: [_along(tensors[k][..., i, :], axes[i], SIX[i].reverse) for i in range(len(SIX))] for k in ("delta", "B", "C")}
 
-    def scanned(i, u):
+    def scanned(i: int, u: torch.Tensor) -> torch.Tensor:
         """An order's copy by the same kernel, and the result back in the volume's axes."""
         of = {k: copies[k][i] for k in copies} | {k: tensors[k][i] for k in ("A", "D", "delta_bias")}
         y = ops.selective_scan(u, **of, delta_softplus=True, backend="native")
         y = (y.flip(1) if SIX[i].reverse else y).view(1, n, n, n, channels)
         return y.permute(0, *(1 + axes[i].index(j) for j in range(3)), 4)
 
-    def copied():
+    def copied() -> torch.Tensor:
         with torch.no_grad():
-            total = None
-            for i, order in enumerate(SIX):
-                y = scanned(i, _along(tensors["x"], axes[i], order.reverse)).contiguous()
-                total = y if total is None else total + y
+            total = scanned(0, _along(tensors["x"], axes[0], SIX[0].reverse)).contiguous()
+            for i, order in enumerate(SIX[1:], 1):
+                total = total + scanned(i, _along(tensors["x"], axes[i], order.reverse)).contiguous()
             return total
 
-    def stacked():
+    def stacked() -> torch.Tensor:
         """As VMamba does: all six copies first, all six results, then the merge."""
         with torch.no_grad():
             us = [_along(tensors["x"], a, order.reverse) for a, order in zip(axes, SIX, strict=True)]
-            return sum([scanned(i, u) for i, u in enumerate(us)])
+            first, *others = [scanned(i, u) for i, u in enumerate(us)]
+            return sum(others, first)
 
-    def ours():
+    def ours() -> torch.Tensor:
         with torch.no_grad():
             return ops.selective_scan_nd(**tensors, delta_softplus=True, orders=SIX, backend="native")
 
     return {OURS: ours, "permute, copy, scan": stacked, "the same, one at a time": copied}
 
 
-def _along(t: torch.Tensor, axes, reverse: bool) -> torch.Tensor:
+def _along(t: torch.Tensor, axes: Sequence[int], reverse: bool) -> torch.Tensor:
     """(1, *spatial, c) as a contiguous sequence along an order."""
     flat = t.permute(0, *(1 + a for a in axes), 4).flatten(1, 3)
     return (flat.flip(1) if reverse else flat).contiguous()
@@ -121,11 +121,11 @@ def _low_rank(n: int = 64, channels: int = 96, rank: int = 6) -> dict[str, Side]
     """delta expanded inside the kernel, against the full delta of six orders made before the scan."""
     tensors = _volume_inputs(n, channels, rank)
 
-    def ours():
+    def ours() -> torch.Tensor:
         with torch.no_grad():
             return ops.selective_scan_nd(**tensors, delta_softplus=True, orders=SIX, backend="native")
 
-    def full():
+    def full() -> torch.Tensor:
         with torch.no_grad():
             rest = {k: t for k, t in tensors.items() if k not in ("delta", "delta_proj")}
             delta = torch.einsum("bxyzkr,kdr->bxyzkd", tensors["delta"], tensors["delta_proj"])
@@ -185,10 +185,10 @@ def _whole_model() -> dict[str, Side]:
     torch.manual_seed(0)
     x = torch.randn(1, 1, 96, 96, 96)
 
-    def infer(model, backend=None):
+    def infer(model: torch.nn.Module, backend: str | None = None) -> Side:
         model = model.eval()
 
-        def run():
+        def run() -> torch.Tensor:
             with torch.no_grad():
                 if backend is None:
                     return model(x)
@@ -216,14 +216,17 @@ _PEERS = tuple(peers.PEERS)
 _MAIN, _WIDE, _DEEP, _LONG, _NARROW = (1, 96, 4096), (2, 384, 4096), (1, 192, 32768), (1, 96, 262144), (1, 16, 262144)
 
 
-def _scan_row(shape, state=16, grad=False, others=(), **options) -> Row:
+def _scan_row(
+    shape: tuple[int, int, int], state: int = 16, grad: bool = False, others: tuple[str, ...] = (), limit: float = 2.0, memory: bool = False
+) -> Row:
     batch, channels, length = shape
     name = "forward and backward" if grad else "forward"
     return Row(
         f"selective_scan {name}, (batch {batch}, {channels} channels, {length} tokens, state {state})",
         partial(_scan, shape, state, grad, others),
+        limit=limit,
+        memory=memory,
         tokens=batch * channels * length,
-        **options,
     )
 
 
@@ -257,7 +260,7 @@ ROWS: dict[str, Row] = {
     "model": Row("U-Mamba Enc, 3D, inference on a 96^3 patch", _whole_model, "all", limit=5.0),
 }
 
-# The reference as it is written has a backward of O(l^2): small lengths only, beside its forward at the main shape.
+# The backward of the literal reference is O(l^2): it is measured at small lengths only.
 QUICK: dict[str, Row] = {
     "scan": _scan_row((1, 16, 256), others=_PEERS, memory=True),
     "scan-train": _scan_row((1, 16, 256), grad=True, others=_PEERS),

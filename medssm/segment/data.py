@@ -21,17 +21,27 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Case:
-    """One image (a file for each channel, or one file), its label map where it has one, and the fold it was given."""
+    """One image (a file for each channel, or one file), its label map if it has one, and the fold that it was given."""
 
     name: str
     images: tuple[Path, ...]
     label: Path | None = None
     fold: int | str | None = None  # a datalist's number, or "validation" for its validation section
 
+    @property
+    def label_file(self) -> Path:
+        """The label map of a case of a data set: each of them has one."""
+        if self.label is None:
+            raise ValueError(f"{self.name}: expected a case with a label map")
+        return self.label
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Cases with the names of their channels and classes ({name: value in the files}, background first)."""
+    """Labelled cases, the names of their channels, and their classes ({name: value in the files}, background first).
+
+    Voxels of the value `ignore` have no label; None if there is no such value.
+    """
 
     name: str
     channels: tuple[str, ...]
@@ -41,7 +51,7 @@ class Dataset:
 
 
 def load_dataset(path: Path | str) -> Dataset:
-    """A folder with dataset.json (nnU-Net v1 and v2, Medical Segmentation Decathlon) or a MONAI datalist's JSON file.
+    """The data set of a folder with dataset.json (nnU-Net v1 and v2, Medical Segmentation Decathlon) or of a MONAI datalist's JSON file.
 
     Raises UserError with one line for each bad file: missing, no NIfTI, a channel missing, label and image on different grids.
     """
@@ -71,7 +81,7 @@ def load_dataset(path: Path | str) -> Dataset:
 
 
 def load_classes(path: Path) -> tuple[dict[str, int], int | None]:
-    """{name: value} and the ignored value, from a dataset.json, a fitted.json, or the folder of either."""
+    """{name: value} and the ignored value, from a dataset.json, a fitted.json, or a folder with one of them. UserError if it names no classes."""
     files = [path / name for name in (FITTED, DATASET)] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file()), files[-1])
     table = read_json(file)
@@ -87,8 +97,15 @@ def split(
 ) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """Training and validation cases.
 
-    `fold` None trains on every case but a datalist's validation section. Else the fold comes from `splits` (nnU-Net's
-    splits_final.json), from the datalist's own fold numbers, or from `folds` parts of the cases shuffled by `seed`.
+    Args:
+        dataset: the data set
+        fold: the part to validate on; None trains on every case outside a datalist's validation section
+        folds: the number of parts, if neither `splits` nor the datalist gives the folds
+        splits: nnU-Net's splits_final.json; it comes before the datalist's own fold numbers
+        seed: of the shuffling into parts
+
+    Raises:
+        UserError: there is no such fold, or the splits file does not fit the data set.
     """
     held_out = tuple(case for case in dataset.cases if case.fold == "validation")
     cases = tuple(case for case in dataset.cases if case.fold != "validation")
@@ -112,7 +129,10 @@ def split(
 
 
 def cases_in(path: Path | str, channels: int) -> list[Case]:
-    """The cases to predict in a NIfTI file or a folder: channel files (_0000, _0001, ...) together, any other file alone."""
+    """The cases to predict in a NIfTI file or a folder: channel files (_0000, _0001, ...) together, any other file alone.
+
+    Raises UserError if there is no such path or no NIfTI file in the folder.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -132,12 +152,12 @@ def cases_in(path: Path | str, channels: int) -> list[Case]:
 
 
 def nifti_files(folder: Path) -> list[Path]:
-    """The NIfTI files of a folder by name, hidden ones left out (a name with a leading dot is a file still being written)."""
+    """The NIfTI files of a folder, by name. Hidden ones are left out: a name with a leading dot is a file that is still being written."""
     return sorted(file for file in folder.iterdir() if file.name.endswith(NIFTI_ENDINGS) and not file.name.startswith("."))
 
 
 def check_values(case: Case, values: np.ndarray, classes: dict[str, int], ignore: int | None) -> None:
-    """Raise where a label map holds a value that is no class."""
+    """Raise UserError if `values`, found in the case's label map, hold one that is neither a class nor ignored."""
     strange = sorted(set(values.tolist()) - set(classes.values()) - {ignore})
     if strange:
         raise UserError(f"{case.label}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(classes.values())}")
@@ -182,13 +202,13 @@ def _listed_cases(root: Path, table: dict, description: Path) -> list[Case]:
 
 
 def _distinct(cases: list[Case]) -> list[Case]:
-    """Files of one name in several folders (sub-01/seg.nii.gz, sub-02/seg.nii.gz) are told apart by the folder."""
+    """The cases with distinct names: equal file names (sub-01/seg.nii.gz, sub-02/seg.nii.gz) get their folders' names."""
     names = [case.name for case in cases]
-    return [case if names.count(case.name) == 1 else replace(case, name="_".join((*case.label.parts[-3:-1], case.name))) for case in cases]
+    return [case if names.count(case.name) == 1 else replace(case, name="_".join((*case.label_file.parts[-3:-1], case.name))) for case in cases]
 
 
 def _channels(table: dict, description: Path) -> tuple[str, ...]:
-    """The channels' names in their order, from nnU-Net v2's channel_names or the older modality; empty where there are none."""
+    """The channels' names in their order, from nnU-Net v2's channel_names or the older modality; empty if there are none."""
     names = table.get("channel_names") or table.get("modality") or {}
     try:
         return tuple(str(names[key]) for key in sorted(names, key=int))
@@ -197,7 +217,7 @@ def _channels(table: dict, description: Path) -> tuple[str, ...]:
 
 
 def _classes(labels: dict | None, description: Path) -> dict[str, int]:
-    """{name: value}, by value, from nnU-Net v2's {"liver": 1} or the older {"1": "liver"}; empty where the file names none."""
+    """{name: value}, by value, from nnU-Net v2's {"liver": 1} or the older {"1": "liver"}; empty if the file names none."""
     if not labels:
         return {}
     try:
@@ -219,14 +239,14 @@ def _found_classes(cases: Sequence[Case]) -> dict[str, int]:
     """For a datalist that names no classes: every value in any label map."""
     values = {0}
     for case in cases:
-        values.update(np.unique(read_label(case.label)[0]).tolist())
+        values.update(np.unique(read_label(case.label_file)[0]).tolist())
     return {"background" if value == 0 else f"class_{value}": int(value) for value in sorted(values)}
 
 
 def _check(case: Case, channels: int | None) -> list[str]:
     """What is wrong with a case's files by their headers, one line each."""
     opened, lines = [], []
-    for path in (*case.images, case.label):
+    for path in (*case.images, case.label_file):
         try:
             opened.append(open_nifti(path))
         except UserError as error:
@@ -236,17 +256,18 @@ def _check(case: Case, channels: int | None) -> list[str]:
     *images, label = opened
     if channels is not None and len(images) == 1 and channels != (images[0].shape[3] if images[0].ndim == 4 else 1):
         lines.append(f"{case.images[0]}: expected {channels} channel(s), got the shape {images[0].shape}")
-    for path, image in zip((*case.images[1:], case.label), (*images[1:], label), strict=True):
+    for path, image in zip((*case.images[1:], case.label_file), (*images[1:], label), strict=True):
         difference = different_grid(image, images[0])
         if difference:
             lines.append(f"{path}: not on the grid of {case.images[0]}: {difference}")
     return lines
 
 
-def _complain(lines: list[str]) -> None:
+def _complain(lines: Sequence[str]) -> None:
+    """Raise UserError with these lines, the first 20 of them, if there are any."""
     if lines:
         more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        raise UserError("\n".join(lines[:_SHOWN] + more))
+        raise UserError("\n".join([*lines[:_SHOWN], *more]))
 
 
 def _read_split(dataset: Dataset, path: Path, fold: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:

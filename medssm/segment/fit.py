@@ -1,4 +1,4 @@
-"""What is fitted to the training cases, and how: spacing, slice axis, intensities, patch."""
+"""What is fitted to the training cases: spacing, slice axis, intensities, patch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from lightning.fabric import Fabric
 
+from medssm import machine
 from medssm.errors import UserError
 from medssm.segment.data import Case, Dataset
 from medssm.segment.nifti import open_nifti, volume_shape
@@ -38,7 +40,26 @@ def fit(
     fabric: Fabric,
     quiet: bool,
 ) -> tuple[Fitted, list[Volume]]:
-    """Read the training cases and fit to them what the caller leaves open. Returns what was fitted, and the cases ready for cropping."""
+    """Read the training cases and fit to them what the caller leaves open.
+
+    Args:
+        table: the data set
+        cases: its training cases
+        spatial_dims: 3, or 2 for slices
+        spacing: millimetres along the RAS axes; None takes the median of the cases
+        patch: voxels; None takes a patch shaped like the median case that suits the device
+        mirror: axes to mirror, or "auto": all but left-right if a class's name has a side
+        cache: a folder for the resampled cases; None keeps them in memory
+        seed: of what is drawn
+        fabric: Lightning's, for the device and the processes
+        quiet: without a progress bar
+
+    Returns:
+        What was fitted, and the cases ready for cropping.
+
+    Raises:
+        UserError: a case cannot be read, the cases do not fit into memory, or `mirror` names an axis that is not there.
+    """
     slice_axis = fit_slice_axis(cases) if spatial_dims == 2 else None
     spacing = tuple(0.0 if axis == slice_axis else float(edge) for axis, edge in enumerate(spacing or fit_spacing(cases)))
     axes = [axis for axis in range(3) if axis != slice_axis]
@@ -61,11 +82,12 @@ def fit(
 
 def fit_spacing(cases: Sequence[Case]) -> tuple[float, float, float]:
     """The median spacing of the cases along the RAS axes, from their headers."""
-    return tuple(float(value) for value in np.median([_ras(case)[0] for case in cases], axis=0))
+    x, y, z = np.median([_ras(case)[0] for case in cases], axis=0)
+    return float(x), float(y), float(z)
 
 
 def fit_slice_axis(cases: Sequence[Case]) -> int:
-    """The axis across a 2D network's slices: single voxels in every case, else the largest spacing; the last of equals."""
+    """The axis across a 2D network's slices: one voxel long in every case, else the one of the largest spacing; the last one of equals."""
     edges, shapes = (np.array(column) for column in zip(*map(_ras, cases), strict=True))
     single = (shapes == 1).all(0)
     median = np.where(single, np.inf, np.median(edges, axis=0))
@@ -73,7 +95,9 @@ def fit_slice_axis(cases: Sequence[Case]) -> int:
 
 
 def fit_patch(shape: Sequence[int], spacing: Sequence[float], voxels: int, multiple: int = 16) -> tuple[int, ...]:
-    """A patch of at most `voxels`: the median shape rounded up to `multiple`, the axis longest in millimetres shortened until it fits."""
+    """A patch of at most `voxels`: the median shape, each axis rounded up to `multiple`; then the axis longest in millimetres is shortened
+    again and again until it fits. No axis is shorter than `multiple`.
+    """
     patch = [max(multiple, math.ceil(size / multiple) * multiple) for size in shape]
     while math.prod(patch) > voxels and max(patch) > multiple:
         longest = max((i for i in range(len(patch)) if patch[i] > multiple), key=lambda i: patch[i] * spacing[i])
@@ -85,10 +109,11 @@ class Intensities:
     """Collects foreground intensities case by case; `fit` then says how each channel is scaled."""
 
     def __init__(self, channels: Sequence[str], seed: int):
-        self.channels, self.random, self.samples = channels, np.random.default_rng(seed), []
+        self.channels, self.random = channels, np.random.default_rng(seed)
+        self.samples: list[np.ndarray] = []
 
     def add(self, image: torch.Tensor, label: torch.Tensor) -> None:
-        """Draw foreground voxels of an image (c, x, y, z) that is not yet scaled."""
+        """Draw foreground voxels of an image (c, x, y, z) that is not yet scaled, with its label (x, y, z)."""
         if "ct" not in map(str.lower, self.channels):
             return
         foreground = np.flatnonzero((label > 0).numpy())
@@ -96,10 +121,11 @@ class Intensities:
             chosen = self.random.choice(foreground, _SAMPLES, replace=len(foreground) < _SAMPLES)
             self.samples.append(image.flatten(1)[:, chosen].numpy())
 
-    def fit(self) -> tuple[dict, ...]:
+    def fit(self) -> tuple[dict[str, Any], ...]:
+        """`Fitted.intensity` for the channels. Raises UserError if a CT had no foreground."""
         return tuple(self._fit(i, name.lower()) for i, name in enumerate(self.channels))
 
-    def _fit(self, channel: int, name: str) -> dict:
+    def _fit(self, channel: int, name: str) -> dict[str, Any]:
         if name == "nonorm":
             return {"scheme": "none"}
         if name != "ct":
@@ -137,19 +163,10 @@ def _resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.nda
 
 
 def _check_memory(cases: Sequence[Case], channels: int, spacing: Sequence[float]) -> None:
-    """UserError where the resampled cases would fill more than three quarters of the memory that is free."""
+    """UserError if the resampled cases would fill more than three quarters of the free memory."""
     needed = float(_resampled_shapes(cases, spacing).prod(1, dtype=float).sum() * (4 * channels + 2))
-    free = _free_memory()
+    free = machine.free_memory()
     if needed > 0.75 * free:
         raise UserError(
             f"cache: the cases take {needed / 2**30:.1f} GiB in memory at this spacing, {free / 2**30:.1f} are free: name a folder to keep them in"
         )
-
-
-def _free_memory() -> float:
-    """Bytes that can be had; infinite where the system does not say."""
-    try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return float(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return math.inf

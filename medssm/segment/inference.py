@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer
@@ -14,7 +15,7 @@ from medssm.segment.losses import finest_first
 from medssm.segment.networks import memory_format
 from medssm.segment.preprocess import Fitted, pad, scaling
 
-_ON_DEVICE = 2 * 2**30  # bytes of probabilities that are summed on the device rather than in main memory
+_ON_DEVICE = 2 * 2**30  # up to so many bytes of probabilities are summed on the device, more in main memory
 
 
 @torch.inference_mode()
@@ -30,14 +31,22 @@ def probabilities(
     batch: int = 1,
     show: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
-    """(classes, x, y, z) of an image (c, x, y, z) at the network's spacing, not yet scaled; the softmax is taken in every window.
+    """Class probabilities (classes, x, y, z) of an image; the softmax is taken in every window.
 
-    `half` is the type the network runs in under autocast, None for float32. `mirror` averages over all mirrorings of the axes that training
-    mirrored.
+    Args:
+        network: gives logits (b, classes, *patch), or a list of them with the finest first
+        image: (c, x, y, z) in RAS at the network's spacing, not yet scaled
+        fitted: what was fitted to the training cases
+        device: where the network is
+        half: the type that the network runs in under autocast; None is float32
+        overlap: of neighbouring windows, 0 to less than 1
+        mirror: average over all mirrorings of the axes that training mirrored
+        batch: windows at a time
+        show: is called with the part of the windows that is done, 0 to 1
     """
     scaled, inside = pad(scaling(image, fitted.intensity)(image), fitted.volume_patch)
     small = scaled[0].numel() * 4 * len(fitted.classes) <= _ON_DEVICE
-    options = {
+    options: dict[str, Any] = {
         "roi_size": fitted.patch,
         "sw_batch_size": batch,
         "overlap": overlap,
@@ -45,8 +54,7 @@ def probabilities(
         "sw_device": device,
         "device": device if small else torch.device("cpu"),
     }
-    slices = fitted.slice_axis is not None
-    window = SliceInferer(spatial_dim=fitted.slice_axis, **options) if slices else SlidingWindowInferer(**options)
+    window = SlidingWindowInferer(**options) if fitted.slice_axis is None else SliceInferer(spatial_dim=fitted.slice_axis, **options)
     calls = math.ceil(_windows(scaled.shape[1:], fitted.volume_patch, overlap) / batch)
     predict, done = _predictor(network, fitted, mirror), 0
 
@@ -66,7 +74,7 @@ def _predictor(network: nn.Module, fitted: Fitted, mirror: bool) -> Callable[[Te
     flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
 
     def predict(windows: Tensor) -> Tensor:
-        total = 0
+        total = torch.zeros(())
         for flip in flips:
             x = windows.as_subclass(Tensor).flip(flip).contiguous(memory_format=memory_format(windows.ndim - 2))
             total = total + finest_first(network(x), windows.ndim)[0].float().softmax(1).flip(flip)

@@ -1,7 +1,7 @@
-"""The training loop: Lightning Fabric for devices, processes and precision, a schedule by steps or seconds, and a stop without loss.
+"""The training loop: Lightning Fabric for devices, processes and precision, a schedule by steps or seconds, and a stop that loses nothing.
 
-The state of a training is the number of steps, the seconds spent and the weights: patch i and the random numbers of step i depend on
-the seed and i alone. So what goes on from a checkpoint does what it would have done.
+The state of a training is the number of steps, the seconds spent, the weights and the optimizer. Patch i and the random numbers of step i depend
+only on the seed and on i. So a training that is resumed from a checkpoint gives the same result as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medssm.errors import UserError
@@ -35,15 +37,15 @@ _LOG_SECONDS = 2.0
 
 @dataclass
 class Progress:
-    """How far a training is."""
+    """How much of a training is done."""
 
     step: int = 0
-    seconds: float = 0.0  # in steps alone: reading, validating and saving are not counted
+    seconds: float = 0.0  # of the steps alone: reading, validating and saving are not counted
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a training ends: after `steps` or `seconds` of work, whichever comes first."""
+    """When a training ends: after `steps`, or after `seconds` of steps, whichever comes first; None sets no limit."""
 
     steps: int | None
     seconds: float | None
@@ -55,24 +57,41 @@ class Budget:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training that was told to stop has stopped, and is saved."""
+    """Ctrl-C or SIGTERM stopped a training; it is saved."""
 
 
 def learning_rate(peak: float, done: Progress, budget: Budget) -> float:
-    """A linear warm-up, then half a cosine from `peak` to 0 over the budget."""
+    """The learning rate of the next step: half a cosine from `peak` to 0 over the budget, times a linear warm-up over 20 steps."""
     warm = min(1.0, (done.step + 1) / _WARMUP)
     return peak * warm * 0.5 * (1 + math.cos(math.pi * budget.fraction(done)))
 
 
 class Loop:
-    """One training: `run()` goes to the end of the budget, or raises Interrupted (saved) or UserError (a loss that is not finite)."""
+    """One training.
+
+    Args:
+        fabric: Lightning's, for devices, processes and precision
+        network: gives logits (b, classes, *spatial), or a list of them with the finest first
+        optimizer: of the network's parameters
+        patches: patches[i] as `Patches` gives them
+        criterion: (the network's output, label) -> a scalar loss
+        out: folder for the checkpoint and the log
+        batch: patches in a step, for each process
+        lr: the learning rate at its peak
+        clip: the gradients' largest norm
+        budget: when the training ends
+        seed: of dropout
+        workers: processes that cut patches; 0 cuts them in this one
+        save_seconds: seconds of steps between checkpoints
+        settings: what a checkpoint must have been trained with to be resumed
+    """
 
     def __init__(
         self,
         fabric: Fabric,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        patches: Dataset,
+        patches: Dataset[dict[str, Any]],
         criterion: nn.Module,
         out: Path,
         *,
@@ -83,7 +102,7 @@ class Loop:
         seed: int,
         workers: int,
         save_seconds: float,
-        settings: dict,
+        settings: dict[str, Any],
     ):
         self.fabric, self.network, self.out, self.settings = fabric, network, out, settings
         self.batch, self.lr, self.clip, self.budget, self.seed, self.workers = batch, lr, clip, budget, seed, workers
@@ -91,12 +110,26 @@ class Loop:
         self.model, self.optimizer = fabric.setup(network, optimizer)
         self.done, self.log_bytes = Progress(), 0
 
-    def run(self, show: Callable[[float, str], None], validate: Callable[[], dict], validations: int) -> dict:
-        """Train to the end of the budget; validate at even parts of it. Returns the last one's result."""
+    def run(self, show: Callable[[float, str], None], validate: Callable[[], dict[str, float]], validations: int) -> dict[str, float]:
+        """Train to the end of the budget.
+
+        Args:
+            show: is called after each step with the part of the budget that is spent, 0 to 1, and a text
+            validate: gives the mean Dice of each class on the held-out cases
+            validations: how often it is called, evenly over the budget and the last time at the end
+
+        Returns:
+            The last validation's result; {} without any.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM came; the training is saved.
+            UserError: the loss or the gradient is not finite, or a file cannot be written.
+        """
         marks = [(i + 1) / validations for i in range(validations)]
         marks = [mark for mark in marks if mark > self.budget.fraction(self.done)] or marks[-1:]
         self.model.train()
-        losses, saved, logged = [], self.done.seconds, self.done.seconds  # times that all processes agree on
+        losses: list[float] = []
+        saved = logged = self.done.seconds  # times that all processes agree on
         with _stop_signals() as stop:
             batches = iter(self._loader())
             while self.budget.fraction(self.done) < 1:
@@ -104,7 +137,7 @@ class Loop:
                 losses.append(self._step(next(batches)))
                 stopped = self._agree(time.perf_counter() - begun, stop.is_set())
                 fraction = self.budget.fraction(self.done)
-                show(fraction, f"loss {losses[-1]:.3f}")
+                show(fraction, f"step {self.done.step:,}, loss {losses[-1]:.3f}")
                 if self.done.seconds - logged >= _LOG_SECONDS or fraction >= 1 or stopped:
                     self.log({"loss": sum(losses) / len(losses), "lr": self.optimizer.param_groups[0]["lr"]})
                     losses, logged = [], self.done.seconds
@@ -119,17 +152,17 @@ class Loop:
                     saved = self.done.seconds
             return self._validate(validate) if marks else {}
 
-    def log(self, record: dict) -> None:
-        """Add a line to metrics.jsonl; where the disk is full the file keeps the lines it had."""
+    def log(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl. Raises UserError if that fails; the file then keeps the lines that it had."""
         if not self.fabric.is_global_zero:
             return
         record = {"step": self.done.step, "seconds": round(self.done.seconds, 2), **record}
         self.log_bytes = write_at(self.out / LOG, self.log_bytes, (json.dumps(record) + "\n").encode())
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint, whole or not at all. Raises UserError if that fails."""
         if self.fabric.is_global_zero:
-            scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+            scaler = self._scaler()
             buffer = io.BytesIO()
             torch.save(
                 {
@@ -147,7 +180,7 @@ class Loop:
         self.fabric.barrier()
 
     def resume(self) -> None:
-        """Go on from the checkpoint in `out`, if there is one; UserError where it belongs to another training."""
+        """Take up the state of the checkpoint in `out`, if there is one. Raises UserError if it is damaged or of another training."""
         path = self.out / CHECKPOINT
         if not path.exists():
             return
@@ -162,10 +195,15 @@ class Loop:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
-            self.fabric.strategy.precision.scaler.load_state_dict(state["scaler"])
+            self._scaler().load_state_dict(state["scaler"])
         self.done, self.log_bytes = Progress(state["step"], state["seconds"]), state["log_bytes"]
 
-    def _step(self, batch: dict) -> float:
+    def _scaler(self) -> Any:
+        """The GradScaler of half precision; None without one."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
+
+    def _step(self, batch: dict[str, Any]) -> float:
+        """One step of the optimizer; returns its loss."""
         rank, world = self.fabric.global_rank, self.fabric.world_size
         torch.manual_seed((self.seed * 1_000_003 + self.done.step) * world + rank)  # dropout, the same after a stop
         for group in self.optimizer.param_groups:
@@ -179,35 +217,35 @@ class Loop:
         if not math.isfinite(value):
             raise self._not_finite("loss", value, output, batch)
         self.fabric.backward(loss)
-        norm = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
-        if not torch.isfinite(norm) and not getattr(self.fabric.strategy.precision, "scaler", None):  # a scaler skips such a step itself
+        norm: Any = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
+        if not math.isfinite(norm.item()) and not self._scaler():  # a scaler skips such a step itself
             raise self._not_finite("gradient's norm", norm.item(), output, batch)
         self.optimizer.step()
         return value
 
-    def _not_finite(self, what: str, value: float, output, batch: dict) -> UserError:
+    def _not_finite(self, what: str, value: float, output: Tensor | Sequence[Tensor], batch: dict[str, Any]) -> UserError:
         finest = finest_first(output, batch["label"].ndim)[0]
         guilty = [case for case, logits in zip(batch["case"], finest, strict=True) if not torch.isfinite(logits).all()] or batch["case"]
         return UserError(f"training: the {what} is {value} at step {self.done.step + 1}, case {', '.join(sorted(set(guilty)))}")
 
     def _agree(self, seconds: float, stop: bool) -> bool:
-        """Count the step; every process goes by the slowest clock and stops with the first that was told to."""
+        """Count the step and return whether to stop. All processes use the slowest one's time, and all stop if one was told to."""
         if self.fabric.world_size > 1:
-            votes = torch.tensor([seconds, float(stop)], device=self.fabric.device)
-            seconds, stop = self.fabric.all_reduce(votes, reduce_op="max").tolist()
+            votes: Any = self.fabric.all_reduce(torch.tensor([seconds, float(stop)], device=self.fabric.device), reduce_op="max")
+            seconds, stop = votes.tolist()
         self.done = Progress(self.done.step + 1, self.done.seconds + seconds)
         return bool(stop)
 
-    def _validate(self, validate: Callable[[], dict]) -> dict:
+    def _validate(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         self.model.eval()
         result = validate()
         self.model.train()
         self.log({"validation": result})
         return result
 
-    def _loader(self) -> DataLoader:
+    def _loader(self) -> DataLoader[dict[str, Any]]:
         sampler = _FromStep(self.done.step, self.batch, self.fabric.global_rank, self.fabric.world_size)
-        loader = DataLoader(
+        return DataLoader(
             self.patches,
             batch_size=self.batch,
             sampler=sampler,
@@ -216,11 +254,10 @@ class Loop:
             pin_memory=self.fabric.device.type == "cuda",
             persistent_workers=self.workers > 0,
         )
-        return loader
 
 
-class _FromStep(Sampler):
-    """The indices of this process's patches from a step on: step s has batch * world of them, rank after rank, without end."""
+class _FromStep(Sampler[int]):
+    """The indices of this process's patches from a step on, without end: each step has batch * world indices, rank after rank."""
 
     def __init__(self, step: int, batch: int, rank: int, world: int):
         self.step, self.batch, self.rank, self.world = step, batch, rank, world
@@ -233,7 +270,7 @@ class _FromStep(Sampler):
             step += 1
 
 
-def _collate(samples: list[dict]) -> dict:
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "image": torch.stack([s["image"] for s in samples]),
         "label": torch.stack([s["label"] for s in samples]),
@@ -243,16 +280,16 @@ def _collate(samples: list[dict]) -> dict:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; the second time they act as ever. Only the main thread may listen."""
+    """An event that the first Ctrl-C or SIGTERM sets; a second one acts as usual. Only the main thread can receive signals."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def handle(number, frame):
+    def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, handle)

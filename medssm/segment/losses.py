@@ -27,9 +27,11 @@ class SegmentationLoss(nn.Module):
         self.dice_and_entropy = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
     def forward(self, output: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
+        """The loss, a scalar; see the class for the shapes."""
         heads = finest_first(output, label.ndim)
         weights = [0.5**i for i in range(len(heads))]
-        return sum(weight * self._head(head.float(), label) for weight, head in zip(weights, heads, strict=True)) / sum(weights)
+        losses = [weight * self._head(head.float(), label) for weight, head in zip(weights, heads, strict=True)]
+        return torch.stack(losses).sum() / sum(weights)
 
     def _head(self, logits: Tensor, label: Tensor) -> Tensor:
         if logits.shape[2:] != label.shape[2:]:
@@ -37,7 +39,7 @@ class SegmentationLoss(nn.Module):
         return self._masked(logits, label) if self.ignore else self.dice_and_entropy(logits, label)
 
     def _masked(self, logits: Tensor, label: Tensor) -> Tensor:
-        """The same over the voxels that have a label; 0 where none has."""
+        """The same over the voxels that have a label; 0 if none has."""
         kept = label != IGNORE
         onehot = torch.zeros_like(logits).scatter_(1, label.clamp(min=0), 1.0)
         dice = self.dice(logits.softmax(1) * kept, onehot * kept)

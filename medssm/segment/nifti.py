@@ -13,17 +13,20 @@ from medssm.errors import UserError
 from medssm.files import atomic, first_line
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-_MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # any other unit, "unknown" included, is taken for the millimetre
+_MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # any other unit, "unknown" included, is read as the millimetre
 
 
 def open_nifti(path: Path) -> nib.Nifti1Image:
-    """The NIfTI at `path` with its header checked and its voxels not yet read; UserError for what is missing or no NIfTI."""
+    """The NIfTI file at `path`, with its header checked and its voxels not yet read.
+
+    Raises UserError if it is missing, is no NIfTI file, or has another number of axes, other voxels or another affine than an image has.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: expected a NIfTI file, got a folder")
     try:
         image = nib.load(path)
-    except Exception as error:  # nibabel lets out whatever its readers raise: ImageFileError, EOFError, zlib.error, HeaderDataError
+    except Exception as error:  # nibabel raises what its readers raise: ImageFileError, EOFError, zlib.error, HeaderDataError
         raise UserError(f"{path}: not a readable NIfTI file ({first_line(error)})") from error
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise UserError(f"{path}: expected a NIfTI file, got {type(image).__name__}")
@@ -37,9 +40,14 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
 
 
 def read_image(paths: Sequence[Path], channels: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """One case's channels as float32 (c, x, y, z), and the first file's NIfTI for its geometry.
+    """One case's channels as float32 (c, x, y, z), and the first file's NIfTI for its geometry. A plane (x, y) becomes (c, x, y, 1).
 
-    One file for each channel, or a single file with the channels on a fourth axis. A plane (x, y) becomes (c, x, y, 1).
+    Args:
+        paths: a file for each channel, or a single file with the channels on a fourth axis
+        channels: the number of channels that is expected; None takes any
+
+    Raises:
+        UserError: a file cannot be read, lies on another grid, has another number of channels, or holds NaN or infinite voxels.
     """
     images = [open_nifti(path) for path in paths]
     first = images[0]
@@ -61,7 +69,7 @@ def read_image(paths: Sequence[Path], channels: int | None = None) -> tuple[np.n
 
 
 def read_label(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """A label map as integers (x, y, z), and its NIfTI."""
+    """A label map as integers (x, y, z), and its NIfTI. Raises UserError if it cannot be read or its values are no integers."""
     image = open_nifti(path)
     if image.ndim == 4 and image.shape[3] != 1:
         raise UserError(f"{path}: expected one label map, got the shape {image.shape}")
@@ -69,24 +77,25 @@ def read_label(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     if data.dtype.kind in "iub":
         return data, image
     rounded = np.rint(data)
-    if not np.isfinite(data).all() or np.abs(data - rounded).max() > 1e-3:  # scaled integers come back with rounding errors
+    if not np.isfinite(data).all() or np.abs(data - rounded).max() > 1e-3:  # integers stored with a scale have rounding errors
         raise UserError(f"{path}: expected integers as labels, got values such as {_odd_value(data, rounded):g}")
     return rounded.astype(np.int32), image
 
 
 def volume_shape(image: nib.Nifti1Image) -> tuple[int, int, int]:
     """(x, y, z), with z 1 for a plane and the channels left out."""
-    return (*image.shape, 1)[:3]
+    x, y, z = (*image.shape, 1)[:3]
+    return x, y, z
 
 
 def spacing_mm(image: nib.Nifti1Image) -> np.ndarray:
-    """The voxel's edges in millimetres, whatever the file's unit of length."""
+    """A voxel's edges in millimetres, (3,), whatever the file's unit of length."""
     edges = np.linalg.norm(image.affine[:3, :3], axis=0)
     return edges * _MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
 
 
 def different_grid(image: nib.Nifti1Image, other: nib.Nifti1Image) -> str | None:
-    """Why two images do not lie on one grid: another shape, or a corner more than a tenth of a voxel away; None if they do."""
+    """Why two images do not lie on the same grid, or None if they do: the same shape, and each corner within a tenth of a voxel."""
     shape, wanted = volume_shape(image), volume_shape(other)
     if shape != wanted:
         return f"shape {shape}, expected {wanted}"
@@ -99,10 +108,13 @@ def different_grid(image: nib.Nifti1Image, other: nib.Nifti1Image) -> str | None
 
 
 def write_nifti(path: Path, data: np.ndarray, like: nib.Nifti1Image) -> None:
-    """`data` (x, y, z) or (x, y, z, c) with the geometry, the codes and the units of `like`; planes go back as planes."""
+    """Write `data` (x, y, z) or (x, y, z, c) with the geometry, the codes and the units of `like`. If `like` is a plane, a plane is written.
+
+    Raises UserError if the file cannot be written; nothing half written is left.
+    """
     header = like.header.copy()
     if like.ndim == 2:
-        data = data.reshape(*like.shape, *data.shape[3:]) if data.ndim == 3 else data
+        data = data.reshape(like.shape) if data.ndim == 3 else data
     header.set_data_dtype(data.dtype)
     header.set_data_shape(data.shape)
     header.set_slope_inter(1, 0)
@@ -118,7 +130,7 @@ def strip_ending(path: Path) -> str:
     return next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.endswith(ending)), name)
 
 
-def _voxels(path: Path, image: nib.Nifti1Image, dtype) -> np.ndarray:
+def _voxels(path: Path, image: nib.Nifti1Image, dtype: type | None) -> np.ndarray:
     try:
         return np.asarray(image.dataobj, dtype=dtype)
     except (OSError, EOFError, ValueError, zlib.error) as error:

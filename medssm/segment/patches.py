@@ -1,12 +1,13 @@
 """Random patches of the training volumes.
 
-Patch i depends on the seed and i alone, so a training goes on after a stop as if it had never stopped.
+Patch i depends only on the seed and on i. So a training that was stopped and resumed gives the same result as one that was not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +28,21 @@ from medssm.segment.volumes import Volume
 _TURNED = 0.15  # the share of patches that are rotated and zoomed
 _DEGREES = 15
 _ZOOM = (-0.15, 0.2)
-_REACH = (1 + _ZOOM[1]) * (math.cos(math.radians(_DEGREES)) + math.sin(math.radians(_DEGREES)))  # how much of the volume such a patch sees
+# How many times wider than a patch is the part of the volume that a rotated and zoomed patch needs.
+_REACH = (1 + _ZOOM[1]) * (math.cos(math.radians(_DEGREES)) + math.sin(math.radians(_DEGREES)))
 
 
-class Patches(Dataset):
+class Patches(Dataset[dict[str, Any]]):
     """patches[i] = {"image": (c, *patch) float32, "label": (1, *patch) int64, "case": name}.
 
-    foreground   the share of patches centred on a voxel of a class drawn evenly among those of the case
-    augment      rotation, zoom, noise, blur, brightness, contrast and low resolution, each on a tenth to a seventh of the patches
-    The axes of `fitted.mirror` are mirrored on half of the patches.
+    Each axis of `fitted.mirror` is mirrored on half of the patches.
+
+    Args:
+        volumes: the training cases
+        fitted: patch, spacing and mirrored axes
+        seed: of all that is drawn
+        foreground: the share of patches centred on a voxel of a class, which is drawn evenly among the classes of the case
+        augment: rotation, zoom, noise, blur, brightness, contrast and low resolution, each on 10 to 15 percent of the patches
     """
 
     def __init__(self, volumes: Sequence[Volume], fitted: Fitted, *, seed: int = 0, foreground: float = 1 / 3, augment: bool = True):
@@ -53,11 +60,11 @@ class Patches(Dataset):
             cache_grid=True,
         )
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         random = np.random.default_rng((self.seed, index))
-        volume = self.volumes[random.integers(len(self.volumes))]
+        volume = self.volumes[int(random.integers(len(self.volumes)))]
         turned = self.augment and random.random() < _TURNED
-        sample = self._crop(volume, self._centre(volume, random), _REACH if turned else 1.0)
+        sample: Any = self._crop(volume, self._centre(volume, random), _REACH if turned else 1.0)
         if turned:
             sample = self.turn.set_random_state(int(random.integers(2**31)))(sample)
         if self.augment:
@@ -67,19 +74,19 @@ class Patches(Dataset):
         return {"image": image.float(), "label": label.round().long(), "case": volume.name}
 
     def _centre(self, volume: Volume, random: np.random.Generator) -> np.ndarray:
-        """The voxel in the middle of a patch, before it is moved inside."""
+        """The voxel in the middle of a patch, before the patch is moved inside the volume."""
         shape = volume.label.shape
         if volume.classes and random.random() < self.foreground:
-            voxels = volume.classes[random.integers(len(volume.classes))]
+            voxels = volume.classes[int(random.integers(len(volume.classes)))]
         elif volume.labelled is not None and len(volume.labelled):
             voxels = volume.labelled
-        else:  # even over all positions of the patch, so that the border is not drawn more often than the rest
+        else:  # even over all positions of the patch: even over voxels would draw the border more often
             patch = self.fitted.volume_patch
             return np.array([random.integers(size - wanted + 1) + wanted // 2 for size, wanted in zip(shape, patch, strict=True)])
         return np.array(np.unravel_index(voxels[random.integers(len(voxels))], shape))
 
-    def _crop(self, volume: Volume, centre: np.ndarray, reach: float) -> dict:
-        """The patch about `centre`, or `reach` times as much for one that will be turned; inside the volume."""
+    def _crop(self, volume: Volume, centre: np.ndarray, reach: float) -> dict[str, torch.Tensor]:
+        """The patch around `centre`, moved inside the volume; a patch that will be rotated is `reach` times as wide."""
         where = []
         for axis, (size, wanted) in enumerate(zip(volume.label.shape, self.fitted.volume_patch, strict=True)):
             wide = 1 if axis == self.fitted.slice_axis else min(size, math.ceil(wanted * reach))
@@ -88,16 +95,16 @@ class Patches(Dataset):
         image, label = volume.scaling(volume.image[(slice(None), *where)]), volume.label[tuple(where)][None]
         if self.fitted.slice_axis is not None:
             image, label = (part.squeeze(self.fitted.slice_axis + 1) for part in (image, label))
-        return {"image": image, "label": label.float()}  # float: what is resampled with the image
+        return {"image": image, "label": label.float()}  # float: it is resampled together with the image
 
     def _mirrored_axes(self) -> list[int]:
-        """The patch's axes to mirror: those of the volume, counted without a 2D network's slice axis."""
+        """The patch's axes to mirror. A 2D patch has no slice axis, so the axes after it count one less."""
         kept = [axis for axis in range(3) if axis != self.fitted.slice_axis]
         return [kept.index(axis) for axis in self.fitted.mirror if axis in kept]
 
 
 def _rotations(fitted: Fitted) -> list[float]:
-    """Radians about each axis (one number in 2D); none about an axis across which voxels are far from square."""
+    """Radians around each axis (one number in 2D); 0 around an axis in whose plane voxels are far from square."""
     angle = math.radians(_DEGREES)
     if fitted.slice_axis is not None:
         return [angle]
@@ -106,7 +113,7 @@ def _rotations(fitted: Fitted) -> list[float]:
 
 
 def _intensity_augmentation(spatial_dims: int) -> Compose:
-    blur = {f"sigma_{axis}": (0.5, 1.0) for axis in "xyz"[:spatial_dims]}
+    blur: dict[str, Any] = {f"sigma_{axis}": (0.5, 1.0) for axis in "xyz"[:spatial_dims]}
     linear = "bilinear" if spatial_dims == 2 else "trilinear"
     return Compose(
         [

@@ -1,9 +1,9 @@
 """What a network sees of a file, and what of that was fitted to the data.
 
 Every image is turned to RAS, resampled to one spacing and scaled by its modality:
-  CT      clipped to the 0.5 and 99.5 percentile of the training cases' foreground, less its mean, over its deviation;
-  noNorm  as it is;
-  else    less the image's own mean, over its own deviation, both over its nonzero voxels (padding and stripped skulls are zero).
+  CT      clipped to the 0.5 and 99.5 percentile of the training cases' foreground; minus its mean, divided by its standard deviation;
+  noNorm  unchanged;
+  other   minus the image's own mean, divided by its own standard deviation, both over nonzero voxels (padding and removed skulls are zero).
 `fit` finds the numbers, `Fitted` keeps them beside the weights, and `predict` reads them.
 """
 
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,12 @@ from medssm.files import read_json, write_json
 from medssm.segment.data import Case, Dataset, check_values
 from medssm.segment.nifti import different_grid, open_nifti, read_image, read_label
 
-IGNORE = -1  # in a label map the network is trained on: no class, no loss
+IGNORE = -1  # in a label map for training: a voxel without a label, which counts in no loss
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted to the training cases, or chosen from them; all axes are RAS.
+    """What was fitted to the training cases or chosen for them; all axes are RAS.
 
     spacing      millimetres (0 keeps an axis as it is: the one across a 2D network's slices)
     intensity    for each channel {"scheme": "ct", "low", "high", "mean", "deviation"}, {"scheme": "zscore"} or {"scheme": "none"}
@@ -42,7 +43,7 @@ class Fitted:
 
     channels: tuple[str, ...]
     spacing: tuple[float, ...]
-    intensity: tuple[dict, ...]
+    intensity: tuple[dict[str, Any], ...]
     classes: dict[str, int]
     ignore: int | None
     patch: tuple[int, ...]
@@ -50,13 +51,16 @@ class Fitted:
     mirror: tuple[int, ...] = ()
 
     def save(self, path: Path) -> None:
+        """Write it as JSON. Raises UserError if the file cannot be written."""
         write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Fitted:
+        """Read what `save` wrote. Raises UserError if the file cannot be read or was written by another version."""
         table = read_json(path)
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+            values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+            return cls(**values)
         except TypeError as error:
             raise UserError(f"{path}: not written by this version of medssm train ({error})") from error
 
@@ -67,21 +71,24 @@ class Fitted:
 
 
 def geometry(spacing: Sequence[float], mode: str = "bilinear") -> Compose:
-    """MONAI's Orientation and Spacing: a MetaTensor (c, x, y, z) to RAS and `spacing`; its `inverse` goes back, exactly in the axes."""
+    """MONAI's Orientation and Spacing: a MetaTensor (c, x, y, z) to RAS and `spacing`. Its `inverse` gives back the same axes and shape."""
     return Compose(
         [Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))), Spacing(tuple(spacing), mode=mode, padding_mode="border", dtype=np.float32)]
     )
 
 
 def load_image(case: Case, channels: int, spacing: Sequence[float]) -> MetaTensor:
-    """A case's channels (c, x, y, z) in RAS at `spacing`, not yet scaled."""
+    """A case's channels (c, x, y, z) in RAS at `spacing`, not yet scaled. Raises UserError for what `read_image` refuses."""
     data, file = read_image(case.images, channels)
     return geometry(spacing)(MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine)))
 
 
 def load_label(case: Case, dataset: Dataset, spacing: Sequence[float]) -> torch.Tensor:
-    """A case's label map (x, y, z) in RAS at `spacing`, as int16 positions in `dataset.classes`, IGNORE where it is ignored."""
-    values, file = read_label(case.label)
+    """A case's label map (x, y, z) in RAS at `spacing`, as int16 positions in `dataset.classes`, IGNORE where there is no label.
+
+    Raises UserError if it cannot be read, holds a value that is no class, or lies on another grid than the image.
+    """
+    values, file = read_label(case.label_file)
     difference = different_grid(file, open_nifti(case.images[0]))
     if difference:
         raise UserError(f"{case.label}: not on the grid of {case.images[0]}: {difference}")
@@ -95,7 +102,7 @@ def load_label(case: Case, dataset: Dataset, spacing: Sequence[float]) -> torch.
 
 @dataclass(frozen=True)
 class Scaling:
-    """x -> (clip(x, low, high) - mean) / deviation, each (channels,); computed for an image, applied to it or to any part of it."""
+    """x -> (clip(x, low, high) - mean) / deviation, each (channels,). Computed for a whole image, applied to it or to any part of it."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -107,8 +114,8 @@ class Scaling:
         return image.clamp(low, high).sub_(mean).div_(deviation)
 
 
-def scaling(image: torch.Tensor, intensity: Sequence[dict]) -> Scaling:
-    """How the channels of one image (c, x, y, z) are scaled."""
+def scaling(image: torch.Tensor, intensity: Sequence[Mapping[str, Any]]) -> Scaling:
+    """How the channels of one image (c, x, y, z) are scaled; `intensity` is that of `Fitted`."""
     rows = []
     for channel, how in zip(image, intensity, strict=True):
         if how["scheme"] == "ct":
@@ -123,9 +130,9 @@ def scaling(image: torch.Tensor, intensity: Sequence[dict]) -> Scaling:
 
 
 def pad(volume: torch.Tensor, shape: Sequence[int], value: int | None = None) -> tuple[torch.Tensor, tuple[slice, ...]]:
-    """(c, *spatial) grown at both sides to at least `shape`, and where the old volume lies in it.
+    """A volume (c, *spatial) padded on both sides to at least `shape`, and where the old volume lies in it.
 
-    The margin gets `value`, or each channel's own minimum (in an image the air); a volume that is large enough comes back itself.
+    The margin gets `value`, or by default each channel's own minimum (in an image this is air). A volume that is large enough is returned itself.
     """
     before = [max(0, wanted - size) // 2 for wanted, size in zip(shape, volume.shape[1:], strict=True)]
     inside = tuple(slice(start, start + size) for start, size in zip(before, volume.shape[1:], strict=True))

@@ -1,29 +1,36 @@
-"""The training cases ready for cropping: oriented and resampled once, then kept in memory or as arrays in a cache folder."""
+"""The training cases ready for cropping: oriented and resampled once, then kept in memory or in a cache folder."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from monai.data import PersistentDataset
+from monai.data.utils import json_hashing
+from monai.transforms import Transform
 
+import medssm
 from medssm.errors import UserError
-from medssm.files import atomic
+from medssm.files import disk_error, first_line, make_folder
 from medssm.segment.data import Case, Dataset
 from medssm.segment.preprocess import IGNORE, Fitted, Scaling, load_image, load_label, pad, scaling
 
 _CENTRES = 20_000  # voxels of each class that a patch may be centred on
+Arrays: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # image (c, x, y, z) float32, not yet scaled; label (x, y, z) int16
 
 
 @dataclass(frozen=True)
 class Volume:
     """One case: image (c, x, y, z), not yet scaled, with the way to scale it, and label (x, y, z), both at least as large as a patch.
 
-    `classes` holds for each foreground class in the label some of its voxels, as row-major positions; `labelled` the same for all that
-    is not ignored, None where nothing is.
+    `classes` holds voxels of each foreground class that the label has, as row-major positions. `labelled` holds voxels that have a label; it is
+    None if all have.
     """
 
     name: str
@@ -40,12 +47,21 @@ def load(
     spacing: Sequence[float],
     cache: Path | str | None,
     show: Callable[[float, str], None] = lambda fraction, text: None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each case's image (c, x, y, z) and label (x, y, z), from `cache` where it has been there before.
+) -> list[Arrays]:
+    """Each case's image and label, oriented and resampled.
 
-    Raises UserError with one line for each case that cannot be read.
+    Args:
+        cases: the cases to read
+        dataset: the data set they belong to
+        spacing: millimetres along the RAS axes; 0 keeps an axis as it is
+        cache: a folder that keeps the arrays for the next time; None reads the files
+        show: is called with the part that is done, 0 to 1, and the name of the case
+
+    Raises:
+        UserError: with one line for each case that cannot be read.
     """
-    loaded, errors = [], []
+    loaded: list[Arrays] = []
+    errors: list[str] = []
     for i, case in enumerate(cases):
         try:
             loaded.append(_load_cached(case, dataset, spacing, Path(cache)) if cache else _load(case, dataset, spacing))
@@ -58,7 +74,15 @@ def load(
 
 
 def prepare(name: str, image: torch.Tensor, label: torch.Tensor, fitted: Fitted, seed: int) -> Volume:
-    """A loaded case with what cropping needs."""
+    """A case ready for cropping.
+
+    Args:
+        name: of the case
+        image: (c, x, y, z), not yet scaled
+        label: (x, y, z), positions of classes and IGNORE
+        fitted: what was fitted to the training cases
+        seed: of the choice of voxels, for a class that has very many
+    """
     how = scaling(image, fitted.intensity)
     image = pad(image, fitted.volume_patch)[0]
     label = pad(label[None], fitted.volume_patch, value=0)[0][0]
@@ -68,26 +92,70 @@ def prepare(name: str, image: torch.Tensor, label: torch.Tensor, fitted: Fitted,
     return Volume(name, image, label, how, _by_class(flat, random), labelled)
 
 
-def _load(case: Case, dataset: Dataset, spacing: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+def _load(case: Case, dataset: Dataset, spacing: Sequence[float]) -> Arrays:
     return load_image(case, len(dataset.channels), spacing).as_tensor(), load_label(case, dataset, spacing)
 
 
-def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same through two .npy files, named by all that they depend on and mapped into memory, not read."""
-    key = (
-        case.name,
-        list(spacing),
-        list(dataset.classes.values()),
-        dataset.ignore,
-        [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*case.images, case.label)],
-    )
-    stem = cache / f"{case.name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
-    files = stem.with_name(stem.name + "-image.npy"), stem.with_name(stem.name + "-label.npy")
-    if not all(file.exists() for file in files):
-        for file, array in zip(files, _load(case, dataset, spacing), strict=True):
-            with atomic(file) as temporary:
-                np.save(temporary, array.numpy())
-    return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
+def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: Path) -> Arrays:
+    """The same from an entry of MONAI's PersistentDataset, which is named by all that it depends on and mapped into memory, not read.
+
+    A damaged entry is made again. The entry is written in `cache` under another name first, so a second process never sees half of one.
+    """
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*case.images, case.label) if path]
+    key = {
+        "medssm": medssm.__version__,
+        "files": files,
+        "channels": len(dataset.channels),
+        "spacing": list(spacing),
+        "classes": list(dataset.classes.values()),
+        "ignore": dataset.ignore,
+    }
+    entry = cache / f"{json_hashing(key).decode()}.pt"
+    try:
+        arrays = _mapped(entry)
+        if arrays is None:
+            entry.unlink(missing_ok=True)
+            with _temporary_files_in(cache):
+                PersistentDataset([key], _Read(case, dataset, spacing), cache, hash_func=json_hashing)[0]
+            arrays = _mapped(entry)
+    except RuntimeError as error:  # MONAI wraps what `_Read` raises; torch.save raises this one itself on a full disk
+        raise error.__cause__ or UserError(f"cache: {cache}: cannot be written ({first_line(error)})") from error
+    except OSError as error:
+        raise disk_error(cache, error) from error
+    if arrays is None:  # MONAI is silent about a folder that it may not write to
+        raise UserError(f"cache: {cache}: cannot be written")
+    return arrays
+
+
+class _Read(Transform):
+    """`_load` for PersistentDataset, which calls it with the key of an entry that does not exist yet."""
+
+    def __init__(self, case: Case, dataset: Dataset, spacing: Sequence[float]):
+        self.case, self.dataset, self.spacing = case, dataset, spacing
+
+    def __call__(self, key: dict[str, Any]) -> dict[str, torch.Tensor]:
+        image, label = _load(self.case, self.dataset, self.spacing)
+        return {"image": image, "label": label}
+
+
+def _mapped(entry: Path) -> Arrays | None:
+    """The arrays of an entry; None if there is none or it is damaged."""
+    try:
+        arrays = torch.load(entry, map_location="cpu", mmap=True, weights_only=True)
+        return arrays["image"], arrays["label"]
+    except Exception:  # a damaged file raises RuntimeError, EOFError, UnpicklingError, KeyError, ...
+        return None
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Python's temporary files in `folder`: MONAI renames one to its entry, which is atomic on one file system only."""
+    make_folder(folder)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _by_class(flat: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, ...]:

@@ -1,6 +1,8 @@
 """What the network is fed: fitted spacing, intensities and patch, geometry, patches, and the loss on them."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,14 +11,16 @@ from lightning.fabric import Fabric
 from monai.losses import DiceCELoss
 from monai.transforms import Compose
 
+import medssm.segment.volumes as volumes_module
 from medssm.errors import UserError
+from medssm.files import write_bytes
 from medssm.segment.data import load_dataset
 from medssm.segment.fit import fit, fit_patch, fit_slice_axis, fit_spacing
 from medssm.segment.losses import SegmentationLoss
-from medssm.segment.nifti import read_label
+from medssm.segment.nifti import read_image, read_label
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import IGNORE, Fitted, load_image, load_label, pad, scaling
-from tests.segment.synthetic import nnunet_folder
+from tests.segment.synthetic import nnunet_folder, write
 
 OBLIQUE_LAS = np.array([[-0.9, 0.1, 0.0, 40.0], [0.1, 0.9, -0.2, -20.0], [0.0, 0.2, 2.5, 10.0], [0, 0, 0, 1.0]])
 SHAPE = (24, 22, 14)
@@ -146,15 +150,133 @@ def test_a_cache_gives_the_same_volumes_and_is_used(tmp_path):
     folder = nnunet_folder(tmp_path / "data", cases=2, shape=SHAPE)
     plain = read(folder)[1]
     first, again = (read(folder, cache=tmp_path / "cache")[1] for _ in range(2))
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 2
     for volumes in (first, again):
         for volume, wanted in zip(volumes, plain, strict=True):
-            torch.testing.assert_close(volume.image, wanted.image)
-            torch.testing.assert_close(volume.label, wanted.label)
+            assert torch.equal(volume.image, wanted.image) and torch.equal(volume.label, wanted.label)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """load(...) of one case with a cache, and how often the case's files were read."""
+    folder = nnunet_folder(tmp_path / "data", cases=1, shape=SHAPE, channels=("MR",))
+    read_files = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = volumes_module._load
+        patch.setattr(volumes_module, "_load", lambda *arguments: read_files.append(1) or real(*arguments))
+
+        def load(spacing=(1.0, 1.0, 1.0), **changes):
+            table = dataclasses.replace(load_dataset(folder), **changes)
+            (arrays,) = volumes_module.load(table.cases, table, spacing, tmp_path / "cache")
+            return arrays, len(read_files)
+
+        yield load, folder, tmp_path / "cache"
+
+
+def test_a_cached_case_is_not_read_again(cached):
+    load, _, cache = cached
+    (image, label), count = load()
+    (again, label_again), count_again = load()
+    assert (count, count_again) == (1, 1) and torch.equal(image, again) and torch.equal(label, label_again)
+    assert (image.dtype, label.dtype) == (torch.float32, torch.int16) and len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"spacing": (1.0, 1.0, 2.0)}, {"ignore": 2, "classes": {"background": 0, "ball": 1}}, {"classes": {"background": 0, "box": 2, "ball": 1}}],
+)
+def test_a_cached_case_is_read_again_when_what_it_depends_on_changes(cached, changes):
+    load, _, _ = cached
+    (image, label), _ = load()
+    (other, other_label), count = load(**changes)
+    assert count == 2 and (image.shape != other.shape or not torch.equal(label, other_label))
+    assert load()[1] == load(**changes)[1] == 2
+
+
+def test_ignore_alone_changes_the_entry(cached):
+    """A value that no voxel has: the arrays are the same, but the entry of one data set is not taken for the other's."""
+    load, _, cache = cached
+    load(), load(ignore=9)
+    assert load(ignore=9)[1] == 2 and len(list(cache.iterdir())) == 2
+
+
+def test_a_changed_file_is_read_again(cached):
+    load, folder, _ = cached
+    (image, _), _ = load()
+    for file in (folder / "imagesTr").iterdir():
+        write(file, read_image([file])[0][0] + 1)
+    (other, _), count = load()
+    assert count == 2 and torch.equal(other, image + 1)
+    for file in (folder / "labelsTr").iterdir():
+        write(file, np.zeros(SHAPE, np.uint8))
+    (_, label), count = load()
+    assert count == 3 and not label.any()
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"junk" + data[4:-200], lambda data: data[:-30]]
+)
+def test_a_damaged_entry_is_made_again(cached, spoil):
+    load, _, cache = cached
+    (image, label), _ = load()
+    (entry,) = cache.iterdir()
+    write_bytes(entry, spoil(entry.read_bytes()))
+    (again, label_again), count = load()
+    assert count == 2 and torch.equal(again, image) and torch.equal(label_again, label) and list(cache.iterdir()) == [entry]
+
+
+def test_an_entry_that_holds_something_else_is_made_again(cached):
+    load, _, cache = cached
+    load()
+    (entry,) = cache.iterdir()
+    entry.unlink()
+    torch.save({"weights": torch.zeros(3)}, entry)
+    assert load()[1] == 2 and load()[1] == 2
+
+
+def test_processes_that_fill_a_cache_at_once_all_get_the_arrays(cached, tmp_path):
+    load, folder, cache = cached
+    code = (
+        "import sys, torch; from pathlib import Path; from medssm.segment.data import load_dataset; from medssm.segment.volumes import load;"
+        "table = load_dataset(sys.argv[1]); (arrays,) = load(table.cases, table, (1.0, 1.0, 1.0), sys.argv[2]);"
+        "torch.save([part.clone() for part in arrays], sys.argv[3])"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(cache), str(tmp_path / str(i))]) for i in range(3)]
+    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    arrays, count = load()
+    assert count == 0 and len(list(cache.iterdir())) == 1
+    for i in range(3):
+        assert all(torch.equal(one, other) for one, other in zip(torch.load(tmp_path / str(i)), arrays, strict=True))
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(cached, monkeypatch):
+    load, _, cache = cached
+    cache.write_text("a file")
+    with pytest.raises(UserError, match="cache: cannot be written"):
+        load()
+    cache.unlink()
+    monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="cache: the disk is full"):
+        load()
+    assert not list(cache.iterdir())
+    monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("[enforce fail] unexpected pos 64 vs 0")))
+    with pytest.raises(UserError, match=r"cache: .*cannot be written \(\[enforce fail"):
+        load()
+    monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=r"cache: .*cannot be written"):
+        load()
+
+
+def test_a_bad_case_under_a_cache_is_its_own_error(cached):
+    load, folder, cache = cached
+    write(folder / "labelsTr" / "case_0.nii.gz", np.full(SHAPE, 7, np.uint8))
+    with pytest.raises(UserError, match=r"^\S*case_0\.nii\.gz: label value\(s\) 7 outside the classes"):
+        load()
+    assert not list(cache.iterdir())
 
 
 def test_too_much_for_the_memory_asks_for_a_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("medssm.segment.fit._free_memory", lambda: 1000.0)
+    monkeypatch.setattr("medssm.machine.free_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"cache: the cases take .* name a folder"):
         read(nnunet_folder(tmp_path, cases=1, shape=SHAPE))
 

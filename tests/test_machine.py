@@ -1,0 +1,49 @@
+"""What is said of the machine is what the system says."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from medssm import machine
+
+
+def test_the_description_names_processor_memory_and_versions():
+    table = machine.describe()
+    assert all(isinstance(value, str) and value for value in table.values())
+    assert table["torch"] == torch.__version__ and table["numpy"] == numpy.__version__ and table["threads"] == str(torch.get_num_threads())
+    assert float(table["memory"].removesuffix(" GiB")) > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_numbers_are_those_of_linux():
+    rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    assert machine.describe()["memory"] == f"{int(rows['MemTotal'].split()[0]) / 2**20:.0f} GiB"
+    assert 0 < machine.free_memory() <= int(rows["MemTotal"].split()[0]) * 1024
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    assert machine.describe()["processor"] in names or not names
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_cores_are_those_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert machine.cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert machine.cores() == len(allowed)
+
+
+def test_a_package_that_is_missing_is_said():
+    assert machine._version("no-such-package-here") == "not installed"
+
+
+def test_the_core_does_not_need_what_describes_the_machine():
+    import subprocess
+
+    code = "import sys, medssm; sys.exit(bool({'psutil', 'cpuinfo', 'jinja2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
