@@ -9,10 +9,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what this process frees for what it asks for next; without effect on other systems.
+    """Let glibc's malloc keep the memory that this process frees and give it out again; without effect on other systems.
 
-    By default large blocks go back to the kernel at once and come back as pages that it has to clear: with feature maps of a volume, a
-    fifth of a training step. For a process that is a command, not for a library to do to its caller.
+    By default malloc returns large blocks to the system at once, and the system clears each page before it gives it out again. With feature maps
+    of a volume this takes a fifth of a training step. It is meant for commands: a library must not change its caller's allocator.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return

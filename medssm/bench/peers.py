@@ -30,16 +30,7 @@ def _finish(y: Tensor, u: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
     return y if z is None else y * silu(z)
 
 
-def literal(
-    u: Tensor,  # (b, d, l)
-    delta: Tensor,  # (b, d, l)
-    A: Tensor,  # (d, n)
-    B: Tensor,  # (b, n, l)
-    C: Tensor,  # (b, n, l)
-    D: Tensor,  # (d,)
-    z: Tensor | None,  # (b, d, l)
-    delta_bias: Tensor,  # (d,)
-) -> Tensor:  # (b, d, l)
+def literal(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, delta_bias: Tensor) -> Tensor:
     """mamba_ssm's reference as its users run it where there is no CUDA: the whole of exp(delta A) and delta B u (b, d, l, n), then a Python
     loop that indexes one step at a time."""
     delta = _prepare(delta, delta_bias)
@@ -52,16 +43,7 @@ def literal(
     return _finish(torch.stack(y, 2), u, D, z)
 
 
-def unbound(
-    u: Tensor,  # (b, d, l)
-    delta: Tensor,  # (b, d, l)
-    A: Tensor,  # (d, n)
-    B: Tensor,  # (b, n, l)
-    C: Tensor,  # (b, n, l)
-    D: Tensor,  # (d,)
-    z: Tensor | None,  # (b, d, l)
-    delta_bias: Tensor,  # (d,)
-) -> Tensor:  # (b, d, l)
+def unbound(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, delta_bias: Tensor) -> Tensor:
     """The same loop over tensors unbound once: indexing each step would cost its backward O(l^2)."""
     delta = _prepare(delta, delta_bias)
     decay = torch.exp(torch.einsum("bdl,dn->ldbn", delta, A)).unbind(0)
@@ -73,16 +55,7 @@ def unbound(
     return _finish(torch.stack(y, 2).transpose(0, 1), u, D, z)
 
 
-def mambapy(
-    u: Tensor,  # (b, d, l)
-    delta: Tensor,  # (b, d, l)
-    A: Tensor,  # (d, n)
-    B: Tensor,  # (b, n, l)
-    C: Tensor,  # (b, n, l)
-    D: Tensor,  # (d,)
-    z: Tensor | None,  # (b, d, l)
-    delta_bias: Tensor,  # (d,)
-) -> Tensor:  # (b, d, l)
+def mambapy(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, delta_bias: Tensor) -> Tensor:
     """mambapy's parallel scan (a Blelloch scan in PyTorch), from its package."""
     from mambapy.pscan import pscan
 
@@ -93,17 +66,7 @@ def mambapy(
     return _finish((h @ C.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2), u, D, z)
 
 
-def two_level(
-    u: Tensor,  # (b, d, l)
-    delta: Tensor,  # (b, d, l)
-    A: Tensor,  # (d, n)
-    B: Tensor,  # (b, n, l)
-    C: Tensor,  # (b, n, l)
-    D: Tensor,  # (d,)
-    z: Tensor | None,  # (b, d, l)
-    delta_bias: Tensor,  # (d,)
-    chunk: int = 64,
-) -> Tensor:  # (b, d, l)
+def two_level(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, delta_bias: Tensor, chunk: int = 64) -> Tensor:
     """The best that plain PyTorch gives: all chunks step together in a loop of `chunk` steps, then the states are carried from chunk to
     chunk, with exponentials of sums instead of products."""
     batch, channels, length = u.shape

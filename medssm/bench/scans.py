@@ -155,7 +155,7 @@ def _causal(length: int = 4096, channels: int = 192, grad: bool = False) -> dict
     leaves = [t.requires_grad_(grad) for t in (x, w, b)]
     theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_(grad), w.detach().unsqueeze(1).requires_grad_(grad), b]
 
-    def in_pytorch():
+    def in_pytorch() -> torch.Tensor:
         return torch.nn.functional.silu(torch.nn.functional.conv1d(*theirs, padding=3, groups=channels)[..., :length])
 
     return {
@@ -167,11 +167,11 @@ def _causal(length: int = 4096, channels: int = 192, grad: bool = False) -> dict
 def _both_ways(function: Callable[[], torch.Tensor], leaves: list[torch.Tensor], grad: bool) -> Side:
     """The function without gradients, or with those of the leaves."""
 
-    def both():
+    def both() -> tuple[torch.Tensor, ...]:
         out = function()
         return torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-    def forward():
+    def forward() -> torch.Tensor:
         with torch.no_grad():
             return function()
 

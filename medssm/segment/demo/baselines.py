@@ -1,4 +1,4 @@
-"""Two answers that need no network, to measure the networks against: the other side's labels mirrored, and intensity alone."""
+"""Two answers without a network, to compare the networks with: the other side's labels mirrored, and intensity alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _BINS = 256
 def mirrored_labels(brain: Brain) -> np.ndarray:
     """The trained side's labels reflected at the template's midline, x = 0, as labels of the tested side.
 
-    How far one gets by knowing where structures lie and never looking at the image; each voxel takes the label nearest to its mirror point.
+    It shows how good an answer is that knows where structures lie and never looks at the image. Each voxel takes the label nearest to its
+    mirror point.
     """
     axis, x = brain.left_right
     known = np.zeros_like(brain.labels)
@@ -26,9 +27,9 @@ def mirrored_labels(brain: Brain) -> np.ndarray:
 def looked_up_labels(brain: Brain) -> np.ndarray:
     """The tested side's labels by a table from intensity to class, fitted on the trained side.
 
-    How far one gets by looking at each voxel alone. The table is fitted for the metric itself: starting from background, each of 256
-    intensity bins in turn takes the class with which the mean Dice of the trained side is largest, until none changes. (The class
-    most frequent in each bin would be background nearly everywhere: the structures are small.)
+    It shows how good an answer is that looks at each voxel alone. The table is fitted for the metric itself: starting from background, each of
+    256 intensity bins in turn takes the class with which the mean Dice of the trained side is largest, until none changes. (The most frequent
+    class of each bin would be background nearly everywhere, because the structures are small.)
     """
     image = brain.voxels
     trained, labels = image[brain.trained.box], brain.labels[brain.trained.box]

@@ -1,6 +1,6 @@
-"""The demo's data: one real brain with drawn structures, out of an installed package, cut into a side to train on and a side to test on.
+"""The demo's data: one real brain with labelled structures from an installed package, cut into a side to train on and a side to test on.
 
-Nothing is downloaded and nothing is shipped: the files are read where their own package put them.
+Nothing is downloaded and nothing is shipped: the files are read from the package that they come with.
 """
 
 from __future__ import annotations
@@ -19,19 +19,30 @@ from medssm.files import write_json
 from medssm.segment.nifti import different_grid, open_nifti, write_nifti
 
 SIDES = ("left", "right")
-GAP_MM = 6.0  # about the midline: neither trained nor tested on
+GAP_MM = 6.0  # width around the midline that is neither trained nor tested on
 Box = tuple[slice, ...]  # one slice for each axis
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a brain is found. `classes` holds for each structure its values in the label file, both sides together."""
+    """Where the files of a brain are.
+
+    Args:
+        title: what it is
+        folder: gives the folder of the files, None if it is not installed
+        image: the T1's file
+        labels: the label map's file
+        brain: a file that is nonzero in the brain: the volumes are cropped to its bounding box
+        classes: for each structure its values in the label map, both sides together
+        credit: who made it
+        missing: the command that installs it
+    """
 
     title: str
     folder: Callable[[], Path | None]
     image: str
     labels: str
-    brain: str  # nonzero in the brain: its bounding box is what the volumes are cropped to
+    brain: str
     classes: dict[str, tuple[int, ...]]
     credit: str
     missing: str
@@ -58,18 +69,25 @@ class Brain:
 
     @property
     def voxels(self) -> np.ndarray:
+        """The image's intensities (x, y, z)."""
         return np.asanyarray(self.image.dataobj)
 
     @property
     def left_right(self) -> tuple[int, np.ndarray]:
-        """The array's axis from left to right (or back), and each index's x in millimetres: the template's midline is x = 0."""
+        """The array's axis along left and right, and the x of each index in millimetres; the template's midline is x = 0."""
         return _left_right(self.image.affine, self.image.shape)
 
 
 def load_brain(name: str, trained: str = "right", gap_mm: float = GAP_MM) -> Brain:
-    """The brain `name` of SOURCES with its labels on its own grid, to be trained on the side `trained` and tested on the other.
+    """A brain with its labels on its own grid. Its halves lie in the brain's bounding box, at least gap_mm / 2 from the midline.
 
-    The halves lie in the brain's bounding box, at least gap_mm / 2 from the midline. Raises UserError where the package is not installed.
+    Args:
+        name: a key of SOURCES
+        trained: the side to train on, "left" or "right"; the other one is tested
+        gap_mm: width of the part around the midline that belongs to neither half
+
+    Raises:
+        UserError: the package with its files is not installed.
     """
     source = SOURCES[name]
     image, drawn, brain = (_open(source, file) for file in (source.image, source.labels, source.brain))
@@ -88,7 +106,7 @@ def load_brain(name: str, trained: str = "right", gap_mm: float = GAP_MM) -> Bra
 
 
 def write_dataset(brain: Brain, folder: Path) -> None:
-    """The two halves as a data set in nnU-Net's layout: imagesTr and labelsTr hold the trained side, imagesTs and labelsTs the other."""
+    """Write the two halves in nnU-Net's layout: imagesTr and labelsTr hold the trained side, imagesTs and labelsTs the other one."""
     for half, section in ((brain.trained, "Tr"), (brain.tested, "Ts")):
         part = brain.image.slicer[half.box]
         write_nifti(folder / f"images{section}" / f"{half.side}_0000.nii.gz", np.asanyarray(part.dataobj), part)
@@ -128,7 +146,7 @@ def _bounding_box(inside: np.ndarray, axis: int, kept: np.ndarray) -> Box:
 
 
 def _package_folder(name: str) -> Path | None:
-    """Where an installed package lies; it is not imported, since only its files are wanted."""
+    """The folder of an installed package; only its files are needed, so it is not imported."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec and spec.origin else None
 

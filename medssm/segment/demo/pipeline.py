@@ -1,6 +1,6 @@
-"""The demo from data to report: two networks trained on one hemisphere and two answers without a network, tested on the other.
+"""The demo from data to report: networks trained on one hemisphere, and two answers without a network, are tested on the other one.
 
-It is a thin layer: the halves are written as a data set, and `train`, `predict` and `evaluate` do with it what they do with anyone's.
+It is a thin layer: the halves are written as a data set, which `train`, `predict` and `evaluate` take like any other.
 """
 
 from __future__ import annotations
