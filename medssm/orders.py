@@ -11,11 +11,19 @@ import ast
 import functools
 import math
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 __all__ = ["Order", "axes3d", "cross2d", "dilated", "hilbert", "interleaved", "parse", "raster", "snake", "tri3d", "window", "zigzag"]
+
+
+Shape = tuple[int, ...]
+Ints = npt.NDArray[np.int64]
+Steps = tuple[Ints, "Ints | None"]  # the position at each step; a number per step that changes where a segment ends, None for one segment
 
 
 class Order:
@@ -26,7 +34,7 @@ class Order:
 
     __slots__ = ("kind", "parameters", "reverse", "spec")
 
-    def __init__(self, kind: str, reverse: bool = False, **parameters):
+    def __init__(self, kind: str, reverse: bool = False, **parameters: Any) -> None:
         if kind not in _KINDS:
             raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
         self.kind, self.parameters, self.reverse = kind, parameters, bool(reverse)
@@ -36,7 +44,7 @@ class Order:
     def __repr__(self) -> str:
         return f"orders.{self.spec}"
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Order) and self.spec == other.spec
 
     def __hash__(self) -> int:
@@ -46,15 +54,15 @@ class Order:
         """The same walk from its end to its beginning."""
         return Order(self.kind, not self.reverse, **self.parameters)
 
-    def check(self, shape) -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError where this order cannot walk an array of this spatial shape."""
         _check(self, tuple(shape))
 
-    def index(self, shape) -> torch.Tensor:
+    def index(self, shape: Sequence[int]) -> torch.Tensor:
         """(length,) int64: the row-major position visited at each step."""
         return torch.from_numpy(_walk(self, tuple(int(n) for n in shape))[0].copy())
 
-    def starts(self, shape) -> torch.Tensor:
+    def starts(self, shape: Sequence[int]) -> torch.Tensor:
         """(segments,) int64, sorted: the steps at which the state and the taps begin anew; [0], and empty for an empty array."""
         return torch.from_numpy(_walk(self, tuple(int(n) for n in shape))[1].copy())
 
@@ -62,27 +70,27 @@ class Order:
 # -- the orders -------------------------------------------------------------------------------------------------------------------
 
 
-def raster(axes=None, reverse=False) -> Order:
+def raster(axes: Sequence[int] | None = None, reverse: bool = False) -> Order:
     """Line after line; axes: the spatial axes from slowest to fastest, default in their own order (row-major)."""
     return Order("raster", reverse, axes=_axes(axes))
 
 
-def snake(axes=None, reverse=False) -> Order:
+def snake(axes: Sequence[int] | None = None, reverse: bool = False) -> Order:
     """Raster with every other line turned round, so that each step moves to a neighbour."""
     return Order("snake", reverse, axes=_axes(axes))
 
 
-def window(size, axes=None, reverse=False) -> Order:
+def window(size: int | Sequence[int], axes: Sequence[int] | None = None, reverse: bool = False) -> Order:
     """Windows of `size` voxels a side (an int, or one per axis in array order), raster inside; each window begins anew."""
     return Order("window", reverse, size=_positive(size, "size"), axes=_axes(axes))
 
 
-def dilated(step, axes=None, reverse=False) -> Order:
+def dilated(step: int | Sequence[int], axes: Sequence[int] | None = None, reverse: bool = False) -> Order:
     """The phases of a grid with this step (an int, or one per axis in array order), raster inside; each phase begins anew."""
     return Order("dilated", reverse, step=_positive(step, "step"), axes=_axes(axes))
 
 
-def interleaved(n, reverse=False) -> Order:
+def interleaved(n: int, reverse: bool = False) -> Order:
     """The row-major sequence cut in n chunks, visited in turn: the first token of each chunk, the second of each, and so on.
 
     With n the number of slices of a volume this steps through the same in-slice position across slices (SegMamba). A length that n does
@@ -91,12 +99,12 @@ def interleaved(n, reverse=False) -> Order:
     return Order("interleaved", reverse, n=_positive(n, "n", scalar=True))
 
 
-def zigzag(reverse=False) -> Order:
+def zigzag(reverse: bool = False) -> Order:
     """Diagonal after diagonal (voxels of equal coordinate sum), every other one turned round, as JPEG scans a block."""
     return Order("zigzag", reverse)
 
 
-def hilbert(reverse=False) -> Order:
+def hilbert(reverse: bool = False) -> Order:
     """A Hilbert curve through the smallest enclosing power-of-two square or cube, the positions outside left out (2D and 3D)."""
     return Order("hilbert", reverse)
 
@@ -107,7 +115,7 @@ def cross2d() -> list[Order]:
     return forward + [order.reversed() for order in forward]
 
 
-def tri3d(n) -> list[Order]:
+def tri3d(n: int) -> list[Order]:
     """SegMamba's three: forward, reversed, and across n slices."""
     return [raster(), raster(reverse=True), interleaved(n)]
 
@@ -126,14 +134,16 @@ def parse(spec: str) -> Order:
     if not found or found[1] not in makers:
         raise ValueError(f"spec: expected one of {', '.join(_KINDS)} with its arguments, got {spec!r}")
     call = ast.parse(spec, mode="eval").body
-    return makers[found[1]](**{k.arg: ast.literal_eval(k.value) for k in call.keywords})
+    assert isinstance(call, ast.Call)
+    order: Order = makers[found[1]](**{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
+    return order
 
 
 # -- walks ------------------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=256)
-def _walk(order: Order, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _walk(order: Order, shape: Shape) -> tuple[Ints, Ints]:
     _check(order, shape)
     length = math.prod(shape)
     segment = None
@@ -150,56 +160,58 @@ def _walk(order: Order, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]
     return np.ascontiguousarray(index, np.int64), starts.astype(np.int64)
 
 
-def _grid(shape):
+def _grid(shape: Shape) -> list[Ints]:
     """Coordinates of every position in row-major order, one array per axis."""
     return [c.reshape(-1) for c in np.indices(shape, dtype=np.int64)]
 
 
-def _sorted(keys):
+def _sorted(keys: Sequence[Ints]) -> Ints:
     """Positions sorted by the keys, the first key slowest."""
     return np.lexsort(keys[::-1])
 
 
-def _raster(shape, axes):
+def _raster(shape: Shape, axes: Shape) -> Steps:
     return np.arange(math.prod(shape), dtype=np.int64).reshape(shape).transpose(axes).reshape(-1), None
 
 
-def _snake(shape, axes):
-    at, keys, turned = _grid(shape), [], 0
+def _snake(shape: Shape, axes: Shape) -> Steps:
+    at = _grid(shape)
+    keys: list[Ints] = []
+    turned = np.zeros_like(at[0])
     for axis in axes:
         keys.append(np.where(turned % 2 == 0, at[axis], shape[axis] - 1 - at[axis]))
         turned = turned * shape[axis] + keys[-1]  # the number of the line in the order of the walk
     return _sorted(keys), None
 
 
-def _window(shape, axes, size):
-    at, size = _grid(shape), _per_axis(size, shape)
-    outer = [at[a] // size[a] for a in axes]
-    index = _sorted([*outer, *(at[a] % size[a] for a in axes)])
+def _window(shape: Shape, axes: Shape, size: int | Shape) -> Steps:
+    at, sizes = _grid(shape), _per_axis(size, shape)
+    outer = [at[a] // sizes[a] for a in axes]
+    index = _sorted([*outer, *(at[a] % sizes[a] for a in axes)])
     return index, _ids(outer, index)
 
 
-def _dilated(shape, axes, step):
-    at, step = _grid(shape), _per_axis(step, shape)
-    phase = [at[a] % step[a] for a in axes]
-    index = _sorted([*phase, *(at[a] // step[a] for a in axes)])
+def _dilated(shape: Shape, axes: Shape, step: int | Shape) -> Steps:
+    at, steps = _grid(shape), _per_axis(step, shape)
+    phase = [at[a] % steps[a] for a in axes]
+    index = _sorted([*phase, *(at[a] // steps[a] for a in axes)])
     return index, _ids(phase, index)
 
 
-def _interleaved(shape, _axes, n):
+def _interleaved(shape: Shape, _axes: Shape, n: int) -> Steps:
     length = math.prod(shape)
     inside = -(-length // n)
     position = np.arange(length, dtype=np.int64)
     return _sorted([position % inside, position // inside]), None
 
 
-def _zigzag(shape, _axes):
+def _zigzag(shape: Shape, _axes: Shape) -> Steps:
     at = _grid(shape)
-    diagonal = sum(at)
+    diagonal = np.sum(at, axis=0)
     return _sorted([diagonal, *(np.where(diagonal % 2 == 0, -c, c) for c in at[:-1])]), None
 
 
-def _hilbert(shape, _axes):
+def _hilbert(shape: Shape, _axes: Shape) -> Steps:
     """John Skilling's transform (Programming the Hilbert curve, AIP 2004) of coordinates to the transposed index, then its bits interleaved."""
     bits = max(1, (max(shape) - 1).bit_length())
     x = _grid(shape)
@@ -225,7 +237,7 @@ def _hilbert(shape, _axes):
     return np.argsort(distance, kind="stable"), None
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[..., Steps]] = {
     "raster": _raster,
     "snake": _snake,
     "window": _window,
@@ -251,7 +263,7 @@ def _check(order: Order, shape: tuple[int, ...]) -> None:
         raise ValueError(f"order: hilbert walks an image or a volume, got spatial shape {shape}")
 
 
-def _axes(axes):
+def _axes(axes: Sequence[int] | None) -> Shape | None:
     if axes is None:
         return None
     axes = tuple(int(a) for a in axes)
@@ -260,18 +272,18 @@ def _axes(axes):
     return axes
 
 
-def _positive(value, name, scalar=False):
+def _positive(value: Any, name: str, scalar: bool = False) -> int | Shape:
     values = value if isinstance(value, (tuple, list)) and not scalar else (value,)
     if not values or any(isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1 for v in values):
         raise ValueError(f"{name}: expected {'a positive int' if scalar else 'a positive int, or one per axis'}, got {value!r}")
     return tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else int(value)
 
 
-def _per_axis(value, shape):
+def _per_axis(value: int | Shape, shape: Shape) -> Shape:
     return value if isinstance(value, tuple) else (value,) * len(shape)
 
 
-def _ids(keys, index):
+def _ids(keys: Sequence[Ints], index: Ints) -> Ints:
     """A number per step that changes where any key changes."""
     ids = np.zeros(len(index), np.int64)
     for key in keys:
