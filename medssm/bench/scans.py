@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -61,7 +62,8 @@ def _ceiling(channels: int, tokens: int) -> None:
 SIX = orders.axes3d()
 
 
-def _volume_inputs(n: int, channels: int, rank: int | None) -> dict[str, torch.Tensor]:
+def _volume_inputs(n: int, channels: int, rank: int | None) -> dict[str, Any]:
+    """Random tensors of a scan of a volume of n^3 voxels along the six orders, with a low-rank delta if `rank` is given."""
     g, k, state = torch.Generator().manual_seed(0), len(SIX), 16
     tensors = {
         "x": torch.randn(1, n, n, n, channels, generator=g),
@@ -81,7 +83,7 @@ def _six_orders(n: int = 64, channels: int = 96) -> dict[str, Side]:
     """Scans in place, against SS2D's way in three dimensions: six permuted copies, six scans by the same kernel, six results permuted back."""
     tensors = _volume_inputs(n, channels, None)
     axes = [order.parameters["axes"] for order in SIX]
-    copies = {k: [_along(tensors[k][..., i, :], axes[i], SIX[i].reverse) for i in range(len(SIX))] for k in ("delta", "B", "C")}
+    copies: dict[str, Any] = {k: [_along(tensors[k][..., i, :], axes[i], SIX[i].reverse) for i in range(len(SIX))] for k in ("delta", "B", "C")}
 
     def scanned(i: int, u: torch.Tensor) -> torch.Tensor:
         """An order's copy by the same kernel, and the result back in the volume's axes."""
@@ -156,7 +158,8 @@ def _causal(length: int = 4096, channels: int = 192, grad: bool = False) -> dict
     theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_(grad), w.detach().unsqueeze(1).requires_grad_(grad), b]
 
     def in_pytorch() -> torch.Tensor:
-        return torch.nn.functional.silu(torch.nn.functional.conv1d(*theirs, padding=3, groups=channels)[..., :length])
+        x, w, b = theirs
+        return torch.nn.functional.silu(torch.nn.functional.conv1d(x, w, b, padding=3, groups=channels)[..., :length])
 
     return {
         OURS: _both_ways(lambda: ops.causal_conv1d(x, w, b, "silu", backend="native"), leaves, grad),
