@@ -17,12 +17,12 @@ bool has_f16c_movbe_lzcnt() {
   return (ecx & kF16C) && (ecx & kMovbe) && (extended & kLzcnt);
 }
 
-bool runs_v3() {
+[[maybe_unused]] bool runs_v3() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
          has_f16c_movbe_lzcnt();
 }
 
-bool runs_v4() {
+[[maybe_unused]] bool runs_v4() {
   return runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
