@@ -1,7 +1,7 @@
-"""Triton: whether it serves on this machine, and which tensors.
+"""Triton: whether its kernels run on this machine, for which tensors, and the arguments of a launch.
 
-Its kernels take tensors on a GPU; with TRITON_INTERPRET=1, set before Python starts, they run in Triton's interpreter on tensors of the CPU:
-slow, and the same arithmetic, for tests on machines without a GPU. A kernel module is imported at its first call: importing medssm needs no Triton.
+The kernels take tensors on a GPU. With TRITON_INTERPRET=1, set before Python starts, they run in Triton's interpreter on tensors on the CPU: slowly,
+with the same arithmetic, for tests on machines without a GPU. A kernel module is imported at its first call: importing medssm needs no Triton.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def _look() -> str | None:
     return None
 
 
-_REASON = _look()  # looked up once: a choice of backend that torch.compile traces then reads a constant
+_REASON = _look()  # looked up once, so that torch.compile reads a constant when it traces the choice of a backend
 
 
 def reason() -> str | None:
-    """None where Triton's kernels serve, else one line that says why not."""
+    """None if Triton's kernels run here, else one line that says why not."""
     return _REASON
 
 
@@ -43,18 +43,8 @@ def refuse(*tensors: torch.Tensor | None) -> str | None:
 
 
 def plain(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Of a subclass (MONAI's MetaTensor) the tensor itself: a launch takes nothing else."""
+    """The tensors as plain ones: a launch takes no subclass (MONAI's MetaTensor)."""
     return tuple(t if t is None or type(t) is torch.Tensor else t.detach().as_subclass(torch.Tensor) for t in tensors)
-
-
-def present(instead: torch.Tensor, *tensors: torch.Tensor | None):
-    """A kernel's pointers: one that is not there is `instead`, which the kernel then never reads in its place."""
-    return (instead if t is None else t for t in tensors)
-
-
-def strides(tensor: torch.Tensor | None, count: int) -> tuple[int, ...]:
-    """A tensor's strides, zeros where there is none."""
-    return (0,) * count if tensor is None else tensor.stride()
 
 
 def pointers(instead: torch.Tensor, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -73,5 +63,5 @@ def strided(dims: tuple[str, ...], instead: torch.Tensor, **tensors: torch.Tenso
 
 
 def on(tensor: torch.Tensor):
-    """The tensor's device as the current one while a kernel is launched."""
+    """Makes the tensor's device the current one while a kernel is launched."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -33,6 +33,22 @@ def visited(index, step, length, WALK: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(parts, chunks, heads):
+    """What this program works on, of programs that count parts, then chunks, then rows of (batch, head): part, chunk, row, batch entry, head."""
+    program = tl.program_id(0)
+    row = (program // parts // chunks).to(tl.int64)
+    return program % parts, program // parts % chunks, row, row // heads, row % heads
+
+
+@triton.jit
+def tokens_of(chunk, index, length, CHUNK: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
+    """A chunk's steps, counted from its begin and from the walk's, which of them exist, and their tokens."""
+    inside = tl.arange(0, CHUNK)
+    step = chunk * CHUNK + inside
+    return inside, step, step < length, visited(index, step, length, WALK, REVERSE)
+
+
+@triton.jit
 def tile(pointer, rows, cols, live, here):
     """(rows, cols) in float32, zeros where not live or not here. rows: offsets; cols: indices of adjacent numbers."""
     return tl.load(pointer + rows[:, None] + cols[None, :], mask=live[:, None] & here[None, :], other=0.0).to(tl.float32)

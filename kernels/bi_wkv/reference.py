@@ -8,11 +8,12 @@ mode "upstream" is what the published CUDA kernels compute. They cut a segment i
 
     i < s          e^{k_i - |t-i| w}                          one step too far
     s <= i < t     e^{k_i - (|t-i|-1) w}
-    i > t          e^{k_i - |t-i| w}                          one step too far: what is ahead is found by taking tokens from the whole, and since
-    s < i <= t     e^{k_i} (1 - e^w) e^{(t-i) w}              the whole is a step too far, taking the wrong weight leaves this behind
+    i > t          e^{k_i - |t-i| w}                          one step too far
+    s < i <= t     e^{k_i} (1 - e^w) e^{(t-i) w}              an error: the sum over i > t is found by subtracting tokens from the sum over all,
+                                                              whose weights are one step too far, so that each subtraction leaves a remainder
     i = t          e^{u+k_t}
 
-and add EPS to the denominator, relative to the largest exponent that they met (their running maximum, a constant to the gradient).
+and add EPS to the denominator, relative to the largest exponent so far (their running maximum, a constant to the gradient).
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ def _segment(w, u, k, v, mode):
 
 
 def _sums(w, k, v):
-    """Before each step t and after the last: the sums over i < t of e^{k_i - (t-i-1) w} (v_i, 1): shift, numerator, denominator; e^shift times these.
+    """Before each step t and after the last: the sums over i < t of e^{k_i - (t-i-1) w} (v_i, 1), as (shift, numerator, denominator).
 
-    The shift, a constant to autograd, is the exponent of the heaviest token's weight: its key less w for each step since, so that no rounding
-    adds up.
+    Sums are stored scaled: sum = e^shift times the stored numbers. The shift, a constant to autograd, is the exponent of the token with the largest
+    weight. It is computed from that token's key and its distance, so that rounding errors do not add up.
     """
     numerator = denominator = torch.zeros_like(k[0]) if len(k) else None
     heaviest, since = torch.full_like(w, -torch.inf), torch.zeros_like(w)
@@ -89,14 +90,14 @@ def _sums(w, k, v):
 
 
 def _aged(sums, steps, w):
-    """The sums seen from further away."""
+    """The sums seen from `steps` steps further away."""
     shift, numerator, denominator = sums
     fade = torch.exp(steps * (w.detach() - w))
     return shift - steps * w.detach(), numerator * fade, denominator * fade
 
 
 def _taken(sums, w):
-    """The sums times 1 - e^w; the shift is the exponent of the weight that was taken, or of the one that it was taken from."""
+    """The sums times 1 - e^w; the new shift is the exponent of the larger of the two subtracted weights."""
     shift, numerator, denominator = sums
     high = w.clamp_min(0).detach()
     factor = torch.expm1(-high) - torch.expm1(w - high)  # (1 - e^w) e^-high

@@ -20,8 +20,8 @@ from medssm.kernels.triton import INTERPRETED, on, plain, pointers, strided
 STEPS, CHANNELS = (2, 64) if INTERPRETED else (8, 32)
 TOKENS = ("batch", "token", "channel")  # the names of strides
 GROUP = 4  # chunks that `carry` reads ahead
-REGISTERS = 255  # of `outputs`: left to itself, the assembler for sm_80 takes 168 and spills
-PROGRAMS = 4096  # of one warp, that fill a large GPU: a constant, so that every GPU gives the same bits
+REGISTERS = 255  # of `outputs`: without this limit the assembler for sm_80 uses 168 and spills
+PROGRAMS = 4096  # of one warp: these fill a large GPU. A constant, so that every GPU gives the same bits
 
 
 def forward(w, u, k, v, mode, index, starts, reverse):
@@ -67,7 +67,7 @@ class _Pass:
         return torch.empty(shape, dtype=torch.float32, device=self.v.device)
 
     def carried(self, sums):
-        """What each chunk holds, (2 directions, fields, b, chunks, d), made into what lies before it and behind it."""
+        """Turns each chunk's sums, (2 directions, fields, b, chunks, d), into the sums before it and after it."""
         for direction, of_chunks in enumerate(sums):
             carry[self.rows](
                 **strided(("field",), sums, sums=of_chunks),
@@ -85,7 +85,7 @@ class _Pass:
         return sums
 
     def outputs(self, out=None, dout=None):
-        """Fills out; or, with dout, keeps what `tokens` needs and returns the gradients of w and u."""
+        """Fills out. With dout it saves what `tokens` needs instead, and returns the gradients of w and u."""
         fields, k, v, entry = 6 if self.adjoint else 4, self.k, self.v, None
         if self.chunks > 1:
             entry = self.new(2, fields, self.batch, self.chunks, self.channels)
@@ -121,7 +121,7 @@ class _Pass:
         return None if weights is None else weights.sum((1, 2)).unbind()
 
     def tokens(self, dk, dv):
-        """The gradients of k and v, after `outputs`: the same over the outputs, whose keys, x and y are rows in the order of the walk."""
+        """The gradients of k and v, after `outputs`: the same sums over the outputs, whose keys, x and y are rows in the order of the walk."""
         k, v, entry = self.k, self.v, None
         if self.chunks > 1:
             entry = self.new(2, 4, self.batch, self.chunks, self.channels)
@@ -176,7 +176,7 @@ def _even(length, rows, upstream, device):
 
 
 def _steps(length: int, rows: int) -> int:
-    """Of a chunk: a multiple of STEPS; all of them where batch and tiles of channels alone make programs enough."""
+    """Steps of a chunk, a multiple of STEPS. All of them if the programs of batch and channels alone fill the GPU."""
     groups = -(-length // STEPS)
     pieces = min(PROGRAMS // max(rows, 1), -(-groups // 8))
     return STEPS * -(-groups // (pieces if pieces >= 4 else 1))

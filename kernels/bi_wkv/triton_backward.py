@@ -4,8 +4,8 @@ With o_t = (sum_i W_ti v_i) / D_t, x_t = do_t / D_t and y_t = x_t o_t,
 
     dv_i = sum_t W_ti x_t,    dk_i = sum_t W_ti (x_t v_i - y_t)
 
-are sums over the outputs of the kind that the forward pass has over the tokens: x and y in place of v and 1, and -log of the denominator's
-scale for a key.
+are sums over the outputs. They have the form of the forward pass's sums over the tokens, with x and y in place of v and 1, and minus the shift of an
+output's denominator in place of a key.
 """
 
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
@@ -20,7 +20,7 @@ from medssm.kernels.bi_wkv.triton_steps import add, empty, exp, further, lanes, 
 
 @triton.jit
 def _share(s, key, v, dk, dv):
-    """dk and dv with what one sum of outputs gives."""
+    """Adds one sum over outputs to dk and dv."""
     scale = exp(key + s[0])
     return dk + scale * (s[1] * v - s[2]), dv + scale * s[1]
 
@@ -59,7 +59,9 @@ def tokens_adjoint(
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """dk, dv (b,l,d) from the outputs' top (3,b,l,d) and entry (2 directions, fields, b, chunks, d): the outputs before each chunk and behind it."""
+    """dk, dv (b,l,d) from the outputs' top (3,b,l,d) and entry (2 directions, fields, b, chunks, d), the sums over the outputs before each chunk and
+    after it.
+    """
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate, bonus = tl.load(w + d, mask=here, other=0.0), tl.load(u + d, mask=here, other=0.0)
     top_field = tl.cast(top_field, tl.int64)
@@ -114,7 +116,7 @@ def tokens_adjoint(
             if UPSTREAM:
                 left = add(left, -rate, live[K - 1 - n], tops[K - 1 - n], x[K - 1 - n], y[K - 1 - n], False)
                 r = taken(left, rate, False)
-                takes = tl.where(first + (K - 1 - n) == begin, 0.0, 1.0)  # nothing, of a chunk's first token
+                takes = tl.where(first + (K - 1 - n) == begin, 0.0, 1.0)  # 0 for a chunk's first token
                 g_k, g_v = _share((r[0], takes * r[1], takes * r[2]), keys[K - 1 - n], values[K - 1 - n], g_k, g_v)
                 far = later(before, (end - first - (K - n)).to(tl.float32))
                 g_k, g_v = _share(further(seen(far, rate), rate), keys[K - 1 - n], values[K - 1 - n], g_k, g_v)

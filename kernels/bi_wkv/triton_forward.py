@@ -1,8 +1,11 @@
 """The kernels of bi_wkv's forward pass, which the backward pass makes too. `triton.py` launches them.
 
-A program is one warp; its lanes are channels. The walk is cut in chunks: `local` sums each chunk's tokens as they are seen from its end and
-from before its start, `carry` goes over the chunks in both directions, and `outputs` goes through each chunk: from its end, keeping what lies
-ahead before every K steps, then from its start, finding for K steps at a time what lies ahead of each one, in registers.
+A program is one warp; its lanes are channels. The walk is cut into chunks:
+
+    1. `local`    sums each chunk's tokens twice: as seen from its end, and as seen from its start
+    2. `carry`    goes over the chunks in both directions: the sums over all tokens before each chunk, and over all tokens after it
+    3. `outputs`  goes through each chunk from its end, to save the sum over the later tokens once every K steps; then from its start, where
+                  for K steps at a time the sums over the later tokens are computed from the saved one, in registers
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
@@ -59,9 +62,9 @@ def local(
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """sums (2 directions, fields, b, chunks, d): the chunk's tokens, first as seen from the step after it, then from the step before it.
+    """sums (2 directions, fields, b, chunks, d): of the chunk's tokens, as seen from the step after the chunk, and from the step before it.
 
-    Their a is v, their b ones or y, which has v's strides.
+    A token's a is v; its b is 1 (ONES), or y, which has v's strides.
     """
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate = tl.load(w + d, mask=here, other=0.0)
@@ -94,7 +97,7 @@ def _one(key, age, live, a, b):
 
 @triton.jit
 def _group(at, field, first, chunks, here, step, begins, GROUP: tl.constexpr, BACK: tl.constexpr, SLOPE: tl.constexpr):
-    """GROUP chunks' sums and lengths from the first on, going forth or back."""
+    """The sums and lengths of GROUP chunks from the first on; BACK: counted from the last."""
     s, steps = (), ()
     for i in tl.static_range(GROUP):
         c = tl.minimum(first + i, chunks - 1)
@@ -120,7 +123,7 @@ def _unless(condition, s, r):
 
 @triton.jit
 def carry(sums, w, begins, fresh, channels, chunks, sums_field, GROUP: tl.constexpr, TILE: tl.constexpr, SLOPE: tl.constexpr, BACK: tl.constexpr):
-    """sums (fields, b, chunks, d): what each chunk holds becomes what lies behind it, going forth or back.
+    """sums (fields, b, chunks, d): each chunk's sum becomes the sum over all chunks before it; BACK: after it.
 
     fresh (chunks,): 1 where a segment begins.
     """
@@ -134,7 +137,9 @@ def carry(sums, w, begins, fresh, channels, chunks, sums_field, GROUP: tl.conste
     zero = tl.zeros((), tl.int64)
     group, steps = _group(at, sums_field, zero, chunks, here, channels, begins, GROUP, BACK, SLOPE)
     for first in range(zero, chunks, GROUP):
-        next_group, next_steps = _group(at, sums_field, first + GROUP, chunks, here, channels, begins, GROUP, BACK, SLOPE)  # read while this is used
+        next_group, next_steps = _group(
+            at, sums_field, first + GROUP, chunks, here, channels, begins, GROUP, BACK, SLOPE
+        )  # read while this group is used
         for j in tl.static_range(GROUP):
             c = first + j
             live = c < chunks
@@ -189,10 +194,10 @@ def outputs(
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """entry (2 directions, fields, b, chunks, d): what lies before each chunk and behind it; kept: room for what lies ahead of every K steps.
+    """entry (2 directions, fields, b, chunks, d): the sums over the tokens before each chunk and after it. kept: memory for the saved sums.
 
-    Writes out (b,l,d); or, for the backward pass (ADJOINT), top (3,b,l,d): of each output -top, x = dout / denominator and y = x out, in the order of
-    the walk, and weights (2,b,chunks,d): each chunk's shares of dw and du.
+    Writes out (b,l,d). ADJOINT, for the backward pass, writes instead top (3,b,l,d), for each output -shift, x = dout / denominator and y = x out, in
+    the order of the walk; and weights (2,b,chunks,d), each chunk's parts of dw and du.
     """
     b, chunk, begin, end, d, here = program(begins, channels, chunks, TILE)
     rate, bonus = tl.load(w + d, mask=here, other=0.0), tl.load(u + d, mask=here, other=0.0)
@@ -202,7 +207,7 @@ def outputs(
     dout += b * dout_batch + d * dout_channel
     out += b * length * channels + d
     top += b * length * channels + d
-    # Slots before this chunk's: at most as many as whole groups of K, and one a chunk.
+    # Slots of the chunks before: at most one for each whole group of K steps, and one more for each chunk.
     kept += b * kept_batch + (begin // K + chunk) * channels + d
     past, future = empty(rate), empty(rate)
     if ENTRY:
@@ -217,7 +222,7 @@ def outputs(
         for j in tl.static_range(K):
             future = add(future, rate, live[K - 1 - j], keys[K - 1 - j], values[K - 1 - j], live[K - 1 - j], ADJOINT)
 
-    # mode "exact" has one sum behind; "upstream" those of the earlier chunks, of this chunk, and of what was taken with the wrong weight
+    # Mode "exact" has one sum over earlier tokens. "upstream" has three: earlier chunks, this chunk, and what was subtracted with the wrong weight.
     before, left, origin = past, empty(rate), rate
     if UPSTREAM:
         past = empty(rate)
@@ -239,7 +244,7 @@ def outputs(
             if UPSTREAM:
                 steps = (first + j - begin).to(tl.float32)
                 origin = tl.where(first + j == begin, keys[j], origin)
-                takes = tl.where(first + j == begin, 0.0, live[j])  # nothing, of a chunk's first token
+                takes = tl.where(first + j == begin, 0.0, live[j])  # 0 for a chunk's first token
                 left = add(left, -rate, takes, keys[j], takes * values[j], takes, ADJOINT)
                 p, f = seen(past, rate), further(ahead[K - 1 - j], rate)
                 q, r = further(seen(later(before, steps), rate), rate), taken(left, rate, ADJOINT)

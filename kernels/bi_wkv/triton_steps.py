@@ -1,8 +1,12 @@
-"""What every Triton kernel of bi_wkv does at a step: tokens, and sums that one walks past.
+"""What every Triton kernel of bi_wkv does at a step: find tokens, and keep sums over the tokens passed so far.
 
-A sum of e^{key_i - (|t-i|-1) w} (a_i, b_i) over the tokens i passed, t the step that comes next, is a tuple of vectors of channels: key and
-age of the token whose weight is the heaviest or nearly so (age: the steps between it and t), and (a, b) over e^{key - age w}; then, of a sum with
-slopes, their derivatives by w. So nothing overflows, and no rounding adds up over the distance.
+A sum of e^{key_i - (|t-i|-1) w} (a_i, b_i) over the tokens i passed, seen from the next step t, is stored scaled, as a tuple of vectors of channels:
+
+    key, age          of the token with about the largest weight; age: the steps between it and t
+    a, b              the sum divided by e^{key - age w}, the largest weight
+    slope_a, slope_b  the derivatives of a and b by w, in a sum with slopes
+
+So exp never overflows, and rounding errors do not add up over the distance.
 """
 
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
@@ -15,8 +19,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 EPS = tl.constexpr(1e-6)  # of mode "upstream"
-# A token heavier than a sum's own by no more than this does not take its place: with keys about equal every token would, and the sum be multiplied at
-# every step by a number just below 1 that is rounded the same way each time.
+# A token replaces the sum's own token only if its exponent is larger by more than this. With keys about equal every token would replace it, and every
+# step would multiply the sum by a number just below 1 that is rounded the same way each time.
 MARGIN = tl.constexpr(0.125)
 
 
@@ -33,13 +37,13 @@ def empty(like):
 
 @triton.jit
 def seen(s, w):
-    """The sum as step t sees it: shift, a, b and the derivatives of these."""
+    """The sum as step t sees it: shift, a, b and the derivatives of a and b; the sum is e^shift times a and b."""
     return s[0] - s[1] * w, s[2], s[3], s[4], s[5]
 
 
 @triton.jit
 def weights(apart):
-    """Two weights, of which one is 1, whose exponents lie `apart`, the second's above the first's; whether the second is 1."""
+    """Two weights, the larger scaled to 1, whose exponents differ by `apart` = second - first. Returns whether the second is the larger, and both."""
     heavier = apart > MARGIN
     e = exp(tl.where(heavier, -apart, apart))
     return heavier, tl.where(heavier, e, 1.0), tl.where(heavier, 1.0, e)
@@ -47,7 +51,7 @@ def weights(apart):
 
 @triton.jit
 def add(s, w, live, key, a, b, SLOPE: tl.constexpr):
-    """Pass a token; live: 1, or 0 past the end, where (a, b) is 0 too and the sum stays as it is."""
+    """The sum after one more token. live: 1, or 0 past the end; there (a, b) is 0 too, and the sum does not change."""
     older = s[1] + live
     aged = s[0] - older * w
     key = tl.where(live > 0, key, LOWEST)
@@ -60,13 +64,13 @@ def add(s, w, live, key, a, b, SLOPE: tl.constexpr):
 
 @triton.jit
 def later(s, steps):
-    """The sum as it is seen so many steps later."""
+    """The sum, seen `steps` steps later."""
     return s[0], s[1] + steps, s[2], s[3], s[4] - steps * s[2], s[5] - steps * s[3]
 
 
 @triton.jit
 def both(s, r, w):
-    """Two sums together, seen from one step."""
+    """The sum of two sums that are seen from the same step."""
     s_shift, r_shift = s[0] - s[1] * w, r[0] - r[1] * w
     heavier, kept, fresh = weights(r_shift - s_shift)
     return (
@@ -81,9 +85,9 @@ def both(s, r, w):
 
 @triton.jit
 def taken(s, w, SLOPE: tl.constexpr):
-    """Mode "upstream": a sum that grew by w, times 1 - e^w; as `seen`."""
+    """Mode "upstream": a sum whose weights grow by w at each step, times 1 - e^w; in the form of `seen`."""
     high, small = tl.maximum(w, 0.0), tl.abs(w)
-    # 1 - e^-|w|, of a small w by its series: the difference would leave little of it
+    # 1 - e^-|w|; for a small w by its series, since the difference would lose its digits
     series = small * (1 - small * (1 / 2 - small * (1 / 6 - small * (1 / 24 - small * (1 / 120 - small / 720)))))
     fall = tl.where(small < 0.25, series, 1 - exp(-small))
     factor = tl.where(w > 0, -fall, fall)
@@ -96,7 +100,7 @@ def taken(s, w, SLOPE: tl.constexpr):
 
 @triton.jit
 def further(t, w):
-    """What is seen, from one step further away."""
+    """A result of `seen`, from one step further away."""
     return t[0] - w, t[1], t[2], t[3] - t[1], t[4] - t[2]
 
 

@@ -1,9 +1,9 @@
 """Causal depthwise convolution on a GPU, in Triton.
 
-A program has a tile of steps and channels of one batch entry. Channels lie in the lanes, so that any walk loads whole rows: where a step's token
-lies costs one load of the order's table a row. Forward reads each row w times, from the caches but once. Backward works by the step that
-a gradient flows to: it computes anew what the w outputs that saw this step were before the activation, which spares a workspace of the input's size,
-and sums the gradients of weight and bias over its tile; the tiles' sums are added by PyTorch in a fixed order. Nothing is added atomically.
+A program has a tile of steps and channels of one batch entry. The lanes are channels, so any walk loads whole rows; a step's token costs one load
+from the order's table for each row. Forward reads each row w times, all but once from the caches. A program of the backward pass has the steps that
+gradients flow to: it computes the w outputs that saw a step again, before their activation, which saves a workspace of the input's size. It sums
+the gradients of weight and bias over its tile, and PyTorch adds the tiles' sums in a fixed order. Nothing is added atomically.
 
 The caller has checked shapes, dtypes and the walk.
 """
@@ -19,7 +19,7 @@ from medssm.kernels.triton import INTERPRETED, on, plain, pointers, strided
 from medssm.kernels.triton_tiles import visited
 
 TOKENS, TAPS = ("batch", "token", "channel"), ("batch", "channel", "tap")  # the names of strides
-STEPS, CHANNELS = (32, 64) if INTERPRETED else (16, 32)  # of a tile: four numbers a thread, which backward has registers for
+STEPS, CHANNELS = (32, 64) if INTERPRETED else (16, 32)  # of a tile: four numbers in a thread, for which the backward pass has registers
 
 
 @triton.jit

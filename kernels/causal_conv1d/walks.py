@@ -1,4 +1,4 @@
-"""What the GPU kernels of causal_conv1d share in PyTorch: where each step's sight begins, and the final state."""
+"""What the GPU kernels of causal_conv1d share in PyTorch: the earliest step that each step sees, and the final state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def begins(starts, length: int, width: int, reverse: bool) -> torch.Tensor | None:
-    """(l,) the earliest step that each step sees, 1 - width where that is the initial state's oldest token; None where it is so everywhere."""
+    """(l,) the earliest step that each step sees; 1 - width is the initial state's oldest token. None if that is so for all steps."""
     if starts is None or not length:
         return None
     fresh = length - starts if reverse else starts
@@ -16,7 +16,7 @@ def begins(starts, length: int, width: int, reverse: bool) -> torch.Tensor | Non
 
 
 def state(x, width: int, index, begin, reverse: bool, initial_state) -> torch.Tensor:
-    """(b,d,w-1): the last w - 1 steps that the walk's end sees, oldest first, zeros before them."""
+    """(b,d,w-1): the last w - 1 steps before the walk's end, oldest first; zeros for steps before the last new beginning."""
     batch, length, channels = x.shape
     last = x.new_zeros((batch, channels, width - 1))
     for tap in range(width - 1):

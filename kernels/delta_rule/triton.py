@@ -1,8 +1,8 @@
 """The delta rule on a GPU, in Triton: allocates and launches. The kernels are in triton_forward.py, triton_carry.py and triton_backward.py.
 
-The caller has checked shapes, dtypes and the walk (index, starts, reverse). Workspace: the states at the chunks' begins, an inverse (CHUNK, CHUNK) a
-chunk, what a segment makes of a state, (dk, dv + dk); in backward the gradients of the states as well. Nothing is added atomically and nothing waits
-for the GPU.
+The caller has checked shapes, dtypes and the walk (index, starts, reverse). Workspace: the states at the chunks' begins, for each
+chunk an inverse (CHUNK, CHUNK), for each segment the map (dk, dv + dk) that it applies to a state; backward also the gradients of the states. Nothing
+is added atomically and nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from medssm.kernels.triton_tiles import STRONGEST
 from medssm.kernels.walks import at_starts
 
 TOKENS = ("batch", "token", "head")  # the names of strides
-HELD = 2  # tiles of keys: a state of more would not fit in a program's registers
+HELD = 2  # tiles of keys: a state with more does not fit in a program's registers
 CARRIED = 16  # value channels of a tile where the state of all keys is carried
-# The bound is what there is: without one ptxas spills registers to fit more warps on a multiprocessor.
+# 255 registers are the hardware's limit. Without maxnreg ptxas spills registers to fit more warps on a multiprocessor.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True}
-# That carry at a time: two of as many registers on each of some 130 multiprocessors. A constant, so that every GPU gives the same bits.
+# Programs of `carry` that run at a time: two on each of some 130 multiprocessors. A constant, so that every GPU gives the same bits.
 PROGRAMS = 256
-SHORTEST = 32  # chunks of a segment: by its products composing takes as long as two of 64 keys, and three more launches as long as some ten
+SHORTEST = 32  # chunks of a segment: composing takes the time of two chunks of 64 keys, and three more launches the time of some ten
 
 
 class _Sizes(NamedTuple):
@@ -37,16 +37,16 @@ class _Sizes(NamedTuple):
 
 
 def sizes(dk: int, dv: int) -> _Sizes:
-    """Of chunks and tiles for these heads: as large as registers hold."""
+    """Sizes of chunks and tiles for these heads: as large as registers allow."""
     return _Sizes(*(min(max(16, triton.next_power_of_2(n)), 32) for n in (dk, dv)))
 
 
 def segment(rows: int, chunks: int, dk: int, dv: int) -> int:
-    """Chunks that a program of `carry` walks: all of them, or so many that there are programs enough. Shapes alone decide.
+    """Chunks that a program of `carry` walks: all of them, or fewer so that there are enough programs. Shapes alone decide.
 
-    In one level the programs are rows x tiles of value channels, each of which takes `chunks` steps. In two, a step is taken twice for every tile of
-    values and once for every tile of the dk columns of M, some three times the work where dk = dv, by as many times more programs as there are
-    segments. Two are taken where, so reckoned, they take half the time or less; no GPU has measured it.
+    In one level there are rows x tiles of value channels programs, and each takes `chunks` steps. In two levels there are as many times more programs
+    as segments, but a step is taken twice for every tile of values and once for every tile of the dk columns of M: some three times the work where
+    dk = dv. Two levels are chosen where by this count they take half the time or less; no GPU has measured it.
     """
     tiles, across = triton.cdiv(dv, CARRIED), triton.cdiv(dv + dk, CARRIED)
     segments = min(PROGRAMS // (rows * tiles), chunks // SHORTEST)

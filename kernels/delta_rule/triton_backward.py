@@ -1,13 +1,13 @@
 """The delta rule backward on a GPU: the kernels. `triton.py` launches them.
 
-With U = T diag(beta) (V - diag(exp G) K S), T = (I + diag(beta) tril(exp(G_t - G_i) k_t k_i, -1))^-1 and R the gradient behind T:
+With U = T diag(beta) (V - diag(exp G) K S), T = (I + diag(beta) tril(exp(G_t - G_i) k_t k_i, -1))^-1 and R the gradient of what T multiplies:
 
     dU = scale P^T dO + diag(exp(G_C - G)) K dS_C,    R = T^T dU
     dS = exp(G_C) dS_C + scale (diag(exp G) Q)^T dO - (diag(beta exp G) K)^T R
 
-S enters the chunk, S_C leaves it, P = tril(exp(G_t - G_i) q_t k_i). `outer` writes what outputs give to dU and dS, `carry_back` in triton_carry.py
-takes dS from the last chunk to the first and writes R. The other kernels have the rest: dV = diag(beta) R, dbeta_t = R_t w_t, and -R U^T is the
-gradient of what T inverts.
+S enters the chunk, S_C leaves it, P = tril(exp(G_t - G_i) q_t k_i). `outer` writes the part of dU and dS that comes from the outputs. `carry_back` in
+triton_carry.py carries dS from the last chunk to the first and writes R. The other kernels compute the rest: dV = diag(beta) R, dbeta_t = R_t w_t,
+and -R U^T, the gradient of the matrix that T inverts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def outer(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """What comes through the outputs of the same chunk: to the updates, r (b,l,h,dv) = scale sum_{t>=i} exp(G_t - G_i) (q_t k_i) dout_t, and to the
+    """Gradients through the outputs of the same chunk: of the updates, r (b,l,h,dv) = scale sum_{t>=i} exp(G_t - G_i) (q_t k_i) dout_t, and of the
     state that enters it, exits (b*h, chunks + 1, dk, dv) = scale sum_t exp(G_t) q_t dout_t^T.
     """
     tiles = tl.cdiv(dv, BV)
@@ -133,9 +133,9 @@ def pair_gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients (b,l,h,…) of v and beta, and what goes through the products of a chunk's tokens.
+    """Gradients (b,l,h,…) of v and beta, and of the products of a chunk's tokens.
 
-    dpairs, dinverted (b*h, chunks, CHUNK, CHUNK): the gradients of q_t k_i and of k_t k_i; to_g (b,l,h): their part of the log decays'.
+    dpairs, dinverted (b*h, chunks, CHUNK, CHUNK): the gradients of q_t k_i and of k_t k_i; to_g (b,l,h): their part of the log decays' gradient.
     """
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     b, h = row // heads, row % heads
@@ -180,7 +180,7 @@ def pair_gradients(
             k_t = tile(k, token * k_token, keys, live, keys < dk)
             queried += product(tile(q, token * q_token, keys, live, keys < dk), tl.trans(k_t))
             keyed += product(k_t, tl.trans(k_t))
-        # A step's decay lies in what goes from an earlier step to it or a later one.
+        # A step's decay multiplies everything that goes from an earlier step to this step or a later one.
         before = product(of_pairs * queried + of_inverted * keyed, tl.where(later < earlier, 1.0, 0.0))  # [s, t]: from all i < t to s
         tl.store(to_g + at, tl.sum(tl.where(later >= earlier, before, 0.0), 0), mask=live)
 
@@ -223,7 +223,7 @@ def query_gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """The gradient (b,l,h,dk) of q; to_g: the log decays' from the entry states to the outputs is added."""
+    """The gradient (b,l,h,dk) of q. to_g: adds the log decays' gradient from the entry states to the outputs."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     b, h = row // heads, row % heads
     inside = tl.arange(0, CHUNK)
@@ -297,7 +297,7 @@ def entry_key_gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """to_k (b,l,h,dk): the gradient of k through the entry states and the products of a chunk's tokens; to_g: the log decays' part is added."""
+    """to_k (b,l,h,dk): the gradient of k through the entry states and the products of a chunk's tokens. to_g: adds the log decays' part."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     b, h = row // heads, row % heads
     inside = tl.arange(0, CHUNK)
@@ -374,7 +374,7 @@ def exit_key_gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients (b,l,h,…) of k and g: to what the other kernels found, so_far and g_so_far, comes what goes through the exit states."""
+    """Gradients (b,l,h,…) of k and g: the gradient through the exit states, added to so_far and g_so_far of the other kernels."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     b, h = row // heads, row % heads
     inside = tl.arange(0, CHUNK)
@@ -410,8 +410,8 @@ def exit_key_gradients(
         of_k += tl.load(so_far + places, mask=inner, other=0.0)
         tl.store(to_k + places, of_k.to(to_k.dtype.element_ty), mask=inner)
     if GATED:
-        # A step's decay lies in all that goes from before it to it or after: between tokens, from the entry state to a token, from a token to the
-        # exit state, from state to state. Summed without differences, the gradient of a strong decay is exactly 0.
+        # A step's decay multiplies everything that goes from before the step to the step or after it: between tokens, from the entry state to a
+        # token, from a token to the exit state, from state to state. Summed without differences, the gradient of a strong decay is exactly 0.
         of_g = tl.load(g_so_far + at, mask=live, other=0.0) + through * tl.sum(kept, 0)
         of_g += tl.sum(tl.where(inside[:, None] < inside[None, :], to_exit[:, None], 0.0), 0)
         tl.store(to_g + at, of_g.to(to_g.dtype.element_ty), mask=live)

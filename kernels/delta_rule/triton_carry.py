@@ -1,14 +1,15 @@
 """The delta rule on a GPU: the state from chunk to chunk, forward and backward, and from segment to segment. `triton.py` launches them.
 
-A program has a tile of value channels, whose columns of the state never meet, and walks the chunks of a segment. Where that leaves a GPU empty there
-are many segments, in two levels. What a segment makes of the state S that enters it is M S + N, M (dk, dk) and N (dk, dv) independent of S:
+A program has a tile of value channels, whose columns of the state are independent, and walks the chunks of a segment. Where that would leave a GPU
+idle, the walk is cut into many segments, carried in two levels. A segment turns the state S that enters it into M S + N, where M (dk, dk) and
+N (dk, dv) do not depend on S:
 
-    1. `carry` ACROSS all segments at once: the columns of N from zeros, those of M from the identity and without values;
-    2. `compose` from segment to segment, which gives what enters each;
-    3. `carry` within all segments at once.
+    1. `carry` ACROSS all segments in parallel: the columns of N start from zeros, those of M from the identity and without values
+    2. `compose` from segment to segment: the state that enters each
+    3. `carry` within all segments in parallel
 
-`carry_back` does so with gradients, and M transposed. Where |k| is at most 1 and beta in [0, 2], no M enlarges a state: composing is stable. Where
-longer keys make states grow, rounding grows alike in one level and in two; an M beyond float32 gives NaN even if no value ever entered.
+`carry_back` does the same with gradients, and M transposed. Where |k| is at most 1 and beta in [0, 2], no M enlarges a state, so composing is stable.
+With longer keys states grow, and rounding errors grow alike in one level and in two; an M beyond float32's range gives NaN even if all values are 0.
 """
 
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
@@ -62,10 +63,10 @@ def carry(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """states (b*h, chunks + 1, dk, dv): what enters each chunk, the first of each segment given, and what leaves the last.
+    """states (b*h, chunks + 1, dk, dv): the state that enters each chunk, and the state that leaves the last. The first of each segment is given.
 
     recalled (b,l,h,dv): exp(g_t) S_{t-1}^T k_t, written; KNOWN: read instead. PARTS: tiles of keys of a state in registers; 0: it stays in memory.
-    ACROSS: states (b*h, segments - 1, dk, dv + dk), [0, I] given, are the [N, M] of all segments but the last; recalled is not written.
+    ACROSS: states (b*h, segments - 1, dk, dv + dk), given as [0, I], become the [N, M] of all segments but the last; recalled is not written.
     """
     segments = tl.cdiv(chunks, segment)
     width, pieces = (dv + dk if ACROSS else dv), (segments - 1 if ACROSS else segments)
@@ -100,7 +101,7 @@ def carry(
                 tl.store(recalled + (token * heads * dv)[:, None] + values[None, :], v_t - w, mask=live[:, None] & here[None, :])
         u = w * (to_end * shares)[:, None]
         leaving = entry if ACROSS else entry + dk * dv
-        written = (chunk + 1 < stop) | (stop == chunks)  # what enters the next segment is there already
+        written = (chunk + 1 < stop) | (stop == chunks)  # the state that enters the next segment is written already
         if PARTS > 0:
             after = ()
             for part in tl.static_range(PARTS):
@@ -124,9 +125,8 @@ def carry(
 
 @triton.jit
 def compose(ends, states, dk, dv, chunks, segment, BACK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """states (b*h, chunks + 1, dk, dv): what enters each segment, M S + N of the one before it. ends (b*h, segments - 1, dk, dv + dk): [N, M].
-
-    BACK: what enters a segment comes from the one behind it.
+    """states (b*h, chunks + 1, dk, dv): the state that enters each segment, M S + N of the segment before it. ends (b*h, segments - 1, dk, dv + dk):
+    [N, M]. BACK: from the last segment to the first.
     """
     tiles, segments, width = tl.cdiv(dv, BV), tl.cdiv(chunks, segment), dv + dk
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -188,10 +188,10 @@ def carry_back(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """r and exits (b*h, chunks + 1, dk, dv): what `outer` left becomes R and the gradients of the states that enter the chunks; that of what leaves
-    the last chunk of each segment is given. states are exits again; PARTS as in `carry`.
+    """r and exits (b*h, chunks + 1, dk, dv), as `outer` wrote them, become R and the gradients of the states that enter the chunks. The gradient of
+    the state that leaves the last chunk of each segment is given. states is exits; PARTS as in `carry`.
 
-    ACROSS: states (b*h, segments - 1, dk, dv + dk), [0, I] given, are the [N, M] of all segments but the first; r and exits are read alone.
+    ACROSS: states (b*h, segments - 1, dk, dv + dk), given as [0, I], become the [N, M] of all segments but the first; r and exits are only read.
     """
     segments = tl.cdiv(chunks, segment)
     width, pieces = (dv + dk if ACROSS else dv), (segments - 1 if ACROSS else segments)
@@ -224,7 +224,7 @@ def carry_back(
         behind *= (shares * from_begin)[:, None]
         own -= dk * dv
         entry = leaving if ACROSS else own
-        written = (chunk > first) | (first == 0)  # what leaves the segment before is there already
+        written = (chunk > first) | (first == 0)  # the gradient of what leaves the segment before is written already
         if PARTS > 0:
             before = ()
             for part in tl.static_range(PARTS):

@@ -1,11 +1,11 @@
 """What the Triton kernels of the delta rule share: a chunk's decays, and the inverse that solves a chunk.
 
-Within a chunk whose entry state is S, what a token adds to its key's value is u_t = beta_t w_t, with w_t = v_t - recalled_t, and
+In a chunk with entry state S, a token adds u_t = beta_t w_t to its key's value, with w_t = v_t - recalled_t, and
 
     w_t + sum_{i<t} exp(G_t - G_i) (k_t k_i) beta_i w_i = v_t - exp(G_t) S^T k_t
 
-G_t the log decays cumulated from the chunk's begin: a unit lower triangular system that one inverse per chunk solves for every value channel. Where
-the state begins anew, a log decay takes the place of a mask: -128, whose exponential is zero in float32, while sums of it stay finite.
+G_t is the sum of log decays from the chunk's begin to t. This is a unit lower triangular system: one inverse per chunk solves it for every value
+channel. Where the state begins anew, a log decay of -128 serves as a mask: its exponential is zero in float32, and sums of it stay finite.
 """
 
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
@@ -61,7 +61,7 @@ def state_tiles(pointer, dk, dv, values, here, PARTS: tl.constexpr, BK: tl.const
 
 @triton.jit
 def state_times(k, rows, live, state, pointer, dk, dv, values, here, CHUNK: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """k_t S, (CHUNK, BV), with the tiles of the state where there are some, else with the state in memory."""
+    """k_t S, (CHUNK, BV), with the state in registers (`state`), or in memory (`pointer`) if PARTS is 0."""
     result = tl.zeros((CHUNK, BV), tl.float32)
     if PARTS > 0:
         for part in tl.static_range(PARTS):

@@ -1,7 +1,7 @@
 """The delta rule forward on a GPU: the kernels. `triton.py` launches them.
 
-`inverse` solves every chunk on its own, `carry` in triton_carry.py takes the state from chunk to chunk, `outputs` reads every chunk's outputs from
-its entry state.
+`inverse` solves every chunk by itself, `carry` in triton_carry.py carries the state from chunk to chunk, `outputs` computes every chunk's outputs
+from its entry state.
 """
 
 from __future__ import annotations

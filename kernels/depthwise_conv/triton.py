@@ -1,9 +1,9 @@
 """Depthwise convolution on a GPU, in Triton.
 
-A program has a tile of positions and channels of one batch entry, with channels in the lanes: every offset of the kernel loads whole rows, and
-neighbouring programs find them in the caches. The gradient of x is the same kernel with its offsets turned round, on the gradient before the
-activation; that is worked out first and kept in float32 (without an activation it is dout itself). The gradient of the weight has a program per
-offset and share of the positions; PyTorch adds the shares in a fixed order. Nothing is added atomically.
+A program has a tile of positions and channels of one batch entry. The lanes are channels: every offset of the kernel loads whole rows, and
+neighbouring programs find them in the caches. The gradient of x is the same convolution with its offsets mirrored, of the gradient before the
+activation. That gradient is computed first and stored in float32; without an activation it is dout itself. For the gradient of the weight there is a
+program for each offset and share of the positions, and PyTorch adds the shares in a fixed order. Nothing is added atomically.
 
 The caller has checked shapes and dtypes. Images and sequences are volumes with leading axes of size 1.
 """
@@ -24,7 +24,7 @@ SHARE = 2048  # positions that one program sums the gradient of a weight over
 
 @triton.jit
 def _axis(position, size_y, size_x):
-    """(z, y, x) of flat positions, 64-bit as they are: their products with strides are offsets."""
+    """(z, y, x) of flat positions. All have 64 bits, since offsets are computed from them."""
     row = position // size_x
     return row // size_y, row % size_y, position % size_x
 
@@ -59,14 +59,14 @@ def _conv(
     KZ: tl.constexpr,
     KY: tl.constexpr,
     KX: tl.constexpr,
-    TURN: tl.constexpr,
+    MIRROR: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     BEFORE: tl.constexpr,
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """out = act(bias + sum_o weight_o x_{p+o}). TURN: of x_{p-o}. BEFORE: out is instead dout times the activation's derivative there."""
+    """out = act(bias + sum_o weight_o x_{p+o}); MIRROR: of x_{p-o}. BEFORE: instead, out is dout times the activation's derivative at that sum."""
     tiles = tl.cdiv(size, POSITIONS)
     b = tl.program_id(0).to(tl.int64) // tiles
     p = tl.program_id(0).to(tl.int64) % tiles * POSITIONS + tl.arange(0, POSITIONS)
@@ -79,7 +79,7 @@ def _conv(
         w = tl.load(
             weight + d * weight_channel + (oz + KZ // 2) * weight_z + (oy + KY // 2) * weight_y + (ox + KX // 2) * weight_x, mask=here, other=0.0
         )
-        if TURN:
+        if MIRROR:
             z, yy, xx = pz - oz, py - oy, px - ox
         else:
             z, yy, xx = pz + oz, py + oy, px + ox
@@ -125,7 +125,7 @@ def _weights(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """sums (batch * shares, offsets + 1, channels): of g_p x_{p+o} over a share of the positions; behind the offsets, of g_p alone."""
+    """sums (batch * shares, offsets + 1, channels): of g_p x_{p+o} over a share of the positions; after the offsets, of g_p alone."""
     d = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     here = d < channels
     offsets = KZ * KY * KX
@@ -166,7 +166,7 @@ def backward(dout, x, weight, bias, activation):
     if activation == "silu":
         g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         _run(x, weight, bias, g, dout=dout)
-    _run(g, weight, None, dx, turn=True)
+    _run(g, weight, None, dx, mirror=True)
     batch, *spatial, channels = x.shape
     offsets, shares = weight[0].numel(), triton.cdiv(math.prod(spatial), SHARE)
     sums = torch.empty((batch * shares, offsets + 1, channels), dtype=torch.float32, device=x.device)
@@ -179,7 +179,7 @@ def backward(dout, x, weight, bias, activation):
     return dx, dweight, None if bias is None else total[offsets].to(bias.dtype)
 
 
-def _run(x, weight, bias, out, *, dout=None, turn=False, silu=False):
+def _run(x, weight, bias, out, *, dout=None, mirror=False, silu=False):
     """_conv into `out`, contiguous."""
     if not out.numel():
         return
@@ -191,7 +191,7 @@ def _run(x, weight, bias, out, *, dout=None, turn=False, silu=False):
             **strided(("channel",), x, bias=bias),
             out=out,
             **_sizes(x, weight),
-            TURN=turn,
+            MIRROR=mirror,
             BIAS=bias is not None,
             SILU=silu,
             BEFORE=dout is not None,
@@ -211,7 +211,7 @@ def _volumes(instead, **tensors) -> dict:
 
 
 def _weight(weight) -> dict:
-    """The weight (d,*kernel) likewise."""
+    """The weight (d,*kernel) in the same form."""
     z, y, x = _axes(weight.stride()[1:], 0)
     return {"weight": weight, "weight_channel": weight.stride(0), "weight_z": z, "weight_y": y, "weight_x": x}
 

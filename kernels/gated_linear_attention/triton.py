@@ -1,6 +1,6 @@
-"""Gated linear attention on a GPU, in Triton: triton_core.py's recurrence with its decays as they come.
+"""Gated linear attention on a GPU, in Triton: the recurrence of matrix_state/triton_core.py with the given log decays.
 
-The caller has checked shapes, dtypes and the walk, as `native.py` says; the functions have the same arguments.
+The caller has checked shapes, dtypes and the walk.
 """
 
 from __future__ import annotations

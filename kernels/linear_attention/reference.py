@@ -26,7 +26,7 @@ def feature(x, feature_map):
 
 
 def rotate(x, cos, sin):
-    """The pairs (2i, 2i+1) of x (b,l,h,dk) as complex numbers, turned: cos and sin (l,h,dk) hold each pair's value twice."""
+    """The pairs (2i, 2i+1) of x (b,l,h,dk) as complex numbers, rotated: cos and sin (l,h,dk) hold each pair's value twice."""
     if cos is None:
         return x
     even, odd = x[..., 0::2], x[..., 1::2]

@@ -1,7 +1,7 @@
-"""Linear attention on a GPU, in Triton: allocates and launches. The kernels over all tokens are in triton_whole.py, causal
-sums in triton_causal.py.
+"""Linear attention on a GPU, in Triton: allocates and launches. The kernels for sums over all tokens are in triton_whole.py; causal sums are in
+triton_causal.py.
 
-The caller has checked shapes and dtypes. The sums of segments of tokens are added by PyTorch in a fixed order; nothing is added atomically.
+The caller has checked shapes and dtypes. PyTorch adds the sums of segments of tokens in a fixed order; nothing is added atomically.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from medssm.kernels.linear_attention import triton_whole as kernels
 from medssm.kernels.native import lanes, like
 from medssm.kernels.triton import on, plain, pointers, strided
 
-PROGRAMS = 1024  # of a pass that sums: enough to fill a large GPU
+PROGRAMS = 1024  # of `sums`: enough to fill a large GPU
 TOKENS = ("batch", "token", "head")  # the names of strides
 _MAPS = {None: 0, "relu": 1, "elu": 2}
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -60,7 +60,7 @@ def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, fea
 
 
 def _sums(x, v, cos, sin, weights, scale, constant, feature_map, groups):
-    """(b,g,dk,dv) and (b,g,dk): `sums` of all tokens and of the heads of each group."""
+    """(b,g,dk,dv) and (b,g,dk): the results of `sums`, over all tokens and the heads of each group."""
     (batch, length, heads, dk), dv = x.shape, v.shape[-1]
     options, tiles = _tiles(x, v, feature_map, cos)
     programs = batch * heads * tiles["BK"] * tiles["BV"]
@@ -150,7 +150,7 @@ def _shared(x, dv, groups, cos, sin) -> dict:
 
 
 def _weights(instead, weights) -> dict:
-    """What `factors` gave, or None."""
+    """The results of `factors`, or None, as arguments."""
     factor, weight = weights or (None, None)
     return {**pointers(instead, factor=factor, weight=weight), "FACTORS": weights is not None}
 

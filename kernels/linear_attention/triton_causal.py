@@ -1,7 +1,7 @@
-"""Causal linear attention on a GPU, in Triton: gated linear attention's recurrence without decays, twice.
+"""Causal linear attention on a GPU, in Triton: two scans of matrix_state/triton_core.py, without decay.
 
-One scan has the numerator, of turned features and v; the other the denominator and the running sum of features: v is then 1. Features, their
-rotation and the quotient are PyTorch's, one pass each over the tokens. The caller has checked shapes, dtypes and the walk.
+One scan gives the numerator, from rotated features and v. The other gives the denominator and the running sum of features, from features and v = 1.
+PyTorch computes the features, their rotation and the quotient, one pass over the tokens each. The caller has checked shapes, dtypes and the walk.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, fea
 
 
 def _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse):
-    """The numerator's and the denominator's."""
+    """The scans of the numerator and of the denominator."""
     heads, groups = q.shape[2], k.shape[2]
     q, k = feature(q.float(), feature_map), feature(k.float(), feature_map)
     cos, sin = (t if t is None else t.float() for t in (cos, sin))
@@ -61,7 +61,7 @@ def _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse):
 
 
 def _turn_back(gradient, cos, sin):
-    """rotate's transpose."""
+    """The transpose of `rotate`."""
     if cos is None:
         return gradient
     even, odd = (gradient * sin).unflatten(3, (-1, 2)).unbind(4)
@@ -82,7 +82,7 @@ def _each_head(state, scan):
 
 
 def _one_head(gradient, scan):
-    """The gradient of a group's state (b,g,dk[,dv]) as that of its first head's, whose state is returned."""
+    """The gradient of a group's state (b,g,dk[,dv]) as the gradient of its first head's state, which is the one returned."""
     if gradient is None:
         return None
     batch, groups, dk = gradient.shape[:3]
@@ -92,7 +92,7 @@ def _one_head(gradient, scan):
 
 
 def _of_group(state, v):
-    """Of the heads' states, equal within a group, the group's."""
+    """A group's state; its heads' states are all equal."""
     return state.unflatten(1, (v.shape[2], -1))[:, :, 0].contiguous()
 
 

@@ -1,11 +1,11 @@
 """Linear attention over all tokens on a GPU: the kernels. `triton.py` launches them.
 
-Backward is the forward's two passes again, of other tensors. With f_t = scale / (q'_t z + eps), M = kv and dM, dz the gradients of the sums:
+The backward pass repeats the forward's two passes with other tensors. With f_t = scale / (q'_t z + eps), M = kv, and dM, dz the sums' gradients:
 
     dM = sum_t (R q'_t) (f_t dout_t)^T,    dz = sum_t w_t q'_t,    w_t = -f_t (R q'_t) M dout_t / (q'_t z + eps)
     dq'_t = R^T M f_t dout_t + w_t z,    dk'_s = R^T dM v_s + dz,    dv_s = (R k'_s) dM
 
-so `sums` reads k and v, then q and dout; `outputs` gives o, then dv; `inputs` gives dq, then dk; `factors` writes f and w.
+So `sums` reads k and v, and in backward q and dout; `outputs` gives o, and in backward dv; `inputs` gives dq, then dk; `factors` gives f and w.
 """
 
 # ruff: noqa: SIM108 (Triton does not compile every conditional expression)
@@ -30,7 +30,7 @@ def feature(x, inner, MAP: tl.constexpr):
 
 @triton.jit
 def rotated(x, cos, sin, tokens, keys, live, here, cos_token, sin_token, BACK: tl.constexpr, ROTARY: tl.constexpr):
-    """The pairs (2i, 2i+1) of x (tokens, keys) turned by their angle; BACK: by its negative."""
+    """The pairs (2i, 2i+1) of x (tokens, keys) rotated by their angle; BACK: by its negative."""
     if ROTARY:
         even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
         if BACK:
@@ -78,9 +78,9 @@ def sums(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Of a segment of tokens: to_kv (b*h, segments, dk, dv) = sum (R x') (f v)^T and to_z (b*h, segments, dk) = sum w x'.
+    """For each segment of tokens: to_kv (b*h, segments, dk, dv) = sum (R x') (f v)^T and to_z (b*h, segments, dk) = sum w x'.
 
-    f and w are scale and constant, with FACTORS factor and weight (b*h, l).
+    f and w are scale and constant; with FACTORS they are factor and weight (b*h, l).
     """
     tiles_k, tiles_v = tl.cdiv(dk, BK), tl.cdiv(dv, BV)
     program = tl.program_id(0)

@@ -2,11 +2,14 @@
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T,    o_t = scale q_t S_t
 
-The walk is cut in chunks of CHUNK tokens. What each adds to the state is a matrix product (`chunk_states`), the state at every edge a recurrence over
-the chunks (`carry_over`), and the outputs two more products from the state that enters (`read`): chunks in parallel, and for the recurrence spans of
-chunks where the states alone are too few programs. Backward works out the states anew, carries their gradient from the last chunk to the first, and
-has a chunk's gradients by the same products. Nothing is added atomically: where heads share q, k or v, each head's gradient is written in float32
-and PyTorch adds them in a fixed order.
+The walk is cut into chunks of CHUNK tokens:
+
+    1. `chunk_states`  what each chunk adds to the state, a matrix product; all chunks in parallel
+    2. `carry_over`    the state at every edge of a chunk, a recurrence over the chunks
+    3. `outputs`       the outputs, two more products from the state that enters a chunk; all chunks in parallel
+
+Backward computes the states again, carries their gradient from the last chunk to the first, and gets a chunk's gradients by the same kinds of
+products. Nothing is added atomically: where heads share q, k or v, each head's gradient is written in float32 and PyTorch adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,24 +20,25 @@ import torch
 import triton
 
 from medssm.kernels.matrix_state.triton_carry import carry_over
-from medssm.kernels.matrix_state.triton_gradients import decay_gradients, key_gradients
-from medssm.kernels.matrix_state.triton_outputs import read
+from medssm.kernels.matrix_state.triton_gradients import decay_gradients, query_key_gradients
+from medssm.kernels.matrix_state.triton_outputs import outputs
 from medssm.kernels.matrix_state.triton_pairs import key_pairs, pair_gradients
 from medssm.kernels.matrix_state.triton_states import chunk_states
-from medssm.kernels.triton import INTERPRETED, on, present
+from medssm.kernels.matrix_state.triton_token_gradients import key_gradients, query_gradients, value_gradients
+from medssm.kernels.triton import INTERPRETED, on, pointers, strided
+from medssm.kernels.walks import at_starts
 
 CHUNK = 64  # tokens: as many as a chunk's products need to keep the states' traffic below the tokens'
-BLOCK = 16  # tokens whose pairs are worked out one by one where the decay is per key
-OUT, DV, DQ, DK = range(4)  # what `read` works out
-BY_NOTHING, BY_STEPS, BY_GATE = range(3)  # what it multiplies a tile by
+BLOCK = 16  # tokens whose pairs are computed one by one where the decay is per key
+TOKENS = ("batch", "token", "head")  # the names of strides
 KEY = 2  # a decay per key
 WIDEST = 256 if INTERPRETED else 32  # of a tile of keys or values
-KEYS = 64 if INTERPRETED else 16  # of a tile of keys in a block's pairs: BLOCK x BLOCK x KEYS numbers are held
+KEYS = 64 if INTERPRETED else 16  # of a tile of keys in a block's pairs: BLOCK x BLOCK x KEYS numbers are in registers
 WARPS = 8  # of a program
 
 
 class Scan(NamedTuple):
-    """One recurrence, and what is fused with it: the last dimension of every tensor is dense."""
+    """One recurrence, and what is fused with it. The last dimension of every tensor is dense."""
 
     q: torch.Tensor  # (b,l,h or fewer,dk)
     k: torch.Tensor  # (b,l,h or fewer,dk)
@@ -61,6 +65,7 @@ class Gradients(NamedTuple):
 
 
 def scan_of(q, k, v, g, scale, heads, index, starts, reverse, steps=None, skip=None, z=None) -> Scan:
+    """The recurrence as the kernels read it: `Scan`'s fields, of tensors with any strides, and starts as the ops have them."""
     q, k, v, z = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, z))
     if g is not None and g.dim() == 4 and g.stride(-1) != 1:
         g = g.contiguous()
@@ -68,13 +73,9 @@ def scan_of(q, k, v, g, scale, heads, index, starts, reverse, steps=None, skip=N
 
 
 def segments(starts, length, reverse):
-    """(l,) int32: how often the state has begun anew up to each step; step 0 does not count, the initial state precedes it."""
-    if starts is None or not length:
-        return None
-    fresh = length - starts if reverse else starts
-    begun = torch.zeros(length + 1, dtype=torch.int32, device=starts.device).index_fill_(0, fresh, 1)
-    begun[0] = 0
-    return begun[:length].cumsum(0, dtype=torch.int32)
+    """(l,) int32: how often the state has begun anew up to each step; None without starts."""
+    begun = at_starts(starts, length, reverse, 1, torch.int32)
+    return None if begun is None else begun.cumsum(0, dtype=torch.int32)
 
 
 def forward(scan: Scan, initial, save=False):
@@ -90,7 +91,7 @@ def forward(scan: Scan, initial, save=False):
         return out, state.zero_() if initial is None else state.copy_(initial), before_gate
     with on(scan.q):
         states, _ = _states(scan, initial)
-        _read(OUT, scan, states, out, pairs=_pairs(scan), side=before_gate)
+        _outputs(scan, states, out, before_gate)
     return out, _edge(states, scan, -1).clone(), before_gate
 
 
@@ -113,16 +114,13 @@ def backward(dout, dfinal, scan: Scan, initial, before_gate=None) -> Gradients:
         carry_over(dstates, decays, backward=True)
 
         dsteps = None if scan.steps is None else _floats(q, triton.cdiv(dv, _value_tile(scan)), batch, length, heads)
-        _read(DV, scan, dstates[:, 1:], dvalues, dout, pairs=_pairs(scan), side=dsteps, kept=before_gate, dz=dz)
+        _value_gradients(scan, dout, dstates, before_gate, dvalues, dsteps, dz)
         if _decay(scan) == KEY:
-            _key_gradients(scan, dout, states, dstates, dq, dkeys, dg)
+            change = _per_key_gradients(scan, dout, states, dstates, dq, dkeys)
         else:
-            tiles = triton.cdiv(dk, _key_tile(scan))
-            change = None if g is None else _floats(q, 2 * tiles, rows, chunks, CHUNK)
-            _read(DQ, scan, states, dq, dout, side=change)
-            _read(DK, scan, dstates[:, 1:], dkeys, dout, side=change)
-            if g is not None:
-                _decay_gradients(scan, states, dstates, change, dg, rows * chunks)
+            change = _query_and_key_gradients(scan, dout, states, dstates, dq, dkeys)
+        if g is not None:
+            _decay_gradients(scan, states, dstates, change, dg)
     dq, dkeys, dvalues = (_shared(d, t, heads) for d, t in ((dq, q), (dkeys, k), (dvalues, v)))
     return Gradients(dq, dkeys, dvalues, dg, None if dsteps is None else dsteps.sum(0), dz, _edge(dstates, scan, 0))
 
@@ -136,71 +134,81 @@ def _nothing(scan, dfinal, dz):
     return Gradients(*zeros, None if scan.steps is None else torch.zeros_like(scan.steps), dz, dinitial)
 
 
-def _key_gradients(scan, dout, states, dstates, dq, dk_out, dg):
-    _, length, rows, dk, dv, chunks = _sizes(scan)
-    q, k, v, g = scan.q, scan.k, scan.v, scan.g
-    common = _options(scan)
-    bk, bv = min(_tile(dk), KEYS), _tile(dv)
-    q_repeat, k_repeat, v_repeat = _repeats(scan)
-    walk = (*present(q, scan.index, scan.segment),)
-    dpairs = _floats(q, rows, chunks, CHUNK, CHUNK)
-    pair_gradients[rows * chunks,](
-        dout, v, *walk, dpairs, scan.scale, length, scan.heads, v_repeat, dv, chunks, *_three(dout), *_three(v), BV=bv, **common
+def _value_gradients(scan, dout, dstates, before_gate, dv_out, dsteps, dz):
+    """Fills dv_out (b,l,h,dv), dsteps (tiles, b, l, h) and dz (b,l,h,dv), where they are given."""
+    _, _, rows, dk, dv, chunks = _sizes(scan)
+    bv = _value_tile(scan)
+    value_gradients[rows * chunks * triton.cdiv(dv, bv),](
+        **_inputs(scan, dout),
+        **pointers(dout, pairs=_pairs(scan), dstates=dstates, skip=scan.skip, before_gate=before_gate),
+        **pointers(dout, dv_out=dv_out, dsteps=dsteps, dz=dz),
+        SKIP=scan.skip is not None,
+        BK=_inner_tile(scan, dk),
+        BV=bv,
     )
-    change = _floats(q, rows, chunks, CHUNK, dk)
-    key_gradients[rows * chunks * triton.cdiv(dk, bk) * (CHUNK // BLOCK),](
-        dout,
-        q,
-        k,
-        v,
-        g,
-        dpairs,
-        states,
-        dstates,
-        *walk,
-        dq,
-        dk_out,
-        change,
-        scan.scale,
-        length,
-        scan.heads,
-        q_repeat,
-        k_repeat,
-        v_repeat,
-        dk,
-        dv,
-        chunks,
-        *_three(dout),
-        *_three(q),
-        *_three(k),
-        *_three(v),
-        *_three(g),
+
+
+def _query_and_key_gradients(scan, dout, states, dstates, dq_out, dk_out):
+    """Fills dq_out and dk_out (b,l,h,dk) where the decay is not per key.
+
+    Returns change (2 * tiles, b*h, chunks, CHUNK): the parts of q_t dq_t - k_t dk_t, without a token's pair with itself; None without decay.
+    """
+    _, _, rows, dk, dv, chunks = _sizes(scan)
+    bk = _key_tile(scan)
+    tiles = triton.cdiv(dk, bk)
+    change = None if scan.g is None else _floats(dout, 2, tiles, rows, chunks, CHUNK)
+    of_queries, of_keys = (None, None) if change is None else change
+    shared = {**_inputs(scan, dout), "BK": bk, "BV": _inner_tile(scan, dv)}
+    query_gradients[rows * chunks * tiles,](**pointers(dout, states=states, dq_out=dq_out, change=of_queries), **shared)
+    key_gradients[rows * chunks * tiles,](**pointers(dout, dstates=dstates, dk_out=dk_out, change=of_keys), **shared)
+    return None if change is None else change.flatten(0, 1)
+
+
+def _per_key_gradients(scan, dout, states, dstates, dq_out, dk_out):
+    """Fills dq_out and dk_out (b,l,h,dk) where the decay is per key. Returns change (b*h, chunks, CHUNK, dk): q_t dq_t - k_t dk_t."""
+    _, _, rows, dk, dv, chunks = _sizes(scan)
+    bk, bv = min(_tile(dk), KEYS), _tile(dv)
+    dpairs = _floats(dout, rows, chunks, CHUNK, CHUNK)
+    pair_gradients[rows * chunks,](
+        **strided(TOKENS, dout, dout=dout), **_of_heads(scan, v=scan.v), dpairs=dpairs, scale=scan.scale, dv=dv, **_common(scan), BV=bv
+    )
+    change = _floats(dout, rows, chunks, CHUNK, dk)
+    query_key_gradients[rows * chunks * triton.cdiv(dk, bk) * (CHUNK // BLOCK),](
+        **strided(TOKENS, dout, dout=dout, g=scan.g),
+        **_of_heads(scan, q=scan.q, k=scan.k, v=scan.v),
+        dpairs=dpairs,
+        states=states,
+        dstates=dstates,
+        dq_out=dq_out,
+        dk_out=dk_out,
+        change=change,
+        scale=scan.scale,
+        dk=dk,
+        dv=dv,
+        **_common(scan),
         BLOCK=BLOCK,
         BK=bk,
         BV=bv,
-        **common,
     )
-    _decay_gradients(scan, states, dstates, change, dg, rows * chunks * triton.cdiv(dk, _tile(dk)))
+    return change
 
 
-def _decay_gradients(scan, states, dstates, change, dg, programs):
-    _, length, _, dk, dv, chunks = _sizes(scan)
-    decay_gradients[programs,](
-        states,
-        dstates,
-        change,
-        *present(change, scan.index, scan.segment),
-        dg,
-        length,
-        scan.heads,
-        dk,
-        dv,
-        chunks,
-        change.shape[0],
-        DECAY=_decay(scan),
-        BK=_tile(dk),
+def _decay_gradients(scan, states, dstates, change, dg_out):
+    """Fills dg_out, of g's shape."""
+    _, _, rows, dk, dv, chunks = _sizes(scan)
+    bk, decay = _tile(dk), _decay(scan)
+    decay_gradients[rows * chunks * (triton.cdiv(dk, bk) if decay == KEY else 1),](
+        states=states,
+        dstates=dstates,
+        change=change,
+        dg_out=dg_out,
+        dk=dk,
+        dv=dv,
+        parts=change.shape[0],
+        **_common(scan),
+        DECAY=decay,
+        BK=bk,
         BV=_tile(dv),
-        **_options(scan),
     )
 
 
@@ -217,112 +225,97 @@ def _states(scan, initial):
 
 
 def _chunk_states(scan, states, decays, a, c, backward=False):
-    _, length, rows, dk, dv, chunks = _sizes(scan)
+    """What each chunk adds, of a = k and c = v; backward: of a = q and c = the output's gradient."""
+    _, _, rows, dk, dv, chunks = _sizes(scan)
     bk, bv = _tile(dk), _tile(dv)
-    by = [BY_NOTHING if scan.steps is None else BY_STEPS, BY_NOTHING if scan.z is None else BY_GATE][backward]
     chunk_states[rows * chunks * triton.cdiv(dk, bk) * triton.cdiv(dv, bv),](
-        a,
-        c,
-        *present(a, scan.g, scan.steps, scan.z, scan.index, scan.segment),
-        states,
-        decays,
-        scan.scale,
-        length,
-        scan.heads,
-        scan.heads // a.shape[2],
-        scan.heads // c.shape[2],
-        dk,
-        dv,
-        chunks,
-        *_three(a),
-        *_three(c),
-        *_three(scan.g),
-        *_three(scan.z),
+        **_of_heads(scan, k=a, v=c),
+        **strided(TOKENS, a, g=scan.g, z=scan.z),
+        **pointers(a, steps=scan.steps),
+        states=states,
+        decays=decays,
+        scale=scan.scale,
+        dk=dk,
+        dv=dv,
+        **_common(scan),
         BACKWARD=backward,
         DECAY=_decay(scan),
-        V_BY=by,
+        STEPS=scan.steps is not None,
+        GATE=scan.z is not None,
         BK=bk,
         BV=bv,
-        **_options(scan),
     )
 
 
 def _pairs(scan):
-    """q_t k_i with their decays per key, None where the decay is not."""
+    """(b*h, chunks, CHUNK, CHUNK): q_t k_i with their decays; None unless the decay is per key."""
     if _decay(scan) != KEY:
         return None
-    _, length, rows, dk, _, chunks = _sizes(scan)
-    q, k, g = scan.q, scan.k, scan.g
-    pairs = _floats(q, rows, chunks, CHUNK, CHUNK)
-    q_repeat, k_repeat, _ = _repeats(scan)
+    _, _, rows, dk, _, chunks = _sizes(scan)
+    pairs = _floats(scan.q, rows, chunks, CHUNK, CHUNK)
     key_pairs[rows * chunks * (CHUNK // BLOCK),](
-        q,
-        k,
-        g,
-        *present(q, scan.index, scan.segment),
-        pairs,
-        length,
-        scan.heads,
-        q_repeat,
-        k_repeat,
-        dk,
-        chunks,
-        *_three(q),
-        *_three(k),
-        *_three(g),
+        **_of_heads(scan, q=scan.q, k=scan.k),
+        **strided(TOKENS, scan.q, g=scan.g),
+        pairs=pairs,
+        dk=dk,
+        **_common(scan),
         BLOCK=BLOCK,
         BK=min(_tile(dk), KEYS),
-        **_options(scan),
     )
     return pairs
 
 
-def _read(of, scan, states, out, dout=None, pairs=None, side=None, kept=None, dz=None):
-    tensors = {"q": scan.q, "k": scan.k, "v": scan.v, "do": dout}
-    roles = {OUT: ("q", "k", "v", "v"), DV: ("k", "q", "do", "v"), DQ: ("do", "v", "k", "q"), DK: ("v", "do", "q", "k")}[of]
-    x, y, c, own = (tensors[role] for role in roles)
-    by = {"v": BY_NOTHING if scan.steps is None else BY_STEPS, "do": BY_NOTHING if scan.z is None else BY_GATE}
-    x_by, y_by, c_by, _ = (by.get(role, BY_NOTHING) for role in roles)
-    dv, chunks = scan.v.shape[3], triton.cdiv(scan.q.shape[1], CHUNK)
-    width, out_width = x.shape[3], c.shape[3]
-    bm, bn = min(_tile(width), KEYS if _wide(scan) else WIDEST), _value_tile(scan) if of in (OUT, DV) else _key_tile(scan)
-    read[out.shape[0] * scan.heads * chunks * triton.cdiv(out_width, bn),](
-        x,
-        y,
-        c,
-        own,
-        *present(x, scan.g, pairs),
-        states,
-        *present(x, scan.steps, scan.skip, scan.z, kept, scan.index, scan.segment),
-        out,
-        *present(out, side, dz),
-        scan.scale,
-        out.shape[1],
-        scan.heads,
-        *(scan.heads // t.shape[2] for t in (x, y, c, own)),
-        width,
-        out_width,
-        chunks,
-        *((dv, 1) if of in (OUT, DV) else (1, dv)),
-        *_three(x),
-        *_three(y),
-        *_three(c),
-        *_three(own),
-        *_three(scan.g),
-        *_three(scan.z),
-        OF=of,
-        DECAY=_decay(scan),
-        X_BY=x_by,
-        Y_BY=y_by,
-        C_BY=c_by,
-        STEPS=scan.steps is not None,
-        SKIP=scan.skip is not None and of in (OUT, DV),
-        GATE=scan.z is not None,
-        SAVE=side is not None,
-        BM=bm,
-        BN=bn,
-        **_options(scan),
+def _outputs(scan, states, out, before_gate):
+    """Fills out (b,l,h,dv), and before_gate where it is given."""
+    _, _, rows, dk, dv, chunks = _sizes(scan)
+    bv = _value_tile(scan)
+    outputs[rows * chunks * triton.cdiv(dv, bv),](
+        **_inputs(scan),
+        **pointers(out, pairs=_pairs(scan), states=states, skip=scan.skip, out=out, before_gate=before_gate),
+        SKIP=scan.skip is not None,
+        SAVE=before_gate is not None,
+        BK=_inner_tile(scan, dk),
+        BV=bv,
     )
+
+
+def _inputs(scan, dout=None):
+    """The arguments of `outputs` and, with the output's gradient, of the kernels of triton_token_gradients.py that come from the op's inputs."""
+    return {
+        **({} if dout is None else strided(TOKENS, dout, dout=dout)),
+        **_of_heads(scan, q=scan.q, k=scan.k, v=scan.v),
+        **strided(TOKENS, scan.q, g=scan.g, z=scan.z),
+        **pointers(scan.q, steps=scan.steps),
+        "scale": scan.scale,
+        "dk": scan.q.shape[3],
+        "dv": scan.v.shape[3],
+        **_common(scan),
+        "DECAY": _decay(scan),
+        "STEPS": scan.steps is not None,
+        "GATE": scan.z is not None,
+    }
+
+
+def _of_heads(scan, **tensors):
+    """Arguments for token tensors that heads may share: pointers, strides, and how many heads share one."""
+    return strided(TOKENS, scan.q, **tensors) | {f"{name}_repeat": scan.heads // t.shape[2] for name, t in tensors.items()}
+
+
+def _common(scan):
+    """The arguments of every kernel but `carry`."""
+    _, length, _, _, _, chunks = _sizes(scan)
+    return {
+        **pointers(scan.q, index=scan.index, segment=scan.segment),
+        "length": length,
+        "heads": scan.heads,
+        "chunks": chunks,
+        "WALK": scan.index is not None,
+        "STARTS": scan.segment is not None,
+        "REVERSE": scan.reverse,
+        "CHUNK": CHUNK,
+        "num_warps": WARPS,
+        "maxnreg": 255,  # else the assembler may spill a few registers so that more programs run at a time
+    }
 
 
 def _sizes(scan):
@@ -331,24 +324,8 @@ def _sizes(scan):
     return batch, length, batch * scan.heads, dk, scan.v.shape[3], triton.cdiv(length, CHUNK)
 
 
-def _options(scan):
-    return {
-        "WALK": scan.index is not None,
-        "STARTS": scan.segment is not None,
-        "REVERSE": scan.reverse,
-        "CHUNK": CHUNK,
-        "num_warps": WARPS,
-        "maxnreg": 255,
-    }  # else the assembler may spill a few registers so that more programs run at a time
-
-
 def _decay(scan) -> int:
     return 0 if scan.g is None else scan.g.dim() - 2
-
-
-def _repeats(scan):
-    """Heads that share one of q's, of k's, of v's."""
-    return (scan.heads // t.shape[2] for t in (scan.q, scan.k, scan.v))
 
 
 def _tile(width):
@@ -356,23 +333,23 @@ def _tile(width):
 
 
 def _key_tile(scan):
-    """Of the gradients of q and k: with the gate's factors, or in float32, there are registers for fewer keys."""
-    return min(_tile(scan.q.shape[3]), KEYS if scan.z is not None or _wide(scan) else WIDEST)
+    """Keys of a tile of the gradients of q and k. With a gate, or in float32, registers are left for fewer."""
+    return min(_tile(scan.q.shape[3]), KEYS if scan.z is not None or _few_registers(scan) else WIDEST)
 
 
 def _value_tile(scan):
-    """Of the outputs and the gradients of v."""
-    return min(_tile(scan.v.shape[3]), KEYS if scan.z is not None and _wide(scan) else WIDEST)
+    """Values of a tile of the outputs and of the gradients of v."""
+    return min(_tile(scan.v.shape[3]), KEYS if scan.z is not None and _few_registers(scan) else WIDEST)
 
 
-def _wide(scan):
-    """Whether `read` holds pairs of tokens and operands of float32, which sm_80 has no registers for in wide tiles."""
+def _inner_tile(scan, width):
+    """Of a tile of the dimension that the outputs and the gradients of q, k and v sum over."""
+    return min(_tile(width), KEYS if _few_registers(scan) else WIDEST)
+
+
+def _few_registers(scan):
+    """Whether these kernels hold pairs of tokens and float32 operands: sm_80 then has too few registers for wide tiles."""
     return _decay(scan) != KEY and any(t.dtype == torch.float32 for t in (scan.q, scan.k, scan.v))
-
-
-def _three(t):
-    """Strides of batch, token and head."""
-    return (0, 0, 0) if t is None else t.stride()[:3]
 
 
 def _floats(like, *shape):

@@ -4,7 +4,7 @@
     dk_i = sum_t scale exp(G_t - G_i) (do_t v_i) q_t + exp(G_end - G_i) v_i dS^T
     dg_t = sum over s >= t of (q_s dq_s - k_s dk_s) + <S_end, dS>, the sum to the chunk's end (per key where the decay is)
 
-The pair of a token with itself is in neither product of dg's sum, where it would only cancel. Where the state begins anew, sums stop there.
+The pair of a token with itself would cancel in dg's sum and is left out of both products. Sums stop where the state begins anew.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.matrix_state.triton_tiles import HEAD, KEY, log_decays, segment_of
-from medssm.kernels.triton_tiles import product, split, tile, visited
+from medssm.kernels.triton_tiles import chunk_of, product, split, tile, tokens_of, visited
 
 
 @triton.jit
-def key_gradients(
+def query_key_gradients(
     dout,
     q,
     k,
@@ -40,9 +40,9 @@ def key_gradients(
     dk,
     dv,
     chunks,
-    o_batch,
-    o_token,
-    o_head,
+    dout_batch,
+    dout_token,
+    dout_head,
     q_batch,
     q_token,
     q_head,
@@ -65,26 +65,23 @@ def key_gradients(
 ):
     """dq_out, dk_out (b,l,h,dk), and change (b*h, chunks, CHUNK, dk): q_t dq_t - k_t dk_t.
 
-    A program has BLOCK tokens. Pairs with tokens before the block, for dq, and after it, for dk, take a product each, with the block's edge between
-    both decays; pairs within it are worked out one by one.
+    A program has BLOCK tokens. Pairs with tokens before the block (for dq) and after it (for dk) are a product each, split at the block's edge;
+    pairs within the block are computed one by one.
     """
     blocks: tl.constexpr = CHUNK // BLOCK
     tiles = tl.cdiv(dk, BK)
-    program = tl.program_id(0)
-    keys = program // blocks % tiles * BK + tl.arange(0, BK)
-    edge = program % blocks * BLOCK
-    chunk = program // blocks // tiles % chunks
-    row = (program // blocks // tiles // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
+    part, chunk, row, b, h = chunk_of(blocks * tiles, chunks, heads)
+    keys = part // blocks * BK + tl.arange(0, BK)
     here = keys < dk
-    inside, within = tl.arange(0, CHUNK), tl.arange(0, BLOCK)
-    step, step_t = chunk * CHUNK + inside, chunk * CHUNK + edge + within
-    live, live_t = step < length, step_t < length
-    token, token_t = visited(index, step, length, WALK, REVERSE), visited(index, step_t, length, WALK, REVERSE)
+    within, edge = tl.arange(0, BLOCK), part % blocks * BLOCK
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    step_t = chunk * CHUNK + edge + within
+    live_t = step_t < length
+    token_t = visited(index, step_t, length, WALK, REVERSE)
     mine_t = segment_of(segment, step_t, length, STARTS)
     from_entry = mine_t == segment_of(segment, chunk * CHUNK - 1, length, STARTS)
     to_end = mine_t == segment_of(segment, chunk * CHUNK + CHUNK - 1, length, STARTS)
-    dout += b * o_batch + h * o_head
+    dout += b * dout_batch + h * dout_head
     q += b * q_batch + h // q_repeat * q_head
     k += b * k_batch + h // k_repeat * k_head
     v += b * v_batch + h // v_repeat * v_head
@@ -98,7 +95,7 @@ def key_gradients(
     for first in range(0, dv, BV):
         values = first + tl.arange(0, BV)
         here_v = values < dv
-        do = tile(dout, token_t * o_token, values, live_t, here_v)
+        do = tile(dout, token_t * dout_token, values, live_t, here_v)
         dq_t += product(do, tl.trans(tile(states, keys * dv, values, here, here_v)))
         c = tile(v, token_t * v_token, values, live_t, here_v)
         dk_t += product(c, tl.trans(tile(dstates, keys * dv, values, here, here_v)))
@@ -166,14 +163,8 @@ def decay_gradients(
     tiles = tl.cdiv(dk, BK)
     if DECAY == HEAD:
         tiles = 1
-    program = tl.program_id(0)
-    chunk = program // tiles % chunks
-    row = (program // tiles // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside = tl.arange(0, CHUNK)
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
+    part, chunk, row, b, h = chunk_of(tiles, chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
     mine = segment_of(segment, step, length, STARTS)
     to_end = mine == segment_of(segment, chunk * CHUNK + CHUNK - 1, length, STARTS)
     goes_on = live & (mine == segment_of(segment, step - 1, length, STARTS))
@@ -190,12 +181,12 @@ def decay_gradients(
                 parts_of_inner += tile(states, keys * dv, values, keys < dk, values < dv) * tile(dstates, keys * dv, values, keys < dk, values < dv)
         inner = tl.sum(tl.sum(parts_of_inner, 1), 0)
         changes = tl.zeros((CHUNK,), tl.float32)
-        for part in range(parts):
-            changes += tl.load(change + (tl.cast(part, tl.int64) * tl.num_programs(0) + row * chunks + chunk) * CHUNK + inside)
+        for i in range(parts):
+            changes += tl.load(change + (tl.cast(i, tl.int64) * tl.num_programs(0) + row * chunks + chunk) * CHUNK + inside)
         dg = tl.sum(later * changes[None, :], 1) + tl.where(to_end, inner, 0.0)
         tl.store(dg_out + (b * length + token) * heads + h, tl.where(goes_on, dg, 0.0).to(dg_out.dtype.element_ty), mask=live)
     else:
-        keys = program % tiles * BK + tl.arange(0, BK)
+        keys = part * BK + tl.arange(0, BK)
         here = keys < dk
         inner = tl.zeros((BK,), tl.float32)
         for first_v in range(0, dv, BV):

@@ -1,4 +1,4 @@
-"""The products of a chunk's pairs of tokens where the decay is per key: q_t k_i for the outputs, do_t v_i for the gradients."""
+"""Products of the pairs of tokens of a chunk where the decay is per key: q_t k_i for the outputs, do_t v_i for the gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.matrix_state.triton_tiles import KEY, log_decays, segment_of
-from medssm.kernels.triton_tiles import product, split, tile, visited
+from medssm.kernels.triton_tiles import chunk_of, product, split, tile, tokens_of, visited
 
 
 @triton.jit
@@ -41,19 +41,16 @@ def key_pairs(
 ):
     """pairs (b*h, chunks, CHUNK, CHUNK): sum over keys of q_t k_i exp(G_t - G_i) where i <= t, else 0.
 
-    A program has BLOCK rows. Columns before them take one product, with the block's edge between both: exp(G_t - G_edge) exp(G_edge - G_i).
+    A program has BLOCK rows. The columns before them are one product, split at the block's edge: exp(G_t - G_edge) exp(G_edge - G_i).
     """
     blocks: tl.constexpr = CHUNK // BLOCK
-    program = tl.program_id(0)
-    edge = program % blocks * BLOCK
-    chunk = program // blocks % chunks
-    row = (program // blocks // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside, within = tl.arange(0, CHUNK), tl.arange(0, BLOCK)
-    step, step_t = chunk * CHUNK + inside, chunk * CHUNK + edge + within
+    block, chunk, row, b, h = chunk_of(blocks, chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    within, edge = tl.arange(0, BLOCK), block * BLOCK
+    step_t = chunk * CHUNK + edge + within
     live_t = step_t < length
     early = inside < edge
-    token, token_t = visited(index, step, length, WALK, REVERSE), visited(index, step_t, length, WALK, REVERSE)
+    token_t = visited(index, step_t, length, WALK, REVERSE)
     next_token = visited(index, step + 1, length, WALK, REVERSE)
     q += b * q_batch + h // q_repeat * q_head
     k += b * k_batch + h // k_repeat * k_head
@@ -70,7 +67,7 @@ def key_pairs(
         logs = (coarse[:, None, :] - coarse[None, :, :]) + (rest[:, None, :] - rest[None, :, :])
         within_block += tl.sum(q_t[:, None, :] * k_t[None, :, :] * tl.exp(tl.where(seen[:, :, None], logs, float("-inf"))), 2)
         if edge > 0:
-            k_i = tile(k, token * k_token, keys, early & (step < length), here)
+            k_i = tile(k, token * k_token, keys, early & live, here)
             following = log_decays(g, next_token, (inside + 1 < edge) & (step + 1 < length), keys, here, g_token, KEY)
             k_i *= tl.exp(tl.cumsum(following, 0, reverse=True))
             a += product(q_t * tl.exp(coarse + rest), tl.trans(k_i))
@@ -97,9 +94,9 @@ def pair_gradients(
     v_repeat,
     dv,
     chunks,
-    o_batch,
-    o_token,
-    o_head,
+    dout_batch,
+    dout_token,
+    dout_head,
     v_batch,
     v_token,
     v_head,
@@ -110,22 +107,16 @@ def pair_gradients(
     BV: tl.constexpr,
 ):
     """dpairs (b*h, chunks, CHUNK, CHUNK): scale do_t v_i where i <= t, else 0."""
-    program = tl.program_id(0)
-    chunk = program % chunks
-    row = (program // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside = tl.arange(0, CHUNK)
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
+    _, chunk, row, b, h = chunk_of(1, chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
     mine = segment_of(segment, step, length, STARTS)
-    dout += b * o_batch + h * o_head
+    dout += b * dout_batch + h * dout_head
     v += b * v_batch + h // v_repeat * v_head
     da = tl.zeros((CHUNK, CHUNK), tl.float32)
     for first in range(0, dv, BV):
         values = first + tl.arange(0, BV)
         here = values < dv
-        da += product(tile(dout, token * o_token, values, live, here), tl.trans(tile(v, token * v_token, values, live, here)))
+        da += product(tile(dout, token * dout_token, values, live, here), tl.trans(tile(v, token * v_token, values, live, here)))
     seen = (inside[:, None] >= inside[None, :]) & (mine[:, None] == mine[None, :])
     at = (row * chunks + chunk) * CHUNK * CHUNK + inside[:, None] * CHUNK + inside[None, :]
     tl.store(dpairs + at, tl.where(seen, da * scale, 0.0))

@@ -1,7 +1,7 @@
-"""What each chunk adds to the state, in parallel; `triton_carry.py` makes of it the states at the chunks' edges.
+"""What each chunk adds to the state, in parallel. From that, `triton_carry.py` computes the states at the chunks' edges.
 
-Slot c of `states` (b*h, chunks + 1, dk, dv) is the state that enters chunk c; the last slot is the final state. Backwards it is the gradient of
-that state, slot 0 that of the initial one. A state is carried unbroken over a chunk's edge: where the walk begins anew, what reads it looks away.
+Slot c of `states` (b*h, chunks + 1, dk, dv) is the state that enters chunk c; the last slot is the final state. Backwards a slot is the gradient of
+that state; slot 0 is the initial state's. A state passes a chunk's edge whole, even where the walk begins anew there: its readers then mask it.
 """
 
 # ruff: noqa: SIM108 (Triton does not compile every conditional expression)
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.matrix_state.triton_tiles import HEAD, KEY, log_decays, scaled_tile, segment_of
-from medssm.kernels.triton_tiles import product, tile, visited
+from medssm.kernels.matrix_state.triton_tiles import HEAD, KEY, gated_tile, log_decays, segment_of, stepped_tile
+from medssm.kernels.triton_tiles import chunk_of, product, tile, tokens_of, visited
 
 
 @triton.jit
@@ -48,7 +48,8 @@ def chunk_states(
     z_head,
     BACKWARD: tl.constexpr,
     DECAY: tl.constexpr,
-    V_BY: tl.constexpr,
+    STEPS: tl.constexpr,
+    GATE: tl.constexpr,
     WALK: tl.constexpr,
     STARTS: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -56,23 +57,17 @@ def chunk_states(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Forwards, slot c + 1 becomes sum_i exp(G_end - G_i) k_i v_i^T over chunk c, and decays (b*h, chunks[, dk]) what it leaves of the state before.
+    """Forwards, slot c + 1 becomes sum_i exp(G_end - G_i) k_i v_i^T over chunk c; STEPS multiplies v by steps (b,l,h). decays (b*h, chunks[, dk])
+    become the factor by which the chunk multiplies the state that enters it.
 
-    BACKWARD: k is q and v the output's gradient; slot c becomes scale sum_t exp(G_t) q_t do_t^T. V_BY: what v is multiplied by (scaled_tile).
+    BACKWARD: k is q and v the output's gradient, which GATE multiplies by silu(z); slot c becomes scale sum_t exp(G_t) q_t do_t^T.
     """
     tiles_v = tl.cdiv(dv, BV)
-    tiles = tl.cdiv(dk, BK) * tiles_v
-    program = tl.program_id(0)
-    of_state, chunk = program % tiles, program // tiles % chunks
-    row = (program // tiles // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
+    of_state, chunk, row, b, h = chunk_of(tl.cdiv(dk, BK) * tiles_v, chunks, heads)
     keys = of_state // tiles_v * BK + tl.arange(0, BK)
     values = of_state % tiles_v * BV + tl.arange(0, BV)
     here_k, here_v = keys < dk, values < dv
-    inside = tl.arange(0, CHUNK)
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
     mine = segment_of(segment, step, length, STARTS)
     at_entry = segment_of(segment, chunk * CHUNK - 1, length, STARTS)
     at_end = segment_of(segment, chunk * CHUNK + CHUNK - 1, length, STARTS)
@@ -99,23 +94,13 @@ def chunk_states(
             a *= tl.where(seen, weights, 0.0)[:, None]
         else:
             a *= tl.where(seen[:, None], weights, 0.0)
-    c = scaled_tile(
-        v + b * v_batch + h // v_repeat * v_head,
-        token,
-        v_token,
-        values,
-        live,
-        here_v,
-        steps,
-        (b * length + token) * heads + h,
-        z + b * z_batch + h * z_head,
-        z_token,
-        V_BY,
-    )
+    v += b * v_batch + h // v_repeat * v_head
     slot = row * (chunks + 1) + chunk
     if BACKWARD:
+        c = gated_tile(v, token * v_token, values, live, here_v, z + b * z_batch + h * z_head, token * z_token, GATE)
         a *= scale
     else:
+        c = stepped_tile(v, token * v_token, values, live, here_v, steps, (b * length + token) * heads + h, STEPS)
         if DECAY == KEY:
             kept = tl.where(at_entry == at_end, tl.exp(tl.sum(logs, 0)), 0.0)
             if of_state % tiles_v == 0:

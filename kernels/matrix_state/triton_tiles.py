@@ -1,4 +1,4 @@
-"""What every Triton kernel of the matrix-state recurrences does: find a chunk's segment, load its log decays, load tiles multiplied by something."""
+"""Loads that the Triton kernels of the matrix-state recurrences share: segments, log decays, and tiles that are multiplied as they are loaded."""
 
 # ruff: noqa: SIM108 (Triton does not compile every conditional expression)
 
@@ -9,8 +9,7 @@ import triton.language as tl
 
 from medssm.kernels.triton_tiles import STRONGEST, tile
 
-NONE, HEAD, KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # decays: none, one a head, one a head and key
-BY_NOTHING, BY_STEPS, BY_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a tile is multiplied by as it is loaded
+NONE, HEAD, KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # log decays: none, one a head, one a head and key
 
 
 @triton.jit
@@ -37,11 +36,18 @@ def silu(x):
 
 
 @triton.jit
-def scaled_tile(pointer, token, step, cols, live, here, steps, of_steps, z, z_token, BY: tl.constexpr):
-    """A tile times nothing, or each token's step, or silu(z)."""
-    values = tile(pointer, token * step, cols, live, here)
-    if BY == BY_STEPS:
-        values *= tl.load(steps + of_steps, mask=live, other=0.0)[:, None]
-    if BY == BY_GATE:
-        values *= silu(tile(z, token * z_token, cols, live, here))
+def stepped_tile(pointer, rows, cols, live, here, steps, of_token, STEPS: tl.constexpr):
+    """A tile; with STEPS each token's row times its step."""
+    values = tile(pointer, rows, cols, live, here)
+    if STEPS:
+        values *= tl.load(steps + of_token, mask=live, other=0.0)[:, None]
+    return values
+
+
+@triton.jit
+def gated_tile(pointer, rows, cols, live, here, z, z_rows, GATE: tl.constexpr):
+    """A tile; with GATE times silu(z), whose rows are at z_rows."""
+    values = tile(pointer, rows, cols, live, here)
+    if GATE:
+        values *= silu(tile(z, z_rows, cols, live, here))
     return values

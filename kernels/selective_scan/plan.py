@@ -1,4 +1,4 @@
-"""How a scan is cut along time: what every backend and the operators' fake kernels must agree on. Shapes alone decide."""
+"""How a scan is cut along time. Every backend and the fake kernels of the operators must agree on it. Shapes alone decide."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ TILE = 64  # steps between checkpoints, for at most 16 states
 
 
 def chunk(state: int) -> int:
-    """Steps between two checkpoints of the state: 64 ceil(n / 16), so that all take at most a quarter of u's size in float32."""
+    """Steps between two checkpoints of the state: 64 ceil(n / 16), so that all checkpoints take at most a quarter of u's size in float32."""
     return TILE * -(-state // 16)
 
 
@@ -15,13 +15,13 @@ def chunks(length: int, state: int) -> int:
     return -(-length // chunk(state))
 
 
-# Programs of one warp that fill a large GPU, some sixteen on each of its multiprocessors: a constant, so that every GPU gives the same bits.
+# Programs of one warp that fill a large GPU, some 16 on each multiprocessor. A constant, so that every GPU gives the same bits.
 PROGRAMS = 2048
-# Below as many chunks, reading everything twice costs more than it gains.
+# With fewer chunks, reading everything twice costs more than it gains.
 FEWEST = 4
 
 
 def steps(programs: int, length: int, state: int) -> int:
-    """Steps that a program on a GPU walks, a multiple of `chunk`: all of them where batch and tiles of channels make `programs` enough."""
+    """Steps that a program on a GPU walks, a multiple of `chunk`. All of them if the `programs` of batch and channels alone fill the GPU."""
     pieces = min(PROGRAMS // max(programs, 1), chunks(length, state))
     return chunk(state) * -(-chunks(length, state) // (pieces if pieces >= FEWEST else 1))

@@ -1,8 +1,8 @@
 """Selective scan on a GPU, in Triton: allocates and launches. The kernels are in triton_forward.py and triton_backward.py.
 
-The caller has checked shapes, dtypes and the walk (index, starts, reverse), as `native.py` says; the functions have the same arguments.
-A launch serves at most 16 states of one walk: further states and further walks add to what earlier launches left, in float32, and the last
-writes the result. Partial sums of gradients are added by PyTorch in a fixed order. Nothing here waits for the GPU.
+The caller has checked shapes, dtypes and the walk (index, starts, reverse). One launch computes at most 16 states of one walk. With more states or
+walks, each launch adds to the result of the launch before it, in float32, and the last launch writes the result. PyTorch adds partial sums of
+gradients in a fixed order. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from medssm.kernels.selective_scan.triton_forward import apply, carry, local
 from medssm.kernels.triton import on, plain, pointers, strided
 from medssm.kernels.walks import at_starts
 
-STATES = 16  # of a launch: as many vectors as stay in registers
+STATES = 16  # of a launch: so many vectors stay in registers
 LANES = 32  # of a warp
 GROUP = 32  # chunks that the carry reads ahead
-HELD = 2  # steps whose states a backward holds at a time
-SHELVES = 2**26  # bytes, of all programs of a backward: 1024 programs with 16 states, as many as a large GPU runs at a time
+HELD = 2  # steps whose states the backward pass has in registers at a time
+SAVED_STATES = 2**26  # bytes, for all programs of the backward pass: 1024 programs with 16 states, as many as a large GPU runs at a time
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 # The names of the strides that a launch passes: of tokens, A, B and C, results, states by chunk, and states (b,d,n).
 TOKENS, RATES, GROUPS, ROWS = ("batch", "token", "channel"), ("channel", "state"), ("batch", "token", "group", "state"), ("batch", "token")
 CHUNKS, STATES_OF = ("batch", "chunk"), ("batch", "channel", "state")
-UNSPILLED = {"maxnreg": 255}  # else the assembler may spill a few registers so that more programs run at a time
+UNSPILLED = {"maxnreg": 255}  # without it the assembler may spill a few registers so that more programs run at a time
 
 
 class _Scan(NamedTuple):
-    """What forward and backward read of one walk. Weights are dense, in float32."""
+    """The inputs of one walk. Weights are dense, in float32."""
 
     u: torch.Tensor  # (b,l,d)
     delta: torch.Tensor  # (b,l,d) or (b,l,r)
@@ -45,12 +45,12 @@ class _Scan(NamedTuple):
     softplus: bool
     proj: torch.Tensor | None  # (r,d)
     index: torch.Tensor | None
-    keep: torch.Tensor | None  # (l,): what `decay` adds at each step, -inf where the state begins anew, else 0
+    keep: torch.Tensor | None  # (l,): what `decay` adds to each step's exponent: -inf where the state begins anew, else 0
     reverse: bool
     initial: torch.Tensor | None  # (b,d,n)
 
     def parts(self):
-        """(states, the scan of these states alone) for every launch; D goes with the last."""
+        """For every launch: its states, and the scan with these states alone. D belongs to the last launch."""
         n = self.A.shape[1]
         for first in range(0, n, STATES):
             of = slice(first, first + STATES)
@@ -59,7 +59,7 @@ class _Scan(NamedTuple):
             yield of, self._replace(A=self.A[:, of], B=self.B[..., of], C=self.C[..., of], D=D, initial=initial)
 
     def cut(self, tile: int, states: int) -> tuple[int, int, int]:
-        """How many tiles of channels, steps in a chunk and chunks; states: of all parts together."""
+        """The numbers of tiles of channels, of steps in a chunk, and of chunks. states: of all parts together."""
         batch, length, channels = self.u.shape
         groups = self.B.shape[2]
         tiles = groups * triton.cdiv(channels // groups, tile)
@@ -91,14 +91,14 @@ class _Scan(NamedTuple):
 
 
 class _Total:
-    """A result (b,l,d) that several launches add to, one after the other: in float32 until the last, which writes it."""
+    """A result (b,l,d) that several launches add to, one after the other. It is in float32 until the last launch writes it."""
 
     def __init__(self, result: torch.Tensor, launches: int):
         self.result, self.left, self.earlier = result, launches, None
         self.sum = result if launches == 1 or result.dtype is torch.float32 else torch.empty(result.shape, dtype=torch.float32, device=result.device)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where the next launch writes, and what it adds to."""
+        """The tensor that the next launch writes, and the tensor that it adds to."""
         self.left -= 1
         target, earlier = self.sum if self.left else self.result, self.earlier
         self.earlier = target
@@ -211,7 +211,7 @@ def _forward(scan, scale, total, checkpoints, state):
     batch, _, channels = scan.u.shape
     n, groups = scan.A.shape[1], scan.B.shape[2]
     per_group = channels // groups
-    tile = 2 * LANES if per_group % (2 * LANES) == 0 or per_group > 8 * LANES else LANES  # two channels a lane, unless that leaves many idle
+    tile = 2 * LANES if per_group % (2 * LANES) == 0 or per_group > 8 * LANES else LANES  # two channels in a lane, unless many lanes would be idle
     tiles, steps, chunks = scan.cut(tile, n)
     programs = batch * chunks * tiles
     sums = _floats(scan.u, batch, chunks, channels) if chunks > 1 else None
@@ -221,7 +221,7 @@ def _forward(scan, scale, total, checkpoints, state):
         entries = _by_chunk(part.initial)
         shared = part.arguments(steps, chunks) | {"TILE": tile}
         if chunks > 1:
-            # Where checkpoints are saved, those at the chunks' begins hold their ends and then their entry states: no further memory.
+            # Saved checkpoints at the chunks' begins first hold the chunks' end states, then their entry states: no further memory is needed.
             entries = _floats(u, batch, chunks, A.shape[1], channels) if saved is None else saved[:, :: steps // plan.chunk(n)]
             local[programs,](**strided(TOKENS, u, u=u), **strided(GROUPS, u, B=part.B), **strided(CHUNKS, u, ends=entries), sums=sums, **shared)
             _carry(entries, sums, A, part.initial, part.keep, steps, backward=False)
@@ -255,8 +255,8 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
     n, groups, chunk = scan.A.shape[1], scan.B.shape[2], plan.chunk(scan.A.shape[1])
     tiles, steps, chunks = scan.cut(LANES, n)
     items = batch * chunks * tiles
-    shelf_of_one = (chunk // HELD, min(n, STATES), LANES)
-    programs = min(items, plan.PROGRAMS, max(SHELVES // (4 * math.prod(shelf_of_one)), 1))
+    saved_by_one = (chunk // HELD, min(n, STATES), LANES)
+    programs = min(items, plan.PROGRAMS, max(SAVED_STATES // (4 * math.prod(saved_by_one)), 1))
     like = scan.u
     sums = _floats(like, batch, chunks, channels) if chunks > 1 else None
     D_sums, bias_sums = _floats(like, batch, chunks, channels), _floats(like, batch, chunks, channels)
@@ -276,7 +276,7 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             _carry(exits, sums, A, dfinal, part.keep, steps, backward=True)
         A_sums = _floats(like, batch, chunks, A.shape[1], channels)
         B_sums, C_sums = (_floats(like, tiles // groups, *part.B.shape) for _ in range(2))
-        shelf = _floats(like, programs, *shelf_of_one)
+        saved_states = _floats(like, programs, *saved_by_one)
         du_target, du_earlier = du.next()
         dz_target, dz_earlier = (None, None) if dz is None else dz.next()
         if low_rank:
@@ -293,7 +293,7 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             **strided(ROWS, u, du=du_target, du_earlier=du_earlier, dz=dz_target, dz_earlier=dz_earlier),
             **strided(ROWS, u, ddelta=delta_target, ddelta_earlier=delta_earlier),
             **strided(STATES_OF, u, dinitial=into),
-            **pointers(u, D=D, shelf=shelf, dA=A_sums, dB=B_sums, dC=C_sums, dD=D_sums, dbias=bias_sums, dproj=proj_sums),
+            **pointers(u, D=D, saved_states=saved_states, dA=A_sums, dB=B_sums, dC=C_sums, dD=D_sums, dbias=bias_sums, dproj=proj_sums),
             items=items,
             batch=batch,
             CHUNK=chunk,
@@ -320,7 +320,9 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
 
 
 def _carry(values, sums, A, entry, keep, steps, backward):
-    """values (b,chunks,n,d), what each chunk gives from zero, become what enters each; sums (b,chunks,d); entry (b,d,n) enters the first."""
+    """values (b,chunks,n,d), each chunk's end state from a zero state, become the states that enter the chunks. sums (b,chunks,d): of the chunks'
+    steps; entry (b,d,n): the state that enters the first.
+    """
     batch, chunks, n, channels = values.shape
     fades = None if keep is None else torch.nn.functional.pad(keep, (0, chunks * steps - keep.shape[0])).view(chunks, steps).amin(1)
     carry[batch * n * triton.cdiv(channels, LANES),](
@@ -341,7 +343,7 @@ def _carry(values, sums, A, entry, keep, steps, backward):
 
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state) -> _Scan:
-    proj = None if delta_proj is None else _dense(delta_proj.t())  # lanes read a rank's row of channels
+    proj = None if delta_proj is None else _dense(delta_proj.t())  # the lanes read one rank's row of channels
     keep = at_starts(starts, u.shape[1], reverse, -math.inf, torch.float32)
     return _Scan(u, delta, _dense(A), B, C, _dense(D), z, _dense(delta_bias), softplus, proj, index, keep, reverse, initial_state)
 
@@ -358,12 +360,12 @@ def _launches(A) -> int:
 
 
 def _by_chunk(state):
-    """(b,d,n) as the (b,1,n,d) that enters the only chunk."""
+    """A state (b,d,n) as (b,1,n,d): that which enters the only chunk."""
     return None if state is None else state.transpose(1, 2).unsqueeze(1)
 
 
 def _add(total, part, of):
-    """The first states' part is the total so far."""
+    """Adds the part of a launch's states; the first launch sets the total."""
     total.copy_(part) if of.start == 0 else total.add_(part)
 
 
@@ -382,5 +384,5 @@ def _dense(t):
 
 
 def _slice(x, i):
-    """Order i's tokens: a tensor (b,l,k,d) has its own for every order, (b,l,d) serves all."""
+    """The tokens of walk i: x (b,l,k,d) has its own for every walk, x (b,l,d) is the same for all."""
     return x[:, :, i] if x.dim() == 4 else x

@@ -7,16 +7,19 @@ With g_t the gradient of h_t that comes from later steps, e_t = exp(s_t A) and d
     w_t = g_{t-1} h_{t-1}                 dA = sum over t of w_t s_t
     ds_t = u_t sum_n dh_t B_t + sum_n w_t A,    du_t = s_t sum_n dh_t B_t + D dy_t
 
-As forward, a program is a warp with channels in its lanes, one each here, and N <= 16 states in registers; g goes over the chunks as the state does,
-from the last (`local_adjoint`, `carry`, `adjoint`), and its decay through a chunk is the same.
+As in the forward pass, a program is a warp with channels in its lanes, here one in a lane, and N <= 16 states in registers. g goes over the chunks as
+the state does, but from the last chunk (`local_adjoint`, `carry`, `adjoint`); its decay through a chunk is the same.
 
-`adjoint` takes the runs between two checkpoints from the last. Each it walks forwards from its checkpoint, for dC and what dz needs, and puts
-the state before every K steps on a shelf; then backwards in blocks of K steps, whose e_t and h_{t-1} it computes anew and holds: with K = 2 and 16
-states 64 registers, beside the 48 of the rates, g and dA. K = 4 spills, and gains nothing: these kernels wait for instructions to issue, not
-for the shelf (2 x 64 bytes a token and channel if every step were on it, half of that with K = 2). The shelf belongs to the program, not to
-the chunk: there is a fixed number of programs, and each takes chunk after chunk.
+`adjoint` takes the runs between two checkpoints, the last run first. It walks a run twice:
 
-Sums over channels leave the lanes 32 at a time: lanes exchange halves (`sums`), 31 shuffles in place of 160, and the sums of K steps are one store.
+    forwards   from the checkpoint: dC, and what dz needs; it saves the state before every K steps (`saved_states`)
+    backwards  in blocks of K steps: it computes e_t and h_{t-1} of a block again, from the saved state, and keeps them in registers
+
+With K = 2 and 16 states that is 64 registers, beside 48 for the rates, g and dA. K = 4 would spill, and gain nothing: these kernels are bound by the
+instructions they issue, not by the saved states (2 x 64 bytes for each token and channel if every step were saved, half of that with K = 2). The
+memory for saved states belongs to the program, not to the chunk: the number of programs is fixed, and each takes one chunk after another.
+
+Sums over channels are made for 32 values at a time: lanes exchange halves (`sums`), 31 shuffles in place of 160. The sums of K steps are one store.
 """
 
 # ruff: noqa: RUF005, SIM102 (Triton compiles neither starred tuples nor every conditional expression)
@@ -34,8 +37,8 @@ from medssm.kernels.triton_tiles import where_live
 def sums(values):
     """The sums over 32 lanes of up to 32 vectors (32,): lane i gets that of value i.
 
-    Two vectors are folded into one: an even lane keeps its part of the first and takes that of its neighbour, an odd lane likewise of the second;
-    then pairs of pairs. What is left to do once one vector remains is an ordinary butterfly.
+    Two vectors are folded into one: an even lane adds its neighbour's part of the first vector to its own, an odd lane likewise for the second. Then
+    pairs are folded, and so on. Once one vector remains, the rest is an ordinary butterfly.
     """
     lane = tl.arange(0, 32)
     for level in tl.static_range(5):
@@ -236,7 +239,7 @@ def adjoint(
     keep,
     checkpoints,
     exit,
-    shelf,
+    saved_states,
     du,
     du_earlier,
     ddelta,
@@ -322,13 +325,13 @@ def adjoint(
     """Gradients along each chunk from g after it (exit, (b,chunks,n,d)) and the states at its checkpoints (b,.,n,d).
 
     du, ddelta, dz (b,l,d): added to what is earlier. Partial sums: dA (b,chunks,n,d), dD, dbias (b,chunks,d), dB, dC (tiles,b,l,g,n);
-    low-rank: ddelta (tiles of all groups,b,l,r), dproj (b,chunks,r,d), zeros before. dinitial (b,d,n). shelf (programs, CHUNK / K, N, TILE).
+    low-rank: ddelta (tiles of all groups,b,l,r), dproj (b,chunks,r,d), zeros before. dinitial (b,d,n). saved_states (programs, CHUNK / K, N, TILE).
     """
     tiles_of_group = tl.cdiv(channels // groups, TILE)
     tiles = groups * tiles_of_group
     B_state, C_state, delta_channel = tl.cast(B_state, tl.int64), tl.cast(C_state, tl.int64), tl.cast(delta_channel, tl.int64)
     lane = tl.arange(0, TILE)
-    shelf += tl.program_id(0).to(tl.int64) * (CHUNK // K * N * TILE) + lane
+    saved_states += tl.program_id(0).to(tl.int64) * (CHUNK // K * N * TILE) + lane
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile, chunk, b = item % tiles, item // tiles % chunks, tl.cast(item // tiles // chunks, tl.int64)
         group, d, here = tile_of(tile, channels, groups, TILE)
@@ -361,7 +364,7 @@ def adjoint(
             )
             for block in range(blocks):
                 for n in tl.static_range(N):
-                    tl.store(shelf + (block * N + n) * TILE, h[n])
+                    tl.store(saved_states + (block * N + n) * TILE, h[n])
                 tokens, live, fades = places(index, keep, begin + block * K, end, length, K, WALK, KEEP, REVERSE)
                 raw = raw_steps(delta_at, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
                 inputs = rows(u_at, tokens, here, u_token, K)
@@ -381,7 +384,7 @@ def adjoint(
                         if DZ_EARLIER:
                             dgated += gate_sums[k]
                         tl.store(dz + b * dz_batch + tokens[k] * dz_token + d, dgated.to(dz.dtype.element_ty), mask=where_live(here, live[k]))
-            tl.debug_barrier()  # lanes may read from the shelf what others put there
+            tl.debug_barrier()  # a lane may read a state that another lane saved
 
             for i in range(blocks):
                 block = blocks - 1 - i
@@ -391,7 +394,7 @@ def adjoint(
                 dy, _ = upstream(dout_at, z_at, tokens, here, live, scale, dout_token, z_token, K, GATE)
                 s = positive(raw, live, K, SOFTPLUS)
                 su = drives(s, inputs, live, K)
-                before = vectors(shelf + block * N * TILE, lane >= 0, TILE, N, True, shift)
+                before = vectors(saved_states + block * N * TILE, lane >= 0, TILE, N, True, shift)
                 g, A_sums, products, along_B, along_A = walk_backwards(
                     g, A_sums, before, a, s, su, dy, fades, tokens, B_at, C_at, B_token, B_state, C_token, C_state, N, K, KEEP
                 )
@@ -427,7 +430,7 @@ def adjoint(
                             parts = parts + (dsteps[k] * p,)
                         tl.store(to_proj, proj_sum, mask=here)
                         store_rows(ddelta + (tile * batch + b) * length * RANK + r, parts, tokens, live, RANK, K)
-            tl.debug_barrier()  # before the next run takes the shelf
+            tl.debug_barrier()  # before the next run overwrites the saved states
         partial = (b * chunks + chunk) * channels + d
         for n in tl.static_range(N):
             tl.store(dA + ((b * chunks + chunk) * N + n) * channels + d, A_sums[n], mask=here)

@@ -1,12 +1,16 @@
 """Selective scan forward on a GPU: the kernels. `triton.py` launches them.
 
-A program is one warp; its lanes are channels (TILE of them, one or two a lane), and the N <= 16 states of each are N vectors that stay in
-registers through the whole walk. So a step exchanges nothing between lanes, any walk through a volume reads whole rows, and B_t and C_t, the same
-for all lanes, are read once for the tile.
+A program is one warp. Its lanes are channels (TILE of them, one or two in a lane), and the N <= 16 states of a channel are N vectors that stay in
+registers through the whole walk. So a step exchanges nothing between lanes, any walk through a volume reads whole rows, and B_t and C_t, which are
+the same for all lanes, are read once for the tile.
 
-The walk is cut in chunks where batch and channels alone leave the chip idle. Of a chunk two things are needed before its entry state is known:
-`local` scans it from a zero state to its end state and the sum of its steps, since the decay through a whole chunk is one exp(A sum s_t);
-`carry` goes over the chunks; `apply` scans from the entry states and writes the outputs. With one chunk there is only `apply`.
+Where batch and channels alone would leave the GPU idle, the walk is cut into chunks:
+
+    1. `local`  scans each chunk from a zero state: its end state, and the sum of its steps (the decay through a whole chunk is exp(A sum s_t))
+    2. `carry`  goes over the chunks: the state that enters each
+    3. `apply`  scans each chunk from its entry state and writes the outputs
+
+With one chunk there is only `apply`.
 """
 
 # ruff: noqa: RUF005, SIM102, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
@@ -132,10 +136,10 @@ def carry(
     KEEP: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """values (b,chunks,n,d): what each chunk gives from zero becomes what enters it; BACKWARD: from the last chunk to the first.
+    """values (b,chunks,n,d): each chunk's end state from a zero state becomes the state that enters it; BACKWARD: from the last chunk to the first.
 
-    entry (b,n,d) enters the first of them; fades (chunks,): -inf where the state begins anew within the chunk. A program has one state and a tile of
-    channels. The chain from chunk to chunk is one multiply-add long; what it waits for is memory: a group is read while the one before is used.
+    entry (b,d,n) enters the first chunk that is walked; fades (chunks,): -inf where the state begins anew within the chunk. A program has one state
+    and a tile of channels. A chunk is one multiply-add, so the time is that of memory: each group of chunks is read while the one before is used.
     """
     tiles = tl.cdiv(channels, TILE)
     program = tl.program_id(0).to(tl.int64)
@@ -280,7 +284,7 @@ def apply(
                 y = vectors(out, here, 0, K, False, shift)
             s = positive(raw, live, K, SOFTPLUS)
             su = drives(s, inputs, live, K)
-            # Stores come after all of the loads: one that might alias them would hold them up.
+            # Stores come after all loads: a store that might alias a load would delay it.
             results = ()
             for k in tl.static_range(K):
                 after = ()

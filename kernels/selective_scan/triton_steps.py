@@ -1,6 +1,6 @@
-"""What every Triton kernel of the selective scan does at a step: find its token, read or expand delta, softplus, and sums over a tile's channels.
+"""What every Triton kernel of the selective scan does at a step: find the token, read or expand delta, apply softplus.
 
-Several steps are read before the first is used, as tuples of K vectors of channels, so that a warp has many loads in flight.
+K steps are read before the first is used, as tuples of K vectors of channels, so that a warp has many loads in flight.
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
@@ -32,9 +32,9 @@ def sigmoid(x):
 
 @triton.jit
 def tile_of(program, channels, groups, TILE: tl.constexpr):
-    """A program's group of B and C, channels (TILE,) and which of them exist. No tile has channels of two groups: B_t and C_t are scalars to it.
+    """The group (of B and C), the channels (TILE,), and which of these exist. No tile has channels of two groups, so B_t and C_t are scalars to it.
 
-    program: counts the tiles of all groups.
+    program: the tile's number among the tiles of all groups.
     """
     per_group = channels // groups
     tiles = tl.cdiv(per_group, TILE)
@@ -45,9 +45,9 @@ def tile_of(program, channels, groups, TILE: tl.constexpr):
 
 @triton.jit
 def places(index, keep, first, end, length, K: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
-    """Of K steps from `first`: the token, whether the step is before `end`, and what `decay` adds: -inf where the state begins anew, else 0.
+    """For K steps from `first`: the token, whether the step is before `end`, and what `decay` adds: -inf where the state begins anew, else 0.
 
-    Steps have 32 bits, tokens 64: offsets do.
+    Steps have 32 bits. Tokens have 64, since offsets are computed from them.
     """
     tokens, live, fades = (), (), ()
     for k in tl.static_range(K):
@@ -106,7 +106,7 @@ def rows(values, tokens, here, step, K: tl.constexpr):
 
 @triton.jit
 def raw_steps(delta, proj, bias, tokens, d, here, channels, delta_token, delta_channel, K: tl.constexpr, RANK: tl.constexpr):
-    """delta + bias of K tokens. delta: pointer to the first token; with RANK > 0 it is low-rank and proj (r,d) expands it, read once for K tokens."""
+    """delta + bias of K tokens. delta: pointer to the first token. RANK > 0: delta is low-rank and proj (r,d) expands it, read once for K tokens."""
     s = ()
     if RANK == 0:
         for k in tl.static_range(K):

@@ -1,7 +1,7 @@
 """SSD (Mamba-2) on a GPU, in Triton: gated linear attention's recurrence with q = C, k = B, v = s x and g = s A, decays per head.
 
-The kernels multiply x by s as they load it, and add D x and multiply by silu(z) before they store. The steps s themselves, one number a token and
-head, are PyTorch's. The caller has checked shapes, dtypes and the walk.
+The kernels multiply x by s as they load it. Before they store, they add D x and multiply by silu(z). PyTorch computes the steps s, one number for
+each token and head. The caller has checked shapes, dtypes and the walk.
 """
 
 from __future__ import annotations
