@@ -19,6 +19,8 @@ def test_what_is_written_is_read_again(tmp_path):
     value = {"a": [1, 2.5, None], "b": "\u00b5m"}
     write_json(tmp_path / "new" / "folder" / "a.json", value)
     assert read_json(tmp_path / "new" / "folder" / "a.json") == value and names(tmp_path / "new" / "folder") == ["a.json"]
+    (tmp_path / "b.json").write_bytes('{"b": "\u00b5m"}'.encode())
+    assert read_json(tmp_path / "b.json") == read_json_lines(tmp_path / "b.json")[0] == {"b": "\u00b5m"}
     write_text(tmp_path / "a.txt", "\u00b5m\n")
     assert (tmp_path / "a.txt").read_bytes() == "\u00b5m\n".encode()
 

@@ -96,6 +96,11 @@ def test_classes_beside_a_network_are_the_networks(tmp_path):
         load_classes(tmp_path)
 
 
+def test_a_datalist_without_classes_has_a_background_even_where_no_voxel_is(tmp_path):
+    entries = [pair(tmp_path, name, label=np.full(SHAPE, value, np.uint8)) for name, value in (("a", 3), ("b", 1))]
+    assert load_dataset(datalist(tmp_path, training=entries)).classes == {"background": 0, "class_1": 1, "class_3": 3}
+
+
 def test_a_stray_file_among_channel_files_is_named(tmp_path):
     folder = nnunet_folder(tmp_path, cases=1, shape=SHAPE)
     write(folder / "imagesTr" / "stray.nii.gz", ZEROS)
@@ -146,7 +151,9 @@ def test_parts_are_shuffled_by_the_seed_whatever_the_order_of_the_cases():
             training, validation = split(Dataset("", (), {}, None, cases), 1, folds=3, seed=seed)
             assert set(names(validation)) == {wanted[1], wanted[4]} and len(training) == 5
     assert split(data, 1, folds=3) == split(data, 1, folds=3, seed=0) != split(data, 1, folds=3, seed=4)
-    assert len(split(data, 0)[1]) == 2  # five parts by default
+    assert [len(split(data, fold)[1]) for fold in range(5)] == [2, 2, 1, 1, 1]  # five parts by default
+    with pytest.raises(UserError, match=r"fold: expected one of \[0, 1, 2, 3, 4\], got 5"):
+        split(data, 5)
 
 
 @pytest.mark.parametrize("folds", [-1, 0, 1, 5])
@@ -268,6 +275,11 @@ def test_labels_may_be_off_by_a_thousandth(tmp_path):
             read_label(write(tmp_path / "a.nii", data))
 
 
+def test_integers_keep_their_type_and_size(tmp_path):
+    values, _ = read_label(write(tmp_path / "a.nii", np.full(SHAPE, 3_000_000_000, np.uint32)))
+    assert values.dtype == np.uint32 and values.max() == 3_000_000_000
+
+
 def test_a_label_is_one_map(tmp_path):
     assert read_label(write(tmp_path / "a.nii", np.ones((*SHAPE, 1), np.uint8)))[0].shape == SHAPE
     with pytest.raises(UserError, match=r"expected one label map, got the shape \(5, 4, 3, 2\)"):
@@ -299,6 +311,14 @@ def test_grids_differ_from_a_tenth_of_the_smallest_edge_on(axis):
     assert different_grid(grid(np.eye(4), (5, 4)), grid(np.eye(4), (5, 4, 1))) is None
     found = different_grid(grid(np.diag([1, 1, 2, 1])), grid(np.eye(4)))
     assert found == "the affine puts a corner 2 mm away (at most 0.1 mm)"
+
+
+def test_the_smallest_edge_of_an_oblique_grid_is_that_of_its_voxels():
+    turned = np.eye(4)
+    turned[:2, :2] = np.array([[1, -1], [1, 1]]) / np.sqrt(2) @ np.diag([1.0, 4.0])
+    shifted = turned.copy()
+    shifted[0, 3] = 0.15
+    assert different_grid(grid(shifted), grid(turned)) == "the affine puts a corner 0.15 mm away (at most 0.1 mm)"
 
 
 def test_what_is_written_has_no_scale_intent_or_display_range_of_the_image(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose
 from torch import nn
 
 from medssm.errors import UserError
@@ -79,6 +80,9 @@ def test_constant_and_empty_channels_are_only_shifted():
     assert not scaled[:2].any()
     assert scaled[2].flatten().tolist() == [-0.5, -0.5, -0.5, 0, 0.5, 1, 1, 1]
     assert image[0, 0, 0, 0] == 7  # the image itself is not changed
+    single = torch.zeros(1, 2, 2, 2)
+    single[0, 0, 0, 1] = 7
+    assert scaling(single, [{"scheme": "zscore"}])(single).flatten().tolist() == [-7, 0, -7, -7, -7, -7, -7, -7]
 
 
 @pytest.mark.parametrize(("size", "wanted", "start"), [(3, 8, 2), (4, 7, 1), (7, 8, 0), (5, 5, 0), (6, 5, 0)])
@@ -176,6 +180,23 @@ def test_about_a_seventh_of_the_patches_is_turned_and_sees_no_border():
     assert patches._crop(patches.volumes[0], np.array([20, 20, 20]), max(reached))["image"].shape == (1, 12, 12, 12)
 
 
+def test_a_turned_patch_has_no_new_intensity_and_no_new_class(monkeypatch):
+    """A volume as small as the patch: what lies outside repeats the border."""
+    monkeypatch.setattr("medssm.segment.patches._TURNED", 1.0)
+    fitted = dataclasses.replace(FITTED, patch=(8, 8, 8))
+    label = torch.zeros(8, 8, 8)
+    label[:4] = 2
+    patches = Patches([volume(label, fitted, torch.full((1, 8, 8, 8), 3.0))], fitted)
+    patches.intensity = Compose([])
+    for patch in (patches[i] for i in range(20)):
+        torch.testing.assert_close(patch["image"], torch.full((1, 8, 8, 8), 3.0))
+        assert set(patch["label"].unique().tolist()) <= {0, 2}
+
+
+def test_a_third_of_the_patches_is_centred_on_a_class_by_default():
+    assert Patches([], FITTED).foreground == 1 / 3
+
+
 # ---- inference
 
 
@@ -192,7 +213,7 @@ class Pointwise(nn.Module):
 
 
 @pytest.mark.parametrize("slice_axis", [None, 0, 1, 2])
-@pytest.mark.parametrize(("overlap", "batch"), [(0.0, 1), (0.5, 1), (0.5, 3), (0.75, 2), (0.9, 4)])
+@pytest.mark.parametrize(("overlap", "batch"), [(0.0, 1), (0.3, 1), (0.5, 1), (0.5, 3), (0.75, 2), (0.9, 4)])
 def test_windows_cover_the_volume_and_the_bar_reaches_its_end(slice_axis, overlap, batch):
     fitted = dataclasses.replace(FITTED, patch=(4,) * (3 if slice_axis is None else 2), slice_axis=slice_axis)
     image, network, shown = torch.randn(1, 9, 6, 3), Pointwise(), []
@@ -200,6 +221,12 @@ def test_windows_cover_the_volume_and_the_bar_reaches_its_end(slice_axis, overla
     torch.testing.assert_close(found, torch.cat([0 * image, image, -image]).softmax(0))
     assert network.calls == len(shown) and shown[-1] == 1 and shown == sorted(shown) and shown[0] == pytest.approx(1 / len(shown))
     assert network.largest <= batch
+
+
+def test_by_default_windows_overlap_by_half_one_at_a_time_and_unmirrored():
+    fitted, network, image = dataclasses.replace(FITTED, mirror=(0,)), Pointwise(), torch.zeros(1, 10, 4, 4)
+    probabilities(network, image, fitted, device=torch.device("cpu"))
+    assert (network.calls, network.largest) == (4, 1)  # windows begin at 0, 2, 4 and 6
 
 
 def test_an_image_is_scaled_before_it_is_padded():
@@ -271,3 +298,4 @@ def test_half_precision_is_the_networks_alone():
     for half, dtype in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
         found = probabilities(network, torch.randn(1, 4, 4, 4), FITTED, device=torch.device("cpu"), half=half)
         assert seen[-1] == dtype and found.dtype == torch.float32
+        torch.testing.assert_close(found.sum(0), torch.ones(4, 4, 4), rtol=0, atol=1e-6)  # the softmax is taken in float32

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -175,8 +176,10 @@ def cached(tmp_path):
 
 def test_a_cached_case_is_not_read_again(cached):
     load, _, cache = cached
+    temporary = tempfile.gettempdir()
     (image, label), count = load()
     (again, label_again), count_again = load()
+    assert tempfile.gettempdir() == temporary  # of the cache's folder for a moment only
     assert (count, count_again) == (1, 1) and torch.equal(image, again) and torch.equal(label, label_again)
     assert (image.dtype, label.dtype) == (torch.float32, torch.int16) and len(list(cache.iterdir())) == 1
 
