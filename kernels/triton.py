@@ -22,6 +22,8 @@ def _look() -> str | None:
         return "triton is not installed: pip install triton"
     if not INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
         return "this torch is built for the CPU"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch finds no GPU or no driver"
     return None
 
 
