@@ -1,8 +1,9 @@
-// What this library was compiled for, for `medssm doctor`.
+// What the CUDA library says of itself: the version of the package it was built for, and the GPUs it was compiled for.
 #include "medssm/abi.h"
 
 #ifndef MEDSSM_TARGETS
 #define MEDSSM_TARGETS "emulation"
 #endif
 
+MEDSSM_VISIBLE const char* medssm_cuda_version() { return MEDSSM_VERSION; }
 MEDSSM_VISIBLE const char* medssm_cuda_targets() { return MEDSSM_TARGETS; }

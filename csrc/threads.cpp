@@ -4,8 +4,8 @@
 // platforms, and a second runtime would start a second pool of threads beside torch's. So its functions are looked up in torch at run time.
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -109,11 +109,11 @@ class Gate {
 void run_threads(int64_t threads, TeamBody body, void* context) {
   Gate gate;
   std::vector<std::thread> others;
-  others.reserve(threads - 1);
   try {
+    others.reserve(threads - 1);
     for (int64_t rank = 1; rank < threads; ++rank) others.emplace_back([&gate, body, context, rank] { body(context, rank, gate.size(), &gate); });
-  } catch (const std::system_error&) {
-    // The system starts no more threads: the team is smaller than asked, which changes no result.
+  } catch (const std::exception&) {
+    // The system starts no more threads, or has no memory for them: the team is smaller than asked, which changes no result.
   }
   gate.open(static_cast<int64_t>(others.size()) + 1);
   body(context, 0, gate.size(), &gate);

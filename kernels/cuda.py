@@ -1,6 +1,6 @@
 """Loads the compiled CUDA library (ctypes, a plain C ABI) and says why it is idle.
 
-A kernel takes one argument: a packed block of 8-byte fields, the stream first; it launches and returns: nothing allocates, synchronises or copies.
+A kernel takes one argument: a packed struct of 8-byte fields, the stream first; it launches and returns: nothing allocates, synchronises or copies.
 The library loads without a driver, and serves where torch sees a GPU that it was compiled for. MEDSSM_CUDA_LIBRARY names another file. One
 built with tests/emulation in place of the CUDA runtime runs the same kernels on tensors of the CPU, thread by thread, for tests without a GPU.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,13 +31,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or None and why not."""
     file = path()
     if not file.is_file():
-        return None, f"no compiled library at {file}: install again where nvcc is (MEDSSM_CUDA=1 pip install --no-cache-dir --force-reinstall medssm)"
+        return None, f"no compiled library at {file}: install again where nvcc is, with MEDSSM_CUDA=1, {native.REINSTALL}"
     try:
-        library = ctypes.CDLL(str(file))
-        library.medssm_cuda_targets.restype = ctypes.c_char_p
-        library.medssm_cuda_targets()
-    except (OSError, AttributeError) as error:
+        library = native.load(file, "cuda")
+    except OSError as error:
         return None, f"{file} does not load: {error}"
+    library.medssm_cuda_targets.restype = ctypes.c_char_p
     return library, None
 
 
@@ -77,28 +78,41 @@ def refuse(*tensors: torch.Tensor | None) -> str | None:
 
 
 @functools.cache
-def _function(name: str):
-    bound = getattr(_LIBRARY, f"medssm_{name}_cuda")
-    bound.argtypes, bound.restype = [ctypes.c_char_p], ctypes.c_char_p
-    return bound
+def _function(name: str, size: int) -> Callable[[bytes], bytes | None]:
+    assert _LIBRARY is not None, _REASON
+    return native.bind(_LIBRARY, name, "cuda", size, ctypes.c_char_p)
 
 
-def call(name: str, block: bytes, tensor: torch.Tensor) -> None:
-    """Run `medssm_<name>_cuda` on a packed argument block whose first field is the stream (see `stream`), on the tensor's device."""
-    if EMULATED:
-        error = _function(name)(block)
-    else:
-        with torch.cuda.device(tensor.device):
-            error = _function(name)(block)
-    if error:
-        raise RuntimeError(f"{name} on {tensor.device}: {error.decode()}")
+class Kernel:
+    """A kernel of the CUDA library: `kernel(tensor, *values)` runs it on that tensor's device, on the stream that torch uses there.
+
+    op, task: together its name in the library. layout: its struct behind the stream, from `native.fields`.
+    RuntimeError where the launch fails or the library's struct has another size.
+    """
+
+    def __init__(self, op: str, task: str, layout: str):
+        self._op, self._task, self._name, self._struct = op, task, f"{op}_{task}", struct.Struct("q" + layout)
+
+    def __call__(self, tensor: torch.Tensor, *values) -> None:
+        kernel, packed = _function(self._name, self._struct.size), self._struct.pack(_stream(tensor), *values)
+        if EMULATED:
+            error = kernel(packed)
+        else:
+            with torch.cuda.device(tensor.device):
+                error = kernel(packed)
+        if error:
+            raise RuntimeError(f"{self._op} (cuda, {self._task}) on {tensor.device}: {error.decode()}")
+
+
+# The structs Strided<dims> of csrc/include/medssm/device.h.
+STRIDED = {dims: native.fields("data type", ("stride", "q" * dims)) for dims in range(1, 6)}
 
 
 def strided(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """The fields of device.h's Strided<dims>."""
+    """The values of Strided<dims>."""
     return (0,) * (2 + dims) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride())
 
 
-def stream(tensor: torch.Tensor) -> int:
+def _stream(tensor: torch.Tensor) -> int:
     """The stream that torch uses on the tensor's device at the moment."""
     return 0 if EMULATED else torch.cuda.current_stream(tensor.device).cuda_stream

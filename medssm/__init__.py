@@ -6,6 +6,8 @@ The ops are in `medssm.ops`, scan orders in `medssm.orders`, layers in `medssm.n
 import importlib
 from pathlib import Path
 
+__version__ = "0.1.0"  # before all else: the kernels' loader compares it with the library's
+
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "__init__.py").is_file():
     __path__.append(str(_here.parent))  # a checkout that made the link medssm/kernels -> ../kernels a text file
@@ -14,7 +16,6 @@ from medssm import ops, orders  # noqa: E402  (after the path above, which makes
 from medssm.dispatch import backends, use_backend  # noqa: E402  (likewise)
 from medssm.ops.op import explain  # noqa: E402  (likewise)
 
-__version__ = "0.1.0"
 __all__ = ["backends", "create_model", "explain", "from_upstream", "list_models", "ops", "orders", "register_model", "use_backend"]
 
 _MODELS = ("create_model", "list_models", "register_model", "from_upstream")

@@ -14,7 +14,7 @@ from medssm import dispatch, ops
 from medssm.kernels import cuda, native, triton
 from medssm.ops.op import OPS
 
-REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps medssm"
+REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps . (in the folder of the source)"
 EXTRAS = {"monai": "segment", "nibabel": "segment", "lightning": "segment", "scipy": "segment", "rich": "segment", "matplotlib": "segment"}
 
 

@@ -10,7 +10,7 @@
 // that is kept but x, y and top is longer than the number of tiles.
 //
 // Each block adds up its own shares of dw and du; those of the batch elements are added in order: any number of threads gives the same bits.
-#include <vector>
+#include <initializer_list>
 
 #include "medssm/abi.h"
 #include "outputs.h"
@@ -195,9 +195,9 @@ template <class T, bool kUpstream> void backward(const Arguments& a) {
   const Walk walk(p.length, p.index, nullptr, 0, p.reverse);
   prefer_huge_pages(p, a.dk);
   prefer_huge_pages(p, a.dv);
-  each_group<T, Memory<T>>(p, [&](const Memory<T>& memory, int64_t first, int64_t count) {
-    std::vector<Backward<T, kUpstream>> blocks;
-    for (int64_t i = 0; i < count; ++i) blocks.emplace_back(a, walk, Block<T>(p, first + i), memory, i);
+  using Walker = Backward<T, kUpstream>;
+  const auto make = [&](const Memory<T>& memory, const Block<T>& block, int64_t i) { return Walker(a, walk, block, memory, i); };
+  each_group<T, Walker, Memory<T>>(p, make, [&](const Walkers<Walker>& blocks) {
     each_segment(p, [&](const Segment& segment) {
       for (auto& block : blocks) block.begin();
       segment.each_tile_back([&](int64_t i, const Run& run) {
@@ -218,4 +218,4 @@ template <class T> void backward(const Arguments& a) { a.problem.upstream ? back
 
 }  // namespace
 
-MEDSSM_EXPORT(bi_wkv_backward)(const Arguments* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
+MEDSSM_EXPORT(bi_wkv_backward, Arguments) { a.problem.wide ? backward<double>(a) : backward<float>(a); }

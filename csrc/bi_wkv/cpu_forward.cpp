@@ -1,6 +1,4 @@
 // Bidirectional WKV, forward, on a CPU: threads share the blocks of channels of all batch elements.
-#include <vector>
-
 #include "medssm/abi.h"
 #include "outputs.h"
 
@@ -23,9 +21,11 @@ template <class T, bool kUpstream> void forward(const Arguments& a) {
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, nullptr, 0, p.reverse);
   prefer_huge_pages(p, a.out);
-  each_group<T, Memory<T>>(p, [&](const Memory<T>& memory, int64_t first, int64_t count) {
-    std::vector<Outputs<T, kUpstream, false>> blocks;
-    for (int64_t i = 0; i < count; ++i) blocks.emplace_back(p, walk, Block<T>(p, first + i), memory.ahead.data() + i * memory.tiles);
+  using Walker = Outputs<T, kUpstream, false>;
+  const auto make = [&](const Memory<T>& memory, const Block<T>& block, int64_t i) {
+    return Walker(p, walk, block, memory.ahead.data() + i * memory.tiles);
+  };
+  each_group<T, Walker, Memory<T>>(p, make, [&](const Walkers<Walker>& blocks) {
     each_segment(p, [&](const Segment& segment) {
       for (auto& block : blocks) block.begin();
       segment.each_tile_back([&](int64_t i, const Run& run) {
@@ -47,4 +47,4 @@ template <class T> void forward(const Arguments& a) { a.problem.upstream ? forwa
 
 }  // namespace
 
-MEDSSM_EXPORT(bi_wkv_forward)(const Arguments* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
+MEDSSM_EXPORT(bi_wkv_forward, Arguments) { a.problem.wide ? forward<double>(a) : forward<float>(a); }

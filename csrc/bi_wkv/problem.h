@@ -136,13 +136,33 @@ template <class T> struct Block {
 // Blocks that are walked together, tile by tile: neighbours share a row's page and its memory burst. Which ones are changes no bits.
 constexpr int64_t kTogether = 4;
 
-// body(memory, first, count) for this thread's share of the blocks of all batch elements, kTogether at a time; Memory(p) is made once a thread.
-template <class T, class Memory, class Body> void each_group(const Problem& p, const Body& body) {
+// Some walkers, one for each of the blocks that are walked together.
+template <class Walker> struct Walkers {
+  Walker *first, *last;
+  Walker* begin() const { return first; }
+  Walker* end() const { return last; }
+};
+
+// body(walkers) for this thread's share of the blocks of all batch elements, a few at a time. make(memory, block, i): the i-th of the few. A thread
+// has one Memory(p, blocks).
+template <class T, class Walker, class Memory, class Make, class Body> void each_group(const Problem& p, const Make& make, const Body& body) {
+  static_assert(std::is_trivially_destructible_v<Walker>, "walkers are left where they are");
+  struct Own {
+    Memory memory;
+    Scratch<Walker> walkers;
+  };
   const int64_t items = p.batch * Block<T>::count(p);
-  parallel(least(least(p.threads, items), ceil_div(p.batch * p.length * p.channels, 4096)), [&](const Team& team) {
+  const int64_t threads = most<int64_t>(1, least(least(p.threads, items), ceil_div(p.batch * p.length * p.channels, 4096)));
+  const int64_t together = least(kTogether, ceil_div(items, threads));
+  const PerThread<Own> own(threads, [&] { return Own{Memory(p, together), Scratch<Walker>(together)}; });
+  parallel(threads, [&](const Team& team) {
+    const auto& [memory, walkers] = own[team.rank];
     const Range mine = share(items, team);
-    const Memory memory(p, least(kTogether, mine.end - mine.begin));
-    for (int64_t item = mine.begin; item < mine.end; item += kTogether) body(memory, item, least(kTogether, mine.end - item));
+    for (int64_t item = mine.begin; item < mine.end; item += together) {
+      const int64_t count = least(together, mine.end - item);
+      for (int64_t i = 0; i < count; ++i) new (walkers.data() + i) Walker(make(memory, Block<T>(p, item + i), i));
+      body(Walkers<Walker>{walkers.data(), walkers.data() + count});
+    }
   });
 }
 

@@ -67,9 +67,15 @@ template <class T> void forward(const Forward& a) {
   const Scratch<T> taps(plan.vectors * plan.packed);
   pack(p.taps, false, taps.data());
   const Tokens<T> out = fresh(plan, walk, p, a.out);
-  parallel(worthwhile(p.threads, plan.tasks(), plan.elements), [&](const Team& team) {
-    Input<T> input(plan, walk, p);
-    Rows<T> rows(plan, out);
+  struct Own {
+    Input<T> input;
+    Rows<T> rows;
+  };
+  const int64_t threads = worthwhile(p.threads, plan.tasks(), plan.elements);
+  const PerThread<Own> own(threads, [&] { return Own{Input<T>(plan, walk, p), Rows<T>(plan, out)}; });
+  parallel(threads, [&](const Team& team) {
+    Input<T>& input = own[team.rank].input;
+    Rows<T>& rows = own[team.rank].rows;
     each_task(plan, team, [&](const Task& task) {
       each_run(walk, task, [&](const Range& run, const Range& segment) {
         input.start(task, segment, run.begin);
@@ -182,14 +188,15 @@ template <class T> void backward(const Backward& a) {
   pack(p.taps, false, taps.data());
   pack(p.taps, true, mirrored.data());
   const Tokens<T> dout(plan, walk, a.dout, p.x_type, a.dout_stride[0], a.dout_stride[1]), dx = fresh(plan, walk, p, a.dx);
-  parallel(worthwhile(p.threads, plan.tasks(), plan.elements), [&](const Team& team) {
-    Adjoint<T> adjoint(a, plan, walk, dout, dx, taps.data(), mirrored.data());
-    each_task(plan, team, [&](const Task& task) { adjoint.run(task, sums.data() + (task.share * plan.vectors + task.first) * plan.packed); });
+  const int64_t threads = worthwhile(p.threads, plan.tasks(), plan.elements);
+  const PerThread<Adjoint<T>> own(threads, [&] { return Adjoint<T>(a, plan, walk, dout, dx, taps.data(), mirrored.data()); });
+  parallel(threads, [&](const Team& team) {
+    each_task(plan, team, [&](const Task& task) { own[team.rank].run(task, sums.data() + (task.share * plan.vectors + task.first) * plan.packed); });
   });
   reduce(p.taps, sums.data(), plan.shares, a.dweight, a.dbias, p.threads);
 }
 
 }  // namespace
 
-MEDSSM_EXPORT(causal_conv1d_forward)(const Forward* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
-MEDSSM_EXPORT(causal_conv1d_backward)(const Backward* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
+MEDSSM_EXPORT(causal_conv1d_forward, Forward) { a.problem.wide ? forward<double>(a) : forward<float>(a); }
+MEDSSM_EXPORT(causal_conv1d_backward, Backward) { a.problem.wide ? backward<double>(a) : backward<float>(a); }

@@ -252,13 +252,7 @@ template <class T> void run_backward(const Arguments& a) {
 
 }  // namespace
 
-MEDSSM_CUDA_EXPORT(causal_conv1d_forward)(const Arguments* a) {
-  (a->wide ? run_forward<double> : run_forward<float>)(*a);
-  return launch_error();
-}
-MEDSSM_CUDA_EXPORT(causal_conv1d_backward)(const Arguments* a) {
-  (a->wide ? run_backward<double> : run_backward<float>)(*a);
-  return launch_error();
-}
+MEDSSM_CUDA_EXPORT(causal_conv1d_forward, Arguments) { (a.wide ? run_forward<double> : run_forward<float>)(a); }
+MEDSSM_CUDA_EXPORT(causal_conv1d_backward, Arguments) { (a.wide ? run_backward<double> : run_backward<float>)(a); }
 
 }  // namespace medssm

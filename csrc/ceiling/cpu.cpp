@@ -37,16 +37,16 @@ __attribute__((noinline)) Floats steps(const float* rates, const float* s, const
 
 }  // namespace
 
-MEDSSM_EXPORT(ceiling_scan)(const Arguments* a) {
-  const int64_t blocks = (a->channels + W - 1) / W;
-  parallel(least(a->threads, blocks), [&](const Team& team) {
+MEDSSM_EXPORT(ceiling_scan, Arguments) {
+  const int64_t blocks = (a.channels + W - 1) / W;
+  parallel(least(a.threads, blocks), [&](const Team& team) {
     alignas(64) float rates[kStates * W], s[kSteps * W], B[kSteps * kStates], C[kSteps * kStates], state[kStates * W] = {};
     for (int i = 0; i < kStates * W; ++i) rates[i] = -1.f - i / W;
     for (int i = 0; i < kSteps * W; ++i) s[i] = 0.01f + 0.001f * (i % 97);
     for (int i = 0; i < kSteps * kStates; ++i) B[i] = 0.5f - 0.01f * (i % 89), C[i] = 0.4f - 0.01f * (i % 83);
     Floats total{};
     for (int64_t block = share(blocks, team).begin; block < share(blocks, team).end; ++block)
-      for (int64_t t = 0; t < a->tokens; t += kSteps) total += steps(rates, s, B, C, state);
-    if (team.rank == 0) *a->sum = sum_lanes(total);
+      for (int64_t t = 0; t < a.tokens; t += kSteps) total += steps(rates, s, B, C, state);
+    if (team.rank == 0) *a.sum = sum_lanes(total);
   });
 }

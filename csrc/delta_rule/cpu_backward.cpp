@@ -77,16 +77,17 @@ template <class T> MEDSSM_INLINE void put_shares(Vec<T>* sums, const Block& bloc
 }
 
 // dv, u, dinitial and shares of dbeta and dg: columns of S in the lanes, from the last token to the first.
-template <class T, int N> void values_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i) {
+template <class T, int N> void values_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, Workspace<T>& memory) {
   using L = Lanes<T, N>;
   const Problem& p = a.problem;
   const Item item = between.by_values[i];
   const int64_t at_state = (item.batch * p.heads + item.head) * p.keys * p.values + item.first;
   const T scale = static_cast<T>(p.scale);
-  Rows<T> q(p.q, item, 0, p.keys), k(p.k, item, 0, p.keys), v(p.v, item, item.first, item.lanes), dout(a.dout, item, item.first, item.lanes),
-      recalled(dense<T>(a.recalled, p, p.values), item, item.first, item.lanes);
+  memory.clear();
+  Rows<T> q(p.q, item, 0, p.keys, memory), k(p.k, item, 0, p.keys, memory), v(p.v, item, item.first, item.lanes, memory),
+      dout(a.dout, item, item.first, item.lanes, memory), recalled(dense<T>(a.recalled, p, p.values), item, item.first, item.lanes, memory);
   const Target<T> dv(a.dv, p, item, p.values), u(between.u.data(), p, item, p.values);
-  State<T, N, 2, 2> state(p.keys);
+  State<T, N, 2, 2> state(p.keys, memory);
   state.set(a.dstate, at_state, p.values, 1, item.lanes);
   each_tile_back(walk, 0, p.length, [&](const Tile& tile) {
     each_block(tile, false, [&](const Block& block) {
@@ -118,15 +119,16 @@ template <class T, int N> void values_pass(const Backward& a, const Walk& walk, 
 }
 
 // dq, the S' dv of dk, shares of dg, and the states at the ends of chunks if `kept`: rows of S in the lanes.
-template <class T, int N> void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, T* kept) {
+template <class T, int N> void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, Workspace<T>& memory, T* kept) {
   using L = Lanes<T, N>;
   const Problem& p = a.problem;
   const Item item = between.by_keys[i];
   const T scale = static_cast<T>(p.scale);
-  Rows<T> u(dense<T>(between.u.data(), p, p.values), item, 0, p.values), dv(dense<T>(a.dv, p, p.values), item, 0, p.values),
-      dout(a.dout, item, 0, p.values), q(p.q, item, item.first, item.lanes), k(p.k, item, item.first, item.lanes);
+  memory.clear();
+  Rows<T> u(dense<T>(between.u.data(), p, p.values), item, 0, p.values, memory), dv(dense<T>(a.dv, p, p.values), item, 0, p.values, memory),
+      dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.lanes, memory), k(p.k, item, item.first, item.lanes, memory);
   const Target<T> dq(a.dq, p, item, p.keys), dk(a.dk, p, item, p.keys);
-  State<T, N, 3, 1> state(p.values);
+  State<T, N, 3, 1> state(p.values, memory);
   state.set(p.initial, ((item.batch * p.heads + item.head) * p.keys + item.first) * p.values, 1, p.values, item.lanes);
   for (int64_t from = 0; from < p.length;) {
     const Tile tile = walk.tile(from, p.length);
@@ -155,16 +157,18 @@ template <class T, int N> void queries_pass(const Backward& a, const Walk& walk,
 }
 
 // The dS u of dk, and <S, X> at the ends of chunks if `kept`: rows of X in the lanes, from the last token to the first.
-template <class T, int N> void keys_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, const T* kept) {
+template <class T, int N>
+void keys_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, Workspace<T>& memory, const T* kept) {
   using L = Lanes<T, N>;
   const Problem& p = a.problem;
   const Item item = between.by_keys[i];
   const T scale = static_cast<T>(p.scale);
-  Rows<T> u(dense<T>(between.u.data(), p, p.values), item, 0, p.values), dv(dense<T>(a.dv, p, p.values), item, 0, p.values),
-      dout(a.dout, item, 0, p.values), q(p.q, item, item.first, item.lanes), k(p.k, item, item.first, item.lanes),
-      partial(dense<T>(a.dk, p, p.keys), item, item.first, item.lanes);
+  memory.clear();
+  Rows<T> u(dense<T>(between.u.data(), p, p.values), item, 0, p.values, memory), dv(dense<T>(a.dv, p, p.values), item, 0, p.values, memory),
+      dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.lanes, memory), k(p.k, item, item.first, item.lanes, memory),
+      partial(dense<T>(a.dk, p, p.keys), item, item.first, item.lanes, memory);
   const Target<T> dk(a.dk, p, item, p.keys);
-  State<T, N, 3, 2> state(p.values);
+  State<T, N, 3, 2> state(p.values, memory);
   state.set(a.dstate, ((item.batch * p.heads + item.head) * p.keys + item.first) * p.values, 1, p.values, item.lanes);
   for (int64_t chunk = between.chunks - 1; chunk >= 0; --chunk) {
     if (kept) {
@@ -216,6 +220,13 @@ template <class T> void add_shares(const Backward& a, const Walk& walk, const Be
   }
 }
 
+// The most memory that a pass takes: rows of keys or of values, rows of an item's lanes, and a state.
+template <class T> int64_t pass_size(const Problem& p) {
+  const int64_t of_lanes = 3 * Rows<T>::size(kVectors * kLanes<T>);
+  return of_lanes + most(2 * Rows<T>::size(p.keys) + State<T, kVectors, 2, 2>::size(p.keys),
+                         3 * Rows<T>::size(p.values) + State<T, kVectors, 3, 2>::size(p.values));
+}
+
 template <class T> void backward(const Backward& a) {
   const Problem& p = a.problem;
   const Walk walk = p.walk();
@@ -223,17 +234,24 @@ template <class T> void backward(const Backward& a) {
   const int64_t tokens = p.batch * p.length * p.heads, size = static_cast<int64_t>(sizeof(T));
   for (void* gradient : {a.dq, a.dk}) prefer_huge_pages(gradient, tokens * p.keys * size);
   prefer_huge_pages(a.dv, tokens * p.values * size);
-  parallel(team_size(p, most(between.by_values.count, between.by_keys.count)), [&](const Team& team) {
+  const int64_t threads = team_size(p, most(between.by_values.count, between.by_keys.count));
+  struct Own {
+    Workspace<T> memory;
+    Scratch<T> kept;  // the states of an item at the ends of chunks
+  };
+  const PerThread<Own> own(threads,
+                           [&] { return Own{Workspace<T>(pass_size<T>(p)), Scratch<T>(a.dg ? between.chunks * p.values * kVectors * kLanes<T> : 0)}; });
+  parallel_phases(threads, [&](PhasedTeam& team) {
     const Range values = share(between.by_values.count, team), keys = share(between.by_keys.count, team), heads = share(p.batch * p.heads, team);
+    Workspace<T>& memory = own[team.rank].memory;
+    T* const kept = a.dg ? own[team.rank].kept.data() : nullptr;
     for (int64_t i = values.begin; i < values.end; ++i)
-      with_vectors<T>(between.by_values[i], [&](auto n) { values_pass<T, n>(a, walk, between, i); });
+      with_vectors<T>(between.by_values[i], [&](auto n) { values_pass<T, n>(a, walk, between, i, memory); });
     team.barrier();
-    const Scratch<T> states(a.dg ? between.chunks * p.values * kVectors * kLanes<T> : 0);
-    T* const kept = a.dg ? states.data() : nullptr;
     for (int64_t i = keys.begin; i < keys.end; ++i)
       with_vectors<T>(between.by_keys[i], [&](auto n) {
-        queries_pass<T, n>(a, walk, between, i, kept);
-        keys_pass<T, n>(a, walk, between, i, kept);
+        queries_pass<T, n>(a, walk, between, i, memory, kept);
+        keys_pass<T, n>(a, walk, between, i, memory, kept);
       });
     team.barrier();
     for (int64_t head = heads.begin; head < heads.end; ++head) add_shares(a, walk, between, head);
@@ -242,4 +260,4 @@ template <class T> void backward(const Backward& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(delta_rule_backward)(const Backward* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
+MEDSSM_EXPORT(delta_rule_backward, Backward) { a.problem.wide ? backward<double>(a) : backward<float>(a); }

@@ -16,14 +16,15 @@ struct Forward {
   void* recalled;  // (b, l, h, dv), dense, the compute type; may be null
 };
 
-template <class T, int kVectors> void run(const Forward& a, const Walk& walk, const Item& item) {
+template <class T, int kVectors> void run(const Forward& a, const Walk& walk, const Item& item, Workspace<T>& memory) {
   using L = Lanes<T, kVectors>;
   const Problem& p = a.problem;
   const int64_t head = item.batch * p.heads + item.head, at_state = head * p.keys * p.values + item.first;
   const auto at = [&](int64_t token) { return ((item.batch * p.length + token) * p.heads + item.head) * p.values + item.first; };
   const T scale = static_cast<T>(p.scale);
-  Rows<T> k(p.k, item, 0, p.keys), q(p.q, item, 0, p.keys), v(p.v, item, item.first, item.lanes);
-  State<T, kVectors, 2, 1> state(p.keys);
+  memory.clear();
+  Rows<T> k(p.k, item, 0, p.keys, memory), q(p.q, item, 0, p.keys, memory), v(p.v, item, item.first, item.lanes, memory);
+  State<T, kVectors, 2, 1> state(p.keys, memory);
   state.set(p.initial, at_state, p.values, 1, item.lanes);
   for (int64_t from = 0; from < p.length;) {
     const Tile tile = walk.tile(from, p.length);
@@ -57,12 +58,15 @@ template <class T> void forward(const Forward& a) {
   const int64_t elements = p.batch * p.length * p.heads * p.values;
   prefer_huge_pages(a.out, elements * element_size(p.v.type));
   if (a.recalled) prefer_huge_pages(a.recalled, elements * static_cast<int64_t>(sizeof(T)));
-  parallel(team_size(p, items.count), [&](const Team& team) {
+  const int64_t threads = team_size(p, items.count), rows = 2 * Rows<T>::size(p.keys) + Rows<T>::size(kVectors * kLanes<T>);
+  const PerThread<Workspace<T>> own(threads, [&] { return Workspace<T>(rows + State<T, kVectors, 2, 1>::size(p.keys)); });
+  parallel(threads, [&](const Team& team) {
     const Range mine = share(items.count, team);
-    for (int64_t i = mine.begin; i < mine.end; ++i) with_vectors<T>(items[i], [&](auto vectors) { run<T, vectors>(a, walk, items[i]); });
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      with_vectors<T>(items[i], [&](auto vectors) { run<T, vectors>(a, walk, items[i], own[team.rank]); });
   });
 }
 
 }  // namespace
 
-MEDSSM_EXPORT(delta_rule_forward)(const Forward* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
+MEDSSM_EXPORT(delta_rule_forward, Forward) { a.problem.wide ? forward<double>(a) : forward<float>(a); }

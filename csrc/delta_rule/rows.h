@@ -1,5 +1,7 @@
 // The tokens of a block as rows of the compute type, and the numbers that belong to them.
 #pragma once
+#include <stdexcept>
+
 #include "arguments.h"
 #include "medssm/math.h"
 #include "medssm/scratch.h"
@@ -50,17 +52,38 @@ class Ahead {
   int64_t count_ = 0;
 };
 
+// Memory that the passes over one item after another use: `clear` makes all of it free again.
+template <class T> class Workspace {
+ public:
+  explicit Workspace(int64_t size) : scratch_(size), size_(size) {}
+  void clear() { used_ = 0; }
+  T* take(int64_t count) {
+    T* const taken = scratch_.data() + used_;
+    used_ += round_up(count, kLanes<T>);
+    if (used_ > size_) throw std::length_error("a pass takes more memory than was set aside for it");
+    return taken;
+  }
+
+ private:
+  const Scratch<T> scratch_;
+  const int64_t size_;
+  int64_t used_ = 0;
+};
+
 // Features [first, first + count) of one head's tokens: in place where they are of the compute type, else copies.
 template <class T> class Rows {
  public:
-  Rows(const Tokens& x, const Item& item, int64_t first, int64_t count) :
+  // The most memory that rows of so many features take.
+  static int64_t size(int64_t count) { return (kBlock + 1) * round_up(count, kLanes<T>); }
+
+  Rows(const Tokens& x, const Item& item, int64_t first, int64_t count, Workspace<T>& memory) :
       x_(x),
       offset_(x.batch * item.batch + x.head * item.head + first),
       count_(count),
       step_(round_up(count, kLanes<T>)),
       in_place_(x.type == (sizeof(T) == 8 ? kFloat64 : kFloat32)),
-      copies_((in_place_ ? 1 : kBlock + 1) * step_) {
-    for (int64_t i = 0; i < step_; ++i) copies_.data()[i] = T(0);
+      copies_(memory.take((in_place_ ? 1 : kBlock + 1) * step_)) {
+    for (int64_t i = 0; i < step_; ++i) copies_[i] = T(0);
   }
 
   // Adds a token's lines to those to be asked for.
@@ -72,7 +95,7 @@ template <class T> class Rows {
 
   // Valid until the next call.
   const T* const* of(const Block& block) {
-    for (int j = 0; j < kBlock; ++j) rows_[j] = j < block.count ? row(block.token[j], j) : copies_.data();
+    for (int j = 0; j < kBlock; ++j) rows_[j] = j < block.count ? row(block.token[j], j) : copies_;
     return rows_;
   }
 
@@ -80,7 +103,7 @@ template <class T> class Rows {
   const T* row(int64_t token, int j) {
     const int64_t at = offset_ + token * x_.token;
     if (in_place_) return static_cast<const T*>(x_.data) + at;
-    T* copy = copies_.data() + (j + 1) * step_;
+    T* copy = copies_ + (j + 1) * step_;
     with_storage(x_.type, x_.data, [&](const auto* data) {
       for (int64_t i = 0; i < count_; i += kLanes<T>)
         store(copy + i, load_part<T>(data + at + i, static_cast<int>(least<int64_t>(kLanes<T>, count_ - i))));
@@ -91,7 +114,7 @@ template <class T> class Rows {
   const Tokens x_;
   const int64_t offset_, count_, step_;
   const bool in_place_;
-  const Scratch<T> copies_;  // the first row is zero
+  T* const copies_;  // the first row is zero
   const T* rows_[kBlock];
 };
 

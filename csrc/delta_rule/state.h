@@ -16,15 +16,18 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
   static constexpr int kReads = 3 - kUpdates, kWidth = kSlots * kBlock, kRow = kVectors * kLanes<T>;
   using L = Lanes<T, kVectors>;
 
-  explicit State(int64_t rows) :
-      rows_(rows), state_(rows * kRow), panels_(2 * panel_size()), panel_(panels_.data()), earlier_(panels_.data() + panel_size()) {
-    for (int64_t i = 0; i < 2 * panel_size(); ++i) panels_.data()[i] = T(0);
+  // The memory that a state of so many rows takes.
+  static int64_t size(int64_t rows) { return rows * kRow + 2 * panel_size(rows); }
+
+  State(int64_t rows, Workspace<T>& memory) :
+      rows_(rows), state_(memory.take(rows * kRow)), panel_(memory.take(2 * panel_size(rows))), earlier_(panel_ + panel_size(rows)) {
+    for (int64_t i = 0; i < 2 * panel_size(rows); ++i) panel_[i] = T(0);
     clear();
   }
 
   // Zero, or row i from data + i * row_stride, lane c from there + c * column_stride.
   void clear() {
-    for (int64_t i = 0; i < rows_ * kRow; ++i) state_.data()[i] = T(0);
+    for (int64_t i = 0; i < rows_ * kRow; ++i) state_[i] = T(0);
     settle();
   }
   void set(const void* data, int64_t offset, int64_t row_stride, int64_t column_stride, int lanes) {
@@ -32,14 +35,14 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
     if (!data) return;
     const T* from = static_cast<const T*>(data) + offset;
     for (int64_t i = 0; i < rows_; ++i)
-      for (int c = 0; c < lanes; ++c) state_.data()[i * kRow + c] = from[i * row_stride + c * column_stride];
+      for (int c = 0; c < lanes; ++c) state_[i * kRow + c] = from[i * row_stride + c * column_stride];
   }
 
   // The state itself, all updates applied: rows of kRow lanes.
   const T* value() {
     sweep<false>({}, nullptr);
     settle();
-    return state_.data();
+    return state_;
   }
   void get(void* data, int64_t offset, int64_t row_stride, int lanes) {
     const T* from = value();
@@ -60,7 +63,7 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
   MEDSSM_INLINE void decay(T factor) { decay_ = factor; }
 
  private:
-  int64_t panel_size() const { return round_up(rows_, kLanes<T>) * kWidth; }
+  static int64_t panel_size(int64_t rows) { return round_up(rows, kLanes<T>) * kWidth; }
   void settle() {
     decay_ = T(1);
     for (L& x : pending_) x = L{};
@@ -76,7 +79,7 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
     for (int j = 0; j < kUpdates * kBlock; ++j) x[j] = pending_[j];
     const Vec<T> factor = splat(decay_);
     const T *c = earlier_, *r = panel_ + (kSlots - kReads) * kBlock;
-    T* s = state_.data();
+    T* s = state_;
     for (int64_t i = 0; i < rows_; ++i, c += kWidth, r += kWidth, s += kRow) {
       ahead.ask(2 * i);
       L row;
@@ -103,7 +106,7 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
   }
 
   const int64_t rows_;
-  const Scratch<T> state_, panels_;
+  T* const state_;
   T *panel_, *earlier_;
   L pending_[kUpdates * kBlock];
   T decay_;

@@ -166,9 +166,14 @@ template <class T, class S, class F> void walk(const Plan<T>& plan, const Volume
 
 // Runs body(box, ring, planes) for every task.
 template <class T, class Body> void each_box(const Plan<T>& plan, int64_t threads, const Body& body) {
-  parallel(worthwhile(threads, plan.tasks(), plan.elements), [&](const Team& team) {
-    const Scratch<T> ring(plan.box_vectors * plan.ring);
-    const Scratch<const T*> planes(plan.side[0]);
+  struct Own {
+    Scratch<T> ring;
+    Scratch<const T*> planes;
+  };
+  threads = worthwhile(threads, plan.tasks(), plan.elements);
+  const PerThread<Own> own(threads, [&] { return Own{Scratch<T>(plan.box_vectors * plan.ring), Scratch<const T*>(plan.side[0])}; });
+  parallel(threads, [&](const Team& team) {
+    const auto& [ring, planes] = own[team.rank];
     const Range mine = share(plan.tasks(), team);
     for (int64_t i = mine.begin; i < mine.end; ++i) body(plan.task(i), ring.data(), planes.data());
     finish_streaming();
@@ -308,5 +313,5 @@ template <class T> void backward(const Backward& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(depthwise_conv_forward)(const Forward* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
-MEDSSM_EXPORT(depthwise_conv_backward)(const Backward* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
+MEDSSM_EXPORT(depthwise_conv_forward, Forward) { a.problem.wide ? forward<double>(a) : forward<float>(a); }
+MEDSSM_EXPORT(depthwise_conv_backward, Backward) { a.problem.wide ? backward<double>(a) : backward<float>(a); }

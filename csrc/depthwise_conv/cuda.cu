@@ -187,13 +187,7 @@ template <class T> void run_weights(const Arguments& a) {
 
 }  // namespace
 
-MEDSSM_CUDA_EXPORT(depthwise_conv_convolve)(const Arguments* a) {
-  (a->wide ? run<double> : run<float>)(*a);
-  return launch_error();
-}
-MEDSSM_CUDA_EXPORT(depthwise_conv_weights)(const Arguments* a) {
-  (a->wide ? run_weights<double> : run_weights<float>)(*a);
-  return launch_error();
-}
+MEDSSM_CUDA_EXPORT(depthwise_conv_convolve, Arguments) { (a.wide ? run<double> : run<float>)(a); }
+MEDSSM_CUDA_EXPORT(depthwise_conv_weights, Arguments) { (a.wide ? run_weights<double> : run_weights<float>)(a); }
 
 }  // namespace medssm

@@ -237,4 +237,4 @@ template <class T> void backward(const Arguments& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(gated_linear_attention_backward)(const Arguments* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
+MEDSSM_EXPORT(gated_linear_attention_backward, Arguments) { a.problem.wide ? backward<double>(a) : backward<float>(a); }

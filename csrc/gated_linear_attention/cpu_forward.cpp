@@ -36,4 +36,4 @@ template <class T> void forward(const Arguments& a) { a.problem.per_key ? forwar
 
 }  // namespace
 
-MEDSSM_EXPORT(gated_linear_attention_forward)(const Arguments* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
+MEDSSM_EXPORT(gated_linear_attention_forward, Arguments) { a.problem.wide ? forward<double>(a) : forward<float>(a); }

@@ -53,22 +53,21 @@ void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const 
 }
 
 // Puts in place of each segment's sums the state at its first step; `back`: at its last, from the walk's end. Before the first comes `before`; what
-// follows the last goes to kv and z, unless null.
+// follows the last goes to kv and z, unless null. state: scratch for the sums of a group.
 template <class T> void chain(const Plan<T>& plan, const Problem& p, int64_t item, const Resets& resets, bool back, const void* before_kv,
-                              const void* before_z, T* parts, void* kv, void* z) {
-  const Scratch<T> state(plan.sums);
+                              const void* before_z, T* parts, T* state, void* kv, void* z) {
   const int64_t shares = plan.k.shares();
-  pad(plan, item, static_cast<const T*>(before_kv), static_cast<const T*>(before_z), state.data());
+  pad(plan, item, static_cast<const T*>(before_kv), static_cast<const T*>(before_z), state);
   for (int64_t i = 0; i < shares; ++i) {
     const int64_t share = back ? shares - 1 - i : i;
     T* own = parts + ((item / p.groups * shares + share) * p.groups + item % p.groups) * plan.sums;
     for (int64_t j = 0; j < plan.sums; j += kLanes<T>) {
-      const Vec<T> sum = load<T>(own + j), before = load<T>(state.data() + j);
+      const Vec<T> sum = load<T>(own + j), before = load<T>(state + j);
       store(own + j, before);
-      store(state.data() + j, resets[share] ? sum : before + sum);
+      store(state + j, resets[share] ? sum : before + sum);
     }
   }
-  if (kv) unpad(plan, item, state.data(), static_cast<T*>(kv), static_cast<T*>(z));
+  if (kv) unpad(plan, item, state, static_cast<T*>(kv), static_cast<T*>(z));
 }
 
 // A state as matrix_state.h has it, in blocks of lanes: of dense rows, or of their transposed.

@@ -110,8 +110,9 @@ template <class T> void backward(const Backward& a) {
   const Plan<T> plan(p);
   const Scratch<T> parts(plan.q.shares() * plan.totals * plan.sums), totals(plan.totals * plan.sums), columns(plan.totals * plan.dv * plan.dk_padded);
   for (const Tokens* gradient : {&a.dq, &a.dk, &a.dv}) prefer_huge_pages(p, *gradient);
-  parallel(plan.threads(p), [&](const Team& team) {
-    Adjoint<T> adjoint(a, plan, parts.data(), totals.data(), columns.data());
+  const PerThread<Adjoint<T>> own(plan.threads(p), [&] { return Adjoint<T>(a, plan, parts.data(), totals.data(), columns.data()); });
+  parallel_phases(plan.threads(p), [&](PhasedTeam& team) {
+    Adjoint<T>& adjoint = own[team.rank];
     const Range mine = share(plan.totals, team);
     const auto turn_total = [&](int64_t i) { turn(plan, totals.data() + i * plan.sums, columns.data() + i * plan.dv * plan.dk_padded); };
     for (int64_t i = mine.begin; i < mine.end; ++i) {
@@ -135,4 +136,4 @@ template <class T> void backward(const Backward& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(linear_attention_backward)(const Backward* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
+MEDSSM_EXPORT(linear_attention_backward, Backward) { a.problem.wide ? backward<double>(a) : backward<float>(a); }

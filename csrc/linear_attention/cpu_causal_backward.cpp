@@ -49,10 +49,13 @@ template <class T> class Adjoint {
       v_row_(plan_.dv_padded),
       matrix_(row_ * v_row_),
       state_(2 * matrix_ + row_),
-      states_(plan_.block * plan_.per_group * state_),
+      states_(plan_.block * most<int64_t>(1, plan_.per_group) * state_),
       gradient_(block_.k_tile),
       dv_(block_.v_tile),
       before_(row_) {}
+
+  // For the sums of a group, between tasks.
+  T* scratch() const { return states_.data(); }
 
   void sum(const Task& task) {
     sum_segment(plan_, p_, shared_.walk, task, block_.k.data(), block_.v.data(), block_.turned.data(), shared_.parts.data());
@@ -186,18 +189,19 @@ template <class T> void backward(const Backward& a) {
   const Problem& p = a.problem;
   const Plan<T>& plan = shared.plan;
   for (const Tokens* gradient : {&a.dq, &a.dk, &a.dv}) prefer_huge_pages(p, *gradient);
-  parallel(plan.threads(p), [&](const Team& team) {
-    Adjoint<T> adjoint(shared);
+  const PerThread<Adjoint<T>> own(plan.threads(p), [&] { return Adjoint<T>(shared); });
+  parallel_phases(plan.threads(p), [&](PhasedTeam& team) {
+    Adjoint<T>& adjoint = own[team.rank];
     const Range mine = share(plan.totals, team);
     each_task(plan.k, team, [&](const Task& task) { adjoint.sum(task); });
     team.barrier();
     for (int64_t i = mine.begin; i < mine.end; ++i)
-      chain<T>(plan, p, i, shared.resets, false, a.initial_kv, a.initial_z, shared.parts.data(), nullptr, nullptr);
+      chain<T>(plan, p, i, shared.resets, false, a.initial_kv, a.initial_z, shared.parts.data(), adjoint.scratch(), nullptr, nullptr);
     team.barrier();
     each_task(plan.k, team, [&](const Task& task) { adjoint.along(task); });
     team.barrier();
     for (int64_t i = mine.begin; i < mine.end; ++i)
-      chain<T>(plan, p, i, shared.resets, true, a.later_kv, a.later_z, shared.later.data(), a.dkv, a.dz);
+      chain<T>(plan, p, i, shared.resets, true, a.later_kv, a.later_z, shared.later.data(), adjoint.scratch(), a.dkv, a.dz);
     team.barrier();
     each_task(plan.k, team, [&](const Task& task) { adjoint.against(task); });
     finish_streaming();
@@ -206,4 +210,4 @@ template <class T> void backward(const Backward& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(linear_attention_causal_backward)(const Backward* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
+MEDSSM_EXPORT(linear_attention_causal_backward, Backward) { a.problem.wide ? backward<double>(a) : backward<float>(a); }

@@ -14,14 +14,21 @@ template <class T> void forward(const Forward& a) {
   const Scratch<T> parts(plan.k.shares() * plan.totals * plan.sums);
   const int64_t matrix = plan.dk_padded * plan.dv_padded;
   prefer_huge_pages(p, a.out);
-  parallel(plan.threads(p), [&](const Team& team) {
-    const Block<T> block(plan, p, false);
-    const Scratch<T> states(plan.block * plan.per_group * plan.sums);  // of each head, z behind S
+  struct Own {
+    Block<T> block;
+    Scratch<T> states;  // of each head, z behind S
+  };
+  const PerThread<Own> own(plan.threads(p),
+                           [&] { return Own{{plan, p, false}, Scratch<T>(plan.block * most<int64_t>(1, plan.per_group) * plan.sums)}; });
+  parallel_phases(plan.threads(p), [&](PhasedTeam& team) {
+    const Block<T>& block = own[team.rank].block;
+    const Scratch<T>& states = own[team.rank].states;
     each_task(plan.k, team,
               [&](const Task& task) { sum_segment(plan, p, walk, task, block.k.data(), block.v.data(), block.turned.data(), parts.data()); });
     team.barrier();
     const Range mine = share(plan.totals, team);
-    for (int64_t i = mine.begin; i < mine.end; ++i) chain(plan, p, i, resets, false, a.initial_kv, a.initial_z, parts.data(), a.kv, a.z);
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      chain(plan, p, i, resets, false, a.initial_kv, a.initial_z, parts.data(), states.data(), a.kv, a.z);
     team.barrier();
     each_task(plan.k, team, [&](const Task& task) {
       const int64_t first = task.first * plan.per_group, heads = task.count * plan.per_group;
@@ -59,4 +66,4 @@ template <class T> void forward(const Forward& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(linear_attention_causal_forward)(const Forward* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
+MEDSSM_EXPORT(linear_attention_causal_forward, Forward) { a.problem.wide ? forward<double>(a) : forward<float>(a); }

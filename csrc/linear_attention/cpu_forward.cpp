@@ -19,9 +19,14 @@ template <class T> void forward(const Forward& a) {
   const Scratch<T> parts(plan.k.shares() * plan.totals * plan.sums), totals(plan.totals * plan.sums);
   const int64_t k_tile = kTokens * plan.dk_padded, v_tile = kTokens * plan.dv_padded;
   prefer_huge_pages(p, a.out);
-  parallel(plan.threads(p), [&](const Team& team) {
-    const Tiles<T> rows(plan.block * plan.per_group * k_tile), v_rows(plan.block * v_tile), turned_rows(k_tile);
-    T *const tiles = rows.data(), *const v_tiles = v_rows.data(), *const turned = turned_rows.data();
+  struct Own {
+    Tiles<T> tiles, v_tiles, turned;
+  };
+  const PerThread<Own> own(plan.threads(p),
+                           [&] { return Own{Tiles<T>(plan.block * plan.per_group * k_tile), Tiles<T>(plan.block * v_tile), Tiles<T>(k_tile)}; });
+  parallel_phases(plan.threads(p), [&](PhasedTeam& team) {
+    const Own& buffers = own[team.rank];
+    T *const tiles = buffers.tiles.data(), *const v_tiles = buffers.v_tiles.data(), *const turned = buffers.turned.data();
     each_task(plan.k, team, [&](const Task& task) {
       for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan, p, plan.k, task, g, parts.data()), plan.sums);
       if (direct) return with_feature(p.feature_map, [&](auto map) { direct_keys<decltype(map)::value>(plan, p, task, parts.data()); });
@@ -67,4 +72,4 @@ template <class T> void forward(const Forward& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(linear_attention_forward)(const Forward* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
+MEDSSM_EXPORT(linear_attention_forward, Forward) { a.problem.wide ? forward<double>(a) : forward<float>(a); }

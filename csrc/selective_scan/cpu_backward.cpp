@@ -41,17 +41,21 @@ template <class T> class Backward {
       seats_(halved_ ? 2 : 1),
       batches_(least(p_.batch, ceil_div(4 * p_.threads, blocks_.count))),
       items_(batches_ * blocks_.count),
-      round_(chunk_ * most<int64_t>(1, least(kRound / chunk_, kRoundBytes / (items_ * chunk_ * row_ * int64_t(sizeof(T)))))) {}
+      round_(least(p_.length, chunk_ * most<int64_t>(1, least(kRound / chunk_, kRoundBytes / (items_ * chunk_ * row_ * int64_t(sizeof(T))))))) {}
 
   void run() const {
     const int64_t tile_sums = halved_ ? items_ * round_ * (p_.rank + 2) * W : 0, shared = halved_ ? items_ * 2 * 3 * round_ * W : 0;
+    const int64_t seats = items_ * seats_, threads = least(p_.threads, seats);
     const Scratch<T> rows(2 * items_ * round_ * row_), sums(items_ * sum_), totals(blocks_.count * sum_), parts(tile_sums), tiles(shared);
+    const Scratch<T> memory(seats * seat_size());
+    const Scratch<Seat> all(seats);
+    const Common common{rows.data(), sums.data(), totals.data(), parts.data(), tiles.data(), memory.data(), all.data()};
+    const PerThread<Worker> workers(threads, [&] { return Worker(*this, common); });
     huge_pages(a_.du, p_.channels);
     huge_pages(a_.ddelta, p_.channels);
     huge_pages(a_.dz, p_.channels);
-    parallel(least(p_.threads, items_ * seats_), [&](const Team& team) {
-      Worker worker(*this, {rows.data(), sums.data(), totals.data(), parts.data(), tiles.data()}, team);
-      for (int64_t batch = 0; batch < p_.batch; batch += batches_) worker.walk(batch, least(batches_, p_.batch - batch));
+    parallel_phases(threads, [&](PhasedTeam& team) {
+      for (int64_t batch = 0; batch < p_.batch; batch += batches_) workers[team.rank].walk(batch, least(batches_, p_.batch - batch), team);
     });
   }
 
@@ -59,11 +63,21 @@ template <class T> class Backward {
   static constexpr int W = kLanes<T>;
   static constexpr int64_t kRound = 1024, kRoundBytes = 128 << 10;  // steps, and bytes of shares of dB and dC, of a round at most
 
+  // An item, or half of one, as a thread holds it.
+  struct Seat {
+    Channels<T> channels;
+    T *carry, *starts;  // g [n][lane]; h before each kTile steps of the chunk [..][n][lane]
+    int64_t item;       // within the batches that are walked together
+    int from, to;       // its halves: [0, 2) or one of them
+  };
+  int64_t seat_size() const { return Channels<T>::size(p_) + p_.state * W + chunk_ / kTile * p_.state * W; }
+
   // What threads share. rows: two turns of [item][step][dB and dC of the first half, of the second, d low-rank delta];
   // sums: [item][dA n, dproj r, dD, dbias], totals: the same per block, over the batch; where an item is shared by halves,
-  // tiles: [seat][y, along_A, along_B][step], parts: [item][tile][dproj r, dD, dbias].
+  // tiles: [seat][y, along_A, along_B][step], parts: [item][tile][dproj r, dD, dbias]; memory: what each of the seats points to.
   struct Common {
-    T *rows, *sums, *totals, *parts, *tiles;
+    T *rows, *sums, *totals, *parts, *tiles, *memory;
+    Seat* seats;
   };
 
   // A thread's tiles.
@@ -83,54 +97,37 @@ template <class T> class Backward {
     }
   };
 
-  // An item, or half of one, as a thread holds it.
-  struct Seat {
-    Channels<T> channels;
-    T *carry, *starts;  // g [n][lane]; h before each kTile steps of the chunk [..][n][lane]
-    int64_t item;       // within the batches that are walked together
-    int from, to;       // its halves: [0, 2) or one of them
-  };
-  int64_t seat_size() const { return Channels<T>::size(p_) + p_.state * W + chunk_ / kTile * p_.state * W; }
-
   void huge_pages(const Output& out, int64_t channels) const {
     if (out.data && out.token == channels) prefer_huge_pages(out.data, p_.batch * p_.length * channels * element_size(out.type));
   }
 
   class Worker {
    public:
-    Worker(const Backward& backward, const Common& common, const Team& team) :
-        b_(backward),
-        a_(backward.a_),
-        p_(backward.p_),
-        common_(common),
-        team_(team),
-        buffers_(p_),
-        memory_((ceil_div(b_.items_ * b_.seats_, team.size) + 1) * b_.seat_size()),
-        seats_(ceil_div(b_.items_ * b_.seats_, team.size) + 1),
-        tiles_(b_.chunk_) {}
+    Worker(const Backward& backward, const Common& common) :
+        b_(backward), a_(backward.a_), p_(backward.p_), common_(common), buffers_(p_), tiles_(b_.chunk_) {}
 
     // All rounds of `batches` batch elements from `batch` on.
-    void walk(int64_t batch, int64_t batches) {
+    void walk(int64_t batch, int64_t batches, PhasedTeam& team) {
       const int64_t items = batches * b_.blocks_.count, rounds = ceil_div(p_.length, b_.round_);
-      const Range mine = share(items * b_.seats_, team_);
-      count_ = mine.end - mine.begin;
-      for (int64_t i = 0; i < count_; ++i) sit(seats_.data()[i], batch, mine.begin + i, memory_.data() + i * b_.seat_size());
+      const Range mine = share(items * b_.seats_, team);
+      Seat *const first = common_.seats + mine.begin, *const last = common_.seats + mine.end;
+      for (int64_t i = mine.begin; i < mine.end; ++i) sit(common_.seats[i], batch, i, common_.memory + i * b_.seat_size());
       for (int64_t round = rounds - 1; round >= 0; --round) {
         const int64_t from = round * b_.round_, end = least(p_.length, from + b_.round_);
         T* rows = common_.rows + round % 2 * b_.items_ * b_.round_ * b_.row_;
-        for (int64_t i = 0; i < count_; ++i) states(seats_.data()[i], from, end, rows);
-        team_.barrier();
+        for (Seat* seat = first; seat < last; ++seat) states(*seat, from, end, rows);
+        team.barrier();
         if (b_.halved_) {
-          for (int64_t i = 0; i < count_; ++i) outputs_of_halves(seats_.data()[i], from, end, rows);
-          team_.barrier();
-          for (int64_t i = 0; i < count_; ++i) add_parts(seats_.data()[i], from, end);
+          for (Seat* seat = first; seat < last; ++seat) outputs_of_halves(*seat, from, end, rows);
+          team.barrier();
+          for (Seat* seat = first; seat < last; ++seat) add_parts(*seat, from, end);
         }
-        add_rows(batch, batches, from, end, rows);
+        add_rows(batch, batches, from, end, rows, team);
       }
-      for (int64_t i = 0; i < count_; ++i) leave(seats_.data()[i]);
-      team_.barrier();
-      add_sums(batch, batches);
-      team_.barrier();
+      for (Seat* seat = first; seat < last; ++seat) leave(*seat);
+      team.barrier();
+      add_sums(batch, batches, team);
+      team.barrier();
     }
 
    private:
@@ -368,8 +365,8 @@ template <class T> class Backward {
     T* part(const Seat& seat, int64_t step) const { return common_.parts + (seat.item * b_.round_ + step) * (p_.rank + 2) * W; }
 
     // dB, dC and the gradient of the low-rank delta of steps [from, end): the blocks' shares, added in the order of the blocks.
-    void add_rows(int64_t batch, int64_t batches, int64_t from, int64_t end, const T* rows) {
-      const Range mine = share(batches * (end - from), team_);
+    void add_rows(int64_t batch, int64_t batches, int64_t from, int64_t end, const T* rows, const Team& team) {
+      const Range mine = share(batches * (end - from), team);
       for (int64_t at = mine.begin; at < mine.end; ++at) {
         const int64_t b = at / (end - from), step = at % (end - from), token = b_.walk_.steps(from + step, end).token(0);
         const T* item = rows + (b * b_.blocks_.count * b_.round_ + step) * b_.row_;
@@ -420,8 +417,8 @@ template <class T> class Backward {
     }
 
     // Gradients of the weights: sums over the batch in its order; after the last batch element they are written.
-    void add_sums(int64_t batch, int64_t batches) const {
-      const Range mine = share(b_.blocks_.count, team_);
+    void add_sums(int64_t batch, int64_t batches, const Team& team) const {
+      const Range mine = share(b_.blocks_.count, team);
       for (int64_t block = mine.begin; block < mine.end; ++block) {
         T* total = common_.totals + block * b_.sum_;
         for (int64_t b = 0; b < batches; ++b) {
@@ -456,12 +453,8 @@ template <class T> class Backward {
     const Arguments& a_;
     const Problem& p_;
     const Common common_;
-    const Team team_;
     const Buffers buffers_;
-    const Scratch<T> memory_;
-    const Scratch<Seat> seats_;
     const Scratch<Tile> tiles_;
-    int64_t count_ = 0;
   };
 
   const Arguments& a_;
@@ -475,9 +468,4 @@ template <class T> class Backward {
 
 }  // namespace
 
-MEDSSM_EXPORT(selective_scan_backward)(const Arguments* a) {
-  if (a->problem.wide)
-    Backward<double>(*a).run();
-  else
-    Backward<float>(*a).run();
-}
+MEDSSM_EXPORT(selective_scan_backward, Arguments) { a.problem.wide ? Backward<double>(a).run() : Backward<float>(a).run(); }

@@ -28,13 +28,14 @@ template <class T> class Forward {
     if (items == 0) return;
     if (a_.out.token == p_.channels) prefer_huge_pages(a_.out.data, p_.batch * p_.length * p_.channels * element_size(a_.out.type));
     if (items < p_.threads && p_.state > 1) return halves(items);
-    parallel(least(p_.threads, items), [&](const Team& team) {
-      Buffers buffers(p_);
+    const int64_t threads = most<int64_t>(1, least(p_.threads, items)), most_blocks = least(kBand, ceil_div(items, threads));
+    const PerThread<Buffers> own(threads, [&] { return Buffers(p_, most_blocks); });
+    parallel(threads, [&](const Team& team) {
       const Range mine = share(items, team);
       for (int64_t item = mine.begin; item < mine.end;) {
         const int64_t end_of_batch = (item / blocks_.count + 1) * blocks_.count;
-        const int64_t count = least(least(mine.end, end_of_batch) - item, kBand);
-        band(item, count, buffers);
+        const int64_t count = least(least(mine.end, end_of_batch) - item, most_blocks);
+        band(item, count, own[team.rank]);
         item += count;
       }
     });
@@ -45,11 +46,12 @@ template <class T> class Forward {
   static constexpr int64_t kBand = 16;     // blocks that walk together: their states stay in the second-level cache
   static constexpr int64_t kRound = 1024;  // steps between the barriers of threads that share a block; a multiple of every chunk
 
-  // A thread's tiles.
+  // A thread's tiles, and room for the channels of some blocks.
   struct Buffers {
     Scratch<T> memory;
-    T *s, *su, *u, *z, *y[2], *B, *C, *low;
-    explicit Buffers(const Problem& p) : memory(kTile * (6 * W + 2 * round_up(p.state, W) + round_up(p.rank, W))) {
+    T *s, *su, *u, *z, *y[2], *B, *C, *low, *channels;
+    Buffers(const Problem& p, int64_t blocks) :
+        memory(kTile * (6 * W + 2 * round_up(p.state, W) + round_up(p.rank, W)) + blocks * Channels<T>::size(p)) {
       T* at = memory.data();
       for (T** tile : {&s, &su, &u, &z, &y[0], &y[1]}) {
         *tile = at;
@@ -58,15 +60,15 @@ template <class T> class Forward {
       B = at;
       C = B + kTile * round_up(p.state, W);
       low = C + kTile * round_up(p.state, W);
+      channels = low + kTile * round_up(p.rank, W);
     }
   };
 
   // The whole walk of `count` blocks of one batch element.
   void band(int64_t item, int64_t count, const Buffers& buffers) const {
-    Scratch<T> memory(count * Channels<T>::size(p_));
     Channels<T> channels[kBand];
     for (int64_t i = 0; i < count; ++i) {
-      channels[i].load_parameters(p_, blocks_[item + i], memory.data() + i * Channels<T>::size(p_));
+      channels[i].load_parameters(p_, blocks_[item + i], buffers.channels + i * Channels<T>::size(p_));
       channels[i].load_state(p_, p_.initial);
     }
     for (int64_t from = 0; from < p_.length;) {
@@ -92,15 +94,16 @@ template <class T> class Forward {
   // Fewer blocks than threads: two threads share one, each with half of its states. Their sums meet every kRound steps, in two buffers by
   // turns, so that one barrier is enough.
   void halves(int64_t items) const {
-    Scratch<T> sums(2 * items * 2 * kRound * W);
-    parallel(least(p_.threads, 2 * items), [&](const Team& team) {
-      const Buffers buffers(p_);
+    const Scratch<T> sums(2 * items * 2 * kRound * W), memory(2 * items * Channels<T>::size(p_));
+    const Scratch<Channels<T>> channels(2 * items);
+    const int64_t threads = least(p_.threads, 2 * items);
+    const PerThread<Buffers> own(threads, [&] { return Buffers(p_, 0); });
+    parallel_phases(threads, [&](PhasedTeam& team) {
+      const Buffers& buffers = own[team.rank];
       const Range mine = share(2 * items, team);  // seat 2 i + k has half k of item i
-      Scratch<T> memory((mine.end - mine.begin) * Channels<T>::size(p_));
-      Scratch<Channels<T>> channels(mine.end - mine.begin);
       for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
-        Channels<T>& one = channels.data()[seat - mine.begin];
-        one.load_parameters(p_, blocks_[seat / 2], memory.data() + (seat - mine.begin) * Channels<T>::size(p_));
+        Channels<T>& one = channels.data()[seat];
+        one.load_parameters(p_, blocks_[seat / 2], memory.data() + seat * Channels<T>::size(p_));
         one.load_state(p_, p_.initial);
       }
       for (int64_t round = 0; round * kRound < p_.length; ++round) {
@@ -108,7 +111,7 @@ template <class T> class Forward {
         T* turn = sums.data() + round % 2 * items * 2 * kRound * W;
         for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
           const int half = seat % 2;
-          Channels<T>& one = channels.data()[seat - mine.begin];
+          Channels<T>& one = channels.data()[seat];
           int64_t turns = 0;
           for (int64_t from = begin_at; from < end; ++turns) {
             const Tile tile = walk_.tile(from, end), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
@@ -123,7 +126,7 @@ template <class T> class Forward {
         }
         team.barrier();
         for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
-          const Channels<T>& one = channels.data()[seat - mine.begin];
+          const Channels<T>& one = channels.data()[seat];
           int64_t turns = 0;
           for (int64_t from = begin_at; from < end; ++turns) {
             const Tile tile = walk_.tile(from, end);
@@ -138,7 +141,7 @@ template <class T> class Forward {
       }
       if (a_.state)
         for (int64_t seat = mine.begin; seat < mine.end; ++seat)
-          store_state(channels.data()[seat - mine.begin], seat % 2 ? first_half(p_.state) : 0, seat % 2 ? p_.state : first_half(p_.state));
+          store_state(channels.data()[seat], seat % 2 ? first_half(p_.state) : 0, seat % 2 ? p_.state : first_half(p_.state));
     });
   }
 
@@ -196,9 +199,4 @@ template <class T> class Forward {
 
 }  // namespace
 
-MEDSSM_EXPORT(selective_scan_forward)(const Arguments* a) {
-  if (a->problem.wide)
-    Forward<double>(*a).run();
-  else
-    Forward<float>(*a).run();
-}
+MEDSSM_EXPORT(selective_scan_forward, Arguments) { a.problem.wide ? Forward<double>(a).run() : Forward<float>(a).run(); }

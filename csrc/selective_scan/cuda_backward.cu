@@ -389,8 +389,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
 
 }  // namespace
 
-MEDSSM_CUDA_EXPORT(selective_scan_backward)(const Arguments* arguments) {
-  const Arguments& a = *arguments;
+MEDSSM_CUDA_EXPORT(selective_scan_backward, Arguments) {
   const Problem& p = a.problem;
   with_shape(p, [&](auto shape) {
     using S = decltype(shape);
@@ -401,7 +400,6 @@ MEDSSM_CUDA_EXPORT(selective_scan_backward)(const Arguments* arguments) {
     }
     launch(apply_adjoint<S>, p.batch * cut.chunks * cut.tiles, cut.threads(), Tile<S>::bytes(cut), a.stream, a, cut);
   });
-  return launch_error();
 }
 
 }  // namespace medssm

@@ -147,8 +147,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 57
 
 }  // namespace
 
-MEDSSM_CUDA_EXPORT(selective_scan_forward)(const Arguments* arguments) {
-  const Arguments& a = *arguments;
+MEDSSM_CUDA_EXPORT(selective_scan_forward, Arguments) {
   const Problem& p = a.problem;
   with_shape(p, [&](auto shape) {
     using S = decltype(shape);
@@ -161,7 +160,6 @@ MEDSSM_CUDA_EXPORT(selective_scan_forward)(const Arguments* arguments) {
     }
     launch(apply<S>, p.batch * cut.chunks * cut.tiles, cut.threads(), tile_bytes<S>(cut, 3, 2), a.stream, a, cut);
   });
-  return launch_error();
 }
 
 }  // namespace medssm

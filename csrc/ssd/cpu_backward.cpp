@@ -262,9 +262,10 @@ template <class T> void gate(const Arguments& a, const HeadOutput& dy) {
   const Problem& p = a.problem;
   const Walk raster(p.length, nullptr, nullptr, 0, false);
   const int64_t tiles = ceil_div(p.length, kTileSteps);
-  parallel(threads_for(p, p.batch * tiles, kTileSteps * p.heads * p.size), [&](const Team& team) {
-    const Scratch<T> memory(5 * kTileSteps * W);
-    T *const out_buffer = memory.data(), *const y_buffer = out_buffer + kTileSteps * W, *const z_buffer = y_buffer + kTileSteps * W;
+  const int64_t threads = threads_for(p, p.batch * tiles, kTileSteps * p.heads * p.size);
+  const PerThread<Scratch<T>> memory(threads, [] { return Scratch<T>(5 * kTileSteps * W); });
+  parallel(threads, [&](const Team& team) {
+    T *const out_buffer = memory[team.rank].data(), *const y_buffer = out_buffer + kTileSteps * W, *const z_buffer = y_buffer + kTileSteps * W;
     T *const gated = z_buffer + kTileSteps * W, *const slopes = gated + kTileSteps * W;
     const Range mine = share(p.batch * tiles, team);
     for (int64_t item = mine.begin; item < mine.end; ++item) {
@@ -348,4 +349,4 @@ template <class T> void backward(const Arguments& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(ssd_backward)(const Arguments* a) { a->problem.wide ? backward<double>(*a) : backward<float>(*a); }
+MEDSSM_EXPORT(ssd_backward, Arguments) { a.problem.wide ? backward<double>(a) : backward<float>(a); }

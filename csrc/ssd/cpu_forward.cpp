@@ -52,4 +52,4 @@ template <class T> void forward(const Arguments& a) {
 
 }  // namespace
 
-MEDSSM_EXPORT(ssd_forward)(const Arguments* a) { a->problem.wide ? forward<double>(*a) : forward<float>(*a); }
+MEDSSM_EXPORT(ssd_forward, Arguments) { a.problem.wide ? forward<double>(a) : forward<float>(a); }

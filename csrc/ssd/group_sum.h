@@ -30,8 +30,10 @@ template <class T> class GroupSum {
     const Walk raster(p_.length, nullptr, nullptr, 0, false);
     const HeadOutput from = own();
     const int64_t tiles = ceil_div(p_.length, kTileSteps), items = p_.batch * tiles;
-    parallel(threads_for(p_, items, kTileSteps * p_.groups * pieces_ * p_.states), [&](const Team& team) {
-      const Scratch<T> buffer(kTileSteps * W), sum(kTileSteps * W);
+    const int64_t threads = threads_for(p_, items, kTileSteps * p_.groups * pieces_ * p_.states);
+    const PerThread<Scratch<T>> memory(threads, [] { return Scratch<T>(2 * kTileSteps * W); });
+    parallel(threads, [&](const Team& team) {
+      T *const buffer = memory[team.rank].data(), *const sum = buffer + kTileSteps * W;
       const Range mine = share(items, team);
       for (int64_t item = mine.begin; item < mine.end; ++item) {
         const int64_t batch = item / tiles;
@@ -41,10 +43,10 @@ template <class T> class GroupSum {
             const int width = static_cast<int>(least<int64_t>(W, p_.states - state));
             for (int64_t piece = 0; piece < pieces_; ++piece) {
               const View<T> x = rows_of<T>({from.data, from.type, from.batch, from.token, from.head}, batch, group * pieces_ + piece, state, width, W,
-                                           tile, buffer.data());
-              for (int64_t t = 0; t < tile.count; ++t) store(sum.data() + t * W, piece ? load<T>(sum.data() + t * W) + load<T>(x[t]) : load<T>(x[t]));
+                                           tile, buffer);
+              for (int64_t t = 0; t < tile.count; ++t) store(sum + t * W, piece ? load<T>(sum + t * W) + load<T>(x[t]) : load<T>(x[t]));
             }
-            write_rows<T>(to_, batch, group, state, width, tile, [&](int64_t t) { return load<T>(sum.data() + t * W); });
+            write_rows<T>(to_, batch, group, state, width, tile, [&](int64_t t) { return load<T>(sum + t * W); });
           }
       }
     });

@@ -5,20 +5,18 @@ The caller has checked shapes, dtypes and the walk.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import native
 from medssm.kernels.bi_wkv.segments import bounds
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import fields
 
-_FORWARD = struct.Struct("24q").pack  # the fields of csrc/bi_wkv/cpu_forward.cpp's Arguments, in order
-_BACKWARD = struct.Struct("34q").pack  # and of cpu_backward.cpp's
-
-
-def refuse(v, k, w, u) -> str | None:
-    """Why this kernel cannot serve these tensors, or None."""
-    return None if v.device.type == "cpu" else f"it serves tensors on the CPU, v is on {v.device}"
+# The structs of csrc/bi_wkv: problem.h's Tokens and Problem, then the Arguments of cpu_forward.cpp and cpu_backward.cpp.
+_TOKENS = fields("data type batch token")
+_PROBLEM = fields(("k v", _TOKENS), "w u index bounds segments reverse", "batch length channels", "upstream wide threads")
+_forward = native.Kernel("bi_wkv", "forward", fields(("problem", _PROBLEM), ("out", _TOKENS)))
+_backward = native.Kernel("bi_wkv", "backward", fields(("problem", _PROBLEM), ("dout dk dv", _TOKENS), "dw du"))
 
 
 def forward(w, u, k, v, mode, index, starts, reverse):
@@ -26,7 +24,7 @@ def forward(w, u, k, v, mode, index, starts, reverse):
     out = native.like(v)
     if out.numel():
         problem, _keep = _problem(w, u, k, v, mode, index, starts, reverse)
-        native.function("bi_wkv_forward")(_FORWARD(*problem, *_tokens(out)))
+        _forward(*problem, *_tokens(out))
     return out
 
 
@@ -35,11 +33,11 @@ def backward(dout, w, u, k, v, mode, index, starts, reverse):
     dk, dv = native.like(k), native.like(v)
     if not v.numel():
         return torch.zeros_like(w), torch.zeros_like(u), dk, dv
-    dtype = torch.float64 if native.wide(w, u, k, v) else torch.float32
+    dtype = compute_dtype(w, u, k, v)
     dw, du = (torch.empty((v.shape[0], v.shape[2]), dtype=dtype, device=v.device) for _ in range(2))  # a row for each batch element
     dout = native.lanes(dout)
     problem, _keep = _problem(w, u, k, v, mode, index, starts, reverse)
-    native.function("bi_wkv_backward")(_BACKWARD(*problem, *_tokens(dout), *_tokens(dk), *_tokens(dv), dw.data_ptr(), du.data_ptr()))
+    _backward(*problem, *_tokens(dout), *_tokens(dk), *_tokens(dv), dw.data_ptr(), du.data_ptr())
     return dw.sum(0).to(w.dtype), du.sum(0).to(u.dtype), dk, dv
 
 
@@ -50,10 +48,10 @@ def _tokens(tensor):
 
 def _problem(w, u, k, v, mode, index, starts, reverse):
     """The fields of csrc/bi_wkv/problem.h's Problem, and the tensors that they point into."""
-    wide = native.wide(w, u, k, v)
-    w, u = (t.to(torch.float64 if wide else torch.float32).contiguous() for t in (w, u))
+    dtype = compute_dtype(w, u, k, v)
+    w, u = (t.to(dtype).contiguous() for t in (w, u))
     k, v, ends = native.lanes(k), native.lanes(v), bounds(starts, v.shape[1], reverse)
-    fields = (
+    values = (
         *_tokens(k),
         *_tokens(v),
         w.data_ptr(),
@@ -64,7 +62,7 @@ def _problem(w, u, k, v, mode, index, starts, reverse):
         reverse,
         *v.shape,
         mode == "upstream",
-        wide,
+        dtype is torch.float64,
         torch.get_num_threads(),
     )
-    return fields, (w, u, k, v, ends)
+    return values, (w, u, k, v, ends)

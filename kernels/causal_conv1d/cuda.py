@@ -5,15 +5,27 @@ The caller has checked shapes, dtypes and the walk.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import cuda
 from medssm.kernels.causal_conv1d.walks import begins, state
-from medssm.kernels.native import like, pointer, wide
+from medssm.kernels.cuda import STRIDED
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import fields, like, pointer
 
-_PACK = struct.Struct("41q").pack  # the fields of csrc/causal_conv1d/cuda.cu's Arguments
+# The Arguments of csrc/causal_conv1d/cuda.cu.
+_ARGUMENTS = fields(
+    ("x", STRIDED[3]),
+    ("weight", STRIDED[2]),
+    ("bias", STRIDED[1]),
+    ("initial", STRIDED[3]),
+    "index begin",
+    "reverse batch length channels width silu wide",
+    "out",
+    ("dout dstate", STRIDED[3]),
+    "dx dinitial sums",
+)
+_forward, _backward = cuda.Kernel("causal_conv1d", "forward", _ARGUMENTS), cuda.Kernel("causal_conv1d", "backward", _ARGUMENTS)
 _STEPS = 128  # of a block: that file's kRun * kRuns
 
 
@@ -24,7 +36,7 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
     """
     out, begin = like(x), begins(starts, x.shape[1], weight.shape[1], reverse)
     if out.numel():
-        cuda.call("causal_conv1d_forward", _arguments(x, weight, bias, activation, index, begin, reverse, initial_state, out=out), x)
+        _forward(x, *_arguments(x, weight, bias, activation, index, begin, reverse, initial_state, out=out))
     return out, state(x, weight.shape[1], index, begin, reverse, initial_state) if final else None
 
 
@@ -37,14 +49,11 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
         if dinitial is not None:
             dinitial.zero_() if dstate is None else dinitial.copy_(dstate)  # the empty walk's final state is its initial one
         return dx, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), dinitial
-    dtype = torch.float64 if wide(x, weight, bias, initial_state) else torch.float32
+    dtype = compute_dtype(x, weight, bias, initial_state)
     sums = torch.empty((batch * -(-(length + width - 1) // _STEPS), width + 1, channels), dtype=dtype, device=x.device)
     begin = begins(starts, length, width, reverse)
-    cuda.call(
-        "causal_conv1d_backward",
-        _arguments(x, weight, bias, activation, index, begin, reverse, initial_state, dout=dout, dstate=dstate, dx=dx, dinitial=dinitial, sums=sums),
-        x,
-    )
+    outputs = {"dx": dx, "dinitial": dinitial, "sums": sums}
+    _backward(x, *_arguments(x, weight, bias, activation, index, begin, reverse, initial_state, dout=dout, dstate=dstate, **outputs))
     total = sums.sum(0)
     dbias = None if bias is None else total[width].to(bias.dtype)
     return dx, total[:width].t().to(weight.dtype).contiguous(), dbias, dinitial
@@ -53,8 +62,7 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
 def _arguments(
     x, weight, bias, activation, index, begin, reverse, initial_state, out=None, dout=None, dstate=None, dx=None, dinitial=None, sums=None
 ):
-    return _PACK(
-        cuda.stream(x),
+    return (
         *cuda.strided(x, 3),
         *cuda.strided(weight, 2),
         *cuda.strided(bias, 1),
@@ -65,7 +73,7 @@ def _arguments(
         *x.shape,
         weight.shape[1],
         activation == "silu",
-        wide(x, weight, bias, initial_state),
+        compute_dtype(x, weight, bias, initial_state) is torch.float64,
         pointer(out),
         *cuda.strided(dout, 3),
         *cuda.strided(dstate, 3),

@@ -5,20 +5,26 @@ The caller has checked shapes, dtypes and the walk.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import native
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import fields
 
-# The fields of csrc/causal_conv1d/cpu.cpp's Forward and Backward, in order.
-_FORWARD = struct.Struct("33q").pack
-_BACKWARD = struct.Struct("42q").pack
-
-
-def refuse(x, weight, bias, initial_state) -> str | None:
-    """Why this kernel cannot serve these tensors, or None."""
-    return None if x.device.type == "cpu" else f"it serves tensors on the CPU, x is on {x.device}"
+# The structs of csrc: medssm/taps.h's Taps, then causal_conv1d/problem.h's Problem, Forward and Backward.
+_TAPS = fields("weight bias", "weight_type bias_type channels side_z side_y side_x", "stride_d stride_z stride_y stride_x bias_stride")
+_PROBLEM = fields(
+    "x x_type x_batch x_token batch length",
+    ("taps", _TAPS),
+    "initial initial_type initial_batch initial_channel initial_slot",
+    "index starts start_count reverse silu wide threads",
+)
+_forward = native.Kernel("causal_conv1d", "forward", fields(("problem", _PROBLEM), "out state"))
+_backward = native.Kernel(
+    "causal_conv1d",
+    "backward",
+    fields(("problem", _PROBLEM), "dout dout_batch dout_token", "dstate dstate_batch dstate_channel dstate_slot", "dx dweight dbias dinitial"),
+)
 
 
 def forward(x, weight, bias, activation, index, starts, reverse, initial_state, final):
@@ -31,9 +37,7 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
     out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     state = torch.empty((batch, channels, weight.shape[1] - 1), dtype=x.dtype, device=x.device) if final else None
     if out.numel():
-        native.function("causal_conv1d_forward")(
-            _FORWARD(*_problem(x, weight, bias, activation, index, starts, reverse, initial_state), out.data_ptr(), native.pointer(state))
-        )
+        _forward(*_problem(x, weight, bias, activation, index, starts, reverse, initial_state), out.data_ptr(), native.pointer(state))
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state
@@ -45,17 +49,15 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
     dx, dweight, dbias, dinitial = (native.like(t) for t in (x, weight, bias, initial_state))
     if x.numel():
         state = (0, 0, 0, 0) if dstate is None else (dstate.data_ptr(), *dstate.stride())
-        native.function("causal_conv1d_backward")(
-            _BACKWARD(
-                *_problem(x, weight, bias, activation, index, starts, reverse, initial_state),
-                dout.data_ptr(),
-                *dout.stride()[:2],
-                *state,
-                dx.data_ptr(),
-                dweight.data_ptr(),
-                native.pointer(dbias),
-                native.pointer(dinitial),
-            )
+        _backward(
+            *_problem(x, weight, bias, activation, index, starts, reverse, initial_state),
+            dout.data_ptr(),
+            *dout.stride()[:2],
+            *state,
+            dx.data_ptr(),
+            dweight.data_ptr(),
+            native.pointer(dbias),
+            native.pointer(dinitial),
         )
     else:
         for gradient in (dweight, dbias, dinitial):
@@ -97,6 +99,6 @@ def _problem(x, weight, bias, activation, index, starts, reverse, initial_state)
         0 if starts is None else starts.shape[0],
         reverse,
         activation == "silu",
-        native.wide(x, weight, bias, initial_state),
+        compute_dtype(x, weight, bias, initial_state) is torch.float64,
         torch.get_num_threads(),
     )

@@ -5,21 +5,24 @@ The caller has checked shapes, dtypes and the walk.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import native
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import fields
 
-# The fields of csrc/delta_rule/arguments.h's Problem, then those of cpu_forward.cpp and cpu_backward.cpp.
-_PROBLEM = "37qd"
-_FORWARD = struct.Struct(_PROBLEM + "3q").pack
-_BACKWARD = struct.Struct(_PROBLEM + "13q").pack
-
-
-def refuse(q, *_rest) -> str | None:
-    """Why this kernel cannot serve these tensors, or None."""
-    return None if q.device.type == "cpu" else f"it serves tensors on the CPU, q is on {q.device}"
+# The structs of csrc/delta_rule: arguments.h's Tokens, Scalars and Problem, then cpu_forward.cpp's Forward and cpu_backward.cpp's Backward.
+_TOKENS = _SCALARS = fields("data type batch token head")
+_PROBLEM = fields(
+    ("q k v", _TOKENS),
+    ("beta g", _SCALARS),
+    "initial index starts start_count reverse",
+    "batch length heads keys values",
+    "wide threads",
+    ("scale", "d"),
+)
+_forward = native.Kernel("delta_rule", "forward", fields(("problem", _PROBLEM), "out state recalled"))
+_backward = native.Kernel("delta_rule", "backward", fields(("problem", _PROBLEM), ("dout", _TOKENS), "dstate recalled", "dq dk dv dbeta dg dinitial"))
 
 
 def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save, final):
@@ -34,13 +37,11 @@ def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save
     state = torch.empty((batch, heads, keys, v.shape[3]), dtype=dtype) if final else None
     recalled = torch.empty(v.shape, dtype=dtype) if save else None
     if out.numel():
-        native.function("delta_rule_forward")(
-            _FORWARD(
-                *_problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dtype),
-                out.data_ptr(),
-                native.pointer(state),
-                native.pointer(recalled),
-            )
+        _forward(
+            *_problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dtype),
+            out.data_ptr(),
+            native.pointer(state),
+            native.pointer(recalled),
         )
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
@@ -55,16 +56,14 @@ def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, rev
     dstate = None if dstate is None else dstate.to(dtype).contiguous()
     dq, dk, dv, dbeta, dg, dinitial = gradients = [native.like(t, dtype) for t in inputs]
     if q.numel() and v.numel():
-        native.function("delta_rule_backward")(
-            _BACKWARD(
-                *_problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dtype),
-                dout.data_ptr(),
-                native.DTYPES[dout.dtype],
-                *dout.stride()[:3],
-                native.pointer(dstate),
-                recalled.data_ptr(),
-                *(native.pointer(t) for t in (dq, dk, dv, dbeta, dg, dinitial)),
-            )
+        _backward(
+            *_problem(q, k, v, beta, g, scale, index, starts, reverse, initial_state, dtype),
+            dout.data_ptr(),
+            native.DTYPES[dout.dtype],
+            *dout.stride()[:3],
+            native.pointer(dstate),
+            recalled.data_ptr(),
+            *(native.pointer(t) for t in (dq, dk, dv, dbeta, dg, dinitial)),
         )
     else:
         for gradient in gradients:
@@ -77,7 +76,7 @@ def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, rev
 
 def _dense(q, k, v, beta, g, initial_state):
     """Tokens with adjacent features, the state dense in the compute dtype, and that dtype."""
-    dtype = torch.float64 if native.wide(q, k, v, beta, g, initial_state) else torch.float32
+    dtype = compute_dtype(q, k, v, beta, g, initial_state)
     state = None if initial_state is None else initial_state.to(dtype).contiguous()
     return native.lanes(q), native.lanes(k), native.lanes(v), state, dtype
 

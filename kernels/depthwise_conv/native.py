@@ -5,24 +5,19 @@ The caller has checked shapes and dtypes. Images and sequences are volumes with 
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import native
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import fields
 
-# The fields of csrc/depthwise_conv/cpu.cpp's Forward and Backward, in order.
-_FORWARD = struct.Struct("27q").pack
-_BACKWARD = struct.Struct("35q").pack
-
-
-def refuse(x, weight, bias) -> str | None:
-    """Why this kernel cannot serve these tensors, or None."""
-    if x.device.type != "cpu":
-        return f"it serves tensors on the CPU, x is on {x.device}"
-    if x.dim() > 5:
-        return f"it serves up to three spatial axes, x has {x.dim() - 2}"
-    return None
+# The structs of csrc: medssm/taps.h's Taps, then depthwise_conv/cpu.cpp's Problem, Forward and Backward.
+_TAPS = fields("weight bias", "weight_type bias_type channels side_z side_y side_x", "stride_d stride_z stride_y stride_x bias_stride")
+_PROBLEM = fields("x x_type x_batch x_z x_y x_x", "batch size_z size_y size_x", ("taps", _TAPS), "silu wide threads")
+_forward = native.Kernel("depthwise_conv", "forward", fields(("problem", _PROBLEM), "out"))
+_backward = native.Kernel(
+    "depthwise_conv", "backward", fields(("problem", _PROBLEM), "dout dout_batch dout_z dout_y dout_x", "dx dweight dbias inner")
+)
 
 
 def forward(x, weight, bias, activation):
@@ -30,7 +25,7 @@ def forward(x, weight, bias, activation):
     x = native.lanes(x)
     out = native.like(x)
     if out.numel():
-        native.function("depthwise_conv_forward")(_FORWARD(*_problem(x, weight, bias, activation), out.data_ptr()))
+        _forward(*_problem(x, weight, bias, activation), out.data_ptr())
     return out
 
 
@@ -41,17 +36,15 @@ def backward(dout, x, weight, bias, activation):
     if not x.numel():
         return dx, dweight.zero_(), None if bias is None else dbias.zero_()
     # The gradient before the activation; without one it is dout itself.
-    inner = native.like(x, torch.float64 if native.wide(x, weight, bias) else torch.float32) if activation else None
-    native.function("depthwise_conv_backward")(
-        _BACKWARD(
-            *_problem(x, weight, bias, activation),
-            dout.data_ptr(),
-            *_axes(dout.stride()[:-1], 0),
-            dx.data_ptr(),
-            dweight.data_ptr(),
-            native.pointer(dbias),
-            native.pointer(inner),
-        )
+    inner = native.like(x, compute_dtype(x, weight, bias)) if activation else None
+    _backward(
+        *_problem(x, weight, bias, activation),
+        dout.data_ptr(),
+        *_axes(dout.stride()[:-1], 0),
+        dx.data_ptr(),
+        dweight.data_ptr(),
+        native.pointer(dbias),
+        native.pointer(inner),
     )
     return dx, dweight, dbias
 
@@ -72,7 +65,7 @@ def _problem(x, weight, bias, activation):
         *_axes(weight.stride(), 0),
         0 if bias is None else bias.stride(0),
         activation == "silu",
-        native.wide(x, weight, bias),
+        compute_dtype(x, weight, bias) is torch.float64,
         torch.get_num_threads(),
     )
 

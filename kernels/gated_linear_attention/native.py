@@ -5,25 +5,30 @@ The caller has checked shapes, dtypes and the walk.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import native
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import fields
 
-# The fields of csrc/gated_linear_attention/problem.h's Problem, then those of cpu_forward.cpp and cpu_backward.cpp.
-_PROBLEM = "38qd"
-_FORWARD = struct.Struct(_PROBLEM + "11q").pack
-_BACKWARD = struct.Struct(_PROBLEM + "37q").pack
+# The structs of csrc: medssm/token_rows.h's HeadTokens and HeadOutput, medssm/matrix_scan.h's StateTensor, gated_linear_attention/problem.h's
+# Problem, then the Arguments of its cpu_forward.cpp and cpu_backward.cpp.
+_TOKENS, _STATE = fields("data type batch token head"), fields("data type batch head row lane")
+_PROBLEM = fields(
+    ("q k v g", _TOKENS),
+    ("initial", _STATE),
+    "index starts start_count reverse",
+    "batch length heads keys values",
+    "per_key wide threads",
+    ("scale", "d"),
+)
+_forward = native.Kernel("gated_linear_attention", "forward", fields(("problem", _PROBLEM), ("out", _TOKENS), ("final", _STATE)))
+_backward = native.Kernel(
+    "gated_linear_attention",
+    "backward",
+    fields(("problem", _PROBLEM), ("dout", _TOKENS), ("dstate", _STATE), ("dq dk dv dg", _TOKENS), ("dinitial", _STATE)),
+)
 _ABSENT = (0, 0, 0, 0, 0, 0)
-
-
-def refuse(*tensors) -> str | None:
-    """Why this kernel cannot serve these tensors, or None."""
-    for t in tensors:
-        if t is not None and t.device.type != "cpu":
-            return f"it serves tensors on the CPU, got {t.device}"
-    return None
 
 
 def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final):
@@ -32,14 +37,12 @@ def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final):
     Returns (out (b,l,h,dv) contiguous, state (b,h,dk,dv) or None).
     """
     batch, _, heads, keys = q.shape
-    dtype = _compute_dtype(q, k, v, g, initial_state)
+    dtype = compute_dtype(q, k, v, g, initial_state)
     out = native.like(v)
     state = torch.empty((batch, heads, keys, v.shape[3]), dtype=dtype, device=v.device) if final else None
     if out.numel():
         tensors = _adjacent(q, k, v, g)
-        native.function("gated_linear_attention_forward")(
-            _FORWARD(*_problem(*tensors, scale, index, starts, reverse, initial_state, dtype), *_tokens(out), *_state(state))
-        )
+        _forward(*_problem(*tensors, scale, index, starts, reverse, initial_state, dtype), *_tokens(out), *_state(state))
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state
@@ -47,23 +50,21 @@ def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final):
 
 def backward(dout, dstate, q, k, v, g, scale, index, starts, reverse, initial_state):
     """Gradients of q, k, v, g and initial_state (None where it is), each in its input's dtype and contiguous."""
-    dtype = _compute_dtype(q, k, v, g, initial_state)
+    dtype = compute_dtype(q, k, v, g, initial_state)
     dq, dk, dv, dinitial = (native.like(t) for t in (q, k, v, initial_state))
     dg = native.like(g, dtype)
     if v.numel():
         tensors = _adjacent(q, k, v, g)
         dout = native.lanes(dout)
-        native.function("gated_linear_attention_backward")(
-            _BACKWARD(
-                *_problem(*tensors, scale, index, starts, reverse, initial_state, dtype),
-                *_tokens(dout),
-                *_state(dstate),
-                *_tokens(dq),
-                *_tokens(dk),
-                *_tokens(dv),
-                *_tokens(dg),
-                *_state(dinitial),
-            )
+        _backward(
+            *_problem(*tensors, scale, index, starts, reverse, initial_state, dtype),
+            *_tokens(dout),
+            *_state(dstate),
+            *_tokens(dq),
+            *_tokens(dk),
+            *_tokens(dv),
+            *_tokens(dg),
+            *_state(dinitial),
         )
     else:
         for gradient in (dq, dk, dv, dg):
@@ -71,10 +72,6 @@ def backward(dout, dstate, q, k, v, g, scale, index, starts, reverse, initial_st
         if dinitial is not None:
             dinitial.zero_() if dstate is None else dinitial.copy_(dstate)  # the empty walk's final state is its initial one
     return dq, dk, dv, dg.to(g.dtype), dinitial
-
-
-def _compute_dtype(*tensors) -> torch.dtype:
-    return torch.float64 if native.wide(*tensors) else torch.float32
 
 
 def _adjacent(q, k, v, g):

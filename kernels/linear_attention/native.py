@@ -5,30 +5,33 @@ The caller has checked shapes, dtypes and the walk.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import native
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import fields
 
 _MAPS = {None: 0, "relu": 1, "elu": 2}  # csrc/linear_attention/problem.h
-# The fields of its Forward and Backward, in order.
-_PROBLEM = "37q2d"
-_FORWARD = struct.Struct(_PROBLEM + "9q").pack
-_BACKWARD = struct.Struct(_PROBLEM + "28q").pack
-
-
-def refuse(q, k, v, cos, sin, initial_kv, initial_k, causal) -> str | None:
-    """Why this kernel cannot serve these tensors, or None."""
-    for t in (q, k, v):
-        if not t.is_cpu:
-            return f"it serves tensors on the CPU, got one on {t.device}"
-    return None
+# The structs there: Tokens, Angles, Problem, Forward and Backward.
+_TOKENS, _ANGLES = fields("data type batch token head"), fields("data token head")
+_PROBLEM = fields(
+    ("q k v", _TOKENS),
+    ("cos sin", _ANGLES),
+    "batch q_length length heads groups dk dv",
+    "index starts start_count reverse causal",
+    "feature_map normalize wide threads",
+    ("scale eps", "d"),
+)
+_FORWARD = fields(("problem", _PROBLEM), ("out", _TOKENS), "initial_kv initial_z kv z")
+_BACKWARD = fields(("problem", _PROBLEM), ("dout dq dk dv", _TOKENS), "initial_kv initial_z kv z later_kv later_z dkv dz")
+# By whether it is causal.
+_forward = {False: native.Kernel("linear_attention", "forward", _FORWARD), True: native.Kernel("linear_attention", "causal_forward", _FORWARD)}
+_backward = {False: native.Kernel("linear_attention", "backward", _BACKWARD), True: native.Kernel("linear_attention", "causal_backward", _BACKWARD)}
 
 
 def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
     """Arguments as in `reference.linear_attention`. Returns out (b,l,h,dv) contiguous and the sums, kv and z."""
-    dtype = torch.float64 if native.wide(q, k, v, cos, sin, initial_kv, initial_k) else torch.float32
+    dtype = compute_dtype(q, k, v, cos, sin, initial_kv, initial_k)
     q, k, v = native.lanes(q), native.lanes(k), native.lanes(v)
     batch, length, heads, dk = q.shape
     groups, dv = v.shape[2:]
@@ -36,9 +39,7 @@ def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, norma
     kv, z = torch.empty((batch, groups, dk, dv), dtype=dtype, device=v.device), torch.empty((batch, groups, dk), dtype=dtype, device=v.device)
     cos, sin, initial_kv, initial_k = _rows(cos, dtype), _rows(sin, dtype), _dense(initial_kv, dtype), _dense(initial_k, dtype)
     problem = _problem(dtype, q, k, v, cos, sin, feature_map, causal, normalize, scale, eps, index, starts, reverse)
-    native.function("linear_attention_causal_forward" if causal else "linear_attention_forward")(
-        _FORWARD(*problem, *_tokens(out), *(native.pointer(t) for t in (initial_kv, initial_k, kv, z)))
-    )
+    _forward[bool(causal)](*problem, *_tokens(out), *(native.pointer(t) for t in (initial_kv, initial_k, kv, z)))
     return out, kv, z
 
 
@@ -54,9 +55,7 @@ def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, fea
     cos, sin = _rows(cos, dtype), _rows(sin, dtype)
     sums = [_dense(t, dtype) for t in (initial_kv, initial_k, kv, z, dkv, dz)]
     problem = _problem(dtype, q, k, v, cos, sin, feature_map, causal, normalize, scale, eps, index, starts, reverse)
-    native.function("linear_attention_causal_backward" if causal else "linear_attention_backward")(
-        _BACKWARD(*problem, *_tokens(dout), *(n for t in gradients for n in _tokens(t)), *(native.pointer(t) for t in (*sums, *totals)))
-    )
+    _backward[bool(causal)](*problem, *_tokens(dout), *(n for t in gradients for n in _tokens(t)), *(native.pointer(t) for t in (*sums, *totals)))
     initial = (None if t is None else total.to(t.dtype) for t, total in zip((initial_kv, initial_k), totals, strict=True))
     return *gradients, *initial
 

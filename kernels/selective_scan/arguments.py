@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels.native import DTYPES as _DTYPES
+from medssm.kernels.native import fields
 
-PROBLEM = "45qd"  # how struct.pack writes Problem
+TOKENS, OUTPUT = fields("data type batch token channel"), fields("data type batch token earlier")
+PROBLEM = fields(
+    ("u delta z", TOKENS),
+    ("B C", fields("data type batch token group state")),
+    "A D bias proj initial",
+    "index starts start_count reverse",
+    "batch length channels groups state rank",
+    "softplus wide threads",
+    ("scale", "d"),
+)
 _ABSENT = (0, 0, 0, 0, 0)
 
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import cuda
-from medssm.kernels.native import pointer
+from medssm.kernels.native import fields, pointer
 from medssm.kernels.selective_scan import plan
-from medssm.kernels.selective_scan.arguments import PROBLEM, dense, output, problem
+from medssm.kernels.selective_scan.arguments import OUTPUT, PROBLEM, TOKENS, dense, output, problem
 from medssm.kernels.selective_scan.scans import Scans
 
-# The stream, the fields of csrc/selective_scan/arguments.h's Problem, then those of cuda_forward.cu and cuda_backward.cu.
-_FORWARD = struct.Struct("q" + PROBLEM + "12q").pack
-_BACKWARD = struct.Struct("q" + PROBLEM + "34q").pack
+# The Arguments of csrc/selective_scan/cuda_forward.cu and cuda_backward.cu.
+_forward = cuda.Kernel(
+    "selective_scan", "forward", fields(("problem", PROBLEM), ("out", OUTPUT), "state checkpoints", "checkpoint_batch spacing chunk", "ends sums")
+)
+_backward = cuda.Kernel(
+    "selective_scan",
+    "backward",
+    fields(
+        ("problem", PROBLEM),
+        ("dout", TOKENS),
+        "dstate checkpoints checkpoint_batch",
+        ("du ddelta dz", OUTPUT),
+        "dinitial chunk ends sums",
+        "dB dC dlow dA dD dbias dproj",
+    ),
+)
 
 #: Blocks that fill a GPU: where fewer scan the whole time, it is cut into chunks until that many do.
 ENOUGH, WANTED = 256, 1024
@@ -97,21 +108,17 @@ def _scan(
     cut = _Cut(dtype, u, A, B.shape[2])
     ends, sums = cut.ends()
     arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, 0)
-    cuda.call(
-        "selective_scan_forward",
-        _FORWARD(
-            cuda.stream(u),
-            *arguments,
-            *output(out, earlier),
-            pointer(state),
-            pointer(checkpoints),
-            0 if checkpoints is None else checkpoints.stride(0),
-            spacing or plan.chunk(cut.state),
-            cut.chunk,
-            pointer(ends),
-            pointer(sums),
-        ),
+    _forward(
         u,
+        *arguments,
+        *output(out, earlier),
+        pointer(state),
+        pointer(checkpoints),
+        0 if checkpoints is None else checkpoints.stride(0),
+        spacing or plan.chunk(cut.state),
+        cut.chunk,
+        pointer(ends),
+        pointer(sums),
     )
 
 
@@ -186,27 +193,23 @@ def _scan_backward(
     if delta_proj is not None:
         dlow_parts, dproj_parts = cut.empty(cut.tiles, *delta.shape), cut.empty(*chunks, delta.shape[2], cut.channels)
     arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, 0)
-    cuda.call(
-        "selective_scan_backward",
-        _BACKWARD(
-            cuda.stream(u),
-            *arguments,
-            dout.data_ptr(),
-            cuda.DTYPES[dout.dtype],
-            *dout.stride(),
-            pointer(dstate),
-            checkpoints.data_ptr(),
-            checkpoints.stride(0),
-            *output(du, du_earlier),
-            *output(ddelta if delta_proj is None else None),
-            *output(dz, dz_earlier),
-            pointer(dinitial),
-            cut.chunk,
-            pointer(ends),
-            pointer(sums),
-            *(pointer(t) for t in (dB_parts, dC_parts, dlow_parts, dA_parts, dD_parts, dbias_parts, dproj_parts)),
-        ),
+    _backward(
         u,
+        *arguments,
+        dout.data_ptr(),
+        cuda.DTYPES[dout.dtype],
+        *dout.stride(),
+        pointer(dstate),
+        checkpoints.data_ptr(),
+        checkpoints.stride(0),
+        *output(du, du_earlier),
+        *output(ddelta if delta_proj is None else None),
+        *output(dz, dz_earlier),
+        pointer(dinitial),
+        cut.chunk,
+        pointer(ends),
+        pointer(sums),
+        *(pointer(t) for t in (dB_parts, dC_parts, dlow_parts, dA_parts, dD_parts, dbias_parts, dproj_parts)),
     )
     dB.copy_(_sum(dB_parts))
     dC.copy_(_sum(dC_parts))

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import native
-from medssm.kernels.selective_scan.arguments import PROBLEM, dense, output, problem
+from medssm.kernels.native import fields
+from medssm.kernels.selective_scan.arguments import OUTPUT, PROBLEM, TOKENS, dense, output, problem
 from medssm.kernels.selective_scan.scans import Scans
 
-# The fields of csrc/selective_scan/arguments.h's Problem, then those of cpu_forward.cpp and cpu_backward.cpp.
-_FORWARD = struct.Struct(PROBLEM + "8q").pack
-_BACKWARD = struct.Struct(PROBLEM + "38q").pack
+# The Arguments of csrc/selective_scan/cpu_forward.cpp and cpu_backward.cpp.
+_forward = native.Kernel("selective_scan", "forward", fields(("problem", PROBLEM), ("out", OUTPUT), "state checkpoints checkpoint_batch"))
+_backward = native.Kernel(
+    "selective_scan",
+    "backward",
+    fields(
+        ("problem", PROBLEM),
+        ("dout", TOKENS),
+        "dstate checkpoints checkpoint_batch",
+        ("du ddelta dz", OUTPUT),
+        ("dB dC", fields("data type batch token group")),
+        "dA dD dbias dproj dinitial",
+    ),
+)
 
 _DTYPES = native.DTYPES
 _Float = torch.FloatTensor  # an instance is a float32 tensor on the CPU: one question in place of two
-
-
-def refuse(*tensors) -> str | None:
-    """Why this kernel cannot serve these tensors, or None."""
-    for t in tensors:
-        if t is not None and not (t.is_cpu and t.dtype in _DTYPES):
-            return f"it serves {', '.join(_name(d) for d in _DTYPES)} on the CPU, got {_name(t.dtype)} on {t.device}"
-    return None
 
 
 def forward_usual(u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
@@ -61,8 +63,8 @@ def forward_usual(u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
     B_batch, B_token, B_state = B.stride()
     C_batch, C_token, C_state = C.stride()
     out = torch.empty_like(u)
-    native.function("selective_scan_forward")(
-        _FORWARD(
+    _forward.run(
+        _forward.pack(
             u.data_ptr(),
             0,
             u_batch,
@@ -127,11 +129,8 @@ def _scan(
 ):
     weights = [dense(t, dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
     arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, torch.get_num_threads())
-    native.function("selective_scan_forward")(
-        _FORWARD(
-            *arguments, *output(out, earlier), native.pointer(state), native.pointer(checkpoints), 0 if checkpoints is None else checkpoints.stride(0)
-        )
-    )
+    at_checkpoints = (0, 0) if checkpoints is None else (checkpoints.data_ptr(), checkpoints.stride(0))
+    _forward(*arguments, *output(out, earlier), native.pointer(state), *at_checkpoints)
 
 
 def _scan_backward(
@@ -170,31 +169,25 @@ def _scan_backward(
     weights = [dense(t, dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
     dstate = dense(dstate, dtype)
     arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, torch.get_num_threads())
-    native.function("selective_scan_backward")(
-        _BACKWARD(
-            *arguments,
-            dout.data_ptr(),
-            _DTYPES[dout.dtype],
-            *dout.stride(),
-            native.pointer(dstate),
-            checkpoints.data_ptr(),
-            checkpoints.stride(0),
-            *output(du, du_earlier),
-            *output(ddelta),
-            *output(dz, dz_earlier),
-            dB.data_ptr(),
-            _DTYPES[dB.dtype],
-            *dB.stride()[:3],
-            dC.data_ptr(),
-            _DTYPES[dC.dtype],
-            *dC.stride()[:3],
-            *(native.pointer(t) for t in (dA, dD, dbias, dproj, dinitial)),
-        )
+    _backward(
+        *arguments,
+        dout.data_ptr(),
+        _DTYPES[dout.dtype],
+        *dout.stride(),
+        native.pointer(dstate),
+        checkpoints.data_ptr(),
+        checkpoints.stride(0),
+        *output(du, du_earlier),
+        *output(ddelta),
+        *output(dz, dz_earlier),
+        dB.data_ptr(),
+        _DTYPES[dB.dtype],
+        *dB.stride()[:3],
+        dC.data_ptr(),
+        _DTYPES[dC.dtype],
+        *dC.stride()[:3],
+        *(native.pointer(t) for t in (dA, dD, dbias, dproj, dinitial)),
     )
-
-
-def _name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _scans = Scans(_scan, _scan_backward)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from medssm.kernels.native import wide
+from medssm.kernels.dtypes import compute_dtype
 from medssm.kernels.selective_scan.plan import chunks
 
 
@@ -33,7 +33,7 @@ class Scans:
         save: keep what backward needs. final: return the state after the last step. Returns out (b,l,d), the state (b,d,n) or None, and
         the checkpoints (b,chunks,n,d) or None; out in u's dtype, the others in the compute dtype.
         """
-        dtype = _compute_dtype(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
+        dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
         batch, length, channels = u.shape
         n = A.shape[1]
         out = torch.empty((batch, length, channels), dtype=u.dtype, device=u.device)
@@ -72,7 +72,7 @@ class Scans:
         x (b,l,d) or (b,l,k,d); delta (b,l,k,d) or (b,l,k,r); A (k,d,n); B, C (b,l,k,g,n); D, delta_bias (k,d); delta_proj (k,d,r); z (b,l,d).
         Returns out (b,l,d), or (b,l,k,d) for merge="stack", in x's dtype, and the checkpoints (b,k,chunks,n,d) or None.
         """
-        dtype = _compute_dtype(x, delta, A, B, C, D, z, delta_bias, delta_proj)
+        dtype = compute_dtype(x, delta, A, B, C, D, z, delta_bias, delta_proj)
         k, channels, n = A.shape
         batch, length = x.shape[:2]
         stack = merge == "stack"
@@ -116,7 +116,7 @@ class Scans:
         dout (b,l,d); dstate (b,d,n) or None; checkpoints as forward saved them; the rest as in forward.
         """
         inputs = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
-        dtype = _compute_dtype(*inputs)
+        dtype = compute_dtype(*inputs)
         if not u.numel():
             gradients = [None if t is None else torch.zeros_like(t) for t in inputs]
             if initial_state is not None and dstate is not None:
@@ -163,7 +163,7 @@ class Scans:
         dout as forward_nd's out; the rest as there. The orders add to the gradients of x and z in the compute dtype.
         """
         inputs = (x, delta, A, B, C, D, z, delta_bias, delta_proj)
-        dtype = _compute_dtype(*inputs)
+        dtype = compute_dtype(*inputs)
         if not x.numel():
             return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
         k = A.shape[0]
@@ -212,10 +212,6 @@ class Scans:
 def _new(t):
     """A gradient for t: contiguous, whatever t's strides are."""
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-
-def _compute_dtype(*tensors) -> torch.dtype:
-    return torch.float64 if wide(*tensors) else torch.float32
 
 
 def _slice(x, i):

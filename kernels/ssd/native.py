@@ -5,24 +5,29 @@ The caller has checked shapes, dtypes and the walk.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 
 from medssm.kernels import native
+from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import fields
 
-# The fields of csrc/ssd/problem.h's Problem, then those of cpu_forward.cpp and cpu_backward.cpp.
-_PROBLEM = "47q2d"
-_FORWARD = struct.Struct(_PROBLEM + "16q").pack
-_BACKWARD = struct.Struct(_PROBLEM + "50q").pack
-
-
-def refuse(*tensors) -> str | None:
-    """Why this kernel cannot serve these tensors, or None."""
-    for t in tensors:
-        if t is not None and t.device.type != "cpu":
-            return f"it serves tensors on the CPU, got {t.device}"
-    return None
+# The structs of csrc: medssm/token_rows.h's HeadTokens and HeadOutput, medssm/matrix_scan.h's StateTensor, ssd/problem.h's Problem, then the
+# Arguments of its cpu_forward.cpp and cpu_backward.cpp.
+_TOKENS, _STATE = fields("data type batch token head"), fields("data type batch head row lane")
+_PROBLEM = fields(
+    ("x z B C dt", _TOKENS),
+    ("initial", _STATE),
+    "A D bias index starts start_count reverse",
+    "batch length heads size groups states",
+    "softplus wide threads",
+    ("low high", "d"),
+)
+_forward = native.Kernel("ssd", "forward", fields(("problem", _PROBLEM), ("out y", _TOKENS), ("final", _STATE)))
+_backward = native.Kernel(
+    "ssd",
+    "backward",
+    fields(("problem", _PROBLEM), ("dout y", _TOKENS), ("dstate", _STATE), "dA dbias dD", ("dx ddt dB dC dz", _TOKENS), ("dinitial", _STATE)),
+)
 
 
 def forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, save, final):
@@ -30,19 +35,17 @@ def forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts
 
     Returns (out (b,l,h,p) contiguous, state (b,h,p,n) or None, y or None): y (b,l,h,p), the compute type, is out before the gate.
     """
-    dtype = _compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    dtype = compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
     batch, _, heads, size = x.shape
     out, y = native.like(x), native.like(x, dtype) if save else None
     state = torch.empty((batch, heads, size, B.shape[3]), dtype=dtype, device=x.device) if final else None
     if out.numel():
         tokens, weights = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype)
-        native.function("ssd_forward")(
-            _FORWARD(
-                *_problem(*tokens, dt, *weights, dt_softplus, low, high, index, starts, reverse, initial_state, dtype),
-                *_tokens(out),
-                *_tokens(y),
-                *_state(state),
-            )
+        _forward(
+            *_problem(*tokens, dt, *weights, dt_softplus, low, high, index, starts, reverse, initial_state, dtype),
+            *_tokens(out),
+            *_tokens(y),
+            *_state(state),
         )
     elif final:
         state.copy_(initial_state) if initial_state is not None else state.zero_()
@@ -54,7 +57,7 @@ def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, h
 
     y: as `forward` kept it, None without z.
     """
-    dtype = _compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    dtype = compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
     batch, _, heads, size = x.shape
     dx, ddt, dB, dC, dz, dinitial = (native.like(t) for t in (x, dt, B, C, z, initial_state))
     # Per batch element, to be summed: of A, of dt_bias, of D.
@@ -62,16 +65,14 @@ def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, h
     dD = None if D is None else torch.empty((batch, heads, size), dtype=torch.float64, device=x.device)
     if x.numel():
         tokens, weights, dout = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype), native.lanes(dout)
-        native.function("ssd_backward")(
-            _BACKWARD(
-                *_problem(*tokens, dt, *weights, dt_softplus, low, high, index, starts, reverse, initial_state, dtype),
-                *_tokens(dout),
-                *_tokens(y),
-                *_state(dstate),
-                *map(native.pointer, (dA, dbias, dD)),
-                *(field for t in (dx, ddt, dB, dC, dz) for field in _tokens(t)),
-                *_state(dinitial),
-            )
+        _backward(
+            *_problem(*tokens, dt, *weights, dt_softplus, low, high, index, starts, reverse, initial_state, dtype),
+            *_tokens(dout),
+            *_tokens(y),
+            *_state(dstate),
+            *map(native.pointer, (dA, dbias, dD)),
+            *(field for t in (dx, ddt, dB, dC, dz) for field in _tokens(t)),
+            *_state(dinitial),
         )
     else:
         for gradient in (dx, ddt, dB, dC, dz, dA, dbias, dD):
@@ -83,10 +84,6 @@ def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, h
     if D is not None:
         dD = dD.sum(0 if D.dim() == 2 else (0, 2)).to(D.dtype)
     return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
-
-
-def _compute_dtype(*tensors) -> torch.dtype:
-    return torch.float64 if native.wide(*tensors) else torch.float32
 
 
 def _dense(*tensors):

@@ -53,10 +53,8 @@ def _scan(shape: tuple[int, int, int], state: int, grad: bool, others: tuple[str
 
 def _ceiling(channels: int, tokens: int) -> None:
     """The compiled exp-and-FMA loop alone, on as many token-channels."""
-    import struct
-
     result = torch.zeros(1)
-    native.function("ceiling_scan")(struct.pack("4q", channels, tokens, torch.get_num_threads(), result.data_ptr()))
+    native.Kernel("ceiling", "scan", native.fields("channels tokens threads sum"))(channels, tokens, torch.get_num_threads(), result.data_ptr())
 
 
 SIX = orders.axes3d()

@@ -12,8 +12,12 @@ def isa(request, monkeypatch):
     if native.ISAS.index(request.param) > native.ISAS.index(best):
         pytest.skip(f"this processor runs at most {best}")
     monkeypatch.setenv("MEDSSM_CPU_ISA", request.param)
-    for cached in (native.isa, native.function):
-        cached.cache_clear()
+    _forget()
     yield request.param
-    for cached in (native.isa, native.function):
-        cached.cache_clear()
+    _forget()
+
+
+def _forget() -> None:
+    """The next call of a kernel asks for the instruction set anew."""
+    native.isa.cache_clear()
+    native._bound.clear()

@@ -1,10 +1,20 @@
-// The C ABI of the kernels: no torch, no Python, one packed argument block a call.
+// The C ABI of the kernels: no torch, no Python, one packed argument block a call, a status as the result.
 //
-// Every kernel file is compiled once per instruction set with MEDSSM_ISA set to `base`, `v3` or `v4`; a function declared with
-// MEDSSM_EXPORT(name) is exported as `medssm_<name>_<isa>` and takes a pointer to a struct whose fields are all 8 bytes wide
-// (pointers, int64_t, double), so that Python can pack it with struct.pack and nothing depends on a compiler's padding.
+// Every kernel file is compiled once per instruction set with MEDSSM_ISA set to `base`, `v3` or `v4`. An exported kernel is written as
+//
+//   MEDSSM_EXPORT(ssd_forward, Arguments) { ... uses `a`, a const Arguments& ... }
+//
+// and exports two functions, so that none can be without them:
+//
+//   int64_t medssm_ssd_forward_v4(const Arguments*)   runs it and returns 0, or a status of failure.h: no exception leaves it
+//   int64_t medssm_ssd_forward_bytes_v4()             the size of the struct, which the loader compares with what Python packs
+//
+// All fields of the struct are 8 bytes wide (pointers, int64_t, double): Python packs it with struct.pack, nothing depends on a compiler's padding.
 #pragma once
 #include <cstdint>
+#include <type_traits>
+
+#include "medssm/failure.h"
 
 #ifndef MEDSSM_ISA
 #define MEDSSM_ISA base
@@ -17,7 +27,15 @@
 #else
 #define MEDSSM_VISIBLE extern "C" __attribute__((visibility("default")))
 #endif
-#define MEDSSM_EXPORT(name) MEDSSM_VISIBLE void MEDSSM_JOIN(name, MEDSSM_ISA)
+
+#define MEDSSM_EXPORT(name, Arguments)                                                                                                   \
+  static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) % 8 == 0, "fields of 8 bytes, as struct.pack writes them"); \
+  static void run_##name(const Arguments& a);                                                                                            \
+  MEDSSM_VISIBLE int64_t MEDSSM_JOIN(name##_bytes, MEDSSM_ISA)() { return sizeof(Arguments); }                                           \
+  MEDSSM_VISIBLE int64_t MEDSSM_JOIN(name, MEDSSM_ISA)(const Arguments* a) {                                                             \
+    return medssm::status_of([a] { run_##name(*a); });                                                                                   \
+  }                                                                                                                                      \
+  static void run_##name(const Arguments& a)
 
 namespace medssm {
 // Storage types as Python names them (kernels/native.py, DTYPES).

@@ -7,8 +7,16 @@
 
 #include "medssm/storage.h"
 
-// `name` is called from Python: the stream is the first field of the block, the result null or an error's text.
-#define MEDSSM_CUDA_EXPORT(name) MEDSSM_VISIBLE const char* medssm_##name##_cuda
+// An exported kernel, written as MEDSSM_CUDA_EXPORT(name, Arguments) { ... uses `a`, a const Arguments& ... }: the stream is the struct's first
+// field, the result null or an error's text. As MEDSSM_EXPORT (abi.h) does, it exports the size of the struct too, and no exception leaves it.
+#define MEDSSM_CUDA_EXPORT(name, Arguments)                                                                                              \
+  static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) % 8 == 0, "fields of 8 bytes, as struct.pack writes them"); \
+  static void run_##name(const Arguments& a);                                                                                            \
+  MEDSSM_VISIBLE int64_t medssm_##name##_bytes_cuda() { return sizeof(Arguments); }                                                      \
+  MEDSSM_VISIBLE const char* medssm_##name##_cuda(const Arguments* a) {                                                                  \
+    return medssm::launch_status([a] { run_##name(*a); });                                                                               \
+  }                                                                                                                                      \
+  static void run_##name(const Arguments& a)
 
 namespace medssm {
 namespace {
@@ -158,8 +166,11 @@ template <class... P, class... A> void launch(void (*kernel)(P...), int64_t bloc
 }
 #endif
 
-// Why the launches since the last call failed, or null.
-inline const char* launch_error() {
+// Runs `launches`: why they failed, or null.
+template <class Launches> const char* launch_status(const Launches& launches) noexcept {
+  try {
+    launches();
+  } catch (...) { return "an exception on the host"; }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

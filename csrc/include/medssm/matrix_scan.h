@@ -93,10 +93,17 @@ template <class T, class Make> void scan(const MatrixShape& shape, const Walk& w
   const int64_t parts = items >= threads ? 1 : least(blocks, ceil_div(threads, items));
   const int64_t at_once = most<int64_t>(1, kBand / shape.together) * shape.together;
   const int64_t per_block = padded_rows(shape.rows) * W, most_blocks = ceil_div(blocks, parts);
-  parallel(least(threads, items * parts), [&](const Team& team) {
-    Pass pass = make();
-    const Scratch<Seat<T>> seats(at_once);
-    const Scratch<T> memory(at_once * most_blocks * (per_block + carry)), o(kTileSteps * W);
+  struct Own {
+    Pass pass;
+    Scratch<Seat<T>> seats;
+    Scratch<T> memory, o;
+  };
+  threads = least(threads, items * parts);
+  const PerThread<Own> own_of(threads, [&] {
+    return Own{make(), Scratch<Seat<T>>(at_once), Scratch<T>(at_once * most_blocks * (per_block + carry)), Scratch<T>(kTileSteps * W)};
+  });
+  parallel(threads, [&](const Team& team) {
+    auto& [pass, seats, memory, o] = own_of[team.rank];
     const Range mine = share(items * parts, team);
     for (int64_t unit = mine.begin; unit < mine.end;) {
       int64_t count = 0;

@@ -1,10 +1,16 @@
 // Threads: a team of them runs one body together.
 //
-//   parallel(threads, [&](const Team& team) { for (i in share(items, team)) ...; team.barrier(); ... });
+//   parallel(threads, [&](const Team& team) { for (i in share(items, team)) ...; });
+//   parallel_phases(threads, [&](PhasedTeam& team) { ...; team.barrier(); ...; });       // where the threads wait for each other
 //
-// One thread runs the body in place and enters no parallel region. What a body computes must not depend on team.size.
+// One thread runs the body in place and enters no parallel region. What a body computes must not depend on team.size, which may be smaller than
+// what was asked for. Bodies allocate no memory (scratch.h has PerThread for that). Should one of them throw all the same, the call ends with its
+// Failure: no exception leaves a thread, and no thread is left waiting at a barrier.
 #pragma once
+#include <atomic>
 #include <cstdint>
+
+#include "medssm/failure.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -12,7 +18,7 @@
 
 namespace medssm {
 
-// csrc/threads.cpp, which is compiled once for all instruction sets.
+// csrc/threads.cpp, which is compiled once for all instruction sets. A TeamBody throws nothing.
 using TeamBody = void (*)(void* context, int64_t rank, int64_t size, void* gate);
 void run_team(int64_t threads, TeamBody body, void* context);
 void team_barrier(void* gate);
@@ -25,17 +31,90 @@ struct Range {
 
 struct Team {
   int64_t rank, size;
-  void* gate;  // what team_barrier takes
+};
 
-  void barrier() const {
-    if (size > 1) team_barrier(gate);
+// The first failure of a team's threads.
+class FirstFailure {
+ public:
+  void keep() noexcept {
+    if (!taken_.exchange(true)) failure_ = Failure::current();
   }
+  // After all threads are done.
+  void rethrow() const {
+    if (failure_.status) throw failure_;
+  }
+
+ private:
+  std::atomic<bool> taken_{false};
+  Failure failure_;
 };
 
 template <class Body> void parallel(int64_t threads, const Body& body) {
-  if (threads <= 1) return body(Team{0, 1, nullptr});
-  const auto enter = [](void* context, int64_t rank, int64_t size, void* gate) { (*static_cast<const Body*>(context))(Team{rank, size, gate}); };
-  run_team(threads, enter, const_cast<Body*>(&body));
+  if (threads <= 1) return body(Team{0, 1});
+  struct Call {
+    const Body& body;
+    FirstFailure failure;
+  } call{body, {}};
+  const auto enter = [](void* context, int64_t rank, int64_t size, void*) {
+    Call& call = *static_cast<Call*>(context);
+    try {
+      call.body(Team{rank, size});
+    } catch (...) { call.failure.keep(); }
+  };
+  run_team(threads, enter, &call);
+  call.failure.rethrow();
+}
+
+// A team whose threads wait for each other. Barriers divide a body into phases. A thread that fails in one takes part in the barrier at its end, and
+// there the others leave too. A thread that is done takes part in one more barrier, for those that failed in the last phase.
+class PhasedTeam : public Team {
+ public:
+  struct Shared {
+    FirstFailure failure;
+    std::atomic<int64_t> failed{INT64_MAX};  // the first phase in which a thread failed
+  };
+
+  PhasedTeam(int64_t rank, int64_t size, void* gate, Shared* shared) : Team{rank, size}, gate_(gate), shared_(shared) {}
+
+  void barrier() {
+    if (size == 1) return;
+    team_barrier(gate_);
+    // A failure in the next phase, of a thread that is ahead, does not count here: all threads must leave at the same barrier.
+    if (shared_->failed.load() <= phase_++) throw Left();
+  }
+
+  template <class Body> void run(const Body& body) noexcept {
+    try {
+      body(*this);
+    } catch (const Left&) { return; } catch (...) {
+      shared_->failure.keep();
+      for (int64_t first = shared_->failed.load(); phase_ < first && !shared_->failed.compare_exchange_weak(first, phase_);) continue;
+    }
+    if (size > 1) team_barrier(gate_);
+  }
+
+ private:
+  struct Left {};
+  void* gate_;  // what team_barrier takes
+  Shared* shared_;
+  int64_t phase_ = 0;
+};
+
+template <class Body> void parallel_phases(int64_t threads, const Body& body) {
+  if (threads <= 1) {
+    PhasedTeam alone(0, 1, nullptr, nullptr);
+    return body(alone);
+  }
+  struct Call {
+    const Body& body;
+    PhasedTeam::Shared shared;
+  } call{body, {}};
+  const auto enter = [](void* context, int64_t rank, int64_t size, void* gate) {
+    Call& call = *static_cast<Call*>(context);
+    PhasedTeam(rank, size, gate, &call.shared).run(call.body);
+  };
+  run_team(threads, enter, &call);
+  call.shared.failure.rethrow();
 }
 
 // This thread's contiguous share of `items`, within one of each other's size.

@@ -1,14 +1,20 @@
-// Memory for the duration of a call: aligned to a cache line, not initialised.
+// Memory for the duration of a call: aligned to a cache line, not initialised. What cannot be had is thrown as a Failure that says how much it was.
 #pragma once
 #include <cstdint>
 #include <new>
+
+#include "medssm/failure.h"
 
 namespace medssm {
 namespace {
 
 template <class T> class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), kAlignment))) {}
+  explicit Scratch(int64_t count) {
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+    data_ = static_cast<T*>(::operator new(bytes, kAlignment, std::nothrow));
+    if (!data_) throw Failure::no_memory(static_cast<int64_t>(bytes));
+  }
   ~Scratch() { ::operator delete(data_, kAlignment); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -17,6 +23,28 @@ template <class T> class Scratch {
  private:
   static constexpr std::align_val_t kAlignment{64};
   T* data_;
+};
+
+// What each thread of a parallel region works with, made by make() before the region begins: memory that cannot be had is missed there, where
+// nobody waits.
+template <class T> class PerThread {
+ public:
+  template <class Make> PerThread(int64_t threads, const Make& make) : PerThread(threads < 1 ? 1 : threads) {
+    do { new (slots_.data() + made_) Slot{make()}; } while (++made_ < threads);
+  }
+  ~PerThread() {
+    while (made_ > 0) slots_.data()[--made_].~Slot();
+  }
+  T& operator[](int64_t rank) const { return slots_.data()[rank].value; }
+
+ private:
+  struct alignas(64) Slot {  // a cache line is one thread's
+    T value;
+  };
+  explicit PerThread(int64_t threads) : slots_(threads) {}
+
+  const Scratch<Slot> slots_;
+  int64_t made_ = 0;
 };
 
 }  // namespace

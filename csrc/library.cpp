@@ -1,0 +1,11 @@
+// What the CPU library says of itself: the version of the package it was built for, and why this thread's last kernel failed.
+#include "medssm/abi.h"
+
+namespace {
+thread_local char last_error[sizeof(medssm::Failure::text)] = "";
+}
+
+void medssm::keep_error(const char* text) noexcept { std::strncpy(last_error, text, sizeof(last_error) - 1); }
+
+MEDSSM_VISIBLE const char* medssm_cpu_version() { return MEDSSM_VERSION; }
+MEDSSM_VISIBLE const char* medssm_cpu_error() { return last_error; }
