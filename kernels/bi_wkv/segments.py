@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def bounds(starts, length: int, reverse: bool) -> torch.Tensor | None:
+def bounds(starts: torch.Tensor | None, length: int, reverse: bool) -> torch.Tensor | None:
     """(segments + 1,) the first step of each segment in the walk as it is made, then the length; None for one segment."""
     if starts is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def begins(starts, length: int, width: int, reverse: bool) -> torch.Tensor | None:
+def begins(starts: torch.Tensor | None, length: int, width: int, reverse: bool) -> torch.Tensor | None:
     """(l,) the earliest step that each step sees; 1 - width is the initial state's oldest token. None if that is so for all steps."""
     if starts is None or not length:
         return None
@@ -15,7 +15,14 @@ def begins(starts, length: int, width: int, reverse: bool) -> torch.Tensor | Non
     return begin[:length].cummax(0).values
 
 
-def state(x, width: int, index, begin, reverse: bool, initial_state) -> torch.Tensor:
+def state(
+    x: torch.Tensor,  # (b,l,d)
+    width: int,
+    index: torch.Tensor | None,  # (l,)
+    begin: torch.Tensor | None,  # (l,), from `begins`
+    reverse: bool,
+    initial_state: torch.Tensor | None,  # (b,d,w-1)
+) -> torch.Tensor:
     """(b,d,w-1): the last w - 1 steps before the walk's end, oldest first; zeros for steps before the last new beginning."""
     batch, length, channels = x.shape
     last = x.new_zeros((batch, channels, width - 1))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays
-from medssm.kernels.triton_tiles import product, tile, visited
+from medssm.kernels.triton_tiles import chunk_of, product, tile, tokens_of
 
 
 @triton.jit
@@ -58,14 +58,10 @@ def outer(
     """Gradients through the outputs of the same chunk: of the updates, r (b,l,h,dv) = scale sum_{t>=i} exp(G_t - G_i) (q_t k_i) dout_t, and of the
     state that enters it, exits (b*h, chunks + 1, dk, dv) = scale sum_t exp(G_t) q_t dout_t^T.
     """
-    tiles = tl.cdiv(dv, BV)
-    chunk, row = tl.program_id(0) // tiles % chunks, (tl.program_id(0) // tiles // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    part, chunk, row, b, h = chunk_of(tl.cdiv(dv, BV), chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    values = part * BV + tl.arange(0, BV)
     here = values < dv
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
     exits += (row * (chunks + 1) + chunk) * dk * dv
@@ -137,12 +133,8 @@ def pair_gradients(
 
     dpairs, dinverted (b*h, chunks, CHUNK, CHUNK): the gradients of q_t k_i and of k_t k_i; to_g (b,l,h): their part of the log decays' gradient.
     """
-    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside = tl.arange(0, CHUNK)
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
+    _, chunk, row, b, h = chunk_of(1, chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
     at = (b * length + token) * heads + h
     shares = tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
     dout += b * dout_batch + h * dout_head
@@ -224,13 +216,9 @@ def query_gradients(
     BV: tl.constexpr,
 ):
     """The gradient (b,l,h,dk) of q. to_g: adds the log decays' gradient from the entry states to the outputs."""
-    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside = tl.arange(0, CHUNK)
+    _, chunk, row, b, h = chunk_of(1, chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
     later, earlier = inside[:, None], inside[None, :]
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
     at = (b * length + token) * heads + h
     from_begin, _, _ = edge_decays(log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
     dout += b * dout_batch + h * dout_head
@@ -298,13 +286,9 @@ def entry_key_gradients(
     BV: tl.constexpr,
 ):
     """to_k (b,l,h,dk): the gradient of k through the entry states and the products of a chunk's tokens. to_g: adds the log decays' part."""
-    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside = tl.arange(0, CHUNK)
+    _, chunk, row, b, h = chunk_of(1, chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
     later, earlier = inside[:, None], inside[None, :]
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
     at = (b * length + token) * heads + h
     from_begin, _, _ = edge_decays(log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
     factor = -from_begin * tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
@@ -375,12 +359,8 @@ def exit_key_gradients(
     BV: tl.constexpr,
 ):
     """Gradients (b,l,h,…) of k and g: the gradient through the exit states, added to so_far and g_so_far of the other kernels."""
-    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside = tl.arange(0, CHUNK)
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
+    _, chunk, row, b, h = chunk_of(1, chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
     at = (b * length + token) * heads + h
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     _, to_end, through = edge_decays(logs, GATED or FRESH)

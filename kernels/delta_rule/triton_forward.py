@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, unit_inverse
-from medssm.kernels.triton_tiles import product, tile, visited
+from medssm.kernels.triton_tiles import chunk_of, product, tile, tokens_of
 
 
 @triton.jit
@@ -43,12 +43,8 @@ def inverse(
     BK: tl.constexpr,
 ):
     """inverses (b*h, chunks, CHUNK, CHUNK): (I + tril(exp(G_t - G_i) k_t k_i, -1) diag(beta))^-1; ROWS: with diag(beta) on the left."""
-    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside = tl.arange(0, CHUNK)
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
+    _, chunk, row, b, h = chunk_of(1, chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
     k += b * k_batch + h * k_head
     a = tl.zeros((CHUNK, CHUNK), tl.float32)
     for first in range(0, dk, BK):
@@ -108,14 +104,10 @@ def outputs(
     BV: tl.constexpr,
 ):
     """out (b,l,h,dv) = scale (exp(G_t) S^T q_t + sum_{i<=t} exp(G_t - G_i) (q_t k_i) u_i)."""
-    tiles = tl.cdiv(dv, BV)
-    chunk, row = tl.program_id(0) // tiles % chunks, (tl.program_id(0) // tiles // chunks).to(tl.int64)
-    b, h = row // heads, row % heads
-    inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    part, chunk, row, b, h = chunk_of(tl.cdiv(dv, BV), chunks, heads)
+    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    values = part * BV + tl.arange(0, BV)
     here = values < dv
-    step = chunk * CHUNK + inside
-    live = step < length
-    token = visited(index, step, length, WALK, REVERSE)
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head

@@ -13,6 +13,7 @@ No decay is above 1, so no product of decays overflows.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -40,7 +41,7 @@ def span(numbers: int, chunks: int) -> int:
     return max(SHORTEST, GROUP * triton.cdiv(chunks, GROUP * spans))
 
 
-def carry_over(states, decays, backward=False):
+def carry_over(states: torch.Tensor, decays: torch.Tensor, backward: bool = False) -> None:
     """In place: states (b*h, chunks + 1, dk, dv) become the states at every edge.
 
     Before, they are what each chunk adds, and the state that enters the first chunk (backward: the last). decays (b*h, chunks[, dk]): the factor by

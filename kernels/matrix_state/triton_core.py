@@ -64,7 +64,20 @@ class Gradients(NamedTuple):
     dinitial: torch.Tensor  # (b,h,dk,dv) float32
 
 
-def scan_of(q, k, v, g, scale, heads, index, starts, reverse, steps=None, skip=None, z=None) -> Scan:
+def scan_of(
+    q: torch.Tensor,  # (b,l,h or fewer,dk)
+    k: torch.Tensor,  # (b,l,h or fewer,dk)
+    v: torch.Tensor,  # (b,l,h or fewer,dv)
+    g: torch.Tensor | None,  # (b,l,h) or (b,l,h,dk)
+    scale: float,
+    heads: int,
+    index: torch.Tensor | None,  # (l,)
+    starts: torch.Tensor | None,  # (segments,)
+    reverse: bool,
+    steps: torch.Tensor | None = None,  # (b,l,h)
+    skip: torch.Tensor | None = None,  # (h,dv)
+    z: torch.Tensor | None = None,  # (b,l,h,dv)
+) -> Scan:
     """The recurrence as the kernels read it: `Scan`'s fields, of tensors with any strides, and starts as the ops have them."""
     q, k, v, z = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, z))
     if g is not None and g.dim() == 4 and g.stride(-1) != 1:
@@ -72,14 +85,18 @@ def scan_of(q, k, v, g, scale, heads, index, starts, reverse, steps=None, skip=N
     return Scan(q, k, v, g, float(scale), heads, index, segments(starts, q.shape[1], reverse), reverse, steps, skip, z)
 
 
-def segments(starts, length, reverse):
+def segments(starts: torch.Tensor | None, length: int, reverse: bool) -> torch.Tensor | None:
     """(l,) int32: how often the state has begun anew up to each step; None without starts."""
     begun = at_starts(starts, length, reverse, 1, torch.int32)
     return None if begun is None else begun.cumsum(0, dtype=torch.int32)
 
 
-def forward(scan: Scan, initial, save=False):
-    """initial (b,h,dk,dv) or None; save: keep the output as it is before the gate.
+def forward(
+    scan: Scan,
+    initial: torch.Tensor | None,  # (b,h,dk,dv)
+    save: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """save: keep the output as it is before the gate.
 
     Returns (out (b,l,h,dv) in v's dtype, the final state (b,h,dk,dv), float32, and what is kept, float32, or None).
     """
@@ -95,8 +112,14 @@ def forward(scan: Scan, initial, save=False):
     return out, _edge(states, scan, -1).clone(), before_gate
 
 
-def backward(dout, dfinal, scan: Scan, initial, before_gate=None) -> Gradients:
-    """dfinal: gradient of the final state, or None; before_gate: what forward kept, where there is z."""
+def backward(
+    dout: torch.Tensor,  # (b,l,h,dv)
+    dfinal: torch.Tensor | None,  # (b,h,dk,dv), of the final state
+    scan: Scan,
+    initial: torch.Tensor | None,  # (b,h,dk,dv)
+    before_gate: torch.Tensor | None = None,  # (b,l,h,dv), what forward kept, where there is z
+) -> Gradients:
+    """The gradients of the scan's tensors and of the initial state."""
     q, k, v, g, heads = scan.q, scan.k, scan.v, scan.g, scan.heads
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     batch, length, rows, dk, dv, chunks = _sizes(scan)
