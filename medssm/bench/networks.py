@@ -15,27 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import medssm
 from medssm.bench import apart, measure, peers
+from medssm.models import model_facts
 
-# Channels and spatial axes of the input that each network was made for; any other network gets one channel of 64^3.
-INPUTS = {
-    "segmamba": (4, 96, 96, 96),
-    "vmunet": (3, 256, 256),
-    "swin_umamba": (1, 256, 256),
-    "swin_umamba_d": (1, 256, 256),
-    "ultralight_vmunet": (3, 256, 256),
-    "vmamba": (3, 224, 224),
-    "medmamba": (3, 224, 224),
-    "vim": (3, 224, 224),
-    "mlla": (3, 224, 224),
-    "vrwkv": (3, 224, 224),
-    "efficientvit_seg": (3, 256, 256),
-    "monai_unetr": (1, 96, 96, 96),
-    "monai_dynunet": (4, 96, 96, 96),
-}
 # The input for the reference backend, and for both peers in training: a full one takes minutes, and more memory than there is.
 SMALL = {2: (64, 64), 3: (64, 32, 32)}
-CLASSES = {"vmamba": 1000, "medmamba": 1000, "vim": 1000, "mlla": 1000, "vrwkv": 1000, "efficientvit_seg": 19}
-SCANLESS = ("mlla", "vrwkv", "efficientvit_seg")  # no selective scan for a peer to compute
 NATIVE, BF16, REFERENCE, CHUNKED = "native", "native, bf16", "reference backend", "time-chunked scan in PyTorch"
 _LIMIT = 3.0  # a side whose call takes longer, in seconds, is timed once
 Context: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -50,11 +33,12 @@ def network(name: str, quick: bool = False) -> dict[str, Any]:
 
 def build(name: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
     """The network with its default options, and its input (1, c, *spatial)."""
-    channels, *spatial = INPUTS.get(name, (1, 64, 64, 64))
+    facts = model_facts(name)
+    channels, *spatial = facts.input
     if quick and name != "monai_unetr":
         spatial = [64] * len(spatial)
     torch.manual_seed(0)
-    return medssm.create_model(name, len(spatial), channels, CLASSES.get(name, 4)), torch.randn(1, channels, *spatial)
+    return medssm.create_model(name, len(spatial), channels, facts.classes), torch.randn(1, channels, *spatial)
 
 
 def multiply_adds(model: nn.Module, x: torch.Tensor) -> int:
@@ -70,7 +54,7 @@ def main() -> None:
     name, quick = sys.argv[1], sys.argv[2] == "1"
     threads = torch.get_num_threads()
     model, x = build(name, quick)
-    scans = not name.startswith("monai_") and name not in SCANLESS
+    scans = any(isinstance(part, (medssm.nn.Mamba, medssm.nn.SSND)) for part in model.modules())
     ways: dict[str, Context] = {NATIVE: nullcontext, BF16: _autocast}
     if scans:
         ways[CHUNKED] = peers.in_pytorch
@@ -80,7 +64,7 @@ def main() -> None:
     seconds = 0.1 if quick else 2.0
     result = {
         "input": list(x.shape),
-        "classes": CLASSES.get(name, 4),
+        "classes": model_facts(name).classes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "memory": memory,
         "threads": threads,

@@ -12,15 +12,15 @@ Logits have the input's size where it is even along each axis, else one voxel le
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from monai.networks.blocks import BaseEncoder
+from monai.networks.blocks.encoder import BaseEncoder
 from monai.networks.nets.flexible_unet import FLEXUNET_BACKBONE
 from torch import Tensor, nn
 
 import medssm
-from medssm.models.monai import BUILDERS as MONAIS_OWN
+from medssm.models.monai import NETWORKS as MONAIS_OWN
 from medssm.models.registry import Features
 from medssm.nn.blocks import BATCH_NORM, CONV
 from medssm.nn.unet import pad_to
@@ -41,7 +41,7 @@ def register() -> list[str]:
     return names
 
 
-def register_encoder(name: str, model: str, **options) -> str:
+def register_encoder(name: str, model: str, **options: Any) -> str:
     """Enter a model's encoder as the backbone `name`, with the model's own options (features, size, ...); returns the name.
 
     FlexibleUNet's `pretrained` may then be a file of the whole model's weights, for which `options` takes out_channels too.
@@ -55,7 +55,7 @@ def register_encoder(name: str, model: str, **options) -> str:
 
 
 class _Entry(NamedTuple):
-    options: dict
+    options: dict[str, Any]
     channels: tuple[int, ...]
 
 
@@ -68,7 +68,7 @@ class Backbone(nn.Module, BaseEncoder):
 
     entries: ClassVar[dict[str, _Entry]] = {}
 
-    def __init__(self, model: str, spatial_dims: int = 2, in_channels: int = 1, pretrained: bool | str = False, **options):
+    def __init__(self, model: str, spatial_dims: int = 2, in_channels: int = 1, pretrained: bool | str = False, **options: Any) -> None:
         super().__init__()
         if pretrained is True:
             raise ValueError("pretrained: expected False or a file of weights (nothing is downloaded), got True")
@@ -88,6 +88,7 @@ class Backbone(nn.Module, BaseEncoder):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """(b, in_channels, *spatial) -> maps (b, channels[i], *(spatial / 2^(i + 1))), rounded down."""
         size = x.shape[2:]
         if any(n < d for n, d in zip(size, self.divisor, strict=True)):
             raise ValueError(f"x: expected at least {self.divisor} voxels, the coarsest map's stride, got {tuple(size)}")
@@ -101,18 +102,22 @@ class Backbone(nn.Module, BaseEncoder):
 
     @classmethod
     def get_encoder_names(cls) -> list[str]:
+        """The backbones' names."""
         return list(cls.entries)
 
     @classmethod
-    def get_encoder_parameters(cls) -> list[dict]:
+    def get_encoder_parameters(cls) -> list[dict[str, Any]]:
+        """What FlexibleUNet builds each backbone with."""
         return [{"spatial_dims": 2, "in_channels": 1, "pretrained": False, **entry.options} for entry in cls.entries.values()]
 
     @classmethod
     def num_channels_per_output(cls) -> list[tuple[int, ...]]:
+        """Channels of each backbone's maps."""
         return [entry.channels for entry in cls.entries.values()]
 
     @classmethod
     def num_outputs(cls) -> list[int]:
+        """The number of each backbone's maps."""
         return [len(entry.channels) for entry in cls.entries.values()]
 
 

@@ -13,22 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
 import medssm
-from medssm.models.monai import BUILDERS as MONAIS_OWN
-from medssm.models.registry import Features
+from medssm.models.monai import NETWORKS as MONAIS_OWN
+from medssm.models.registry import Features, model_facts
 from medssm.nn import Encoder
 from medssm.nn.blocks import ChannelNorm
+from medssm.nn.vim import VimEncoder
 
-_SIZES = {model: ("tiny", "small", "base") for model in ("medmamba", "medssm_unet", "mlla", "vim", "vmamba", "vrwkv")}
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.9}
 _NO_DECAY = {"A_log", "A_b_log", "A_s_log", "A_logs", "D", "D_b", "D_s", "Ds", "cls_token", "pos_embed"}
 
-default_cfgs = {}  # timm looks for them in the module of an entrypoint
+default_cfgs: dict[str, Any] = {}  # timm looks for them in the module of an entrypoint
 
 
 def register() -> list[str]:
@@ -37,7 +38,7 @@ def register() -> list[str]:
     for model in medssm.list_models():
         if model in MONAIS_OWN:
             continue
-        for size in _SIZES.get(model, (None,)):
+        for size in model_facts(model).sizes or (None,):
             name = "medssm_" + "_".join(filter(None, (model.removeprefix("medssm_"), size)))
             if not is_model(name):
                 _register(name, model, {"size": size} if size else {})
@@ -45,8 +46,8 @@ def register() -> list[str]:
     return names
 
 
-def _register(name: str, model: str, options: dict) -> None:
-    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+def _register(name: str, model: str, options: dict[str, Any]) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         builder = partial(TimmVim if model == "vim" else TimmModel, model, **options)
         # out_indices None: all maps
         return build_model_with_cfg(builder, name, pretrained, feature_cfg={"out_indices": None, "feature_cls": "getter"}, **kwargs)
@@ -73,8 +74,8 @@ class TimmModel(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float | None = None,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__()
         if drop_path_rate is not None:
             options["drop_path"] = drop_path_rate
@@ -82,7 +83,7 @@ class TimmModel(nn.Module):
         features = Features(network)
         self.encoder = features.encoder
         self.bottleneck = getattr(network, "bottleneck", None) or nn.Identity()  # U-Mamba Bot has its Mamba there
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": c, "reduction": max(stride), "module": f"encoder.stages.{i}"}
             for i, (c, stride) in enumerate(zip(features.channels, features.strides, strict=True))
         ]
@@ -90,11 +91,14 @@ class TimmModel(nn.Module):
         self.in_chans, self.num_classes = in_chans, num_classes
         self.norm = getattr(network, "norm", None) or ChannelNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
+        self.global_pool = global_pool
+        self.head: nn.Module
         self.reset_classifier(num_classes, global_pool)
         if num_classes and hasattr(network, "head"):
-            self.head = network.head
+            self.head = cast(nn.Module, network.head)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, height, width) -> (b, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -102,6 +106,7 @@ class TimmModel(nn.Module):
         return self._maps(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What forward_features gives -> (b, num_classes); with pre_logits (b, num_features)."""
         x = self.head_drop(self._pool(x) if self.global_pool else x)
         return x if pre_logits else self.head(x)
 
@@ -113,7 +118,7 @@ class TimmModel(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ):
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Maps (b, c, height, width), the finest first, and the final features before them unless intermediates_only.
 
         indices: which maps, the last n for an int, all for None. norm: normalises the coarsest. stop_early changes nothing here: pruning, which
@@ -145,6 +150,7 @@ class TimmModel(nn.Module):
         return taken
 
     def get_classifier(self) -> nn.Module:
+        """The linear layer of the logits, or nn.Identity."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -157,12 +163,15 @@ class TimmModel(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimizers leave without decay."""
         return {name for name, _ in self.named_parameters() if name.rsplit(".")[-1] in _NO_DECAY}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """How timm groups the parameters by layers."""
         return {"stem": r"^encoder\.(?:stem|cls_token|pos_embed)", "blocks": r"^encoder\.stages\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Refused where it is asked for."""
         if enable:
             raise NotImplementedError("set_grad_checkpointing: expected False; medssm's scans recompute inside already")
 
@@ -187,13 +196,13 @@ class TimmModel(nn.Module):
 class TimmVim(TimmModel):
     """Vim: forward_features gives tokens (b, length, num_features), the class tokens first, from which the classifier reads."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.num_prefix_tokens = len(self.encoder.cls_token)
+        self.num_prefix_tokens = len(cast(VimEncoder, self.encoder).cls_token)
         self.norm = nn.Identity()  # the encoder has it
 
     def _maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        tokens, grid, at = self.encoder.tokens(x)
+        tokens, grid, at = cast(VimEncoder, self.encoder).tokens(x)
         patches = tokens[:, [i for i in range(tokens.shape[1]) if i not in at]]
         return torch.cat((tokens[:, at], patches), 1), [patches.transpose(1, 2).unflatten(2, grid)]
 

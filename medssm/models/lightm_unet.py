@@ -6,22 +6,34 @@ parameters (the paper says one).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from medssm.models.facts import Facts
+from medssm.models.options import only, per_stage
+from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, UNet
-from medssm.nn.blocks import CONV, check_dims
+from medssm.nn.blocks import CONV, LINEAR, MAX_POOL, check_dims
 from medssm.nn.scaled import ScaledMamba
 
-_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}
-_LINEAR = {2: "bilinear", 3: "trilinear"}
+_DROPOUT: dict[int, Callable[[float], nn.Module]] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 
 
+@register_model(
+    "lightm_unet",
+    facts=Facts(
+        "2403.05246",
+        "MrBlankness/LightM-UNet",
+        "Apache-2.0",
+        small={"features": 8, "depths": (1, 1, 1), "decoder_depths": (1, 1)},
+        parity="weight names; outputs to 0.1 of their deviation, see its tests",
+    ),
+)
 def lightm_unet(
     *,
     spatial_dims: int = 3,
@@ -44,13 +56,12 @@ def lightm_unet(
     """
     check_dims(spatial_dims)
     n = len(depths)
-    if len(decoder_depths) != n - 1:
-        raise ValueError(f"decoder_depths: expected {n - 1} entries, one fewer than depths, got {list(decoder_depths)}")
+    per_stage("decoder_depths", decoder_depths, n - 1)
     widths = [features * 2**s for s in range(n)]
     stem = nn.Sequential(_separable(in_channels, features, spatial_dims), _DROPOUT[spatial_dims](dropout))
     stages = []
     for s, (channels, depth) in enumerate(zip(widths, depths, strict=True)):
-        down = [nn.Sequential(ScaledMamba(widths[s - 1], channels), _POOL[spatial_dims](2))] if s else [nn.Identity()]
+        down: list[nn.Module] = [nn.Sequential(ScaledMamba(widths[s - 1], channels), MAX_POOL[spatial_dims](2))] if s else [nn.Identity()]
         stages.append(nn.Sequential(*down, *(MambaBlock(channels, groups) for _ in range(depth))))
     encoder = Encoder(stem, stages, widths, [(1,) * spatial_dims] + [(2,) * spatial_dims] * (n - 1))
     ups, ups_stages, heads = [], [], []
@@ -58,7 +69,7 @@ def lightm_unet(
         ups.append(
             nn.Sequential(
                 CONV[spatial_dims](widths[s + 1], widths[s], 1, bias=False),
-                nn.Upsample(scale_factor=2, mode=_LINEAR[spatial_dims], align_corners=False),
+                nn.Upsample(scale_factor=2, mode=LINEAR[spatial_dims], align_corners=False),
             )
         )
         ups_stages.append(nn.Sequential(*(UpBlock(widths[s], spatial_dims, groups) for _ in range(depth))))
@@ -67,46 +78,7 @@ def lightm_unet(
     return UNet(encoder, Decoder(ups, ups_stages, heads, ["sum"] * (n - 1), deep_supervision), size=input_size)
 
 
-def upstream(
-    *,
-    spatial_dims=3,
-    init_filters=8,
-    in_channels=1,
-    out_channels=2,
-    dropout_prob=None,
-    act=("RELU", {"inplace": True}),
-    norm=("GROUP", {"num_groups": 8}),
-    norm_name="",
-    num_groups=8,
-    use_conv_final=True,
-    blocks_down=(1, 2, 2, 4),
-    blocks_up=(1, 1, 1),
-    upsample_mode="nontrainable",
-) -> UNet:
-    """LightM-UNet from upstream's keywords, for ReLU, group norm, linear upsampling and a final convolution."""
-    kind, options = (norm, {}) if isinstance(norm, str) else norm
-    checks = (
-        ("act", (act if isinstance(act, str) else act[0]).lower(), "relu"),
-        ("norm", (norm_name or kind).lower(), "group"),
-        ("use_conv_final", use_conv_final, True),
-        ("upsample_mode", getattr(upsample_mode, "value", upsample_mode).lower(), "nontrainable"),
-    )
-    for name, value, known in checks:
-        if value != known:
-            raise ValueError(f"{name}: expected {known!r}, got {value!r}")
-    return lightm_unet(
-        spatial_dims=spatial_dims,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        features=init_filters,
-        depths=blocks_down,
-        decoder_depths=blocks_up,
-        groups=num_groups if norm_name else options.get("num_groups", 8),
-        dropout=dropout_prob or 0.0,
-    )
-
-
-def weight_map(blocks_up: Sequence[int] = (1, 1, 1), **_) -> Map:
+def weight_map(blocks_up: Sequence[int] = (1, 1, 1), **_: object) -> Map:
     """Upstream's names, for upstream's keywords: the last convolutions are the head of the finest decoder level."""
     head = f"decoder.seg_layers.{len(blocks_up) - 1}"
     return Map(
@@ -122,29 +94,66 @@ def weight_map(blocks_up: Sequence[int] = (1, 1, 1), **_) -> Map:
     )
 
 
+@register_upstream("lightm_unet", map=weight_map)
+def upstream(
+    *,
+    spatial_dims: int = 3,
+    init_filters: int = 8,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    dropout_prob: float | None = None,
+    act: str | tuple[str, Mapping[str, Any]] = ("RELU", {"inplace": True}),
+    norm: str | tuple[str, Mapping[str, Any]] = ("GROUP", {"num_groups": 8}),
+    norm_name: str = "",
+    num_groups: int = 8,
+    use_conv_final: bool = True,
+    blocks_down: Sequence[int] = (1, 2, 2, 4),
+    blocks_up: Sequence[int] = (1, 1, 1),
+    upsample_mode: Any = "nontrainable",
+) -> UNet:
+    """LightM-UNet from upstream's keywords, for ReLU, group norm, linear upsampling and a final convolution."""
+    kind, options = (norm, {}) if isinstance(norm, str) else norm
+    only("act", (act if isinstance(act, str) else act[0]).lower(), "relu")
+    only("norm", (norm_name or kind).lower(), "group")
+    only("use_conv_final", use_conv_final, True)
+    only("upsample_mode", getattr(upsample_mode, "value", upsample_mode).lower(), "nontrainable")
+    return lightm_unet(
+        spatial_dims=spatial_dims,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        features=init_filters,
+        depths=blocks_down,
+        decoder_depths=blocks_up,
+        groups=num_groups if norm_name else options.get("num_groups", 8),
+        dropout=dropout_prob or 0.0,
+    )
+
+
 class MambaBlock(nn.Module):
     """x + mamba(act(norm(mamba(act(norm(x))))))."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
         self.conv1, self.conv2 = ScaledMamba(channels, channels), ScaledMamba(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(relu(self.norm1(x)))
-        return x + self.conv2(relu(self.norm2(y)))
+        """(b, channels, *spatial) -> the same shape."""
+        y: Tensor = self.conv2(relu(self.norm2(self.conv1(relu(self.norm1(x))))))
+        return x + y
 
 
 class UpBlock(nn.Module):
     """act(norm(conv(act(norm(x))) + scale x)) with a depthwise-separable convolution."""
 
-    def __init__(self, channels: int, spatial_dims: int, groups: int):
+    def __init__(self, channels: int, spatial_dims: int, groups: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
         self.conv = _separable(channels, channels, spatial_dims)
         self.skip_scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
         return relu(self.norm2(self.conv(relu(self.norm1(x))) + self.skip_scale * x))
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from medssm.errors import UserError
-from medssm.models import create_model, list_models
-from medssm.models.facts import FACTS, Fact
+from medssm.models import create_model, list_models, list_upstream, model_facts
 
 MEASURED = Path(__file__).with_name("measured.json")  # what `medssm bench --networks` wrote
+Row = dict[str, Any]  # what is said of one network
 _COLUMNS = ("network", "dimensions", "parameters", "input", "multiply-adds", "memory", "CPU", "bf16", "source", "licence", "parity")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of model names, for instance 'umamba*' (default: all)")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown, as the docs have it")
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """The table; sizes are counted without allocating, costs are those measured for this release and the machine that they were measured on."""
     names = list_models(args.pattern)
     if not names:
@@ -38,7 +40,7 @@ def run(args) -> dict:
     return {"models": rows, "measured": {k: v for k, v in measured.items() if k != "networks"}}
 
 
-def markdown(rows: list[dict], note: str) -> str:
+def markdown(rows: list[Row], note: str) -> str:
     """The docs' page."""
     lines = [
         "# Networks",
@@ -51,38 +53,49 @@ def markdown(rows: list[dict], note: str) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in rows), "", note])
 
 
-def _row(name: str, measured: dict | None) -> dict:
+def _row(name: str, measured: Row | None) -> Row:
     """name, parameters in 3D and 2D (1 input channel, 2 classes; None where the network needs a library that is missing or reads values as it
     is built), the facts, and what was measured."""
-    sizes = {}
-    for dims in (2, 3):
+    facts = model_facts(name)
+    sizes: dict[int, int | None] = {}
+    for dims in facts.dims:
         try:
             with torch.device("meta"):
                 sizes[dims] = sum(p.numel() for p in create_model(name, dims).parameters())
         except (ValueError, RuntimeError):
             sizes[dims] = None
-    fact = FACTS.get(name, Fact("", "", "", ""))
-    return {"name": name, "parameters": {f"{dims}d": count for dims, count in sizes.items()}, **fact._asdict(), "measured": measured}
+    compared = any(upstream == name or upstream.startswith(f"{name}_") for upstream in list_upstream())
+    return {
+        "name": name,
+        "task": facts.task,
+        "dimensions": list(facts.dims),
+        "parameters": {f"{dims}d": count for dims, count in sizes.items()},
+        "paper": facts.paper,
+        "source": facts.source,
+        "licence": facts.licence,
+        "parity": facts.parity or ("outputs and weight names" if compared else ""),
+        "measured": measured,
+    }
 
 
-def _cells(row: dict) -> list[str]:
-    m = row["measured"]
+def _cells(row: Row) -> list[str]:
+    m, dims = row["measured"], ", ".join(map(str, row["dimensions"]))
     source = row["source"] + (f" (arXiv {row['paper']})" if row["paper"] else "")
     if m is None:
         sizes = ", ".join(_millions(n) for n in row["parameters"].values() if n is not None)
-        return [row["name"], "2, 3", sizes, "", "", "", "", "", source, row["licence"], row["parity"]]
+        return [row["name"], dims, sizes, "", "", "", "", "", source, row["licence"], row["parity"]]
     seconds = {way: t["median"] for way, t in m["inference"].items()}
     times = (f"{seconds[way] * 1e3:.0f} ms" for way in ("native", "native, bf16"))
     costs = [f"{m['multiply_adds'] / 1e9:.1f} G", f"{m['memory'] / 2**20:.0f} MiB", *times]
     size = " x ".join(map(str, m["input"][1:]))
-    return [row["name"], "2, 3", _millions(m["parameters"]), size, *costs, source, row["licence"], row["parity"]]
+    return [row["name"], dims, _millions(m["parameters"]), size, *costs, source, row["licence"], row["parity"]]
 
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.0f} k"
 
 
-def _note(measured: dict) -> str:
+def _note(measured: Row) -> str:
     where = measured.get("machine")
     if not where:
         return "Nothing was measured for this release: medssm bench --networks."

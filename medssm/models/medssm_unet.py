@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
+from medssm.models.facts import Facts
+from medssm.models.options import per_axis, per_stage, preset
+from medssm.models.registry import register_model
 from medssm.nn import Decoder, Encoder, UNet
 from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up, check_dims
 from medssm.nn.mixers import MIXERS, make_mixer
 
-# Channels and blocks per stage, from full resolution down (0 blocks at full resolution: the skip is the image itself), the first stage
-# whose blocks mix, and the inner channels over the outer of mixers that have them.
-_SIZES = {
-    "tiny": {"features": (7, 16, 48, 96, 160), "depths": (0, 1, 1, 2, 1), "decoder_depths": (1, 1, 1, 0), "scans_from": 2, "expand": 1},
-    "small": {"features": (16, 32, 64, 128, 256), "depths": (1, 1, 2, 2, 2), "decoder_depths": (1, 1, 1, 1), "scans_from": 2, "expand": 1},
-    "base": {"features": (32, 64, 128, 256, 384, 384), "depths": (1, 1, 2, 2, 4, 2), "decoder_depths": (1, 1, 1, 1, 1), "scans_from": 2, "expand": 2},
+_SCANS_FROM = 2  # the first stage whose blocks mix
+
+
+class Size(NamedTuple):
+    """features, depths: channels and blocks per stage, from full resolution down; with 0 blocks there the skip is the image itself.
+    decoder_depths: blocks per stage of the decoder, from coarse to fine. expand: inner channels over outer, of mixers that have them."""
+
+    features: Sequence[int]
+    depths: Sequence[int]
+    decoder_depths: Sequence[int]
+    expand: float
+
+
+SIZES = {
+    "tiny": Size((7, 16, 48, 96, 160), (0, 1, 1, 2, 1), (1, 1, 1, 0), 1),
+    "small": Size((16, 32, 64, 128, 256), (1, 1, 2, 2, 2), (1, 1, 1, 1), 1),
+    "base": Size((32, 64, 128, 256, 384, 384), (1, 1, 2, 2, 4, 2), (1, 1, 1, 1, 1), 2),
 }
 
 
+@register_model("medssm_unet", facts=Facts(source="this project", licence="Apache-2.0", small={"size": "tiny"}, sizes=tuple(SIZES), parity="its own"))
 def medssm_unet(
     *,
     spatial_dims: int = 3,
@@ -30,7 +46,7 @@ def medssm_unet(
     features: Sequence[int] | None = None,
     depths: Sequence[int] | None = None,
     decoder_depths: Sequence[int] | None = None,
-    strides=None,
+    strides: Sequence[int | Sequence[int]] | None = None,
     scans_from: int | None = None,
     expand: float | None = None,
     d_state: int | None = None,
@@ -54,43 +70,43 @@ def medssm_unet(
     normalise a voxel's channels.
     """
     check_dims(spatial_dims)
-    if size not in _SIZES:
-        raise ValueError(f"size: expected one of {', '.join(_SIZES)}, got {size!r}")
+    chosen = preset(SIZES, size)
     if mixer not in MIXERS:
         raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {mixer!r}")
-    preset = _SIZES[size]
-    features = list(features or preset["features"])
-    n = len(features)
-    depths = _list("depths", depths or preset["depths"], n)
-    decoder_depths = _list("decoder_depths", decoder_depths or preset["decoder_depths"], n - 1)
-    strides = [(s,) * spatial_dims if isinstance(s, int) else tuple(s) for s in _list("strides", strides or [1] + [2] * (n - 1), n)]
-    scans_from = preset["scans_from"] if scans_from is None else scans_from
+    widths = list(features or chosen.features)
+    n = len(widths)
+    depths = per_stage("depths", depths or chosen.depths, n)
+    decoder_depths = per_stage("decoder_depths", decoder_depths or chosen.decoder_depths, n - 1)
+    steps = per_axis("strides", strides or [1] + [2] * (n - 1), n, spatial_dims)
+    first_scans = _SCANS_FROM if scans_from is None else scans_from
     if expand is None and "expand" in MIXERS[mixer].options:
-        expand = preset["expand"]
+        expand = chosen.expand
 
     def stage(s: int, count: int, scans: bool) -> list[nn.Module]:
         if scans:
-            make = partial(make_mixer, mixer, features[s], spatial_dims, expand=expand, d_state=d_state)
-            return [MixerBlock(features[s], spatial_dims, make()) for _ in range(count)]
+            make = partial(make_mixer, mixer, widths[s], spatial_dims, expand=expand, d_state=d_state)
+            return [MixerBlock(widths[s], spatial_dims, make()) for _ in range(count)]
         if s <= 1:
-            return [DenseBlock(features[s], features[s], spatial_dims) for _ in range(count)]
-        return [ConvBlock(features[s], spatial_dims) for _ in range(count)]
+            return [DenseBlock(widths[s], widths[s], spatial_dims) for _ in range(count)]
+        return [ConvBlock(widths[s], spatial_dims) for _ in range(count)]
 
     convolution = CONV[spatial_dims]
     bare = depths[0] == 0
-    stem = [ChannelsLast(spatial_dims)] + ([] if bare else [convolution(in_channels, features[0], 3, padding=1)])
-    stages = [nn.Sequential(*stage(0, depths[0], scans_from <= 0))]
+    stem = [ChannelsLast(spatial_dims)] + ([] if bare else [convolution(in_channels, widths[0], 3, padding=1)])
+    stages: list[nn.Module] = [nn.Sequential(*stage(0, depths[0], first_scans <= 0))]
     for s in range(1, n):
-        down = Down(features[s - 1], features[s], spatial_dims, strides[s])
+        down: nn.Module = Down(widths[s - 1], widths[s], spatial_dims, steps[s])
         if s == 1 and bare:
-            down = convolution(in_channels, features[1], 3, strides[1], padding=1)
-        stages.append(nn.Sequential(down, *stage(s, depths[s], s >= scans_from)))
-    skips = [in_channels if bare else features[0], *features[1:]]
-    ups, up_stages, heads = [], [], []
+            down = convolution(in_channels, widths[1], 3, steps[1], padding=1)
+        stages.append(nn.Sequential(down, *stage(s, depths[s], s >= first_scans)))
+    skips = [in_channels if bare else widths[0], *widths[1:]]
+    ups, up_stages = [], []
+    heads: list[nn.Module | None] = []
     for i, s in enumerate(range(n - 2, -1, -1)):
-        ups.append(Up(features[s + 1], features[s], spatial_dims, strides[s + 1]))
-        joined = features[s] + skips[s]
-        depth, width = decoder_depths[i], features[s]
+        ups.append(Up(widths[s + 1], widths[s], spatial_dims, steps[s + 1]))
+        joined = widths[s] + skips[s]
+        depth, width = decoder_depths[i], widths[s]
+        blocks: list[nn.Module]
         if s <= 1 and depth:
             blocks = [DenseBlock(joined, width, spatial_dims), *stage(s, depth - 1, False)]
         elif s == 0:
@@ -102,12 +118,5 @@ def medssm_unet(
         head = convolution(width, out_channels, 3, padding=1)
         heads.append(head if deep_supervision or s == 0 else None)
     return UNet(
-        Encoder(nn.Sequential(*stem), stages, skips, strides), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size
+        Encoder(nn.Sequential(*stem), stages, skips, steps), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size
     )
-
-
-def _list(name: str, value, length: int) -> list:
-    value = list(value)
-    if len(value) != length:
-        raise ValueError(f"{name}: expected {length} entries, one per stage, got {len(value)}")
-    return value

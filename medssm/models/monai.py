@@ -4,47 +4,68 @@ monai_swin_unetr. They need MONAI; their options are its constructors' keywords,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from medssm.models.facts import Facts
+from medssm.models.registry import register_model
 from medssm.nn import AnySize
 from medssm.nn.blocks import check_dims
 from medssm.nn.unet import has_instance_norms
 
 _DYNUNET = {"kernel_size": [3] * 6, "strides": [1] + [2] * 5, "upsample_kernel_size": [2] * 5, "filters": [32, 64, 128, 256, 320, 320]}
-# The constructor, what every side of an input must be a multiple of (None: of the size it is built for alone), and defaults.
+
+
+class Network(NamedTuple):
+    """constructor: a class of monai.networks.nets. divisor: what every side of an input must be a multiple of, None for the size that the
+    network is built for alone. defaults: of its keywords."""
+
+    constructor: str
+    divisor: int | None
+    defaults: dict[str, Any]
+    facts: Facts
+
+
+_fact = partial(Facts, source="Project-MONAI/MONAI", licence="Apache-2.0", parity="MONAI's own code")
 NETWORKS = {
-    "monai_segresnet": ("SegResNet", 8, {"init_filters": 32}),
-    "monai_dynunet": ("DynUNet", 32, _DYNUNET),
-    "monai_mednext": ("MedNeXt", 16, {}),
-    "monai_unetr": ("UNETR", None, {"img_size": 96}),
-    "monai_swin_unetr": ("SwinUNETR", 32, {"feature_size": 48}),
+    "monai_segresnet": Network("SegResNet", 8, {"init_filters": 32}, _fact("1810.11654", small={"init_filters": 8})),
+    "monai_dynunet": Network("DynUNet", 32, _DYNUNET, _fact("1904.08128", small={"filters": [4] * 6}, input=(4, 96, 96, 96))),
+    "monai_mednext": Network("MedNeXt", 16, {}, _fact("2303.09975", small={"init_filters": 4, "kernel_size": 3})),
+    "monai_unetr": Network(
+        "UNETR", None, {"img_size": 96}, _fact("2103.10504", small={"img_size": 32, "hidden_size": 24, "mlp_dim": 24}, input=(1, 96, 96, 96))
+    ),
+    "monai_swin_unetr": Network("SwinUNETR", 32, {"feature_size": 48}, _fact("2201.01266", small={"feature_size": 12})),
 }
 
 
 class Padded(AnySize):
     """A network for inputs of any size."""
 
-    def __init__(self, network: nn.Module, size_divisor: tuple[int, ...]):
+    def __init__(self, network: nn.Module, size_divisor: tuple[int, ...]) -> None:
         super().__init__(size_divisor)
         self.network = network
         self.instance_norms = has_instance_norms(network)
 
     def whole(self, x: Tensor) -> Tensor:
-        return self.network(x)
+        """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
+        y: Tensor = self.network(x)
+        return y
 
 
-def _build(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2, **options) -> nn.Module:
+def _build(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channels: int = 2, **options: Any) -> nn.Module:
+    """MONAI's own class from its own keywords, for any input size where it has a `divisor`; logits (b, out_channels, *spatial)."""
     check_dims(spatial_dims)
     try:
         from monai.networks import nets
     except ModuleNotFoundError as error:
         raise ValueError("name: MONAI's networks need MONAI: pip install 'medssm[segment]'") from error
-    constructor, divisor, defaults = NETWORKS[kind]
+    constructor, divisor, defaults, _ = NETWORKS[kind]
     try:
-        network = getattr(nets, constructor)(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **{**defaults, **options})
+        network: nn.Module = getattr(nets, constructor)(
+            spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **{**defaults, **options}
+        )
     except TypeError as error:
         raise ValueError(f"{kind}: {error}") from error
     except ImportError as error:  # MONAI imports einops when UNETR or SwinUNETR is built
@@ -53,4 +74,5 @@ def _build(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
     return network if divisor is None else Padded(network, (divisor,) * spatial_dims)
 
 
-BUILDERS: dict[str, Callable[..., nn.Module]] = {kind: partial(_build, kind) for kind in NETWORKS}
+for _kind, _network in NETWORKS.items():
+    register_model(_kind, partial(_build, _kind), _network.facts)

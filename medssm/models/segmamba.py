@@ -15,12 +15,21 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import instance_norm, relu
 
+from medssm.models.facts import Facts
+from medssm.models.options import only, per_stage
+from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, TriMamba, UNet
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
 from medssm.nn.unetr import ResidualBlock, residual_decoder
 
 
+@register_model(
+    "segmamba",
+    facts=Facts(
+        "2401.13560", "ge-xing/SegMamba", "none given", small={"features": (4, 6, 8), "depths": (1, 1, 1), "hidden": 8}, input=(4, 96, 96, 96)
+    ),
+)
 def segmamba(
     *,
     spatial_dims: int = 3,
@@ -44,45 +53,14 @@ def segmamba(
     """
     check_dims(spatial_dims)
     features, n = list(features), len(features)
-    for name, value in (("depths", depths), ("slices", slices)):
-        if value is not None and len(value) != n:
-            raise ValueError(f"{name}: expected one entry for each of {n} stages, got {list(value)}")
-    encoder = _Encoder(in_channels, features, depths, slices or [None] * n, spatial_dims)
+    depths, slices = per_stage("depths", depths, n), per_stage("slices", slices or [None] * n, n)
+    encoder = _Encoder(in_channels, features, depths, slices, spatial_dims)
     widths = [in_channels, *features, hidden]
     skips = [ResidualBlock(widths[i], widths[i + 1], spatial_dims, residual) for i in range(n + 1)]
     decoder = Decoder(
         **residual_decoder(widths[1:], out_channels, spatial_dims, n if deep_supervision else 1, residual), deep_supervision=deep_supervision
     )
     return UNet(encoder, decoder, size=input_size, skips=skips)
-
-
-def upstream(
-    *,
-    in_chans=1,
-    out_chans=13,
-    depths=(2, 2, 2, 2),
-    feat_size=(48, 96, 192, 384),
-    drop_path_rate=0,
-    layer_scale_init_value=1e-6,
-    hidden_size=768,
-    norm_name="instance",
-    conv_block=True,
-    res_block=True,
-    spatial_dims=3,
-) -> UNet:
-    """SegMamba from upstream's keywords; drop_path_rate, layer_scale_init_value and conv_block have no effect there either."""
-    if norm_name != "instance":
-        raise ValueError(f"norm_name: expected 'instance', got {norm_name!r}")
-    return segmamba(
-        spatial_dims=spatial_dims,
-        in_channels=in_chans,
-        out_channels=out_chans,
-        features=feat_size,
-        depths=depths,
-        hidden=hidden_size,
-        slices=[64 >> s for s in range(len(feat_size))],
-        residual=res_block,
-    )
 
 
 MAP = Map(
@@ -101,17 +79,48 @@ MAP = Map(
 )
 
 
+@register_upstream("segmamba", map=MAP)
+def upstream(
+    *,
+    in_chans: int = 1,
+    out_chans: int = 13,
+    depths: Sequence[int] = (2, 2, 2, 2),
+    feat_size: Sequence[int] = (48, 96, 192, 384),
+    drop_path_rate: float = 0,
+    layer_scale_init_value: float = 1e-6,
+    hidden_size: int = 768,
+    norm_name: str = "instance",
+    conv_block: bool = True,
+    res_block: bool = True,
+    spatial_dims: int = 3,
+) -> UNet:
+    """SegMamba from upstream's keywords; drop_path_rate, layer_scale_init_value and conv_block have no effect there either."""
+    only("norm_name", norm_name, "instance")
+    return segmamba(
+        spatial_dims=spatial_dims,
+        in_channels=in_chans,
+        out_channels=out_chans,
+        features=feat_size,
+        depths=depths,
+        hidden=hidden_size,
+        slices=[64 >> s for s in range(len(feat_size))],
+        residual=res_block,
+    )
+
+
 class GatedSpatialConv(nn.Module):
     """x + f(g(g(x)) + p(x)): g a 3 x 3 (x 3) and p, f 1 x 1 convolutions, each with instance norm and ReLU (GSC of the paper)."""
 
-    def __init__(self, channels: int, spatial_dims: int):
+    def __init__(self, channels: int, spatial_dims: int) -> None:
         super().__init__()
         conv = CONV[spatial_dims]
         self.proj, self.proj2 = conv(channels, channels, 3, padding=1), conv(channels, channels, 3, padding=1)
         self.proj3, self.proj4 = conv(channels, channels, 1), conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        def through(conv, y):
+        """(b, channels, *spatial) -> the same shape."""
+
+        def through(conv: nn.Module, y: Tensor) -> Tensor:
             return relu(instance_norm(conv(y)), inplace=True)
 
         return x + through(self.proj4, through(self.proj2, through(self.proj, x)) + through(self.proj3, x))
@@ -120,37 +129,40 @@ class GatedSpatialConv(nn.Module):
 class MambaLayer(nn.Module):
     """x + mamba(norm(x)) on (b, c, *spatial)."""
 
-    def __init__(self, channels: int, slices: int | None):
+    def __init__(self, channels: int, slices: int | None) -> None:
         super().__init__()
         self.norm, self.mamba = nn.LayerNorm(channels), TriMamba(channels, slices=slices)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
         t = tokens(x)
         return image(t + self.mamba(self.norm(t))).contiguous()  # the convolutions around it work channel by channel
 
 
 class _Stage(nn.Module):
-    def __init__(self, down: nn.Sequential, gsc: GatedSpatialConv, layers: Sequence[MambaLayer]):
+    def __init__(self, down: nn.Sequential, gsc: GatedSpatialConv, layers: Sequence[MambaLayer]) -> None:
         super().__init__()
         self.down, self.gsc, self.layers = down, gsc, nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.gsc(self.down(x)))
+        y: Tensor = self.layers(self.gsc(self.down(x)))
+        return y
 
 
 class _Out(nn.Module):
     """What of a stage's map goes to the decoder: a norm and an MLP."""
 
-    def __init__(self, channels: int, spatial_dims: int):
+    def __init__(self, channels: int, spatial_dims: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = CONV[spatial_dims](channels, 2 * channels, 1), CONV[spatial_dims](2 * channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(instance_norm(x))))
+        y: Tensor = self.fc2(nn.functional.gelu(self.fc1(instance_norm(x))))
+        return y
 
 
 class _Encoder(Encoder):
-    def __init__(self, in_channels: int, features: Sequence[int], depths: Sequence[int], slices: Sequence[int | None], dims: int):
+    def __init__(self, in_channels: int, features: Sequence[int], depths: Sequence[int], slices: Sequence[int | None], dims: int) -> None:
         downs = [nn.Sequential(CONV[dims](in_channels, features[0], 7, 2, 3))]
         downs += [nn.Sequential(INSTANCE_NORM[dims](a), CONV[dims](a, b, 2, 2)) for a, b in itertools.pairwise(features)]
         stages = [

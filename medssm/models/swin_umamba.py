@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from medssm.models.vmamba import EARLY, ENCODER, vss_encoder
+from medssm.models.facts import Facts
+from medssm.models.options import doubled, only, per_stage
+from medssm.models.registry import register_model, register_upstream
+from medssm.models.vmamba import EARLY, ENCODER
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, UNet, VSSBlock
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
 from medssm.nn.unetr import ResidualBlock, residual_decoder
-from medssm.nn.vss import PatchExpand, start_linears
+from medssm.nn.vss import PatchExpand, start_linears, vss_encoder
 
 
+@register_model(
+    "swin_umamba",
+    facts=Facts(
+        "2402.03302",
+        "JiarunLiu/Swin-UMamba",
+        "Apache-2.0",
+        small={"features": (4, 8, 16), "depths": (1, 1)},
+        input=(1, 256, 256),
+        parity="parameter and key counts",
+    ),
+)
 def swin_umamba(
     *,
     spatial_dims: int = 2,
@@ -42,7 +57,8 @@ def swin_umamba(
         deep_supervision: a list of logits at 1, 1/2, 1/4 and 1/8. heads: how many of them are made (default those in use).
         input_size: "any" pads and crops inside, "strict" raises.
     """
-    _check(spatial_dims, features, depths, stem=1)
+    check_dims(spatial_dims)
+    per_stage("depths", depths, len(features) - 1)  # the stem has no blocks
     if hidden not in (None, features[-1]):
         raise ValueError(f"hidden: expected {features[-1]}, the channels of the last stage, got {hidden}")
     convolution, n = CONV[spatial_dims], len(depths)
@@ -58,6 +74,10 @@ def swin_umamba(
     return UNet(encoder, decoder, size=input_size, skips=skips)
 
 
+@register_model(
+    "swin_umamba_d",
+    facts=Facts("2402.03302", "JiarunLiu/Swin-UMamba", "Apache-2.0", small={"features": (8, 16), "depths": (1, 1)}, input=(1, 256, 256)),
+)
 def swin_umamba_d(
     *,
     spatial_dims: int = 2,
@@ -79,11 +99,13 @@ def swin_umamba_d(
         deep_supervision: a list of logits at 1, 1/4, 1/8 and 1/16. heads: how many of them are made (default those in use).
         input_size: "any" pads and crops inside, "strict" raises.
     """
-    _check(spatial_dims, features, depths)
+    check_dims(spatial_dims)
+    per_stage("depths", depths, len(features))
     n, convolution = len(features), CONV[spatial_dims]
     encoder = vss_encoder(in_channels, features, depths, spatial_dims, drop_path)
     rates = torch.linspace(drop_path, 0, 2 * (n - 1), device="cpu").tolist()
-    ups, stages = [], []
+    ups: list[nn.Module] = []
+    stages: list[nn.Module] = []
     for i, s in enumerate(range(n - 2, -1, -1)):
         ups.append(PatchExpand(features[s + 1], features[s], spatial_dims))
         blocks = [VSSBlock(features[s], spatial_dims, rate, d_state=d_state) for rate in rates[2 * i : 2 * i + 2]]
@@ -102,8 +124,8 @@ class _FromSecond(UNet):
     """The decoder's last level is the image's, which has no skip."""
 
     def whole(self, x: Tensor) -> Tensor | list[Tensor]:
-        maps = self.encoder(x)
-        return self.decoder([x, *maps])
+        logits: Tensor | list[Tensor] = self.decoder([x, *self.encoder(x)])
+        return logits
 
 
 class _Join(nn.Linear):
@@ -113,67 +135,7 @@ class _Join(nn.Linear):
         return image(super().forward(tokens(x)))
 
 
-def upstream(
-    *,
-    in_chans=1,
-    out_chans=13,
-    feat_size=(48, 96, 192, 384, 768),
-    drop_path_rate=0,
-    layer_scale_init_value=1e-6,
-    hidden_size=768,
-    norm_name="instance",
-    res_block=True,
-    spatial_dims=2,
-    deep_supervision=False,
-) -> UNet:
-    """Swin-UMamba from upstream's keywords; drop_path_rate and layer_scale_init_value have no effect there either."""
-    if norm_name != "instance":
-        raise ValueError(f"norm_name: expected 'instance', got {norm_name!r}")
-    return swin_umamba(
-        spatial_dims=spatial_dims,
-        in_channels=in_chans,
-        out_channels=out_chans,
-        features=feat_size,
-        hidden=hidden_size,
-        residual=res_block,
-        deep_supervision=deep_supervision,
-        heads=4,
-    )
-
-
-def upstream_d(vss_args: Mapping, decoder_args: Mapping) -> UNet:
-    """Swin-UMamba-D from upstream's two dictionaries."""
-    vss = {"patch_size": 4, "in_chans": 3, "depths": (2, 2, 9, 2), "dims": (96, 192, 384, 768), "d_state": 16, "drop_path_rate": 0.2} | dict(vss_args)
-    decoder = {"drop_path_rate": 0.2, "d_state": 16} | dict(decoder_args)
-    for name, value, known in (("vss_args: patch_size", vss["patch_size"], 4), ("vss_args: d_state", vss["d_state"], 16)):
-        if value != known:
-            raise ValueError(f"{name}: expected {known}, got {value!r}")
-    features = [vss["dims"] * 2**s for s in range(len(vss["depths"]))] if isinstance(vss["dims"], int) else list(vss["dims"])
-    if list(decoder["features_per_stage"]) != features:
-        raise ValueError(f"decoder_args: features_per_stage: expected {features}, the encoder's, got {decoder['features_per_stage']}")
-    return swin_umamba_d(
-        in_channels=vss["in_chans"],
-        out_channels=decoder["num_classes"],
-        features=features,
-        depths=vss["depths"],
-        drop_path=vss["drop_path_rate"],
-        d_state=decoder["d_state"],
-        heads=len(features),
-        deep_supervision=decoder["deep_supervision"],
-    )
-
-
 _VSSM = ((r"^vssm_encoder\.", ""), (r"^downsamples\.(\d)\.", r"layers.\1.downsample."))
-MAP_D = Map(
-    rename=(
-        *_VSSM,
-        *EARLY,
-        *ENCODER,
-        (r"^decoder\.expand_layers\.", "decoder.upsample_layers."),
-        (r"^decoder\.concat_back_dim\.(\d)\.", r"decoder.stages.\1.0."),
-        (r"^decoder\.stages\.(\d)\.blocks\.(\d)\.", lambda m: f"decoder.stages.{m[1]}.{int(m[2]) + 1}."),
-    )
-)
 MAP = Map(
     rename=(
         *_VSSM,
@@ -192,7 +154,70 @@ MAP = Map(
 )
 
 
-def _check(spatial_dims: int, features: Sequence[int], depths: Sequence[int], stem: int = 0) -> None:
-    check_dims(spatial_dims)
-    if len(depths) != len(features) - stem:
-        raise ValueError(f"depths: expected {len(features) - stem} entries, one per stage, got {list(depths)}")
+@register_upstream("swin_umamba", map=MAP)
+def upstream(
+    *,
+    in_chans: int = 1,
+    out_chans: int = 13,
+    feat_size: Sequence[int] = (48, 96, 192, 384, 768),
+    drop_path_rate: float = 0,
+    layer_scale_init_value: float = 1e-6,
+    hidden_size: int = 768,
+    norm_name: str = "instance",
+    res_block: bool = True,
+    spatial_dims: int = 2,
+    deep_supervision: bool = False,
+) -> UNet:
+    """Swin-UMamba from upstream's keywords; drop_path_rate and layer_scale_init_value have no effect there either."""
+    only("norm_name", norm_name, "instance")
+    return swin_umamba(
+        spatial_dims=spatial_dims,
+        in_channels=in_chans,
+        out_channels=out_chans,
+        features=feat_size,
+        hidden=hidden_size,
+        residual=res_block,
+        deep_supervision=deep_supervision,
+        heads=4,
+    )
+
+
+MAP_D = Map(
+    rename=(
+        *_VSSM,
+        *EARLY,
+        *ENCODER,
+        (r"^decoder\.expand_layers\.", "decoder.upsample_layers."),
+        (r"^decoder\.concat_back_dim\.(\d)\.", r"decoder.stages.\1.0."),
+        (r"^decoder\.stages\.(\d)\.blocks\.(\d)\.", lambda m: f"decoder.stages.{m[1]}.{int(m[2]) + 1}."),
+    )
+)
+
+
+@register_upstream("swin_umamba_d", map=MAP_D)
+def upstream_d(vss_args: Mapping[str, Any], decoder_args: Mapping[str, Any]) -> UNet:
+    """Swin-UMamba-D from upstream's two dictionaries."""
+    vss: dict[str, Any] = {
+        "patch_size": 4,
+        "in_chans": 3,
+        "depths": (2, 2, 9, 2),
+        "dims": (96, 192, 384, 768),
+        "d_state": 16,
+        "drop_path_rate": 0.2,
+    } | dict(vss_args)
+    decoder: dict[str, Any] = {"drop_path_rate": 0.2, "d_state": 16} | dict(decoder_args)
+    only("vss_args: patch_size", vss["patch_size"], 4)
+    only("vss_args: d_state", vss["d_state"], 16)
+    features = doubled(vss["dims"], len(vss["depths"]))
+    if list(decoder["features_per_stage"]) != features:
+        raise ValueError(f"decoder_args: features_per_stage: expected {features}, the encoder's, got {decoder['features_per_stage']}")
+    return swin_umamba_d(
+        in_channels=vss["in_chans"],
+        out_channels=decoder["num_classes"],
+        features=features,
+        depths=vss["depths"],
+        drop_path=vss["drop_path_rate"],
+        d_state=decoder["d_state"],
+        heads=len(features),
+        deep_supervision=decoder["deep_supervision"],
+    )

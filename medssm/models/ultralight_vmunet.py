@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate
 
+from medssm.models.facts import Facts
+from medssm.models.options import only
+from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import AnySize, Encoder
-from medssm.nn.blocks import CONV, check_dims
+from medssm.nn.blocks import CONV, LINEAR, MAX_POOL, check_dims
 from medssm.nn.scaled import ScaledMamba
 
-_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_LINEAR = {2: "bilinear", 3: "trilinear"}
 _GROUPS = 4
 
 
+@register_model(
+    "ultralight_vmunet", facts=Facts("2403.20035", "wurenkai/UltraLight-VM-UNet", "MIT", small={"features": (4, 4, 8, 8, 8, 8)}, input=(3, 256, 256))
+)
 class UltraLightVMUNet(AnySize):
     """UltraLight-VM-UNet for any input size; logits (b, out_channels, *spatial).
 
@@ -43,21 +47,20 @@ class UltraLightVMUNet(AnySize):
         attention: str = "linear",
         activation: str | None = None,
         input_size: str = "any",
-    ):
+    ) -> None:
         check_dims(spatial_dims)
         if len(features) != 6 or any(c % _GROUPS for c in features):
             raise ValueError(f"features: expected six multiples of {_GROUPS}, got {list(features)}")
-        if activation not in (None, "sigmoid"):
-            raise ValueError(f"activation: expected None or 'sigmoid', got {activation!r}")
+        only("activation", activation, None, "sigmoid")
         super().__init__([32] * spatial_dims, input_size)
-        self.activation, self.mode = activation, _LINEAR[spatial_dims]
+        self.activation, self.mode = activation, LINEAR[spatial_dims]
 
         def mix(a: int, b: int, scans: bool) -> nn.Module:
             return ScaledMamba(a, b, _GROUPS, skip_norm=True) if scans else CONV[spatial_dims](a, b, 3, padding=1)
 
         widths = [in_channels, *features]
         stages = [
-            nn.Sequential(mix(widths[s], widths[s + 1], s >= 3), nn.GroupNorm(_GROUPS, widths[s + 1]), _POOL[spatial_dims](2), nn.GELU())
+            nn.Sequential(mix(widths[s], widths[s + 1], s >= 3), nn.GroupNorm(_GROUPS, widths[s + 1]), MAX_POOL[spatial_dims](2), nn.GELU())
             for s in range(5)
         ]
         self.encoder = Encoder(nn.Identity(), stages, features[:5], [(2,) * spatial_dims] * 5)
@@ -69,6 +72,7 @@ class UltraLightVMUNet(AnySize):
         self.final = CONV[spatial_dims](features[0], out_channels, 1)
 
     def whole(self, x: Tensor) -> Tensor:
+        """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
         skips = self.encoder(x)
         x = gelu(self.bottom(skips[-1]))
         if self.bridge is not None:
@@ -87,14 +91,14 @@ class _Bridge(nn.Module):
     """Attention on all skips t: s = spatial(t) t; channel(s + t) (s + t) + s. The spatial kernel is shared by the levels, the channel weights
     of each level see the means of all."""
 
-    def __init__(self, features: Sequence[int], spatial_dims: int, attention: str):
+    def __init__(self, features: Sequence[int], spatial_dims: int, attention: str) -> None:
         super().__init__()
-        if attention not in ("linear", "convolution"):
-            raise ValueError(f"attention: expected 'linear' or 'convolution', got {attention!r}")
+        only("attention", attention, "linear", "convolution")
         total = sum(features)
         self.spatial = CONV[spatial_dims](2, 1, 7, padding=9, dilation=3)
         self.means = nn.Conv1d(1, 1, 3, padding=1, bias=False)
-        self.channels = nn.ModuleList([nn.Linear(total, c) if attention == "linear" else nn.Conv1d(total, c, 1) for c in features])
+        layers = [nn.Linear(total, c) if attention == "linear" else nn.Conv1d(total, c, 1) for c in features]
+        self.channels = nn.ModuleList(layers)
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
         seen = [torch.sigmoid(self.spatial(torch.cat((t.mean(1, keepdim=True), t.amax(1, keepdim=True)), 1))) * t for t in skips]
@@ -102,21 +106,9 @@ class _Bridge(nn.Module):
         means = self.means(torch.cat([t.flatten(2).mean(-1) for t in both], 1)[:, None])[:, 0]
         out = []
         for layer, s, t in zip(self.channels, seen, both, strict=True):
-            scale = torch.sigmoid(nn.functional.linear(means, layer.weight.flatten(1), layer.bias))
+            scale = torch.sigmoid(nn.functional.linear(means, layer.get_parameter("weight").flatten(1), layer.get_parameter("bias")))
             out.append(scale.view(*scale.shape, *[1] * (t.dim() - 2)) * t + s)
         return out
-
-
-def upstream(*, num_classes=1, input_channels=3, c_list=(8, 16, 24, 32, 48, 64), split_att="fc", bridge=True) -> UltraLightVMUNet:
-    """UltraLight-VM-UNet from upstream's keywords, with its sigmoid."""
-    return UltraLightVMUNet(
-        in_channels=input_channels,
-        out_channels=num_classes,
-        features=c_list,
-        bridge=bridge,
-        attention="linear" if split_att == "fc" else "convolution",
-        activation="sigmoid",
-    )
 
 
 MAP = Map(
@@ -131,3 +123,18 @@ MAP = Map(
         (r"^scab\.catt\.att(\d)\.", lambda m: f"bridge.channels.{int(m[1]) - 1}."),
     )
 )
+
+
+@register_upstream("ultralight_vmunet", map=MAP)
+def upstream(
+    *, num_classes: int = 1, input_channels: int = 3, c_list: Sequence[int] = (8, 16, 24, 32, 48, 64), split_att: str = "fc", bridge: bool = True
+) -> UltraLightVMUNet:
+    """UltraLight-VM-UNet from upstream's keywords, with its sigmoid."""
+    return UltraLightVMUNet(
+        in_channels=input_channels,
+        out_channels=num_classes,
+        features=c_list,
+        bridge=bridge,
+        attention="linear" if split_att == "fc" else "convolution",
+        activation="sigmoid",
+    )

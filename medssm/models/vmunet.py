@@ -13,13 +13,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from medssm.models.vmamba import EARLY, ENCODER, vss_encoder
+from medssm.models.facts import Facts
+from medssm.models.options import only, per_stage
+from medssm.models.registry import register_model, register_upstream
+from medssm.models.vmamba import EARLY, ENCODER
 from medssm.models.weights import Map
 from medssm.nn import AnySize, VSSBlock
 from medssm.nn.blocks import CONV, check_dims
-from medssm.nn.vss import PatchExpand, drop_paths, start_linears
+from medssm.nn.vss import PatchExpand, drop_paths, start_linears, vss_encoder
 
 
+@register_model(
+    "vmunet",
+    facts=Facts(
+        "2402.02491", "JCruan519/VM-UNet", "Apache-2.0", small={"features": (8, 16), "depths": (1, 1), "decoder_depths": (1, 1)}, input=(3, 256, 256)
+    ),
+)
 class VMUNet(AnySize):
     """VM-UNet for any input size; logits (b, out_channels, *spatial).
 
@@ -42,13 +51,11 @@ class VMUNet(AnySize):
         d_state: int = 16,
         activation: str | None = None,
         input_size: str = "any",
-    ):
+    ) -> None:
         features, n = list(features), len(features)
         check_dims(spatial_dims)
-        if len(decoder_depths) != n:
-            raise ValueError(f"decoder_depths: expected one entry for each of {n} stages, got {list(decoder_depths)}")
-        if activation not in (None, "sigmoid"):
-            raise ValueError(f"activation: expected None or 'sigmoid', got {activation!r}")
+        per_stage("decoder_depths", decoder_depths, n)
+        only("activation", activation, None, "sigmoid")
         super().__init__([4 * 2 ** (n - 1)] * spatial_dims, input_size)
         self.in_channels, self.activation = in_channels, activation
         self.encoder = vss_encoder(in_channels, features, depths, spatial_dims, drop_path, d_state=d_state)
@@ -65,6 +72,7 @@ class VMUNet(AnySize):
         start_linears(self)
 
     def whole(self, x: Tensor) -> Tensor:
+        """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
         x, skips = self.encoder.stem(x), []
         for stage in self.encoder.stages:
             for name, part in stage.named_children():
@@ -83,7 +91,27 @@ class _Upstream(VMUNet):
         return super().whole(x.expand(-1, 3, *x.shape[2:]) if x.shape[1] == 1 else x)
 
 
-def upstream(*, input_channels=3, num_classes=1, depths=(2, 2, 9, 2), depths_decoder=(2, 9, 2, 2), drop_path_rate=0.2, load_ckpt_path=None) -> VMUNet:
+MAP = Map(
+    rename=(
+        (r"^vmunet\.", ""),
+        *EARLY,
+        *ENCODER,
+        (r"^layers_up\.(\d)\.blocks\.", r"stages.\1."),
+        (r"^layers_up\.(\d)\.upsample\.", lambda m: f"ups.{int(m[1]) - 1}."),
+    )
+)
+
+
+@register_upstream("vmunet", map=MAP)
+def upstream(
+    *,
+    input_channels: int = 3,
+    num_classes: int = 1,
+    depths: Sequence[int] = (2, 2, 9, 2),
+    depths_decoder: Sequence[int] = (2, 9, 2, 2),
+    drop_path_rate: float = 0.2,
+    load_ckpt_path: str | None = None,
+) -> VMUNet:
     """VM-UNet from upstream's keywords; weights come as `from_upstream`'s state_dict, not from load_ckpt_path."""
     if load_ckpt_path is not None:
         raise ValueError(f"load_ckpt_path: expected None, pass the file as state_dict; got {load_ckpt_path!r}")
@@ -95,14 +123,3 @@ def upstream(*, input_channels=3, num_classes=1, depths=(2, 2, 9, 2), depths_dec
         drop_path=drop_path_rate,
         activation="sigmoid" if num_classes == 1 else None,
     )
-
-
-MAP = Map(
-    rename=(
-        (r"^vmunet\.", ""),
-        *EARLY,
-        *ENCODER,
-        (r"^layers_up\.(\d)\.blocks\.", r"stages.\1."),
-        (r"^layers_up\.(\d)\.upsample\.", lambda m: f"ups.{int(m[1]) - 1}."),
-    )
-)

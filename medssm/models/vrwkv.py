@@ -7,20 +7,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from medssm.models.facts import Facts
+from medssm.models.options import only, preset
+from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import ChannelMix, Classifier, Encoder, SpatialMix
-from medssm.nn.blocks import CONV, check_dims
+from medssm.nn.blocks import CONV, CUBIC, check_dims, image, tokens
+from medssm.nn.positions import resize_positions
 from medssm.nn.unet import pad_to
 from medssm.nn.vss import DropPath
 
-_SIZES = {"tiny": 192, "small": 384, "base": 768}
-_CUBIC = {2: "bicubic", 3: "trilinear"}
+SIZES = {"tiny": 192, "small": 384, "base": 768}
 
 
+@register_model(
+    "vrwkv",
+    facts=Facts(
+        "2403.02308",
+        "OpenGVLab/Vision-RWKV",
+        "Apache-2.0",
+        "classify",
+        small={"features": 16, "depth": 2, "image_size": 32, "patch": 8},
+        sizes=tuple(SIZES),
+        input=(3, 224, 224),
+        classes=1000,
+    ),
+)
 def vrwkv(
     *,
     spatial_dims: int = 2,
@@ -42,12 +59,9 @@ def vrwkv(
         image_size: that positions are learned for, one number or one per axis; others are interpolated. patch: the side of the patches.
         mode: of ops.bi_wkv; "upstream" for weights that the published kernels trained. key_norm: of both mixes. drop_path: of the last layer.
     """
-    if size not in _SIZES:
-        raise ValueError(f"size: expected one of {', '.join(_SIZES)}, got {size!r}")
+    width = features or preset(SIZES, size)
     sizes = [image_size] * spatial_dims if isinstance(image_size, int) else list(image_size)
-    encoder = VRWKVEncoder(
-        spatial_dims, in_channels, features or _SIZES[size], depth, sizes, patch, [depth - 1], mode=mode, drop_path=drop_path, key_norm=key_norm
-    )
+    encoder = VRWKVEncoder(spatial_dims, in_channels, width, depth, sizes, patch, [depth - 1], mode=mode, drop_path=drop_path, key_norm=key_norm)
     return Classifier(encoder, out_channels, norm=False)
 
 
@@ -76,44 +90,40 @@ class VRWKVEncoder(Encoder):
         drop_path: float = 0.0,
         dropout: float = 0.0,
         interpolation: str | None = None,
-    ):
+    ) -> None:
         check_dims(dims)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        common = {"pixels": pixels, "share": share, "key_norm": key_norm, "layers": depth}
+        common: dict[str, Any] = {"pixels": pixels, "share": share, "key_norm": key_norm, "layers": depth}
         layers = [VRWKVLayer(features, int(hidden_rate * features), i, rates[i], post_norm, layer_scale, mode, **common) for i in range(depth)]
         super().__init__(
             CONV[dims](in_channels, features, patch, patch), layers, [features] * len(taps), [(patch,) * dims] + [(1,) * dims] * (len(taps) - 1)
         )
-        self.patch, self.taps, self.interpolation = patch, list(taps), interpolation or _CUBIC[dims]
+        self.patch, self.taps, self.interpolation = patch, list(taps), interpolation or CUBIC[dims]
         self.grid = tuple(n // patch for n in image_size)
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), features).normal_(std=0.02))
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(features) if final_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        patches = self.stem(pad_to(x, (self.patch,) * (x.dim() - 2)))
-        t = self.dropout(patches.movedim(1, -1) + self._positions(tuple(patches.shape[2:])))
+        """(b, c, *spatial) -> maps (b, features, *(spatial / patch))."""
+        t = tokens(self.stem(pad_to(x, (self.patch,) * (x.dim() - 2))))
+        t = self.dropout(t + resize_positions(self.pos_embed.unflatten(1, self.grid), t.shape[1:-1], self.interpolation))
         maps = []
         for i, layer in enumerate(self.stages):
             t = layer(t)
             if i == len(self.stages) - 1:
                 t = self.norm(t)
             if i in self.taps:
-                maps.append(t.movedim(-1, 1))
+                maps.append(image(t))
         return maps
-
-    def _positions(self, grid: tuple[int, ...]) -> Tensor:
-        """The learned positions (1, *grid, c), interpolated where the grid is another than they were learned for."""
-        learned = self.pos_embed.unflatten(1, self.grid)
-        if grid == self.grid:
-            return learned
-        return nn.functional.interpolate(learned.movedim(-1, 1), grid, mode=self.interpolation, align_corners=False).movedim(1, -1)
 
 
 class VRWKVLayer(nn.Module):
     """x + att(ln1(x)), then x + ffn(ln2(x)); with post_norm x + ln1(att(x)) and so on. The first layer normalises its input before all."""
 
-    def __init__(self, features: int, hidden: int, layer: int, drop_path: float, post_norm: bool, layer_scale: float | None, mode: str, **common):
+    def __init__(
+        self, features: int, hidden: int, layer: int, drop_path: float, post_norm: bool, layer_scale: float | None, mode: str, **common: Any
+    ) -> None:
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(features), nn.LayerNorm(features)
         if layer == 0:
@@ -125,6 +135,7 @@ class VRWKVLayer(nn.Module):
             self.register_parameter(name, None if layer_scale is None else nn.Parameter(torch.full((features,), float(layer_scale))))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, *spatial, features) -> the same shape."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         for norm, mix, gamma in ((self.ln1, self.att, self.gamma1), (self.ln2, self.ffn, self.gamma2)):
@@ -133,47 +144,52 @@ class VRWKVLayer(nn.Module):
         return x
 
 
-class _Sequence:
-    """A mix on (b, l, c) tokens of an image of `resolution`, as upstream calls it."""
+class SequenceSpatialMix(SpatialMix):
+    """SpatialMix on (b, l, c) tokens of an image of `resolution`, as upstream calls it."""
 
-    def forward(self, x: Tensor, resolution: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, resolution: Sequence[int]) -> Tensor:  # type: ignore[override]
+        """(b, l, d_model) -> the same shape."""
         return super().forward(x.unflatten(1, tuple(resolution))).flatten(1, -2)
 
 
-class SequenceSpatialMix(_Sequence, SpatialMix):
-    """SpatialMix on a sequence."""
+class SequenceChannelMix(ChannelMix):
+    """ChannelMix on (b, l, c) tokens of an image of `resolution`, as upstream calls it."""
+
+    def forward(self, x: Tensor, resolution: Sequence[int]) -> Tensor:  # type: ignore[override]
+        """(b, l, d_model) -> the same shape."""
+        return super().forward(x.unflatten(1, tuple(resolution))).flatten(1, -2)
 
 
-class SequenceChannelMix(_Sequence, ChannelMix):
-    """ChannelMix on a sequence."""
+MAP = Map(rename=((r"^layers\.", "stages."), (r"^patch_embed\.projection\.", "stem."), (r"^ln1\.", "norm.")))
 
 
+@register_upstream("vrwkv", map=MAP)
 def upstream(
     *,
-    img_size=224,
-    patch_size=16,
-    in_channels=3,
-    out_indices=-1,
-    drop_rate=0.0,
-    drop_path_rate=0.0,
-    embed_dims=256,
-    depth=12,
-    channel_gamma=1 / 4,
-    shift_pixel=1,
-    shift_mode="q_shift",
-    init_mode="fancy",
-    post_norm=False,
-    key_norm=False,
-    init_values=None,
-    hidden_rate=4,
-    final_norm=True,
-    interpolate_mode="bicubic",
-    with_cp=False,
-    wkv_mode="upstream",
+    img_size: int | Sequence[int] = 224,
+    patch_size: int = 16,
+    in_channels: int = 3,
+    out_indices: int | Sequence[int] = -1,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    embed_dims: int = 256,
+    depth: int = 12,
+    channel_gamma: float = 1 / 4,
+    shift_pixel: int = 1,
+    shift_mode: str = "q_shift",
+    init_mode: str = "fancy",
+    post_norm: bool = False,
+    key_norm: bool = False,
+    init_values: float | None = None,
+    hidden_rate: float = 4,
+    final_norm: bool = True,
+    interpolate_mode: str = "bicubic",
+    with_cp: bool = False,
+    wkv_mode: str = "upstream",
 ) -> VRWKVEncoder:
     """The backbone from the keywords of upstream's VRWKV: a list of feature maps. wkv_mode, which upstream has not, is bi_wkv's mode: "upstream", as
     the published weights were trained, or "exact", the paper's formula; init_mode and with_cp change no output of given weights."""
-    _check_shift(shift_mode)
+    only("shift_mode", shift_mode, "q_shift")
     sizes = [img_size] * 2 if isinstance(img_size, int) else list(img_size)
     taps = [i + depth if i < 0 else i for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
     return VRWKVEncoder(
@@ -198,27 +214,37 @@ def upstream(
     )
 
 
+@register_upstream("vrwkv_spatialmix")
 def upstream_spatial_mix(
-    n_embd, n_layer, layer_id, shift_mode="q_shift", channel_gamma=1 / 4, shift_pixel=1, init_mode="fancy", key_norm=False, wkv_mode="upstream"
-) -> SpatialMix:
+    n_embd: int,
+    n_layer: int,
+    layer_id: int,
+    shift_mode: str = "q_shift",
+    channel_gamma: float = 1 / 4,
+    shift_pixel: int = 1,
+    init_mode: str = "fancy",
+    key_norm: bool = False,
+    wkv_mode: str = "upstream",
+) -> SequenceSpatialMix:
     """Upstream's VRWKV_SpatialMix, (b, l, c) tokens and the image's size in; wkv_mode and init_mode as in `upstream`."""
-    _check_shift(shift_mode)
+    only("shift_mode", shift_mode, "q_shift")
     return SequenceSpatialMix(n_embd, pixels=shift_pixel, share=channel_gamma, key_norm=key_norm, layer=layer_id, layers=n_layer, mode=wkv_mode)
 
 
+@register_upstream("vrwkv_channelmix")
 def upstream_channel_mix(
-    n_embd, n_layer, layer_id, shift_mode="q_shift", channel_gamma=1 / 4, shift_pixel=1, hidden_rate=4, init_mode="fancy", key_norm=False
-) -> ChannelMix:
+    n_embd: int,
+    n_layer: int,
+    layer_id: int,
+    shift_mode: str = "q_shift",
+    channel_gamma: float = 1 / 4,
+    shift_pixel: int = 1,
+    hidden_rate: float = 4,
+    init_mode: str = "fancy",
+    key_norm: bool = False,
+) -> SequenceChannelMix:
     """Upstream's VRWKV_ChannelMix, (b, l, c) tokens and the image's size in."""
-    _check_shift(shift_mode)
+    only("shift_mode", shift_mode, "q_shift")
     return SequenceChannelMix(
         n_embd, int(hidden_rate * n_embd), pixels=shift_pixel, share=channel_gamma, key_norm=key_norm, layer=layer_id, layers=n_layer
     )
-
-
-def _check_shift(mode: str) -> None:
-    if mode != "q_shift":
-        raise ValueError(f"shift_mode: expected 'q_shift', got {mode!r}")
-
-
-MAP = Map(rename=((r"^layers\.", "stages."), (r"^patch_embed\.projection\.", "stem."), (r"^ln1\.", "norm.")))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Map(NamedTuple):
     """How upstream's state dict becomes ours: drop keys that repeat another tensor, then rename (pattern, replacement) in turn, as re.sub."""
 
     drop: Sequence[str] = ()
-    rename: Sequence[tuple[str, str | Callable[[re.Match], str]]] = ()
+    rename: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]] = ()
 
     def __call__(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
@@ -57,14 +59,14 @@ def read(path: Path | str) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _numpys_numbers() -> list:
+def _numpys_numbers() -> list[Any]:
     """What unpickles NumPy's scalars and their types, under the names of NumPy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
     return [np.dtype, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), *kinds]
 
 
-def fit(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def fit(model: M, state: Mapping[str, Tensor]) -> M:
     """Load a state dict whole; raises ValueError that lists missing, unexpected and wrongly shaped keys."""
     own = model.state_dict()
     missing = [f"missing    {k} {tuple(t.shape)}" for k, t in own.items() if k not in state]

@@ -30,6 +30,12 @@ class Mamba(nn.Module):
     """
 
     suffixes: tuple[str, ...] = ("",)
+    # Of the first direction; the others have the same with their suffix.
+    A_log: nn.Parameter
+    D: nn.Parameter
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
 
     def __init__(
         self,

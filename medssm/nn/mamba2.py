@@ -82,7 +82,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(step_biases(heads, dt_min, dt_max, dt_init_floor))
         self.A_log = nn.Parameter(torch.log(torch.empty(heads).uniform_(*A_init_range)))
         self.D = nn.Parameter(torch.ones(inner if D_has_hdim else heads))
-        self.norm = GatedRMSNorm(inner, ngroups, norm_before_gate) if rmsnorm else None
+        self.norm: nn.Module | None = GatedRMSNorm(inner, ngroups, norm_before_gate) if rmsnorm else None
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Blocks of VMamba and its kin (VM-UNet, Swin-UMamba, MedMamba), in 2D and 3D: SS-ND blocks, patch merging and expansion.
+"""Blocks of VMamba and its kin (VM-UNet, Swin-UMamba, MedMamba), in 2D and 3D: SS-ND blocks, patch merging and expansion, the encoder.
 
 They take and give (b, c, *spatial) in channels-last memory, as `blocks` does. Weight names are VMamba's.
 """
@@ -6,14 +6,16 @@ They take and give (b, c, *spatial) in channels-last memory, as `blocks` does. W
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from medssm.nn.blocks import image, spread, tokens
+from medssm.nn.blocks import CONV, ChannelNorm, check_dims, image, spread, tokens
 from medssm.nn.ssnd import SSND
+from medssm.nn.unet import Encoder
 
 
 class DropPath(nn.Module):
@@ -121,6 +123,57 @@ class PatchExpand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *(scale spatial))."""
         return image(self.norm(spread(self.expand(tokens(x)), self.stride)))
+
+
+def vss_encoder(
+    in_channels: int,
+    features: Sequence[int],
+    depths: Sequence[int],
+    spatial_dims: int = 2,
+    drop_path: float = 0.0,
+    *,
+    patch: int = 4,
+    stem: str = "patch",
+    down: str = "merge",
+    block: Callable[[int, float], nn.Module] | None = None,
+    **options: Any,
+) -> Encoder:
+    """VMamba's encoder: stages of `down` and blocks, after a stem that divides the size by `patch`.
+
+    stem: "patch" (one convolution) or "double" (two, with a norm and GELU between). down: "merge", "merge-pad" (of an odd axis), "convolution"
+    or "convolution-2" (its kernel). block(channels, drop_path) makes a block, by default a VSSBlock with `options`.
+    """
+    check_dims(spatial_dims)
+    block = block or (lambda channels, rate: VSSBlock(channels, spatial_dims, rate, **options))
+    if len(depths) != len(features):
+        raise ValueError(f"depths: expected one entry for each of {len(features)} stages, got {list(depths)}")
+    stages: list[nn.Module] = []
+    for s, (channels, rates) in enumerate(zip(features, drop_paths(depths, drop_path), strict=True)):
+        steps = {} if s == 0 else {"down": _down(down, features[s - 1], channels, spatial_dims)}
+        blocks = nn.Sequential(*(block(channels, rate) for rate in rates))
+        stages.append(nn.Sequential(OrderedDict(**steps, blocks=blocks)))
+    strides = [(patch,) * spatial_dims] + [(2,) * spatial_dims] * (len(features) - 1)
+    return Encoder(_stem(stem, in_channels, features[0], patch, spatial_dims), stages, features, strides)
+
+
+def _stem(kind: str, channels_in: int, channels: int, patch: int, dims: int) -> nn.Sequential:
+    if kind == "patch":
+        return nn.Sequential(CONV[dims](channels_in, channels, patch, patch), ChannelNorm(channels))
+    step = patch // 2
+    return nn.Sequential(
+        CONV[dims](channels_in, channels // 2, step + 1, step, 1),
+        ChannelNorm(channels // 2),
+        nn.GELU(),
+        CONV[dims](channels // 2, channels, step + 1, step, 1),
+        ChannelNorm(channels),
+    )
+
+
+def _down(kind: str, channels_in: int, channels: int, dims: int) -> nn.Module:
+    if kind.startswith("merge"):
+        return PatchMerging(channels_in, dims, channels, pad=kind == "merge-pad")
+    kernel, padding = (2, 0) if kind == "convolution-2" else (3, 1)
+    return nn.Sequential(CONV[dims](channels_in, channels, kernel, 2, padding), ChannelNorm(channels))
 
 
 @torch.no_grad()

@@ -9,32 +9,18 @@ import torch
 from safetensors.torch import save_file
 
 import medssm
+from medssm import models
+from medssm.integrations.nnunet.networks import output_resolutions
+from medssm.models.monai import NETWORKS
 from medssm.nn.mixers import MIXERS
 from medssm.nn.vss import DropPath, PatchMerging
 
-# Segmentation networks with a head per level, those with one head, and classifiers; each as small as it goes.
-SMALL = {
-    "medssm_unet": {"size": "tiny"},
-    "umamba_bot": {"features": (4, 8, 16)},
-    "umamba_enc": {"features": (4, 8, 16)},
-    "segmamba": {"features": (4, 6, 8), "depths": (1, 1, 1), "hidden": 8},
-    "swin_umamba": {"features": (4, 8, 16), "depths": (1, 1)},
-    "swin_umamba_d": {"features": (8, 16), "depths": (1, 1)},
-    "lightm_unet": {"features": 8, "depths": (1, 1, 1), "decoder_depths": (1, 1)},
-}
-SINGLE = {
-    "vmunet": {"features": (8, 16), "depths": (1, 1), "decoder_depths": (1, 1)},
-    "ultralight_vmunet": {"features": (4, 4, 8, 8, 8, 8)},
-    "efficientvit_seg": {},
-}
-CLASSIFIERS = {
-    "vmamba": {"features": (8, 16), "depths": (1, 1)},
-    "medmamba": {"features": (8, 16), "depths": (1, 1)},
-    "vim": {"features": 16, "depth": 2, "image_size": 32, "patch": 8},
-    "vrwkv": {"features": 16, "depth": 2, "image_size": 32, "patch": 8},
-    "mlla": {"features": (8, 16), "depths": (1, 1), "heads": (2, 2)},
-}
-ALL = SMALL | SINGLE | CLASSIFIERS
+# Each network as small as it goes: segmentation networks with a head per level, those with one head, and classifiers.
+MONAIS = {name: dict(models.model_facts(name).small) for name in NETWORKS}
+ALL = {name: dict(models.model_facts(name).small) for name in medssm.list_models() if name not in MONAIS}
+CLASSIFIERS = {name: small for name, small in ALL.items() if models.model_facts(name).task == "classify"}
+SMALL = {name: small for name, small in ALL.items() if "deep_supervision" in models.model_options(name)}
+SINGLE = {name: small for name, small in ALL.items() if name not in SMALL and name not in CLASSIFIERS}
 
 
 def build(name, dims, **kw):
@@ -43,7 +29,7 @@ def build(name, dims, **kw):
 
 
 def test_names():
-    assert set(ALL) <= set(medssm.list_models()) and medssm.list_models("umamba*") == ["umamba_bot", "umamba_enc"]
+    assert medssm.list_models("umamba*") == ["umamba_bot", "umamba_enc"]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -139,8 +125,8 @@ def test_deep_supervision_is_nnunets_list(name):
     model = build(name, 3, deep_supervision=True)
     x = torch.randn(1, 2, 16, 16, 16)
     outputs = model(x)
-    levels = {"segmamba": [1, 2, 4], "swin_umamba": [1, 2], "swin_umamba_d": [1, 4], "medssm_unet": [1, 2, 4, 8]}.get(name)
-    levels = levels or [2**s for s in range(len(model.encoder.strides) - 1)]
+    levels = [axes[0] for axes in output_resolutions(model)]
+    assert levels == {"segmamba": [1, 2, 4], "swin_umamba_d": [1, 4], "medssm_unet": [1, 2, 4, 8]}.get(name, levels) and levels[:1] == [1]
     assert isinstance(outputs, list) and [o.shape[2] for o in outputs] == [16 // n for n in levels]
     model.decoder.deep_supervision = False
     assert torch.equal(model(x), outputs[0])
@@ -243,28 +229,23 @@ def test_wrong_names_and_options_are_named():
         medssm.from_upstream("resnet")
 
 
-def test_registering_a_model():
-    medssm.register_model("test_identity", lambda spatial_dims, in_channels, out_channels: torch.nn.Identity())
-    try:
-        assert isinstance(medssm.create_model("test_identity"), torch.nn.Identity)
-        with pytest.raises(ValueError, match="which is taken"):
-            medssm.register_model("test_identity", lambda **kw: None)
-    finally:
-        from medssm.models import registry
+def test_registering_a_model(monkeypatch):
+    monkeypatch.setattr(models.registry, "_models", dict(models.registry._models))
 
-        registry._models.pop("test_identity")
+    @medssm.register_model("test_identity", facts=models.Facts(source="somewhere"))
+    def identity(spatial_dims, in_channels, out_channels, size="tiny"):
+        return torch.nn.Identity()
+
+    assert isinstance(medssm.create_model("test_identity", size="small"), torch.nn.Identity)
+    assert models.model_facts("test_identity").source == "somewhere" and models.model_options("test_identity") == ["size"]
+    with pytest.raises(ValueError, match="width: expected one of test_identity's options size, got 'width'"):
+        medssm.create_model("test_identity", width=3)
+    with pytest.raises(ValueError, match="which is taken"):
+        medssm.register_model("test_identity", lambda **kw: None)
+    assert medssm.register_model("test_other", identity) is identity and models.model_facts("test_other") == models.Facts()
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("monai_segresnet", {"init_filters": 8}),
-        ("monai_dynunet", {"filters": [4] * 6}),
-        ("monai_mednext", {"init_filters": 4, "kernel_size": 3}),
-        ("monai_unetr", {"img_size": 32, "hidden_size": 24, "mlp_dim": 24}),
-        ("monai_swin_unetr", {"feature_size": 12}),
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), MONAIS.items())
 def test_monais_networks_for_comparison(name, options):
     model = medssm.create_model(name, 2, 2, 3, **options).eval()
     size = (32, 32) if name == "monai_unetr" else (37, 70)

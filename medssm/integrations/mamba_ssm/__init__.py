@@ -19,6 +19,7 @@ import importlib.machinery
 import logging
 import sys
 from types import ModuleType
+from typing import Any
 
 from medssm.integrations.mamba_ssm.table import MODULES, PACKAGES
 
@@ -59,7 +60,7 @@ def uninstall() -> None:
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds and fills the modules of the table."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         package, _, rest = fullname.partition(".")
         if package not in PACKAGES or (rest and not _ours(sys.modules.get(package))):
             return None
@@ -68,7 +69,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         inner = any(name.startswith(fullname + ".") for name in MODULES)
         return importlib.machinery.ModuleSpec(fullname, self, origin=__file__, is_package=inner)
 
-    def create_module(self, spec):
+    def create_module(self, spec: Any) -> None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 from torch import Tensor
 
 
 class _Absent(type):
     """Imports like a class or function; calling it, taking an attribute of it or inheriting from it raises one clear line."""
 
-    def __new__(cls, name, bases, namespace):
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> _Absent:
         for base in bases:
             if isinstance(base, cls):
                 base()
         return super().__new__(cls, name, bases, namespace)
 
-    def __call__(cls, *_args, **_kwargs):
+    def __call__(cls, *_args: object, **_kwargs: object) -> NoReturn:
         raise NotImplementedError(cls._line())
 
-    def __getattr__(cls, attribute):
+    def __getattr__(cls, attribute: str) -> NoReturn:
         raise AttributeError(cls._line())
 
     def _line(cls) -> str:
@@ -29,7 +31,7 @@ def absent(*names: str) -> dict[str, type]:
     return {name: _Absent(name, (), {}) for name in names}
 
 
-def refuse(**arguments) -> None:
+def refuse(**arguments: object) -> None:
     """Raise NotImplementedError for the first of these arguments that is given, neither None nor False."""
     for name, value in arguments.items():
         if value is not None and value is not False:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from medssm import ops
 from medssm.integrations.mamba_ssm.absent import refuse
@@ -10,7 +11,16 @@ from medssm.integrations.mamba_ssm.absent import refuse
 _ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
 
 
-def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None):
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | str | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The causal depthwise convolution in causal_conv1d's layout, `medssm.ops.causal_conv1d(..., layout="bdl")`.
 
     Args:
@@ -32,7 +42,15 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
 
 
 @torch.no_grad()
-def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None):
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
     """The convolution of the next tokens; `conv_state` (b, d, at least w-1), oldest first, is updated in place. No gradients, as upstream.
 
     Args: x (b, d) or (b, d, l); weight (d, w); bias (d,); activation as causal_conv1d_fn.
@@ -48,7 +66,7 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
     return out.reshape(x.shape)
 
 
-def activation_name(name):
+def activation_name(name: str | None) -> str | None:
     """Upstream's name of an activation as ops.causal_conv1d has it."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'silu' or 'swish', got {name!r}")

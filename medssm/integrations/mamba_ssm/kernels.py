@@ -6,7 +6,11 @@ so `x`, what the forward keeps for it, is not read; it holds what upstream's hol
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from medssm import ops
@@ -18,7 +22,9 @@ _CHUNK = 2048  # tokens per entry of x
 
 
 @torch.no_grad()
-def fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool
+) -> list[Tensor]:
     """selective_scan_cuda.fwd -> [out, x], with z [out, x, out silu(z)].
 
     Args as selective_scan_fn. out (b, d, l) in u's dtype, without the gate. x (b, d, ceil(l / 2048), 2n), per 2,048 tokens and state dimension:
@@ -29,7 +35,22 @@ def fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     return [out.to(u.dtype), x, *gated]
 
 
-def bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, recompute_out_z):
+def bwd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    out: Tensor | None,
+    dz: Tensor | None,
+    delta_softplus: bool,
+    recompute_out_z: bool,
+) -> list[Any]:
     """selective_scan_cuda.bwd -> [du, ddelta, dA, dB, dC, dD, ddelta_bias], with z dz (written into `dz` if given), then out silu(z) if asked.
 
     dout: (b, d, l), of what fwd returns last. x, out: of fwd, not read. What is None has the gradient None.
@@ -45,49 +66,101 @@ def bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, r
     return [*gradients, out_z.detach()] if recompute_out_z else gradients
 
 
-def core_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows=1):
+def core_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, nrows: int = 1
+) -> list[Tensor]:
     """selective_scan_cuda_core.fwd (VMamba) -> [out, x]: fwd without a gate. nrows: of no effect."""
     return fwd(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
 
 
-def core_bwd(u, delta, A, B, C, D, delta_bias, dout, x, delta_softplus, nrows=1):
+def core_bwd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    delta_softplus: bool,
+    nrows: int = 1,
+) -> list[Any]:
     """selective_scan_cuda_core.bwd (VMamba) -> [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
     return bwd(u, delta, A, B, C, D, None, delta_bias, dout, x, None, None, delta_softplus, False)
 
 
 @torch.no_grad()
-def oflex_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows=1, out_float=True):
+def oflex_fwd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    nrows: int = 1,
+    out_float: bool = True,
+) -> list[Tensor]:
     """selective_scan_cuda_oflex.fwd (VMamba) -> [out, x].
 
     delta (b, e, l) and delta_bias (e,) may have fewer channels: channel j takes step j // (d / e). out_float: out in float32 whatever u's dtype.
     """
-    out, x = _scan(u, *_spread(u, delta), A, B, C, D, *_spread(u, delta_bias, dim=0), delta_softplus)
+    bias = None if delta_bias is None else _spread(u, delta_bias, dim=0)
+    out, x = _scan(u, _spread(u, delta), A, B, C, D, bias, delta_softplus)
     return [out if out_float else out.to(u.dtype), x]
 
 
-def oflex_bwd(u, delta, A, B, C, D, delta_bias, dout, x, delta_softplus, nrows=1):
+def oflex_bwd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    delta_softplus: bool,
+    nrows: int = 1,
+) -> list[Any]:
     """selective_scan_cuda_oflex.bwd (VMamba) -> [du, ddelta, dA, dB, dC, dD, ddelta_bias]; dout in float32 or u's dtype."""
 
-    def forward(u, delta, A, B, C, D, delta_bias):
-        wide = u.to(compute_dtype(u, delta))
-        return _differentiable(wide, *_spread(u, delta), A, B, C, D, None, *_spread(u, delta_bias, dim=0), delta_softplus).to(dout.dtype)
+    def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> Tensor:
+        wide, bias = u.to(compute_dtype(u, delta)), None if delta_bias is None else _spread(u, delta_bias, dim=0)
+        return _differentiable(wide, _spread(u, delta), A, B, C, D, None, bias, delta_softplus).to(dout.dtype)
 
     return _gradients(forward, (u, delta, A, B, C, D, delta_bias), dout)[1]
 
 
-def ndstate_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows=1):
+def ndstate_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, nrows: int = 1
+) -> list[Tensor]:
     """selective_scan_cuda_ndstate.fwd (VMamba), the state of size 1: A (d,), B and C (b, g, l) -> [out, x]."""
     return core_fwd(u, delta, A.unsqueeze(1), B.unsqueeze(2), C.unsqueeze(2), D, delta_bias, delta_softplus)
 
 
-def ndstate_bwd(u, delta, A, B, C, D, delta_bias, dout, x, delta_softplus, nrows=1):
+def ndstate_bwd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    delta_softplus: bool,
+    nrows: int = 1,
+) -> list[Any]:
     """selective_scan_cuda_ndstate.bwd (VMamba) -> [du, ddelta, dA (d,), dB (b, g, l), dC (b, g, l), dD, ddelta_bias]."""
     du, ddelta, dA, dB, dC, *rest = core_bwd(u, delta, A.unsqueeze(1), B.unsqueeze(2), C.unsqueeze(2), D, delta_bias, dout, x, delta_softplus)
     return [du, ddelta, dA.squeeze(1), dB.squeeze(2), dC.squeeze(2), *rest]
 
 
 @torch.no_grad()
-def causal_conv1d_fwd(x, weight, bias, *rest):
+def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
     """causal_conv1d_cuda.causal_conv1d_fwd -> out. rest: silu; or seq_idx, silu; or seq_idx, initial_states, final_states_out, silu."""
     given = _named(rest, ("silu",), ("seq_idx", "silu"), ("seq_idx", "initial_states", "final_states_out", "silu"))
     states = given.get("final_states_out")
@@ -97,7 +170,7 @@ def causal_conv1d_fwd(x, weight, bias, *rest):
     return out if states is None else out[0]
 
 
-def causal_conv1d_bwd(x, weight, bias, dout, *rest):
+def causal_conv1d_bwd(x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, *rest: Any) -> tuple[Any, ...]:
     """causal_conv1d_cuda.causal_conv1d_bwd -> (dx, dweight, dbias), dx written into `dx` if given.
 
     rest: dx, silu; or seq_idx, dx, silu; or seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu, which returns
@@ -108,7 +181,7 @@ def causal_conv1d_bwd(x, weight, bias, dout, *rest):
     )
     dstates = given.get("dfinal_states")
 
-    def forward(x, weight, bias, initial):
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None) -> Any:
         out, states = convolution.causal_conv1d_fn(x, weight, bias, given.get("seq_idx"), initial, True, None, "silu" if given["silu"] else None)
         return out if dstates is None else (out, states)
 
@@ -119,16 +192,27 @@ def causal_conv1d_bwd(x, weight, bias, dout, *rest):
     return (dx, dweight, dbias, dinitial) if "initial_states" in given else (dx, dweight, dbias)
 
 
-def causal_conv1d_update(x, conv_state, weight, bias, silu, cache_seqlens=None, conv_state_indices=None):
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
     """causal_conv1d_cuda.causal_conv1d_update -> out; conv_state is updated in place."""
     return convolution.causal_conv1d_update(x, conv_state, weight, bias, "silu" if silu else None, cache_seqlens, conv_state_indices)
 
 
-def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
+def _scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool
+) -> tuple[Tensor, Tensor]:
     """out in float32 (float64 when computing in it), and fwd's x."""
     B, C = grouped(B, C, u)
     u = u.to(compute_dtype(u, delta, A, B, C))
-    outs, kept, state, passed = [], [], None, 0
+    outs, kept, state = [], [], None
+    passed: Tensor | int = 0
     for start in range(0, max(u.shape[-1], 1), _CHUNK):
         u_, delta_, B_, C_ = (t[..., start : start + _CHUNK] for t in (u, delta, B, C))
         out, state = ops.selective_scan(
@@ -141,16 +225,18 @@ def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
     return torch.cat(outs, dim=-1).contiguous(), torch.stack(kept, dim=2)
 
 
-def _differentiable(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _differentiable(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool
+) -> Tensor:
     return ops.selective_scan(u, delta, A, *grouped(B, C, u), D, z, delta_bias, delta_softplus, layout="bdl")
 
 
-def _spread(u, steps, dim=1):
-    """One step per channel of u, in a list; steps None stays None."""
-    return [None if steps is None else steps.repeat_interleave(u.shape[1] // steps.shape[dim], dim=dim)]
+def _spread(u: Tensor, steps: Tensor, dim: int = 1) -> Tensor:
+    """One step per channel of u."""
+    return steps.repeat_interleave(u.shape[1] // steps.shape[dim], dim=dim)
 
 
-def _gradients(forward, tensors, dout):
+def _gradients(forward: Callable[..., Any], tensors: Sequence[Tensor | None], dout: Tensor | tuple[Tensor, ...]) -> tuple[Any, list[Any]]:
     """forward(*tensors), computed again, and the gradient of each tensor (None for None) from its output's, dout."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     with torch.enable_grad():
@@ -159,7 +245,7 @@ def _gradients(forward, tensors, dout):
     return out, [None if t is None else next(found) for t in leaves]
 
 
-def _named(values, *forms):
+def _named(values: Sequence[Any], *forms: tuple[str, ...]) -> dict[str, Any]:
     """The values by name: which of causal_conv1d's versions is calling shows in their number."""
     for form in forms:
         if len(values) == len(form):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medssm import nn as layers
 from medssm import ops
 from medssm.integrations.mamba_ssm import convolution, scan
+from medssm.orders import Order
 
 _KINDS = {"none": layers.Mamba, "v1": layers.Mamba, "v2": layers.BiMamba, "v3": layers.TriMamba}
 
@@ -32,27 +34,27 @@ class Mamba(layers.Mamba):
 
     def __init__(
         self,
-        d_model,
-        d_state=16,
-        d_conv=4,
-        expand=2,
-        dt_rank="auto",
-        dt_min=0.001,
-        dt_max=0.1,
-        dt_init="random",
-        dt_scale=1.0,
-        dt_init_floor=1e-4,
-        conv_bias=True,
-        bias=False,
-        use_fast_path=True,
-        layer_idx=None,
-        device=None,
-        dtype=None,
-        bimamba_type="none",
-        nslices=5,
-        if_divide_out=False,
-        init_layer_scale=None,
-    ):
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        bimamba_type: str = "none",
+        nslices: int = 5,
+        if_divide_out: bool = False,
+        init_layer_scale: float | None = None,
+    ) -> None:
         if bimamba_type not in _KINDS:
             raise ValueError(f"bimamba_type: expected {', '.join(map(repr, _KINDS))}, got {bimamba_type!r}")
         self.bimamba_type = bimamba_type  # before the weights, which are one set per direction
@@ -62,7 +64,7 @@ class Mamba(layers.Mamba):
                 self.A_b_log = nn.Parameter(self.A_log.detach().clone())
             gamma = None if init_layer_scale is None else nn.Parameter(init_layer_scale * torch.ones(d_model))
         for parameter in self.parameters(recurse=False):  # A_log and D of every direction
-            parameter._no_weight_decay = True
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
         if gamma is not None:
             self.gamma = gamma
         for suffix in self.suffixes:
@@ -74,24 +76,24 @@ class Mamba(layers.Mamba):
         self.nslices, self.if_divide_out, self.init_layer_scale = nslices, if_divide_out, init_layer_scale
 
     @property
-    def suffixes(self):
+    def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
         return _KINDS[self.bimamba_type].suffixes
 
     @property
-    def slices(self):
+    def slices(self) -> int:
         return self.nslices
 
     @property
-    def divide_out(self):
+    def divide_out(self) -> bool:
         return self.if_divide_out
 
-    def orders(self, x):
+    def orders(self, x: Tensor) -> list[Order]:
         return _KINDS[self.bimamba_type].orders(self, x)
 
-    def merge(self, y):
+    def merge(self, y: Tensor) -> Tensor:
         return _KINDS[self.bimamba_type].merge(self, y)
 
-    def forward(self, hidden_states, inference_params=None):
+    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
         """(b, l, d_model) -> the same. inference_params, with key_value_memory_dict and seqlen_offset, keeps the state from call to call."""
         if inference_params is not None:
             out = self._continue(hidden_states, inference_params)
@@ -114,7 +116,7 @@ class Mamba(layers.Mamba):
             out = super().forward(hidden_states)
         return out if self.init_layer_scale is None else out * self.gamma
 
-    def step(self, hidden_states, conv_state, ssm_state):
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token, (b, 1, d_model) -> (out, conv_state (b, inner, d_conv), ssm_state (b, inner, d_state)), both updated in place."""
         self._one_way()
         if hidden_states.shape[1] != 1:
@@ -127,7 +129,9 @@ class Mamba(layers.Mamba):
         )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int | None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
         """(conv_state, ssm_state) of `step`, zeros: before the first token."""
         self._one_way()
         return tuple(
@@ -135,7 +139,7 @@ class Mamba(layers.Mamba):
             for weight, n in ((self.conv1d.weight, self.d_conv), (self.dt_proj.weight, self.d_state))
         )
 
-    def _continue(self, x, inference_params):
+    def _continue(self, x: Tensor, inference_params: Any) -> Tensor:
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
         self._one_way()
         conv_state, ssm_state = kept_states(self, len(x), inference_params)
@@ -151,12 +155,12 @@ class Mamba(layers.Mamba):
         ssm_state.copy_(state.detach())
         return self.out_proj(y)
 
-    def _one_way(self):
+    def _one_way(self) -> None:
         if self.bimamba_type != "none":
             raise ValueError(f"bimamba_type: expected 'none', since only a forward scan runs token by token, got {self.bimamba_type!r}")
 
 
-def kept_states(mixer, batch, inference_params):
+def kept_states(mixer: Any, batch: int, inference_params: Any) -> tuple[Tensor, Tensor]:
     """(conv_state, ssm_state) that inference_params keeps for this mixer, under its layer_idx; zeros before the first call."""
     cache = inference_params.key_value_memory_dict
     if mixer.layer_idx not in cache:

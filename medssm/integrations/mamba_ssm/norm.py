@@ -6,28 +6,28 @@ r = residual + dropout(rowscale x) + dropout(x1);   out = norm(r) weight + bias
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medssm.kernels.dtypes import compute_dtype
 
 
 def layer_norm_fn(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    residual_in_fp32=False,
-    is_rms_norm=False,
-    return_dropout_mask=False,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    return_dropout_mask: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Norm of x + residual over the last dimension.
 
     Args:
@@ -53,20 +53,20 @@ def layer_norm_fn(
 
 
 def rms_norm_fn(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    residual_in_fp32=False,
-    return_dropout_mask=False,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """layer_norm_fn with the RMS norm."""
     return layer_norm_fn(
         x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True, return_dropout_mask
@@ -76,13 +76,18 @@ def rms_norm_fn(
 class RMSNorm(nn.Module):
     """RMS norm over the last dimension, with rms_norm_fn's residual. Weight: weight (d,)."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.eps, self.dropout_p = eps, dropout_p
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
 
-    def forward(self, x, residual=None, prenorm=False, residual_in_fp32=False):
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
         return rms_norm_fn(
             x,
             self.weight,
@@ -98,17 +103,34 @@ class RMSNorm(nn.Module):
 # mamba_ssm.ops.triton.layernorm, the module of mamba_ssm 1: the same functions with fewer arguments in another order.
 
 
-def layer_norm_fn_v1(x, weight, bias, residual=None, eps=1e-6, prenorm=False, residual_in_fp32=False, is_rms_norm=False):
+def layer_norm_fn_v1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """layer_norm_fn in mamba_ssm 1's order of arguments."""
     return layer_norm_fn(x, weight, bias, residual, eps=eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm)
 
 
-def rms_norm_fn_v1(x, weight, bias, residual=None, prenorm=False, residual_in_fp32=False, eps=1e-6):
+def rms_norm_fn_v1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, ...]:
     """rms_norm_fn in mamba_ssm 1's order of arguments."""
     return rms_norm_fn(x, weight, bias, residual, eps=eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32)
 
 
-def _norm(x, weight, bias, eps, rms):
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if not rms:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -6,13 +6,22 @@ norm_before_gate: out = (norm(x) weight + bias) silu(z);   else: out = norm(x si
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medssm.nn.norms import grouped_norm
 from medssm.ops import shapes
 
 
-def layernorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, is_rms_norm=False):
+def layernorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+) -> Tensor:
     """Layer norm (is_rms_norm: RMS norm) over each group of the last dimension, with z gated by silu(z).
 
     Args:
@@ -28,7 +37,15 @@ def layernorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before
     return grouped_norm(x, weight, bias, z, size=size, eps=eps, norm_before_gate=norm_before_gate, rms=is_rms_norm)
 
 
-def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
     """layernorm_fn with the RMS norm."""
     return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
 
@@ -38,19 +55,28 @@ class LayerNorm(nn.Module):
 
     rms = False
 
-    def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", None if self.rms else nn.Parameter(torch.empty_like(self.weight)))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x, z=None):
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate, self.rms)
 
 

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from medssm import ops
 
 
-def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan in mamba_ssm's layout, `medssm.ops.selective_scan(..., layout="bdl")`.
 
     Args:
@@ -24,27 +36,27 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
 
 
 def mamba_inner_fn(
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    out_proj_weight,
-    out_proj_bias,
-    A,
-    B=None,
-    C=None,
-    D=None,
-    delta_bias=None,
-    B_proj_bias=None,
-    C_proj_bias=None,
-    delta_softplus=True,
-    checkpoint_lvl=1,
-    b_rms_weight=None,
-    c_rms_weight=None,
-    dt_rms_weight=None,
-    b_c_dt_rms_eps=1e-6,
-):
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
     """All of a Mamba mixer behind in_proj: convolution, projections, scan, gate and out_proj; (b, l, d_model).
 
     Args:
@@ -61,21 +73,21 @@ def mamba_inner_fn(
 
 
 def mamba_inner_fn_no_out_proj(
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    A,
-    B=None,
-    C=None,
-    D=None,
-    delta_bias=None,
-    B_proj_bias=None,
-    C_proj_bias=None,
-    delta_softplus=True,
-    checkpoint_lvl=1,
-):
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+) -> Tensor:
     """mamba_inner_fn without out_proj, as Vim's and SegMamba's forks have it; (b, d, l), contiguous."""
     u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
     y = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight)
@@ -83,24 +95,24 @@ def mamba_inner_fn_no_out_proj(
 
 
 def bimamba_inner_fn(
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    out_proj_weight,
-    out_proj_bias,
-    A,
-    A_b,
-    B=None,
-    C=None,
-    D=None,
-    delta_bias=None,
-    B_proj_bias=None,
-    C_proj_bias=None,
-    delta_softplus=True,
-    checkpoint_lvl=1,
-):
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    A_b: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+) -> Tensor:
     """Vim's first bidirectional mixer: mamba_inner_fn with a second, reversed scan that has its own A_b (d, n) and shares the rest."""
     u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
     y, back = (
@@ -111,7 +123,18 @@ def bimamba_inner_fn(
 
 
 @torch.no_grad()
-def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
     """One token of the scan; `state` is updated in place. No gradients, as upstream.
 
     Args:
@@ -121,24 +144,36 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     Returns out in x's shape and dtype.
     """
     if state.dim() == 4:  # heads are neighbouring channels
-        x_, dt, z = (None if t is None else t.flatten(1) for t in (x, dt, z))
-        A, D, dt_bias = (None if t is None else t.flatten(0, 1) for t in (A, D, dt_bias))
+        tokens, dt, z = x.flatten(1), dt.flatten(1), None if z is None else z.flatten(1)
+        A, (D, dt_bias) = A.flatten(0, 1), (None if t is None else t.flatten(0, 1) for t in (D, dt_bias))
     else:
-        x_ = x
-    out, new = ops.selective_scan_step(state.reshape(len(x), -1, state.shape[-1]), x_, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        tokens = x
+    out, new = ops.selective_scan_step(state.reshape(len(x), -1, state.shape[-1]), tokens, dt, A, B, C, D, z, dt_bias, dt_softplus)
     state.copy_(new.reshape(state.shape))
     return out.reshape(x.shape)
 
 
-def grouped(B, C, u):
+def grouped(B: Tensor, C: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """B and C of selective_scan_fn as (b, g, n, l) with the same number of groups; u (b, d, l) tells batch and length."""
     forms = {2: lambda t: t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1]), 3: lambda t: t.unsqueeze(1)}
     B, C = (forms[t.dim()](t) if t.dim() in forms else t for t in (B, C))
     groups = max(B.shape[1], C.shape[1])
-    return tuple(t if groups % t.shape[1] else t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B, C))
+    B, C = (t if groups % t.shape[1] else t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B, C))
+    return B, C
 
 
-def _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias):
+def _project(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    B_proj_bias: Tensor | None,
+    C_proj_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u (b, l, d), the low-rank delta (b, l, r), B and C (b, l, g, n), z (b, l, d)."""
     u, z = xz.movedim(1, -1).chunk(2, dim=-1)
     u = ops.causal_conv1d(u, conv1d_weight.squeeze(1), conv1d_bias, "silu")

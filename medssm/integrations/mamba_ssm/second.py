@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medssm import nn as layers
@@ -33,32 +34,32 @@ class Mamba2(layers.Mamba2):
 
     def __init__(
         self,
-        d_model,
-        d_state=128,
-        d_conv=4,
-        conv_init=None,
-        expand=2,
-        headdim=64,
-        d_ssm=None,
-        ngroups=1,
-        A_init_range=(1, 16),
-        D_has_hdim=False,
-        rmsnorm=True,
-        norm_before_gate=False,
-        dt_min=0.001,
-        dt_max=0.1,
-        dt_init_floor=1e-4,
-        dt_limit=(0.0, math.inf),
-        bias=False,
-        conv_bias=True,
-        chunk_size=256,
-        use_mem_eff_path=True,
-        layer_idx=None,
-        process_group=None,
-        sequence_parallel=True,
-        device=None,
-        dtype=None,
-    ):
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        conv_init: float | None = None,
+        expand: float = 2,
+        headdim: int = 64,
+        d_ssm: int | None = None,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 256,
+        use_mem_eff_path: bool = True,
+        layer_idx: int | None = None,
+        process_group: Any = None,
+        sequence_parallel: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         inner = int(expand * d_model)
         refuse(process_group=process_group, d_ssm=None if d_ssm == inner else d_ssm)
         with contextlib.nullcontext() if device is None else torch.device(device):
@@ -84,7 +85,7 @@ class Mamba2(layers.Mamba2):
             if rmsnorm:  # upstream's module for the same norm, since upstream's code reads its attributes
                 self.norm = RMSNorm(inner, group_size=inner // ngroups, norm_before_gate=norm_before_gate)
         for parameter in self.parameters(recurse=False):  # dt_bias, A_log and D
-            parameter._no_weight_decay = True
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
         for part in self.children():
             part.to(dtype)
         for parameter in (self.dt_bias, self.A_log):
@@ -97,7 +98,9 @@ class Mamba2(layers.Mamba2):
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
         self.process_group, self.sequence_parallel, self.world_size, self.local_rank = None, sequence_parallel, 1, 0
 
-    def forward(self, u, seqlen=None, seq_idx=None, cu_seqlens=None, inference_params=None):
+    def forward(
+        self, u: Tensor, seqlen: int | None = None, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None, inference_params: Any = None
+    ) -> Tensor:
         """(b, l, d_model), or (b l, d_model) with seqlen = l, -> the same. inference_params keeps the state from call to call, as in Mamba."""
         refuse(seq_idx=seq_idx, cu_seqlens=cu_seqlens)
         x = u if seqlen is None else u.unflatten(0, (-1, seqlen))
@@ -105,7 +108,7 @@ class Mamba2(layers.Mamba2):
         return out if seqlen is None else out.flatten(0, 1)
 
     @torch.no_grad()
-    def step(self, hidden_states, conv_state, ssm_state):
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token, (b, 1, d_model) -> (out, conv_state, ssm_state), both updated in place. No gradients; dt_limit holds here too."""
         if hidden_states.shape[1] != 1:
             raise ValueError(f"hidden_states: expected (b, 1, {self.d_model}), one token, got {tuple(hidden_states.shape)}")
@@ -115,12 +118,14 @@ class Mamba2(layers.Mamba2):
         ssm_state.copy_(state)
         return self.out_proj(self._gate(y.flatten(-2), z)).unsqueeze(1), conv_state, ssm_state
 
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int | None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
         """(conv_state (b, inner + 2 groups d_state, d_conv), ssm_state (b, h, headdim, d_state)) of `step`, zeros: before the first token."""
         shapes = (self.conv1d.weight.shape[0], self.d_conv), (self.nheads, self.headdim, self.d_state)
         return tuple(self.conv1d.weight.new_zeros((batch_size, *shape), dtype=dtype) for shape in shapes)
 
-    def _continue(self, x, inference_params):
+    def _continue(self, x: Tensor, inference_params: Any) -> Tensor:
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
         conv_state, ssm_state = kept_states(self, len(x), inference_params)
         if inference_params.seqlen_offset > 0:
@@ -132,7 +137,7 @@ class Mamba2(layers.Mamba2):
         ssm_state.copy_(state.detach())
         return self.out_proj(self._gate(y.flatten(-2), z))
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """Also of a whole model that upstream's code pickled, which carries upstream's attributes alone."""
         super().__setstate__(state)
         if "split" not in state:
@@ -150,28 +155,28 @@ class Mamba2Simple(Mamba2):
 
     def __init__(
         self,
-        d_model,
-        d_state=64,
-        d_conv=4,
-        conv_init=None,
-        expand=2,
-        headdim=128,
-        ngroups=1,
-        A_init_range=(1, 16),
-        dt_min=0.001,
-        dt_max=0.1,
-        dt_init_floor=1e-4,
-        dt_limit=(0.0, math.inf),
-        learnable_init_states=False,
-        activation="swish",
-        bias=False,
-        conv_bias=True,
-        chunk_size=256,
-        use_mem_eff_path=True,
-        layer_idx=None,
-        device=None,
-        dtype=None,
-    ):
+        d_model: int,
+        d_state: int = 64,
+        d_conv: int = 4,
+        conv_init: float | None = None,
+        expand: float = 2,
+        headdim: int = 128,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        learnable_init_states: bool = False,
+        activation: str = "swish",
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 256,
+        use_mem_eff_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         refuse(learnable_init_states=learnable_init_states)
         shapes.choice("activation", activation, ("swish", "silu"))
         super().__init__(
@@ -197,11 +202,12 @@ class Mamba2Simple(Mamba2):
             dtype=dtype,
         )
         self.learnable_init_states, self.activation = False, activation
-        self.norm.group_size = None
+        cast(RMSNorm, self.norm).group_size = None
 
-    def forward(self, u, seq_idx=None):
+    def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(b, l, d_model) -> the same. seq_idx: refused."""
         return super().forward(u, seq_idx=seq_idx)
 
-    def _gate(self, y, z):
-        return rmsnorm_fn(y, self.norm.weight, None, z, self.norm.eps, self.d_inner // self.ngroups if self.use_mem_eff_path else None, False)
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+        norm, size = cast(RMSNorm, self.norm), self.d_inner // self.ngroups if self.use_mem_eff_path else None
+        return rmsnorm_fn(y, norm.weight, None, z, norm.eps, size, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from medssm import ops
@@ -15,23 +16,23 @@ from medssm.ops import shapes
 
 
 def mamba_chunk_scan_combined(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    chunk_size,
-    D=None,
-    z=None,
-    dt_bias=None,
-    initial_states=None,
-    seq_idx=None,
-    cu_seqlens=None,
-    dt_softplus=False,
-    dt_limit=(0.0, math.inf),
-    return_final_states=False,
-    return_varlen_states=False,
-):
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2's scan, `medssm.ops.ssd` under upstream's arguments.
 
     Args:
@@ -47,26 +48,26 @@ def mamba_chunk_scan_combined(
 
 
 def mamba_split_conv1d_scan_combined(
-    zxbcdt,
-    conv1d_weight,
-    conv1d_bias,
-    dt_bias,
-    A,
-    D,
-    chunk_size,
-    initial_states=None,
-    seq_idx=None,
-    dt_limit=(0.0, math.inf),
-    return_final_states=False,
-    activation="silu",
-    rmsnorm_weight=None,
-    rmsnorm_eps=1e-6,
-    outproj_weight=None,
-    outproj_bias=None,
-    headdim=None,
-    ngroups=1,
-    norm_before_gate=True,
-):
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
     """All of a Mamba-2 mixer behind in_proj: convolution, scan, gated RMS norm of each group's channels, out_proj.
 
     Args, with d = h p:
@@ -78,9 +79,9 @@ def mamba_split_conv1d_scan_combined(
     Returns (b, l, out), without outproj_weight (b, l, m + d); or (that, final states (b, h, p, n)).
     """
     refuse(seq_idx=seq_idx)
-    if D.dim() == 1 and headdim is None:
+    heads, size = len(D), headdim if D.dim() == 1 else D.shape[1]
+    if size is None:
         raise ValueError(f"headdim: expected the size of a head, which D of shape {tuple(D.shape)} does not tell, got None")
-    heads, size = (len(D), headdim) if D.dim() == 1 else D.shape
     inner, channels = heads * size, conv1d_weight.shape[0]
     beside = zxbcdt.shape[-1] - inner - channels - heads
     if (channels - inner) % (2 * ngroups) or beside < 0 or beside % 2:
@@ -117,7 +118,7 @@ def mamba_split_conv1d_scan_combined(
     return (y, states) if return_final_states else y
 
 
-def ssd_minimal_discrete(X, A, B, C, block_len, initial_states=None):
+def ssd_minimal_discrete(X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: int, initial_states: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The scan of steps that are already taken in: S_t = exp(A_t) S_{t-1} + X_t B_t^T, Y_t = S_t C_t.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import medssm
 from medssm.integrations.mamba_ssm import kernels, norm_gated
 from medssm.integrations.mamba_ssm.absent import absent
@@ -21,7 +23,7 @@ _CONVOLUTION_TWINS = {"causal_conv1d_ref": causal_conv1d_fn, "causal_conv1d_upda
 _SECOND = {"Mamba2": Mamba2, "Mamba2Simple": Mamba2Simple}
 _LANGUAGE = absent("MambaLMHeadModel", "MixerModel")
 
-MODULES = {
+MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm": {"__version__": f"2.2.4+medssm.{medssm.__version__}", "Mamba": Mamba, **_SCAN, **_SECOND, **_LANGUAGE},
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.mamba_simple": {"Mamba": Mamba, "Block": Block},

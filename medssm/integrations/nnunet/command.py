@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from medssm.errors import UserError
 from medssm.integrations.nnunet.plans import rewrite
@@ -12,7 +14,7 @@ from medssm.integrations.nnunet.plans import rewrite
 TRAINERS = Path(__file__).with_name("trainers")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "nnU-Net finds the trainers of `medssm nnunet path` with: export nnUNet_extTrainer=$(medssm nnunet path)"
     parser.add_argument(
         "action",
@@ -32,10 +34,10 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--name", help="the new plans' identifier, for nnU-Net's -p (default that of --out, else the old one and the model)")
     parser.add_argument("--overwrite", action="store_true", help="replace plans that exist")
-    parser.parse_args = parser.parse_intermixed_args  # key=value may follow the flags
+    parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign]  # key=value may follow the flags
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.action == "path":
         if args.plans:
             raise UserError(f"path: expected no further argument, got {args.plans!r}")
@@ -70,7 +72,7 @@ def _option(text: str) -> tuple[str, object]:
         return key, value
 
 
-def _print(result: dict) -> None:
+def _print(result: dict[str, Any]) -> None:
     print(f"{result['plans']}: {result['model']}")
     for name, told in result["configurations"].items():
         outputs = ", ".join("x".join(map(str, output)) for output in told["outputs"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ def Network(
     model: str,
     spatial_dims: int,
     strides: Sequence[Sequence[int]],
-    options: Mapping | None = None,
+    options: Mapping[str, Any] | None = None,
     deep_supervision: bool = False,
 ) -> nn.Module:
     """A medssm network under nnU-Net's contract, in the place of the class that plans name.
@@ -49,10 +50,10 @@ def Network(
     has = output_resolutions(network)
     if has[: len(outputs)] != outputs:
         raise ValueError(f"strides: expected {model}'s outputs, one voxel of which spans {has} of the input's, got {outputs}")
-    heads = network.decoder.seg_layers
-    for level in range(len(outputs), len(heads)):
-        heads[len(heads) - 1 - level] = None
-    network.decoder.deep_supervision = deep_supervision
+    decoder = cast(UNet, network).decoder
+    for level in range(len(outputs), len(decoder.seg_layers)):
+        decoder.seg_layers[len(decoder.seg_layers) - 1 - level] = cast(nn.Module, None)  # which ModuleList takes too
+    decoder.deep_supervision = deep_supervision
     return network
 
 
@@ -74,7 +75,7 @@ def output_resolutions(network: nn.Module) -> list[Steps]:
 class _Repeated(nn.Module):
     """A network with logits of full resolution alone, which deep supervision repeats."""
 
-    def __init__(self, network: nn.Module, times: int, deep_supervision: bool):
+    def __init__(self, network: nn.Module, times: int, deep_supervision: bool) -> None:
         super().__init__()
         self.network, self.times, self.deep_supervision = network, times, deep_supervision
 
@@ -84,5 +85,6 @@ class _Repeated(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        logits = self.network(x)
+        """(b, c, *spatial) -> logits (b, classes, *spatial), or their list."""
+        logits: Tensor = self.network(x)
         return [logits] * self.times if self.deep_supervision else logits

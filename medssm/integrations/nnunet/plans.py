@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from medssm.errors import UserError
 from medssm.files import read_json, write_json
 from medssm.integrations.nnunet.networks import Network, output_resolutions, resolutions
 from medssm.models import create_model, list_models
+from medssm.nn import UNet
 
 _CLASS = "medssm.integrations.nnunet.Network"
 _OLD_KEYS = (
@@ -59,7 +60,7 @@ def rewrite(
     name: str | None = None,
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-) -> dict:
+) -> dict[str, Any]:
     """Write the plans file `plans` anew, with `model` as the network of its configurations.
 
     Args:
@@ -119,7 +120,7 @@ def rewrite(
     return result
 
 
-def _inherited(configurations: Mapping[str, Mapping], name: str) -> dict:
+def _inherited(configurations: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
     """A configuration with what it inherits."""
     entry, seen = dict(configurations[name]), [name]
     while "inherits_from" in entry:
@@ -131,7 +132,7 @@ def _inherited(configurations: Mapping[str, Mapping], name: str) -> dict:
     return entry
 
 
-def _shape(where: str, entry: Mapping) -> Shape:
+def _shape(where: str, entry: Mapping[str, Any]) -> Shape:
     """The U-Net of a configuration, of either generation."""
     try:
         if "architecture" in entry:
@@ -159,29 +160,30 @@ def _shape(where: str, entry: Mapping) -> Shape:
     return shape
 
 
-def _arguments(model: str, shape: Shape, options: dict) -> tuple[dict, nn.Module]:
+def _arguments(model: str, shape: Shape, options: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
     """What the plans tell Network, and the network that it makes of that."""
     dims = len(shape.patch)
     options = _from_plans(model, shape, options) | options
-    arguments = {"model": model, "spatial_dims": dims, "strides": _strides(model, shape.patch, options), "options": options}
+    arguments: dict[str, Any] = {"model": model, "spatial_dims": dims, "strides": _strides(model, shape.patch, options), "options": options}
     network = Network(1, 2, **arguments, deep_supervision=True)
     _check(network, arguments, shape)
     return arguments, network
 
 
-def _from_plans(model: str, shape: Shape, options: Mapping) -> dict:
+def _from_plans(model: str, shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a model takes from the plans: the U-Net's lists, where its stages are free, and the patch, where it is made for one size.
 
     `features`, and medssm_unet's `size`, given among the options settle the number of stages; strides and kernels are then the first ones.
     """
-    dims, lists = len(shape.patch), {}
+    dims = len(shape.patch)
+    lists: dict[str, Any] = {}
     if model in ("umamba_bot", "umamba_enc", "medssm_unet"):
         if "features" in options:
             if not isinstance(options["features"], Sequence) or isinstance(options["features"], str):
                 raise ValueError(f"features: expected a list with one entry per stage, got {options['features']!r}")
             stages = len(options["features"])
         elif "size" in options:
-            stages = len(create_model(model, dims, **options).encoder.strides)
+            stages = len(cast(UNet, create_model(model, dims, **options)).encoder.strides)
         else:
             stages, lists["features"] = len(shape.features), shape.features
         if stages > len(shape.features) and "strides" not in options:
@@ -196,7 +198,7 @@ def _from_plans(model: str, shape: Shape, options: Mapping) -> dict:
     return {"img_size": shape.patch} if model == "monai_unetr" else {}
 
 
-def _strides(model: str, patch: Sequence[int], options: Mapping) -> list[list[int]]:
+def _strides(model: str, patch: Sequence[int], options: Mapping[str, Any]) -> list[list[int]]:
     """From output to output for nnU-Net's loss, and from the last to the coarsest map. Outputs whose voxels do not divide the patch are left out:
     nnU-Net's labels would lie elsewhere. Without a second output all are 1: see Network."""
     try:
@@ -206,11 +208,11 @@ def _strides(model: str, patch: Sequence[int], options: Mapping) -> list[list[in
     outputs = list(itertools.takewhile(lambda output: not any(p % n for p, n in zip(patch, output, strict=True)), output_resolutions(network)))
     if len(outputs) < 2:
         return [[1] * len(patch)] * 3
-    levels = [(1,) * len(patch), *outputs, network.size_divisor]
+    levels = [(1,) * len(patch), *outputs, cast(UNet, network).size_divisor]
     return [[b // a for a, b in zip(fine, coarse, strict=True)] for fine, coarse in itertools.pairwise(levels)]
 
 
-def _check(network: nn.Module, arguments: Mapping, shape: Shape) -> None:
+def _check(network: nn.Module, arguments: Mapping[str, Any], shape: Shape) -> None:
     """ValueError where the network refuses the configuration's patch or gives logits that nnU-Net's loss would refuse. Nothing is computed."""
     try:
         with _quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

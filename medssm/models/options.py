@@ -1,0 +1,43 @@
+"""Options that the networks' builders check alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+Preset = TypeVar("Preset")
+
+
+def preset(sizes: Mapping[str, Preset], size: str) -> Preset:
+    """The preset of that name; ValueError for another name."""
+    if size not in sizes:
+        raise ValueError(f"size: expected one of {', '.join(sizes)}, got {size!r}")
+    return sizes[size]
+
+
+def only(name: str, value: object, *known: object) -> None:
+    """ValueError for a value of upstream's keyword `name` that no network here is built for."""
+    if value not in known:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}")
+
+
+def doubled(features: int | Sequence[int], stages: int) -> list[int]:
+    """Channels per stage: a list as it is, one number doubled from stage to stage."""
+    return [features * 2**s for s in range(stages)] if isinstance(features, int) else list(features)
+
+
+def per_stage(name: str, value: Any, stages: int) -> list[Any]:
+    """A new list with one entry per stage, from one number or a list; ValueError for a list of another length."""
+    entries = [value] * stages if isinstance(value, int) else list(value)
+    if len(entries) != stages:
+        raise ValueError(f"{name}: expected {stages} entries, one per stage, got {entries}")
+    return entries
+
+
+def per_axis(name: str, value: Any, stages: int, dims: int) -> list[tuple[int, ...]]:
+    """One tuple per stage with one entry per axis, from a number, a list of numbers or a list of lists."""
+    entries = [(v,) * dims if isinstance(v, int) else tuple(v) for v in per_stage(name, value, stages)]
+    for entry in entries:
+        if len(entry) != dims:
+            raise ValueError(f"{name}: expected {dims} values for each stage, got {entry}")
+    return entries

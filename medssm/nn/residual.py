@@ -1,0 +1,98 @@
+"""Blocks of nnU-Net's residual U-Net (Isensee et al., MICCAI 2024, arXiv 2404.09556), made of the caller's choice of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Layers(NamedTuple):
+    """What makes the convolutions, norms, activations and dropouts of all blocks."""
+
+    conv: Callable[..., nn.Module]
+    conv_bias: bool
+    norm: Callable[[int], nn.Module]
+    act: Callable[[], nn.Module]
+    dropout: Callable[[], nn.Module]
+
+
+class ResBlock(nn.Module):
+    """conv, norm, act, conv, norm, plus a 1 x 1 convolution of the input, act. The first and the last convolution take the stride."""
+
+    def __init__(self, layers: Layers, channels_in: int, channels: int, kernel: Sequence[int], stride: int | Sequence[int] = 1) -> None:
+        super().__init__()
+        pad = [k // 2 for k in kernel]
+        self.conv1 = layers.conv(channels_in, channels, kernel, stride, pad)
+        self.norm1 = layers.norm(channels)
+        self.act1 = layers.act()
+        self.conv2 = layers.conv(channels, channels, kernel, 1, pad)
+        self.norm2 = layers.norm(channels)
+        self.act2 = layers.act()
+        self.conv3 = layers.conv(channels_in, channels, 1)
+        self.stride = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *(spatial / stride))."""
+        y = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
+        # Every stride-th voxel, then the 1 x 1 convolution: its own stride crashes torch 2.13's backward on channels-last maps on a CPU.
+        every: tuple[Any, ...] = (..., *(slice(None, None, n) for n in self.stride))
+        out: Tensor = self.act2(y + self.conv3(x[every]))
+        return out
+
+
+class ConvDropoutNorm(nn.Module):
+    """conv, dropout if any, norm, act if asked."""
+
+    def __init__(self, layers: Layers, channels: int, kernel: Sequence[int], act: bool) -> None:
+        super().__init__()
+        self.conv = layers.conv(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=layers.conv_bias)
+        self.dropout = layers.dropout()
+        self.norm = layers.norm(channels)
+        self.act = layers.act() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
+        y: Tensor = self.act(self.norm(self.dropout(self.conv(x))))
+        return y
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions and the input itself."""
+
+    def __init__(self, layers: Layers, channels: int, kernel: Sequence[int]) -> None:
+        super().__init__()
+        self.conv1 = ConvDropoutNorm(layers, channels, kernel, act=True)
+        self.conv2 = ConvDropoutNorm(layers, channels, kernel, act=False)
+        self.act = layers.act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
+        y: Tensor = self.act(self.conv2(self.conv1(x)) + x)
+        return y
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, then a 1 x 1 convolution."""
+
+    def __init__(self, layers: Layers, channels_in: int, channels: int, stride: Sequence[int]) -> None:
+        super().__init__()
+        self.conv, self.stride = layers.conv(channels_in, channels, 1), [float(s) for s in stride]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *(spatial stride))."""
+        y: Tensor = self.conv(nn.functional.interpolate(x, scale_factor=self.stride, mode="nearest"))
+        return y
+
+
+def residual_stage(layers: Layers, channels_in: int, channels: int, kernel: Sequence[int], stride: int | Sequence[int], count: int) -> nn.Sequential:
+    """`count` blocks, the first a ResBlock with the stride, the others BasicBlocks."""
+    more = [BasicBlock(layers, channels, kernel) for _ in range(count - 1)]
+    return nn.Sequential(ResBlock(layers, channels_in, channels, kernel, stride), *more)
+
+
+def maker(kind: Callable[..., nn.Module] | None, kwargs: Mapping[str, Any] | None) -> Callable[..., nn.Module]:
+    """kind with its keywords; None makes nothing."""
+    return partial(kind or nn.Identity, **(kwargs or {}))

@@ -1,0 +1,115 @@
+"""Vision Mamba's encoder (Zhu et al., arXiv 2401.09417): a plain stack of bidirectional Mamba over patches, class tokens among them; 2D and 3D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from medssm.nn.blocks import CONV, CUBIC, check_dims
+from medssm.nn.mamba import BiMamba
+from medssm.nn.positions import resize_positions
+from medssm.nn.unet import Encoder
+from medssm.nn.vss import DropPath
+
+
+class VimEncoder(Encoder):
+    """Patches through the layers; forward gives one map, at the resolution of the patches, without the class token."""
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        features: int,
+        depth: int,
+        image_size: Sequence[int],
+        patch: int,
+        stride: int,
+        *,
+        d_state: int,
+        cls: str | None,
+        divide_out: bool,
+        drop_path: float,
+        dropout: float,
+        rms: bool,
+        positions: bool,
+        eps: float,
+    ) -> None:
+        check_dims(dims)
+        if cls not in ("middle", "first", "both", None):
+            raise ValueError(f"cls: expected 'middle', 'first', 'both' or None, got {cls!r}")
+        rates = [0.0, *torch.linspace(0, drop_path, depth, device="cpu").tolist()][:depth]
+        layers = [VimLayer(features, d_state, rate, divide_out, rms, eps) for rate in rates]
+        super().__init__(CONV[dims](in_channels, features, patch, stride), layers, [features], [(stride,) * dims])
+        self.cls, self.grid = cls, tuple((n - patch) // stride + 1 for n in image_size)
+        self.cls_token = nn.Parameter(torch.empty({"both": 2, None: 0}.get(cls, 1), 1, features).normal_(std=0.02))
+        count = math.prod(self.grid) + len(self.cls_token)
+        self.pos_embed = nn.Parameter(torch.empty(1, count, features).normal_(std=0.02)) if positions else None
+        self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+        self.norm = _norm(features, rms, eps)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(b, in_channels, *spatial) -> [(b, features, *grid of patches)]."""
+        tokens, grid, at = self.tokens(x)
+        return [_without(tokens, at).transpose(1, 2).unflatten(2, grid)]
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], list[int]]:
+        """Tokens (b, l, features) behind the last norm, the grid of patches, and where the class tokens stand."""
+        patches = self.stem(x)
+        grid = tuple(patches.shape[2:])
+        t, at = self._with_cls(patches.flatten(2).transpose(1, 2), [token.expand(len(x), -1, -1) for token in self.cls_token])
+        if self.pos_embed is not None:
+            t = t + self._positions(self.pos_embed, grid)
+        t = self.dropout(t)
+        residual = None
+        for layer in self.stages:
+            t, residual = layer(t, residual)
+        return self.norm(residual + self.drop_path(t)), grid, at
+
+    def _with_cls(self, t: Tensor, cls: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """Tokens with the class tokens among them, and where those stand."""
+        n = t.shape[1]
+        if not cls:
+            return t, []
+        if self.cls == "both":
+            return torch.cat((cls[0], t, cls[1]), 1), [0, n + 1]
+        at = n // 2 if self.cls == "middle" else 0
+        return torch.cat((t[:, :at], cls[0], t[:, at:]), 1), [at]
+
+    def _positions(self, learned: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The learned positions of patches and class tokens, those of patches interpolated to the grid."""
+        if grid == self.grid:
+            return learned
+        count = len(self.cls_token)
+        _, at = self._with_cls(learned[:, count:], [learned[:, :1]] * count)
+        fitted = resize_positions(_without(learned, at).unflatten(1, self.grid), grid, CUBIC[len(grid)]).flatten(1, -2)
+        return self._with_cls(fitted, [learned[:, i : i + 1] for i in at])[0]
+
+
+class VimLayer(nn.Module):
+    """residual + y, its norm, the mixer: (y, residual) -> (mixer(norm(residual + y)), residual + y), the residual in float32."""
+
+    def __init__(self, features: int, d_state: int, drop_path: float, divide_out: bool, rms: bool, eps: float) -> None:
+        super().__init__()
+        self.mixer = BiMamba(features, d_state, divide_out=divide_out)
+        self.norm, self.drop_path = _norm(features, rms, eps), DropPath(drop_path)
+
+    def forward(
+        self,
+        y: Tensor,  # (b, l, features)
+        residual: Tensor | None,  # (b, l, features), None before the first layer
+    ) -> tuple[Tensor, Tensor]:
+        """What the mixer makes of the norm of residual + y, and that sum; both (b, l, features)."""
+        residual = y.float() if residual is None else residual + self.drop_path(y)
+        return self.mixer(self.norm(residual.to(self.norm.weight.dtype))), residual
+
+
+def _without(tokens: Tensor, at: list[int]) -> Tensor:
+    """Tokens (b, l, c) but for those at these places."""
+    return tokens[:, [i for i in range(tokens.shape[1]) if i not in at]]
+
+
+def _norm(features: int, rms: bool, eps: float) -> nn.RMSNorm | nn.LayerNorm:
+    return nn.RMSNorm(features, eps) if rms else nn.LayerNorm(features, eps)
