@@ -53,12 +53,14 @@ def spread(y: Tensor, stride: Sequence[int]) -> Tensor:
 
 def depthwise(conv: Conv, x: Tensor, activation: str | None = None) -> Tensor:
     """The depthwise convolution `conv` on (b, *spatial, c), then the activation: None or "silu"."""
-    return ops.depthwise_conv(x, conv.weight.squeeze(1), conv.bias, activation)
+    y: Tensor = ops.depthwise_conv(x, conv.weight.squeeze(1), conv.bias, activation)
+    return y
 
 
 def causal(conv: nn.Conv1d, x: Tensor, order: Order | None = None) -> Tensor:
     """silu of the causal depthwise convolution `conv` along the tokens of (b, l, c), or along an order of (b, *spatial, c)."""
-    return ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, "silu", order=order)
+    y: Tensor = ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, "silu", order=order)
+    return y
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -91,11 +91,15 @@ class DeltaNet(nn.Module):
         elif self.conv is None:
             u = functional.silu(u)
         heads = None if self.conv == "order" else self._heads(u)  # the same for every order, or of that order's own convolution
-        y = None
-        for order in self.orders:
+
+        def scan(order: Order) -> Tensor:
             q, k, v = heads or self._heads(causal(cast(nn.Conv1d, self.convolution), u, order))
-            scanned = ops.delta_rule(q, k, v, beta, g=g, order=order)
-            y = scanned if y is None else y + scanned
+            o: Tensor = ops.delta_rule(q, k, v, beta, g=g, order=order)
+            return o
+
+        y = scan(self.orders[0])
+        for order in self.orders[1:]:
+            y = y + scan(order)
         y = self.o_norm(y / len(self.orders)).flatten(-2)
         if self.g_proj is not None:
             y = y * functional.silu(self.g_proj(x))

@@ -89,7 +89,9 @@ class Mamba(nn.Module):
         u, project = causal(getattr(self, f"conv1d{suffix}"), u, order), getattr(self, f"dt_proj{suffix}")
         dt, B, C = getattr(self, f"x_proj{suffix}")(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(getattr(self, f"A{suffix}_log").float())
-        return ops.selective_scan(u, dt, A, B, C, getattr(self, f"D{suffix}"), z, project.bias, True, delta_proj=project.weight, order=order)
+        D = getattr(self, f"D{suffix}")
+        y: Tensor = ops.selective_scan(u, dt, A, B, C, D, z, project.bias, True, delta_proj=project.weight, order=order)
+        return y
 
 
 class BiMamba(Mamba):

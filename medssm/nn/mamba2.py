@@ -96,7 +96,8 @@ class Mamba2(nn.Module):
 
     def _scan(self, u: Tensor, dt: Tensor, order: Order) -> Tensor:
         """One scan with its own convolution, (b, *spatial, inner)."""
-        return ops.ssd(*self._operands(causal(self.conv1d, u, order), dt), dt_limit=self.dt_limit, order=order).flatten(-2)
+        y: Tensor = ops.ssd(*self._operands(causal(self.conv1d, u, order), dt), dt_limit=self.dt_limit, order=order)
+        return y.flatten(-2)
 
     def _operands(self, u: Tensor, dt: Tensor) -> tuple[Any, ...]:
         """x to dt_softplus of ops.ssd (or ssd_step), from the convolved u and the projected dt."""

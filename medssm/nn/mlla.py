@@ -46,7 +46,7 @@ class LinearAttention(nn.Module):
         rotary = None
         if self.rotary:
             rotary = tuple(t.unflatten(-1, (self.heads, -1)) for t in rotations(tuple(spatial), channels, x.device))
-        o = ops.linear_attention(q, k, v, feature_map="elu", rotary=rotary, eps=1e-6 * math.prod(spatial))
+        o: Tensor = ops.linear_attention(q, k, v, feature_map="elu", rotary=rotary, eps=1e-6 * math.prod(spatial))
         return o.flatten(-2).view_as(x) + depthwise(self.lepe, x)
 
 
