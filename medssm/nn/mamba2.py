@@ -74,7 +74,7 @@ class Mamba2(nn.Module):
             both = [raster(), raster(reverse=True)]
             orders = {1: both, 2: cross2d(), 3: axes3d()}[spatial_dims]
         self.orders = list(orders)
-        self.headdim, self.ngroups, self.d_state, self.dt_limit = headdim, ngroups, d_state, tuple(dt_limit)
+        self.headdim, self.ngroups, self.d_state, self.dt_limit = headdim, ngroups, d_state, (dt_limit[0], dt_limit[1])
         self.split = (inner, inner + 2 * ngroups * d_state, heads)
         self.in_proj = nn.Linear(d_model, sum(self.split), bias=bias)
         channels = self.split[1]
