@@ -1,4 +1,5 @@
-# make demo: set up, then train and test on a real brain MRI.   make test: set up, then lint and tests.
+# make demo: set up, then train and test on a real brain MRI.   make test: set up, then lint and tests, in minutes.
+# make test-all: every test, also the thorough ones, on many more examples; hours.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +12,18 @@ export OMP_PROC_BIND ?= true
 
 CPP := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel clean
+.PHONY: demo test test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out
 
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
+
 test: lint
-	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
+	$(PYTEST)
+
+test-all: lint
+	HYPOTHESIS_PROFILE=deep $(PYTEST) -m ""
 
 # With the other frameworks, in an environment of its own: nnU-Net runs on a real brain at 3 mm.
 test-integrations: $(INTEGRATIONS)/installed-nnunet
@@ -35,7 +41,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(CPP)
 
 sanitize: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q tests/kernels/test_sanitizers.py
+	$(BIN)/python -m pytest -q -m "" tests/kernels/test_sanitizers.py
 
 # Every Triton kernel in every configuration, compiled for three generations of GPUs: registers, stack and memory of each.
 gpu-kernels: $(VENV)/installed-dev

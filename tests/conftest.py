@@ -11,16 +11,35 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "ci", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
-# For backends that run slowly here: CUDA kernels emulated, and Triton's interpreter, which takes seconds for a scan.
-for name, examples in (("brief", 8), ("few", 2)):
+# How many examples a property is tried on. ci: `make test`. deep: `make test-all`, other examples at each run. few: for Triton's interpreter, which
+# takes seconds for a scan.
+for name, examples in (("ci", 25), ("few", 4), ("deep", 200)):
     settings.register_profile(
-        name, deadline=None, max_examples=examples, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+        name,
+        deadline=None,
+        max_examples=examples,
+        derandomize=name != "deep",
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-settings.register_profile("deep", deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: for `make test-all` alone; `make test` leaves it out")
+    config.addinivalue_line("markers", "long: takes many seconds, so it starts first")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests start first. Under xdist each worker begins with an equal part of the list, so each part gets its share of them."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    items.clear()
+    for worker in range(workers):
+        share = long[worker::workers]
+        size = (len(long) + len(short)) * (worker + 1) // workers - len(items) - len(share)
+        items += share + short[:size]
+        del short[:size]
 
 
 @pytest.fixture(autouse=True)

@@ -104,6 +104,18 @@ def test_strict_and_the_argument_raise():
         ops.selective_scan(*arguments(), backend="gpu")
 
 
+def test_strict_ends_with_its_block_and_comes_back_after_an_inner_one():
+    with medssm.use_backend("cuda"):
+        with medssm.use_backend("cuda", strict=True), pytest.raises(ValueError, match="cannot serve"):
+            ops.selective_scan(*arguments())
+        ops.selective_scan(*arguments())  # falls back
+    with medssm.use_backend("cuda", strict=True):
+        with medssm.use_backend("native"):
+            ops.selective_scan(*arguments())
+        with pytest.raises(ValueError, match="cannot serve"):
+            ops.selective_scan(*arguments())
+
+
 @pytest.mark.parametrize("value, expected", [("reference", "reference"), ("native", "native"), ("auto", "native")])
 def test_the_environment_sets_the_preference(value, expected):
     code = "import torch, medssm; t = torch.ones(1, 2, 1); print(medssm.explain('selective_scan', t, t, -torch.ones(1, 1), t, t)['chosen'])"

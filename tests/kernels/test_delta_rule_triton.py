@@ -76,23 +76,24 @@ def test_the_state_begins_anew_within_a_chunk(decay, reverse):
 # -- in two levels --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("decay", [None, -0.3])
+@pytest.mark.parametrize(
+    "decay, reverse", [(None, False), (-0.3, True), *(pytest.param(*of, marks=pytest.mark.thorough) for of in ((None, True), (-0.3, False)))]
+)
 def test_segments_equal_the_reference(monkeypatch, decay, reverse):
     """Five chunks in segments of two, the last of which is shorter."""
     monkeypatch.setattr(kernel, "segment", lambda *_: 2)
     equals_the_reference(69, dk=9, dv=7, heads=2, decay=decay, reverse=reverse)
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("dk", [33, 67])
+@pytest.mark.parametrize("chunks", [3, pytest.param(1, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("dk", [67, pytest.param(33, marks=pytest.mark.thorough)])
 def test_segments_of_keys_and_values_of_several_tiles(monkeypatch, dk, chunks):
     """67: more tiles of keys than are in registers."""
     monkeypatch.setattr(kernel, "segment", lambda *_: chunks)
     equals_the_reference(53, dk=dk, dv=20, decay=-0.1)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_the_state_begins_anew_within_a_segment_and_with_it(monkeypatch, reverse):
     monkeypatch.setattr(kernel, "segment", lambda *_: 2)
     equals_the_reference(100, decay=-0.1, starts=torch.tensor([0, 3, 32, 40]), reverse=reverse, index=torch.randperm(100))

@@ -44,7 +44,7 @@ def recurrence(states, decays, backward):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("decay", ["none", "head", "key"])
-@pytest.mark.parametrize("chunks, length", [(7, 3), (37, 16), (9, 1), (5, 4)])
+@pytest.mark.parametrize("chunks, length", [(7, 3), (5, 4), *(pytest.param(*sizes, marks=pytest.mark.thorough) for sizes in ((37, 16), (9, 1)))])
 def test_spans_equal_one_level_and_the_recurrence(chunks, length, decay, backward, cut):
     """Of 65 numbers, a tile and one; without decays, 0 where the walk begins anew."""
     generator = torch.Generator().manual_seed(chunks)
@@ -89,7 +89,10 @@ def test_decays_that_forget_everything(strongest, cut, monkeypatch):
     compare_with_the_reference(100, 1, 20, 5, True, strongest=strongest)
 
 
-@pytest.mark.parametrize("op, options", [("ssd", {"reverse": True}), ("linear_attention", {"causal": True}), ("gated_linear_attention", {})])
+@pytest.mark.parametrize(
+    "op, options",
+    [("ssd", {"reverse": True}), ("gated_linear_attention", {}), pytest.param("linear_attention", {"causal": True}, marks=pytest.mark.thorough)],
+)
 def test_ops_whose_carry_is_cut_equal_the_reference(op, options, cut, monkeypatch):
     """With every option, the initial and final states' gradients too."""
     monkeypatch.setattr(triton_core, "CHUNK", 16)
@@ -109,6 +112,7 @@ def test_there_are_two_levels_where_one_leaves_a_gpu_idle_and_the_chunks_are_man
     assert triton_carry.span(4 * 64 * 64, 4096) == 4096
 
 
+@pytest.mark.thorough
 def test_two_levels_uncut():
     generator = torch.Generator().manual_seed(0)
     states = torch.randn((1, triton_carry.FEWEST + 6, 3, 4), generator=generator).to(triton.DEVICE)

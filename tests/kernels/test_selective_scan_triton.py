@@ -54,8 +54,8 @@ def test_the_time_is_cut_only_where_batch_and_channels_leave_programs_idle():
     assert plan.steps(1, plan.FEWEST * plan.chunk(16) - RUN, 16) >= plan.FEWEST * plan.chunk(16) - RUN
 
 
-@pytest.mark.parametrize("length", [4 * RUN, 4 * RUN + 1, 6 * RUN - 1])
-@pytest.mark.parametrize("state", [1, 3])
+@pytest.mark.parametrize("length", [4 * RUN + 1, *(pytest.param(length, marks=pytest.mark.thorough) for length in (4 * RUN, 6 * RUN - 1))])
+@pytest.mark.parametrize("state", [3, pytest.param(1, marks=pytest.mark.thorough)])
 def test_chunks_equal_the_reference(length, state):
     equals_the_reference(problem(length=length, channels=5, state=state))
 

@@ -5,11 +5,10 @@ import torch
 
 from tests.models.test_models import ALL, CLASSIFIERS, build
 
-_STEPS = 200
 
-
+@pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", ALL)
-def test_two_hundred_steps_without_nan(name):
+def test_every_step_is_finite_and_the_loss_falls(name, steps):
     """A few samples learned by heart with Adam, its steps large: the loss falls, and stays finite at every step."""
     torch.manual_seed(0)
     model = build(name, 2)
@@ -17,7 +16,7 @@ def test_two_hundred_steps_without_nan(name):
     labels = torch.arange(4) % 3 if name in CLASSIFIERS else (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
-    for _ in range(_STEPS):
+    for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
             y = model(x)
         loss = torch.nn.functional.cross_entropy(y.float(), labels)
@@ -27,5 +26,5 @@ def test_two_hundred_steps_without_nan(name):
         losses.append(loss.item())
     losses = torch.tensor(losses)
     assert losses.isfinite().all(), f"step {int((~losses.isfinite()).nonzero()[0])}"
-    assert losses[-20:].mean() < losses[:5].mean()
+    assert losses[-10:].mean() < losses[:5].mean()
     assert all(p.isfinite().all() for p in model.parameters())
