@@ -85,6 +85,7 @@ def test_a_start_takes_nothing_over_even_where_the_state_grows():
     equals_the_reference(p)
 
 
+@pytest.mark.thorough
 def test_many_chunks_in_the_carry():
     """More than it reads ahead at a time."""
     equals_the_reference(problem(batch=1, length=(kernel.GROUP + 3) * RUN, channels=2, state=1))
@@ -95,10 +96,12 @@ def test_launches_of_16_states(state):
     equals_the_reference(problem(batch=1, length=13, channels=2, state=state, rank=2))
 
 
+@pytest.mark.thorough
 def test_launches_of_16_states_in_chunks():
     equals_the_reference(problem(batch=1, length=4 * 2 * RUN + 1, channels=2, state=18))
 
 
+@pytest.mark.thorough
 def test_the_largest_state():
     equals_the_reference(problem(batch=1, length=3, channels=2, state=256))
 
@@ -109,7 +112,7 @@ def test_half_precision_adds_the_launches_in_float32():
     compare(results(p), want, 5e-3, 8e-3)
 
 
-@pytest.mark.parametrize("rank", [1, 5, 40])
+@pytest.mark.parametrize("rank", [1, 5, pytest.param(40, marks=pytest.mark.thorough)])
 def test_low_rank_steps(rank):
     equals_the_reference(problem(length=11, channels=4, state=2, rank=rank))
 
@@ -144,13 +147,22 @@ def test_nothing_past_the_end_is_used():
     assert torch.equal(infinite[0][:, :-1], finite["out"][:, :-1]) and not infinite[1].isfinite().any() and not infinite[1].isnan().any()
 
 
+@pytest.mark.thorough
 def test_the_same_bits_twice():
     p = problem(batch=1, length=4 * RUN + 3, channels=3, state=2, rank=2)
     first, second = results(p), results(p)
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("merge, own, state", [("sum", False, 17), ("mean", False, 2), ("mean", True, 2), ("stack", True, 17), ("stack", False, 2)])
+@pytest.mark.parametrize(
+    "merge, own, state",
+    [
+        ("sum", False, 17),
+        ("mean", True, 2),
+        ("stack", False, 2),
+        *(pytest.param(*of, marks=pytest.mark.thorough) for of in (("mean", False, 2), ("stack", True, 17))),
+    ],
+)
 def test_orders_merge_in_place_and_in_chunks(merge, own, state):
     spatial, channels, k = (4, 8), 2, 2
     g = torch.Generator().manual_seed(0)
