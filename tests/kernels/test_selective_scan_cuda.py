@@ -11,6 +11,7 @@ from medssm.kernels.selective_scan import cuda as scan
 from tests.ops.calls import compare
 
 pytestmark = pytest.mark.skipif(cuda.reason() is not None, reason=f"no CUDA library to run: {cuda.reason()}")
+thorough = pytest.mark.thorough  # for `make test-all` alone
 
 
 @pytest.fixture
@@ -53,18 +54,20 @@ def agree(tensors, forward=2e-6, gradient=2e-5, **options):
     compare(results(tensors, "cuda", **options), results(wide, "reference", **options), forward, gradient)
 
 
-@pytest.mark.parametrize("state", [1, 2, 4, 5, 8, 9, 16, 17, 64, 128, 129, 256])
+@pytest.mark.parametrize("state", [1, 5, 16, 17, 129, *(pytest.param(state, marks=thorough) for state in (2, 4, 8, 9, 64, 128, 256))])
 def test_every_number_of_states_over_several_chunks(state, many_chunks):
     agree(inputs(150, 5, state), reverse=state % 2 == 1)
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 300, 1100])
+@pytest.mark.parametrize("length", [1, 64, 65, 300, *(pytest.param(length, marks=thorough) for length in (63, 128, 1100))])
 def test_lengths_on_both_sides_of_chunks(length, many_chunks):
     """1,100 steps make 18 chunks: more than one pass of `carry` reads ahead."""
     agree(inputs(length, 3, 16))
 
 
-@pytest.mark.parametrize("channels, groups", [(1, 1), (33, 1), (48, 1), (49, 1), (96, 1), (96, 2), (130, 2)])
+@pytest.mark.parametrize(
+    "channels, groups", [(1, 1), (49, 1), (96, 2), *(pytest.param(*sizes, marks=thorough) for sizes in ((33, 1), (48, 1), (96, 1), (130, 2)))]
+)
 def test_tiles_of_channels(channels, groups, many_chunks):
     agree(inputs(70, channels, 16, groups=groups))
 
