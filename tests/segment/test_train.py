@@ -80,6 +80,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(small, tmp_path
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_stopped_training_goes_on_as_if_it_never_stopped(small, tmp_path, monkeypatch, optimizer):
+    monkeypatch.setattr("medssm.segment.loop._LOG_SECONDS", float("inf"))  # on a slow machine a line more would be logged
     options = {**FAST, "max_steps": 10, "optimizer": optimizer, "model_kwargs": {**UNET, "dropout": 0.2}}
     train(small, tmp_path / "whole", **options)
     with monkeypatch.context() as patched:
