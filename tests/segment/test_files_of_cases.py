@@ -80,7 +80,7 @@ def test_channels_are_in_the_order_of_their_numbers(tmp_path):
 
 def test_classes_are_in_the_order_of_their_values_after_a_background(tmp_path):
     folder = nnunet_folder(tmp_path, cases=1, shape=SHAPE)
-    assert list(load_dataset(described(folder, labels={"box": 2, "ball": 1})).classes.items()) == [("background", 0), ("ball", 1), ("box", 2)]
+    assert list(load_dataset(described(folder, labels={"ball": 2, "box": 1})).classes.items()) == [("background", 0), ("box", 1), ("ball", 2)]
     assert load_dataset(described(folder, labels={"air": 0, "ball": 1})).classes == {"air": 0, "ball": 1}
     with pytest.raises(UserError, match=r"labels: expected \{name: value\} or \{value: name\}"):
         load_dataset(described(folder, labels={"ball": "one"}))
@@ -258,6 +258,14 @@ def test_channels_have_one_grid_and_none_of_them_four_axes(tmp_path):
         read_image(four)
     two = [one, write(tmp_path / "c.nii", ZEROS + 1)]
     assert read_image(two, 2)[0][:, 0, 0, 0].tolist() == [0, 1] and read_image(two)[0].shape == (2, *SHAPE)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_voxels_that_are_not_finite_are_counted(tmp_path, value):
+    data = ZEROS.copy()
+    data[:2, 0, 0] = value
+    with pytest.raises(UserError, match=r"a\.nii: 2 voxel\(s\) are not finite"):
+        read_image([write(tmp_path / "a.nii", data)])
 
 
 def test_a_plane_has_one_slice(tmp_path):
