@@ -123,7 +123,7 @@ template <class T, bool kUpstream> class Backward {
       share(t, ahead<T, kUpstream>(rate, past.seen));
       past.template add<false>(rate.w, -o.top, o.x, o.y);
     }
-    if (run.last) future_.enter(rate);
+    if (run.last) future_.begin_chunk(rate);
     Behind<T, kUpstream> future = future_;
     future.begin(rate);
     for (int64_t t = run.count - 1; t >= 0; --t) {

@@ -91,7 +91,7 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
       future.template add<kSlope>(rate.w, k[t], v[t], one);
     }
     if (run.first) {
-      past_.enter(rate);
+      past_.begin_chunk(rate);
       first_ = k[0];
     }
     Behind<T, kUpstream> past = past_;

@@ -103,7 +103,7 @@ template <class T, bool kUpstream> class Behind {
   static constexpr int kTerms = kUpstream ? 3 : 2;
 
   // The walk enters a chunk.
-  MEDSSM_INLINE void enter(const Rate<T>& rate) {
+  MEDSSM_INLINE void begin_chunk(const Rate<T>& rate) {
     if constexpr (kUpstream) {
       earlier_ = earlier_.later(rate.w, steps_).with(passed_);
       passed_ = taken_ = Sums<T>::empty();

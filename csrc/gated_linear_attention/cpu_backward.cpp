@@ -46,8 +46,8 @@ template <class T> struct Shared {
     prefer_huge_pages(states.data(), p.batch * p.heads * exact * blocks * state * static_cast<int64_t>(sizeof(T)));
   }
 
-  T* state_at(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
-    return states.data() + (((seat.batch * heads + seat.head) * exact + steps_to_end / kExact) * blocks + block) * state;
+  T* state_at(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
+    return states.data() + (((slot.batch * heads + slot.head) * exact + steps_to_end / kExact) * blocks + block) * state;
   }
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
 };
@@ -58,32 +58,32 @@ template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay,
   OfQueries(const Arguments& a, const Shared<T>& shared) :
       OfQueries::Reader(a.problem, a.problem.values, a.dout, a.problem.v, a.problem.k, 1.0), a_(a), shared_(shared), memory_(kTileSteps * (W + 2)) {}
 
-  void begin(const Seat<T>& seat, const Tile& tile) const {
+  void begin_tile(const Slot<T>& slot, const Tile& tile) const {
     const int64_t to_end = a_.problem.length - tile.from;
-    if (tile.from > 0 && to_end % kExact == 0) keep(seat, to_end);
+    if (tile.from > 0 && to_end % kExact == 0) keep(slot, to_end);
   }
-  void leave(const Seat<T>& seat) const { keep(seat, 0); }
+  void end_head(const Slot<T>& slot) const { keep(slot, 0); }
 
-  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
-    const Operands<T> in = OfQueries::Reader::rows(seat, tile);
-    own_products(in.q, in.k, seat.rows, tile.count, own());
+  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
+    const Operands<T> in = OfQueries::Reader::rows(slot, tile);
+    own_products(in.q, in.k, slot.rows, tile.count, own());
     return in;
   }
 
-  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
     const Problem& p = a_.problem;
-    const int width = seat.width(block);
+    const int width = slot.width(block);
     const Vec<T> scale = splat(static_cast<T>(p.scale));
-    write_rows<T>(a_.dq, seat.batch, seat.head, block * W, width, tile,
+    write_rows<T>(a_.dq, slot.batch, slot.head, block * W, width, tile,
                   [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)) * scale; });
-    const View<T> q = rows_of<T>(p.q, seat.batch, seat.head, block * W, width, W, tile, memory_.data());
+    const View<T> q = rows_of<T>(p.q, slot.batch, slot.head, block * W, width, W, tile, memory_.data());
     const auto product = [&](int64_t t) { return load<T>(q[t]) * load<T>(o + t * W) * scale; };
     if constexpr (kDecay == Decay::kLanes) {
-      write_rows<T>(a_.dg, seat.batch, seat.head, block * W, width, tile, product);
+      write_rows<T>(a_.dg, slot.batch, slot.head, block * W, width, tile, product);
     } else {
       T* const tile_sums = own() + kTileSteps;
       lane_sums<T>(tile.count, product, tile_sums);
-      std::memcpy(shared_.sums_of(seat.batch, seat.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
+      std::memcpy(shared_.sums_of(slot.batch, slot.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
     }
   }
 
@@ -91,9 +91,9 @@ template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay,
   static constexpr int W = kLanes<T>;
 
   T* own() const { return memory_.data() + kTileSteps * W; }
-  void keep(const Seat<T>& seat, int64_t to_end) const {
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
-      std::memcpy(shared_.state_at(seat, block, to_end), seat.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
+  void keep(const Slot<T>& slot, int64_t to_end) const {
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
+      std::memcpy(shared_.state_at(slot, block, to_end), slot.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
   }
 
   const Arguments& a_;
@@ -114,50 +114,50 @@ template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, tr
   // Numbers that a pass carries for a block: dg of the step after, per key, or one number in double precision.
   static constexpr int64_t kCarry = most<int64_t>(kLanes<T>, sizeof(double) / sizeof(T));
 
-  void begin(const Seat<T>& seat, const Tile& tile) const {
+  void begin_tile(const Slot<T>& slot, const Tile& tile) const {
     if (tile.fresh)
-      clear(seat, tile.from - 1);
+      clear(slot, tile.from - 1);
     else if (tile.from % kExact == 0)
-      for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
-        const T *S = shared_.state_at(seat, block, tile.from), *dS = seat.state(block);
+      for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
+        const T *S = shared_.state_at(slot, block, tile.from), *dS = slot.state(block);
         Vec<T> sum{};
-        for (int64_t r = 0; r < seat.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
-        carry(seat, block, sum);
+        for (int64_t r = 0; r < slot.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
+        carry(slot, block, sum);
       }
   }
   // Before the first step there is the initial state, or nothing that could decay.
-  void leave(const Seat<T>& seat) const {
-    if (!a_.problem.initial.data) clear(seat, a_.problem.length - 1);
+  void end_head(const Slot<T>& slot) const {
+    if (!a_.problem.initial.data) clear(slot, a_.problem.length - 1);
   }
 
-  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
-    const Operands<T> in = OfKeys::Reader::rows(seat, tile);
-    own_products(in.q, in.k, seat.rows, tile.count, own());
+  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
+    const Operands<T> in = OfKeys::Reader::rows(slot, tile);
+    own_products(in.q, in.k, slot.rows, tile.count, own());
     return in;
   }
 
-  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
     const Problem& p = a_.problem;
-    const int width = seat.width(block);
-    write_rows<T>(a_.dk, seat.batch, seat.head, block * W, width, tile,
+    const int width = slot.width(block);
+    write_rows<T>(a_.dk, slot.batch, slot.head, block * W, width, tile,
                   [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
-    const View<T> k = rows_of<T>(p.k, seat.batch, seat.head, block * W, width, W, tile, memory_.data());
+    const View<T> k = rows_of<T>(p.k, slot.batch, slot.head, block * W, width, W, tile, memory_.data());
     if constexpr (kDecay == Decay::kLanes) {
-      const T* terms = static_cast<const T*>(a_.dg.data) + seat.batch * a_.dg.batch + seat.head * a_.dg.head + block * W;
-      T* const carried = seat.carry + (block - seat.first_block) * kCarry;
+      const T* terms = static_cast<const T*>(a_.dg.data) + slot.batch * a_.dg.batch + slot.head * a_.dg.head + block * W;
+      T* const carried = slot.carry + (block - slot.first_block) * kCarry;
       Vec<T> dg = load<T>(carried);
-      write_rows<T>(a_.dg, seat.batch, seat.head, block * W, width, tile, [&](int64_t t) {
+      write_rows<T>(a_.dg, slot.batch, slot.head, block * W, width, tile, [&](int64_t t) {
         dg += load_part<T>(terms + tile.token(t) * a_.dg.token, width) - load<T>(k[t]) * load<T>(o + t * W);
         return dg;
       });
       store(carried, dg);
     } else {
-      T *const tile_sums = own() + kTileSteps, *const at_end = shared_.sums_of(seat.batch, seat.head, block) + p.length - 1 - tile.from;
+      T *const tile_sums = own() + kTileSteps, *const at_end = shared_.sums_of(slot.batch, slot.head, block) + p.length - 1 - tile.from;
       lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(k[t]) * load<T>(o + t * W); }, tile_sums);
       double dg;
-      std::memcpy(&dg, seat.carry + (block - seat.first_block) * kCarry, sizeof(dg));
+      std::memcpy(&dg, slot.carry + (block - slot.first_block) * kCarry, sizeof(dg));
       for (int64_t t = 0; t < tile.count; ++t) at_end[-t] = static_cast<T>(dg += static_cast<double>(at_end[-t]) - static_cast<double>(tile_sums[t]));
-      std::memcpy(seat.carry + (block - seat.first_block) * kCarry, &dg, sizeof(dg));
+      std::memcpy(slot.carry + (block - slot.first_block) * kCarry, &dg, sizeof(dg));
     }
   }
 
@@ -166,21 +166,21 @@ template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, tr
 
   T* own() const { return memory_.data() + kTileSteps * W; }
 
-  void carry(const Seat<T>& seat, int64_t block, Vec<T> dg) const {
-    T* const to = seat.carry + (block - seat.first_block) * kCarry;
+  void carry(const Slot<T>& slot, int64_t block, Vec<T> dg) const {
+    T* const to = slot.carry + (block - slot.first_block) * kCarry;
     if constexpr (kDecay == Decay::kLanes) return store(to, dg);
     const double sum = static_cast<double>(sum_lanes(dg));
     std::memcpy(to, &sum, sizeof(sum));
   }
 
   // The state before a step is nothing: so is the gradient of its decay, to the last place. step: of the walk backward.
-  void clear(const Seat<T>& seat, int64_t step) const {
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
-      carry(seat, block, Vec<T>{});
+  void clear(const Slot<T>& slot, int64_t step) const {
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
+      carry(slot, block, Vec<T>{});
       if constexpr (kDecay == Decay::kLanes)
-        write_rows<T>(a_.dg, seat.batch, seat.head, block * W, seat.width(block), back_.steps(step, step + 1), [](int64_t) { return Vec<T>{}; });
+        write_rows<T>(a_.dg, slot.batch, slot.head, block * W, slot.width(block), back_.steps(step, step + 1), [](int64_t) { return Vec<T>{}; });
       else
-        shared_.sums_of(seat.batch, seat.head, block)[a_.problem.length - 1 - step] = 0;
+        shared_.sums_of(slot.batch, slot.head, block)[a_.problem.length - 1 - step] = 0;
     }
   }
 
@@ -195,8 +195,8 @@ template <class T, Decay kDecay> class OfValues : public Reader<T, Form<kDecay, 
  public:
   explicit OfValues(const Arguments& a) : OfValues::Reader(a.problem, a.problem.keys, a.problem.k, a.problem.q, a.dout, a.problem.scale), a_(a) {}
 
-  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
-    write_rows<T>(a_.dv, seat.batch, seat.head, block * kLanes<T>, seat.width(block), tile, [&](int64_t t) { return load<T>(o + t * kLanes<T>); });
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
+    write_rows<T>(a_.dv, slot.batch, slot.head, block * kLanes<T>, slot.width(block), tile, [&](int64_t t) { return load<T>(o + t * kLanes<T>); });
   }
 
  private:

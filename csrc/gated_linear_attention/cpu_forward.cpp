@@ -15,9 +15,9 @@ template <class T, Decay kDecay> class Forward : public Reader<T, Form<kDecay, f
  public:
   explicit Forward(const Arguments& a) : Forward::Reader(a.problem, a.problem.keys, a.problem.q, a.problem.k, a.problem.v, 1.0), a_(a) {}
 
-  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
     const Vec<T> scale = splat(static_cast<T>(a_.problem.scale));
-    write_rows<T>(a_.out, seat.batch, seat.head, block * kLanes<T>, seat.width(block), tile,
+    write_rows<T>(a_.out, slot.batch, slot.head, block * kLanes<T>, slot.width(block), tile,
                   [&](int64_t t) { return load<T>(o + t * kLanes<T>) * scale; });
   }
 

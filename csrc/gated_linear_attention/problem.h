@@ -42,27 +42,27 @@ template <class T, class PassForm> class Reader {
     decay_ = v_lanes_ + kTileSteps * W;
   }
 
-  void enter(const Seat<T>&) const {}
-  void begin(const Seat<T>&, const Tile&) const {}
-  void leave(const Seat<T>&) const {}
+  void begin_head(const Slot<T>&) const {}
+  void begin_tile(const Slot<T>&, const Tile&) const {}
+  void end_head(const Slot<T>&) const {}
 
-  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
+  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
     const int64_t padded = padded_rows(rows_);
-    return {rows_of<T>(q_, seat.batch, seat.head, 0, rows_, padded, tile, q_rows_),
-            rows_of<T>(k_, seat.batch, seat.head, 0, rows_, padded, tile, k_rows_),
+    return {rows_of<T>(q_, slot.batch, slot.head, 0, rows_, padded, tile, q_rows_),
+            rows_of<T>(k_, slot.batch, slot.head, 0, rows_, padded, tile, k_rows_),
             {},
-            decay_of_rows(seat, tile),
+            decay_of_rows(slot, tile),
             tile.count};
   }
 
-  void lanes(const Seat<T>& seat, const Tile& tile, int64_t block, Operands<T>* in) const {
-    in->v = rows_of<T>(v_, seat.batch, seat.head, block * W, seat.width(block), W, tile, v_lanes_);
+  void lanes(const Slot<T>& slot, const Tile& tile, int64_t block, Operands<T>* in) const {
+    in->v = rows_of<T>(v_, slot.batch, slot.head, block * W, slot.width(block), W, tile, v_lanes_);
     if (scaled_) {
       for (int64_t t = 0; t < tile.count; ++t) store(v_lanes_ + t * W, load<T>(in->v[t]) * scale_);
       in->v = {v_lanes_, W};
     }
     if constexpr (Form::kDecay == Decay::kLanes) {
-      stage_rows<T>(p_.g, seat.batch, seat.head, block * W, seat.width(block), W, tile, decay_);
+      stage_rows<T>(p_.g, slot.batch, slot.head, block * W, slot.width(block), W, tile, decay_);
       exponentials(tile.count * W);
       in->decay = {decay_, W};
     }
@@ -75,13 +75,13 @@ template <class T, class PassForm> class Reader {
  private:
   int64_t decay_size() const { return Form::kDecay == Decay::kRows ? row_ : Form::kDecay == Decay::kLanes ? W : 1; }
 
-  View<T> decay_of_rows(const Seat<T>& seat, const Tile& tile) const {
+  View<T> decay_of_rows(const Slot<T>& slot, const Tile& tile) const {
     if constexpr (Form::kDecay == Decay::kWhole) {
-      stage_numbers<T>(p_.g, seat.batch, seat.head, tile, decay_);
+      stage_numbers<T>(p_.g, slot.batch, slot.head, tile, decay_);
       exponentials(tile.count);
       return {decay_, 1};
     } else if constexpr (Form::kDecay == Decay::kRows) {
-      stage_rows<T>(p_.g, seat.batch, seat.head, 0, rows_, row_, tile, decay_);
+      stage_rows<T>(p_.g, slot.batch, slot.head, 0, rows_, row_, tile, decay_);
       exponentials(tile.count * row_);
       return {decay_, row_};
     } else {

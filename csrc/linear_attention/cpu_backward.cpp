@@ -19,7 +19,7 @@ template <class T> void turn(const Plan<T>& plan, const T* rows, T* columns) {
     for (int64_t c = 0; c < plan.dv; ++c) columns[c * plan.dk_padded + r] = rows[r * plan.dv_padded + c];
 }
 
-// One thread's way through the tasks.
+// What one thread needs for its tasks.
 template <class T> class Adjoint {
  public:
   Adjoint(const Backward& a, const Plan<T>& plan, T* parts, T* totals, T* columns) :

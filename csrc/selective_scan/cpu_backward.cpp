@@ -38,17 +38,17 @@ template <class T> class Backward {
       row_(round_up(2 * p_.state + p_.rank, W)),
       sum_((p_.state + p_.rank + 2) * W),
       halved_(p_.batch * blocks_.count < p_.threads && p_.state > 1),
-      seats_(halved_ ? 2 : 1),
+      slots_(halved_ ? 2 : 1),
       batches_(least(p_.batch, ceil_div(4 * p_.threads, blocks_.count))),
       items_(batches_ * blocks_.count),
       round_(least(p_.length, chunk_ * most<int64_t>(1, least(kRound / chunk_, kRoundBytes / (items_ * chunk_ * row_ * int64_t(sizeof(T))))))) {}
 
   void run() const {
     const int64_t tile_sums = halved_ ? items_ * round_ * (p_.rank + 2) * W : 0, shared = halved_ ? items_ * 2 * 3 * round_ * W : 0;
-    const int64_t seats = items_ * seats_, threads = least(p_.threads, seats);
+    const int64_t slots = items_ * slots_, threads = least(p_.threads, slots);
     const Scratch<T> rows(2 * items_ * round_ * row_), sums(items_ * sum_), totals(blocks_.count * sum_), parts(tile_sums), tiles(shared);
-    const Scratch<T> memory(seats * seat_size());
-    const Scratch<Seat> all(seats);
+    const Scratch<T> memory(slots * slot_size());
+    const Scratch<Slot> all(slots);
     const Common common{rows.data(), sums.data(), totals.data(), parts.data(), tiles.data(), memory.data(), all.data()};
     const PerThread<Worker> workers(threads, [&] { return Worker(*this, common); });
     huge_pages(a_.du, p_.channels);
@@ -63,21 +63,31 @@ template <class T> class Backward {
   static constexpr int W = kLanes<T>;
   static constexpr int64_t kRound = 1024, kRoundBytes = 128 << 10;  // steps, and bytes of shares of dB and dC, of a round at most
 
-  // An item, or half of one, as a thread holds it.
-  struct Seat {
+  // What a thread keeps of an item, or of half an item.
+  struct Slot {
     Channels<T> channels;
     T *carry, *starts;  // g [n][lane]; h before each kTile steps of the chunk [..][n][lane]
     int64_t item;       // within the batches that are walked together
     int from, to;       // its halves: [0, 2) or one of them
   };
-  int64_t seat_size() const { return Channels<T>::size(p_) + p_.state * W + chunk_ / kTile * p_.state * W; }
+  int64_t slot_size() const { return Channels<T>::size(p_) + p_.state * W + chunk_ / kTile * p_.state * W; }
 
-  // What threads share. rows: two turns of [item][step][dB and dC of the first half, of the second, d low-rank delta];
-  // sums: [item][dA n, dproj r, dD, dbias], totals: the same per block, over the batch; where an item is shared by halves,
-  // tiles: [seat][y, along_A, along_B][step], parts: [item][tile][dproj r, dD, dbias]; memory: what each of the seats points to.
+  // Memory that the threads share. A step's vector is W lanes, one per channel of a block.
+  //
+  //   rows    two rounds in turn, each:   item 0 | item 1 | ...        one row for each step of the round
+  //             row:  dB of half 0 | dC of half 0 | dB of half 1 | dC of half 1 | low-rank ddelta
+  //   sums    item 0 | item 1 | ...       each:  dA (n vectors) | dproj (r vectors) | dD | dbias
+  //   totals  block 0 | block 1 | ...     each as in sums, added over the batch
+  //
+  // and only where two threads share an item, each with half of its states:
+  //
+  //   tiles   slot 0 | slot 1 | ...       each:  y | along_A | along_B        one vector for each step of the round
+  //   parts   item 0 | item 1 | ...       each, at its tile's first step:  dproj (r vectors) | dD | dbias
+  //
+  // memory: what the pointers of the slots point to.
   struct Common {
     T *rows, *sums, *totals, *parts, *tiles, *memory;
-    Seat* seats;
+    Slot* slots;
   };
 
   // A thread's tiles.
@@ -109,79 +119,79 @@ template <class T> class Backward {
     // All rounds of `batches` batch elements from `batch` on.
     void walk(int64_t batch, int64_t batches, PhasedTeam& team) {
       const int64_t items = batches * b_.blocks_.count, rounds = ceil_div(p_.length, b_.round_);
-      const Range mine = share(items * b_.seats_, team);
-      Seat *const first = common_.seats + mine.begin, *const last = common_.seats + mine.end;
-      for (int64_t i = mine.begin; i < mine.end; ++i) sit(common_.seats[i], batch, i, common_.memory + i * b_.seat_size());
+      const Range mine = share(items * b_.slots_, team);
+      Slot *const first = common_.slots + mine.begin, *const last = common_.slots + mine.end;
+      for (int64_t i = mine.begin; i < mine.end; ++i) fill_slot(common_.slots[i], batch, i, common_.memory + i * b_.slot_size());
       for (int64_t round = rounds - 1; round >= 0; --round) {
         const int64_t from = round * b_.round_, end = least(p_.length, from + b_.round_);
         T* rows = common_.rows + round % 2 * b_.items_ * b_.round_ * b_.row_;
-        for (Seat* seat = first; seat < last; ++seat) states(*seat, from, end, rows);
+        for (Slot* slot = first; slot < last; ++slot) states(*slot, from, end, rows);
         team.barrier();
         if (b_.halved_) {
-          for (Seat* seat = first; seat < last; ++seat) outputs_of_halves(*seat, from, end, rows);
+          for (Slot* slot = first; slot < last; ++slot) outputs_of_halves(*slot, from, end, rows);
           team.barrier();
-          for (Seat* seat = first; seat < last; ++seat) add_parts(*seat, from, end);
+          for (Slot* slot = first; slot < last; ++slot) add_parts(*slot, from, end);
         }
         add_rows(batch, batches, from, end, rows, team);
       }
-      for (Seat* seat = first; seat < last; ++seat) leave(*seat);
+      for (Slot* slot = first; slot < last; ++slot) write_initial_gradient(*slot);
       team.barrier();
       add_sums(batch, batches, team);
       team.barrier();
     }
 
    private:
-    void sit(Seat& seat, int64_t batch, int64_t number, T* memory) {
-      seat.item = number / b_.seats_;
-      seat.from = b_.halved_ ? number % 2 : 0;
-      seat.to = b_.halved_ ? seat.from + 1 : 2;
-      Channels<T>& channels = seat.channels;
-      channels.load_parameters(p_, b_.blocks_[batch * b_.blocks_.count + seat.item], memory);
-      seat.carry = memory + Channels<T>::size(p_);
-      seat.starts = seat.carry + p_.state * W;
+    void fill_slot(Slot& slot, int64_t batch, int64_t number, T* memory) {
+      slot.item = number / b_.slots_;
+      slot.from = b_.halved_ ? number % 2 : 0;
+      slot.to = b_.halved_ ? slot.from + 1 : 2;
+      Channels<T>& channels = slot.channels;
+      channels.load_parameters(p_, b_.blocks_[batch * b_.blocks_.count + slot.item], memory);
+      slot.carry = memory + Channels<T>::size(p_);
+      slot.starts = slot.carry + p_.state * W;
       if (a_.dstate)
-        load_weights<T>(a_.dstate, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, seat.carry);
+        load_weights<T>(a_.dstate, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, slot.carry);
       else
-        std::memset(seat.carry, 0, sizeof(T) * p_.state * W);
-      const int64_t low = first(seat.from), high = seat.to == 2 ? p_.state + p_.rank + 2 : first(seat.to);
-      std::memset(sums(seat) + low * W, 0, sizeof(T) * (high - low) * W);
+        std::memset(slot.carry, 0, sizeof(T) * p_.state * W);
+      const int64_t low = first(slot.from), high = slot.to == 2 ? p_.state + p_.rank + 2 : first(slot.to);
+      std::memset(sums(slot) + low * W, 0, sizeof(T) * (high - low) * W);
     }
 
     int64_t first(int half) const { return half == 0 ? 0 : half == 1 ? b_.half_ : p_.state; }  // state of a half
-    T* sums(const Seat& seat) const { return common_.sums + seat.item * b_.sum_; }
+    T* sums(const Slot& slot) const { return common_.sums + slot.item * b_.sum_; }
 
-    // Phase one: the states of steps [from, end), chunk by chunk from the last; where the seat has both halves, the outputs too.
-    void states(Seat& seat, int64_t from, int64_t end, T* rows) {
+    // Phase one: the states of steps [from, end), chunk by chunk from the last; where the slot has both halves, the outputs too.
+    void states(Slot& slot, int64_t from, int64_t end, T* rows) {
       for (int64_t chunk = from + (end - 1 - from) / b_.chunk_ * b_.chunk_; chunk >= from; chunk -= b_.chunk_) {
         const int64_t tiles = b_.walk_.tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
-        load_starts(seat, chunk, tiles);
+        load_starts(slot, chunk, tiles);
         for (int64_t i = tiles - 1; i >= 0; --i) {
           const Tile& tile = tiles_.data()[i];
-          const Shared<T> shared = shared_rows<T>(p_, seat.channels.block, tile, buffers_);
-          const Inputs<T> in = inputs(seat.channels, tile, shared.low);
-          T* row = rows + (seat.item * b_.round_ + tile.from - from) * b_.row_;
-          const bool writes = !b_.halved_ || (tile.from - from + kTile) / kTile % 2 == seat.from;
-          const Ahead ahead = lines(seat.channels.block, tile.from, writes);
-          const T* start = seat.starts + (tile.from - chunk) / kTile * p_.state * W;
-          if (tile.fresh) std::memset(seat.channels.state, 0, sizeof(T) * p_.state * W);
-          for (int half = seat.from; half < seat.to; ++half) {
+          const Shared<T> shared = shared_rows<T>(p_, slot.channels.block, tile, buffers_);
+          const Inputs<T> in = inputs(slot.channels, tile, shared.low);
+          T* row = rows + (slot.item * b_.round_ + tile.from - from) * b_.row_;
+          const bool writes = !b_.halved_ || (tile.from - from + kTile) / kTile % 2 == slot.from;
+          const Ahead ahead = lines(slot.channels.block, tile.from, writes);
+          const T* start = slot.starts + (tile.from - chunk) / kTile * p_.state * W;
+          if (tile.fresh) std::memset(slot.channels.state, 0, sizeof(T) * p_.state * W);
+          for (int half = slot.from; half < slot.to; ++half) {
             T *y = buffers_.y[half], *along_A = buffers_.along_A[half], *along_B = buffers_.along_B[half];
             if (b_.halved_) {
-              y = half_tile(seat, half, 0, tile.from - from);
-              along_A = half_tile(seat, half, 1, tile.from - from);
-              along_B = half_tile(seat, half, 2, tile.from - from);
+              y = half_tile(slot, half, 0, tile.from - from);
+              along_A = half_tile(slot, half, 1, tile.from - from);
+              along_B = half_tile(slot, half, 2, tile.from - from);
             }
             const int64_t n = first(half), count = first(half + 1) - n;
-            retreat_any<T>({seat.channels.rates + n * W,
+            retreat_any<T>({slot.channels.rates + n * W,
                             in.s,
                             in.su,
                             buffers_.dy,
                             {shared.B.rows + n, shared.B.step},
                             {shared.C.rows + n, shared.C.step},
                             tile.count,
-                            (tile.fresh ? seat.channels.state : start) + n * W,
-                            seat.carry + n * W,
-                            sums(seat) + n * W,
+                            (tile.fresh ? slot.channels.state : start) + n * W,
+                            slot.carry + n * W,
+                            sums(slot) + n * W,
                             p_.z.data ? y : nullptr,
                             along_A,
                             along_B,
@@ -190,39 +200,39 @@ template <class T> class Backward {
                             row + 2 * n + count,
                             b_.row_,
                             buffers_.kept,
-                            half == seat.from ? &ahead : nullptr},
+                            half == slot.from ? &ahead : nullptr},
                            count, in.bounded);
           }
-          if (tile.fresh) std::memset(seat.carry + first(seat.from) * W, 0, sizeof(T) * W * (first(seat.to) - first(seat.from)));
+          if (tile.fresh) std::memset(slot.carry + first(slot.from) * W, 0, sizeof(T) * W * (first(slot.to) - first(slot.from)));
           if (!b_.halved_) {
-            T* tile_sums = sums(seat) + p_.state * W;
-            outputs(seat.channels, tile, in, shared.low, buffers_.y, buffers_.along_A, buffers_.along_B, row + 2 * p_.state, tile_sums, true);
+            T* tile_sums = sums(slot) + p_.state * W;
+            outputs(slot.channels, tile, in, shared.low, buffers_.y, buffers_.along_A, buffers_.along_B, row + 2 * p_.state, tile_sums, true);
           }
         }
       }
     }
 
     // h before each kTile steps of a chunk: the checkpoint, and, where a chunk has several, by walking on from there.
-    void load_starts(Seat& seat, int64_t chunk, int64_t tiles) {
-      Channels<T>& channels = seat.channels;
+    void load_starts(Slot& slot, int64_t chunk, int64_t tiles) {
+      Channels<T>& channels = slot.channels;
       const Block& block = channels.block;
       const T* saved =
           static_cast<const T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + chunk / b_.chunk_ * p_.state * p_.channels + block.channel;
       for (int64_t n = 0; n < p_.state; ++n) {
-        store(seat.starts + n * W, load_part<T>(saved + n * p_.channels, block.lanes));
+        store(slot.starts + n * W, load_part<T>(saved + n * p_.channels, block.lanes));
         if (chunk > 0) __builtin_prefetch(saved + (n - p_.state) * p_.channels);  // the next to be loaded
       }
       if (b_.chunk_ == kTile) return;
-      std::memcpy(channels.state, seat.starts, sizeof(T) * p_.state * W);
+      std::memcpy(channels.state, slot.starts, sizeof(T) * p_.state * W);
       for (int64_t i = 0; i + 1 < tiles; ++i) {
         const Tile &tile = tiles_.data()[i], &next = tiles_.data()[i + 1];
         if (tile.fresh) std::memset(channels.state, 0, sizeof(T) * p_.state * W);
         const Shared<T> shared = shared_rows<T>(p_, block, tile, buffers_);
         Inputs<T> in{{}, buffers_.s, buffers_.su, nullptr, true};
         prepare<T>(p_, channels, tile, shared.low, buffers_.u, &in);
-        for (int half = seat.from; half < seat.to; ++half)
+        for (int half = slot.from; half < slot.to; ++half)
           if (first(half) < first(half + 1)) advance_half<T>(p_, channels, in, shared.B, shared.C, tile.count, half, buffers_.y[half], nullptr);
-        if (!next.fresh) std::memcpy(seat.starts + (next.from - chunk) / kTile * p_.state * W, channels.state, sizeof(T) * p_.state * W);
+        if (!next.fresh) std::memcpy(slot.starts + (next.from - chunk) / kTile * p_.state * W, channels.state, sizeof(T) * p_.state * W);
       }
     }
 
@@ -326,43 +336,43 @@ template <class T> class Backward {
     }
 
     // Phase two where items are shared by halves: the outputs of every other tile.
-    void outputs_of_halves(Seat& seat, int64_t from, int64_t end, T* rows) {
+    void outputs_of_halves(Slot& slot, int64_t from, int64_t end, T* rows) {
       int64_t number = 0;
       for (int64_t at = from; at < end; ++number) {
         const Tile tile = b_.walk_.tile(at, end);
-        if (number % 2 == seat.from) {
-          const Shared<T> shared = shared_rows<T>(p_, seat.channels.block, tile, buffers_);
-          const Inputs<T> in = inputs(seat.channels, tile, shared.low);
+        if (number % 2 == slot.from) {
+          const Shared<T> shared = shared_rows<T>(p_, slot.channels.block, tile, buffers_);
+          const Inputs<T> in = inputs(slot.channels, tile, shared.low);
           T *y[2], *along_A[2], *along_B[2];
           for (int half = 0; half < 2; ++half) {
-            y[half] = half_tile(seat, half, 0, at - from);
-            along_A[half] = half_tile(seat, half, 1, at - from);
-            along_B[half] = half_tile(seat, half, 2, at - from);
+            y[half] = half_tile(slot, half, 0, at - from);
+            along_A[half] = half_tile(slot, half, 1, at - from);
+            along_B[half] = half_tile(slot, half, 2, at - from);
           }
-          T* low_row = rows + (seat.item * b_.round_ + at - from) * b_.row_ + 2 * p_.state;
-          outputs(seat.channels, tile, in, shared.low, y, along_A, along_B, low_row, part(seat, at - from), false);
+          T* low_row = rows + (slot.item * b_.round_ + at - from) * b_.row_ + 2 * p_.state;
+          outputs(slot.channels, tile, in, shared.low, y, along_A, along_B, low_row, part(slot, at - from), false);
         }
         at += tile.count;
       }
     }
 
     // Phase three there: the tiles' parts, in the order in which one thread adds them.
-    void add_parts(const Seat& seat, int64_t from, int64_t end) {
-      if (seat.from != 0) return;
-      T* total = sums(seat) + p_.state * W;
+    void add_parts(const Slot& slot, int64_t from, int64_t end) {
+      if (slot.from != 0) return;
+      T* total = sums(slot) + p_.state * W;
       for (int64_t chunk = from + (end - 1 - from) / b_.chunk_ * b_.chunk_; chunk >= from; chunk -= b_.chunk_) {
         const int64_t tiles = b_.walk_.tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
         for (int64_t i = tiles - 1; i >= 0; --i) {
-          const T* one = part(seat, tiles_.data()[i].from - from);
+          const T* one = part(slot, tiles_.data()[i].from - from);
           for (int64_t v = 0; v < (p_.rank + 2) * W; v += W) store(total + v, load<T>(total + v) + load<T>(one + v));
         }
       }
     }
 
-    T* half_tile(const Seat& seat, int half, int which, int64_t step) const {
-      return common_.tiles + (((seat.item * 2 + half) * 3 + which) * b_.round_ + step) * W;
+    T* half_tile(const Slot& slot, int half, int which, int64_t step) const {
+      return common_.tiles + (((slot.item * 2 + half) * 3 + which) * b_.round_ + step) * W;
     }
-    T* part(const Seat& seat, int64_t step) const { return common_.parts + (seat.item * b_.round_ + step) * (p_.rank + 2) * W; }
+    T* part(const Slot& slot, int64_t step) const { return common_.parts + (slot.item * b_.round_ + step) * (p_.rank + 2) * W; }
 
     // dB, dC and the gradient of the low-rank delta of steps [from, end): the blocks' shares, added in the order of the blocks.
     void add_rows(int64_t batch, int64_t batches, int64_t from, int64_t end, const T* rows, const Team& team) {
@@ -410,10 +420,10 @@ template <class T> class Backward {
       });
     }
 
-    void leave(const Seat& seat) const {
-      const Block& block = seat.channels.block;
+    void write_initial_gradient(const Slot& slot) const {
+      const Block& block = slot.channels.block;
       if (a_.dinitial)
-        store_weights<T>(seat.carry, a_.dinitial, block.batch * p_.channels + block.channel, block.lanes, p_.state, first(seat.from), first(seat.to));
+        store_weights<T>(slot.carry, a_.dinitial, block.batch * p_.channels + block.channel, block.lanes, p_.state, first(slot.from), first(slot.to));
     }
 
     // Gradients of the weights: sums over the batch in its order; after the last batch element they are written.
@@ -463,7 +473,7 @@ template <class T> class Backward {
   const Blocks<T> blocks_;
   const int64_t chunk_, half_, row_, sum_;
   const bool halved_;
-  const int64_t seats_, batches_, items_, round_;
+  const int64_t slots_, batches_, items_, round_;
 };
 
 }  // namespace

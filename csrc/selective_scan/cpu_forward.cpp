@@ -100,18 +100,18 @@ template <class T> class Forward {
     const PerThread<Buffers> own(threads, [&] { return Buffers(p_, 0); });
     parallel_phases(threads, [&](PhasedTeam& team) {
       const Buffers& buffers = own[team.rank];
-      const Range mine = share(2 * items, team);  // seat 2 i + k has half k of item i
-      for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
-        Channels<T>& one = channels.data()[seat];
-        one.load_parameters(p_, blocks_[seat / 2], memory.data() + seat * Channels<T>::size(p_));
+      const Range mine = share(2 * items, team);  // slot 2 i + k has half k of item i
+      for (int64_t slot = mine.begin; slot < mine.end; ++slot) {
+        Channels<T>& one = channels.data()[slot];
+        one.load_parameters(p_, blocks_[slot / 2], memory.data() + slot * Channels<T>::size(p_));
         one.load_state(p_, p_.initial);
       }
       for (int64_t round = 0; round * kRound < p_.length; ++round) {
         const int64_t begin_at = round * kRound, end = least(p_.length, begin_at + kRound);
         T* turn = sums.data() + round % 2 * items * 2 * kRound * W;
-        for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
-          const int half = seat % 2;
-          Channels<T>& one = channels.data()[seat];
+        for (int64_t slot = mine.begin; slot < mine.end; ++slot) {
+          const int half = slot % 2;
+          Channels<T>& one = channels.data()[slot];
           int64_t turns = 0;
           for (int64_t from = begin_at; from < end; ++turns) {
             const Tile tile = walk_.tile(from, end), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
@@ -120,18 +120,18 @@ template <class T> class Forward {
             begin(one, tile, half ? first_half(p_.state) : 0, half ? p_.state : first_half(p_.state));
             Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
             prepare<T>(p_, one, tile, rows.low, buffers.u, &in);
-            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, turn + (seat * kRound + from - begin_at) * W, &ahead);
+            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, turn + (slot * kRound + from - begin_at) * W, &ahead);
             from += tile.count;
           }
         }
         team.barrier();
-        for (int64_t seat = mine.begin; seat < mine.end; ++seat) {
-          const Channels<T>& one = channels.data()[seat];
+        for (int64_t slot = mine.begin; slot < mine.end; ++slot) {
+          const Channels<T>& one = channels.data()[slot];
           int64_t turns = 0;
           for (int64_t from = begin_at; from < end; ++turns) {
             const Tile tile = walk_.tile(from, end);
-            if (turns % 2 == seat % 2) {
-              const T *first = turn + (seat / 2 * 2 * kRound + from - begin_at) * W, *second = first + kRound * W;
+            if (turns % 2 == slot % 2) {
+              const T *first = turn + (slot / 2 * 2 * kRound + from - begin_at) * W, *second = first + kRound * W;
               for (int64_t t = 0; t < tile.count; ++t) store(buffers.y[0] + t * W, load<T>(first + t * W) + load<T>(second + t * W));
               finish(one, tile, block_view<T>(p_.u, one.block, tile, buffers.u), buffers.y[0], buffers);
             }
@@ -140,8 +140,8 @@ template <class T> class Forward {
         }
       }
       if (a_.state)
-        for (int64_t seat = mine.begin; seat < mine.end; ++seat)
-          store_state(channels.data()[seat], seat % 2 ? first_half(p_.state) : 0, seat % 2 ? p_.state : first_half(p_.state));
+        for (int64_t slot = mine.begin; slot < mine.end; ++slot)
+          store_state(channels.data()[slot], slot % 2 ? first_half(p_.state) : 0, slot % 2 ? p_.state : first_half(p_.state));
     });
   }
 

@@ -64,7 +64,7 @@ struct Cut {
 };
 
 // What a block and a thread of it are for.
-template <class S> struct Seat {
+template <class S> struct Slot {
   using T = typename S::T;
   int share, channels, states;     // of the cut; states of a channel, zeros included
   int batch, chunk, from, end;     // from, end: the chunk's steps
@@ -74,7 +74,7 @@ template <class S> struct Seat {
   int column, row, rows;           // this thread's where the block works token by token: channel of the tile, first step, steps between
 
   // Blocks of `chunks` chunks, the tiles of channels next to each other: they read the same B and C.
-  __device__ Seat(const Problem& p, const Cut& cut, int first_chunk, int chunk_count) {
+  __device__ Slot(const Problem& p, const Cut& cut, int first_chunk, int chunk_count) {
     share = S::kShare ? S::kShare : cut.share;
     channels = cut.channels;
     states = share * S::kStates;
@@ -174,41 +174,41 @@ template <class S, int kSteps, bool kInput, bool kGradient, int kRows = S::templ
  public:
   using T = typename S::T;
 
-  __device__ void load(const Problem& p, const Seat<S>& seat, int from, int end, const Tokens* dout, int row = 0) {
-    first_ = seat.row + row * seat.rows;
+  __device__ void load(const Problem& p, const Slot<S>& slot, int from, int end, const Tokens* dout, int row = 0) {
+    first_ = slot.row + row * slot.rows;
     from_ = from;
-    count_ = seat.column < seat.live ? least(kSteps, end - from) : 0;
-    const int channel = seat.first + seat.column;
+    count_ = slot.column < slot.live ? least(kSteps, end - from) : 0;
+    const int channel = slot.first + slot.column;
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      const int t = first_ + k * seat.rows;
+      const int t = first_ + k * slot.rows;
       if (t >= count_) continue;
       const int64_t token = token_at(p, from + t);
-      if (p.rank == 0) ask(p.delta, seat.batch, token, channel, &delta_[k]);
-      if (kInput) ask(p.u, seat.batch, token, channel, &u_[k]);
-      if (kGradient) ask(*dout, seat.batch, token, channel, &dout_[k]);
-      if (kGradient && p.z.data) ask(p.z, seat.batch, token, channel, &z_[k]);
+      if (p.rank == 0) ask(p.delta, slot.batch, token, channel, &delta_[k]);
+      if (kInput) ask(p.u, slot.batch, token, channel, &u_[k]);
+      if (kGradient) ask(*dout, slot.batch, token, channel, &dout_[k]);
+      if (kGradient && p.z.data) ask(p.z, slot.batch, token, channel, &z_[k]);
     }
   }
 
   // s, s u and dy of the tile, zeros where there is no step or no channel.
-  __device__ void store(const Problem& p, const Seat<S>& seat, const Tokens* dout, T* s, T* su, T* dy) const {
-    const int channel = seat.first + seat.column;
+  __device__ void store(const Problem& p, const Slot<S>& slot, const Tokens* dout, T* s, T* su, T* dy) const {
+    const int channel = slot.first + slot.column;
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      const int t = first_ + k * seat.rows;
+      const int t = first_ + k * slot.rows;
       if (t >= kSteps) break;
       T step = 0, input = 0, gradient = 0;
       if (t < count_) {
         const int64_t token = p.rank ? token_at(p, from_ + t) : 0;
-        step = step_size<T>(p, raw_step<T>(p, seat.batch, token, channel, p.rank ? T(0) : delta_[k].value(p.delta.type))).value;
+        step = step_size<T>(p, raw_step<T>(p, slot.batch, token, channel, p.rank ? T(0) : delta_[k].value(p.delta.type))).value;
         if (kInput) input = step * u_[k].value(p.u.type);
         if (kGradient) {
           gradient = static_cast<T>(p.scale) * dout_[k].value(dout->type);
           if (p.z.data) gradient *= silu<T>(z_[k].value(p.z.type));
         }
       }
-      const int at = t * seat.channels + seat.column;
+      const int at = t * slot.channels + slot.column;
       s[at] = step;
       if (kInput) su[at] = input;
       if (kGradient) dy[at] = gradient;
@@ -225,18 +225,18 @@ template <class S, int kSteps, bool kInput, bool kGradient, int kRows = S::templ
 
 // Rows of B and, where asked, C of a tile, states beyond the last and steps behind the end as zeros.
 template <class S, int kSteps>
-__device__ void stage_rows(const Problem& p, const Seat<S>& seat, int from, int end, typename S::T* B, typename S::T* C) {
+__device__ void stage_rows(const Problem& p, const Slot<S>& slot, int from, int end, typename S::T* B, typename S::T* C) {
   using T = typename S::T;
   const int count = least(kSteps, end - from);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kSteps * seat.states; i += seat.channels * seat.share) {
-    const int t = i / seat.states, n = i % seat.states;
+  for (int i = static_cast<int>(threadIdx.x); i < kSteps * slot.states; i += slot.channels * slot.share) {
+    const int t = i / slot.states, n = i % slot.states;
     const bool there = t < count && n < p.state;
     Bits<T> b, c;
     if (there) {
       const int64_t token = token_at(p, from + t);
-      if (B) b.load(p.B.data, p.B.type, seat.batch * p.B.batch + token * p.B.token + seat.group * p.B.group + n * p.B.state);
-      if (C) c.load(p.C.data, p.C.type, seat.batch * p.C.batch + token * p.C.token + seat.group * p.C.group + n * p.C.state);
+      if (B) b.load(p.B.data, p.B.type, slot.batch * p.B.batch + token * p.B.token + slot.group * p.B.group + n * p.B.state);
+      if (C) c.load(p.C.data, p.C.type, slot.batch * p.C.batch + token * p.C.token + slot.group * p.C.group + n * p.C.state);
     }
     if (B) B[i] = there ? b.value(p.B.type) : T(0);
     if (C) C[i] = there ? c.value(p.C.type) : T(0);

@@ -40,29 +40,29 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Problem& p = a.problem;
-  const Seat<S> seat(p, cut, 1, cut.chunks - 1);  // what leaves the first chunk is worked out by `apply`
-  T *s = shared_memory<T>() + 16 / sizeof(T), *dy = s + kSteps * seat.channels, *C = dy + kSteps * seat.channels;
+  const Slot<S> slot(p, cut, 1, cut.chunks - 1);  // what leaves the first chunk is worked out by `apply`
+  T *s = shared_memory<T>() + 16 / sizeof(T), *dy = s + kSteps * slot.channels, *C = dy + kSteps * slot.channels;
   unsigned* fresh = shared_memory<unsigned>();
   Starts starts;
   T rates[kStates], g[kStates] = {}, span = 0;
-  seat.load_rates(p, rates);
+  slot.load_rates(p, rates);
   bool cut_inside = false;
-  const int last = seat.from + (seat.end - 1 - seat.from) / kSteps * kSteps;
+  const int last = slot.from + (slot.end - 1 - slot.from) / kSteps * kSteps;
   Columns<S, kSteps, false, true> columns;
-  columns.load(p, seat, last, seat.end, &a.dout);
+  columns.load(p, slot, last, slot.end, &a.dout);
 #pragma unroll 1
-  for (int from = last; from >= seat.from; from -= kSteps) {
-    if (threadIdx.x == 0) *fresh = starts.mask(p, from, least(kSteps, seat.end - from));
-    columns.store(p, seat, &a.dout, s, nullptr, dy);
-    stage_rows<S, kSteps>(p, seat, from, seat.end, nullptr, C);
+  for (int from = last; from >= slot.from; from -= kSteps) {
+    if (threadIdx.x == 0) *fresh = starts.mask(p, from, least(kSteps, slot.end - from));
+    columns.store(p, slot, &a.dout, s, nullptr, dy);
+    stage_rows<S, kSteps>(p, slot, from, slot.end, nullptr, C);
     __syncthreads();
-    if (from > seat.from) columns.load(p, seat, from - kSteps, seat.end, &a.dout);
+    if (from > slot.from) columns.load(p, slot, from - kSteps, slot.end, &a.dout);
     const unsigned anew = *fresh;
     T part = 0;
 #pragma unroll 2
     for (int t = kSteps - 1; t >= 0; --t) {
-      const T step = s[t * seat.channels + seat.channel], gradient = dy[t * seat.channels + seat.channel];
-      const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(C + t * seat.states + seat.state);
+      const T step = s[t * slot.channels + slot.channel], gradient = dy[t * slot.channels + slot.channel];
+      const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(C + t * slot.states + slot.state);
       part += step;
 #pragma unroll
       for (int i = 0; i < kStates; ++i) g[i] = exp2<T>(step * rates[i]) * fma(gradient, c.at[i], g[i]);
@@ -77,9 +77,9 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
   }
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    if (seat.has(p, i)) static_cast<T*>(a.ends)[seat.in_chunks(p, cut.chunks, seat.chunk, i)] = g[i];
-  if (seat.state == 0 && seat.channel < seat.live)
-    static_cast<T*>(a.sums)[(seat.batch * cut.chunks + seat.chunk) * p.channels + seat.first + seat.channel] =
+    if (slot.has(p, i)) static_cast<T*>(a.ends)[slot.in_chunks(p, cut.chunks, slot.chunk, i)] = g[i];
+  if (slot.state == 0 && slot.channel < slot.live)
+    static_cast<T*>(a.sums)[(slot.batch * cut.chunks + slot.chunk) * p.channels + slot.first + slot.channel] =
         cut_inside ? static_cast<T>(INFINITY) : span;
 }
 
@@ -102,8 +102,8 @@ template <class S> struct Tile {
     const int kept = S::kKeep ? (kTiles - 2) * cut.threads() * S::kStates : 0;
     return sizeof(T) * (S::kBack * (6 * cut.channels + 2 * states + 2 * states * warps) + kept) + 16;
   }
-  __device__ explicit Tile(const Seat<S>& seat) {
-    const int column = S::kBack * seat.channels, row = S::kBack * seat.states;
+  __device__ explicit Tile(const Slot<S>& slot) {
+    const int column = S::kBack * slot.channels, row = S::kBack * slot.states;
     fresh = shared_memory<unsigned>();
     s = shared_memory<T>() + 16 / sizeof(T);
     su = s + column;
@@ -112,12 +112,12 @@ template <class S> struct Tile {
     B = along + 3 * column;
     C = B + row;
     rows = C + row;
-    kept = reinterpret_cast<States*>(rows + 2 * row * (seat.channels * seat.share / kWarp));
+    kept = reinterpret_cast<States*>(rows + 2 * row * (slot.channels * slot.share / kWarp));
   }
 };
 
 // Advances the state over a tile that is staged.
-template <class S> __device__ void advance(const Seat<S>& seat, const Tile<S>& tile, const typename S::T* rates, typename S::T* h) {
+template <class S> __device__ void advance(const Slot<S>& slot, const Tile<S>& tile, const typename S::T* rates, typename S::T* h) {
   using T = typename S::T;
   const unsigned anew = *tile.fresh;
 #pragma unroll 2
@@ -126,15 +126,15 @@ template <class S> __device__ void advance(const Seat<S>& seat, const Tile<S>& t
 #pragma unroll
       for (int i = 0; i < S::kStates; ++i) h[i] = 0;
     }
-    const T step = tile.s[t * seat.channels + seat.channel], input = tile.su[t * seat.channels + seat.channel];
-    const Pack<T, S::kStates> b = *reinterpret_cast<const Pack<T, S::kStates>*>(tile.B + t * seat.states + seat.state);
+    const T step = tile.s[t * slot.channels + slot.channel], input = tile.su[t * slot.channels + slot.channel];
+    const Pack<T, S::kStates> b = *reinterpret_cast<const Pack<T, S::kStates>*>(tile.B + t * slot.states + slot.state);
 #pragma unroll
     for (int i = 0; i < S::kStates; ++i) h[i] = next_state<T>(exp2<T>(step * rates[i]), h[i], input, b.at[i]);
   }
 }
 
 // Forwards through a staged tile from h, then backwards: g moves to the tile's beginning, dA is added to, along and rows are filled.
-template <class S> __device__ void retreat(const Seat<S>& seat, const Tile<S>& tile, bool with_y, const typename S::T* rates, const typename S::T* h,
+template <class S> __device__ void retreat(const Slot<S>& slot, const Tile<S>& tile, bool with_y, const typename S::T* rates, const typename S::T* h,
                                            typename S::T* g, typename S::T* dA) {
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
@@ -143,8 +143,8 @@ template <class S> __device__ void retreat(const Seat<S>& seat, const Tile<S>& t
   T e[kBack - kAnew][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, unless that begins anew
 #pragma unroll
   for (int t = 0; t < kBack; ++t) {
-    const T step = tile.s[t * seat.channels + seat.channel], input = tile.su[t * seat.channels + seat.channel];
-    const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * seat.states + seat.state);
+    const T step = tile.s[t * slot.channels + slot.channel], input = tile.su[t * slot.channels + slot.channel];
+    const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * slot.states + slot.state);
     const bool begins = anew >> t & 1;
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
@@ -155,13 +155,13 @@ template <class S> __device__ void retreat(const Seat<S>& seat, const Tile<S>& t
     }
   }
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int column = kBack * seat.channels;
+  const int column = kBack * slot.channels;
 #pragma unroll
   for (int t = kBack - 1; t >= 0; --t) {
-    const int at = t * seat.channels + seat.channel;
+    const int at = t * slot.channels + slot.channel;
     const T step = tile.s[at], input = tile.su[at], gradient = tile.dy[at];
-    const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * seat.states + seat.state);
-    const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(tile.C + t * seat.states + seat.state);
+    const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * slot.states + slot.state);
+    const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(tile.C + t * slot.states + slot.state);
     const bool begins = anew >> t & 1;
     T terms[2 * kStates], along[4] = {};  // y, along_A, along_B, and nothing
 #pragma unroll
@@ -175,7 +175,7 @@ template <class S> __device__ void retreat(const Seat<S>& seat, const Tile<S>& t
       if (begins) g[i] = 0;
     }
     // Over the threads of a channel: y, along_A and along_B. One thread each writes what it was left with.
-    const int share = seat.share, first = sum_across<4>(along, 1, share);
+    const int share = slot.share, first = sum_across<4>(along, 1, share);
     if ((lane & ((share / 4 > 1 ? share / 4 : 1) - 1)) == 0) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -187,12 +187,12 @@ template <class S> __device__ void retreat(const Seat<S>& seat, const Tile<S>& t
     constexpr int kTerms = 2 * kStates;
     const int channels = kWarp / share, from = sum_across<kTerms>(terms, share, kWarp);
     if ((lane / share & ((channels / kTerms > 1 ? channels / kTerms : 1) - 1)) == 0) {
-      T* row = tile.rows + (warp * kBack + t) * 2 * seat.states;
+      T* row = tile.rows + (warp * kBack + t) * 2 * slot.states;
 #pragma unroll
       for (int i = 0; i < kTerms; ++i)
         if (i < kTerms / channels || i == 0) {
           const int term = from + i;
-          row[term < kStates ? seat.state + term : seat.states + seat.state + term - kStates] = terms[i];
+          row[term < kStates ? slot.state + term : slot.states + slot.state + term - kStates] = terms[i];
         }
     }
   }
@@ -200,35 +200,35 @@ template <class S> __device__ void retreat(const Seat<S>& seat, const Tile<S>& t
 
 // A tile's outputs token by token: du, ddelta, dz. dD and dbias: sums over time of this thread's channel, added to. With a low-rank delta the
 // gradient of every channel's step is left in along_A's place.
-template <class S> __device__ void write_tokens(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int from, int count, typename S::T* dD,
+template <class S> __device__ void write_tokens(const Arguments& a, const Slot<S>& slot, const Tile<S>& tile, int from, int count, typename S::T* dD,
                                                 typename S::T* dbias) {
   using T = typename S::T;
   const Problem& p = a.problem;
-  const int channel = seat.first + seat.column;
-  const int column = S::kBack * seat.channels;
-  const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[channel] : T(0);
+  const int channel = slot.first + slot.column;
+  const int column = S::kBack * slot.channels;
+  const T D = p.D && slot.column < slot.live ? static_cast<const T*>(p.D)[channel] : T(0);
 #pragma unroll 1
-  for (int t = seat.row; t < S::kBack; t += seat.rows) {
-    const int at = t * seat.channels + seat.column;
+  for (int t = slot.row; t < S::kBack; t += slot.rows) {
+    const int at = t * slot.channels + slot.column;
     T dstep = 0;
-    if (t < count && seat.column < seat.live) {
+    if (t < count && slot.column < slot.live) {
       const int64_t token = token_at(p, from + t);
-      const T u = read_token<T>(p.u, seat.batch, token, channel), dy = tile.dy[at];
+      const T u = read_token<T>(p.u, slot.batch, token, channel), dy = tile.dy[at];
       const T along_A = tile.along[column + at], along_B = tile.along[2 * column + at];
       const Softplus<T> step =
-          step_size<T>(p, raw_step<T>(p, seat.batch, token, channel, p.rank ? T(0) : read_token<T>(p.delta, seat.batch, token, channel)));
+          step_size<T>(p, raw_step<T>(p, slot.batch, token, channel, p.rank ? T(0) : read_token<T>(p.delta, slot.batch, token, channel)));
       dstep = fma(u, along_B, static_cast<T>(kLn2) * along_A) * step.slope;
       *dbias += dstep;
       *dD = fma(dy, u, *dD);
       T du = fma(step.value, along_B, D * dy);
-      const int64_t du_at = seat.batch * a.du.batch + token * a.du.token + channel;
+      const int64_t du_at = slot.batch * a.du.batch + token * a.du.token + channel;
       if (a.du.earlier) du += static_cast<const T*>(a.du.earlier)[du_at];
       write<T>(a.du.data, a.du.type, du_at, du);
-      if (a.ddelta.data) write<T>(a.ddelta.data, a.ddelta.type, seat.batch * a.ddelta.batch + token * a.ddelta.token + channel, dstep);
+      if (a.ddelta.data) write<T>(a.ddelta.data, a.ddelta.type, slot.batch * a.ddelta.batch + token * a.ddelta.token + channel, dstep);
       if (p.z.data) {
-        const int64_t dz_at = seat.batch * a.dz.batch + token * a.dz.token + channel;
-        T dz = static_cast<T>(p.scale) * read_token<T>(a.dout, seat.batch, token, channel) * fma(D, u, tile.along[at]) *
-               silu_slope<T>(read_token<T>(p.z, seat.batch, token, channel));
+        const int64_t dz_at = slot.batch * a.dz.batch + token * a.dz.token + channel;
+        T dz = static_cast<T>(p.scale) * read_token<T>(a.dout, slot.batch, token, channel) * fma(D, u, tile.along[at]) *
+               silu_slope<T>(read_token<T>(p.z, slot.batch, token, channel));
         if (a.dz.earlier) dz += static_cast<const T*>(a.dz.earlier)[dz_at];
         write<T>(a.dz.data, a.dz.type, dz_at, dz);
       }
@@ -238,47 +238,47 @@ template <class S> __device__ void write_tokens(const Arguments& a, const Seat<S
 }
 
 // A tile's rows of dB and dC: the warps' sums, added in order.
-template <class S> __device__ void write_rows(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int from, int count) {
+template <class S> __device__ void write_rows(const Arguments& a, const Slot<S>& slot, const Tile<S>& tile, int from, int count) {
   using T = typename S::T;
   const Problem& p = a.problem;
-  const int threads = seat.channels * seat.share, warps = threads / kWarp, row = 2 * seat.states;
+  const int threads = slot.channels * slot.share, warps = threads / kWarp, row = 2 * slot.states;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count * row; i += threads) {
-    const int t = i / row, term = i % row, state = term % seat.states;
+    const int t = i / row, term = i % row, state = term % slot.states;
     if (state >= p.state) continue;
     T sum = 0;
 #pragma unroll 1
     for (int w = 0; w < warps; ++w) sum += tile.rows[(w * S::kBack + t) * row + term];
     const int64_t token = token_at(p, from + t);
-    T* to = static_cast<T*>(term < seat.states ? a.dB : a.dC);
-    to[(((seat.within * p.batch + seat.batch) * p.length + token) * p.groups + seat.group) * p.state + state] = sum;
+    T* to = static_cast<T*>(term < slot.states ? a.dB : a.dC);
+    to[(((slot.within * p.batch + slot.batch) * p.length + token) * p.groups + slot.group) * p.state + state] = sum;
   }
 }
 
 // A tile's share of the gradients of a low-rank delta and of its projection.
-template <class S> __device__ void write_low_rank(const Arguments& a, const Seat<S>& seat, const Tile<S>& tile, int from, int count, bool begin) {
+template <class S> __device__ void write_low_rank(const Arguments& a, const Slot<S>& slot, const Tile<S>& tile, int from, int count, bool begin) {
   using T = typename S::T;
   const Problem& p = a.problem;
-  const int threads = seat.channels * seat.share, rank = static_cast<int>(p.rank);
-  const T* dsteps = tile.along + S::kBack * seat.channels;
+  const int threads = slot.channels * slot.share, rank = static_cast<int>(p.rank);
+  const T* dsteps = tile.along + S::kBack * slot.channels;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count * rank; i += threads) {
     const int t = i / rank, r = i % rank;
-    const T* weights = static_cast<const T*>(p.proj) + r * p.channels + seat.first;
+    const T* weights = static_cast<const T*>(p.proj) + r * p.channels + slot.first;
     T sum = 0;
 #pragma unroll 1
-    for (int c = 0; c < seat.live; ++c) sum = fma(dsteps[t * seat.channels + c], weights[c], sum);
-    static_cast<T*>(a.dlow)[((seat.tile * p.batch + seat.batch) * p.length + token_at(p, from + t)) * rank + r] = sum;
+    for (int c = 0; c < slot.live; ++c) sum = fma(dsteps[t * slot.channels + c], weights[c], sum);
+    static_cast<T*>(a.dlow)[((slot.tile * p.batch + slot.batch) * p.length + token_at(p, from + t)) * rank + r] = sum;
   }
-  T* dproj = static_cast<T*>(a.dproj) + (seat.batch * ceil_div(p.length, a.chunk) + seat.chunk) * rank * p.channels + seat.first;
-  for (int i = static_cast<int>(threadIdx.x); i < rank * seat.channels; i += threads) {
-    const int r = i / seat.channels, c = i % seat.channels;
-    if (c >= seat.live) continue;
+  T* dproj = static_cast<T*>(a.dproj) + (slot.batch * ceil_div(p.length, a.chunk) + slot.chunk) * rank * p.channels + slot.first;
+  for (int i = static_cast<int>(threadIdx.x); i < rank * slot.channels; i += threads) {
+    const int r = i / slot.channels, c = i % slot.channels;
+    if (c >= slot.live) continue;
     T sum = begin ? T(0) : dproj[r * p.channels + c];  // the same thread's from the tile before
 #pragma unroll 1
     for (int t = 0; t < count; ++t)
-      sum = fma(dsteps[t * seat.channels + c],
-                read<T>(p.delta.data, p.delta.type, seat.batch * p.delta.batch + token_at(p, from + t) * p.delta.token + r * p.delta.channel), sum);
+      sum = fma(dsteps[t * slot.channels + c],
+                read<T>(p.delta.data, p.delta.type, slot.batch * p.delta.batch + token_at(p, from + t) * p.delta.token + r * p.delta.channel), sum);
     dproj[r * p.channels + c] = sum;
   }
 }
@@ -289,15 +289,15 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
   const Problem& p = a.problem;
-  const Seat<S> seat(p, cut, 0, cut.chunks);
-  const Tile<S> tile(seat);
+  const Slot<S> slot(p, cut, 0, cut.chunks);
+  const Tile<S> tile(slot);
   Starts starts;
   T rates[kStates], g[kStates], dA[kStates] = {}, dD = 0, dbias = 0;
-  seat.load_rates(p, rates);
+  slot.load_rates(p, rates);
   const T* later = static_cast<const T*>(cut.chunks > 1 ? a.ends : a.dstate);
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    g[i] = later && seat.has(p, i) ? later[cut.chunks > 1 ? seat.in_chunks(p, cut.chunks, seat.chunk, i) : seat.in_state(p, i)] : T(0);
+    g[i] = later && slot.has(p, i) ? later[cut.chunks > 1 ? slot.in_chunks(p, cut.chunks, slot.chunk, i) : slot.in_state(p, i)] : T(0);
 
   const auto stage = [&](int from, int end, auto gradients) {
     constexpr bool kGradients = decltype(gradients)::value;
@@ -306,22 +306,22 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
 #pragma unroll 1
     for (int row = 0; row < kRows; row += kAtOnce) {
       Columns<S, kBack, true, kGradients, kAtOnce> columns;
-      columns.load(p, seat, from, end, &a.dout, row);
-      columns.store(p, seat, &a.dout, tile.s, tile.su, kGradients ? tile.dy : nullptr);
+      columns.load(p, slot, from, end, &a.dout, row);
+      columns.store(p, slot, &a.dout, tile.s, tile.su, kGradients ? tile.dy : nullptr);
     }
-    stage_rows<S, kBack>(p, seat, from, end, tile.B, kGradients ? tile.C : nullptr);
+    stage_rows<S, kBack>(p, slot, from, end, tile.B, kGradients ? tile.C : nullptr);
     __syncthreads();
   };
 
-  for (int run = (seat.end - 1) / kRun * kRun; run >= seat.from; run -= kRun) {
-    const int end = least(seat.end, run + kRun);
+  for (int run = (slot.end - 1) / kRun * kRun; run >= slot.from; run -= kRun) {
+    const int end = least(slot.end, run + kRun);
     const int tiles = static_cast<int>(ceil_div(end - run, kBack));
     T h[kStates];
     const auto begin_run = [&] {
 #pragma unroll
       for (int i = 0; i < kStates; ++i)
-        h[i] = seat.has(p, i) ? static_cast<const T*>(a.checkpoints)[seat.batch * a.checkpoint_batch +
-                                                                     (run / kRun * p.state + seat.state + i) * p.channels + seat.first + seat.channel]
+        h[i] = slot.has(p, i) ? static_cast<const T*>(a.checkpoints)[slot.batch * a.checkpoint_batch +
+                                                                     (run / kRun * p.state + slot.state + i) * p.channels + slot.first + slot.channel]
                               : T(0);
     };
     typename Tile<S>::States* const kept = tile.kept + threadIdx.x;  // this thread's
@@ -331,10 +331,10 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
       for (int j = 0; j < last; ++j) {
         if (S::kKeep && j > 0) {
 #pragma unroll
-          for (int i = 0; i < kStates; ++i) kept[(j - 1) * seat.channels * seat.share].at[i] = h[i];
+          for (int i = 0; i < kStates; ++i) kept[(j - 1) * slot.channels * slot.share].at[i] = h[i];
         }
         stage(run + j * kBack, end, std::false_type{});
-        advance<S>(seat, tile, rates, h);
+        advance<S>(slot, tile, rates, h);
         __syncthreads();
       }
     };
@@ -347,42 +347,42 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
         begin_run();
       } else if (j < tiles - 1) {
 #pragma unroll
-        for (int i = 0; i < kStates; ++i) h[i] = kept[(j - 1) * seat.channels * seat.share].at[i];
+        for (int i = 0; i < kStates; ++i) h[i] = kept[(j - 1) * slot.channels * slot.share].at[i];
       }
       const int from = run + j * kBack, count = least(kBack, end - from);
       stage(from, end, std::true_type{});
-      retreat<S>(seat, tile, p.z.data != nullptr, rates, h, g, dA);
+      retreat<S>(slot, tile, p.z.data != nullptr, rates, h, g, dA);
       __syncthreads();
-      write_tokens<S>(a, seat, tile, from, count, &dD, &dbias);
-      write_rows<S>(a, seat, tile, from, count);
+      write_tokens<S>(a, slot, tile, from, count, &dD, &dbias);
+      write_rows<S>(a, slot, tile, from, count);
       if (p.rank) {
         __syncthreads();
-        write_low_rank<S>(a, seat, tile, from, count, from + kBack >= seat.end);
+        write_low_rank<S>(a, slot, tile, from, count, from + kBack >= slot.end);
       }
     }
   }
 
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    if (seat.has(p, i)) {
-      static_cast<T*>(a.dA)[seat.in_chunks(p, cut.chunks, seat.chunk, i)] = dA[i];
-      if (a.dinitial && seat.chunk == 0) static_cast<T*>(a.dinitial)[seat.in_state(p, i)] = g[i];
+    if (slot.has(p, i)) {
+      static_cast<T*>(a.dA)[slot.in_chunks(p, cut.chunks, slot.chunk, i)] = dA[i];
+      if (a.dinitial && slot.chunk == 0) static_cast<T*>(a.dinitial)[slot.in_state(p, i)] = g[i];
     }
   if (a.dD == nullptr && a.dbias == nullptr) return;
   // The rows of threads that worked token by token each have a part of their channel's sum.
   T* parts = tile.s;
   __syncthreads();
-  parts[(0 * seat.rows + seat.row) * seat.channels + seat.column] = dD;
-  parts[(1 * seat.rows + seat.row) * seat.channels + seat.column] = dbias;
+  parts[(0 * slot.rows + slot.row) * slot.channels + slot.column] = dD;
+  parts[(1 * slot.rows + slot.row) * slot.channels + slot.column] = dbias;
   __syncthreads();
-  if (seat.row == 0 && seat.column < seat.live) {
+  if (slot.row == 0 && slot.column < slot.live) {
     T* const to[2] = {static_cast<T*>(a.dD), static_cast<T*>(a.dbias)};
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       if (!to[which]) continue;
       T sum = 0;
-      for (int row = 0; row < seat.rows; ++row) sum += parts[(which * seat.rows + row) * seat.channels + seat.column];
-      to[which][(seat.batch * cut.chunks + seat.chunk) * p.channels + seat.first + seat.column] = sum;
+      for (int row = 0; row < slot.rows; ++row) sum += parts[(which * slot.rows + row) * slot.channels + slot.column];
+      to[which][(slot.batch * cut.chunks + slot.chunk) * p.channels + slot.first + slot.column] = sum;
     }
   }
 }

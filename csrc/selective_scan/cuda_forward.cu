@@ -28,22 +28,22 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
     local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
-  const Seat<S> seat(p, cut, 0, cut.chunks - 1);  // the last chunk's end leads nowhere
-  T *s = shared_memory<T>() + 16 / sizeof(T), *su = s + kSteps * seat.channels, *B = su + kSteps * seat.channels;
+  const Slot<S> slot(p, cut, 0, cut.chunks - 1);  // the last chunk's end leads nowhere
+  T *s = shared_memory<T>() + 16 / sizeof(T), *su = s + kSteps * slot.channels, *B = su + kSteps * slot.channels;
   unsigned* fresh = shared_memory<unsigned>();
   Starts starts;
   T rates[kStates], h[kStates] = {}, span = 0;
-  seat.load_rates(p, rates);
+  slot.load_rates(p, rates);
   bool cut_inside = false;
   Columns<S, kSteps, true, false> columns;
-  columns.load(p, seat, seat.from, seat.end, nullptr);
+  columns.load(p, slot, slot.from, slot.end, nullptr);
 #pragma unroll 1
-  for (int from = seat.from; from < seat.end; from += kSteps) {
-    if (threadIdx.x == 0) *fresh = starts.mask(p, from, least(kSteps, seat.end - from));
-    columns.store(p, seat, nullptr, s, su, nullptr);
-    stage_rows<S, kSteps>(p, seat, from, seat.end, B, nullptr);
+  for (int from = slot.from; from < slot.end; from += kSteps) {
+    if (threadIdx.x == 0) *fresh = starts.mask(p, from, least(kSteps, slot.end - from));
+    columns.store(p, slot, nullptr, s, su, nullptr);
+    stage_rows<S, kSteps>(p, slot, from, slot.end, B, nullptr);
     __syncthreads();
-    if (from + kSteps < seat.end) columns.load(p, seat, from + kSteps, seat.end, nullptr);
+    if (from + kSteps < slot.end) columns.load(p, slot, from + kSteps, slot.end, nullptr);
     const unsigned anew = *fresh;
     T part = 0;
 #pragma unroll 2
@@ -53,8 +53,8 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
 #pragma unroll
         for (int i = 0; i < kStates; ++i) h[i] = 0;
       }
-      const T step = s[t * seat.channels + seat.channel], input = su[t * seat.channels + seat.channel];
-      const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(B + t * seat.states + seat.state);
+      const T step = s[t * slot.channels + slot.channel], input = su[t * slot.channels + slot.channel];
+      const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(B + t * slot.states + slot.state);
       part += step;
 #pragma unroll
       for (int i = 0; i < kStates; ++i) h[i] = next_state<T>(exp2<T>(step * rates[i]), h[i], input, b.at[i]);
@@ -64,46 +64,46 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
   }
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    if (seat.has(p, i)) ends[seat.in_chunks(p, cut.chunks, seat.chunk, i)] = h[i];
-  if (seat.state == 0 && seat.channel < seat.live)
-    sums[(seat.batch * cut.chunks + seat.chunk) * p.channels + seat.first + seat.channel] = cut_inside ? static_cast<T>(INFINITY) : span;
+    if (slot.has(p, i)) ends[slot.in_chunks(p, cut.chunks, slot.chunk, i)] = h[i];
+  if (slot.state == 0 && slot.channel < slot.live)
+    sums[(slot.batch * cut.chunks + slot.chunk) * p.channels + slot.first + slot.channel] = cut_inside ? static_cast<T>(INFINITY) : span;
 }
 
 template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 576 / S::kThreads : 1) apply(Arguments a, Cut cut) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Problem& p = a.problem;
-  const Seat<S> seat(p, cut, 0, cut.chunks);
-  T *s = shared_memory<T>() + 16 / sizeof(T), *su = s + kSteps * seat.channels, *y = su + kSteps * seat.channels, *B = y + kSteps * seat.channels,
-    *C = B + kSteps * seat.states;
+  const Slot<S> slot(p, cut, 0, cut.chunks);
+  T *s = shared_memory<T>() + 16 / sizeof(T), *su = s + kSteps * slot.channels, *y = su + kSteps * slot.channels, *B = y + kSteps * slot.channels,
+    *C = B + kSteps * slot.states;
   unsigned* fresh = shared_memory<unsigned>();
   Starts starts;
   T rates[kStates], h[kStates];
-  seat.load_rates(p, rates);
+  slot.load_rates(p, rates);
   const T* before = static_cast<const T*>(cut.chunks > 1 ? a.ends : p.initial);
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    h[i] = before && seat.has(p, i) ? before[cut.chunks > 1 ? seat.in_chunks(p, cut.chunks, seat.chunk, i) : seat.in_state(p, i)] : T(0);
-  const int64_t column = seat.first + seat.column;
-  const T D = p.D && seat.column < seat.live ? static_cast<const T*>(p.D)[column] : T(0);
+    h[i] = before && slot.has(p, i) ? before[cut.chunks > 1 ? slot.in_chunks(p, cut.chunks, slot.chunk, i) : slot.in_state(p, i)] : T(0);
+  const int64_t column = slot.first + slot.column;
+  const T D = p.D && slot.column < slot.live ? static_cast<const T*>(p.D)[column] : T(0);
 
   Columns<S, kSteps, true, false> columns;
-  columns.load(p, seat, seat.from, seat.end, nullptr);
+  columns.load(p, slot, slot.from, slot.end, nullptr);
 #pragma unroll 1
-  for (int from = seat.from; from < seat.end; from += kSteps) {
-    const int count = least(kSteps, seat.end - from);
+  for (int from = slot.from; from < slot.end; from += kSteps) {
+    const int count = least(kSteps, slot.end - from);
     if (a.checkpoints && from % a.spacing == 0) {
 #pragma unroll
       for (int i = 0; i < kStates; ++i)
-        if (seat.has(p, i))
-          static_cast<T*>(a.checkpoints)[seat.batch * a.checkpoint_batch + (from / a.spacing * p.state + seat.state + i) * p.channels + seat.first +
-                                         seat.channel] = h[i];
+        if (slot.has(p, i))
+          static_cast<T*>(a.checkpoints)[slot.batch * a.checkpoint_batch + (from / a.spacing * p.state + slot.state + i) * p.channels + slot.first +
+                                         slot.channel] = h[i];
     }
     if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
-    columns.store(p, seat, nullptr, s, su, nullptr);
-    stage_rows<S, kSteps>(p, seat, from, seat.end, B, a.out.data ? C : nullptr);
+    columns.store(p, slot, nullptr, s, su, nullptr);
+    stage_rows<S, kSteps>(p, slot, from, slot.end, B, a.out.data ? C : nullptr);
     __syncthreads();
-    if (from + kSteps < seat.end) columns.load(p, seat, from + kSteps, seat.end, nullptr);
+    if (from + kSteps < slot.end) columns.load(p, slot, from + kSteps, slot.end, nullptr);
     const unsigned anew = *fresh;
 #pragma unroll 2
     for (int t = 0; t < kSteps; ++t) {
@@ -111,37 +111,37 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 57
 #pragma unroll
         for (int i = 0; i < kStates; ++i) h[i] = 0;
       }
-      const T step = s[t * seat.channels + seat.channel], input = su[t * seat.channels + seat.channel];
-      const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(B + t * seat.states + seat.state);
+      const T step = s[t * slot.channels + slot.channel], input = su[t * slot.channels + slot.channel];
+      const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(B + t * slot.states + slot.state);
 #pragma unroll
       for (int i = 0; i < kStates; ++i) h[i] = next_state<T>(exp2<T>(step * rates[i]), h[i], input, b.at[i]);
       if (a.out.data) {
-        const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(C + t * seat.states + seat.state);
+        const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(C + t * slot.states + slot.state);
         T sum = 0;
 #pragma unroll
         for (int i = 0; i < kStates; ++i) sum = fma(c.at[i], h[i], sum);
-        sum_across<1>(&sum, 1, seat.share);
-        if (seat.state == 0) y[t * seat.channels + seat.channel] = sum;
+        sum_across<1>(&sum, 1, slot.share);
+        if (slot.state == 0) y[t * slot.channels + slot.channel] = sum;
       }
     }
     __syncthreads();
-    if (a.out.data && seat.column < seat.live) {
+    if (a.out.data && slot.column < slot.live) {
 #pragma unroll 1
-      for (int t = seat.row; t < count; t += seat.rows) {
-        const int64_t token = token_at(p, from + t), at = seat.batch * a.out.batch + token * a.out.token + column;
-        T value = y[t * seat.channels + seat.column];
-        if (p.D) value = fma(D, read_token<T>(p.u, seat.batch, token, column), value);
+      for (int t = slot.row; t < count; t += slot.rows) {
+        const int64_t token = token_at(p, from + t), at = slot.batch * a.out.batch + token * a.out.token + column;
+        T value = y[t * slot.channels + slot.column];
+        if (p.D) value = fma(D, read_token<T>(p.u, slot.batch, token, column), value);
         if (a.out.earlier) value += static_cast<const T*>(a.out.earlier)[at];
         value *= static_cast<T>(p.scale);
-        if (p.z.data) value *= silu<T>(read_token<T>(p.z, seat.batch, token, column));
+        if (p.z.data) value *= silu<T>(read_token<T>(p.z, slot.batch, token, column));
         write<T>(a.out.data, a.out.type, at, value);
       }
     }
   }
-  if (a.state && seat.chunk == cut.chunks - 1) {
+  if (a.state && slot.chunk == cut.chunks - 1) {
 #pragma unroll
     for (int i = 0; i < kStates; ++i)
-      if (seat.has(p, i)) static_cast<T*>(a.state)[seat.in_state(p, i)] = h[i];
+      if (slot.has(p, i)) static_cast<T*>(a.state)[slot.in_state(p, i)] = h[i];
   }
 }
 

@@ -54,8 +54,8 @@ template <class T> struct Shared {
     prefer_huge_pages(states.data(), p.batch * heads * exact * blocks * state * static_cast<int64_t>(sizeof(T)));
   }
 
-  T* state_at(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
-    return states.data() + (((seat.batch * heads + seat.head) * exact + ceil_div(steps_to_end, every)) * blocks + block) * state;
+  T* state_at(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
+    return states.data() + (((slot.batch * heads + slot.head) * exact + ceil_div(steps_to_end, every)) * blocks + block) * state;
   }
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
   double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * heads + head) * blocks + block]; }
@@ -72,33 +72,33 @@ template <class T> class OfC : public Reader<T, false, true, true> {
       memory_(kTileSteps * (W + 2)),
       tile_(shared.blocks * kTileSteps * W) {}
 
-  void begin(const Seat<T>& seat, const Tile& tile) const {
+  void begin_tile(const Slot<T>& slot, const Tile& tile) const {
     const int64_t to_end = a_.problem.length - tile.from;
-    if (tile.from == 0 || to_end % shared_.every == 0) keep(seat, to_end);
+    if (tile.from == 0 || to_end % shared_.every == 0) keep(slot, to_end);
   }
-  void leave(const Seat<T>& seat) const { keep(seat, 0); }
+  void end_head(const Slot<T>& slot) const { keep(slot, 0); }
 
-  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
-    const Operands<T> in = OfC::Reader::rows(seat, tile);
-    own_products(in.q, in.k, seat.rows, tile.count, own());
+  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
+    const Operands<T> in = OfC::Reader::rows(slot, tile);
+    own_products(in.q, in.k, slot.rows, tile.count, own());
     return in;
   }
 
-  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
-    sum_.add(seat, tile, block, tile_.data(), [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
-    const View<T> C = this->block_of({a_.problem.C, this->sharing_}, seat, tile, block, memory_.data());
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    sum_.add(slot, tile, block, tile_.data(), [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
+    const View<T> C = this->block_of({a_.problem.C, this->sharing_}, slot, tile, block, memory_.data());
     T* const tile_sums = own() + kTileSteps;
     lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(C[t]) * load<T>(o + t * W); }, tile_sums);
-    std::memcpy(shared_.sums_of(seat.batch, seat.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
+    std::memcpy(shared_.sums_of(slot.batch, slot.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
   }
 
  private:
   static constexpr int W = kLanes<T>;
 
   T* own() const { return memory_.data() + kTileSteps * W; }
-  void keep(const Seat<T>& seat, int64_t to_end) const {
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
-      std::memcpy(shared_.state_at(seat, block, to_end), seat.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
+  void keep(const Slot<T>& slot, int64_t to_end) const {
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
+      std::memcpy(shared_.state_at(slot, block, to_end), slot.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
   }
 
   const Arguments& a_;
@@ -126,48 +126,48 @@ template <class T> class OfB : public Reader<T, true, true, false> {
   };
   static constexpr int64_t kCarry = 64 / sizeof(T);  // a line, so that states stay aligned
 
-  void begin(const Seat<T>& seat, const Tile& tile) const {
+  void begin_tile(const Slot<T>& slot, const Tile& tile) const {
     if (tile.fresh || tile.from % shared_.every == 0)
-      for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
-        Carried c = carried(seat, block);
-        end_run(seat, block, tile.from, tile.fresh ? 0 : flow(seat, block, tile.from), &c);
-        carry(seat, block, c);
+      for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
+        Carried c = carried(slot, block);
+        end_run(slot, block, tile.from, tile.fresh ? 0 : flow(slot, block, tile.from), &c);
+        carry(slot, block, c);
       }
   }
-  void leave(const Seat<T>& seat) const {
+  void end_head(const Slot<T>& slot) const {
     const int64_t length = a_.problem.length;
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
-      Carried c = carried(seat, block);
-      end_run(seat, block, length, flow(seat, block, length), &c);
-      shared_.rate_of(seat.batch, seat.head, block) = c.dA;
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
+      Carried c = carried(slot, block);
+      end_run(slot, block, length, flow(slot, block, length), &c);
+      shared_.rate_of(slot.batch, slot.head, block) = c.dA;
     }
   }
 
-  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
-    const Operands<T> in = OfB::Reader::rows(seat, tile);
-    own_products(in.q, in.k, seat.rows, tile.count, own());
+  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
+    const Operands<T> in = OfB::Reader::rows(slot, tile);
+    own_products(in.q, in.k, slot.rows, tile.count, own());
     return in;
   }
 
-  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
-    const View<T> s = this->step(seat, tile);
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    const View<T> s = this->step(slot, tile);
     const auto whole = [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); };  // x_t dS_t
-    sum_.add(seat, tile, block, tile_.data(), [&](int64_t t) { return whole(t) * splat(*s[t]); });
-    const View<T> B = this->block_of({a_.problem.B, this->sharing_}, seat, tile, block, memory_.data());
+    sum_.add(slot, tile, block, tile_.data(), [&](int64_t t) { return whole(t) * splat(*s[t]); });
+    const View<T> B = this->block_of({a_.problem.B, this->sharing_}, slot, tile, block, memory_.data());
     T *const strict = own() + kTileSteps, *const all = strict + kTileSteps;
     lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * load<T>(o + t * W); }, strict);
     lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * whole(t); }, all);
-    T* const at = shared_.sums_of(seat.batch, seat.head, block) + this->first(tile);
-    const double A = static_cast<double>(static_cast<const T*>(a_.problem.A)[seat.head]);
-    Carried c = carried(seat, block);
+    T* const at = shared_.sums_of(slot.batch, slot.head, block) + this->first(tile);
+    const double A = static_cast<double>(static_cast<const T*>(a_.problem.A)[slot.head]);
+    Carried c = carried(slot, block);
     for (int64_t t = 0; t < tile.count; ++t) {
       const double step = static_cast<double>(*s[t]);
       c.dg += static_cast<double>(at[-t]) - step * static_cast<double>(strict[t]);
       c.dA += step * c.dg;
       at[-t] = static_cast<T>(static_cast<double>(all[t]) + A * c.dg);
-      if (*in.decay[t] < kNothing<T>) end_run(seat, block, tile.from + t + 1, 0, &c);
+      if (*in.decay[t] < kNothing<T>) end_run(slot, block, tile.from + t + 1, 0, &c);
     }
-    carry(seat, block, c);
+    carry(slot, block, c);
   }
 
  private:
@@ -176,20 +176,20 @@ template <class T> class OfB : public Reader<T, true, true, false> {
   T* own() const { return memory_.data() + kTileSteps * W; }
 
   // The sum of S times dS, so many steps before the walk's end.
-  double flow(const Seat<T>& seat, int64_t block, int64_t steps_to_end) const {
-    const T *S = shared_.state_at(seat, block, steps_to_end), *dS = seat.state(block);
+  double flow(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
+    const T *S = shared_.state_at(slot, block, steps_to_end), *dS = slot.state(block);
     Vec<T> sum{};
-    for (int64_t r = 0; r < seat.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
+    for (int64_t r = 0; r < slot.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
     return static_cast<double>(sum_lanes(sum));
   }
 
   // Ends a run before step `end` of the walk backward, at the dg that is right there, with which the next run begins.
-  void end_run(const Seat<T>& seat, int64_t block, int64_t end, double right, Carried* c) const {
+  void end_run(const Slot<T>& slot, int64_t block, int64_t end, double right, Carried* c) const {
     const int64_t steps = end - c->begin, last = a_.problem.length - 1;
     if (steps > 0) {
-      const double per_step = (right - c->dg) / static_cast<double>(steps), A = static_cast<double>(static_cast<const T*>(a_.problem.A)[seat.head]);
-      T* const ds = shared_.sums_of(seat.batch, seat.head, block) + last - c->begin;
-      const T* const s = this->steps_.step(seat.batch, seat.head, last - c->begin);
+      const double per_step = (right - c->dg) / static_cast<double>(steps), A = static_cast<double>(static_cast<const T*>(a_.problem.A)[slot.head]);
+      T* const ds = shared_.sums_of(slot.batch, slot.head, block) + last - c->begin;
+      const T* const s = this->steps_.step(slot.batch, slot.head, last - c->begin);
       for (int64_t t = 0; t < steps; ++t) {
         const double correction = per_step * static_cast<double>(t + 1);
         c->dA += static_cast<double>(s[-t]) * correction;
@@ -200,13 +200,13 @@ template <class T> class OfB : public Reader<T, true, true, false> {
     c->begin = end;
   }
 
-  static Carried carried(const Seat<T>& seat, int64_t block) {
+  static Carried carried(const Slot<T>& slot, int64_t block) {
     Carried c;
-    std::memcpy(&c, seat.carry + (block - seat.first_block) * kCarry, sizeof(c));
+    std::memcpy(&c, slot.carry + (block - slot.first_block) * kCarry, sizeof(c));
     return c;
   }
-  static void carry(const Seat<T>& seat, int64_t block, const Carried& c) {
-    std::memcpy(seat.carry + (block - seat.first_block) * kCarry, &c, sizeof(c));
+  static void carry(const Slot<T>& slot, int64_t block, const Carried& c) {
+    std::memcpy(slot.carry + (block - slot.first_block) * kCarry, &c, sizeof(c));
   }
 
   const Arguments& a_;
@@ -227,27 +227,27 @@ template <class T> class OfX : public Reader<T, true, false, false> {
 
   static constexpr int64_t kCarry = kLanes<T> * sizeof(double) / sizeof(T);  // dD of a block
 
-  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
-    const View<T> s = this->step(seat, tile);
-    const Vec<T> D = skip_of(a_.problem, seat, block);
-    write_rows<T>(a_.dx, seat.batch, seat.head, block * W, seat.width(block), tile,
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    const View<T> s = this->step(slot, tile);
+    const Vec<T> D = skip_of(a_.problem, slot, block);
+    write_rows<T>(a_.dx, slot.batch, slot.head, block * W, slot.width(block), tile,
                   [&](int64_t t) { return fma(D, load<T>(in.v[t]), load<T>(o + t * W) * splat(*s[t])); });
     if (!a_.dD) return;
-    const View<T> x = this->block_of({a_.problem.x, 1}, seat, tile, block, memory_.data());
+    const View<T> x = this->block_of({a_.problem.x, 1}, slot, tile, block, memory_.data());
     Vec<T> sum{};
     for (int64_t t = 0; t < tile.count; ++t) sum = fma(load<T>(x[t]), load<T>(in.v[t]), sum);
     double dD[W];
-    T* const carried = seat.carry + (block - seat.first_block) * kCarry;
+    T* const carried = slot.carry + (block - slot.first_block) * kCarry;
     std::memcpy(dD, carried, sizeof(dD));
     for (int i = 0; i < W; ++i) dD[i] += static_cast<double>(sum[i]);
     std::memcpy(carried, dD, sizeof(dD));
   }
 
-  void leave(const Seat<T>& seat) const {
+  void end_head(const Slot<T>& slot) const {
     if (!a_.dD) return;
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
-      std::memcpy(a_.dD + (seat.batch * a_.problem.heads + seat.head) * a_.problem.size + block * W, seat.carry + (block - seat.first_block) * kCarry,
-                  sizeof(double) * static_cast<std::size_t>(seat.width(block)));
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
+      std::memcpy(a_.dD + (slot.batch * a_.problem.heads + slot.head) * a_.problem.size + block * W, slot.carry + (block - slot.first_block) * kCarry,
+                  sizeof(double) * static_cast<std::size_t>(slot.width(block)));
   }
 
  private:

@@ -19,21 +19,21 @@ template <class T> class Forward : public Reader<T, false, false, true> {
       a_(a),
       memory_(3 * kTileSteps * W) {}
 
-  void take(const Seat<T>& seat, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
     const Problem& p = a_.problem;
-    const int width = seat.width(block);
+    const int width = slot.width(block);
     T *const y = memory_.data(), *const x_buffer = y + kTileSteps * W, *const z_buffer = x_buffer + kTileSteps * W;
     if (p.D) {
-      const Vec<T> D = skip_of(p, seat, block);
-      const View<T> x = this->block_of({p.x, 1}, seat, tile, block, x_buffer);
+      const Vec<T> D = skip_of(p, slot, block);
+      const View<T> x = this->block_of({p.x, 1}, slot, tile, block, x_buffer);
       for (int64_t t = 0; t < tile.count; ++t) store(y + t * W, fma(D, load<T>(x[t]), load<T>(o + t * W)));
       o = y;
     }
     const auto kept = [&](int64_t t) { return load<T>(o + t * W); };
-    if (a_.y.data) write_rows<T>(a_.y, seat.batch, seat.head, block * W, width, tile, kept);
-    if (!p.z.data) return write_rows<T>(a_.out, seat.batch, seat.head, block * W, width, tile, kept);
-    const View<T> z = this->block_of({p.z, 1}, seat, tile, block, z_buffer);
-    write_rows<T>(a_.out, seat.batch, seat.head, block * W, width, tile, [&](int64_t t) { return load<T>(o + t * W) * silu<T>(load<T>(z[t])); });
+    if (a_.y.data) write_rows<T>(a_.y, slot.batch, slot.head, block * W, width, tile, kept);
+    if (!p.z.data) return write_rows<T>(a_.out, slot.batch, slot.head, block * W, width, tile, kept);
+    const View<T> z = this->block_of({p.z, 1}, slot, tile, block, z_buffer);
+    write_rows<T>(a_.out, slot.batch, slot.head, block * W, width, tile, [&](int64_t t) { return load<T>(o + t * W) * silu<T>(load<T>(z[t])); });
   }
 
  private:

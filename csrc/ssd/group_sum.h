@@ -16,12 +16,12 @@ template <class T> class GroupSum {
   int64_t together() const { return p_.heads / p_.groups / pieces_; }
 
   // Adds value(t) of a head, in the order of the heads, to the rows of a thread's tile: [block][step][lane]. The last one writes the sum.
-  template <class F> void add(const Seat<T>& seat, const Tile& tile, int64_t block, T* rows, const F& value) const {
+  template <class F> void add(const Slot<T>& slot, const Tile& tile, int64_t block, T* rows, const F& value) const {
     T* const sum = rows + block * kTileSteps * W;
-    for (int64_t t = 0; t < tile.count; ++t) store(sum + t * W, seat.first_together ? value(t) : load<T>(sum + t * W) + value(t));
-    if (!seat.last_together) return;
+    for (int64_t t = 0; t < tile.count; ++t) store(sum + t * W, slot.first_together ? value(t) : load<T>(sum + t * W) + value(t));
+    if (!slot.last_together) return;
     const auto value_of = [&](int64_t t) { return load<T>(sum + t * W); };
-    write_rows<T>(pieces_ > 1 ? own() : to_, seat.batch, seat.head / together(), block * W, seat.width(block), tile, value_of);
+    write_rows<T>(pieces_ > 1 ? own() : to_, slot.batch, slot.head / together(), block * W, slot.width(block), tile, value_of);
   }
 
   // Adds the pieces up.

@@ -96,24 +96,24 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
   Reader(const Problem& p, const Steps<T>& steps, int64_t rows, const Source& q, const Source& k, const Source& v) :
       p_(p), sharing_(p.heads / p.groups), steps_(steps), rows_(rows), q_(q), k_(k), v_(v), memory_(kTileSteps * (2 * padded_rows(rows) + W)) {}
 
-  void enter(const Seat<T>&) const {}
-  void begin(const Seat<T>&, const Tile&) const {}
-  void leave(const Seat<T>&) const {}
+  void begin_head(const Slot<T>&) const {}
+  void begin_tile(const Slot<T>&, const Tile&) const {}
+  void end_head(const Slot<T>&) const {}
 
-  Operands<T> rows(const Seat<T>& seat, const Tile& tile) const {
+  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
     T* const buffer = memory_.data() + kTileSteps * W;
     const int64_t padded = padded_rows(rows_);
-    return {view(q_, seat, 0, rows_, padded, tile, buffer),
-            view(k_, seat, 0, rows_, padded, tile, buffer + kTileSteps * padded),
+    return {view(q_, slot, 0, rows_, padded, tile, buffer),
+            view(k_, slot, 0, rows_, padded, tile, buffer + kTileSteps * padded),
             {},
-            in_time(steps_.decay(seat.batch, seat.head, first(tile))),
+            in_time(steps_.decay(slot.batch, slot.head, first(tile))),
             tile.count};
   }
 
-  void lanes(const Seat<T>& seat, const Tile& tile, int64_t block, Operands<T>* in) const {
-    in->v = block_of(v_, seat, tile, block, memory_.data());
+  void lanes(const Slot<T>& slot, const Tile& tile, int64_t block, Operands<T>* in) const {
+    in->v = block_of(v_, slot, tile, block, memory_.data());
     if constexpr (kStepped) {
-      const View<T> s = step(seat, tile);
+      const View<T> s = step(slot, tile);
       for (int64_t t = 0; t < tile.count; ++t) store(memory_.data() + t * W, load<T>(in->v[t]) * splat(*s[t]));
       in->v = {memory_.data(), W};
     }
@@ -123,11 +123,11 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
   static constexpr int W = kLanes<T>;
 
   // A block of lanes of a tensor.
-  View<T> block_of(const Source& x, const Seat<T>& seat, const Tile& tile, int64_t block, T* buffer) const {
-    return view(x, seat, block * W, seat.width(block), W, tile, buffer);
+  View<T> block_of(const Source& x, const Slot<T>& slot, const Tile& tile, int64_t block, T* buffer) const {
+    return view(x, slot, block * W, slot.width(block), W, tile, buffer);
   }
   // s of a tile's steps. A pass against the walk reads them backward.
-  View<T> step(const Seat<T>& seat, const Tile& tile) const { return in_time(steps_.step(seat.batch, seat.head, first(tile))); }
+  View<T> step(const Slot<T>& slot, const Tile& tile) const { return in_time(steps_.step(slot.batch, slot.head, first(tile))); }
   int64_t first(const Tile& tile) const { return kBack ? p_.length - 1 - tile.from : tile.from; }
 
   const Problem& p_;
@@ -136,8 +136,8 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
 
  private:
   static View<T> in_time(const T* first) { return {first, kBack ? -1 : 1}; }
-  View<T> view(const Source& x, const Seat<T>& seat, int64_t from, int64_t count, int64_t padded, const Tile& tile, T* buffer) const {
-    return rows_of<T>(x.tokens, seat.batch, seat.head / x.sharing, from, count, padded, tile, buffer);
+  View<T> view(const Source& x, const Slot<T>& slot, int64_t from, int64_t count, int64_t padded, const Tile& tile, T* buffer) const {
+    return rows_of<T>(x.tokens, slot.batch, slot.head / x.sharing, from, count, padded, tile, buffer);
   }
 
   const int64_t rows_;
@@ -146,9 +146,9 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
 };
 
 // D of a block of a head's channels; zeros where there is none.
-template <class T> Vec<T> skip_of(const Problem& p, const Seat<T>& seat, int64_t block) {
+template <class T> Vec<T> skip_of(const Problem& p, const Slot<T>& slot, int64_t block) {
   if (!p.D) return Vec<T>{};
-  return load_part<T>(static_cast<const T*>(p.D) + seat.head * p.size + block * kLanes<T>, seat.width(block));
+  return load_part<T>(static_cast<const T*>(p.D) + slot.head * p.size + block * kLanes<T>, slot.width(block));
 }
 
 }  // namespace

@@ -1,25 +1,26 @@
-// A matrix-state pass over a whole walk: which thread takes which heads, the states of all heads, and tile after tile the recurrence of
-// matrix_state.h between what the pass reads and what it makes of the result.
+// A pass of a matrix-state op over a whole walk. `scan` divides the heads among the threads and holds their states. For each tile it runs the
+// recurrence of matrix_state.h on what the pass reads, and hands the result back to the pass.
 //
-// An op writes its pass as a class; `scan` makes one object of it per thread:
+// An op writes its pass as a class; `scan` makes one object of it for each thread:
 //
 //   struct Pass {
 //     using Form = Form<Decay::kWhole, false, false>;              // matrix_state.h
-//     void enter(const Seat<T>&);                                  // before a head's first tile
-//     void begin(const Seat<T>&, const Tile&);                     // before each tile; seat.state is as the steps before left it
-//     Operands<T> rows(const Seat<T>&, const Tile&);               // q, k and the decay (not kLanes) of a head's tile, padded_rows(rows) wide;
+//     void begin_head(const Slot<T>&);                             // before a head's first tile
+//     void begin_tile(const Slot<T>&, const Tile&);                // before each tile; slot.state is the state after the steps before it
+//     Operands<T> rows(const Slot<T>&, const Tile&);               // q, k and the decay (not kLanes) of a head's tile, padded_rows(rows) wide;
 //                                                                  // called once a tile, the views stay valid until the next call
-//     void lanes(const Seat<T>&, const Tile&, int64_t block, Operands<T>*);   // v of a block of lanes, and the decay of kLanes
-//     void take(const Seat<T>&, const Tile&, int64_t block, const Operands<T>&, const T* o);   // o [step][lane]: to scale, to add to, to write
-//     void leave(const Seat<T>&);                                  // after a head's last tile
+//     void lanes(const Slot<T>&, const Tile&, int64_t block, Operands<T>*);   // v of a block of lanes, and the decay of kLanes
+//     void take(const Slot<T>&, const Tile&, int64_t block, const Operands<T>&, const T* o);   // o [step][lane]: to scale, to add to, to write
+//     void end_head(const Slot<T>&);                               // after a head's last tile
 //   };
 //
-// Views may point into tensors (rows_of) or into buffers of the pass; in between, a pass computes what it likes: feature maps, gates, steps.
-// Buffers hold kTileSteps rows. Heads that share an output (the gradients of grouped keys and values) are `together`: their seats follow one
-// another within each tile, seat.first_together to seat.last_together, so that the pass can add their results up, always in the order of the heads.
+// Views may point into tensors (rows_of) or into buffers of the pass. Buffers hold kTileSteps rows.
 //
-// A pass must compute each block of lanes independently of which other blocks its thread has: threads share a head's blocks where heads are
-// too few. Then any number of threads gives the same bits.
+// Heads that share an output (the gradients of grouped keys and values) are `together`: within each tile their slots follow one another, from
+// slot.first_together to slot.last_together. So the pass can add their results up, always in the order of the heads.
+//
+// Where heads are too few, threads share the blocks of lanes of one head. A pass computes each block by itself, whichever other blocks its thread
+// has: then any number of threads gives the same bits.
 #pragma once
 #include <type_traits>
 
@@ -40,37 +41,37 @@ struct MatrixShape {
   int64_t batch, heads, together, rows, lanes;  // together: consecutive heads that share outputs; divides heads
 };
 
-// One head of one batch element, and a thread's blocks of its lanes.
-template <class T> struct Seat {
+// What a thread has of one head of one batch element: some blocks of its lanes.
+template <class T> struct Slot {
   int64_t batch, head, first_block, end_block;
   bool first_together, last_together;
-  T *states, *carry;  // [block of this seat][padded row][lane]; the pass's own numbers, zeros at first
+  T *states, *carry;  // [block of this slot][padded row][lane]; the pass's own numbers, zeros at first
   int64_t rows, lanes;
 
   T* state(int64_t block) const { return states + (block - first_block) * padded_rows(rows) * kLanes<T>; }
   int width(int64_t block) const { return static_cast<int>(least<int64_t>(kLanes<T>, lanes - block * kLanes<T>)); }  // lanes that exist
 };
 
-template <class T> void load_states(const StateTensor& from, const Seat<T>& seat) {
+template <class T> void load_states(const StateTensor& from, const Slot<T>& slot) {
   if (!from.data) return;
   with_storage(from.type, from.data, [&](const auto* data) {
-    data += seat.batch * from.batch + seat.head * from.head;
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
-      for (int64_t r = 0; r < seat.rows; ++r)
-        for (int lane = 0; lane < seat.width(block); ++lane)
-          seat.state(block)[r * kLanes<T> + lane] = to_compute<T>(data[r * from.row + (block * kLanes<T> + lane) * from.lane]);
+    data += slot.batch * from.batch + slot.head * from.head;
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
+      for (int64_t r = 0; r < slot.rows; ++r)
+        for (int lane = 0; lane < slot.width(block); ++lane)
+          slot.state(block)[r * kLanes<T> + lane] = to_compute<T>(data[r * from.row + (block * kLanes<T> + lane) * from.lane]);
   });
 }
 
-template <class T> void store_states(const Seat<T>& seat, const StateTensor& to) {
+template <class T> void store_states(const Slot<T>& slot, const StateTensor& to) {
   if (!to.data) return;
   with_storage(to.type, to.data, [&](auto* data) {
     using S = std::remove_reference_t<decltype(*data)>;
-    data += seat.batch * to.batch + seat.head * to.head;
-    for (int64_t block = seat.first_block; block < seat.end_block; ++block)
-      for (int64_t r = 0; r < seat.rows; ++r)
-        for (int lane = 0; lane < seat.width(block); ++lane)
-          data[r * to.row + (block * kLanes<T> + lane) * to.lane] = to_storage<S>(seat.state(block)[r * kLanes<T> + lane]);
+    data += slot.batch * to.batch + slot.head * to.head;
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
+      for (int64_t r = 0; r < slot.rows; ++r)
+        for (int lane = 0; lane < slot.width(block); ++lane)
+          data[r * to.row + (block * kLanes<T> + lane) * to.lane] = to_storage<S>(slot.state(block)[r * kLanes<T> + lane]);
   });
 }
 
@@ -80,30 +81,30 @@ struct Cuts {
   int64_t next(int64_t from, int64_t length) const { return every ? least(length, from + every - (from + every - offset % every) % every) : length; }
 };
 
-// Runs a pass. make(): a pass, for one thread. carry: how many numbers of its own a pass keeps per seat and block.
+// Runs a pass. make(): a pass, for one thread. carry: how many numbers of its own a pass keeps per slot and block.
 template <class T, class Make> void scan(const MatrixShape& shape, const Walk& walk, int64_t length, int64_t threads, const StateTensor& initial,
                                          const StateTensor& final, const Cuts& cuts, int64_t carry, const Make& make) {
   constexpr int W = kLanes<T>;
-  constexpr int64_t kBand = 16;        // heads that walk together: neighbours in memory, their states stay in the second-level cache
-  constexpr int64_t kWorth = 1 << 20;  // products of a thread's share: starting it costs as much as some hundred thousand
+  constexpr int64_t kBand = 16;                   // heads that walk together: neighbours in memory, their states stay in the second-level cache
+  constexpr int64_t kMinWorkPerThread = 1 << 20;  // products; starting a thread costs as much as some hundred thousand
   using Pass = decltype(make());
   const int64_t items = shape.batch * (shape.heads / shape.together), blocks = ceil_div(shape.lanes, W);
   if (items == 0 || blocks == 0) return;
-  threads = least(threads, ceil_div(items * shape.together * length * shape.rows * shape.lanes, kWorth));
+  threads = least(threads, ceil_div(items * shape.together * length * shape.rows * shape.lanes, kMinWorkPerThread));
   const int64_t parts = items >= threads ? 1 : least(blocks, ceil_div(threads, items));
   const int64_t at_once = most<int64_t>(1, kBand / shape.together) * shape.together;
   const int64_t per_block = padded_rows(shape.rows) * W, most_blocks = ceil_div(blocks, parts);
   struct Own {
     Pass pass;
-    Scratch<Seat<T>> seats;
+    Scratch<Slot<T>> slots;
     Scratch<T> memory, o;
   };
   threads = least(threads, items * parts);
   const PerThread<Own> own_of(threads, [&] {
-    return Own{make(), Scratch<Seat<T>>(at_once), Scratch<T>(at_once * most_blocks * (per_block + carry)), Scratch<T>(kTileSteps * W)};
+    return Own{make(), Scratch<Slot<T>>(at_once), Scratch<T>(at_once * most_blocks * (per_block + carry)), Scratch<T>(kTileSteps * W)};
   });
   parallel(threads, [&](const Team& team) {
-    auto& [pass, seats, memory, o] = own_of[team.rank];
+    auto& [pass, slots, memory, o] = own_of[team.rank];
     const Range mine = share(items * parts, team);
     for (int64_t unit = mine.begin; unit < mine.end;) {
       int64_t count = 0;
@@ -111,7 +112,7 @@ template <class T, class Make> void scan(const MatrixShape& shape, const Walk& w
         const int64_t item = unit / parts, part = unit % parts, first_head = item % (shape.heads / shape.together) * shape.together;
         for (int64_t i = 0; i < shape.together; ++i, ++count) {
           T* own = memory.data() + count * most_blocks * (per_block + carry);
-          seats.data()[count] = {item / (shape.heads / shape.together),
+          slots.data()[count] = {item / (shape.heads / shape.together),
                                  first_head + i,
                                  part * blocks / parts,
                                  (part + 1) * blocks / parts,
@@ -125,28 +126,28 @@ template <class T, class Make> void scan(const MatrixShape& shape, const Walk& w
       }
       std::memset(memory.data(), 0, sizeof(T) * static_cast<std::size_t>(count * most_blocks * (per_block + carry)));
       for (int64_t i = 0; i < count; ++i) {
-        load_states(initial, seats.data()[i]);
-        pass.enter(seats.data()[i]);
+        load_states(initial, slots.data()[i]);
+        pass.begin_head(slots.data()[i]);
       }
       for (int64_t from = 0; from < length;) {
         const Tile tile = walk.tile(from, cuts.next(from, length));
         for (int64_t i = 0; i < count; ++i) {
-          const Seat<T>& seat = seats.data()[i];
-          if (tile.fresh) std::memset(seat.states, 0, sizeof(T) * static_cast<std::size_t>((seat.end_block - seat.first_block) * per_block));
-          pass.begin(seat, tile);
-          Operands<T> in = pass.rows(seat, tile);
+          const Slot<T>& slot = slots.data()[i];
+          if (tile.fresh) std::memset(slot.states, 0, sizeof(T) * static_cast<std::size_t>((slot.end_block - slot.first_block) * per_block));
+          pass.begin_tile(slot, tile);
+          Operands<T> in = pass.rows(slot, tile);
           in.count = tile.count;
-          for (int64_t block = seat.first_block; block < seat.end_block; ++block) {
-            pass.lanes(seat, tile, block, &in);
-            advance<T, typename Pass::Form>(in, padded_rows(shape.rows), seat.state(block), o.data());
-            pass.take(seat, tile, block, in, o.data());
+          for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
+            pass.lanes(slot, tile, block, &in);
+            advance<T, typename Pass::Form>(in, padded_rows(shape.rows), slot.state(block), o.data());
+            pass.take(slot, tile, block, in, o.data());
           }
         }
         from += tile.count;
       }
       for (int64_t i = 0; i < count; ++i) {
-        pass.leave(seats.data()[i]);
-        store_states(seats.data()[i], final);
+        pass.end_head(slots.data()[i]);
+        store_states(slots.data()[i], final);
       }
     }
   });

@@ -30,20 +30,20 @@ template <class T> class Scratch {
 template <class T> class PerThread {
  public:
   template <class Make> PerThread(int64_t threads, const Make& make) : PerThread(threads < 1 ? 1 : threads) {
-    do { new (slots_.data() + made_) Slot{make()}; } while (++made_ < threads);
+    do { new (places_.data() + made_) Place{make()}; } while (++made_ < threads);
   }
   ~PerThread() {
-    while (made_ > 0) slots_.data()[--made_].~Slot();
+    while (made_ > 0) places_.data()[--made_].~Place();
   }
-  T& operator[](int64_t rank) const { return slots_.data()[rank].value; }
+  T& operator[](int64_t rank) const { return places_.data()[rank].value; }
 
  private:
-  struct alignas(64) Slot {  // a cache line is one thread's
+  struct alignas(64) Place {  // a cache line is one thread's
     T value;
   };
-  explicit PerThread(int64_t threads) : slots_(threads) {}
+  explicit PerThread(int64_t threads) : places_(threads) {}
 
-  const Scratch<Slot> slots_;
+  const Scratch<Place> places_;
   int64_t made_ = 0;
 };
 
