@@ -119,7 +119,8 @@ template <class T, int N> void values_pass(const Backward& a, const Walk& walk, 
 }
 
 // dq, the S' dv of dk, shares of dg, and the states at the ends of chunks if `kept`: rows of S in the lanes.
-template <class T, int N> void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, Workspace<T>& memory, T* kept) {
+template <class T, int N>
+void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, Workspace<T>& memory, T* kept) {
   using L = Lanes<T, N>;
   const Problem& p = a.problem;
   const Item item = between.by_keys[i];
@@ -239,8 +240,8 @@ template <class T> void backward(const Backward& a) {
     Workspace<T> memory;
     Scratch<T> kept;  // the states of an item at the ends of chunks
   };
-  const PerThread<Own> own(threads,
-                           [&] { return Own{Workspace<T>(pass_size<T>(p)), Scratch<T>(a.dg ? between.chunks * p.values * kVectors * kLanes<T> : 0)}; });
+  const PerThread<Own> own(
+      threads, [&] { return Own{Workspace<T>(pass_size<T>(p)), Scratch<T>(a.dg ? between.chunks * p.values * kVectors * kLanes<T> : 0)}; });
   parallel_phases(threads, [&](PhasedTeam& team) {
     const Range values = share(between.by_values.count, team), keys = share(between.by_keys.count, team), heads = share(p.batch * p.heads, team);
     Workspace<T>& memory = own[team.rank].memory;
