@@ -100,7 +100,7 @@ def compile_object(command: list[str], source: Path, name: str) -> str:
         return str(target)
     OBJECTS.mkdir(parents=True, exist_ok=True)
     made, found = (OBJECTS / f"{name}-{key}.{os.getpid()}{suffix}" for suffix in (".o", ".d"))
-    print("compiling", name, flush=True)
+    print(f"compiling {name}\n", end="", flush=True)  # one write: several threads print
     begin = time.time()
     subprocess.run([*command, "-MMD", "-MF", str(found), "-c", relative, "-o", str(made)], cwd=ROOT, check=True)
     read = dependencies(found)
