@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from medssm.errors import UserError
-from medssm.files import atomic, make_folder, read_json, read_json_lines, write_at, write_bytes, write_json, write_text
+from medssm.files import atomic, first_line, make_folder, read_json, read_json_lines, write_at, write_bytes, write_json, write_text
 
 
 def names(folder):
@@ -78,6 +78,10 @@ def test_json_that_cannot_be_read_is_one_line(tmp_path):
             assert len(str(error.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"Is a directory"):
         read_json_lines(tmp_path)
+
+
+def test_the_first_line_of_an_error():
+    assert (first_line(ValueError("one\ntwo")), first_line(EOFError())) == ("one", "EOFError")
 
 
 def test_json_lines(tmp_path):

@@ -72,6 +72,13 @@ def test_a_file_with_other_channels_than_named(tmp_path, axes):
     assert load_dataset(path).channels == ("T1", "T2")
 
 
+def test_every_channel_lies_on_the_first_ones_grid(tmp_path):
+    folder = nnunet_folder(tmp_path, cases=1, shape=SHAPE, channels=("T1", "T2"))
+    write(folder / "imagesTr" / "case_0_0001.nii.gz", ZEROS, np.diag([1, 1, 2, 1]))
+    with pytest.raises(UserError, match=r"case_0_0001\.nii\.gz: not on the grid of .*case_0_0000"):
+        load_dataset(folder)
+
+
 def test_channels_are_in_the_order_of_their_numbers(tmp_path):
     folder = nnunet_folder(tmp_path, cases=1, shape=SHAPE, channels=[str(i) for i in range(11)])
     described(folder, channel_names={key: f"c{key}" for key in sorted(map(str, range(11)))}, modality={"0": "old"})

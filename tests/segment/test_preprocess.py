@@ -193,6 +193,13 @@ def test_a_turned_patch_has_no_new_intensity_and_no_new_class(monkeypatch):
         assert set(patch["label"].unique().tolist()) <= {0, 2}
 
 
+def test_a_patch_is_scaled_as_the_whole_image_is():
+    fitted = dataclasses.replace(FITTED, intensity=({"scheme": "zscore"},))
+    image = torch.arange(64.0).reshape(1, 4, 4, 4)
+    patch = Patches([volume(torch.zeros(4, 4, 4), fitted, image)], fitted, augment=False)[0]
+    torch.testing.assert_close(patch["image"], scaling(image, fitted.intensity)(image))
+
+
 def test_a_third_of_the_patches_is_centred_on_a_class_by_default():
     assert Patches([], FITTED).foreground == 1 / 3
 
