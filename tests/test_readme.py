@@ -25,7 +25,7 @@ def test_it_is_short():
 def test_it_opens_with_the_two_commands():
     assert re.search(r"```\w*\n(.*?)```", README, re.S)[1].splitlines()[0].startswith("make demo")
     targets = set(re.findall(r"\bmake ([a-z-]+)", README))
-    assert {"demo", "test", "docs"} <= targets
+    assert {"demo", "test", "test-all", "docs"} <= targets
     assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
