@@ -1,76 +1,123 @@
-"""The medssm command: a table of subcommands, each in a module of its own with `add_arguments(parser)` and `run(args)`.
+"""The medssm command: a table of subcommands, each a function whose signature and docstring are its options (see `medssm.options`).
 
-Only the module that is asked for is imported. `run` returns a dictionary (printed with --json) or None. What a user can mend is a
-UserError: one clear line on standard error and exit status 2.
+Only the module of the command that is asked for is imported. Its function returns a dictionary, printed with --json; else its `show` prints a
+summary. An entry `failed` of that dictionary makes the exit status 1. What a user can mend is a UserError: one clear line on standard error
+and exit status 2.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import difflib
 import importlib
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
-from medssm.errors import UserError
+from medssm.allocator import keep_freed_memory
+from medssm.errors import UserError, install_command
 
-COMMANDS = {
-    "doctor": ("medssm.doctor", "what this machine has, and one small case of every op on every backend against the reference"),
-    "models": ("medssm.models.listing", "the models there are, with parameters"),
-    "demo": ("medssm.segment.demo", "train and test on a real brain MRI, with a report"),
-    "train": ("medssm.segment.train", "train a network on your data"),
-    "predict": ("medssm.segment.predict", "segment a NIfTI file or a folder of them"),
-    "evaluate": ("medssm.segment.evaluate", "Dice, HD95 and surface Dice of predictions against references"),
-    "export": ("medssm.export", "write a trained network for other software: a MONAI bundle"),
-    "nnunet": ("medssm.integrations.nnunet.command", "nnU-Net's plans with a network of medssm's, and trainers for nnU-Net"),
-    "bench": ("medssm.bench", "time the ops on this machine against what people use today"),
+
+class Command(NamedTuple):
+    """Where a command's function and the one that prints its result are, and a line about it."""
+
+    module: str
+    function: str
+    show: str
+    about: str
+
+
+Table: TypeAlias = "Mapping[str, Command | Mapping[str, Command]]"
+COMMANDS: Table = {
+    "doctor": Command(
+        "medssm.doctor", "doctor", "show", "what this machine has, and one small case of every op on every backend against the reference"
+    ),
+    "models": Command("medssm.models.listing", "models", "show", "the models there are, with parameters"),
+    "demo": {"structures": Command("medssm.segment.demo", "structures", "show", "train and test on a real brain MRI, with a report")},
+    "train": Command("medssm.segment.train", "train", "show", "train a network on your data"),
+    "predict": Command("medssm.segment.predict", "predict", "show", "segment a NIfTI file or a folder of them"),
+    "evaluate": Command("medssm.segment.evaluate", "evaluate", "show", "Dice, HD95 and surface Dice of predictions against references"),
+    "export": {
+        "bundle": Command("medssm.export.bundle", "export_bundle", "show", "a trained network as a MONAI bundle, run by python -m monai.bundle")
+    },
+    "nnunet": {
+        "plans": Command("medssm.integrations.nnunet.command", "plans", "show_plans", "nnU-Net's plans with a network of medssm's"),
+        "path": Command("medssm.integrations.nnunet.command", "path", "show_path", "the folder of trainers for nnU-Net's nnUNet_extTrainer"),
+    },
+    "bench": Command("medssm.bench", "bench", "show", "time the ops on this machine against what people use today"),
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status: 0, 2 for a user's error, 130 for an interrupt."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "--version"):
-        return _overview(argv)
-    name, rest = argv[0], argv[1:]
-    if name not in COMMANDS:
-        print(f"medssm: expected one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
-        return 2
-    try:
-        command = importlib.import_module(COMMANDS[name][0])
-        parser = argparse.ArgumentParser(prog=f"medssm {name}", description=COMMANDS[name][1])
-        command.add_arguments(parser)
-        for flag, text in (("--json", "print the result as JSON"), ("--quiet", "no progress bar, no table")):
-            if flag not in parser._option_string_actions:
-                parser.add_argument(flag, action="store_true", help=text)
-        args = parser.parse_args(rest)
-        result = command.run(args)
-    except UserError as error:
-        print(f"medssm {name}: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("medssm"):
-            raise
-        print(f"medssm {name}: needs the package {error.name}: pip install 'medssm[segment]'", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(f"medssm {name}: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 130
-    if args.json and isinstance(result, dict):
-        print(json.dumps(result, indent=2, default=str))
-    return result if isinstance(result, int) else int(bool(isinstance(result, dict) and result.get("failed")))
-
-
-def _overview(argv: list[str]) -> int:
-    if argv[:1] == ["--version"]:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status: 0, 1 where a part failed, 2 for a user's error, 130 for an interrupt."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
         import medssm
 
         print(medssm.__version__)
         return 0
-    print("usage: medssm <command> [options]\n\ncommands:")
-    for name, (_, text) in COMMANDS.items():
-        print(f"  {name:<10} {text}")
-    print("\n`medssm <command> --help` lists a command's options.")
-    return 0 if argv else 2
+    name = "medssm"
+    entry: Command | Table = COMMANDS
+    try:
+        while not isinstance(entry, Command):
+            if not words or words[0] in ("-h", "--help"):
+                print(_overview(name, entry))
+                return 0 if words else 2
+            name, entry = f"{name} {words[0]}", _chosen(entry, words.pop(0))
+        return _run(name, entry, words)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "medssm"):
+            raise
+        extra = "" if package in ("jsonargparse", "yaml") else "nnunet" if "nnunet" in name else "segment"
+        print(f"{name}: needs the package {package}: {install_command(extra)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, command: Command, words: Sequence[str]) -> int:
+    from medssm import options
+
+    module = importlib.import_module(command.module)
+    function = getattr(module, command.function)
+    given = options.read(function, name, words)
+    if "print_config" in given.flags:
+        print(options.as_yaml(given.values, given.sources), end="")
+        return 0
+    if command.module.startswith("medssm.segment."):
+        keep_freed_memory()  # of volumes, for the next ones
+    as_json = "json" in given.flags
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():  # standard output is the JSON alone
+        result = given.call(function)
+    if as_json:
+        print(json.dumps(result, indent=2, default=str))
+    elif "quiet" not in given.flags:
+        getattr(module, command.show)(result, given.values)
+    failed = result.get("failed")
+    for message in failed.values() if isinstance(failed, Mapping) else ():
+        print(f"{name}: {message}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _chosen(table: Table, word: str) -> Command | Mapping[str, Command]:
+    if word in table:
+        return table[word]
+    close = difflib.get_close_matches(word, table, 1)
+    raise UserError(f"expected one of {', '.join(table)}, got {word!r}{f', did you mean {close[0]}?' if close else ''}")
+
+
+def _overview(name: str, table: Table) -> str:
+    lines = [f"usage: {name} <command> [options]", "", "commands:"]
+    for word, entry in table.items():
+        found = {word: entry} if isinstance(entry, Command) else {f"{word} {kind}": command for kind, command in entry.items()}
+        lines += [f"  {words:<16} {command.about}" for words, command in found.items()]
+    return "\n".join([*lines, "", f"`{name} <command> --help` lists a command's options."])
 
 
 if __name__ == "__main__":

@@ -5,26 +5,28 @@ from __future__ import annotations
 import importlib.util
 import platform
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 import medssm
 from medssm import dispatch, ops
+from medssm.errors import install_command
 from medssm.kernels import cuda, native, triton
 from medssm.ops.op import OPS
 
-REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps . (in the folder of the source)"
+REINSTALL = install_command(again=True)
 EXTRAS = {"monai": "segment", "nibabel": "segment", "lightning": "segment", "scipy": "segment", "rich": "segment", "matplotlib": "segment"}
 
 
-def add_arguments(parser) -> None:
-    """No options of its own."""
+def doctor() -> dict[str, Any]:
+    """What this machine has, and one small case of every op on every backend against the reference.
 
-
-def run(args) -> dict:
-    """Print the machine, the backends of every op and the result of each small case; `failed` is true where a kernel is wrong."""
-    report = {
+    Returns:
+        The machine, the backends of every op and the result of each small case; `failed` is true where a kernel is wrong.
+    """
+    report: dict[str, Any] = {
         "medssm": medssm.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -40,8 +42,6 @@ def run(args) -> dict:
         "ops": {op: _examine(op, table) for op, table in dispatch.backends().items()},
     }
     report["failed"] = any(line.startswith("wrong") for table in report["ops"].values() for line in table.values())
-    if not (args.json or args.quiet):
-        _print(report)
     return report
 
 
@@ -62,7 +62,7 @@ def _missing() -> list[str]:
         )
     absent = sorted({name for name in EXTRAS if importlib.util.find_spec(name) is None})
     if absent:
-        lines.append(f"for train, predict, evaluate and demo ({', '.join(absent)}): pip install 'medssm[segment]'")
+        lines.append(f"for train, predict, evaluate and demo ({', '.join(absent)}): {install_command('segment')}")
     return lines
 
 
@@ -92,7 +92,8 @@ def _outputs(op: str, call: dict[str, Any], backend: str) -> list[torch.Tensor]:
     return [t.cpu() for t in (out.detach(), *torch.autograd.grad(out, list(leaves.values()), weight))]
 
 
-def _print(report: dict) -> None:
+def show(report: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Print the report."""
     print(
         f"medssm {report['medssm']}, torch {report['torch']}, Python {report['python']}, {report['machine']}, "
         f"{report['threads']} threads, CUDA {'available' if report['cuda'] else 'not available'}"

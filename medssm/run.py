@@ -3,7 +3,7 @@
     python -m medssm.run [--force] script.py [arguments]
     python -m medssm.run [--force] -m module [arguments]
 
---force takes the place of installed packages too. See medssm.integrations.mamba_ssm.
+With --force the stand-in replaces installed packages too. See medssm.integrations.mamba_ssm.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from medssm.integrations import mamba_ssm
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; returns 0, or 2 where it makes no sense. What the script raises, SystemExit too, passes through."""
+    """Run as the command line says; returns 0, or 2 where it cannot be understood. What the script raises passes through, SystemExit too."""
     rest = list(sys.argv[1:] if argv is None else argv)
     force = rest[:1] == ["--force"]
     rest = rest[force:]
     module = rest[:1] == ["-m"]
-    target, *arguments = rest[module:] or [None]
-    if target in (None, "-h", "--help"):
-        print(__doc__.strip(), file=sys.stderr if target is None else sys.stdout)
-        return 2 if target is None else 0
+    if not rest[module:] or rest[module] in ("-h", "--help"):
+        print((__doc__ or "").strip(), file=sys.stdout if rest[module:] else sys.stderr)
+        return 0 if rest[module:] else 2
+    target, *arguments = rest[module:]
     if target.startswith("-"):
         print(f"medssm.run: expected --force, -m or a script, got {target}", file=sys.stderr)
         return 2
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     sys.argv = [target, *arguments]
     if not module and not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python script.py` has it; it may hold what is not to be shadowed
+        sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python script.py` has it; a package there wins over an installed one
     mamba_ssm.install(force)
     if module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)

@@ -1,12 +1,14 @@
 """The medssm command: help, errors and the doctor."""
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
 
 import pytest
 
-from medssm import cli, doctor
+from medssm import cli, doctor, options
 
 
 def test_overview_lists_every_command(capsys):
@@ -15,18 +17,94 @@ def test_overview_lists_every_command(capsys):
     assert all(name in shown for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def commands():
+    return {
+        f"{name} {kind}".strip(): command
+        for name, entry in cli.COMMANDS.items()
+        for kind, command in ({"": entry} if isinstance(entry, cli.Command) else entry).items()
+    }
+
+
+@pytest.mark.parametrize("name", list(commands()))
 def test_every_command_has_help_json_and_quiet(name, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     assert exit.value.code == 0
     shown = capsys.readouterr().out
-    assert "--json" in shown and "--quiet" in shown
+    assert "--json" in shown and "--quiet" in shown and "--config" in shown
+    assert shown.startswith(f"usage: medssm {name}")
 
 
-def test_an_unknown_command_is_one_line(capsys):
-    assert cli.main(["segment"]) == 2
-    assert "expected one of doctor, models" in capsys.readouterr().err
+@pytest.mark.parametrize("name", list(commands()))
+def test_every_option_is_described_once_in_the_functions_docstring(name):
+    command = commands()[name]
+    function = getattr(importlib.import_module(command.module), command.function)
+    summary, arguments = options._described(function)
+    assert summary and callable(getattr(importlib.import_module(command.module), command.show))
+    assert [argument.name for argument in arguments if not argument.text] == []
+    assert set(options._documented(function)[1]) <= {*inspect.signature(function).parameters}
+
+
+def test_a_group_lists_its_commands(capsys):
+    assert cli.main(["nnunet", "--help"]) == 0
+    assert "plans" in capsys.readouterr().out
+    assert cli.main(["nnunet"]) == 2
+    assert cli.main(["export", "bundel"]) == 2
+    assert capsys.readouterr().err == "medssm export: expected one of bundle, got 'bundel', did you mean bundle?\n"
+
+
+def test_the_overview_and_the_version_come_without_heavy_imports():
+    heavy = {"monai", "lightning", "rich", "jsonargparse", "yaml"}
+    code = f"import sys; from medssm import cli; cli.main([sys.argv[1]]); print({heavy} & set(sys.modules))"
+    for flag in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "set()", done.stdout
+
+
+def test_what_a_command_prints_does_not_get_into_the_json(monkeypatch, capsys):
+    def talk():
+        """Talk."""
+        print("a word")
+        return {"said": 1, "failed": {"case": "case.nii: bad"}}
+
+    monkeypatch.setattr(doctor, "doctor", talk)
+    assert cli.main(["doctor", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["said"] == 1 and shown.err == "a word\nmedssm doctor: case.nii: bad\n"
+
+
+def test_print_config_runs_nothing_and_says_where_values_come_from(capsys):
+    assert cli.main(["models", "u*", "--print-config"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["pattern:", "u*", "#", "command", "line"],
+        ["markdown:", "false", "#", "default"],
+    ]
+
+
+def test_a_missing_package_is_one_line_that_says_how_to_get_it():
+    code = """if True:
+        import sys
+        from medssm import cli
+        for package in ("jsonargparse", "monai"):
+            sys.modules[package] = None
+            assert cli.main(["train", "a", "b"]) == 2
+            del sys.modules[package]
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == [
+        "medssm train: needs the package jsonargparse: pip install . (in medssm's source folder)",
+        "medssm train: needs the package monai: pip install '.[segment]' (in medssm's source folder)",
+    ]
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def stop():
+        """Stop."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "doctor", stop)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "medssm doctor: interrupted\n"
 
 
 def test_doctor_runs_every_op_on_every_backend(capsys):
@@ -55,4 +133,4 @@ def test_doctor_says_how_to_get_the_kernels(tmp_path):
     env = {**os.environ, "MEDSSM_CPU_LIBRARY": str(tmp_path / "none.so")}
     run = subprocess.run([sys.executable, "-m", "medssm.cli", "doctor"], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "--no-cache-dir --force-reinstall" in run.stdout and "no compiled library" in run.stdout
+    assert "--no-cache-dir --force-reinstall --no-deps . (in medssm's source folder)" in run.stdout and "no compiled library" in run.stdout

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -26,6 +25,7 @@ from medssm.kernels import native
 from medssm.kernels.selective_scan.plan import chunks
 from medssm.models import list_models
 from medssm.nn.mixers import MIXERS
+from medssm.options import Option
 
 _LENGTHS = tuple(2**i for i in range(10, 22))
 
@@ -33,8 +33,8 @@ _LENGTHS = tuple(2**i for i in range(10, 22))
 def bench(
     *,
     rows: str = "*",
-    networks: str | None = None,
-    mixers: str | None = None,
+    networks: Annotated[str | None, Option(alone="*")] = None,
+    mixers: Annotated[str | None, Option(alone="*")] = None,
     out: Path | str | None = None,
     docs: Path | str | None = None,
     seconds: float = 4.0,
@@ -46,12 +46,12 @@ def bench(
     With `out` the files are written anew after every row, so that an interrupted run keeps what it has measured.
 
     Args: What is measured
-        rows: shell pattern of the rows; lengths is the plot of time against length
-        networks: whole networks instead of ops: a shell pattern of their names
-        mixers: medssm_unet's mixers on a volume instead: a shell pattern of their names
+        rows: shell pattern of the rows; lengths is the plot of time against length; a pattern that fits none lists them
+        networks: whole networks instead of ops: a shell pattern of their names (without one: all)
+        mixers: medssm_unet's mixers on a volume instead: a shell pattern of their names (without one: all)
     Args: How
         out: folder for results.json, results.md and lengths.png, or networks.json, or mixers.json; without it the results are printed only
-        docs: with mixers, put the table into this page too (docs/mixers.md)
+        docs: with `mixers`, put the table into this page too (docs/mixers.md)
         seconds: for the rounds of each row
         quick: tiny shapes, in seconds: to see it work
 
@@ -69,28 +69,6 @@ def bench(
     if mixers:
         return _mixers(mixers, folder, Path(docs) if docs else None, quick, quiet)
     return _rows(rows, folder, seconds, quick, quiet)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command, as `bench` documents them."""
-    parser.add_argument("--rows", default="*", help=f"shell pattern of rows (default all: {', '.join(ROWS)}); 'lengths' is the plot")
-    parser.add_argument("--networks", nargs="?", const="*", metavar="PATTERN", help="whole networks instead of ops: shell pattern (default all)")
-    parser.add_argument(
-        "--mixers", nargs="?", const="*", metavar="PATTERN", help=f"medssm_unet's mixers on a volume instead (default all: {', '.join(MIXERS)})"
-    )
-    parser.add_argument("--docs", metavar="PAGE", help="of --mixers: put the table into this page too (docs/mixers.md)")
-    parser.add_argument("--out", help="folder for results.json, results.md and lengths.png, or networks.json, or mixers.json (default: print alone)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of each row (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds: to see it work")
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and print the goals."""
-    options = {name: getattr(args, name) for name in ("rows", "networks", "mixers", "out", "docs", "seconds", "quick")}
-    result = bench(**options, quiet=args.quiet or args.json)
-    if not (args.quiet or args.json):
-        show(result, options)
-    return result
 
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import monai
 import nibabel
@@ -26,6 +27,7 @@ from torch import nn
 import medssm
 from medssm.errors import UserError
 from medssm.files import disk_error, read_json, write_bytes, write_json
+from medssm.options import Option
 from medssm.segment import networks
 from medssm.segment.data import FITTED
 from medssm.segment.losses import finest_first
@@ -41,17 +43,25 @@ def export_bundle(
     out: Path | str,
     *,
     name: str | None = None,
-    version: str = "0.1.0",
+    version: Annotated[str, Option(flag="--bundle-version")] = "0.1.0",
     authors: str = "not stated",
     license: Path | str | None = None,
-) -> dict:
-    """Write the network of `run`, a folder written by `medssm.segment.train` (of folds, one of them), as a MONAI bundle into the new folder `out`.
+) -> dict[str, Any]:
+    """Write a trained network as a MONAI bundle, whole or not at all.
 
-    name      of the bundle, by default that of `out`; version and authors go into its metadata
-    license   a text file, the weights' licence; without it the bundle says that none was stated
+    Args: Bundle
+        run: folder written by medssm train; of folds, one of them
+        out: new folder for the bundle
+        name: of the bundle (default: the folder's)
+        version: of the bundle
+        authors: for the metadata
+        license: text file, the weights' licence; without it the bundle says that none was stated
 
-    Returns {"out", "name", "model", "parameters", "requires"}. Raises UserError for what cannot be read, or written, or be a bundle; `out` is
-    written whole or not at all.
+    Returns:
+        {"out", "name", "model", "parameters", "requires"}
+
+    Raises:
+        UserError: for what cannot be read, or written, or be a bundle.
     """
     run, out = Path(run), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -85,21 +95,10 @@ def export_bundle(
     return {"out": str(out), "name": name, "model": config["model"], "parameters": sum(p.numel() for p in network.parameters()), "requires": requires}
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("run", help="folder written by medssm train")
-    parser.add_argument("out", help="new folder for the bundle")
-    parser.add_argument("--name", help="of the bundle (default: the folder's)")
-    parser.add_argument("--bundle-version", default="0.1.0", metavar="VERSION", help="of the bundle (default %(default)s)")
-    parser.add_argument("--authors", default="not stated", help="for the metadata")
-    parser.add_argument("--license", metavar="FILE", help="the weights' licence, a text file")
-
-
-def run(args) -> dict:
-    result = export_bundle(args.run, args.out, name=args.name, version=args.bundle_version, authors=args.authors, license=args.license)
-    if not (args.quiet or args.json):
-        print(f"{result['name']}: {result['model']}, {result['parameters']:,} parameters")
-        print(f"written: {result['out']} (docs/README.md says how to run it)")
-    return result
+def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Print what was written."""
+    print(f"{result['name']}: {result['model']}, {result['parameters']:,} parameters")
+    print(f"written: {result['out']} (docs/README.md says how to run it)")
 
 
 def _read(run: Path) -> tuple[Fitted, dict]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,36 @@ Row = dict[str, Any]  # what is said of one network
 _COLUMNS = ("network", "dimensions", "parameters", "input", "multiply-adds", "memory", "CPU", "bf16", "source", "licence", "parity")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of model names, for instance 'umamba*' (default: all)")
-    parser.add_argument("--markdown", action="store_true", help="the table as Markdown, as the docs have it")
+def models(pattern: str = "*", /, *, markdown: bool = False) -> dict[str, Any]:
+    """The networks that create_model builds, with their size, their cost at a stated input, and where they come from.
 
+    Sizes are counted without allocating; costs are those measured for this release.
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The table; sizes are counted without allocating, costs are those measured for this release and the machine that they were measured on."""
-    names = list_models(args.pattern)
+    Args: Options
+        pattern: shell pattern of model names, for instance 'umamba*'
+        markdown: print the table as Markdown, as the docs have it
+
+    Returns:
+        {"models": a dictionary for each, "measured": the machine and the day that the costs were measured on}
+    """
+    names = list_models(pattern)
     if not names:
-        raise UserError(f"no model matches {args.pattern!r}; the models are {', '.join(list_models())}")
+        raise UserError(f"no model matches {pattern!r}; the models are {', '.join(list_models())}")
     measured = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {"networks": {}}
     rows = [_row(name, measured["networks"].get(name)) for name in names]
-    note = _note(measured)
-    if args.markdown:
-        print(markdown(rows, note))
-    elif not (args.json or args.quiet):
-        table = [_COLUMNS, *(_cells(row) for row in rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(_COLUMNS))]
-        print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table))
-        print(note)
     return {"models": rows, "measured": {k: v for k, v in measured.items() if k != "networks"}}
+
+
+def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Print the table, as text or as Markdown."""
+    rows, note = result["models"], _note(result["measured"])
+    if options["markdown"]:
+        print(markdown(rows, note))
+        return
+    table = [_COLUMNS, *(_cells(row) for row in rows)]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(_COLUMNS))]
+    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table))
+    print(note)
 
 
 def markdown(rows: list[Row], note: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from medssm.errors import install_command
 from medssm.models.facts import Facts
 from medssm.models.registry import register_model
 from medssm.nn import AnySize
@@ -60,7 +61,7 @@ def _build(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
     try:
         from monai.networks import nets
     except ModuleNotFoundError as error:
-        raise ValueError("name: MONAI's networks need MONAI: pip install 'medssm[segment]'") from error
+        raise ValueError(f"name: MONAI's networks need MONAI: {install_command('segment')}") from error
     constructor, divisor, defaults, _ = NETWORKS[kind]
     try:
         network: nn.Module = getattr(nets, constructor)(
@@ -70,7 +71,7 @@ def _build(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
         raise ValueError(f"{kind}: {error}") from error
     except ImportError as error:  # MONAI imports einops when UNETR or SwinUNETR is built
         why = str(error).splitlines()[0]
-        raise ValueError(f"name: {kind} needs a package that MONAI leaves optional: pip install 'medssm[segment]' ({why})") from error
+        raise ValueError(f"name: {kind} needs a package that MONAI leaves optional: {install_command('segment')}: {why}") from error
     return network if divisor is None else Padded(network, (divisor,) * spatial_dims)
 
 

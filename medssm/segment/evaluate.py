@@ -11,12 +11,14 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from scipy import ndimage
 
 from medssm.errors import UserError
 from medssm.files import write_bytes, write_json
+from medssm.options import Option
 from medssm.segment.data import load_classes, nifti_files
 from medssm.segment.metrics import compare
 from medssm.segment.nifti import different_grid, read_label, spacing_mm, strip_ending
@@ -37,24 +39,34 @@ def evaluate(
     patient: str | None = None,
     seed: int = 0,
     json_file: Path | str | None = None,
-    csv_file: Path | str | None = None,
+    csv_file: Annotated[Path | str | None, Option(flag="--csv")] = None,
     quiet: bool = False,
-) -> dict:
-    """Compare the file or folder `predictions` with the file or the files of the same names in the folder `references`.
+) -> dict[str, Any]:
+    """Compare predicted label maps with references, class by class, in millimetres: Dice, HD95 and surface Dice.
 
-    classes   {name: value}, or a dataset.json or a weights folder that has them; None: every value found in the files
-    nsd_mm    the tolerance of the surface Dice
-    ignore    a value in the references whose voxels count for nothing (with `classes` from a file: its ignore label)
-    patient   a regular expression whose first match in a case's name is the patient (default: every case is one)
+    Args: Files
+        predictions: NIfTI file, or a folder of them
+        references: NIfTI file, or a folder with files of the same names
+        classes: dataset.json or weights folder that names the classes, or {name: value} (default: every value in the files)
+        json_file: file to write the result to as JSON
+        csv_file: file to write a row to for each case and class
+    Args: Metrics
+        nsd_mm: tolerance of the surface Dice in millimetres
+        ignore: value in the references whose voxels count for nothing (default: the ignore label of `classes`)
+        patient: regular expression whose first match in a case's name is the patient, as in '^sub-[0-9]+' (default: every case is one)
+        seed: of the bootstrap
 
-    Returns {"cases": {case: {class: {metric: value} or None}}, "classes": {class: {"n", "empty_in_both", metric: {"mean", "low", "high"}}},
-    "mean": the same over the classes of each case, "patients", "nsd_mm", "unused"}; low and high are None below five patients.
-    Raises UserError where a prediction is missing, lies on another grid, or holds a value that is no class.
+    Returns:
+        {"cases": {case: {class: {metric: value} or None}}, "classes": {class: {"n", "empty_in_both", metric: {"mean", "low", "high"}}},
+        "mean": the same over the classes of each case, "patients", "nsd_mm", "unused"}; low and high are None below five patients.
+
+    Raises:
+        UserError: where a prediction is missing, lies on another grid, or holds a value that is no class.
     """
     if not nsd_mm >= 0:
         raise UserError(f"nsd_mm: expected 0 or more millimetres, got {nsd_mm}")
-    names, found_ignore = (None, None) if classes is None else _named(classes)
-    ignore = found_ignore if ignore is None else ignore
+    names, ignored = (None, None) if classes is None else _named(classes)
+    ignore = ignored if ignore is None else ignore
     pairs, unused = _pairs(Path(predictions), Path(references))
     patients = {name: _patient(name, patient) for name in pairs}
     cases, errors = {}, []
@@ -67,8 +79,8 @@ def evaluate(
             show((i + 1) / len(pairs), name)
     if errors:
         raise UserError("\n".join(errors))
-    labels = dict.fromkeys(label for case in cases.values() for label in case)
-    labels = list(labels) if names else sorted(labels, key=int)
+    found = dict.fromkeys(label for case in cases.values() for label in case)
+    labels = list(found) if names else sorted(found, key=int)
     cases = {name: {label: case.get(label) for label in labels} for name, case in cases.items()}
     result = {
         "nsd_mm": nsd_mm,
@@ -85,40 +97,8 @@ def evaluate(
     return result
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("predictions", help="NIfTI file, or a folder of them")
-    parser.add_argument("references", help="NIfTI file, or a folder with files of the same names")
-    parser.add_argument("--classes", help="dataset.json or weights folder that names the classes (default: every value in the files)")
-    parser.add_argument("--nsd-mm", type=float, default=2.0, help="tolerance of the surface Dice in millimetres (default %(default)s)")
-    parser.add_argument("--ignore", type=int, help="value in the references whose voxels count for nothing")
-    parser.add_argument("--patient", metavar="REGEX", help="what of a case's name is the patient, as in '^sub-[0-9]+' (default: all of it)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--json-file", metavar="FILE", help="write the result as JSON")
-    parser.add_argument("--csv", metavar="FILE", help="write one row for each case and class")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
-
-
-def run(args) -> dict:
-    result = evaluate(
-        args.predictions,
-        args.references,
-        classes=args.classes,
-        nsd_mm=args.nsd_mm,
-        ignore=args.ignore,
-        patient=args.patient,
-        seed=args.seed,
-        json_file=args.json_file,
-        csv_file=args.csv,
-        quiet=args.quiet,
-    )
-    if not (args.quiet or args.json):
-        print_table(result)
-    return result
-
-
-def print_table(result: dict) -> None:
-    """The summary by class, with intervals or the reason why there are none."""
+def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Print the summary by class, with intervals or the reason why there are none."""
     from rich.console import Console
     from rich.table import Table
 
@@ -141,18 +121,20 @@ def print_table(result: dict) -> None:
 
 def bootstrap(values: Mapping[str, float], patients: Mapping[str, str], seed: int = 0) -> tuple[float, float] | None:
     """The 95 % percentile interval of the mean of the cases' values, with patients drawn anew; None below five patients."""
-    groups = {}
+    groups: dict[str, list[float]] = {}
     for case, value in values.items():
         groups.setdefault(patients[case], []).append(value)
     if len(groups) < _FEWEST:
         return None
-    sums, counts = (np.array([f(group) for group in groups.values()], float) for f in (sum, len))
+    sums, counts = np.array([sum(group) for group in groups.values()]), np.array([len(group) for group in groups.values()])
     drawn = np.random.default_rng(seed).integers(len(groups), size=(_DRAWS, len(groups)))
     low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
     return float(low), float(high)
 
 
-def _compare_case(prediction: Path, reference: Path, names: Mapping[str, int] | None, ignore: int | None, nsd_mm: float) -> dict:
+def _compare_case(
+    prediction: Path, reference: Path, names: Mapping[str, int] | None, ignore: int | None, nsd_mm: float
+) -> dict[str, dict[str, float] | None]:
     """{class: its metrics, or None where it is in neither file}."""
     (found, found_file), (truth, truth_file) = read_label(prediction), read_label(reference)
     difference = different_grid(found_file, truth_file)
@@ -162,11 +144,11 @@ def _compare_case(prediction: Path, reference: Path, names: Mapping[str, int] | 
         found, truth = (np.where(truth == ignore, 0, data) for data in (found, truth))
     boxes = _boxes(found), _boxes(truth)
     for path, values in zip((prediction, reference), boxes, strict=True):
-        strange = [] if names is None else sorted(values.keys() - set(names.values()))
-        if strange:
+        if names is not None and (strange := sorted(values.keys() - set(names.values()))):
             raise UserError(f"{path}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(names.values())}")
     wanted = names or {str(value): value for value in boxes[0] | boxes[1]}
-    result, spacing = {name: None for name, value in wanted.items() if value != 0}, spacing_mm(truth_file)
+    result: dict[str, dict[str, float] | None] = {name: None for name, value in wanted.items() if value != 0}
+    spacing = spacing_mm(truth_file).tolist()
     for name in result:
         value = wanted[name]
         parts = [table[value] for table in boxes if value in table]
@@ -235,7 +217,7 @@ def _over_classes(case: Mapping[str, dict | None]) -> dict | None:
 def _summary(rows: Mapping[str, dict | None], patients: Mapping[str, str], seed: int) -> dict:
     """Mean and interval of each metric over the cases that have it."""
     kept = {case: row for case, row in rows.items() if row}
-    summary = {"n": len(kept), "empty_in_both": len(rows) - len(kept)}
+    summary: dict[str, Any] = {"n": len(kept), "empty_in_both": len(rows) - len(kept)}
     for metric in METRICS:
         values = {case: row[metric] for case, row in kept.items()}
         low, high = bootstrap(values, patients, seed) or (None, None)

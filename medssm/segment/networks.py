@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -18,7 +19,7 @@ MONAI = "monai.networks.nets."
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def build(name: str, **kwargs) -> nn.Module:
+def build(name: str, **kwargs: Any) -> nn.Module:
     """A medssm model by its registered name, or one of MONAI's by its full one, `monai.networks.nets.UNet`.
 
     Nothing else is ever imported by name: a weights folder comes from anyone.
@@ -36,7 +37,7 @@ def build(name: str, **kwargs) -> nn.Module:
         raise UserError(f"model: {name} with {kwargs}: {error}") from error
 
 
-def describe(model: str | nn.Module, kwargs: dict) -> dict:
+def describe(model: str | nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of a network: how to build it, or, where a module was given, only what it was."""
     if isinstance(model, nn.Module):
         return {"model": None, "class": f"{type(model).__module__}.{type(model).__qualname__}", "medssm": medssm.__version__}
@@ -48,7 +49,12 @@ def memory_format(spatial_dims: int) -> torch.memory_format:
     return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
 
 
-def save(folder: Path, network: nn.Module, config: dict) -> None:
+def placed(network: nn.Module, device: torch.device, spatial_dims: int) -> nn.Module:
+    """The network on a device, with its weights in `memory_format`."""
+    return network.to(device, memory_format=memory_format(spatial_dims))  # type: ignore[call-overload]  # torch's annotations lack it
+
+
+def save(folder: Path, network: nn.Module, config: Mapping[str, Any]) -> None:
     """Write the weights and how to build the network; the weights last, so that a folder that has them is whole."""
     write_json(folder / CONFIG, config)
     # clone: safetensors refuses tensors that share memory, as tied weights do

@@ -7,11 +7,11 @@ probabilities are resampled back before the largest is taken. Several weight fol
 from __future__ import annotations
 
 import copy
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import Tensor, nn
 
-from medssm.allocator import keep_freed_memory
 from medssm.errors import UserError
 from medssm.segment import networks
 from medssm.segment.data import FITTED, Case, cases_in
@@ -36,51 +35,58 @@ def predict(
     inputs: Path | str,
     out: Path | str,
     *,
+    more_weights: Sequence[Path | str] = (),
     device: str = "auto",
-    precision: str = "auto",
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
     overlap: float = 0.5,
     mirror: bool = False,
     batch: int = 1,
     save_probabilities: bool = False,
     model: nn.Module | None = None,
     quiet: bool = False,
-) -> dict:
-    """Segment the file or the folder `inputs` into the file or the folder `out`.
+) -> dict[str, Any]:
+    """Segment a NIfTI file or a folder of them; each label map lies on its image's own grid.
 
-    weights             a folder written by `train`, a folder of such folders (fold_0, fold_1, ...), or a list of them: averaged
-    inputs              a NIfTI file or a folder of them; several channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ... or a fourth axis
-    out                 a file (.nii.gz, .nii) for a single case, else a folder for CASE.nii.gz
-    precision           32-true, bf16-mixed or 16-mixed; auto is 16-mixed on CUDA, else 32-true
-    overlap             of neighbouring windows, 0 to less than 1; mirror averages over the mirrorings the network was trained with
-    save_probabilities  also CASE_probabilities.nii.gz, float32 with the classes on the last axis
-    model               the module to load the weights into, where `train` was given one
+    Args: Files
+        weights: folder written by medssm train, or a folder of such folders (fold_0, fold_1, ...); in Python also a list of them
+        inputs: NIfTI file, or a folder of them; several channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ... or a fourth axis
+        out: file (.nii.gz, .nii) for one case, else a folder for CASE.nii.gz
+        more_weights: further folders of weights; the probabilities of all are averaged
+        save_probabilities: also write CASE_probabilities.nii.gz, float32 with the classes on the last axis
+    Args: Inference
+        overlap: of neighbouring windows, 0 to less than 1
+        mirror: average over the mirrorings that the network was trained with
+        batch: windows at a time
+        device: auto, cpu, cuda, cuda:1 or mps
+        precision: auto is 16-mixed on CUDA, else 32-true
+        model: the module to load the weights into, where `train` was given one
 
-    Returns {"cases": {name: file}, "failed": {name: message}, "seconds": ...}: in a folder one bad file does not stop the others.
-    Raises UserError where nothing can be predicted, or the only case is bad.
+    Returns:
+        {"cases": {name: file}, "failed": {name: message}, "seconds": ...}: in a folder one bad file does not stop the others.
+
+    Raises:
+        UserError: where nothing can be predicted, or the only case is bad.
     """
     if not 0 <= overlap < 1:
         raise UserError(f"overlap: expected 0 to less than 1, got {overlap}")
-    device, begun = _device(device), time.perf_counter()
-    half = _half(precision, device)
-    folds = [_load(folder, model, device) for folder in _weight_folders(weights)]
+    if batch < 1:
+        raise UserError(f"batch: expected 1 or more, got {batch}")
+    place, begun = _device(device), time.perf_counter()
+    half = _half(precision, place)
+    folds = [_load(folder, model, place) for folder in _weight_folders([*_listed(weights), *more_weights])]
     _check_alike(folds)
     cases = cases_in(inputs, len(folds[0].fitted.channels))
     targets = _targets(cases, Path(out))
     written, failed = {}, {}
     with progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
+
+            def show_case(part: float, i: int = i, case: Case = case) -> None:
+                show((i + part) / len(cases), case.name)
+
             try:
                 _predict_case(
-                    case,
-                    folds,
-                    targets[case.name],
-                    device,
-                    save_probabilities,
-                    half=half,
-                    overlap=overlap,
-                    mirror=mirror,
-                    batch=batch,
-                    show=lambda part, i=i, case=case: show((i + part) / len(cases), case.name),
+                    case, folds, targets[case.name], place, save_probabilities, half=half, overlap=overlap, mirror=mirror, batch=batch, show=show_case
                 )
                 written[case.name] = str(targets[case.name])
             except UserError as error:
@@ -90,40 +96,9 @@ def predict(
     return {"cases": written, "failed": failed, "seconds": round(time.perf_counter() - begun, 2)}
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("weights", help="folder written by medssm train, or a folder of its folds")
-    parser.add_argument("inputs", help="NIfTI file, or a folder of them")
-    parser.add_argument("out", help="file for one case, else a folder")
-    parser.add_argument("--more-weights", nargs="+", default=[], metavar="FOLDER", help="further folds: probabilities are averaged")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default %(default)s)")
-    parser.add_argument("--precision", default="auto", help=f"{', '.join(_PRECISIONS)} (default: 16-mixed on CUDA, else 32-true)")
-    parser.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default %(default)s)")
-    parser.add_argument("--mirror", action="store_true", help="average over the mirrorings the network was trained with")
-    parser.add_argument("--batch", type=int, default=1, help="windows at a time (default %(default)s)")
-    parser.add_argument("--save-probabilities", action="store_true", help="also write CASE_probabilities.nii.gz")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-
-
-def run(args) -> dict:
-    keep_freed_memory()
-    result = predict(
-        [args.weights, *args.more_weights],
-        args.inputs,
-        args.out,
-        device=args.device,
-        precision=args.precision,
-        overlap=args.overlap,
-        mirror=args.mirror,
-        batch=args.batch,
-        save_probabilities=args.save_probabilities,
-        quiet=args.quiet,
-    )
-    for message in result["failed"].values():
-        print(f"medssm predict: {message}", file=sys.stderr)
-    if not (args.quiet or args.json):
-        print(f"{len(result['cases'])} case(s) in {result['seconds']:.1f} s: {args.out}")
-    return result
+def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Print how many cases were segmented."""
+    print(f"{len(result['cases'])} case(s) in {result['seconds']:.1f} s: {options['out']}")
 
 
 @dataclass(frozen=True)
@@ -134,28 +109,34 @@ class _Fold:
 
 
 def _predict_case(
-    case: Case, folds: Sequence[_Fold], target: Path, device: torch.device, save_probabilities: bool, *, show: Callable[[float], None], **window
+    case: Case,
+    folds: Sequence[_Fold],
+    target: Path,
+    device: torch.device,
+    save_probabilities: bool,
+    *,
+    show: Callable[[float], None],
+    **window: Any,  # keywords of `probabilities`
 ) -> None:
     data, file = read_image(case.images, len(folds[0].fitted.channels))
     original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine))
     grids = []  # folds on one grid are summed there, so that each grid is resampled back once
     for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
-        grid, total = geometry(spacing), 0
+        grid, total = geometry(spacing), torch.zeros(())
         image = grid(original)
-        for fold in (fold for fold in folds if fold.fitted.spacing == spacing):
-            total = total + probabilities(
-                fold.network,
-                image.as_tensor(),
-                fold.fitted,
-                device=device,
-                show=lambda part, fold=fold: show((folds.index(fold) + part) / len(folds)),
-                **window,
-            )
+        for i, fold in enumerate(folds):
+            if fold.fitted.spacing != spacing:
+                continue
+
+            def show_fold(part: float, i: int = i) -> None:
+                show((i + part) / len(folds))
+
+            total = total + probabilities(fold.network, image.as_tensor(), fold.fitted, device=device, show=show_fold, **window)
         grids.append((grid, image, total / len(folds)))
     classes = folds[0].fitted.classes
     best, positions, kept = torch.full(volume_shape(file), -1.0), torch.zeros(volume_shape(file), dtype=torch.int64), []
     for i in range(len(classes)):  # class after class: all of them on the input's grid may not fit into memory
-        back = sum(_back(grid, image, total[i]) for grid, image, total in grids)
+        back = sum((_back(grid, image, total[i]) for grid, image, total in grids), torch.zeros(()))
         better = back > best
         best, positions = torch.where(better, back, best), torch.where(better, i, positions)
         if save_probabilities:
@@ -172,10 +153,14 @@ def _back(grid: Compose, image: MetaTensor, values: Tensor) -> Tensor:
     return grid.inverse(MetaTensor(values[None], affine=image.affine, applied_operations=applied)).as_tensor()[0]
 
 
-def _weight_folders(weights: Path | str | Sequence[Path | str]) -> list[Path]:
+def _listed(weights: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
+    return [weights] if isinstance(weights, (str, Path)) else weights
+
+
+def _weight_folders(weights: Sequence[Path | str]) -> list[Path]:
     """The folders that hold weights; a folder without any stands for those in it."""
-    folders = []
-    for folder in map(Path, [weights] if isinstance(weights, (str, Path)) else weights):
+    folders: list[Path] = []
+    for folder in map(Path, weights):
         if not folder.is_dir():
             raise UserError(f"weights: {folder}: no such folder")
         inner = [folder] if (folder / FITTED).exists() else sorted(file.parent for file in folder.glob(f"*/{FITTED}"))
@@ -190,7 +175,7 @@ def _load(folder: Path, model: nn.Module | None, device: torch.device) -> _Fold:
         raise UserError(f"weights: {folder / networks.WEIGHTS}: no such file (the training is not finished: go on with --resume)")
     fitted = Fitted.load(folder / FITTED)
     network = networks.load(folder, copy.deepcopy(model))  # copied: every fold has weights of its own
-    return _Fold(folder, network.to(device, memory_format=networks.memory_format(len(fitted.patch))).eval(), fitted)
+    return _Fold(folder, networks.placed(network, device, len(fitted.patch)).eval(), fitted)
 
 
 def _check_alike(folds: Sequence[_Fold]) -> None:

@@ -9,18 +9,19 @@ configurations: that is nnU-Net's work.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from medssm.allocator import keep_freed_memory
 from medssm.errors import UserError
-from medssm.files import make_folder, read_json_lines
+from medssm.files import make_folder, read_json_lines, write_bytes
+from medssm.options import as_yaml
 from medssm.segment import curves, networks
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.fit import fit
@@ -32,9 +33,10 @@ from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
 from medssm.segment.volumes import load
 
-CURVES = "curves.png"
+ARGUMENTS, CURVES = "train.yaml", "curves.png"
 _STEPS = 1000
-_OPTIMIZERS = {"adamw": 1e-3, "sgd": 1e-2}  # with the learning rate each starts from
+_LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
+_PATHS = ("dataset", "out", "splits", "cache")  # arguments that are paths
 
 
 def train(
@@ -42,64 +44,96 @@ def train(
     out: Path | str,
     *,
     model: str | nn.Module = "medssm_unet",
-    model_kwargs: dict | None = None,
-    spatial_dims: int = 3,
+    model_kwargs: Mapping[str, Any] | None = None,
+    spatial_dims: Literal[2, 3] = 3,
     fold: int | None = None,
     folds: int = 5,
     splits: Path | str | None = None,
+    spacing: Sequence[float] | None = None,
+    patch: Sequence[int] | None = None,
+    mirror: str | Sequence[int] = "auto",
+    foreground: float = 1 / 3,
+    augment: bool = True,
+    cache: Path | str | None = None,
     max_steps: int | None = None,
     max_seconds: float | None = None,
     batch: int | None = None,
-    patch: Sequence[int] | None = None,
-    spacing: Sequence[float] | None = None,
     lr: float | None = None,
-    optimizer: str = "adamw",
+    optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: float = 1e-2,
     clip: float = 12.0,
-    foreground: float = 1 / 3,
-    augment: bool = True,
-    mirror: str | Sequence[int] = "auto",
     validations: int = 4,
+    seed: int = 0,
     device: str = "auto",
     devices: int | str = 1,
     strategy: str = "auto",
     precision: str = "auto",
     workers: int | None = None,
-    cache: Path | str | None = None,
-    seed: int = 0,
     save_seconds: float = 60.0,
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> dict:
-    """Train a network on `dataset` and write model.safetensors, config.json, fitted.json, metrics.jsonl and curves.png into `out`.
+) -> dict[str, Any]:
+    """Train a network on a data set, and write the weights and all that belongs to them into a folder.
 
-    dataset       a folder with dataset.json (nnU-Net) or a MONAI datalist's JSON file
-    model         a name of `medssm.list_models()`, one of MONAI's as monai.networks.nets.NAME, or a module that gives logits
-                  (b, classes, *spatial), in training a list of them where it has deep supervision
-    model_kwargs  for the model's constructor, beside spatial_dims, in_channels and out_channels
-    fold          the part of the cases that is held out and validated on; None trains on all. `splits` is nnU-Net's splits_final.json;
-                  else a datalist's own folds, else `folds` parts shuffled by `seed`
-    max_steps     1000 where max_seconds is not given either; max_seconds counts the work of the steps alone, over all resumptions
-    batch         2 in 3D, 12 in 2D, for each process
-    patch         voxels; None: 64^3 at most on a CPU, 112^3 on a GPU, shaped like the median case
-    spacing       millimetres, RAS; None: the median of the training cases
-    mirror        axes (0 left-right, 1 front-back, 2 up-down) to mirror at random; "auto" is all, without 0 where a class's name has a side
-    validations   how often, evenly over the budget, the held-out cases are segmented whole
-    device        auto, cpu, cuda, cuda:1, mps; `devices` and `strategy` are Lightning's for several processes or GPUs ("ddp")
-    precision     Lightning's; auto is bf16-mixed (16-mixed before Ampere) on CUDA, else 32-true
-    cache         a folder for the resampled cases; None keeps them in memory
-    resume        go on from out/checkpoint.pt; a finished training is returned as it is
+    The folder gets model.safetensors and config.json (the network), fitted.json (what was fitted to the data), train.yaml (these arguments, for
+    `medssm train --config`), metrics.jsonl and curves.png.
 
-    Returns what was trained, for how long, and the validation's Dice by class. Raises UserError for what the caller can mend;
-    `loop.Interrupted`, a KeyboardInterrupt, after Ctrl-C or SIGTERM, with the training saved.
+    Args: Data
+        dataset: folder with dataset.json (nnU-Net), or a MONAI datalist's JSON file
+        out: folder for the weights
+        fold: the part of the cases to hold out and validate on (default: train on all)
+        folds: number of parts, where neither `splits` nor a datalist names them
+        splits: nnU-Net's splits_final.json
+        spacing: millimetres along the RAS axes (default: the training cases' median)
+        patch: voxels along each axis (default: shaped like the median case, at most 64^3 on a CPU, 112^3 on a GPU)
+        mirror: axes to mirror at random: auto, none, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1; auto is all, without 0
+            where a class's name has a side
+        foreground: share of the patches that are centred on a class
+        augment: rotate, zoom, blur patches, add noise, change brightness and contrast, at random
+        cache: folder for the resampled cases (default: keep them in memory)
+    Args: Network
+        model: one of `medssm models`, or one of MONAI's as monai.networks.nets.NAME; in Python also a module that gives logits
+            (b, classes, *spatial), or with deep supervision a list of them
+        model_kwargs: more keywords for the model's constructor
+        spatial_dims: 2 trains on slices
+    Args: Optimisation
+        max_steps: training steps (default: 1000 where `max_seconds` is not given)
+        max_seconds: seconds of training steps, all resumptions together; reading and validating are not counted
+        batch: patches in a step, for each process (default: 2 in 3D, 12 in 2D)
+        lr: the largest learning rate (default: 0.001 for adamw, 0.01 for sgd)
+        optimizer: AdamW, or SGD with Nesterov momentum 0.99
+        weight_decay: of weights; biases and norms have none
+        clip: largest norm of the gradients
+        validations: how often the held-out cases are segmented, evenly over the training
+        seed: of the random numbers
+    Args: Machine
+        device: auto, cpu, cuda, cuda:1 or mps
+        devices: number of processes or GPUs
+        strategy: Lightning's, for several devices, as in ddp
+        precision: Lightning's, as in 32-true, 16-mixed; auto is bf16-mixed on CUDA (16-mixed before Ampere), else 32-true
+        workers: processes that cut patches (default: 0 on a CPU, 4 on a GPU)
+        save_seconds: time between checkpoints
+        resume: go on from the checkpoint in `out`; a finished training is returned as it is
+        overwrite: train anew in a folder that has a training
+
+    Returns:
+        What was trained, for how long, and the validation's Dice by class.
+
+    Raises:
+        UserError: for what the caller can mend.
+        loop.Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM; the training is saved.
     """
+    arguments = {name: value for name, value in locals().items() if name not in ("resume", "overwrite", "quiet")}
     out = Path(out)
     finished = _finished(out, resume, overwrite)
     if finished:
         return finished
     _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, patch, spacing, lr, foreground)
+    if max_steps is None and max_seconds is None:
+        max_steps = _STEPS
     batch = batch or (2 if spatial_dims == 3 else 12)
+    lr = lr or _LEARNING_RATES[optimizer]
     table = load_dataset(dataset)
     training, validation = split(table, fold, folds=folds, splits=splits, seed=seed)
     fabric = _fabric(device, devices, strategy, precision)
@@ -107,7 +141,16 @@ def train(
     quiet = quiet or not fabric.is_global_zero
 
     fitted, volumes = fit(
-        table, training, spatial_dims=spatial_dims, spacing=spacing, patch=patch, mirror=mirror, cache=cache, seed=seed, fabric=fabric, quiet=quiet
+        table,
+        training,
+        spatial_dims=spatial_dims,
+        spacing=spacing,
+        patch=patch,
+        mirror=_axes(mirror),
+        cache=cache,
+        seed=seed,
+        fabric=fabric,
+        quiet=quiet,
     )
     held_out = load(validation[fabric.global_rank :: fabric.world_size], table, fitted.spacing, cache)
 
@@ -115,9 +158,8 @@ def train(
     sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.classes)}
     kwargs = {"spatial_dims": spatial_dims, **sizes, **(model_kwargs or {})}
     network, config = model if isinstance(model, nn.Module) else networks.build(model, **kwargs), networks.describe(model, kwargs)
-    network = network.to(fabric.device, memory_format=networks.memory_format(spatial_dims))
+    network = networks.placed(network, fabric.device, spatial_dims)
     networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
-    lr = lr or _OPTIMIZERS[optimizer]
     settings = {
         "model": config,
         "cases": [case.name for case in training],
@@ -132,8 +174,6 @@ def train(
         "seed": seed,
         "processes": fabric.world_size,
     }
-    if max_steps is None and max_seconds is None:
-        max_steps = _STEPS
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
     criterion = SegmentationLoss(ignore=fitted.ignore is not None)
     loop = Loop(
@@ -157,10 +197,11 @@ def train(
     elif fabric.is_global_zero:
         for name in (networks.WEIGHTS, CHECKPOINT):
             (out / name).unlink(missing_ok=True)  # of the training that is to be overwritten
+    name = config["model"] or config["class"]
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
+        _save_arguments(out / ARGUMENTS, arguments | {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr})
 
-    name = config["model"] or config["class"]
     with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
         dice = loop.run(show, lambda: _validate(network, fitted, held_out, fabric), validations if validation else 0)
     result = {
@@ -184,62 +225,15 @@ def train(
     return result
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("dataset", help="folder with nnU-Net's dataset.json, or a MONAI datalist's JSON file")
-    parser.add_argument("out", help="folder for the weights and what belongs to them")
-    parser.add_argument("--model", default="medssm_unet", help="one of `medssm models`, or monai.networks.nets.NAME (default %(default)s)")
-    parser.add_argument("--model-kwargs", type=_json, default={}, metavar="JSON", help="more keywords for the model")
-    parser.add_argument("--spatial-dims", type=int, choices=(2, 3), default=3, help="2 trains on slices (default %(default)s)")
-    parser.add_argument("--fold", type=int, help="the part of the cases to hold out and validate on (default: train on all)")
-    parser.add_argument("--folds", type=int, default=5, help="into how many parts the cases fall (default %(default)s)")
-    parser.add_argument("--splits", help="nnU-Net's splits_final.json")
-    parser.add_argument("--max-steps", type=int, help=f"default {_STEPS} where --max-seconds is not given")
-    parser.add_argument("--max-seconds", type=float, help="seconds of training, without reading and validating")
-    parser.add_argument("--batch", type=int, help="patches in a step and process (default 2 in 3D, 12 in 2D)")
-    parser.add_argument("--patch", type=int, nargs="+", help="voxels along each axis (default: by the data and the device)")
-    parser.add_argument("--spacing", type=float, nargs=3, help="millimetres along the RAS axes (default: the data set's median)")
-    parser.add_argument("--lr", type=float, help=f"learning rate (default by optimizer: {_OPTIMIZERS})")
-    parser.add_argument("--optimizer", choices=tuple(_OPTIMIZERS), default="adamw", help="default %(default)s")
-    parser.add_argument("--weight-decay", type=float, default=1e-2, help="default %(default)s")
-    parser.add_argument("--clip", type=float, default=12.0, help="the gradients' largest norm (default %(default)s)")
-    parser.add_argument("--foreground", type=float, default=1 / 3, help="share of patches centred on a class (default a third)")
-    parser.add_argument("--no-augment", action="store_true", help="no rotation, zoom, noise, blur, brightness and contrast")
-    parser.add_argument(
-        "--mirror",
-        type=_axes,
-        default="auto",
-        metavar="AXES",
-        help="axes to mirror: auto, none, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1",
-    )
-    parser.add_argument("--validations", type=int, default=4, help="how often the held-out cases are segmented (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default %(default)s)")
-    parser.add_argument("--devices", default="1", help="how many processes or GPUs, each with its own batch (default %(default)s)")
-    parser.add_argument("--strategy", default="auto", help="Lightning's strategy for more than one, such as ddp (default %(default)s)")
-    parser.add_argument("--precision", default="auto", help="Lightning's: 32-true, bf16-mixed, 16-mixed (default: by the device)")
-    parser.add_argument("--workers", type=int, help="processes that cut patches (default: 0 on a CPU, 4 on a GPU)")
-    parser.add_argument("--cache", help="a folder for the resampled cases, where they do not fit into memory")
-    parser.add_argument("--save-seconds", type=float, default=60.0, help="time between checkpoints (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on where a training stopped")
-    parser.add_argument("--overwrite", action="store_true", help="train anew into a folder that has a training")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Print what was trained."""
+    held_out, dice = result["validation_cases"], result["validation"]
+    found = f", mean Dice {dice['mean']:.3f} on {held_out} held-out case(s)" if dice else ""
+    print(f"{result['model']}: {result['parameters']:,} parameters, {result['steps']} steps in {result['seconds']:.0f} s{found}")
+    print(f"written: {result['out']}")
 
 
-def run(args) -> dict:
-    keep_freed_memory()
-    options = {name: value for name, value in vars(args).items() if name not in ("dataset", "out", "json", "no_augment", "devices")}
-    devices = int(args.devices) if args.devices.lstrip("-").isdigit() else args.devices
-    result = train(args.dataset, args.out, devices=devices, augment=not args.no_augment, **options)
-    if not (args.quiet or args.json):
-        held_out, dice = result["validation_cases"], result["validation"]
-        dice = f", mean Dice {dice['mean']:.3f} on {held_out} held-out case(s)" if dice else ""
-        print(f"{result['model']}: {result['parameters']:,} parameters, {result['steps']} steps in {result['seconds']:.0f} s{dice}")
-        print(f"written: {args.out}")
-    return result
-
-
-def _finished(out: Path, resume: bool, overwrite: bool) -> dict | None:
+def _finished(out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The result of the training in `out` where there is nothing left to do; UserError rather than write over one unasked."""
     weights, checkpoint = out / networks.WEIGHTS, out / CHECKPOINT
     if resume and weights.exists() and not checkpoint.exists():
@@ -250,11 +244,21 @@ def _finished(out: Path, resume: bool, overwrite: bool) -> dict | None:
     return None
 
 
-def _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, patch, spacing, lr, foreground) -> None:
+def _check_arguments(
+    spatial_dims: int,
+    optimizer: str,
+    max_steps: int | None,
+    max_seconds: float | None,
+    batch: int | None,
+    patch: Sequence[int] | None,
+    spacing: Sequence[float] | None,
+    lr: float | None,
+    foreground: float,
+) -> None:
     if spatial_dims not in (2, 3):
         raise UserError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-    if optimizer not in _OPTIMIZERS:
-        raise UserError(f"optimizer: expected one of {', '.join(_OPTIMIZERS)}, got {optimizer!r}")
+    if optimizer not in _LEARNING_RATES:
+        raise UserError(f"optimizer: expected one of {', '.join(_LEARNING_RATES)}, got {optimizer!r}")
     if patch is not None and (len(patch) != spatial_dims or min(patch) < 1):
         raise UserError(f"patch: expected {spatial_dims} numbers of voxels, got {tuple(patch)}")
     if spacing is not None and (len(spacing) != 3 or not all(0 < value < math.inf for value in spacing)):
@@ -268,15 +272,14 @@ def _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, pat
 
 def _fabric(device: str, devices: int | str, strategy: str, precision: str) -> Fabric:
     accelerator, _, number = device.partition(":")
-    if number:
-        devices = [int(number)] if number.isdigit() else number
+    chosen: list[int] | int | str = [int(number)] if number.isdigit() else number or devices
     if precision == "auto":
         half = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
         precision = half if accelerator in ("auto", "cuda") and torch.cuda.is_available() else "32-true"
     try:
-        return Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
+        return Fabric(accelerator=accelerator, devices=chosen, strategy=strategy, precision=cast(Any, precision))
     except (RuntimeError, ValueError, TypeError) as error:  # Lightning's MisconfigurationException is none of its public names
-        raise UserError(f"device: {device}, devices {devices}, strategy {strategy}, precision {precision}: {error}") from error
+        raise UserError(f"device: {device}, devices {chosen}, strategy {strategy}, precision {precision}: {error}") from error
 
 
 def _optimizer(name: str, network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -294,7 +297,7 @@ def _workers(workers: int | None, device: torch.device) -> int:
     return workers if workers is not None else 0 if device.type == "cpu" else 4
 
 
-def _validate(network: nn.Module, fitted: Fitted, volumes: Sequence[tuple[torch.Tensor, torch.Tensor]], fabric: Fabric) -> dict:
+def _validate(network: nn.Module, fitted: Fitted, volumes: Sequence[tuple[torch.Tensor, torch.Tensor]], fabric: Fabric) -> dict[str, float]:
     """Mean Dice of each class over the held-out cases at the network's spacing; a class absent from label and prediction is left out."""
     sums = torch.zeros(2, len(fitted.classes), dtype=torch.float64)
     for image, label in volumes:
@@ -306,19 +309,23 @@ def _validate(network: nn.Module, fitted: Fitted, volumes: Sequence[tuple[torch.
             if size:
                 sums[:, i] += torch.tensor([2 * int((truth & found).sum()) / size, 1.0], dtype=torch.float64)
     if fabric.world_size > 1:
-        sums = fabric.all_reduce(sums, reduce_op="sum")
+        sums = cast(torch.Tensor, fabric.all_reduce(sums, reduce_op="sum"))
     dice = {name: (sums[0, i] / sums[1, i]).item() for i, name in enumerate(fitted.classes) if sums[1, i] > 0}
     return {**dice, "mean": sum(dice.values()) / len(dice) if dice else 0.0}
 
 
-def _axes(text: str) -> str | tuple[int, ...]:
-    if text == "auto":
-        return text
-    return () if text == "none" else tuple(int(axis) for axis in text.split(","))
+def _axes(mirror: str | Sequence[int]) -> str | tuple[int, ...]:
+    """`mirror` as "auto" or the axes."""
+    if not isinstance(mirror, str):
+        return tuple(mirror)
+    if mirror in ("auto", "none"):
+        return mirror if mirror == "auto" else ()
+    if not re.fullmatch(r"\d+(,\d+)*", mirror):
+        raise UserError(f"mirror: expected auto, none or axes as in 0,1, got {mirror!r}")
+    return tuple(int(axis) for axis in mirror.split(","))
 
 
-def _json(text: str) -> dict:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
+def _save_arguments(path: Path, arguments: Mapping[str, Any]) -> None:
+    """Write what `medssm train --config` takes to repeat the training, from whatever folder it is called in."""
+    found = {name: Path(value).resolve() if name in _PATHS and value is not None else value for name, value in arguments.items()}
+    write_bytes(path, f"# medssm train --config THIS_FILE --overwrite trains again\n{as_yaml(found)}".encode())

@@ -286,7 +286,7 @@ def test_path_prints_a_folder_of_nothing_but_trainers(capsys):
         (["--model", "umamba_bot", "--name", "a__b"], "name: expected letters.*got 'a__b'"),
         (["--model", "umamba_bot", "--out", plans(), "--overwrite"], "expected a new file, got one that exists"),
         (["--model", "umamba_bot", "--out", plans("old")], "expected a new file, got one that exists .--overwrite"),
-        ([], "--model: expected a value, got none"),
+        ([], r"--model: expected a value on the command line or in a file \(--config\), got none"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch, capsys):

@@ -260,7 +260,7 @@ def test_what_monai_leaves_optional_is_named(monkeypatch):
         raise ImportError("from einops.layers.torch import Rearrange (No module named 'einops').\nmore")
 
     monkeypatch.setattr("monai.networks.nets.UNETR", without_einops)
-    with pytest.raises(ValueError, match=r"monai_unetr needs .*pip install 'medssm\[segment\]' \(from einops.*\)$"):
+    with pytest.raises(ValueError, match=r"monai_unetr needs .*pip install '.\[segment\]' \(in medssm's source folder\): from einops.*$"):
         medssm.create_model("monai_unetr", 2)
 
 

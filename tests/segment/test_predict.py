@@ -58,7 +58,7 @@ def test_half_precision_finds_the_same_labels(only, tmp_path):
 def test_an_unknown_precision_is_one_line(only, tmp_path, capsys):
     path = write(tmp_path / "a.nii.gz", volume(7)[0][..., 0])
     assert cli.main(["predict", str(only), str(path), str(tmp_path / "out"), "--precision", "half"]) == 2
-    assert "precision: expected auto, 32-true, bf16-mixed, 16-mixed, got 'half'" in capsys.readouterr().err
+    assert "--precision: expected one of auto, 32-true, bf16-mixed, 16-mixed, got 'half'" in capsys.readouterr().err
 
 
 def test_turning_the_axes_turns_the_result_and_nothing_else(only, tmp_path):
@@ -245,6 +245,8 @@ def test_bad_weights_are_one_line(only, folder, tmp_path, spoiled, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"precision": "half"}, "precision: expected auto, 32-true, bf16-mixed, 16-mixed, got 'half'"),
+        ({"batch": 0}, "batch: expected 1 or more, got 0"),
         ({"overlap": 1.0}, "overlap: expected 0 to less than 1"),
         ({"device": "cuda:99"}, "device: cuda:99"),
         ({"out": "x.nii.gz"}, r"out: expected a folder for 4 case\(s\)"),

@@ -1,6 +1,7 @@
 """medssm train: what it writes, a stop and a resumption, and what goes wrong in one clear line."""
 
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision
 from monai.networks.nets import DynUNet
@@ -22,7 +24,7 @@ from medssm import cli
 from medssm.errors import UserError
 from medssm.segment.loop import Budget, Interrupted, Progress, learning_rate
 from medssm.segment.patches import Patches
-from medssm.segment.train import train
+from medssm.segment.train import _workers, train
 from tests.segment.synthetic import UNET, nnunet_folder
 
 FAST = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET, "patch": (16, 16, 16), "device": "cpu", "quiet": True}
@@ -56,7 +58,7 @@ class Stop(Patches):
 
 def test_the_command_writes_what_it_says(trained):
     out = trained / "fold_0"
-    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json", "fitted.json", "metrics.jsonl", "curves.png"}
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json", "fitted.json", "train.yaml", "metrics.jsonl", "curves.png"}
     config, log = json.loads((out / "config.json").read_text()), records(out)
     assert config["model"] == "monai.networks.nets.UNet" and config["kwargs"]["out_channels"] == 3
     assert log[-1]["finished"]["steps"] == 60 and log[-1]["finished"]["validation"]["mean"] > 0.85
@@ -69,6 +71,31 @@ def test_the_summary_and_json(small, tmp_path, capsys):
     assert "parameters, 2 steps in" in capsys.readouterr().out
     assert cli.main(["train", str(small), str(tmp_path / "b"), *COMMAND, "--max-steps", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
+
+
+def test_the_folder_keeps_the_arguments_and_they_repeat_the_training(small, tmp_path, monkeypatch, capsys):
+    """From any folder, with the defaults that it had."""
+    monkeypatch.chdir(small.parent)
+    options = ["--max-steps", "3", "--lr", "0.02", "--batch", "1", "--mirror", "0,1", "--no-augment", "--seed", "5"]
+    assert cli.main(["train", small.name, str(tmp_path / "a"), *COMMAND, *options, "--quiet"]) == 0
+    kept = yaml.safe_load((tmp_path / "a/train.yaml").read_text())
+    assert kept["dataset"] == str(small) and kept["out"] == str(tmp_path / "a") and kept["model_kwargs"] == UNET and kept["mirror"] == "0,1"
+    assert set(kept) == {*inspect.signature(train).parameters} - {"resume", "overwrite", "quiet"}
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--config", "a/train.yaml"]) == 2
+    assert "has a training: pass resume to go on with it, or overwrite" in capsys.readouterr().err
+    monkeypatch.setattr("medssm.segment.train._LEARNING_RATES", {"adamw": 9.0})
+    assert cli.main(["train", "--config", "a/train.yaml", "--out", "b", "--quiet"]) == 0
+    one, same = (weights(tmp_path / name) for name in "ab")
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert yaml.safe_load((tmp_path / "b/train.yaml").read_text()) == {**kept, "out": str(tmp_path / "b")}
+
+
+def test_what_was_left_open_is_kept_as_it_was_decided(small, tmp_path):
+    train(small, tmp_path / "a", **{**FAST, "model": nn.Conv3d(1, 3, 1)}, max_seconds=0.1)
+    kept = yaml.safe_load((tmp_path / "a/train.yaml").read_text())
+    assert (kept["lr"], kept["batch"], kept["max_steps"], kept["max_seconds"]) == (1e-3, 2, None, 0.1)
+    assert kept["model"] == "torch.nn.modules.conv.Conv3d"  # which --config then refuses by name
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others(small, tmp_path):
@@ -125,7 +152,7 @@ def test_sigterm_saves_and_ends_with_one_line(small, tmp_path):
         running.send_signal(signal.SIGTERM)
         shown = running.communicate(timeout=60)[1]
     assert running.returncode == 130 and "Traceback" not in shown and "steps: go on with --resume" in shown.splitlines()[-1]
-    assert {file.name for file in out.iterdir()} == {"checkpoint.pt", "fitted.json", "metrics.jsonl"}
+    assert {file.name for file in out.iterdir()} == {"checkpoint.pt", "fitted.json", "train.yaml", "metrics.jsonl"}
     step = records(out)[-1]["step"]
     assert train(small, out, max_steps=step + 3, resume=True, **FAST)["steps"] == step + 3
 
@@ -147,7 +174,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(small, tmp_path
         assert cli.main(["train", str(small), str(tmp_path / "out"), *COMMAND, "--max-steps", "3", "--save-seconds", save]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 1 and f"{name}: the disk is full" in shown[0]
-    assert {file.name for file in (tmp_path / "out").iterdir()} <= {"config.json", "fitted.json", "metrics.jsonl"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= {"config.json", "fitted.json", "train.yaml", "metrics.jsonl"}
 
 
 def test_a_full_disk_leaves_the_log_with_whole_lines(small, tmp_path, monkeypatch):
@@ -261,6 +288,11 @@ def test_workers_cut_the_same_patches(small, tmp_path):
     assert all(torch.equal(alone[key], helped[key]) for key in alone)
 
 
+def test_workers_on_a_gpu_alone_unless_they_are_asked_for():
+    devices = [torch.device(name) for name in ("cpu", "cuda")]
+    assert [_workers(None, device) for device in devices] == [0, 4] and [_workers(2, device) for device in devices] == [2, 2]
+
+
 def test_two_processes(small, tmp_path):
     command = [
         sys.executable,
@@ -301,6 +333,8 @@ def test_two_processes(small, tmp_path):
         ({"optimizer": "adam"}, "optimizer: expected one of adamw, sgd, got 'adam'"),
         ({"foreground": 2}, "foreground: expected 0 to 1, got 2"),
         ({"mirror": (0, 4)}, "mirror: expected"),
+        ({"mirror": "0,4"}, r'mirror: expected "auto" or some of the axes \(0, 1, 2\), got \(0, 4\)'),
+        ({"mirror": "all"}, "mirror: expected auto, none or axes as in 0,1, got 'all'"),
         ({"fold": 3, "folds": 9}, "folds: expected 2 to 2"),
         ({"device": "cuda:99"}, "device: cuda:99"),
         ({"model": "monai.networks.nets.Nothing"}, "MONAI has no network"),

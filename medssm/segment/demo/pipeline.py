@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,8 @@ import medssm
 from medssm import machine
 from medssm.errors import UserError
 from medssm.files import read_json, write_json
+from medssm.nn.mixers import MIXERS
+from medssm.options import Option
 from medssm.segment.demo import figures
 from medssm.segment.demo.baselines import looked_up_labels, mirrored_labels
 from medssm.segment.demo.data import GAP_MM, SIDES, SOURCES, Brain, load_brain, whole, write_dataset
@@ -46,11 +48,11 @@ Side = Literal["left", "right"]
 def structures(
     *,
     out: Path | str = "demo-out",
-    data: str = "icbm2009c",
-    model: str | Sequence[str] = OURS,
+    data: Annotated[str, Option(choices=SOURCES)] = "icbm2009c",
+    model: Sequence[str] = (OURS,),
     model_kwargs: Mapping[str, Any] | None = None,
     size: str | None = None,
-    mixers: Sequence[str] = (),
+    mixers: Annotated[Sequence[str], Option(flag="--mixer", choices=MIXERS)] = (),
     steps: int | None = None,
     trained: Side = "right",
     seed: int = 0,
@@ -72,10 +74,10 @@ def structures(
     Args: Networks
         model: names from `medssm models`, or monai.networks.nets.NAME; several stand side by side in the report
         model_kwargs: more keywords for the first network
-        size: the first network's size: tiny, small or base (tiny for medssm_unet, else the model's own)
+        size: the first network's size: tiny, small or base (default: tiny for medssm_unet, else the model's own)
         mixers: further networks: medssm_unet with each of these mixers
     Args: Training
-        steps: training steps of each network (550; 200 with fast)
+        steps: training steps of each network (default: 550; with `fast` 200)
         trained: the hemisphere to train on, left or right; the other one is tested
         seed: of the weights and of the patches; the same seed gives the same result on the same machine
         device: auto, cpu, cuda, cuda:1 or mps
