@@ -202,7 +202,7 @@ def _run(x, weight, bias, out, *, dout=None, mirror=False, silu=False):
 
 def _volumes(instead, **tensors) -> dict:
     """Kernel arguments: tensors (b,*spatial,d) as pointers and strides of volumes. A missing leading axis has stride 0."""
-    arguments = pointers(instead, **tensors)
+    arguments: dict = pointers(instead, **tensors)
     for name, t in tensors.items():
         batch, *axes, channel = (0,) * 5 if t is None else t.stride()
         steps = (batch, *_axes(axes, 0), channel)

@@ -46,7 +46,7 @@ class Scan(NamedTuple):
     g: torch.Tensor | None  # (b,l,h) or (b,l,h,dk), log decay
     scale: float
     heads: int
-    index: torch.Tensor | None
+    index: torch.Tensor | None  # type: ignore[assignment]  # it hides tuple.index, which nobody calls here
     segment: torch.Tensor | None  # (l,) int32: how often the state has begun anew, up to each step
     reverse: bool
     steps: torch.Tensor | None = None  # (b,l,h) float32, dense: v is multiplied by it
@@ -79,7 +79,8 @@ def scan_of(
     z: torch.Tensor | None = None,  # (b,l,h,dv)
 ) -> Scan:
     """The recurrence as the kernels read it: `Scan`'s fields, of tensors with any strides, and starts as the ops have them."""
-    q, k, v, z = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, z))
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    z = z if z is None or z.stride(-1) == 1 else z.contiguous()
     if g is not None and g.dim() == 4 and g.stride(-1) != 1:
         g = g.contiguous()
     return Scan(q, k, v, g, float(scale), heads, index, segments(starts, q.shape[1], reverse), reverse, steps, skip, z)

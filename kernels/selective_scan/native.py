@@ -28,7 +28,18 @@ _DTYPES = native.DTYPES
 _Float = torch.FloatTensor  # an instance is a float32 tensor on the CPU: one question in place of two
 
 
-def forward_usual(u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
+def forward_usual(
+    u: torch.Tensor,  # (b,l,d)
+    delta: torch.Tensor,  # (b,l,d)
+    A: torch.Tensor,  # (d,n)
+    B: torch.Tensor,  # (b,l,n)
+    C: torch.Tensor,  # (b,l,n)
+    D: torch.Tensor | None,  # (d,)
+    z: torch.Tensor | None,  # (b,l,d)
+    delta_bias: torch.Tensor | None,  # (d,)
+    softplus: bool,
+    reverse: bool,
+) -> torch.Tensor | None:
     """`forward` of a plain sequence on the CPU in float32, its shapes checked here; None where anything is not as usual.
 
     Of a call that takes microseconds, finding out what the tensors are is the larger part: so this looks at each of them once.

@@ -44,7 +44,7 @@ class _Scan(NamedTuple):
     bias: torch.Tensor | None
     softplus: bool
     proj: torch.Tensor | None  # (r,d)
-    index: torch.Tensor | None
+    index: torch.Tensor | None  # type: ignore[assignment]  # it hides tuple.index, which nobody calls here
     keep: torch.Tensor | None  # (l,): what `decay` adds to each step's exponent: -inf where the state begins anew, else 0
     reverse: bool
     initial: torch.Tensor | None  # (b,d,n)
@@ -94,7 +94,8 @@ class _Total:
     """A result (b,l,d) that several launches add to, one after the other. It is in float32 until the last launch writes it."""
 
     def __init__(self, result: torch.Tensor, launches: int):
-        self.result, self.left, self.earlier = result, launches, None
+        self.result, self.left = result, launches
+        self.earlier: torch.Tensor | None = None
         self.sum = result if launches == 1 or result.dtype is torch.float32 else torch.empty(result.shape, dtype=torch.float32, device=result.device)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -350,9 +351,9 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, star
 
 def _scan_of_walk(i, walk, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj) -> _Scan:
     """The scan along walk i of `forward_nd`."""
-    weights = (None if t is None else t[i] for t in (D, delta_bias, delta_proj))
-    D, delta_bias, delta_proj = weights
-    return _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], D, z, delta_bias, softplus, delta_proj, *walk, None)
+    D, delta_bias, delta_proj = (None if t is None else t[i] for t in (D, delta_bias, delta_proj))
+    index, starts, reverse = walk
+    return _scan(_slice(x, i), delta[:, :, i], A[i], B[:, :, i], C[:, :, i], D, z, delta_bias, softplus, delta_proj, index, starts, reverse, None)
 
 
 def _launches(A) -> int:

@@ -24,7 +24,7 @@ from medssm.ops import modes, shapes
 if TYPE_CHECKING:
     from medssm.ops.op import Op
 
-_library: Any = torch.library.Library("medssm", "DEF")  # type: ignore[no-untyped-call]  # torch has not annotated it
+_library: Any = torch.library.Library("medssm", "DEF")
 _BACKENDS = {"native": native, "triton": triton, "cuda": cuda}
 _WALKS = {"one": "Tensor? index, str order, bool reverse", "many": "str orders", "none": ""}
 
