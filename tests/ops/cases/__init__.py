@@ -36,10 +36,10 @@ def calls(op: str, small: bool = False):
     return CASES[op].calls(small=small or triton.INTERPRETED)
 
 
-def example(op: str) -> Call:
-    """The op's own example."""
+def example(op: str, length: int = 13) -> Call:
+    """The op's own example, of so many tokens."""
     generator, declared = torch.Generator().manual_seed(0), DECLARED[op]
-    given = declared.example(lambda *shape: torch.randn(shape, generator=generator).to(DEVICE), 13, 6)
+    given = declared.example(lambda *shape: torch.randn(shape, generator=generator).to(DEVICE), length, 6)
     state = initial(given.pop("initial_state")) if "initial_state" in given else {}
     main = declared.names[declared.main]
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
