@@ -97,7 +97,8 @@ def selective_scan(
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     plain = order is None and initial_state is None and delta_proj is None and not return_final_state and layout == "bld"
-    if plain and dispatch.free(backend, "native") and not library.reason() and modes.direct(tensors):
+    given = u is not None and delta is not None and A is not None and B is not None and C is not None
+    if plain and given and dispatch.free(backend, "native") and not library.reason() and modes.direct(tensors):
         out = native.forward_usual(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
         if out is not None:
             return out
