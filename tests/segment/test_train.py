@@ -182,10 +182,10 @@ def test_a_full_disk_leaves_the_log_with_whole_lines(small, tmp_path, monkeypatc
     with pytest.raises(Interrupted):
         train(small, tmp_path / "a", max_steps=10, **FAST)
     log = tmp_path / "a/metrics.jsonl"
-    fitted, before = (tmp_path / "a/fitted.json").stat().st_size, log.read_bytes()
+    others, before = max((tmp_path / "a" / name).stat().st_size for name in ("fitted.json", "train.yaml")), log.read_bytes()
     monkeypatch.setattr(Stop, "at", None)
     monkeypatch.setattr("medssm.segment.loop._LOG_SECONDS", 0.0)
-    with files_of_at_most(max(fitted, len(before) + 100)), pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full"):
+    with files_of_at_most(max(others, len(before)) + 100), pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full"):
         train(small, tmp_path / "a", max_steps=100, resume=True, **FAST)
     after = log.read_bytes()
     assert after.startswith(before) and after.endswith(b"}\n") and all(map(json.loads, after.splitlines()))
