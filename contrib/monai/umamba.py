@@ -28,7 +28,7 @@ class UMamba(nn.Module):
     U-Mamba, a residual U-Net with Mamba (selective state space) layers, based on:
     `U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation <https://arxiv.org/abs/2401.04722>`_.
 
-    The selective scan is that of the optional package ``medssm``, which runs on CPU and GPU: ``pip install medssm``.
+    The selective scan is that of the optional package ``medssm``, which runs on CPU and GPU: ``pip install .`` in its source folder.
     Inputs of any size are accepted, they are padded inside to a multiple of the product of the strides.
 
     Args:

@@ -14,7 +14,6 @@ from medssm.kernels import cuda
 from tests.kernels import resources
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-built = pytest.mark.skipif(not cuda.path().is_file() or cuda.EMULATED, reason="no nvcc here: the CUDA library was not built")
 KERNELS = {
     "local": 6,
     "apply": 6,
@@ -37,22 +36,31 @@ def ask(expression: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_where_nvcc_is_the_library_is_built():
-    if shutil.which("nvcc") is None or os.environ.get("MEDSSM_CUDA") == "0":
-        pytest.skip("no nvcc")
-    assert cuda.path().is_file()
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """The library of this checkout; where torch has no CUDA there is none, and nvcc builds it for these tests: minutes."""
+    if cuda.path().is_file() and not cuda.EMULATED:
+        return cuda.path()
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here")
+    folder = tmp_path_factory.mktemp("cuda")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", folder]
+    env = {**os.environ, "MEDSSM_CUDA": "1", "MEDSSM_CPU": "0", "MEDSSM_CUDA_ARCHS": "80 90 100"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder / "medssm" / "_lib" / cuda.path().name
 
 
-@built
-def test_it_says_what_it_was_compiled_for():
-    assert re.fullmatch(r"sm_80 sm_90 sm_100 compute_100", cuda.targets())
+@pytest.mark.thorough
+def test_it_says_what_it_was_compiled_for(library):
+    assert ask("cuda.targets()", MEDSSM_CUDA_LIBRARY=str(library)) == "sm_80 sm_90 sm_100 compute_100"
 
 
-@built
+@pytest.mark.thorough
 @pytest.mark.skipif(resources.cuobjdump() is None, reason="neither the toolkit's cuobjdump nor Triton's is here")
-def test_no_kernel_spills_on_any_target():
+def test_no_kernel_spills_on_any_target(library):
     """A stack or local memory would hold what the registers had no room for."""
-    rows = resources.usage(cuda.path())
+    rows = resources.usage(library)
     for target in ("sm_80", "sm_90", "sm_100"):
         names = [row.name for row in rows if row.target == target]
         for kernel, count in KERNELS.items():
@@ -62,12 +70,13 @@ def test_no_kernel_spills_on_any_target():
     assert not spilled, "\n".join(spilled)
 
 
-@built
+@pytest.mark.thorough
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_it_loads_without_a_driver_and_says_why_it_is_idle():
-    assert "the library is there (for sm_80 sm_90 sm_100 compute_100)" in ask("cuda.reason()")
+def test_it_loads_without_a_driver_and_says_why_it_is_idle(library):
+    environment = {"MEDSSM_CUDA_LIBRARY": str(library)}
+    assert "the library is there (for sm_80 sm_90 sm_100 compute_100)" in ask("cuda.reason()", **environment)
     for op in ("selective_scan", "selective_scan_nd", "causal_conv1d", "depthwise_conv"):
-        assert "the library is there" in ask(f"medssm.backends()['{op}']['cuda']")
+        assert "the library is there" in ask(f"medssm.backends()['{op}']['cuda']", **environment)
 
 
 def test_a_missing_library_and_a_broken_one_are_one_line_each(tmp_path):
