@@ -4,12 +4,13 @@
 //
 //     dv_i = sum_t W_ti x_t,    dk_i = sum_t W_ti (x_t v_i - y_t)
 //
-// which are sums like the forward ones with the roles of tokens and outputs exchanged: of the key -log D_t and the values x_t and y_t. The forward
-// pass is made again; it gives them (D_t as e^top and a number beside it), and the gradients of w, from the sums' derivatives, and of u. The outputs
-// that lie behind a token are summed on the way, their sums before each tile kept; a sweep from the end goes through each tile both ways. Nothing
-// that is kept but x, y and top is longer than the number of tiles.
+// These are sums like those of the forward pass, with the roles of tokens and outputs exchanged: the key is -log D_t, the values are x_t and y_t.
+// A first part repeats the forward computation. It gives x_t and y_t, with D_t as e^top times a number, the gradient of w from the derivatives of the
+// sums, and the gradient of u. It also stores, for each tile, the sum over the outputs before that tile. A last sweep, from the end to the start,
+// goes through each tile in both directions and writes dk and dv. Only x, y and top are stored for each step; everything else is stored for each
+// tile.
 //
-// Each block adds up its own shares of dw and du; those of the batch elements are added in order: any number of threads gives the same bits.
+// Each block computes its own dw and du. They are later added over the batch in a fixed order, so any number of threads gives the same bits.
 #include <initializer_list>
 
 #include "medssm/abi.h"
@@ -25,73 +26,73 @@ struct Arguments {
   void *dw, *du;  // (b, d), dense, the compute type
 };
 
-// An output, as the tokens see it: its key is -top, its values x and y.
+// An output as an item of the sums of the backward pass: its key is -top, its values are x and y.
 template <class T> struct Output {
   Vec<T> top, x, y;
 };
 
 template <class T> struct Memory {
   int64_t tiles, length;
-  Scratch<Sums<T>> ahead, behind;  // of each tile of a segment: tokens, outputs; block after block
-  Scratch<Output<T>> outputs;      // of each step
-  Scratch<bool> level;             // of each tile
+  Scratch<Sums<T>> ahead, before;  // [block][tile]: sums over the tokens after a tile, over the outputs before it
+  Scratch<Output<T>> outputs;      // [block][step]
+  Scratch<bool> one_top;           // [block][tile]
   Memory(const Problem& p, int64_t blocks) :
       tiles(Segment::most_tiles(p)),
       length(p.length),
       ahead(blocks * tiles),
-      behind(blocks * tiles),
+      before(blocks * tiles),
       outputs(blocks * length),
-      level(blocks * tiles) {
+      one_top(blocks * tiles) {
     medssm::prefer_huge_pages(outputs.data(), blocks * length * static_cast<int64_t>(sizeof(Output<T>)));
   }
 };
 
 template <class T, bool kUpstream> class Backward {
  public:
-  // i: the block's place in the memory.
+  // i: the index of the block in the scratch memory.
   Backward(const Arguments& a, const Walk& walk, const Block<T>& block, const Memory<T>& memory, int64_t i) :
       a_(a),
       p_(a.problem),
       forward_(p_, walk, block, memory.ahead.data() + i * memory.tiles),
-      kept_behind_(memory.behind.data() + i * memory.tiles),
+      sums_before_(memory.before.data() + i * memory.tiles),
       outputs_(memory.outputs.data() + i * memory.length),
-      level_(memory.level.data() + i * memory.tiles) {}
+      one_top_(memory.one_top.data() + i * memory.tiles) {}
 
   void begin() {
     forward_.begin();
-    behind_ = Sums<T>::empty();
-    future_ = Behind<T, kUpstream>();
+    outputs_before_ = Sums<T>::empty();
+    future_ = PassedSums<T, kUpstream>();
   }
-  void retreat(int64_t i, const Run& run) { forward_.retreat(i, run); }
+  void sum_ahead(int64_t i, const Run& run) { forward_.sum_ahead(i, run); }
 
-  // The outputs of a tile, and its shares of dw and du.
+  // A tile of the sweep from the start: x, y and top of its outputs; adds what the tile contributes to dw and du.
   void advance(int64_t i, const Run& run) {
     Vec<T> dout[kTile], dw = {}, du = {};
     forward_.block().prefetch_rows(a_.dout, forward_.rows_after(run));
     forward_.block().load_rows(a_.dout, forward_.rows(run), dout);
-    kept_behind_[i] = behind_;
+    sums_before_[i] = outputs_before_;
     Output<T>* outputs = outputs_ + run.from;
     const Vec<T> w = forward_.rate().w;
-    level_[i] = forward_.advance(i, run, [&](int64_t t, Vec<T> v, const Quotient<T>& q) __attribute__((always_inline)) {
+    one_top_[i] = forward_.advance(i, run, [&](int64_t t, Vec<T> v, const Quotient<T>& q) __attribute__((always_inline)) {
       const Vec<T> x = dout[t] * q.inverse, y = x * q.out;
       outputs[t] = {q.top, x, y};
       dw += x * q.slope_a - y * q.slope_b;
       du += q.own * (x * v - y);
     });
-    if (level_[i]) {
+    if (one_top_[i]) {
       Partial<T> sum;
-      for (int64_t t = 0; t < run.count; ++t) sum.template add<false>(forward_.level(), outputs[t].x, outputs[t].y);
-      behind_ = sum.behind(behind_, w, run.count, -outputs[0].top);
+      for (int64_t t = 0; t < run.count; ++t) sum.template add<false>(forward_.shared(), outputs[t].x, outputs[t].y);
+      outputs_before_ = sum.added_to(outputs_before_, w, run.count, -outputs[0].top);
     } else {
       Sums<T> tile = Sums<T>::empty();
       for (int64_t t = 0; t < run.count; ++t) tile.template add<false>(w, -outputs[t].top, outputs[t].x, outputs[t].y);
-      behind_ = behind_.later(w, splat(T(run.count))).with(tile);
+      outputs_before_ = outputs_before_.later(w, splat(T(run.count))).plus(tile);
     }
     dw_ += dw;
     du_ += du;
   }
 
-  // dk and dv of a tile.
+  // A tile of the last sweep: writes its dk and dv.
   void finish(int64_t i, const Run& run) {
     const Block<T>& block = forward_.block();
     const Rate<T> rate = forward_.rate();
@@ -102,8 +103,8 @@ template <class T, bool kUpstream> class Backward {
     for (const Tokens* tokens : {&p_.k, &p_.v, &a_.dk, &a_.dv}) block.prefetch_rows(*tokens, forward_.rows_before(run));
     forward_.load(run, k, v);
     if constexpr (!kUpstream) {
-      if (level_[i] && Level<T>::near(outputs[0].top, kept_behind_[i], future_.passed())) {
-        finish_level(run, outputs, k, v, kept_behind_[i], dk, dv);
+      if (one_top_[i] && SharedShift<T>::can_scale(outputs[0].top, sums_before_[i], future_.passed())) {
+        finish_shared(run, outputs, k, v, sums_before_[i], dk, dv);
         block.store_rows(a_.dk, rows, dk);
         block.store_rows(a_.dv, rows, dv);
         return;
@@ -114,26 +115,26 @@ template <class T, bool kUpstream> class Backward {
       dk[t] = fma(scale, term.a * v[t] - term.b, dk[t]);
       dv[t] = fma(scale, term.a, dv[t]);
     };
-    Sums<T> past = kept_behind_[i];
+    Sums<T> past = sums_before_[i];
     for (int64_t t = 0; t < run.count; ++t) {
       const Output<T>& o = outputs[t];
       const Vec<T> own = weight(u + k[t] - o.top);
       dk[t] = own * (o.x * v[t] - o.y);
       dv[t] = own * o.x;
-      share(t, ahead<T, kUpstream>(rate, past.seen));
+      share(t, ahead<T, kUpstream>(rate, past.term));
       past.template add<false>(rate.w, -o.top, o.x, o.y);
     }
     if (run.last) future_.begin_chunk(rate);
-    Behind<T, kUpstream> future = future_;
+    PassedSums<T, kUpstream> future = future_;
     future.begin(rate);
     for (int64_t t = run.count - 1; t >= 0; --t) {
-      constexpr int kTerms = Behind<T, kUpstream>::kTerms;
+      constexpr int kTerms = PassedSums<T, kUpstream>::kTerms;
       const Output<T>& o = outputs[t];
       Term<T> terms[kTerms];
-      future.template take<false>(rate, -o.top, o.x, o.y);
-      future.template see<false>(rate, terms);
-      const int seen = kUpstream && run.first && t == 0 ? kTerms - 1 : kTerms;  // nothing is taken of a chunk's first token
-      for (int term = 0; term < seen; ++term) share(t, terms[term]);
+      future.template subtract<false>(rate, -o.top, o.x, o.y);
+      future.template terms<false>(rate, terms);
+      const int count = kUpstream && run.first && t == 0 ? kTerms - 1 : kTerms;  // the error term leaves out the chunk's first token
+      for (int term = 0; term < count; ++term) share(t, terms[term]);
       future.template add<false>(rate, -o.top, o.x, o.y);
     }
     future.end(rate);
@@ -150,43 +151,44 @@ template <class T, bool kUpstream> class Backward {
   }
 
  private:
-  // e^x of a weight over an output's top. A level tile's top is its own heaviest key: heavier tokens elsewhere, and the bonus, go above it so far.
-  static MEDSSM_INLINE Vec<T> weight(Vec<T> x) { return exp_bounded<T>(max(splat(-kExpBound<T>), min(splat(Level<T>::kAbove), x))); }
+  // e^x, where x is the exponent of a weight less an output's top. x can be larger than 0 where a tile has one top, the largest of its own keys: the
+  // bonus and tokens of other tiles can have larger exponents, but none above kMaxExponent.
+  static MEDSSM_INLINE Vec<T> weight(Vec<T> x) { return exp_bounded<T>(max(splat(-kExpBound<T>), min(splat(SharedShift<T>::kMaxExponent), x))); }
 
-  MEDSSM_INLINE void finish_level(const Run& run, const Output<T>* outputs, const Vec<T>* k, const Vec<T>* v, const Sums<T>& past, Vec<T>* dk,
-                                  Vec<T>* dv) {
-    const Level<T>& level = forward_.level();
+  MEDSSM_INLINE void finish_shared(const Run& run, const Output<T>* outputs, const Vec<T>* k, const Vec<T>* v, const Sums<T>& past, Vec<T>* dk,
+                                   Vec<T>* dv) {
+    const SharedShift<T>& shared = forward_.shared();
     const Vec<T> base = outputs[0].top;
     const Outside<T> before(past, -base), after(future_.passed(), -base);
     Partial<T> sum, sums[kTile];
     for (int64_t t = 0; t < run.count; ++t) {
       const Output<T>& o = outputs[t];
-      sums[t] = {fma(level.bonus, o.x, sum.a), fma(level.bonus, o.y, sum.b), sum.slope_a, sum.slope_b};
-      before.template add_to<false>(sums[t], level, t);
-      sum.template add<false>(level, o.x, o.y);
+      sums[t] = {fma(shared.bonus, o.x, sum.a), fma(shared.bonus, o.y, sum.b), sum.slope_a, sum.slope_b};
+      before.template add_to<false>(sums[t], shared, t);
+      sum.template add<false>(shared, o.x, o.y);
     }
     sum = {};
     for (int64_t t = run.count - 1; t >= 0; --t) {
       Partial<T>& all = sums[t];
       all.a += sum.a;
       all.b += sum.b;
-      after.template add_to<false>(all, level, run.count - 1 - t);
+      after.template add_to<false>(all, shared, run.count - 1 - t);
       const Vec<T> weight = exp_bounded<T>(k[t] - base);
       dk[t] = weight * (all.a * v[t] - all.b);
       dv[t] = weight * all.a;
-      sum.template add<false>(level, outputs[t].x, outputs[t].y);
+      sum.template add<false>(shared, outputs[t].x, outputs[t].y);
     }
-    future_.passed() = sum.behind(future_.passed(), forward_.rate().w, run.count, -base);
+    future_.passed() = sum.added_to(future_.passed(), forward_.rate().w, run.count, -base);
   }
 
   const Arguments& a_;
   const Problem& p_;
   Outputs<T, kUpstream, true> forward_;
-  Sums<T>* const kept_behind_;
+  Sums<T>* const sums_before_;
   Output<T>* const outputs_;
-  bool* const level_;                  // of each tile, whether its outputs have one top
-  Sums<T> behind_ = Sums<T>::empty();  // outputs
-  Behind<T, kUpstream> future_;        // outputs
+  bool* const one_top_;                        // for each tile, whether all its outputs have the same top
+  Sums<T> outputs_before_ = Sums<T>::empty();  // over the outputs before the present step
+  PassedSums<T, kUpstream> future_;            // over the outputs after it
   Vec<T> dw_ = {}, du_ = {};
 };
 
@@ -201,7 +203,7 @@ template <class T, bool kUpstream> void backward(const Arguments& a) {
     each_segment(p, [&](const Segment& segment) {
       for (auto& block : blocks) block.begin();
       segment.each_tile_back([&](int64_t i, const Run& run) {
-        for (auto& block : blocks) block.retreat(i, run);
+        for (auto& block : blocks) block.sum_ahead(i, run);
       });
       segment.each_tile([&](int64_t i, const Run& run) {
         for (auto& block : blocks) block.advance(i, run);

@@ -1,4 +1,4 @@
-// Bidirectional WKV, forward, on a CPU: threads share the blocks of channels of all batch elements.
+// Bidirectional WKV, forward, on a CPU. The threads share the blocks of channels of all batch elements.
 #include "medssm/abi.h"
 #include "outputs.h"
 
@@ -13,7 +13,7 @@ struct Arguments {
 
 template <class T> struct Memory {
   int64_t tiles;
-  Scratch<Sums<T>> ahead;  // of each tile, block after block
+  Scratch<Sums<T>> ahead;  // [block][tile]
   Memory(const Problem& p, int64_t blocks) : tiles(Segment::most_tiles(p)), ahead(blocks * tiles) {}
 };
 
@@ -29,7 +29,7 @@ template <class T, bool kUpstream> void forward(const Arguments& a) {
     each_segment(p, [&](const Segment& segment) {
       for (auto& block : blocks) block.begin();
       segment.each_tile_back([&](int64_t i, const Run& run) {
-        for (auto& block : blocks) block.retreat(i, run);
+        for (auto& block : blocks) block.sum_ahead(i, run);
       });
       segment.each_tile([&](int64_t i, const Run& run) {
         for (auto& block : blocks) {

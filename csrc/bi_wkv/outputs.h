@@ -1,37 +1,39 @@
-// The forward pass through a block of channels, which the backward pass makes too.
+// The forward computation of a block of channels. The backward pass repeats it.
 //
-// A sweep from the end keeps what lies ahead of each tile; a sweep from the start finds, tile by tile, what lies ahead of each of its steps by
-// going back through the tile, which is then in the cache, and what lies behind on the way.
+// A sweep from the end to the start stores, for each tile, the sum over all tokens after that tile. A sweep from the start then processes each tile
+// twice, while it is in the cache: backward for the sum over the tokens ahead of each step, forward for the sum over those behind and for the
+// outputs.
 //
-// The backward pass (kSlope) takes the values less about their mean. Outputs are then less by as much and the gradients the same: they are of the
-// differences between values and outputs. But sums over values that differ little round by the mean, the differences by what is left.
+// The backward pass (kSlope) subtracts an estimate of their mean from the values. This shifts the outputs by the same number and does not change the
+// gradients, which depend on differences between values and outputs only. It makes them more exact: rounding errors are relative to the values, so
+// small values have small errors.
 #pragma once
-#include "level.h"
 #include "problem.h"
+#include "shared_shift.h"
 #include "sums.h"
 
 namespace medssm {
 namespace {
 
-// One step's quotient. Its weights are relative to e^top.
+// The quotient that is the output of one step, and its parts. Weights and sums are divided by e^top; inverse is 1 / denominator.
 template <class T> struct Quotient {
   Vec<T> top, own, out, inverse, slope_a, slope_b;
 };
 
 template <class T, bool kUpstream, bool kSlope> class Outputs {
  public:
-  // ahead: room for a sum for each tile of a segment.
+  // ahead: scratch memory for one sum per tile of a segment.
   Outputs(const Problem& p, const Walk& walk, const Block<T>& block, Sums<T>* ahead) :
-      p_(p), walk_(walk), block_(block), rate_(block.weight(p.w)), u_(block.weight(p.u)), level_(rate_, u_), ahead_(ahead) {
+      p_(p), walk_(walk), block_(block), rate_(block.weight(p.w)), u_(block.weight(p.u)), shared_(rate_, u_), ahead_(ahead) {
     if constexpr (kSlope) center_ = block.mean(p.v, p.length);
   }
 
   const Block<T>& block() const { return block_; }
   const Rate<T>& rate() const { return rate_; }
-  const Level<T>& level() const { return level_; }
+  const SharedShift<T>& shared() const { return shared_; }
   Tile rows(const Run& run) const { return walk_.steps(run.from, run.from + run.count); }
 
-  // The rows of about a tile before a run, and after it: what a sweep comes to next.
+  // The kTile steps before a tile, and after it: those that a sweep needs next, for prefetching.
   Tile rows_before(const Run& run) const { return walk_.steps(most<int64_t>(0, run.from - kTile), run.from); }
   Tile rows_after(const Run& run) const { return walk_.steps(run.from + run.count, least(p_.length, run.from + run.count + kTile)); }
 
@@ -42,43 +44,43 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
       for (int64_t t = 0; t < run.count; ++t) v[t] -= center_;
   }
 
-  // A segment begins, at its end.
+  // Before the first sweep of a segment, which is the one from its end.
   void begin() {
     future_ = Sums<T>::empty();
-    past_ = Behind<T, kUpstream>();
+    past_ = PassedSums<T, kUpstream>();
   }
 
-  // Tile i of the sweep from the end.
-  void retreat(int64_t i, const Run& run) {
+  // Tile i of the sweep from the end: stores the sum over the tokens after the tile, then adds the tile's tokens.
+  void sum_ahead(int64_t i, const Run& run) {
     ahead_[i] = future_;
     if (i == 0) return;
     Vec<T> k[kTile], v[kTile];
     prefetch(rows_before(run));
     load(run, k, v);
-    if (!kUpstream && level_.sums()) {
+    if (!kUpstream && shared_.usable()) {
       const Vec<T> base = bounds(run, k).highest;
       Partial<T> sum;
       for (int64_t t = run.count - 1; t >= 0; --t) {
         const Vec<T> weight = exp_below<T>(k[t] - base);
-        sum.template add<kSlope>(level_, weight * v[t], weight);
+        sum.template add<kSlope>(shared_, weight * v[t], weight);
       }
-      future_ = sum.behind(future_, rate_.w, run.count, base);
+      future_ = sum.added_to(future_, rate_.w, run.count, base);
       return;
     }
     Sums<T> tile = Sums<T>::empty();
     for (int64_t t = run.count - 1; t >= 0; --t) tile.template add<kSlope>(rate_.w, k[t], v[t], splat(T(1)));
-    future_ = future_.later(rate_.w, splat(T(run.count))).with(tile);
+    future_ = future_.later(rate_.w, splat(T(run.count))).plus(tile);
   }
 
-  // Tile i of the sweep from the start: write(t, v, quotient) for each of its steps. Returns whether all have one top.
+  // Tile i of the sweep from the start: calls write(t, v, quotient) for each of its steps. Returns whether all quotients have the same top.
   template <class Write> MEDSSM_INLINE bool advance(int64_t i, const Run& run, const Write& write) {
     Vec<T> k[kTile], v[kTile];
     prefetch(rows_after(run));
     load(run, k, v);
     if constexpr (!kUpstream) {
       const Bounds keys = bounds(run, k);
-      if (level_.outputs(keys.lowest, keys.highest, past_.passed(), ahead_[i])) {
-        advance_level(run, k, v, keys.highest, ahead_[i], write);
+      if (shared_.usable_for(keys.lowest, keys.highest, past_.passed(), ahead_[i])) {
+        advance_shared(run, k, v, keys.highest, ahead_[i], write);
         return true;
       }
     }
@@ -87,17 +89,17 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
     const Rate<T> rate = rate_;
     Sums<T> future = ahead_[i];
     for (int64_t t = run.count - 1; t >= 0; --t) {
-      later[t] = ahead<T, kUpstream>(rate, future.seen);
+      later[t] = ahead<T, kUpstream>(rate, future.term);
       future.template add<kSlope>(rate.w, k[t], v[t], one);
     }
     if (run.first) {
       past_.begin_chunk(rate);
       first_ = k[0];
     }
-    Behind<T, kUpstream> past = past_;
+    PassedSums<T, kUpstream> past = past_;
     past.begin(rate);
     for (int64_t t = 0; t < run.count; ++t) {
-      if (!run.first || t > 0) past.template take<kSlope>(rate, k[t], v[t], one);
+      if (!run.first || t > 0) past.template subtract<kSlope>(rate, k[t], v[t], one);
       write(t, v[t], quotient(past, later[t], k[t], v[t]));
       past.template add<kSlope>(rate, k[t], v[t], one);
     }
@@ -117,41 +119,41 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
   }
 
   template <class Write>
-  MEDSSM_INLINE void advance_level(const Run& run, const Vec<T>* k, const Vec<T>* v, Vec<T> base, const Sums<T>& future, const Write& write) {
+  MEDSSM_INLINE void advance_shared(const Run& run, const Vec<T>* k, const Vec<T>* v, Vec<T> base, const Sums<T>& future, const Write& write) {
     Vec<T> weights[kTile];
     Partial<T> later[kTile], sum;
     for (int64_t t = run.count - 1; t >= 0; --t) {
       weights[t] = exp_bounded<T>(k[t] - base);
       later[t] = sum;
-      sum.template add<kSlope>(level_, weights[t] * v[t], weights[t]);
+      sum.template add<kSlope>(shared_, weights[t] * v[t], weights[t]);
     }
     const Outside<T> before(past_.passed(), base), after(future, base);
     sum = {};
     for (int64_t t = 0; t < run.count; ++t) {
-      const Vec<T> own = level_.bonus * weights[t];
+      const Vec<T> own = shared_.bonus * weights[t];
       const Partial<T>& ahead = later[t];
       Partial<T> all = {fma(own, v[t], sum.a + ahead.a), own + (sum.b + ahead.b), sum.slope_a + ahead.slope_a, sum.slope_b + ahead.slope_b};
-      before.template add_to<kSlope>(all, level_, t);
-      after.template add_to<kSlope>(all, level_, run.count - 1 - t);
+      before.template add_to<kSlope>(all, shared_, t);
+      after.template add_to<kSlope>(all, shared_, run.count - 1 - t);
       const Vec<T> inverse = medssm::quotient<T>(splat(T(1)), all.b);
       write(t, v[t], Quotient<T>{base, own, all.a * inverse, inverse, all.slope_a, all.slope_b});
-      sum.template add<kSlope>(level_, weights[t] * v[t], weights[t]);
+      sum.template add<kSlope>(shared_, weights[t] * v[t], weights[t]);
     }
-    past_.passed() = sum.behind(past_.passed(), rate_.w, run.count, base);
+    past_.passed() = sum.added_to(past_.passed(), rate_.w, run.count, base);
   }
 
   void prefetch(const Tile& rows) const {
     block_.prefetch_rows(p_.k, rows);
     block_.prefetch_rows(p_.v, rows);
   }
-  MEDSSM_INLINE Quotient<T> quotient(const Behind<T, kUpstream>& past, const Term<T>& later, Vec<T> k, Vec<T> v) const {
-    constexpr int kTerms = Behind<T, kUpstream>::kTerms + 1;
+  MEDSSM_INLINE Quotient<T> quotient(const PassedSums<T, kUpstream>& past, const Term<T>& later, Vec<T> k, Vec<T> v) const {
+    constexpr int kTerms = PassedSums<T, kUpstream>::kTerms + 1;
     Term<T> terms[kTerms];
-    past.template see<kSlope>(rate_, terms);
+    past.template terms<kSlope>(rate_, terms);
     terms[kTerms - 1] = later;
     Quotient<T> q;
     const Vec<T> own = u_ + k;
-    q.top = kUpstream ? max(own, past.met(rate_, first_)) : own;
+    q.top = kUpstream ? max(own, past.first_shift(rate_, first_)) : own;
     for (const Term<T>& term : terms) q.top = max(q.top, term.shift);
     q.own = exp_below<T>(own - q.top);
     Vec<T> a = q.own * v, b = kUpstream ? q.own + splat(T(kEps)) : q.own;
@@ -176,10 +178,10 @@ template <class T, bool kUpstream, bool kSlope> class Outputs {
   const Block<T> block_;
   const Rate<T> rate_;
   const Vec<T> u_;
-  const Level<T> level_;
-  Sums<T>* const ahead_;  // of each tile
+  const SharedShift<T> shared_;
+  Sums<T>* const ahead_;  // for each tile, the sum over the tokens after it
   Sums<T> future_ = Sums<T>::empty();
-  Behind<T, kUpstream> past_;
+  PassedSums<T, kUpstream> past_;
   Vec<T> first_ = {};  // the key of the chunk's first token
   Vec<T> center_ = {};
 };

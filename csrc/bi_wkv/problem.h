@@ -1,4 +1,4 @@
-// A call of bidirectional WKV: its arguments, and how a segment of the walk is cut into tiles.
+// The arguments of bidirectional WKV, and how a segment of the walk is cut into chunks and tiles.
 #pragma once
 #include <type_traits>
 
@@ -10,38 +10,39 @@
 namespace medssm {
 namespace {
 
-// What kernels/bi_wkv/native.py packs. Strides in elements.
-struct Tokens {  // (b, l, d), channels adjacent
-  void* data;    // of an input it is only read
+// The argument block that kernels/bi_wkv/native.py packs. Strides are in elements.
+struct Tokens {  // (b, l, d), adjacent channels
+  void* data;    // read only, if it is an input
   int64_t type, batch, token;
 };
 struct Problem {
   Tokens k, v;
   const void *w, *u;              // (d,), dense, the compute type
-  const int64_t *index, *bounds;  // the token of each step, null for raster; the segments' first steps and the length, null for one segment
-  int64_t segments, reverse;      // reverse: index backwards; bounds are of the walk as it is made
+  const int64_t *index, *bounds;  // index: the token of each step, null for raster. bounds: the first step of each segment, then the
+                                  // length; null for one segment
+  int64_t segments, reverse;      // reverse: walk through index backwards; bounds count steps of that reversed walk
   int64_t batch, length, channels;
   int64_t upstream, wide, threads;  // wide: compute in double
 };
 
 MEDSSM_INLINE int64_t element_size(const Tokens& tokens) { return tokens.type == kFloat64 ? 8 : tokens.type == kFloat32 ? 4 : 2; }
 
-// A result of k's shape, about to be written.
+// Asks for large pages for an output of k's shape, before the first write.
 MEDSSM_INLINE void prefer_huge_pages(const Problem& p, const Tokens& result) {
   medssm::prefer_huge_pages(result.data, p.batch * p.length * p.channels * element_size(result));
 }
 
-constexpr int64_t kTile = 32;    // steps, at most
-constexpr int64_t kChunks = 32;  // of a segment, in mode "upstream"
-constexpr double kEps = 1e-6;    // there, of the denominator
+constexpr int64_t kTile = 32;    // most steps of a tile
+constexpr int64_t kChunks = 32;  // chunks per segment in mode "upstream"
+constexpr double kEps = 1e-6;    // added to the denominator in mode "upstream"
 
-// Steps [from, from + count) of the walk, in one chunk.
+// One tile of a segment: the steps [from, from + count) of the walk. It lies in one chunk.
 struct Run {
   int64_t from, count;
-  bool first, last;  // of its chunk
+  bool first, last;  // whether it is the first, and the last, tile of its chunk
 };
 
-// A segment's steps in chunks, chunks in tiles; in mode "exact" the segment is one chunk.
+// A segment is cut into chunks, and a chunk into tiles. In mode "exact" the segment is one chunk.
 class Segment {
  public:
   Segment(const Problem& p, int64_t i) :
@@ -52,7 +53,7 @@ class Segment {
 
   static int64_t most_tiles(const Problem& p) { return ceil_div(p.length, kTile) + 2 * kChunks; }
 
-  // f(i, run) for each tile, from the first on, and from the last.
+  // f(i, run) for each tile: from the first to the last, and from the last to the first.
   template <class F> void each_tile(const F& f) const {
     for (int64_t i = 0; i < count(); ++i) visit(i, f);
   }
@@ -64,7 +65,7 @@ class Segment {
   int64_t count() const { return end_ > begin_ ? ceil_div(end_ - begin_, chunk_) * tiles_ : 0; }
   template <class F> void visit(int64_t i, const F& f) const {
     const int64_t chunk = begin_ + i / tiles_ * chunk_, end = least(chunk + chunk_, end_), from = chunk + i % tiles_ * kTile;
-    if (from < end) f(i, Run{from, least(kTile, end - from), from == chunk, from + kTile >= end});  // the last chunk may end before its tiles do
+    if (from < end) f(i, Run{from, least(kTile, end - from), from == chunk, from + kTile >= end});  // the last chunk may have fewer tiles
   }
 
   int64_t begin_, end_, chunk_, tiles_;
@@ -74,7 +75,7 @@ template <class Body> void each_segment(const Problem& p, const Body& body) {
   for (int64_t i = 0; i < p.segments; ++i) body(Segment(p, i));
 }
 
-// A vector of channels of one batch element, or its first lanes.
+// One vector of channels of one batch element. The last block of the channels may use only the first lanes.
 template <class T> struct Block {
   static constexpr int W = kLanes<T>;
   int64_t batch, channel;
@@ -86,7 +87,7 @@ template <class T> struct Block {
 
   Vec<T> weight(const void* data) const { return load_part<T>(static_cast<const T*>(data) + channel, lanes); }
 
-  // About the mean of all tokens, from some of them; zero where that is no number.
+  // An estimate of the mean over all tokens, from every 16th one. Zero where the mean is not finite.
   Vec<T> mean(const Tokens& tokens, int64_t length) const {
     constexpr int64_t kEvery = 16;
     const int64_t some = ceil_div(length, kEvery);
@@ -102,14 +103,14 @@ template <class T> struct Block {
     return sum - sum == Vec<T>{} ? sum : Vec<T>{};
   }
 
-  // Asks for a run's tokens: rows lie too far apart for the processor to see what comes next.
+  // Prefetches a tile's tokens. The stride between tokens is too large for the processor's own prefetcher.
   void prefetch_rows(const Tokens& tokens, const Tile& run) const {
     const int64_t size = element_size(tokens);
     const char* data = static_cast<const char*>(tokens.data) + (batch * tokens.batch + channel) * size;
     for (int64_t t = 0; t < run.count; ++t) __builtin_prefetch(data + run.token(t) * tokens.token * size);
   }
 
-  // A run's tokens in the compute type, a vector each.
+  // Loads a tile's tokens, converted to the compute type: one vector for each token.
   void load_rows(const Tokens& tokens, const Tile& run, Vec<T>* rows) const {
     with_storage(tokens.type, static_cast<const void*>(tokens.data), [&](const auto* data) {
       data += batch * tokens.batch + channel;
@@ -133,18 +134,19 @@ template <class T> struct Block {
   }
 };
 
-// Blocks that are walked together, tile by tile: neighbours share a row's page and its memory burst. Which ones are changes no bits.
+// How many neighbouring blocks of channels one thread processes together, tile by tile: their data share cache lines and pages. The result has the
+// same bits for any number.
 constexpr int64_t kTogether = 4;
 
-// Some walkers, one for each of the blocks that are walked together.
+// The walkers of one group of blocks, one for each block.
 template <class Walker> struct Walkers {
   Walker *first, *last;
   Walker* begin() const { return first; }
   Walker* end() const { return last; }
 };
 
-// body(walkers) for this thread's share of the blocks of all batch elements, a few at a time. make(memory, block, i): the i-th of the few. A thread
-// has one Memory(p, blocks).
+// The threads share the blocks of all batch elements. body(walkers) runs for each group of at most kTogether blocks. make(memory, block, i) makes the
+// walker of the i-th block of a group. Each thread has one scratch memory, Memory(p, blocks).
 template <class T, class Walker, class Memory, class Make, class Body> void each_group(const Problem& p, const Make& make, const Body& body) {
   static_assert(std::is_trivially_destructible_v<Walker>, "walkers are left where they are");
   struct Own {
