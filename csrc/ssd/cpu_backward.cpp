@@ -1,16 +1,20 @@
-// SSD, backward, on a CPU: three passes of the forward's kind, one along the walk and two against it. With dy the gradient of y, e_t = exp(s_t A),
+// SSD, backward, on a CPU: three passes with the recurrence of the forward pass, one in the direction of the walk and two in reverse. With dy the
+// gradient of y and e_t = exp(s_t A):
 //
 //   dS_t = C_t dy_t + e_{t+1} dS_{t+1},  d(initial) = e_0 dS_0;   dC_t = sum of S_t dy_t,   dB_t = sum of s_t dS_t x_t  over the heads of a group
 //   dx_t = s_t B_t dS_t + D dy_t;   ds_t = x_t . (B_t dS_t) + A dg_t,   dg the gradient of log e;   dA = sum over t of s_t dg_t
 //
-// With F_t the sum of all of S_t dS_t:  F_t = dg_t + s_t B_t dS_t x_t = dg_{t+1} + C_t S_t dy_t, so that
+// Let F_t be the sum over all elements of S_t dS_t. Then  F_t = dg_t + s_t B_t dS_t x_t = dg_{t+1} + C_t S_t dy_t, so that
 //
-//   dg_t = dg_{t+1} + C_t S_t dy_t - s_t B_t dS_t x_t,
+//   dg_t = dg_{t+1} + C_t S_t dy_t - s_t B_t dS_t x_t.
 //
-// a sum from the walk's end, where it is that of the final state times its gradient. Both products share the term of step t's own token, which
-// cancels: they are taken without it (kStrict). Rounding would still add up, and with one sign, over a long walk: so the sum begins anew every
-// exact_steps, from the sum of S times dS itself, the state S of those steps being kept from the pass along the walk; and what a run of steps has
-// strayed from the sum where it ends is taken back from its steps in proportion.
+// This sum begins at the end of the walk, with the sum over the final state times its gradient. Both products contain the term of step t's own token,
+// which cancels: they are computed without it (kStrict).
+//
+// Over a long walk the rounding errors of this sum would add up, all with the same sign. So the walk is divided into runs of exact_steps. At the
+// end of each run dg is computed exactly, as the sum over S times dS; the first pass stores S at these steps. The difference from the sum found
+// step by step is the run's rounding error. It is spread over the steps of the run, in proportion to their distance from the run's beginning. A run
+// also ends at a start of the walk and where the decay is negligible: dg is 0 there.
 #include "group_sum.h"
 
 using namespace medssm;
@@ -26,46 +30,47 @@ struct Arguments {
   StateTensor dinitial;            // may be null
 };
 
-// A decay below this leaves less of a state than rounding does: the gradient of its logarithm is 0, and A, which may be large, multiplies no
-// rounding.
-template <class T> constexpr T kNothing = sizeof(T) == 4 ? T(0x1p-30) : T(0x1p-60);
+// A decay below this makes the state smaller than its rounding error. The gradient of the decay's logarithm is then set to 0. Otherwise A, which may
+// be large, would multiply a rounding error.
+template <class T> constexpr T kNegligibleDecay = sizeof(T) == 4 ? T(0x1p-30) : T(0x1p-60);
 
-// Steps between two exact sums: the states kept for them take the memory of x, or twice that where n is no multiple of a vector.
+// Steps between two exact sums. The states stored for them need as much memory as x, or twice as much where n is not a multiple of a vector.
 MEDSSM_INLINE int64_t exact_steps(const Problem& p) { return p.states <= 16 ? 16 : p.states <= 32 ? 32 : round_up(p.states, kTileSteps); }
 
-// What the passes leave each other, per batch element and head, and per block of states.
+// What one pass stores for the next ones, for each batch element, head and block of states.
 template <class T> struct Shared {
   static constexpr int W = kLanes<T>;
-  const int64_t length, heads, blocks, every, exact, state;  // blocks of states, steps between kept S and how many per head, elements of a block's S
-  const Scratch<T> states;                                   // S at the start and at those steps from the end: [exact][block][channel][lane]
-  const Scratch<T> sums;                                     // C_t S_t dy_t, then ds, of a block's states: [block][step]
-  const Scratch<double> rates;                               // dA
+  const int64_t length, heads;
+  const int64_t blocks, every, saved, state;  // blocks of states; steps between stored states; stored states per head; elements of a block's S
+  const Scratch<T> states;                    // S at the start, and every `every` steps from the end: [saved][block][channel][lane]
+  const Scratch<T> sums;                      // C_t S_t dy_t of a block's states, later replaced by ds: [block][step]
+  const Scratch<double> rates;                // dA
 
   explicit Shared(const Problem& p) :
       length(p.length),
       heads(p.heads),
       blocks(ceil_div(p.states, W)),
       every(exact_steps(p)),
-      exact(ceil_div(p.length, every) + 1),
+      saved(ceil_div(p.length, every) + 1),
       state(padded_rows(p.size) * W),
-      states(p.batch * heads * exact * blocks * state),
+      states(p.batch * heads * saved * blocks * state),
       sums(p.batch * heads * blocks * length),
       rates(p.batch * heads * blocks) {
-    prefer_huge_pages(states.data(), p.batch * heads * exact * blocks * state * static_cast<int64_t>(sizeof(T)));
+    prefer_huge_pages(states.data(), p.batch * heads * saved * blocks * state * static_cast<int64_t>(sizeof(T)));
   }
 
   T* state_at(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
-    return states.data() + (((slot.batch * heads + slot.head) * exact + ceil_div(steps_to_end, every)) * blocks + block) * state;
+    return states.data() + (((slot.batch * heads + slot.head) * saved + ceil_div(steps_to_end, every)) * blocks + block) * state;
   }
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
   double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * heads + head) * blocks + block]; }
 };
 
-// dC, along the walk; the state is transposed: rows are channels, lanes states.
-template <class T> class OfC : public Reader<T, false, true, true> {
+// dC: a pass in the direction of the walk. The state is transposed: rows are channels, lanes are states.
+template <class T> class GradientC : public Reader<T, false, true, true> {
  public:
-  OfC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
-      OfC::Reader(a.problem, steps, a.problem.size, {dy, 1}, {a.problem.x, 1}, {a.problem.B, a.problem.heads / a.problem.groups}),
+  GradientC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
+      GradientC::Reader(a.problem, steps, a.problem.size, {dy, 1}, {a.problem.x, 1}, {a.problem.B, a.problem.heads / a.problem.groups}),
       a_(a),
       shared_(shared),
       sum_(sum),
@@ -74,12 +79,12 @@ template <class T> class OfC : public Reader<T, false, true, true> {
 
   void begin_tile(const Slot<T>& slot, const Tile& tile) const {
     const int64_t to_end = a_.problem.length - tile.from;
-    if (tile.from == 0 || to_end % shared_.every == 0) keep(slot, to_end);
+    if (tile.from == 0 || to_end % shared_.every == 0) save_states(slot, to_end);
   }
-  void end_head(const Slot<T>& slot) const { keep(slot, 0); }
+  void end_head(const Slot<T>& slot) const { save_states(slot, 0); }
 
   Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
-    const Operands<T> in = OfC::Reader::rows(slot, tile);
+    const Operands<T> in = GradientC::Reader::rows(slot, tile);
     own_products(in.q, in.k, slot.rows, tile.count, own());
     return in;
   }
@@ -96,7 +101,7 @@ template <class T> class OfC : public Reader<T, false, true, true> {
   static constexpr int W = kLanes<T>;
 
   T* own() const { return memory_.data() + kTileSteps * W; }
-  void keep(const Slot<T>& slot, int64_t to_end) const {
+  void save_states(const Slot<T>& slot, int64_t to_end) const {
     for (int64_t block = slot.first_block; block < slot.end_block; ++block)
       std::memcpy(shared_.state_at(slot, block, to_end), slot.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
   }
@@ -104,33 +109,33 @@ template <class T> class OfC : public Reader<T, false, true, true> {
   const Arguments& a_;
   const Shared<T>& shared_;
   const GroupSum<T>& sum_;
-  const Scratch<T> memory_;  // C of a block, own products, sums
+  const Scratch<T> memory_;  // C of a block; x_t . dy_t of each step; sums over lanes
   const Scratch<T> tile_;    // dC
 };
 
-// dB, ds and dA, against the walk; the state's gradient is transposed: rows are channels, lanes states.
-template <class T> class OfB : public Reader<T, true, true, false> {
+// dB, ds and dA: a pass in reverse. The gradient of the state is transposed: rows are channels, lanes are states.
+template <class T> class GradientB : public Reader<T, true, true, false> {
  public:
-  OfB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
-      OfB::Reader(a.problem, steps, a.problem.size, {a.problem.x, 1}, {dy, 1}, {a.problem.C, a.problem.heads / a.problem.groups}),
+  GradientB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
+      GradientB::Reader(a.problem, steps, a.problem.size, {a.problem.x, 1}, {dy, 1}, {a.problem.C, a.problem.heads / a.problem.groups}),
       a_(a),
       shared_(shared),
       sum_(sum),
       memory_(kTileSteps * (W + 3)),
       tile_(shared.blocks * kTileSteps * W) {}
 
-  // What a pass carries for a block: dg of the step after, dA, and where the run of steps began.
+  // What the pass carries from tile to tile for a block: dg of the step before in this pass, dA so far, and the first step of the run.
   struct Carried {
     double dg, dA;
     int64_t begin;
   };
-  static constexpr int64_t kCarry = 64 / sizeof(T);  // a line, so that states stay aligned
+  static constexpr int64_t kCarry = 64 / sizeof(T);  // a cache line, so that states stay aligned
 
   void begin_tile(const Slot<T>& slot, const Tile& tile) const {
     if (tile.fresh || tile.from % shared_.every == 0)
       for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
         Carried c = carried(slot, block);
-        end_run(slot, block, tile.from, tile.fresh ? 0 : flow(slot, block, tile.from), &c);
+        end_run(slot, block, tile.from, tile.fresh ? 0 : state_dot_gradient(slot, block, tile.from), &c);
         carry(slot, block, c);
       }
   }
@@ -138,13 +143,13 @@ template <class T> class OfB : public Reader<T, true, true, false> {
     const int64_t length = a_.problem.length;
     for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
       Carried c = carried(slot, block);
-      end_run(slot, block, length, flow(slot, block, length), &c);
+      end_run(slot, block, length, state_dot_gradient(slot, block, length), &c);
       shared_.rate_of(slot.batch, slot.head, block) = c.dA;
     }
   }
 
   Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
-    const Operands<T> in = OfB::Reader::rows(slot, tile);
+    const Operands<T> in = GradientB::Reader::rows(slot, tile);
     own_products(in.q, in.k, slot.rows, tile.count, own());
     return in;
   }
@@ -165,7 +170,7 @@ template <class T> class OfB : public Reader<T, true, true, false> {
       c.dg += static_cast<double>(at[-t]) - step * static_cast<double>(strict[t]);
       c.dA += step * c.dg;
       at[-t] = static_cast<T>(static_cast<double>(all[t]) + A * c.dg);
-      if (*in.decay[t] < kNothing<T>) end_run(slot, block, tile.from + t + 1, 0, &c);
+      if (*in.decay[t] < kNegligibleDecay<T>) end_run(slot, block, tile.from + t + 1, 0, &c);
     }
     carry(slot, block, c);
   }
@@ -175,19 +180,19 @@ template <class T> class OfB : public Reader<T, true, true, false> {
 
   T* own() const { return memory_.data() + kTileSteps * W; }
 
-  // The sum of S times dS, so many steps before the walk's end.
-  double flow(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
+  // The sum over S times dS, `steps_to_end` steps before the end of the walk.
+  double state_dot_gradient(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
     const T *S = shared_.state_at(slot, block, steps_to_end), *dS = slot.state(block);
     Vec<T> sum{};
     for (int64_t r = 0; r < slot.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
     return static_cast<double>(sum_lanes(sum));
   }
 
-  // Ends a run before step `end` of the walk backward, at the dg that is right there, with which the next run begins.
-  void end_run(const Slot<T>& slot, int64_t block, int64_t end, double right, Carried* c) const {
+  // Ends a run before step `end` of the reverse walk. exact: dg at this step, without the run's rounding error; the next run begins with it.
+  void end_run(const Slot<T>& slot, int64_t block, int64_t end, double exact, Carried* c) const {
     const int64_t steps = end - c->begin, last = a_.problem.length - 1;
     if (steps > 0) {
-      const double per_step = (right - c->dg) / static_cast<double>(steps), A = static_cast<double>(static_cast<const T*>(a_.problem.A)[slot.head]);
+      const double per_step = (exact - c->dg) / static_cast<double>(steps), A = static_cast<double>(static_cast<const T*>(a_.problem.A)[slot.head]);
       T* const ds = shared_.sums_of(slot.batch, slot.head, block) + last - c->begin;
       const T* const s = this->steps_.step(slot.batch, slot.head, last - c->begin);
       for (int64_t t = 0; t < steps; ++t) {
@@ -196,7 +201,7 @@ template <class T> class OfB : public Reader<T, true, true, false> {
         ds[-t] = static_cast<T>(static_cast<double>(ds[-t]) + A * correction);
       }
     }
-    c->dg = right;
+    c->dg = exact;
     c->begin = end;
   }
 
@@ -212,16 +217,16 @@ template <class T> class OfB : public Reader<T, true, true, false> {
   const Arguments& a_;
   const Shared<T>& shared_;
   const GroupSum<T>& sum_;
-  const Scratch<T> memory_;  // B of a block, own products, two sums
+  const Scratch<T> memory_;  // B of a block; x_t . dy_t of each step; two sums over lanes
   const Scratch<T> tile_;    // dB
 };
 
-// dx, dD and the initial state's gradient, against the walk.
-template <class T> class OfX : public Reader<T, true, false, false> {
+// dx, dD and the gradient of the initial state: a pass in reverse.
+template <class T> class GradientX : public Reader<T, true, false, false> {
  public:
-  OfX(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps) :
-      OfX::Reader(a.problem, steps, a.problem.states, {a.problem.B, a.problem.heads / a.problem.groups},
-                  {a.problem.C, a.problem.heads / a.problem.groups}, {dy, 1}),
+  GradientX(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps) :
+      GradientX::Reader(a.problem, steps, a.problem.states, {a.problem.B, a.problem.heads / a.problem.groups},
+                        {a.problem.C, a.problem.heads / a.problem.groups}, {dy, 1}),
       a_(a),
       memory_(kTileSteps * W) {}
 
@@ -289,8 +294,8 @@ template <class T> void gate(const Arguments& a, const HeadOutput& dy) {
   });
 }
 
-// ddt, and the sums that dA and the gradient of dt's bias are.
-template <class T> void of_steps(const Arguments& a, const Steps<T>& steps, const Shared<T>& shared, const Walk& walk) {
+// ddt, and the sums dA and dbias, from what the passes stored.
+template <class T> void write_step_gradients(const Arguments& a, const Steps<T>& steps, const Shared<T>& shared, const Walk& walk) {
   const Problem& p = a.problem;
   const int64_t items = p.batch * p.heads;
   parallel(threads_for(p, items, p.length), [&](const Team& team) {
@@ -323,7 +328,7 @@ template <class T> void of_steps(const Arguments& a, const Steps<T>& steps, cons
 template <class T> void backward(const Arguments& a) {
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse), back(p.length, p.index, p.starts, p.start_count, !p.reverse);
-  expect_writes(p, a.dx, a.dB, a.dC, a.dz);
+  prefer_huge_pages_for(p, a.dx, a.dB, a.dC, a.dz);
   const Steps<T> steps(p, walk);
   const Shared<T> shared(p);
   const int64_t token = p.heads * p.size;
@@ -331,18 +336,18 @@ template <class T> void backward(const Arguments& a) {
   HeadTokens dy = a.dout;
   if (p.z.data) {
     const HeadOutput to{gated.data(), kStorage<T>, p.length * token, token, p.size};
-    expect_writes(p, to);
+    prefer_huge_pages_for(p, to);
     gate<T>(a, to);
     dy = {to.data, to.type, to.batch, to.token, to.head};
   }
   const GroupSum<T> of_B(p, a.dB), of_C(p, a.dC);
-  const MatrixShape across{p.batch, p.heads, of_B.together(), p.size, p.states}, along{p.batch, p.heads, 1, p.states, p.size};
-  scan<T>(across, walk, p.length, p.threads, transposed(p.initial), {}, {shared.every, p.length}, 0,
-          [&] { return OfC<T>(a, dy, steps, shared, of_C); });
-  scan<T>(across, back, p.length, p.threads, transposed(a.dstate), {}, {shared.every, 0}, OfB<T>::kCarry,
-          [&] { return OfB<T>(a, dy, steps, shared, of_B); });
-  scan<T>(along, back, p.length, p.threads, a.dstate, a.dinitial, {}, OfX<T>::kCarry, [&] { return OfX<T>(a, dy, steps); });
-  of_steps(a, steps, shared, walk);
+  const MatrixShape transposed_shape{p.batch, p.heads, of_B.heads_per_piece(), p.size, p.states}, shape{p.batch, p.heads, 1, p.states, p.size};
+  scan<T>(transposed_shape, walk, p.length, p.threads, transposed(p.initial), {}, {shared.every, p.length}, 0,
+          [&] { return GradientC<T>(a, dy, steps, shared, of_C); });
+  scan<T>(transposed_shape, back, p.length, p.threads, transposed(a.dstate), {}, {shared.every, 0}, GradientB<T>::kCarry,
+          [&] { return GradientB<T>(a, dy, steps, shared, of_B); });
+  scan<T>(shape, back, p.length, p.threads, a.dstate, a.dinitial, {}, GradientX<T>::kCarry, [&] { return GradientX<T>(a, dy, steps); });
+  write_step_gradients(a, steps, shared, walk);
   of_B.finish();
   of_C.finish();
 }

@@ -29,9 +29,9 @@ template <class T> class Forward : public Reader<T, false, false, true> {
       for (int64_t t = 0; t < tile.count; ++t) store(y + t * W, fma(D, load<T>(x[t]), load<T>(o + t * W)));
       o = y;
     }
-    const auto kept = [&](int64_t t) { return load<T>(o + t * W); };
-    if (a_.y.data) write_rows<T>(a_.y, slot.batch, slot.head, block * W, width, tile, kept);
-    if (!p.z.data) return write_rows<T>(a_.out, slot.batch, slot.head, block * W, width, tile, kept);
+    const auto ungated = [&](int64_t t) { return load<T>(o + t * W); };
+    if (a_.y.data) write_rows<T>(a_.y, slot.batch, slot.head, block * W, width, tile, ungated);
+    if (!p.z.data) return write_rows<T>(a_.out, slot.batch, slot.head, block * W, width, tile, ungated);
     const View<T> z = this->block_of({p.z, 1}, slot, tile, block, z_buffer);
     write_rows<T>(a_.out, slot.batch, slot.head, block * W, width, tile, [&](int64_t t) { return load<T>(o + t * W) * silu<T>(load<T>(z[t])); });
   }
@@ -39,13 +39,13 @@ template <class T> class Forward : public Reader<T, false, false, true> {
  private:
   static constexpr int W = kLanes<T>;
   const Arguments& a_;
-  const Scratch<T> memory_;  // of a tile: y, x, z
+  const Scratch<T> memory_;  // y, x and z of a tile
 };
 
 template <class T> void forward(const Arguments& a) {
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse);
-  expect_writes(p, a.out, a.y);
+  prefer_huge_pages_for(p, a.out, a.y);
   const Steps<T> steps(p, walk);
   scan<T>({p.batch, p.heads, 1, p.states, p.size}, walk, p.length, p.threads, p.initial, a.final, {}, 0, [&] { return Forward<T>(a, steps); });
 }

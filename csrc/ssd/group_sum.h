@@ -1,30 +1,31 @@
-// The gradients of B and C, which the heads of a group share.
+// The gradients of B and C. They are sums over the heads of a group.
 #pragma once
 #include "problem.h"
 
 namespace medssm {
 namespace {
 
-// The gradient of B or C, a sum over the heads of a group. Few groups of few states are too little for several threads: a group's heads are then cut
-// into pieces, whose sums are added up at the end. How many depends on shapes alone, and so do the bits.
+// The gradient of B or of C. If there are few groups and few states, several threads must share a group: its heads are then divided into pieces. Each
+// piece has its own sum, and finish() adds the sums up. The number of pieces depends on shapes only, so any number of threads gives the same bits.
 template <class T> class GroupSum {
  public:
   GroupSum(const Problem& p, const HeadOutput& to) :
       p_(p), to_(to), pieces_(pieces(p)), own_(pieces_ > 1 ? p.batch * p.length * p.groups * pieces_ * p.states : 0) {}
 
-  // The heads of a piece.
-  int64_t together() const { return p_.heads / p_.groups / pieces_; }
+  // The number of heads in a piece.
+  int64_t heads_per_piece() const { return p_.heads / p_.groups / pieces_; }
 
-  // Adds value(t) of a head, in the order of the heads, to the rows of a thread's tile: [block][step][lane]. The last one writes the sum.
+  // Adds value(t) of a head to `rows`, the thread's scratch memory [block][step][lane] of the present tile. Called once per head, in the order of the
+  // heads. The last head of a piece writes the sum.
   template <class F> void add(const Slot<T>& slot, const Tile& tile, int64_t block, T* rows, const F& value) const {
     T* const sum = rows + block * kTileSteps * W;
     for (int64_t t = 0; t < tile.count; ++t) store(sum + t * W, slot.first_together ? value(t) : load<T>(sum + t * W) + value(t));
     if (!slot.last_together) return;
     const auto value_of = [&](int64_t t) { return load<T>(sum + t * W); };
-    write_rows<T>(pieces_ > 1 ? own() : to_, slot.batch, slot.head / together(), block * W, slot.width(block), tile, value_of);
+    write_rows<T>(pieces_ > 1 ? own() : to_, slot.batch, slot.head / heads_per_piece(), block * W, slot.width(block), tile, value_of);
   }
 
-  // Adds the pieces up.
+  // Adds up the sums of the pieces.
   void finish() const {
     if (pieces_ == 1) return;
     const Walk raster(p_.length, nullptr, nullptr, 0, false);
@@ -54,12 +55,12 @@ template <class T> class GroupSum {
 
  private:
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kEnough = 4;  // independent sums
+  static constexpr int64_t kMinSums = 4;  // independent sums wanted, to occupy several threads
 
-  // A divisor of the heads of a group.
+  // The number of pieces. It divides the number of heads in a group.
   static int64_t pieces(const Problem& p) {
     const int64_t sharing = p.heads / p.groups, sums = p.batch * p.groups * ceil_div(p.states, W);
-    int64_t count = least(sharing, ceil_div(kEnough, most<int64_t>(sums, 1)));
+    int64_t count = least(sharing, ceil_div(kMinSums, most<int64_t>(sums, 1)));
     while (sharing % count) ++count;
     return count;
   }
@@ -71,7 +72,7 @@ template <class T> class GroupSum {
   const Problem& p_;
   const HeadOutput to_;
   const int64_t pieces_;
-  const Scratch<T> own_;  // (b, l, piece, n)
+  const Scratch<T> own_;  // (b, l, g * pieces, n)
 };
 
 }  // namespace

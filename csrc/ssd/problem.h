@@ -1,4 +1,4 @@
-// The call of ssd, and what its passes share: the steps with their decays, and a tile's operands.
+// The arguments of ssd, and what its passes share: the step sizes and decays of all tokens, and the operands of a tile.
 #pragma once
 #include "medssm/activation.h"
 #include "medssm/matrix_scan.h"
@@ -6,33 +6,33 @@
 namespace medssm {
 namespace {
 
-// What kernels/ssd/native.py packs. Strides in elements.
+// The argument block that kernels/ssd/native.py packs. Strides are in elements.
 struct Problem {
-  HeadTokens x, z, B, C, dt;  // (b,l,h,p), the same or null, (b,l,g,n) twice, (b,l,h)
-  StateTensor initial;        // (b,h,n,p): rows are states, lanes a head's channels; the data may be null
-  const void *A, *D, *bias;   // (h), (h,p), (h): dense, the compute type; D and bias may be null
+  HeadTokens x, z, B, C, dt;  // x (b,l,h,p), z the same or null, B and C (b,l,g,n), dt (b,l,h)
+  StateTensor initial;        // (b,h,n,p): rows are states, lanes are a head's channels; the data may be null
+  const void *A, *D, *bias;   // A (h), D (h,p), bias (h): dense, the compute type; D and bias may be null
   const int64_t *index, *starts;
   int64_t start_count, reverse;
   int64_t batch, length, heads, size, groups, states;
   int64_t softplus, wide, threads;  // wide: compute in double
-  double low, high;                 // what the step is clamped to
+  double low, high;                 // the limits of the step size
 };
 
 // The same memory with rows and lanes exchanged.
 MEDSSM_INLINE StateTensor transposed(const StateTensor& s) { return {s.data, s.type, s.batch, s.head, s.lane, s.row}; }
 
-// Asks for large pages in outputs (b, l, …), contiguous and fresh; null ones are left alone.
-template <class... Outputs> void expect_writes(const Problem& p, const Outputs&... outputs) {
+// Asks for large pages for contiguous outputs (b, l, ...), before the first write. Null outputs are skipped.
+template <class... Outputs> void prefer_huge_pages_for(const Problem& p, const Outputs&... outputs) {
   const auto bytes = [&](const HeadOutput& to) { return p.batch * to.batch * (to.type == kFloat64 ? 8 : to.type == kFloat32 ? 4 : 2); };
   ((outputs.data ? prefer_huge_pages(outputs.data, bytes(outputs)) : void()), ...);
 }
 
-// Threads for `items` independent pieces of work on so many numbers each.
+// The number of threads for `items` independent pieces of work, each on so many `numbers`.
 MEDSSM_INLINE int64_t threads_for(const Problem& p, int64_t items, int64_t numbers) {
   return least(least(p.threads, items), ceil_div(items * numbers, int64_t{1} << 15));
 }
 
-// s and exp(s A) of every step of the walk, and the slope of s: [b, h][step].
+// For every step of the walk: the step size s, the decay exp(s A), and the slope of s, its derivative by dt. Each is [b, h][step].
 template <class T> class Steps {
  public:
   Steps(const Problem& p, const Walk& walk) :
@@ -48,7 +48,7 @@ template <class T> class Steps {
     });
   }
 
-  // Of one head, from a step of the walk on.
+  // The numbers of one head, beginning at step `from` of the walk.
   const T* step(int64_t batch, int64_t head, int64_t from) const { return step_.data() + at(batch, head, from); }
   const T* decay(int64_t batch, int64_t head, int64_t from) const { return decay_.data() + at(batch, head, from); }
   const T* slope(int64_t batch, int64_t head, int64_t from) const { return slope_.data() + at(batch, head, from); }
@@ -82,13 +82,13 @@ template <class T> class Steps {
   const Scratch<T> step_, decay_, slope_;
 };
 
-// A token tensor as a pass reads it. sharing: how many heads read the same of its entries.
+// A tensor that a pass reads. sharing: how many neighbouring heads read the same entry of its head axis.
 struct Source {
   HeadTokens tokens;
   int64_t sharing;
 };
 
-// A pass that reads two tensors as rows and one as lanes, the latter times the step if asked.
+// The part of a pass (medssm/matrix_scan.h) that reads its operands: rows from q and k, lanes from v. kStepped: v is multiplied by the step size.
 template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
  public:
   using Form = medssm::Form<Decay::kWhole, kBack, kStrict>;
@@ -122,16 +122,16 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
  protected:
   static constexpr int W = kLanes<T>;
 
-  // A block of lanes of a tensor.
+  // One block of lanes of a tensor.
   View<T> block_of(const Source& x, const Slot<T>& slot, const Tile& tile, int64_t block, T* buffer) const {
     return view(x, slot, block * W, slot.width(block), W, tile, buffer);
   }
-  // s of a tile's steps. A pass against the walk reads them backward.
+  // s of a tile's steps. A pass that goes through the walk backward reads them in reverse order.
   View<T> step(const Slot<T>& slot, const Tile& tile) const { return in_time(steps_.step(slot.batch, slot.head, first(tile))); }
   int64_t first(const Tile& tile) const { return kBack ? p_.length - 1 - tile.from : tile.from; }
 
   const Problem& p_;
-  const int64_t sharing_;  // heads of a group
+  const int64_t sharing_;  // heads per group
   const Steps<T>& steps_;
 
  private:
@@ -145,7 +145,7 @@ template <class T, bool kBack, bool kStrict, bool kStepped> class Reader {
   const Scratch<T> memory_;
 };
 
-// D of a block of a head's channels; zeros where there is none.
+// D of a block of a head's channels; zeros without D.
 template <class T> Vec<T> skip_of(const Problem& p, const Slot<T>& slot, int64_t block) {
   if (!p.D) return Vec<T>{};
   return load_part<T>(static_cast<const T*>(p.D) + slot.head * p.size + block * kLanes<T>, slot.width(block));
