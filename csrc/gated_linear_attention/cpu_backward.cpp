@@ -1,14 +1,17 @@
-// Gated linear attention, backward, on a CPU: three passes of the forward's kind, one along the walk and two against it.
+// Gated linear attention, backward, on a CPU: three passes with the recurrence of the forward pass, one in the direction of the walk and two in
+// reverse.
 //
 //   dq_t = scale S_t do_t,   dk_t = dS_t v_t,   dv_t = k_t dS_t,   dS_t = scale q_t do_t + e_{t+1} dS_{t+1},   d(initial) = e_0 dS_0
 //
-// For the decay, with F_t the rows' sums of S_t dS_t:  F_t = dg_t + k_t dk_t = dg_{t+1} + q_t dq_t,  so that
+// The gradient of the decay: let F_t be the sums over the rows of S_t dS_t. Then  F_t = dg_t + k_t dk_t = dg_{t+1} + q_t dq_t,  so that
 //
-//   dg_t = dg_{t+1} + q_t dq_t - k_t dk_t,
+//   dg_t = dg_{t+1} + q_t dq_t - k_t dk_t.
 //
-// a sum from the walk's end, where it is that of the final state times its gradient. q_t dq_t and k_t dk_t share the term of step t's own key and
-// value, which cancels: both are taken without it (kStrict). Rounding would still add up over a long walk: so the sum begins anew every
-// kExact steps, from the sums of S times dS themselves, the state S of those steps being kept from the pass along the walk.
+// This sum begins at the end of the walk, with the sum over the final state times its gradient. q_t dq_t and k_t dk_t both contain the term of step
+// t's own key and value, which cancels: both are computed without it (kStrict).
+//
+// Over a long walk the rounding errors of this sum would add up. So every kExactSteps steps dg is computed exactly, as the sum over S times dS. The
+// first pass stores S at these steps.
 #include <initializer_list>
 
 #include "problem.h"
@@ -22,50 +25,50 @@ struct Arguments {
   HeadTokens dout;
   StateTensor dstate;     // of the final state; may be null
   HeadOutput dq, dk, dv;  // in the types of q, k, v
-  HeadOutput dg;          // the compute type; with a value per key it holds q dq until dk is known
+  HeadOutput dg;          // the compute type; with a value per key the first pass stores q dq here
   StateTensor dinitial;   // may be null
 };
 
-constexpr int64_t kExact = 1024;
+constexpr int64_t kExactSteps = 1024;
 
-// What the passes leave each other.
+// What one pass stores for the next ones.
 template <class T> struct Shared {
   static constexpr int W = kLanes<T>;
-  const int64_t length, heads, blocks, exact, state;  // blocks of keys, kept states per head, elements of a block's state
-  const Scratch<T> states;                            // S of every kExact-th step from the end, [b, h][exact][block][row: value][lane: key]
-  const Scratch<T> sums;                              // q dq, then dg, summed over a block's keys: [b, h][block][step]; only without per_key
+  const int64_t length, heads, blocks, saved, state;  // blocks of keys; stored states per head; elements of a block's state
+  const Scratch<T> states;                            // S every kExactSteps steps from the end: [b, h][saved][block][row: value][lane: key]
+  const Scratch<T> sums;  // sums over a block's keys of q dq, later replaced by those of dg: [b, h][block][step]; only without per_key
 
   explicit Shared(const Problem& p) :
       length(p.length),
       heads(p.heads),
       blocks(ceil_div(p.keys, W)),
-      exact(ceil_div(p.length, kExact)),
+      saved(ceil_div(p.length, kExactSteps)),
       state(padded_rows(p.values) * W),
-      states(p.batch * p.heads * exact * blocks * state),
+      states(p.batch * p.heads * saved * blocks * state),
       sums(p.per_key ? 0 : p.batch * p.heads * blocks * p.length) {
-    prefer_huge_pages(states.data(), p.batch * p.heads * exact * blocks * state * static_cast<int64_t>(sizeof(T)));
+    prefer_huge_pages(states.data(), p.batch * p.heads * saved * blocks * state * static_cast<int64_t>(sizeof(T)));
   }
 
   T* state_at(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
-    return states.data() + (((slot.batch * heads + slot.head) * exact + steps_to_end / kExact) * blocks + block) * state;
+    return states.data() + (((slot.batch * heads + slot.head) * saved + steps_to_end / kExactSteps) * blocks + block) * state;
   }
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
 };
 
-// dq, along the walk; the state is transposed: rows are values, lanes keys.
-template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay, false, true>> {
+// dq: a pass in the direction of the walk. The state is transposed: rows are values, lanes are keys.
+template <class T, Decay kDecay> class GradientQ : public Reader<T, Form<kDecay, false, true>> {
  public:
-  OfQueries(const Arguments& a, const Shared<T>& shared) :
-      OfQueries::Reader(a.problem, a.problem.values, a.dout, a.problem.v, a.problem.k, 1.0), a_(a), shared_(shared), memory_(kTileSteps * (W + 2)) {}
+  GradientQ(const Arguments& a, const Shared<T>& shared) :
+      GradientQ::Reader(a.problem, a.problem.values, a.dout, a.problem.v, a.problem.k, 1.0), a_(a), shared_(shared), memory_(kTileSteps * (W + 2)) {}
 
   void begin_tile(const Slot<T>& slot, const Tile& tile) const {
     const int64_t to_end = a_.problem.length - tile.from;
-    if (tile.from > 0 && to_end % kExact == 0) keep(slot, to_end);
+    if (tile.from > 0 && to_end % kExactSteps == 0) save_states(slot, to_end);
   }
-  void end_head(const Slot<T>& slot) const { keep(slot, 0); }
+  void end_head(const Slot<T>& slot) const { save_states(slot, 0); }
 
   Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
-    const Operands<T> in = OfQueries::Reader::rows(slot, tile);
+    const Operands<T> in = GradientQ::Reader::rows(slot, tile);
     own_products(in.q, in.k, slot.rows, tile.count, own());
     return in;
   }
@@ -91,33 +94,34 @@ template <class T, Decay kDecay> class OfQueries : public Reader<T, Form<kDecay,
   static constexpr int W = kLanes<T>;
 
   T* own() const { return memory_.data() + kTileSteps * W; }
-  void keep(const Slot<T>& slot, int64_t to_end) const {
+  void save_states(const Slot<T>& slot, int64_t to_end) const {
     for (int64_t block = slot.first_block; block < slot.end_block; ++block)
       std::memcpy(shared_.state_at(slot, block, to_end), slot.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
   }
 
   const Arguments& a_;
   const Shared<T>& shared_;
-  const Scratch<T> memory_;  // q of a block, own products, sums
+  const Scratch<T> memory_;  // q of a block; v_t . do_t of each step; sums over lanes
 };
 
-// dk and dg, against the walk; the state's gradient is transposed: rows are values, lanes keys.
-template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, true, true>> {
+// dk and dg: a pass in reverse. The gradient of the state is transposed: rows are values, lanes are keys.
+template <class T, Decay kDecay> class GradientK : public Reader<T, Form<kDecay, true, true>> {
  public:
-  OfKeys(const Arguments& a, const Shared<T>& shared, const Walk& back) :
-      OfKeys::Reader(a.problem, a.problem.values, a.problem.v, a.dout, a.problem.q, a.problem.scale),
+  GradientK(const Arguments& a, const Shared<T>& shared, const Walk& back) :
+      GradientK::Reader(a.problem, a.problem.values, a.problem.v, a.dout, a.problem.q, a.problem.scale),
       a_(a),
       shared_(shared),
       back_(back),
       memory_(kTileSteps * (W + 2)) {}
 
-  // Numbers that a pass carries for a block: dg of the step after, per key, or one number in double precision.
+  // How many numbers the pass carries from tile to tile for a block. They hold dg of the step before in this pass: one number per key, or a single
+  // one in double precision.
   static constexpr int64_t kCarry = most<int64_t>(kLanes<T>, sizeof(double) / sizeof(T));
 
   void begin_tile(const Slot<T>& slot, const Tile& tile) const {
     if (tile.fresh)
       clear(slot, tile.from - 1);
-    else if (tile.from % kExact == 0)
+    else if (tile.from % kExactSteps == 0)
       for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
         const T *S = shared_.state_at(slot, block, tile.from), *dS = slot.state(block);
         Vec<T> sum{};
@@ -125,13 +129,13 @@ template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, tr
         carry(slot, block, sum);
       }
   }
-  // Before the first step there is the initial state, or nothing that could decay.
+  // Without an initial state nothing decays at the first step: dg is 0 there.
   void end_head(const Slot<T>& slot) const {
     if (!a_.problem.initial.data) clear(slot, a_.problem.length - 1);
   }
 
   Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
-    const Operands<T> in = OfKeys::Reader::rows(slot, tile);
+    const Operands<T> in = GradientK::Reader::rows(slot, tile);
     own_products(in.q, in.k, slot.rows, tile.count, own());
     return in;
   }
@@ -173,7 +177,7 @@ template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, tr
     std::memcpy(to, &sum, sizeof(sum));
   }
 
-  // The state before a step is nothing: so is the gradient of its decay, to the last place. step: of the walk backward.
+  // For a step of the reverse walk before which the state is zero: the gradient of its decay is set to exactly 0.
   void clear(const Slot<T>& slot, int64_t step) const {
     for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
       carry(slot, block, Vec<T>{});
@@ -187,13 +191,13 @@ template <class T, Decay kDecay> class OfKeys : public Reader<T, Form<kDecay, tr
   const Arguments& a_;
   const Shared<T>& shared_;
   const Walk& back_;
-  const Scratch<T> memory_;  // k of a block, own products, sums
+  const Scratch<T> memory_;  // k of a block; v_t . do_t of each step; sums over lanes
 };
 
-// dv and the initial state's gradient, against the walk.
-template <class T, Decay kDecay> class OfValues : public Reader<T, Form<kDecay, true, false>> {
+// dv and the gradient of the initial state: a pass in reverse.
+template <class T, Decay kDecay> class GradientV : public Reader<T, Form<kDecay, true, false>> {
  public:
-  explicit OfValues(const Arguments& a) : OfValues::Reader(a.problem, a.problem.keys, a.problem.k, a.problem.q, a.dout, a.problem.scale), a_(a) {}
+  explicit GradientV(const Arguments& a) : GradientV::Reader(a.problem, a.problem.keys, a.problem.k, a.problem.q, a.dout, a.problem.scale), a_(a) {}
 
   void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>&, const T* o) const {
     write_rows<T>(a_.dv, slot.batch, slot.head, block * kLanes<T>, slot.width(block), tile, [&](int64_t t) { return load<T>(o + t * kLanes<T>); });
@@ -203,8 +207,8 @@ template <class T, Decay kDecay> class OfValues : public Reader<T, Form<kDecay, 
   const Arguments& a_;
 };
 
-// dg of a head from the sums over its blocks of keys, added in order.
-template <class T> void write_decays(const Arguments& a, const Shared<T>& shared, const Walk& walk) {
+// dg of each head: the sum over its blocks of keys, added in a fixed order.
+template <class T> void write_decay_gradient(const Arguments& a, const Shared<T>& shared, const Walk& walk) {
   const Problem& p = a.problem;
   const Tile all = walk.steps(0, p.length);
   for (int64_t batch = 0; batch < p.batch; ++batch)
@@ -218,17 +222,18 @@ template <class T> void write_decays(const Arguments& a, const Shared<T>& shared
     }
 }
 
-template <class T, Decay kOfRows, Decay kOfLanes> void backward(const Arguments& a) {
+template <class T, Decay kDecayOfRows, Decay kDecayOfLanes> void backward(const Arguments& a) {
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse), back(p.length, p.index, p.starts, p.start_count, !p.reverse);
   const Shared<T> shared(p);
   for (const HeadOutput* out : {&a.dq, &a.dk, &a.dv, &a.dg}) prefer_huge_pages(*out, p.batch);
-  const MatrixShape across{p.batch, p.heads, 1, p.values, p.keys}, along{p.batch, p.heads, 1, p.keys, p.values};
-  scan<T>(across, walk, p.length, p.threads, transposed(p.initial), {}, {kExact, p.length}, 0, [&] { return OfQueries<T, kOfLanes>(a, shared); });
-  scan<T>(across, back, p.length, p.threads, transposed(a.dstate), {}, {kExact, 0}, OfKeys<T, kOfLanes>::kCarry,
-          [&] { return OfKeys<T, kOfLanes>(a, shared, back); });
-  scan<T>(along, back, p.length, p.threads, a.dstate, a.dinitial, {}, 0, [&] { return OfValues<T, kOfRows>(a); });
-  if (!p.per_key) write_decays(a, shared, walk);
+  const MatrixShape transposed_shape{p.batch, p.heads, 1, p.values, p.keys}, shape{p.batch, p.heads, 1, p.keys, p.values};
+  scan<T>(transposed_shape, walk, p.length, p.threads, transposed(p.initial), {}, {kExactSteps, p.length}, 0,
+          [&] { return GradientQ<T, kDecayOfLanes>(a, shared); });
+  scan<T>(transposed_shape, back, p.length, p.threads, transposed(a.dstate), {}, {kExactSteps, 0}, GradientK<T, kDecayOfLanes>::kCarry,
+          [&] { return GradientK<T, kDecayOfLanes>(a, shared, back); });
+  scan<T>(shape, back, p.length, p.threads, a.dstate, a.dinitial, {}, 0, [&] { return GradientV<T, kDecayOfRows>(a); });
+  if (!p.per_key) write_decay_gradient(a, shared, walk);
 }
 
 template <class T> void backward(const Arguments& a) {

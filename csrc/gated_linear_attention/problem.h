@@ -1,4 +1,4 @@
-// The call of gated linear attention, and what its passes share: buffers for a tile's operands, and the decays.
+// The arguments of gated linear attention, and what its passes share: the operands and decays of a tile.
 #pragma once
 #include "medssm/math.h"
 #include "medssm/matrix_scan.h"
@@ -6,9 +6,9 @@
 namespace medssm {
 namespace {
 
-// What kernels/gated_linear_attention/native.py packs. Strides in elements.
+// The argument block that kernels/gated_linear_attention/native.py packs. Strides are in elements.
 struct Problem {
-  HeadTokens q, k, v, g;  // (b,l,h,dk), (b,l,h,dk), (b,l,h,dv), (b,l,h) or (b,l,h,dk)
+  HeadTokens q, k, v, g;  // q and k (b,l,h,dk), v (b,l,h,dv), g (b,l,h) or (b,l,h,dk)
   StateTensor initial;    // (b,h,dk,dv); the data may be null
   const int64_t *index, *starts;
   int64_t start_count, reverse;
@@ -20,7 +20,7 @@ struct Problem {
 // The same memory with rows and lanes exchanged.
 MEDSSM_INLINE StateTensor transposed(const StateTensor& s) { return {s.data, s.type, s.batch, s.head, s.lane, s.row}; }
 
-// A pass that reads two tensors as rows and one as lanes, and scales the latter.
+// The part of a pass (medssm/matrix_scan.h) that reads its operands: rows from q and k, lanes from v. v is multiplied by scale.
 template <class T, class PassForm> class Reader {
  public:
   using Form = PassForm;
@@ -97,7 +97,7 @@ template <class T, class PassForm> class Reader {
   const HeadTokens q_, k_, v_;
   const Vec<T> scale_;
   const bool scaled_;
-  const int64_t row_;  // of a buffer
+  const int64_t row_;  // elements per row of a buffer
   const Scratch<T> memory_;
   T *q_rows_, *k_rows_, *v_lanes_, *decay_;
 };
