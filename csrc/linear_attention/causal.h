@@ -1,8 +1,9 @@
-// Causal linear attention: what its passes along the walk share.
+// What the passes of causal linear attention share.
 //
-// The walk is cut into segments. Without decay, the state at a segment's first step is the sum of what the segments before it add: so a first pass
-// sums each segment, these sums are chained in order, and then every segment walks on its own, on any thread. Within a segment a head's state lies in
-// registers (medssm/matrix_state.h), and each segment begins with a state that was rounded once per tile and segment, not at every step.
+// The walk is divided into segments. There is no decay, so the state at the first step of a segment is the sum over all segments before it. A first
+// pass computes the sum of each segment. The sums are then added up in order. After that all segments are independent, and any thread can process any
+// of them. Within a segment the state of a head is in registers (medssm/matrix_state.h). The state at the first step of a segment was rounded once
+// per tile and segment, not at every step.
 #pragma once
 #include "medssm/matrix_state.h"
 #include "tasks.h"
@@ -19,7 +20,7 @@ template <class Body> void each_tile(const Walk& walk, int64_t from, int64_t end
   }
 }
 
-// Which segments of the walk have a step at which the sums begin anew.
+// Which segments of the walk contain a start, a step at which the sums are reset to zero.
 class Resets {
  public:
   Resets(const Problem& p, const Cut& cut) : inside_(cut.shares()) {
@@ -35,25 +36,27 @@ class Resets {
   const Scratch<int64_t> inside_;
 };
 
-// The sums of a task's segment behind its last start: R k' v^T and k'. tiles, v_tiles, turned: scratch for a block's tiles of k and v, and one of k.
+// The sums of R k' v^T and of k' over a task's segment, from its last start on. tiles and v_tiles: scratch memory for the tiles of k and v of a block
+// of groups; rotated: for one tile of k.
 template <class T>
-void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const Task& task, T* tiles, T* v_tiles, T* turned, T* parts) {
-  const auto begin_anew = [&] {
+void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const Task& task, T* tiles, T* v_tiles, T* rotated, T* parts) {
+  const auto reset = [&] {
     for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan, p, plan.k, task, g, parts), plan.sums);
   };
-  begin_anew();
+  reset();
   each_tile(walk, task.begin, task.end, [&](const Tile& tile) {
-    if (tile.fresh) begin_anew();
+    if (tile.fresh) reset();
     load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, tiles);
     load_tiles(p.v, kIdentity, task.n, tile, task.first, task.count, plan.dv, v_tiles);
     for (int64_t i = 0; i < task.count; ++i)
-      add_tile(plan, p, tile, task.first + i, tiles + i * kTokens * plan.dk_padded, v_tiles + i * kTokens * plan.dv_padded, turned,
+      add_tile(plan, p, tile, task.first + i, tiles + i * kTokens * plan.dk_padded, v_tiles + i * kTokens * plan.dv_padded, rotated,
                part(plan, p, plan.k, task, task.first + i, parts));
   });
 }
 
-// Puts in place of each segment's sums the state at its first step; `back`: at its last, from the walk's end. Before the first comes `before`; what
-// follows the last goes to kv and z, unless null. state: scratch for the sums of a group.
+// Replaces the sums of each segment by the state at its first step, the sum over all segments before it. back: by the sum over all segments after it.
+// `before` is the state before the first segment (back: after the last one). The state after all segments is written to kv and z, unless they are
+// null. state: scratch memory for the sums of a group.
 template <class T> void chain(const Plan<T>& plan, const Problem& p, int64_t item, const Resets& resets, bool back, const void* before_kv,
                               const void* before_z, T* parts, T* state, void* kv, void* z) {
   const int64_t shares = plan.k.shares();
@@ -70,7 +73,7 @@ template <class T> void chain(const Plan<T>& plan, const Problem& p, int64_t ite
   if (kv) unpad(plan, item, state, static_cast<T*>(kv), static_cast<T*>(z));
 }
 
-// A state as matrix_state.h has it, in blocks of lanes: of dense rows, or of their transposed.
+// Converts dense rows, or their transpose, to a state in the layout of matrix_state.h: [block of lanes][row][lane].
 template <class T> void to_lanes(const T* rows, int64_t count, int64_t row, T* state) {
   for (int64_t c = 0; c < row; c += kLanes<T>)
     for (int64_t r = 0; r < count; ++r, state += kLanes<T>) store(state, load<T>(rows + r * row + c));
@@ -81,7 +84,8 @@ template <class T> void to_lanes_transposed(const T* rows, int64_t count, int64_
       for (int64_t lane = c; lane < c + kLanes<T>; ++lane) *state++ = rows[lane * row + r];
 }
 
-// S += k_t v_t, then take(t, c, q_t S), t after t: q and k rows of `rows` numbers, v of `lanes`, all padded.
+// For each step t in order: S += k_t v_t, then take(t, c, o) with o = q_t S, for the vector of channels that begins at c. The rows of q and k have
+// `rows` numbers, those of v `lanes`, all padded.
 template <class T, class F>
 MEDSSM_INLINE void walk_state(const T* q, const T* k, int64_t rows, const T* v, int64_t lanes, int64_t count, T* state, const F& take) {
   constexpr int W = kLanes<T>;
@@ -92,12 +96,12 @@ MEDSSM_INLINE void walk_state(const T* q, const T* k, int64_t rows, const T* v, 
   }
 }
 
-// One thread's tiles of a block: its groups' k and v, its heads' q and dout.
+// One thread's tiles for a block of groups: k and v of each group, q and dout of each head.
 template <class T> struct Block {
   const Plan<T>& plan;
   const Problem& p;
   const int64_t k_tile, v_tile;
-  const Tiles<T> k, k_turned, v, q, turned, dout;
+  const Tiles<T> k, k_rotated, v, q, rotated, dout;
 
   Block(const Plan<T>& plan, const Problem& p, bool backward) :
       plan(plan),
@@ -105,28 +109,28 @@ template <class T> struct Block {
       k_tile(kTokens * plan.dk_padded),
       v_tile(kTokens * plan.dv_padded),
       k(plan.block * k_tile),
-      k_turned(p.cos.data ? plan.block * k_tile : 0),
+      k_rotated(p.cos.data ? plan.block * k_tile : 0),
       v(plan.block * v_tile),
       q(plan.block * plan.per_group * k_tile),
-      turned(k_tile),
+      rotated(k_tile),
       dout(backward ? plan.block * plan.per_group * v_tile : 0) {}
 
   void load_keys(const Task& task, const Tile& tile) const {
     load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, k.data());
     load_tiles(p.v, kIdentity, task.n, tile, task.first, task.count, plan.dv, v.data());
     if (p.cos.data)
-      for (int64_t i = 0; i < task.count; ++i) rotate(p, false, tile, task.first + i, k.data() + i * k_tile, k_turned.data() + i * k_tile);
+      for (int64_t i = 0; i < task.count; ++i) rotate(p, false, tile, task.first + i, k.data() + i * k_tile, k_rotated.data() + i * k_tile);
   }
   void load_queries(const Task& task, const Tile& tile) const {
     load_tiles(p.q, p.feature_map, task.n, tile, task.first * plan.per_group, task.count * plan.per_group, plan.dk, q.data());
   }
-  // R k' of a group of the block.
-  const T* keys(int64_t i) const { return (p.cos.data ? k_turned : k).data() + i * k_tile; }
-  // R q' of a head of the block, in the scratch tile or, unturned, where q' lies.
+  // R k' of the block's i-th group.
+  const T* keys(int64_t i) const { return (p.cos.data ? k_rotated : k).data() + i * k_tile; }
+  // R q' of the block's i-th head: in the scratch tile, or q' itself if there is no rotation.
   T* queries(const Task& task, const Tile& tile, int64_t i) const {
     if (!p.cos.data) return q.data() + i * k_tile;
-    rotate(p, false, tile, task.first + i / plan.per_group, q.data() + i * k_tile, turned.data());
-    return turned.data();
+    rotate(p, false, tile, task.first + i / plan.per_group, q.data() + i * k_tile, rotated.data());
+    return rotated.data();
   }
 };
 

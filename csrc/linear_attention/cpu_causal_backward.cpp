@@ -1,11 +1,11 @@
 // The gradients of a causal linear attention. With q' = f(q), k' = f(k), s_t = scale / den_t, den_t = q'_t . z_t + eps and do = dout:
 //
-//     w_t = S_t do_t,    dden_t = -(R q'_t) . w_t s_t / den_t,    dq'_t = R^T s_t w_t + dden_t z_t           along the walk
+//     w_t = S_t do_t,    dden_t = -(R q'_t) . w_t s_t / den_t,    dq'_t = R^T s_t w_t + dden_t z_t           a pass in the direction of the walk
 //     dS_t = sum_{u >= t} s_u (R q'_u) do_u^T,    dz_t = sum_{u >= t} dden_u q'_u
-//     dk'_t = R^T dS_t v_t + dz_t,    dv_t = dS_t^T (R k'_t)                                                 against it
+//     dk'_t = R^T dS_t v_t + dz_t,    dv_t = dS_t^T (R k'_t)                                                 a pass in reverse
 //
-// The pass along the walk also sums each segment's share of dS and dz, which are then chained from the walk's end. Of heads that share a k and v,
-// each has its own dS, and their results are added.
+// The first of these passes also computes what each segment adds to dS and dz. These sums are then added up from the end of the walk. Heads that
+// share k and v each have their own dS in the pass in reverse, and the resulting dk and dv are added.
 #include "causal.h"
 #include "medssm/abi.h"
 
@@ -13,15 +13,15 @@ using namespace medssm;
 
 namespace {
 
-// What the passes leave each other.
+// What one pass stores for the next ones.
 template <class T> struct Shared {
   const Backward& a;
   const Problem& p;
   const Plan<T> plan;
   const Walk walk, back;
   const Resets resets;
-  const Scratch<T> parts, later;   // per segment and group: the state at its first step, its gradient at the last
-  const Scratch<T> scaled, slope;  // s_t and dden_t of each image, head and token
+  const Scratch<T> parts, later;   // for each segment and group: the state at its first step, the gradient of the state at its last
+  const Scratch<T> scaled, slope;  // s_t and dden_t for each batch element, head and token
 
   explicit Shared(const Backward& a) :
       a(a),
@@ -54,15 +54,16 @@ template <class T> class Adjoint {
       dv_(block_.v_tile),
       before_(row_) {}
 
-  // For the sums of a group, between tasks.
+  // Scratch memory for the sums of a group; not to be used during a task.
   T* scratch() const { return states_.data(); }
 
   void sum(const Task& task) {
-    sum_segment(plan_, p_, shared_.walk, task, block_.k.data(), block_.v.data(), block_.turned.data(), shared_.parts.data());
+    sum_segment(plan_, p_, shared_.walk, task, block_.k.data(), block_.v.data(), block_.rotated.data(), shared_.parts.data());
   }
 
-  // dq, and a segment's share of dS and dz: that of the steps before its first start, which alone see earlier segments.
-  void along(const Task& task) {
+  // dq, and what a segment adds to dS and dz of earlier segments. Only the steps before its first start add to them: after a start the state does not
+  // depend on earlier segments.
+  void queries(const Task& task) {
     const int64_t first = task.first * plan_.per_group, heads = task.count * plan_.per_group;
     for (int64_t i = 0; i < heads; ++i) {
       const T* sums = part(plan_, p_, plan_.k, task, (first + i) / plan_.per_group, shared_.parts.data());
@@ -70,17 +71,17 @@ template <class T> class Adjoint {
       std::memcpy(state(i) + 2 * matrix_, sums + matrix_, static_cast<std::size_t>(row_) * sizeof(T));
     }
     for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan_, p_, plan_.k, task, g, shared_.later.data()), plan_.sums);
-    bool anew = false;
+    bool reset = false;
     each_tile(shared_.walk, task.begin, task.end, [&](const Tile& tile) {
       if (tile.fresh) clear(states_.data(), heads * state_);
-      anew |= tile.fresh;
+      reset |= tile.fresh;
       load(task, tile);
-      for (int64_t i = 0; i < heads; ++i) along_head(task, tile, i, first + i, anew);
+      for (int64_t i = 0; i < heads; ++i) query_head(task, tile, i, first + i, reset);
     });
   }
 
   // dk and dv.
-  void against(const Task& task) {
+  void keys(const Task& task) {
     const int64_t heads = task.count * plan_.per_group;
     clear(states_.data(), heads * state_);
     for (int64_t g = 0; g < task.count; ++g) {
@@ -93,12 +94,13 @@ template <class T> class Adjoint {
     each_tile(shared_.back, p_.length - task.end, p_.length - task.begin, [&](const Tile& tile) {
       if (tile.fresh) clear(states_.data(), heads * state_);
       load(task, tile);
-      for (int64_t g = 0; g < task.count; ++g) against_group(task, tile, g);
+      for (int64_t g = 0; g < task.count; ++g) key_group(task, tile, g);
     });
   }
 
  private:
-  // Of a head of the block: S, or dS, in lanes of dv, then in lanes of dk, then z, or dz.
+  // The state of the block's i-th head. In the pass for dq: S with dk as lanes, an unused part, z. In the pass for dk and dv: dS with dv as lanes, dS
+  // with dk as lanes, dz.
   T* state(int64_t i) const { return states_.data() + i * state_; }
   void load(const Task& task, const Tile& tile) const {
     block_.load_keys(task, tile);
@@ -106,7 +108,7 @@ template <class T> class Adjoint {
     load_tiles(shared_.a.dout, kIdentity, task.n, tile, task.first * plan_.per_group, task.count * plan_.per_group, plan_.dv, block_.dout.data());
   }
 
-  void along_head(const Task& task, const Tile& tile, int64_t i, int64_t head, bool anew) {
+  void query_head(const Task& task, const Tile& tile, int64_t i, int64_t head, bool reset) {
     const int64_t g = i / plan_.per_group, count = tile.count;
     const T *k = block_.k.data() + g * block_.k_tile, *dout = block_.dout.data() + i * block_.v_tile;
     T *q = block_.q.data() + i * block_.k_tile, *w = gradient_.data(), *z = state(i) + 2 * matrix_;
@@ -114,12 +116,12 @@ template <class T> class Adjoint {
     Weights<T> weights;
     if (p_.normalize) running_dots(q, k, row_, count, z, weights.inverse);
     weights.invert(p_);
-    T* turned = block_.queries(task, tile, i);
+    T* rotated = block_.queries(task, tile, i);
     walk_state(dout, block_.v.data() + g * block_.v_tile, v_row_, block_.keys(g), row_, count, state(i),
                [&](int64_t t, int64_t c, Vec<T> o) __attribute__((always_inline)) { store(w + t * row_ + c, o); });
     alignas(64) T dden[kTokens] = {};
     if (p_.normalize) {
-      dot_rows(turned, w, row_, row_, count, dden);
+      dot_rows(rotated, w, row_, row_, count, dden);
       weights.slope(dden);
     }
     for (int64_t t = 0; t < count; ++t) {
@@ -131,14 +133,14 @@ template <class T> class Adjoint {
     if (p_.cos.data) rotate(p_, true, tile, task.first + g, w, w);
     if (p_.normalize) add_running(k, dden, row_, count, before_.data(), w);
     write_gradient(plan_, p_, shared_.a.dq, task.n, tile, head, q, w);
-    if (anew) return;
+    if (reset) return;
     T* sums = part(plan_, p_, plan_.k, task, task.first + g, shared_.later.data());
     if (p_.normalize) add_rows(q, dden, row_, count, sums + matrix_);
-    multiply_rows(turned, weights.scaled, row_, count);
-    add_products(turned, row_, dout, v_row_, v_row_, count, sums);
+    multiply_rows(rotated, weights.scaled, row_, count);
+    add_products(rotated, row_, dout, v_row_, v_row_, count, sums);
   }
 
-  void against_group(const Task& task, const Tile& tile, int64_t g) {
+  void key_group(const Task& task, const Tile& tile, int64_t g) {
     const int64_t count = tile.count, group = task.first + g;
     T *dk = gradient_.data(), *dv = dv_.data();
     clear(dk, block_.k_tile);
@@ -148,13 +150,14 @@ template <class T> class Adjoint {
                  __attribute__((always_inline)) { store(rows + t * row + c, medssm::load<T>(rows + t * row + c) + o); };
     };
     for (int64_t i = g * plan_.per_group; i < (g + 1) * plan_.per_group; ++i) {
-      const T *dout = block_.dout.data() + i * block_.v_tile, *turned = block_.queries(task, tile, i);
+      const T *dout = block_.dout.data() + i * block_.v_tile, *rotated = block_.queries(task, tile, i);
       alignas(64) T scaled[kTokens];
       numbers(shared_.scaled, task, tile, i, scaled);
       for (int64_t t = 0; t < count; ++t)
-        for (int64_t c = 0; c < row_; c += kLanes<T>) store(block_.turned.data() + t * row_ + c, medssm::load<T>(turned + t * row_ + c) * scaled[t]);
-      walk_state(block_.keys(g), block_.turned.data(), row_, dout, v_row_, count, state(i), add_to(dv, v_row_));
-      walk_state(block_.v.data() + g * block_.v_tile, dout, v_row_, block_.turned.data(), row_, count, state(i) + matrix_, add_to(dk, row_));
+        for (int64_t c = 0; c < row_; c += kLanes<T>)
+          store(block_.rotated.data() + t * row_ + c, medssm::load<T>(rotated + t * row_ + c) * scaled[t]);
+      walk_state(block_.keys(g), block_.rotated.data(), row_, dout, v_row_, count, state(i), add_to(dv, v_row_));
+      walk_state(block_.v.data() + g * block_.v_tile, dout, v_row_, block_.rotated.data(), row_, count, state(i) + matrix_, add_to(dk, row_));
     }
     if (p_.cos.data) rotate(p_, true, tile, group, dk, dk);
     for (int64_t i = g * plan_.per_group; i < (g + 1) * plan_.per_group; ++i) {
@@ -169,7 +172,7 @@ template <class T> class Adjoint {
     });
   }
 
-  // One number of each of a tile's tokens.
+  // Copies the numbers of a tile's tokens, one per token, for the block's i-th head.
   void numbers(const Scratch<T>& all, const Task& task, const Tile& tile, int64_t i, T* to) const {
     const T* own = all.data() + shared_.tokens_of(task, task.first * plan_.per_group + i);
     for (int64_t t = 0; t < tile.count; ++t) to[t] = own[tile.token(t)];
@@ -198,12 +201,12 @@ template <class T> void backward(const Backward& a) {
     for (int64_t i = mine.begin; i < mine.end; ++i)
       chain<T>(plan, p, i, shared.resets, false, a.initial_kv, a.initial_z, shared.parts.data(), adjoint.scratch(), nullptr, nullptr);
     team.barrier();
-    each_task(plan.k, team, [&](const Task& task) { adjoint.along(task); });
+    each_task(plan.k, team, [&](const Task& task) { adjoint.queries(task); });
     team.barrier();
     for (int64_t i = mine.begin; i < mine.end; ++i)
       chain<T>(plan, p, i, shared.resets, true, a.later_kv, a.later_z, shared.later.data(), adjoint.scratch(), a.dkv, a.dz);
     team.barrier();
-    each_task(plan.k, team, [&](const Task& task) { adjoint.against(task); });
+    each_task(plan.k, team, [&](const Task& task) { adjoint.keys(task); });
     finish_streaming();
   });
 }

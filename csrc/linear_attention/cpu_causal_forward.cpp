@@ -1,4 +1,5 @@
-// Causal linear attention: o_t = scale (R_t f(q_t)) S_t / (f(q_t) . z_t + eps), S_t and z_t the sums of R_s f(k_s) v_s^T and f(k_s) up to step t.
+// Causal linear attention: o_t = scale (R_t f(q_t)) S_t / (f(q_t) . z_t + eps). S_t and z_t are the sums of R_s f(k_s) v_s^T and of f(k_s) over the
+// steps s <= t.
 #include "causal.h"
 #include "medssm/abi.h"
 
@@ -16,7 +17,7 @@ template <class T> void forward(const Forward& a) {
   prefer_huge_pages(p, a.out);
   struct Own {
     Block<T> block;
-    Scratch<T> states;  // of each head, z behind S
+    Scratch<T> states;  // for each head S, then z
   };
   const PerThread<Own> own(plan.threads(p),
                            [&] { return Own{{plan, p, false}, Scratch<T>(plan.block * most<int64_t>(1, plan.per_group) * plan.sums)}; });
@@ -24,7 +25,7 @@ template <class T> void forward(const Forward& a) {
     const Block<T>& block = own[team.rank].block;
     const Scratch<T>& states = own[team.rank].states;
     each_task(plan.k, team,
-              [&](const Task& task) { sum_segment(plan, p, walk, task, block.k.data(), block.v.data(), block.turned.data(), parts.data()); });
+              [&](const Task& task) { sum_segment(plan, p, walk, task, block.k.data(), block.v.data(), block.rotated.data(), parts.data()); });
     team.barrier();
     const Range mine = share(plan.totals, team);
     for (int64_t i = mine.begin; i < mine.end; ++i)

@@ -1,25 +1,26 @@
-// Linear attention over all tokens where a head's keys and values are one vector each, stored in the compute type and not turned: 16 channels of
-// float with AVX-512. Nothing is then packed but f(k) and f(q) of one head's tile, which its products read number by number; v is read and o written
-// where they lie.
+// A faster path of linear attention over all tokens. A head's keys and values are one vector each, stored in the compute type and without rotation:
+// 16 channels of float with AVX-512. Only f(k) and f(q) of one head's tile are copied to a buffer, because the products read single numbers of them.
+// v is read from its tensor and o is written to its tensor.
 //
-// A tile's heads follow one another, so that memory is read in its order, and while one tile's products run the next tile's rows are fetched.
+// The heads of a tile are processed one after the other, so that memory is read in order. During the products of one tile, the rows of the next tile
+// are prefetched.
 #pragma once
 #include "tasks.h"
 
 namespace medssm {
 namespace {
 
-// The sums must have no padding either.
+// Whether this path can be used. The sums must have no padding.
 template <class T> bool is_direct(const Problem& p) {
   constexpr int64_t kType = sizeof(T) == 4 ? kFloat32 : kFloat64;
   const bool as_stored = p.q.type == kType && p.k.type == kType && p.v.type == kType;
   return as_stored && padded_width<T>(kLanes<T>) == kLanes<T> && p.dk == kLanes<T> && p.dv == kLanes<T> && !p.cos.data;
 }
 
-// A tensor's rows at one head of an image.
+// The rows of a tensor for one head of batch element n.
 template <class T> T* head_rows(const Tokens& x, int64_t n, int64_t head) { return static_cast<T*>(x.data) + n * x.stride[0] + head * x.stride[2]; }
 
-// f of a head's rows, one after the other; fetches the rows of the tile that follows into the second cache.
+// f of a head's rows, stored without gaps. Prefetches the same rows of the next tile into the second-level cache.
 template <int64_t kMap, class T> MEDSSM_INLINE void feature_rows(const T* x, int64_t stride, int64_t count, T* rows) {
   for (int64_t t = 0; t < count; ++t, x += stride) {
     __builtin_prefetch(x + kTokens * stride, 0, 2);

@@ -1,4 +1,4 @@
-// The call of a linear attention: its arguments, and how the work is cut.
+// The arguments of linear attention, and how the work is divided into tasks.
 #pragma once
 #include "medssm/parallel.h"
 #include "medssm/simd.h"
@@ -9,7 +9,7 @@ namespace {
 
 enum FeatureMap : int64_t { kIdentity = 0, kRelu = 1, kElu = 2 };
 
-// A (batch, token, head, channel) tensor with adjacent channels. Strides in elements.
+// A (batch, token, head, channel) tensor with adjacent channels. Strides are in elements.
 struct Tokens {
   void* data;
   int64_t type, stride[3];
@@ -20,7 +20,7 @@ struct Angles {
   int64_t stride[2];
 };
 
-// What kernels/linear_attention/native.py packs.
+// The argument blocks that kernels/linear_attention/native.py packs.
 struct Problem {
   Tokens q, k, v;
   Angles cos, sin;
@@ -30,7 +30,7 @@ struct Problem {
   int64_t feature_map, normalize, wide, threads;  // wide: compute in double
   double scale, eps;
 };
-// Sums (b, g, dk, dv) and (b, g, dk), contiguous, in the compute type.
+// The sums kv (b, g, dk, dv) and z (b, g, dk) are contiguous, in the compute type.
 struct Forward {
   Problem problem;
   Tokens out;
@@ -40,20 +40,21 @@ struct Forward {
 struct Backward {
   Problem problem;
   Tokens dout, dq, dk, dv;
-  const void *initial_kv, *initial_z;       // causal: as in forward; else not read
-  const void *kv, *z, *later_kv, *later_z;  // the totals, and their gradients from outside the call, which may be null
-  void *dkv, *dz;                           // the gradients of the totals, hence of the initial state
+  const void *initial_kv, *initial_z;       // causal: as in Forward; otherwise not read
+  const void *kv, *z, *later_kv, *later_z;  // the final sums, and the gradients the caller has for them, which may be null
+  void *dkv, *dz;                           // the gradients of the initial state; if not causal, those of the final sums are the same
 };
 
-constexpr int64_t kTokens = 32;  // of a tile
+constexpr int64_t kTokens = 32;  // most tokens of a tile
 constexpr int64_t kTileBytes = 32 << 10;
 
-// The tokens [begin, end) of image n, for some groups of heads; `share` counts what adds to the same sums.
+// A piece of work: the tokens [begin, end) of batch element n, for the groups of heads [first, first + count). share: the index of the segment among
+// those that add to the same sums.
 struct Task {
   int64_t n, begin, end, first, count, share;
 };
 
-// How a side's tokens are cut into tasks.
+// How the tokens of q, or of k and v, are divided into tasks: into segments of tokens, and into blocks of groups of heads.
 class Cut {
  public:
   // Segments are at most `longest` tokens long.
@@ -78,10 +79,10 @@ class Cut {
   int64_t length_, groups_, block_, blocks_, segment_, segments_, tasks_;
 };
 
-// A row of a tile has so many numbers: whole vectors, and what matrix_state.h takes for rows of a state.
+// The numbers in a row of a tile. A multiple of the vector, and of 8, which matrix_state.h requires for the rows of a state.
 template <class T> MEDSSM_INLINE int64_t padded_width(int64_t width) { return round_up(width, most<int64_t>(kLanes<T>, 8)); }
 
-// Sizes, and where things lie. A group's sums are padded: dk_padded rows of dv_padded numbers, then z, with zeros beyond dk and dv.
+// The sizes of all buffers. The sums of a group are padded: dk_padded rows of dv_padded numbers, then z; the padding beyond dk and dv is zero.
 template <class T> struct Plan {
   int64_t dk, dv, dk_padded, dv_padded, per_group, block, sums, totals;
   Cut q, k;
@@ -98,11 +99,12 @@ template <class T> struct Plan {
       q(p.batch, p.q_length, p.groups, block, longest(p)),
       k(p.batch, p.length, p.groups, block, longest(p)) {}
 
-  // Bytes of a tile of one head's k and v.
+  // The bytes of one head's tile of k and v.
   int64_t row() const { return kTokens * (dk_padded + dv_padded) * static_cast<int64_t>(sizeof(T)); }
-  // A causal sum grows token by token, and its rounding with it; over all tokens it grows tile by tile.
+  // The most tokens of a segment. A causal sum is rounded once per token: short segments limit its rounding error. Other sums are rounded once per
+  // tile.
   static int64_t longest(const Problem& p) { return p.causal ? 4096 : INT64_MAX / 2; }
-  // How many threads the tokens are worth: starting one costs as much as some ten thousand multiplications.
+  // The number of threads. Starting a thread takes as long as some ten thousand multiplications, so each must have more work than that.
   int64_t threads(const Problem& p) const {
     const int64_t work = (p.q_length * p.heads + p.length * p.groups) * p.batch * p.dk * p.dv;
     return most<int64_t>(1, least(p.threads, least(most(q.tasks(), k.tasks()), ceil_div(work, 1 << 18))));

@@ -1,4 +1,4 @@
-// What forward and backward share: threads through the tasks, tasks through the tiles, and the sums over tasks.
+// What forward and backward share: loops over tasks and tiles, and the sums over tasks.
 #pragma once
 #include "medssm/scratch.h"
 #include "problem.h"
@@ -9,7 +9,7 @@ namespace {
 
 template <class T> void clear(T* data, int64_t count) { std::memset(data, 0, static_cast<std::size_t>(count) * sizeof(T)); }
 
-// Scratch that begins with zeros: a tile's rows beyond its tokens are read and never used.
+// Scratch memory, set to zero. The rows of a tile after its last token are read, but their results are not used: they must be valid numbers.
 template <class T> class Tiles {
  public:
   explicit Tiles(int64_t count) : scratch_(count) { clear(scratch_.data(), count); }
@@ -19,22 +19,22 @@ template <class T> class Tiles {
   const Scratch<T> scratch_;
 };
 
-// body(task) for this thread's share of a side's tasks.
+// body(task) for this thread's share of the tasks.
 template <class Body> void each_task(const Cut& cut, const Team& team, const Body& body) {
   const Range mine = share(cut.tasks(), team);
   for (int64_t i = mine.begin; i < mine.end; ++i) body(cut[i]);
 }
-// body(tile) for each tile of a task, in memory's order.
+// body(tile) for each tile of a task, in raster order.
 template <class Body> void each_tile(const Task& task, const Body& body) {
   for (int64_t begin = task.begin; begin < task.end; begin += kTokens) body(Tile{begin, least(kTokens, task.end - begin), false, nullptr, begin, 1});
 }
 
-// 2 MiB pages for a large result.
+// Asks for 2 MiB pages for a large output.
 inline __attribute__((unused)) void prefer_huge_pages(const Problem& p, const Tokens& t) {
   medssm::prefer_huge_pages(t.data, p.batch * t.stride[0] * (t.type == kFloat64 ? 8 : t.type == kFloat32 ? 4 : 2));
 }
 
-// The dense sums of one image's group into padded ones; null: zeros.
+// Copies the dense sums of one group of one batch element to padded ones. Null counts as zeros.
 template <class T> void pad(const Plan<T>& plan, int64_t item, const T* kv, const T* z, T* total) {
   clear(total, plan.sums);
   for (int64_t r = 0; kv && r < plan.dk; ++r)
@@ -42,14 +42,15 @@ template <class T> void pad(const Plan<T>& plan, int64_t item, const T* kv, cons
   if (z) std::memcpy(total + plan.dk_padded * plan.dv_padded, z + item * plan.dk, static_cast<std::size_t>(plan.dk) * sizeof(T));
 }
 
-// And back.
+// Copies padded sums to dense ones.
 template <class T> void unpad(const Plan<T>& plan, int64_t item, const T* total, T* kv, T* z) {
   for (int64_t r = 0; r < plan.dk; ++r)
     std::memcpy(kv + (item * plan.dk + r) * plan.dv, total + r * plan.dv_padded, static_cast<std::size_t>(plan.dv) * sizeof(T));
   std::memcpy(z + item * plan.dk, total + plan.dk_padded * plan.dv_padded, static_cast<std::size_t>(plan.dk) * sizeof(T));
 }
 
-// Adds the segments' sums of one image's group to `before`, in order: padded into `totals`, dense into kv and z.
+// Adds the sums of all segments of one group of one batch element to `before`, in the order of the segments. Writes the result to `totals`, padded,
+// and to kv and z, dense.
 template <class T> void reduce(const Plan<T>& plan, const Problem& p, int64_t item, const T* parts, int64_t shares, const T* before_kv,
                                const T* before_z, T* totals, T* kv, T* z) {
   T* total = totals + item * plan.sums;
@@ -63,22 +64,24 @@ template <class T> void reduce(const Plan<T>& plan, const Problem& p, int64_t it
   unpad(plan, item, total, kv, z);
 }
 
-// Where a task sums its share for its group g.
+// Where a task stores its sums for its group g.
 template <class T> T* part(const Plan<T>& plan, const Problem& p, const Cut& cut, const Task& task, int64_t g, T* parts) {
   return parts + ((task.n * cut.shares() + task.share) * p.groups + g) * plan.sums;
 }
 
-// Adds a tile's R k' v^T and k' to one group's sums. k, v: rows; turned: scratch for a tile of k.
-template <class T> void add_tile(const Plan<T>& plan, const Problem& p, const Tile& tile, int64_t group, const T* k, const T* v, T* turned, T* sums) {
+// Adds R k' v^T and k' of a tile to the sums of one group. k (which holds k' = f(k)) and v: the tile's rows; rotated: scratch memory for a tile of k.
+template <class T>
+void add_tile(const Plan<T>& plan, const Problem& p, const Tile& tile, int64_t group, const T* k, const T* v, T* rotated, T* sums) {
   add_rows<T>(k, nullptr, plan.dk_padded, tile.count, sums + plan.dk_padded * plan.dv_padded);
   if (p.cos.data) {
-    rotate(p, false, tile, group, k, turned);
-    k = turned;
+    rotate(p, false, tile, group, k, rotated);
+    k = rotated;
   }
   add_products(k, plan.dk_padded, v, plan.dv_padded, plan.dv_padded, tile.count, sums);
 }
 
-// Of a tile's tokens: 1 / (q' . z + eps), or 1, and that times the scale. inverse holds q' . z at first.
+// For the tokens of a tile: inverse = 1 / (q' . z + eps), or 1 without normalization, and scaled = inverse * scale. Before invert(), inverse holds
+// q' . z.
 template <class T> struct Weights {
   alignas(64) T inverse[kTokens] = {}, scaled[kTokens];
 
@@ -91,13 +94,13 @@ template <class T> struct Weights {
     }
   }
 
-  // Of numerator . dout, the gradient of q' . z: through scale numerator / (q' . z + eps).
+  // Converts dots from numerator . dout to the gradient of q' . z. This follows from o = scale numerator / (q' . z + eps).
   void slope(T* dots) const {
     for (int64_t t = 0; t < kTokens; t += kLanes<T>) store(dots + t, -load<T>(dots + t) * load<T>(scaled + t) * load<T>(inverse + t));
   }
 };
 
-// f(put) writes one head's rows of `width` channels where a tile's tokens lie: put(t, c, v) the vector from channel c on.
+// Calls f(put), which writes one head's rows of a tile to `out`, `width` channels each: put(t, c, v) writes the vector that begins at channel c.
 template <class T, class F>
 MEDSSM_INLINE void write_rows(const Problem& p, const Tokens& out, int64_t n, const Tile& tile, int64_t head, int64_t width, const F& f) {
   with_storage(out.type, out.data, [&](auto* data) {
@@ -108,7 +111,7 @@ MEDSSM_INLINE void write_rows(const Problem& p, const Tokens& out, int64_t n, co
   });
 }
 
-// Writes f'(x_t) gradient_t of one head's tokens, f(x) given.
+// Writes f'(x_t) gradient_t for one head's tokens. f: the values f(x).
 template <class T> void write_gradient(const Plan<T>& plan, const Problem& p, const Tokens& out, int64_t n, const Tile& tile, int64_t head,
                                        const T* f, const T* gradient) {
   with_feature(p.feature_map, [&](auto chosen) {

@@ -1,4 +1,4 @@
-// What happens to a tile: kTokens rows of one head's channels, dense in the compute type, padded to whole vectors with zeros.
+// Operations on a tile: kTokens rows of one head's channels, dense, in the compute type, padded with zeros to whole vectors.
 #pragma once
 #include "medssm/lanes.h"
 #include "medssm/shuffle.h"
@@ -8,10 +8,10 @@
 namespace medssm {
 namespace {
 
-// f(x), and its derivative, which follows from f(x) alone.
+// The feature map f(x), and its derivative as a function of f(x).
 template <int64_t kMap, class T> MEDSSM_INLINE Vec<T> feature(Vec<T> x) {
   if constexpr (kMap == kRelu) return max(Vec<T>{}, x);
-  // e^0 is exactly 1: above zero the sum is x + 1, below it is e^x.
+  // elu(x) + 1 without a branch: the sum is x + 1 for x > 0, because e^0 is exactly 1, and e^x for x <= 0.
   if constexpr (kMap == kElu) return max(Vec<T>{}, x) + exp_bounded<T>(max(splat(-kExpBound<T>), min(Vec<T>{}, x)));
   return x;
 }
@@ -21,7 +21,7 @@ template <int64_t kMap, class T> MEDSSM_INLINE Vec<T> slope(Vec<T> f) {
   if constexpr (kMap == kElu) return min(one, f);
   return one;
 }
-// body(integral_constant) for the feature map.
+// Calls body with the feature map as a compile-time constant.
 template <class Body> MEDSSM_INLINE void with_feature(int64_t map, const Body& body) {
   switch (map) {
     case kRelu:
@@ -33,15 +33,15 @@ template <class Body> MEDSSM_INLINE void with_feature(int64_t map, const Body& b
   }
 }
 
-// The first n lanes, zeros behind.
-template <class T> MEDSSM_INLINE Vec<T> keep(Vec<T> x, int64_t n) {
+// The first n lanes of x, then zeros.
+template <class T> MEDSSM_INLINE Vec<T> first_lanes(Vec<T> x, int64_t n) {
   alignas(kVectorBytes) T lanes[kLanes<T>];
   store(lanes, x);
   return load_part<T>(lanes, static_cast<int>(n));
 }
 
-// Heads [first, first + heads) of a tile's tokens through the feature map into one tile a head, token after token as the walk has them. The
-// rows of the tile that follows are fetched meanwhile, into the second cache: the first has no room for them beside this tile's.
+// Applies the feature map to the heads [first, first + heads) of a tile's tokens and stores one tile per head, its tokens in the order of the walk.
+// Prefetches the rows of the next tile into the second-level cache: the first-level cache has no room for two tiles.
 template <class T> void load_tiles(const Tokens& x, int64_t map, int64_t n, const Tile& tile, int64_t first, int64_t heads, int64_t width, T* tiles) {
   constexpr int W = kLanes<T>;
   const int64_t padded = padded_width<T>(width), whole = width / W * W, ahead = tile.index ? 0 : kTokens * tile.direction * x.stride[1];
@@ -59,7 +59,7 @@ template <class T> void load_tiles(const Tokens& x, int64_t map, int64_t n, cons
           }
           for (int64_t c = whole; c < padded; c += W) {
             const int64_t rest = most<int64_t>(0, width - c);
-            store(target + c, keep<T>(feature<kMap, T>(load_part<T>(row + c, static_cast<int>(rest))), rest));
+            store(target + c, first_lanes<T>(feature<kMap, T>(load_part<T>(row + c, static_cast<int>(rest))), rest));
           }
         }
       }
@@ -70,15 +70,15 @@ template <class T> void load_tiles(const Tokens& x, int64_t map, int64_t n, cons
 template <class T> struct Neighbour {
   static constexpr int at(int i) { return i ^ 1; }
 };
-// The sign of the neighbour's part in each channel of a turned pair.
+// For each channel of a rotated pair (a, b) -> (a cos - b sin, b cos + a sin): the sign of the other channel's part.
 template <class T> MEDSSM_INLINE Vec<T> signs() {
   Vec<T> s;
   for (int i = 0; i < kLanes<T>; ++i) s[i] = i % 2 ? T(1) : T(-1);
   return s;
 }
 
-// turned = a head's pairs turned by their tokens' angles; back, by the angles' negatives (the transposed map).
-template <class T> void rotate(const Problem& p, bool back, const Tile& tile, int64_t group, const T* rows, T* turned) {
+// Rotates the pairs of channels of a head by the angles of their tokens. back: by the negative angles, which is the transposed map.
+template <class T> void rotate(const Problem& p, bool back, const Tile& tile, int64_t group, const T* rows, T* rotated) {
   constexpr int W = kLanes<T>;
   const Vec<T> sign = back ? -signs<T>() : signs<T>();
   const int64_t padded = padded_width<T>(p.dk);
@@ -89,12 +89,13 @@ template <class T> void rotate(const Problem& p, bool back, const Tile& tile, in
       const int n = static_cast<int>(least<int64_t>(W, p.dk - c));
       const Vec<T> x = load<T>(rows + t * padded + c), s = load_part<T>(sin + c, n);
       const Vec<T> across = back ? shuffle<T, Neighbour<T>>(x * s, x) : shuffle<T, Neighbour<T>>(x, x) * s;
-      store(turned + t * padded + c, fma(x, load_part<T>(cos + c, n), sign * across));
+      store(rotated + t * padded + c, fma(x, load_part<T>(cos + c, n), sign * across));
     }
   }
 }
 
-// sums[r] += sum_t a_t[r] b_t over the b_t of `width` numbers, b_step apart. Rows start from zero in registers: a long sum adds up tile by tile.
+// sums[r] += sum_t a_t[r] b_t, where b_t has `width` numbers and begins at b + t b_step. A tile is summed in registers from zero and then added, so
+// that `sums` is rounded once per tile.
 template <class T> void add_products(const T* a, int64_t a_row, const T* b, int64_t b_step, int64_t width, int64_t count, T* sums) {
   constexpr int W = kLanes<T>;
   for (int64_t r = 0; r < a_row; r += W)
@@ -112,7 +113,8 @@ template <class T> void add_products(const T* a, int64_t a_row, const T* b, int6
     }
 }
 
-// f(t, c, sum_r a_t[r] rows[r][c ...]) for the tokens t < count and the channels c of whole vectors.
+// Calls f(t, c, o) for each token t < count and each vector of channels, the first of which is c: o = sum_{r < width} a_t[r] rows[r][c ...]. A row
+// has `row` numbers.
 template <class T, class F>
 MEDSSM_INLINE void apply(const T* a, int64_t a_row, const T* rows, int64_t width, int64_t row, int64_t count, const F& f) {
   constexpr int W = kLanes<T>, kBlock = 8;
@@ -131,7 +133,7 @@ MEDSSM_INLINE void apply(const T* a, int64_t a_row, const T* rows, int64_t width
     }
 }
 
-// dots[t] = a_t . b_t for a tile's tokens; b_step 0: one b for all of them.
+// dots[t] = a_t . b_t for a tile's tokens. With b_step 0 all have the same b.
 template <class T> void dot_rows(const T* a, const T* b, int64_t b_step, int64_t row, int64_t count, T* dots) {
   constexpr int W = kLanes<T>;
   for (int64_t from = 0; from < count; from += W) {
@@ -143,7 +145,7 @@ template <class T> void dot_rows(const T* a, const T* b, int64_t b_step, int64_t
   }
 }
 
-// sum += sum_t by[t] a_t, `by` null: ones.
+// sum += sum_t by[t] a_t. If `by` is null it is 1.
 template <class T> void add_rows(const T* a, const T* by, int64_t row, int64_t count, T* sum) {
   for (int64_t c = 0; c < row; c += kLanes<T>) {
     Vec<T> total = {};
@@ -152,7 +154,7 @@ template <class T> void add_rows(const T* a, const T* by, int64_t row, int64_t c
   }
 }
 
-// a_t += by[t] shared, `by` null: ones.
+// a_t += by[t] shared. If `by` is null it is 1.
 template <class T> void add_row(T* a, const T* by, int64_t row, int64_t count, const T* shared) {
   for (int64_t t = 0; t < count; ++t)
     for (int64_t c = 0; c < row; c += kLanes<T>) {
@@ -161,7 +163,7 @@ template <class T> void add_row(T* a, const T* by, int64_t row, int64_t count, c
     }
 }
 
-// With z_t = z + sum_{s <= t} k_s: dots[t] = q_t . z_t; z moves on to the tile's last.
+// dots[t] = q_t . z_t with z_t = z + sum_{s <= t} k_s. Then z becomes z_t of the tile's last token.
 template <class T> void running_dots(const T* q, const T* k, int64_t row, int64_t count, T* z, T* dots) {
   constexpr int W = kLanes<T>;
   alignas(64) T products[kTokens * W] = {};
@@ -179,7 +181,7 @@ template <class T> void running_dots(const T* q, const T* k, int64_t row, int64_
     store(dots + from, sum_each<T, W>(sums));
   }
 }
-// out_t += by[t] z_t, of the same z_t.
+// out_t += by[t] z_t with the same z_t. z does not change.
 template <class T> void add_running(const T* k, const T* by, int64_t row, int64_t count, const T* z, T* out) {
   for (int64_t c = 0; c < row; c += kLanes<T>) {
     Vec<T> own = load<T>(z + c);
@@ -189,7 +191,7 @@ template <class T> void add_running(const T* k, const T* by, int64_t row, int64_
     }
   }
 }
-// out_t += z + sum_{s <= t} by[s] a_s; z moves on to the tile's last.
+// out_t += z_t with z_t = z + sum_{s <= t} by[s] a_s. Then z becomes z_t of the tile's last token.
 template <class T> void add_running_sums(const T* a, const T* by, int64_t row, int64_t count, T* z, T* out) {
   for (int64_t c = 0; c < row; c += kLanes<T>) {
     Vec<T> own = load<T>(z + c);
@@ -201,13 +203,13 @@ template <class T> void add_running_sums(const T* a, const T* by, int64_t row, i
   }
 }
 
-// a_t *= by[t]
+// a_t *= by[t].
 template <class T> void multiply_rows(T* a, const T* by, int64_t row, int64_t count) {
   for (int64_t t = 0; t < count; ++t)
     for (int64_t c = 0; c < row; c += kLanes<T>) store(a + t * row + c, load<T>(a + t * row + c) * by[t]);
 }
 
-// Writes the vector at channel c of a row of `width` channels.
+// Writes the vector of channels that begins at channel c; only those below `width`.
 template <class T, class S> MEDSSM_INLINE void write_part(S* row, int64_t c, int64_t width, Vec<T> value, bool stream) {
   if (c + kLanes<T> <= width)
     write(row + c, value, stream);
