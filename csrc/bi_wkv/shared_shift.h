@@ -32,7 +32,7 @@ template <class T> class SharedShift {
   bool usable_for(Vec<T> lowest, Vec<T> base, const Sums<T>& past, const Sums<T>& future) const {
     return usable_ && all_at_most<T>(max(base, max(past.term.shift, future.term.shift)) - lowest, kMaxSpread);
   }
-  // Whether the sums over outputs outside a tile can be scaled to those of the tile without overflow. top: the one of the tile's outputs.
+  // Whether the sums over outputs outside a tile can be scaled to those of the tile without overflow. top: the common top of the tile's outputs.
   static bool can_scale(Vec<T> top, const Sums<T>& past, const Sums<T>& future) {
     return all_at_most<T>(top + max(past.term.shift, future.term.shift), kMaxSpread);
   }
