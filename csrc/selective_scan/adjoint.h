@@ -1,31 +1,31 @@
 // The adjoint of the recurrence (medssm/step.h) of one block over one tile.
 //
-// A tile is walked forwards once more, keeping e and h of a few states in the first-level cache, then backwards: fifteen operations of the
-// multiplier per step and state with AVX-512, against seven forwards.
+// A tile is first computed forward again, for a few states at a time, and e and h of each step are kept in the first-level cache. Then the same steps
+// are walked backward. With AVX-512 this takes fifteen operations of the multiplier per step and state; the forward pass takes seven.
 #pragma once
 #include "recurrence.h"
 
 namespace medssm {
 namespace {
 
-// States that a tile's e and h are kept of at a time.
+// Number of states whose e and h are kept at the same time.
 constexpr int kAdjointUnit = 4;
 
 template <class T> struct Adjoint {
-  const T *rates, *s, *su, *dy;  // rates of state n
-  View<T> B, C;                  // of state n
+  const T *rates, *s, *su, *dy;  // rates: of states n, n + 1, …
+  View<T> B, C;                  // of states n, n + 1, …
   int64_t count;
   const T* state;            // h before the tile
-  T *carry, *dA;             // of state n: g, in and out; added to
-  T *y, *along_A, *along_B;  // of this half; y may be null: nobody asks
-  bool first;                // set them, do not add to them
-  T *dB, *dC;                // rows of state n, one every row_step
+  T *carry, *dA;             // of states n, n + 1, …; carry: g, read and updated; dA: added to
+  T *y, *along_A, *along_B;  // of this half of the states; y may be null if it is not needed
+  bool first;                // set y, along_A and along_B instead of adding to them
+  T *dB, *dC;                // from state n on; one row per step, row_step elements apart
   int64_t row_step;
-  T* kept;             // scratch: e and h, kTile * 2 * kAdjointUnit vectors
-  const Ahead* ahead;  // a share of it is asked for during each unit; may be null
+  T* kept;                   // scratch memory for e and h: kTile * 2 * kAdjointUnit vectors
+  const Prefetch* prefetch;  // each unit requests a share of these lines; may be null
 };
 
-template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)) void retreat(const Adjoint<T>& a) {
+template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)) void backward_unit(const Adjoint<T>& a) {
   constexpr int W = kLanes<T>;
   Vec<T> h[kStates];
 #pragma GCC unroll 8
@@ -33,10 +33,10 @@ template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)
 
   const T *B = a.B.rows, *C = a.C.rows;
   T* kept = a.kept;
-  const Ahead* const ahead = a.ahead;
+  const Prefetch* const prefetch = a.prefetch;
   for (int64_t t = 0; t < a.count; ++t, B += a.B.step, C += a.C.step, kept += 2 * kStates * W) {
     const Vec<T> s = load<T>(a.s + t * W), su = load<T>(a.su + t * W);
-    if (ahead) ahead->ask(t);
+    if (prefetch) prefetch->request(t);
     Vec<T> y = !kY || a.first ? Vec<T>{} : load<T>(a.y + t * W);
 #pragma GCC unroll 8
     for (int n = 0; n < kStates; ++n) {
@@ -89,14 +89,14 @@ template <class T, int kStates, bool kY, bool kBounded> __attribute__((noinline)
   }
 }
 
-template <class T, int kStates, bool kY, bool kBounded> void retreat_all(Adjoint<T> a, int64_t states) {
+template <class T, int kStates, bool kY, bool kBounded> void backward_units(Adjoint<T> a, int64_t states) {
   constexpr int W = kLanes<T>;
-  const Ahead* const all = a.ahead;
+  const Prefetch* const all = a.prefetch;
   const int64_t units = states / kStates;
   for (int64_t unit = 0; unit < units; ++unit) {
-    const Ahead some = all ? all->share(unit, units) : Ahead(Tile{});
-    a.ahead = all ? &some : nullptr;
-    retreat<T, kStates, kY, kBounded>(a);
+    const Prefetch some = all ? all->share(unit, units) : Prefetch(Tile{});
+    a.prefetch = all ? &some : nullptr;
+    backward_unit<T, kStates, kY, kBounded>(a);
     a.rates += kStates * W;
     a.state += kStates * W;
     a.carry += kStates * W;
@@ -107,21 +107,21 @@ template <class T, int kStates, bool kY, bool kBounded> void retreat_all(Adjoint
     a.dC += kStates;
     a.first = false;
   }
-  a.ahead = units ? nullptr : all;
+  a.prefetch = units ? nullptr : all;
   if constexpr (kStates > 1)
-    if (states % kStates) retreat_all<T, kStates / 2, kY, kBounded>(a, states % kStates);
+    if (states % kStates) backward_units<T, kStates / 2, kY, kBounded>(a, states % kStates);
 }
 
-template <class T> void retreat_any(const Adjoint<T>& a, int64_t states, bool bounded) {
+template <class T> void backward_half(const Adjoint<T>& a, int64_t states, bool bounded) {
   constexpr int kUnit = least(kAdjointUnit, kLanes<T>), kRare = 1;
   if (bounded && a.y)
-    retreat_all<T, kUnit, true, true>(a, states);
+    backward_units<T, kUnit, true, true>(a, states);
   else if (bounded)
-    retreat_all<T, kUnit, false, true>(a, states);
+    backward_units<T, kUnit, false, true>(a, states);
   else if (a.y)
-    retreat_all<T, kRare, true, false>(a, states);
+    backward_units<T, kRare, true, false>(a, states);
   else
-    retreat_all<T, kRare, false, false>(a, states);
+    backward_units<T, kRare, false, false>(a, states);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The arguments of a scan, on the CPU and on a GPU.
+// The arguments of a scan, for the CPU and the GPU.
 #pragma once
 #include "medssm/storage.h"
 
@@ -17,14 +17,14 @@ struct Rows {  // (b, l, g, n): B, C
 struct Problem {
   Tokens u, delta, z;
   Rows B, C;
-  const void *A, *D, *bias, *proj, *initial;  // (d, n), (d), (d), (d, r), (b, d, n): dense, the compute type; all but A may be null
-  const int64_t *index, *starts;              // null: raster; null: no segment begins after step 0
+  const void *A, *D, *bias, *proj, *initial;  // (d, n), (d), (d), (d, r), (b, d, n): contiguous, in the compute type; all except A may be null
+  const int64_t *index, *starts;              // index null: raster order; starts null: no segment begins after step 0
   int64_t start_count, reverse;
-  int64_t batch, length, channels, groups, state, rank;  // rank 0: delta has a value for every channel
+  int64_t batch, length, channels, groups, state, rank;  // rank 0: delta has one value per channel, it is not low-rank
   int64_t softplus, wide, threads;                       // wide: compute in double
-  double scale;                                          // of y, before the gate
+  double scale;                                          // multiplies y before the gate
 };
-// An output (b, l, d) with adjacent channels. earlier: null, or what to add to, the compute type and the same strides.
+// An output (b, l, d) with adjacent channels. earlier: null, or a tensor in the compute type with the same strides, which is added to the result.
 struct Output {
   void* data;
   int64_t type, batch, token;
@@ -33,7 +33,8 @@ struct Output {
 
 constexpr int64_t kTile = 64;
 
-// Tokens between checkpoints: they take at most a quarter of the memory of u in float32. kernels/selective_scan/plan.py says the same.
+// Tokens between two checkpoints, chosen so that the checkpoints take at most a quarter of the memory of u in float32.
+// kernels/selective_scan/plan.py has the same rule: change both together.
 MEDSSM_INLINE int64_t chunk_tokens(int64_t state) { return kTile * ceil_div(state, 16); }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // Selective scan, backward, on a CPU.
 //
-// Time is cut into rounds, walked from the last to the first. In a round every (batch, block) item computes its gradients and its share of
-// dB and dC (sums over its own channels), then, behind a barrier, the shares are added over blocks in a fixed order. So no gradient
-// needs an atomic, memory is bounded by a round, and any number of threads gives the same bits.
+// The steps are divided into rounds, which are computed from the last to the first. In a round, every item (a block of one batch element) computes
+// its gradients and its share of dB and dC, which is the sum over its own channels. After a barrier, the shares are added over the blocks in a fixed
+// order. So no gradient needs atomic operations, the scratch memory depends on the size of a round only, and any number of threads gives the same
+// bits.
 #include "adjoint.h"
 #include "medssm/activation.h"
 #include "medssm/parallel.h"
@@ -19,11 +20,11 @@ struct RowOutput {  // (b, l, g, n) with adjacent states
 struct Arguments {
   Problem problem;
   Tokens dout;
-  const void *dstate, *checkpoints;  // (b, d, n), may be null; (b, chunks, n, d): the compute type
+  const void *dstate, *checkpoints;  // dstate: (b, d, n), may be null; checkpoints: (b, chunks, n, d); both in the compute type
   int64_t checkpoint_batch;
-  Output du, ddelta, dz;  // ddelta: (b, l, d) or (b, l, r); dz where there is z
+  Output du, ddelta, dz;  // ddelta: (b, l, d) or (b, l, r); dz is used only if there is z
   RowOutput dB, dC;
-  void *dA, *dD, *dbias, *dproj, *dinitial;  // dense, the compute type; all but dA may be null
+  void *dA, *dD, *dbias, *dproj, *dinitial;  // contiguous, in the compute type; all except dA may be null
 };
 
 template <class T> class Backward {
@@ -61,36 +62,36 @@ template <class T> class Backward {
 
  private:
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kRound = 1024, kRoundBytes = 128 << 10;  // steps, and bytes of shares of dB and dC, of a round at most
+  static constexpr int64_t kRound = 1024, kRoundBytes = 128 << 10;  // limits of a round: steps, and bytes of shares of dB and dC
 
-  // What a thread keeps of an item, or of half an item.
+  // The data that a thread keeps for an item, or for half of its states.
   struct Slot {
     Channels<T> channels;
-    T *carry, *starts;  // g [n][lane]; h before each kTile steps of the chunk [..][n][lane]
-    int64_t item;       // within the batches that are walked together
-    int from, to;       // its halves: [0, 2) or one of them
+    T *carry, *starts;  // carry: g [n][lane]; starts: h before each kTile steps of the chunk [..][n][lane]
+    int64_t item;       // index among the items of the batch elements that are computed together
+    int from, to;       // its halves of the states: [0, 2), or only one of them
   };
   int64_t slot_size() const { return Channels<T>::size(p_) + p_.state * W + chunk_ / kTile * p_.state * W; }
 
-  // Memory that the threads share. A step's vector is W lanes, one per channel of a block.
+  // Memory that the threads share. A vector has W lanes, one per channel of a block.
   //
-  //   rows    two rounds in turn, each:   item 0 | item 1 | ...        one row for each step of the round
+  //   rows    two buffers, for alternate rounds, each:   item 0 | item 1 | ...        one row for each step of the round
   //             row:  dB of half 0 | dC of half 0 | dB of half 1 | dC of half 1 | low-rank ddelta
   //   sums    item 0 | item 1 | ...       each:  dA (n vectors) | dproj (r vectors) | dD | dbias
   //   totals  block 0 | block 1 | ...     each as in sums, added over the batch
   //
-  // and only where two threads share an item, each with half of its states:
+  // and only if two threads share an item, each with half of its states:
   //
   //   tiles   slot 0 | slot 1 | ...       each:  y | along_A | along_B        one vector for each step of the round
   //   parts   item 0 | item 1 | ...       each, at its tile's first step:  dproj (r vectors) | dD | dbias
   //
-  // memory: what the pointers of the slots point to.
+  // memory: the slots' pointers (channels, carry, starts) point into it.
   struct Common {
     T *rows, *sums, *totals, *parts, *tiles, *memory;
     Slot* slots;
   };
 
-  // A thread's tiles.
+  // Scratch memory of one thread for the current tile.
   struct Buffers {
     Scratch<T> memory;
     T *s, *su, *slope, *dy, *gate, *u, *dout, *z, *y[2], *along_A[2], *along_B[2], *kept, *B, *C, *low;
@@ -116,7 +117,7 @@ template <class T> class Backward {
     Worker(const Backward& backward, const Common& common) :
         b_(backward), a_(backward.a_), p_(backward.p_), common_(common), buffers_(p_), tiles_(b_.chunk_) {}
 
-    // All rounds of `batches` batch elements from `batch` on.
+    // Computes all rounds of `batches` batch elements, beginning with `batch`.
     void walk(int64_t batch, int64_t batches, PhasedTeam& team) {
       const int64_t items = batches * b_.blocks_.count, rounds = ceil_div(p_.length, b_.round_);
       const Range mine = share(items * b_.slots_, team);
@@ -157,10 +158,11 @@ template <class T> class Backward {
       std::memset(sums(slot) + low * W, 0, sizeof(T) * (high - low) * W);
     }
 
-    int64_t first(int half) const { return half == 0 ? 0 : half == 1 ? b_.half_ : p_.state; }  // state of a half
+    int64_t first(int half) const { return half == 0 ? 0 : half == 1 ? b_.half_ : p_.state; }  // the first state of a half
     T* sums(const Slot& slot) const { return common_.sums + slot.item * b_.sum_; }
 
-    // Phase one: the states of steps [from, end), chunk by chunk from the last; where the slot has both halves, the outputs too.
+    // Phase one: walks the recurrence backward over steps [from, end), chunk by chunk from the last. If the slot has both halves, it also writes
+    // the outputs.
     void states(Slot& slot, int64_t from, int64_t end, T* rows) {
       for (int64_t chunk = from + (end - 1 - from) / b_.chunk_ * b_.chunk_; chunk >= from; chunk -= b_.chunk_) {
         const int64_t tiles = b_.walk_.tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
@@ -171,7 +173,7 @@ template <class T> class Backward {
           const Inputs<T> in = inputs(slot.channels, tile, shared.low);
           T* row = rows + (slot.item * b_.round_ + tile.from - from) * b_.row_;
           const bool writes = !b_.halved_ || (tile.from - from + kTile) / kTile % 2 == slot.from;
-          const Ahead ahead = lines(slot.channels.block, tile.from, writes);
+          const Prefetch prefetch = lines(slot.channels.block, tile.from, writes);
           const T* start = slot.starts + (tile.from - chunk) / kTile * p_.state * W;
           if (tile.fresh) std::memset(slot.channels.state, 0, sizeof(T) * p_.state * W);
           for (int half = slot.from; half < slot.to; ++half) {
@@ -182,26 +184,26 @@ template <class T> class Backward {
               along_B = half_tile(slot, half, 2, tile.from - from);
             }
             const int64_t n = first(half), count = first(half + 1) - n;
-            retreat_any<T>({slot.channels.rates + n * W,
-                            in.s,
-                            in.su,
-                            buffers_.dy,
-                            {shared.B.rows + n, shared.B.step},
-                            {shared.C.rows + n, shared.C.step},
-                            tile.count,
-                            (tile.fresh ? slot.channels.state : start) + n * W,
-                            slot.carry + n * W,
-                            sums(slot) + n * W,
-                            p_.z.data ? y : nullptr,
-                            along_A,
-                            along_B,
-                            true,
-                            row + 2 * n,
-                            row + 2 * n + count,
-                            b_.row_,
-                            buffers_.kept,
-                            half == slot.from ? &ahead : nullptr},
-                           count, in.bounded);
+            backward_half<T>({slot.channels.rates + n * W,
+                              in.s,
+                              in.su,
+                              buffers_.dy,
+                              {shared.B.rows + n, shared.B.step},
+                              {shared.C.rows + n, shared.C.step},
+                              tile.count,
+                              (tile.fresh ? slot.channels.state : start) + n * W,
+                              slot.carry + n * W,
+                              sums(slot) + n * W,
+                              p_.z.data ? y : nullptr,
+                              along_A,
+                              along_B,
+                              true,
+                              row + 2 * n,
+                              row + 2 * n + count,
+                              b_.row_,
+                              buffers_.kept,
+                              half == slot.from ? &prefetch : nullptr},
+                             count, in.bounded);
           }
           if (tile.fresh) std::memset(slot.carry + first(slot.from) * W, 0, sizeof(T) * W * (first(slot.to) - first(slot.from)));
           if (!b_.halved_) {
@@ -212,7 +214,8 @@ template <class T> class Backward {
       }
     }
 
-    // h before each kTile steps of a chunk: the checkpoint, and, where a chunk has several, by walking on from there.
+    // Computes h before each kTile steps of a chunk. The first is the checkpoint. If a chunk is longer than kTile steps, the others are computed
+    // forward from it.
     void load_starts(Slot& slot, int64_t chunk, int64_t tiles) {
       Channels<T>& channels = slot.channels;
       const Block& block = channels.block;
@@ -220,7 +223,7 @@ template <class T> class Backward {
           static_cast<const T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + chunk / b_.chunk_ * p_.state * p_.channels + block.channel;
       for (int64_t n = 0; n < p_.state; ++n) {
         store(slot.starts + n * W, load_part<T>(saved + n * p_.channels, block.lanes));
-        if (chunk > 0) __builtin_prefetch(saved + (n - p_.state) * p_.channels);  // the next to be loaded
+        if (chunk > 0) __builtin_prefetch(saved + (n - p_.state) * p_.channels);  // the checkpoint that is loaded next
       }
       if (b_.chunk_ == kTile) return;
       std::memcpy(channels.state, slot.starts, sizeof(T) * p_.state * W);
@@ -236,7 +239,7 @@ template <class T> class Backward {
       }
     }
 
-    // s, s u and the slope of a tile; and in buffers_ dy = dout scale silu(z) and gate = dout scale silu'(z).
+    // Returns s, s u and the slope of a tile. Stores dy = dout scale silu(z) and gate = dout scale silu'(z) in buffers_.
     Inputs<T> inputs(const Channels<T>& channels, const Tile& tile, const View<T>& low) {
       Inputs<T> in{{}, buffers_.s, buffers_.su, buffers_.slope, true};
       prepare<T>(p_, channels, tile, low, buffers_.u, &in);
@@ -256,11 +259,12 @@ template <class T> class Backward {
       return in;
     }
 
-    // Everything that has a value per step and channel, from both halves; and this tile's part of dproj, dD and dbias, set or added.
+    // Combines both halves and writes du, ddelta and dz. Also computes this tile's part of dproj, dD and dbias: if `add`, adds it to `parts`;
+    // otherwise stores it there.
     void outputs(const Channels<T>& channels, const Tile& tile, const Inputs<T>& in, const View<T>& low, T* const* y, T* const* along_A,
                  T* const* along_B, T* low_row, T* parts, bool add) {
       const Block& block = channels.block;
-      const int64_t second = p_.state > 1;  // one state: the second half is empty, and its tiles were never set
+      const int64_t second = p_.state > 1;  // with one state the second half is empty, and its tiles have no values
       const Vec<T> D = channels.D;
       const auto both = [&](T* const* halves, int64_t t) {
         const Vec<T> sum = load<T>(halves[0] + t * W);
@@ -292,7 +296,7 @@ template <class T> class Backward {
             if (gated) store(dz + offset(a_.dz, block, tile, t), g.z);
           }
         });
-      } else {  // by way of tiles that are not needed any more
+      } else {  // the results are first stored in tiles that are no longer needed
         for (int64_t t = 0; t < tile.count; ++t) {
           const Gradients g = gradients(t);
           store(in.s + t * W, g.u);
@@ -309,7 +313,7 @@ template <class T> class Backward {
       store(last + W, add ? load<T>(last + W) + dbias : dbias);
     }
 
-    // delta = low-rank delta . delta_proj^T, backwards: this block's share of the low-rank gradient, and dproj.
+    // The adjoint of delta = (low-rank delta) delta_proj^T: this block's share of the gradient of the low-rank delta, and dproj.
     void expand_adjoint(const Channels<T>& channels, const Tile& tile, const View<T>& low, const T* ds, T* low_row, T* parts, bool add) {
       constexpr int kColumns = least(4, W);
       for (int64_t r = 0; r < p_.rank; r += kColumns) {
@@ -335,7 +339,7 @@ template <class T> class Backward {
       }
     }
 
-    // Phase two where items are shared by halves: the outputs of every other tile.
+    // Phase two if two threads share an item: each thread writes the outputs of every second tile.
     void outputs_of_halves(Slot& slot, int64_t from, int64_t end, T* rows) {
       int64_t number = 0;
       for (int64_t at = from; at < end; ++number) {
@@ -356,7 +360,7 @@ template <class T> class Backward {
       }
     }
 
-    // Phase three there: the tiles' parts, in the order in which one thread adds them.
+    // Phase three if two threads share an item: adds the parts of the tiles, in the same order as a single thread does.
     void add_parts(const Slot& slot, int64_t from, int64_t end) {
       if (slot.from != 0) return;
       T* total = sums(slot) + p_.state * W;
@@ -374,7 +378,7 @@ template <class T> class Backward {
     }
     T* part(const Slot& slot, int64_t step) const { return common_.parts + (slot.item * b_.round_ + step) * (p_.rank + 2) * W; }
 
-    // dB, dC and the gradient of the low-rank delta of steps [from, end): the blocks' shares, added in the order of the blocks.
+    // Writes dB, dC and the gradient of the low-rank delta for steps [from, end): adds the shares of the blocks in the order of the blocks.
     void add_rows(int64_t batch, int64_t batches, int64_t from, int64_t end, const T* rows, const Team& team) {
       const Range mine = share(batches * (end - from), team);
       for (int64_t at = mine.begin; at < mine.end; ++at) {
@@ -398,7 +402,7 @@ template <class T> class Backward {
       }
     }
 
-    // sum[0, columns) = the columns [first, first + columns) of the blocks' rows.
+    // sum[0, columns) = the sum over blocks of columns [column, column + columns) of their rows.
     void add_blocks(const T* rows, int64_t blocks, int64_t column, int64_t columns, T* sum) const {
       const int64_t step = b_.round_ * b_.row_;
       for (int64_t c = 0; c < columns; c += W) {
@@ -426,7 +430,7 @@ template <class T> class Backward {
         store_weights<T>(slot.carry, a_.dinitial, block.batch * p_.channels + block.channel, block.lanes, p_.state, first(slot.from), first(slot.to));
     }
 
-    // Gradients of the weights: sums over the batch in its order; after the last batch element they are written.
+    // Gradients of the weights: adds the items of each block in the order of the batch. Writes them after the last batch element.
     void add_sums(int64_t batch, int64_t batches, const Team& team) const {
       const Range mine = share(b_.blocks_.count, team);
       for (int64_t block = mine.begin; block < mine.end; ++block) {
@@ -445,18 +449,18 @@ template <class T> class Backward {
       }
     }
 
-    // Of the steps before `end`; writes: whether this thread will write their gradients.
-    Ahead lines(const Block& block, int64_t end, bool writes) const {
-      Ahead ahead(b_.walk_.steps(most<int64_t>(0, end - kTile), end));
-      ahead.add(p_.u, block);
-      if (!p_.rank) ahead.add(p_.delta, block);
-      ahead.add(p_.z, block);
-      ahead.add(a_.dout, block);
-      if (!writes) return ahead;
-      ahead.add(a_.du, block);
-      if (!p_.rank) ahead.add(a_.ddelta, block);
-      ahead.add(a_.dz, block);
-      return ahead;
+    // The cache lines of the kTile steps before `end`. writes: whether this thread will write the gradients of these steps.
+    Prefetch lines(const Block& block, int64_t end, bool writes) const {
+      Prefetch prefetch(b_.walk_.steps(most<int64_t>(0, end - kTile), end));
+      prefetch.add(p_.u, block);
+      if (!p_.rank) prefetch.add(p_.delta, block);
+      prefetch.add(p_.z, block);
+      prefetch.add(a_.dout, block);
+      if (!writes) return prefetch;
+      prefetch.add(a_.du, block);
+      if (!p_.rank) prefetch.add(a_.ddelta, block);
+      prefetch.add(a_.dz, block);
+      return prefetch;
     }
 
     const Backward& b_;

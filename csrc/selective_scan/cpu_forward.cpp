@@ -1,7 +1,8 @@
 // Selective scan, forward, on a CPU.
 //
-// All blocks of a thread take a tile of steps before any takes the next: the blocks of a token share memory pages and, where groups are
-// shared, the rows of B and C. Softplus, D, the gate and conversions happen on tiles that stay in the first-level cache.
+// A thread advances all of its blocks over one tile of steps before it starts the next tile. This is fast because the blocks of a token are in the
+// same memory pages, and blocks of the same group read the same rows of B and C. Softplus, D, the gate and type conversions work on tiles that stay
+// in the first-level cache.
 #include "medssm/activation.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
@@ -14,7 +15,7 @@ namespace {
 struct Arguments {
   Problem problem;
   Output out;
-  void *state, *checkpoints;  // (b, d, n) and (b, chunks, n, d), the compute type; may be null
+  void *state, *checkpoints;  // (b, d, n) and (b, chunks, n, d), in the compute type; may be null
   int64_t checkpoint_batch;
 };
 
@@ -28,14 +29,14 @@ template <class T> class Forward {
     if (items == 0) return;
     if (a_.out.token == p_.channels) prefer_huge_pages(a_.out.data, p_.batch * p_.length * p_.channels * element_size(a_.out.type));
     if (items < p_.threads && p_.state > 1) return halves(items);
-    const int64_t threads = most<int64_t>(1, least(p_.threads, items)), most_blocks = least(kBand, ceil_div(items, threads));
+    const int64_t threads = most<int64_t>(1, least(p_.threads, items)), most_blocks = least(kMaxBlocks, ceil_div(items, threads));
     const PerThread<Buffers> own(threads, [&] { return Buffers(p_, most_blocks); });
     parallel(threads, [&](const Team& team) {
       const Range mine = share(items, team);
       for (int64_t item = mine.begin; item < mine.end;) {
         const int64_t end_of_batch = (item / blocks_.count + 1) * blocks_.count;
         const int64_t count = least(least(mine.end, end_of_batch) - item, most_blocks);
-        band(item, count, own[team.rank]);
+        run_blocks(item, count, own[team.rank]);
         item += count;
       }
     });
@@ -43,10 +44,10 @@ template <class T> class Forward {
 
  private:
   static constexpr int W = kLanes<T>;
-  static constexpr int64_t kBand = 16;     // blocks that walk together: their states stay in the second-level cache
-  static constexpr int64_t kRound = 1024;  // steps between the barriers of threads that share a block; a multiple of every chunk
+  static constexpr int64_t kMaxBlocks = 16;  // blocks that are advanced together: few enough that their states stay in the second-level cache
+  static constexpr int64_t kRound = 1024;    // steps between two barriers when two threads share a block; a multiple of the chunk size
 
-  // A thread's tiles, and room for the channels of some blocks.
+  // Scratch memory of one thread: tiles, and the parameters and states of `blocks` blocks.
   struct Buffers {
     Scratch<T> memory;
     T *s, *su, *u, *z, *y[2], *B, *C, *low, *channels;
@@ -64,9 +65,9 @@ template <class T> class Forward {
     }
   };
 
-  // The whole walk of `count` blocks of one batch element.
-  void band(int64_t item, int64_t count, const Buffers& buffers) const {
-    Channels<T> channels[kBand];
+  // Runs `count` blocks of one batch element over the whole walk.
+  void run_blocks(int64_t item, int64_t count, const Buffers& buffers) const {
+    Channels<T> channels[kMaxBlocks];
     for (int64_t i = 0; i < count; ++i) {
       channels[i].load_parameters(p_, blocks_[item + i], buffers.channels + i * Channels<T>::size(p_));
       channels[i].load_state(p_, p_.initial);
@@ -81,8 +82,8 @@ template <class T> class Forward {
         Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
         prepare<T>(p_, mine, tile, rows.low, buffers.u, &in);
         const bool last = i + 1 == count;
-        const Ahead ahead = lines(channels[last ? 0 : i + 1].block, last ? next : tile, true);
-        advance_both<T>(p_, mine, in, rows.B, rows.C, tile.count, buffers.y, &ahead);
+        const Prefetch prefetch = lines(channels[last ? 0 : i + 1].block, last ? next : tile, true);
+        advance_both<T>(p_, mine, in, rows.B, rows.C, tile.count, buffers.y, &prefetch);
         finish(mine, tile, in.u, buffers.y[0], buffers);
       }
       from += tile.count;
@@ -91,8 +92,8 @@ template <class T> class Forward {
       for (int64_t i = 0; i < count; ++i) store_state(channels[i], 0, p_.state);
   }
 
-  // Fewer blocks than threads: two threads share one, each with half of its states. Their sums meet every kRound steps, in two buffers by
-  // turns, so that one barrier is enough.
+  // Used if there are fewer blocks than threads: two threads share a block, and each has half of its states. They exchange their partial sums of y
+  // every kRound steps. There are two buffers for the sums, used alternately, so that one barrier per round is enough.
   void halves(int64_t items) const {
     const Scratch<T> sums(2 * items * 2 * kRound * W), memory(2 * items * Channels<T>::size(p_));
     const Scratch<Channels<T>> channels(2 * items);
@@ -100,7 +101,7 @@ template <class T> class Forward {
     const PerThread<Buffers> own(threads, [&] { return Buffers(p_, 0); });
     parallel_phases(threads, [&](PhasedTeam& team) {
       const Buffers& buffers = own[team.rank];
-      const Range mine = share(2 * items, team);  // slot 2 i + k has half k of item i
+      const Range mine = share(2 * items, team);  // slot 2 i + k: half k of item i
       for (int64_t slot = mine.begin; slot < mine.end; ++slot) {
         Channels<T>& one = channels.data()[slot];
         one.load_parameters(p_, blocks_[slot / 2], memory.data() + slot * Channels<T>::size(p_));
@@ -108,30 +109,30 @@ template <class T> class Forward {
       }
       for (int64_t round = 0; round * kRound < p_.length; ++round) {
         const int64_t begin_at = round * kRound, end = least(p_.length, begin_at + kRound);
-        T* turn = sums.data() + round % 2 * items * 2 * kRound * W;
+        T* round_sums = sums.data() + round % 2 * items * 2 * kRound * W;
         for (int64_t slot = mine.begin; slot < mine.end; ++slot) {
           const int half = slot % 2;
           Channels<T>& one = channels.data()[slot];
-          int64_t turns = 0;
-          for (int64_t from = begin_at; from < end; ++turns) {
+          int64_t number = 0;
+          for (int64_t from = begin_at; from < end; ++number) {
             const Tile tile = walk_.tile(from, end), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
-            const Ahead ahead = lines(one.block, next, from + tile.count < end ? turns % 2 != half : half == 0);
+            const Prefetch prefetch = lines(one.block, next, from + tile.count < end ? number % 2 != half : half == 0);
             const Shared<T> rows = shared_rows<T>(p_, one.block, tile, buffers);
             begin(one, tile, half ? first_half(p_.state) : 0, half ? p_.state : first_half(p_.state));
             Inputs<T> in{{}, buffers.s, buffers.su, nullptr, true};
             prepare<T>(p_, one, tile, rows.low, buffers.u, &in);
-            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, turn + (slot * kRound + from - begin_at) * W, &ahead);
+            advance_half<T>(p_, one, in, rows.B, rows.C, tile.count, half, round_sums + (slot * kRound + from - begin_at) * W, &prefetch);
             from += tile.count;
           }
         }
         team.barrier();
         for (int64_t slot = mine.begin; slot < mine.end; ++slot) {
           const Channels<T>& one = channels.data()[slot];
-          int64_t turns = 0;
-          for (int64_t from = begin_at; from < end; ++turns) {
+          int64_t number = 0;
+          for (int64_t from = begin_at; from < end; ++number) {
             const Tile tile = walk_.tile(from, end);
-            if (turns % 2 == slot % 2) {
-              const T *first = turn + (slot / 2 * 2 * kRound + from - begin_at) * W, *second = first + kRound * W;
+            if (number % 2 == slot % 2) {
+              const T *first = round_sums + (slot / 2 * 2 * kRound + from - begin_at) * W, *second = first + kRound * W;
               for (int64_t t = 0; t < tile.count; ++t) store(buffers.y[0] + t * W, load<T>(first + t * W) + load<T>(second + t * W));
               finish(one, tile, block_view<T>(p_.u, one.block, tile, buffers.u), buffers.y[0], buffers);
             }
@@ -145,7 +146,7 @@ template <class T> class Forward {
     });
   }
 
-  // Before a tile, for states [low, high): a segment's beginning, and the checkpoint.
+  // Prepares states [low, high) for a tile: sets them to zero if a segment begins here, and stores a checkpoint if a chunk begins here.
   void begin(Channels<T>& channels, const Tile& tile, int64_t low, int64_t high) const {
     if (tile.fresh) std::memset(channels.state + low * W, 0, sizeof(T) * W * (high - low));
     if (!a_.checkpoints || tile.from % chunk_) return;
@@ -154,14 +155,14 @@ template <class T> class Forward {
     for (int64_t n = low; n < high; ++n) store_part(to + n * p_.channels, load<T>(channels.state + n * W), block.lanes);
   }
 
-  // finishes: whether this thread will write the tile's outputs.
-  Ahead lines(const Block& block, const Tile& next, bool finishes) const {
-    Ahead ahead(next);
-    ahead.add(p_.u, block);
-    if (!p_.rank) ahead.add(p_.delta, block);
-    if (finishes) ahead.add(p_.z, block);
-    if (finishes) ahead.add(a_.out, block);
-    return ahead;
+  // The cache lines of the next tile. finishes: whether this thread will write the tile's outputs.
+  Prefetch lines(const Block& block, const Tile& next, bool finishes) const {
+    Prefetch prefetch(next);
+    prefetch.add(p_.u, block);
+    if (!p_.rank) prefetch.add(p_.delta, block);
+    if (finishes) prefetch.add(p_.z, block);
+    if (finishes) prefetch.add(a_.out, block);
+    return prefetch;
   }
 
   // out = scale (y + D u + earlier) silu(z)

@@ -1,13 +1,15 @@
-// What the scan's kernels on a GPU share: how the work is cut, and tiles of tokens in shared memory.
+// Shared by the scan's GPU kernels: how the work is divided, and tiles of tokens in shared memory.
 //
-// The state of a channel lies in the registers of `share` neighbouring threads, kStates of them in each; so a warp has 32 / share channels, and a
-// block up to 64 (48 of 16 states: 96, 192 and 384 channels fill such tiles). Time runs serially inside a block. With one block per 64 channels a
-// batch of one would leave most of a GPU idle: so time is cut into chunks, which a first pass scans from a zero state, a second joins, and a third
-// scans again from the right state (see cuda_forward.cu).
+// The states of a channel are in the registers of `share` neighbouring threads, kStates in each. So a warp has 32 / share channels. A block has up to
+// 64 channels (up to 48 with 16 states: 96, 192 and 384 channels are multiples of 48). A block walks through its steps one after the other. With one
+// block per 64 channels and a small batch, most of a GPU would be idle. So the steps are divided into chunks that run in parallel: a first kernel
+// scans each chunk from a zero state, a second one computes the state at the start of each chunk, and a third one scans each chunk again from that
+// state (see cuda_forward.cu).
 //
-// A tile is kSteps steps of the walk. The block reads it with channels along its threads, which any order and most strides give whole sectors,
-// works the step size out once per token and channel, and then every thread finds s and s u of its channel and B and C of its states in shared
-// memory. Steps behind the end and channels beyond the last are zeros there: e^0 = 1 keeps their state, and nothing asks for it.
+// A tile is kSteps steps of the walk. To read it, neighbouring threads read neighbouring channels, so loads fill whole memory sectors in any order of
+// tokens and for most strides. The step size is computed once per token and channel. Then every thread reads s and s u of its channel, and B and C of
+// its states, from shared memory. Steps after the end and channels after the last one are zeros there: e^0 = 1 leaves their state unchanged, and
+// their results are not used.
 #pragma once
 #include "arguments.h"
 #include "medssm/activation.h"
@@ -16,17 +18,17 @@
 namespace medssm {
 namespace {
 
-// How a compute type and a number of states are served. kShare: threads of a channel, 0 where known at the launch only. kSteps: of a tile forwards,
-// kBack: of a tile backwards. kKeep: backwards, the states at the tiles' beginnings of a run between checkpoints are kept; else
-// they are scanned anew for each tile.
+// The compile-time parameters for a compute type and a number of states. kShare: threads per channel, or 0 if known only at the launch. kSteps: steps
+// of a tile in the forward pass. kBack: steps of a tile in the backward pass. kKeep: the backward pass keeps the states at the start of each tile
+// between two checkpoints; if false, it recomputes them from the checkpoint for each tile.
 template <class T_, int kStates_, int kShare_, int kThreads_, int kSteps_, int kBack_, bool kKeep_> struct Shape {
   using T = T_;
   static constexpr int kStates = kStates_, kShare = kShare_, kThreads = kThreads_, kSteps = kSteps_, kBack = kBack_;
   static constexpr bool kKeep = kKeep_;
-  template <int kOf> static constexpr int kRows = kOf / (kShare ? kShare : 1);  // of a tile of kOf steps, a thread's where it works token by token
+  template <int kOf> static constexpr int kRows = kOf / (kShare ? kShare : 1);  // steps of a tile of kOf steps that one thread loads
 };
 
-// Calls body(Shape) with the shape that serves a problem.
+// Calls body(Shape) with the shape for a problem.
 template <class Body> void with_shape(const Problem& p, Body&& body) {
   if (p.wide)
     body(Shape<double, 8, 0, 64, 4, 2, false>{});
@@ -42,52 +44,54 @@ template <class Body> void with_shape(const Problem& p, Body&& body) {
     body(Shape<float, 8, 0, 128, 8, 4, false>{});
 }
 
-// The cut of a problem into blocks. kernels/selective_scan/cuda.py knows `per_group` and `tiles` too: it allocates by them.
-struct Cut {
-  int share, channels;          // threads of a channel; channels of a block
-  int width, per_group, tiles;  // channels of a group; tiles of channels of a group, and in all
-  int chunk, chunks;            // steps of a chunk of time, and how many
+// How a problem is divided into blocks. kernels/selective_scan/cuda.py computes `per_group` and `tiles` in the same way to allocate memory.
+struct Partition {
+  int share, channels;          // threads per channel; channels per block
+  int width, per_group, tiles;  // channels per group; tiles of channels per group, and in total
+  int chunk, chunks;            // steps per chunk, number of chunks
 
-  template <class S> static Cut of(const Problem& p, int64_t chunk, S) {
-    Cut cut;
-    cut.share = 1;
-    while (cut.share * S::kStates < p.state) cut.share *= 2;
-    cut.width = static_cast<int>(p.channels / p.groups);
-    cut.per_group = static_cast<int>(ceil_div(cut.width, least(64, S::kThreads / cut.share)));
-    cut.channels = static_cast<int>(round_up(ceil_div(cut.width, cut.per_group), most(1, kWarp / cut.share)));  // alike, of whole warps
-    cut.tiles = cut.per_group * static_cast<int>(p.groups);
-    cut.chunk = static_cast<int>(chunk);
-    cut.chunks = static_cast<int>(ceil_div(p.length, chunk));
-    return cut;
+  template <class S> static Partition of(const Problem& p, int64_t chunk, S) {
+    Partition partition;
+    partition.share = 1;
+    while (partition.share * S::kStates < p.state) partition.share *= 2;
+    partition.width = static_cast<int>(p.channels / p.groups);
+    partition.per_group = static_cast<int>(ceil_div(partition.width, least(64, S::kThreads / partition.share)));
+    partition.channels = static_cast<int>(round_up(ceil_div(partition.width, partition.per_group), most(1, kWarp / partition.share)));  // whole warps
+    partition.tiles = partition.per_group * static_cast<int>(p.groups);
+    partition.chunk = static_cast<int>(chunk);
+    partition.chunks = static_cast<int>(ceil_div(p.length, chunk));
+    return partition;
   }
   int threads() const { return channels * share; }
 };
 
-// What a block and a thread of it are for.
+// The part of the problem that a block and each of its threads compute.
 template <class S> struct Slot {
   using T = typename S::T;
-  int share, channels, states;     // of the cut; states of a channel, zeros included
-  int batch, chunk, from, end;     // from, end: the chunk's steps
-  int tile, within, group, first;  // the tile of channels, in all and in its group; the group; the first channel
-  int live;                        // channels of the tile that exist
-  int channel, state;              // this thread's: channel of the tile, first state
-  int column, row, rows;           // this thread's where the block works token by token: channel of the tile, first step, steps between
+  int share, channels, states;     // share, channels: as in Partition; states: per channel, padding included
+  int batch, chunk, from, end;     // the chunk has steps [from, end)
+  int tile, within, group, first;  // index of the tile of channels in total, and in its group; the group; the first channel
+  int live;                        // number of channels of the tile that exist
+  int channel, state;              // of this thread: its channel in the tile, its first state
+  int column, row,
+      rows;  // of this thread when threads are assigned to tokens: its channel in the tile, its first step, the distance to its next step
 
-  // Blocks of `chunks` chunks, the tiles of channels next to each other: they read the same B and C.
-  __device__ Slot(const Problem& p, const Cut& cut, int first_chunk, int chunk_count) {
-    share = S::kShare ? S::kShare : cut.share;
-    channels = cut.channels;
+  // A block per chunk and tile of channels, for chunks first_chunk … first_chunk + chunk_count - 1. Neighbouring blocks have the same chunk: they
+  // read the same B and C.
+  __device__ Slot(const Problem& p, const Partition& partition, int first_chunk, int chunk_count) {
+    share = S::kShare ? S::kShare : partition.share;
+    channels = partition.channels;
     states = share * S::kStates;
-    const int at = static_cast<int>(blockIdx.x) / cut.tiles;
-    tile = static_cast<int>(blockIdx.x) % cut.tiles;
+    const int at = static_cast<int>(blockIdx.x) / partition.tiles;
+    tile = static_cast<int>(blockIdx.x) % partition.tiles;
     batch = at / chunk_count;
     chunk = first_chunk + at % chunk_count;
-    from = chunk * cut.chunk;
-    end = static_cast<int>(least<int64_t>(p.length, int64_t(from) + cut.chunk));
-    group = tile / cut.per_group;
-    within = tile % cut.per_group;
-    first = group * cut.width + within * channels;
-    live = least(channels, cut.width - within * channels);
+    from = chunk * partition.chunk;
+    end = static_cast<int>(least<int64_t>(p.length, int64_t(from) + partition.chunk));
+    group = tile / partition.per_group;
+    within = tile % partition.per_group;
+    first = group * partition.width + within * channels;
+    live = least(channels, partition.width - within * channels);
     channel = static_cast<int>(threadIdx.x) / share;
     state = static_cast<int>(threadIdx.x) % share * S::kStates;
     column = static_cast<int>(threadIdx.x) % channels;
@@ -95,7 +99,7 @@ template <class S> struct Slot {
     rows = share;
   }
   __device__ bool has(const Problem& p, int i) const { return channel < live && state + i < p.state; }
-  // Of this thread's state i in (b, chunks, n, d); in (b, d, n).
+  // The offset of this thread's state i in a tensor (b, chunks, n, d), and in a tensor (b, d, n).
   __device__ int64_t in_chunks(const Problem& p, int64_t chunks, int64_t chunk, int i) const {
     return ((batch * chunks + chunk) * p.state + state + i) * p.channels + first + channel;
   }
@@ -113,10 +117,10 @@ MEDSSM_INLINE int64_t token_at(const Problem& p, int step) {
   return p.index ? p.index[at] : at;
 }
 
-// The steps at which the state begins anew, looked up by one thread that moves through the walk either way.
+// The steps at which the state is reset to zero. Used by one thread, which walks forward or backward.
 class Starts {
  public:
-  // Bit t of the result: the state begins anew at step from + t. Step 0 is left out: the initial state precedes it.
+  // Bit t of the result is 1 if the state is reset before step from + t. Step 0 is never reset, because the initial state comes before it.
   __device__ unsigned mask(const Problem& p, int from, int count) {
     if (p.start_count == 0) return 0;
     if (next_ < 0) seek(p, from);
@@ -144,18 +148,18 @@ class Starts {
   int64_t next_ = -1;
 };
 
-// Several numbers that one instruction moves.
+// Several numbers that one instruction loads.
 template <class T, int kCount> struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T at[kCount];
 };
 
-// What goes before the softplus at a token of a channel, from the tensor's own value where there is one for every channel.
+// The argument of softplus at one token and channel: delta + bias. `delta` is the tensor's value; it is not used if delta is low-rank.
 template <class T> MEDSSM_INLINE T raw_step(const Problem& p, int batch, int64_t token, int channel, T delta) {
   T x = p.bias ? static_cast<const T*>(p.bias)[channel] : T(0);
   if (p.rank == 0) return x + delta;
   const int64_t at = batch * p.delta.batch + token * p.delta.token;
 #pragma unroll 1
-  for (int r = 0; r < p.rank; ++r)  // delta_proj lies as (r, d) here: neighbours read neighbours
+  for (int r = 0; r < p.rank; ++r)  // delta_proj has the layout (r, d) here, so that neighbouring threads read neighbouring values
     x = fma(read<T>(p.delta.data, p.delta.type, at + r * p.delta.channel), static_cast<const T*>(p.proj)[r * p.channels + channel], x);
   return x;
 }
@@ -167,9 +171,9 @@ template <class T> MEDSSM_INLINE T read_token(const Tokens& x, int64_t batch, in
   return read<T>(x.data, x.type, batch * x.batch + token * x.token + channel * x.channel);
 }
 
-// A thread's share of a tile on its way into shared memory: one channel at kRows of its steps, from its step number `row` on. `load` only asks memory
-// for it, so that a kernel can work on one tile while the next is under way. kInput: u too, for s u; kGradient: dout and z, for dy = dout scale
-// silu(z).
+// One thread's share of a tile that is copied to shared memory: one channel, kRows steps, beginning with the thread's step number `row`. `load` only
+// starts the loads, so that a kernel can compute one tile while the next is being read. kInput: also read u, for s u. kGradient: also read dout and
+// z, for dy = dout scale silu(z).
 template <class S, int kSteps, bool kInput, bool kGradient, int kRows = S::template kRows<kSteps>> class Columns {
  public:
   using T = typename S::T;
@@ -184,14 +188,14 @@ template <class S, int kSteps, bool kInput, bool kGradient, int kRows = S::templ
       const int t = first_ + k * slot.rows;
       if (t >= count_) continue;
       const int64_t token = token_at(p, from + t);
-      if (p.rank == 0) ask(p.delta, slot.batch, token, channel, &delta_[k]);
-      if (kInput) ask(p.u, slot.batch, token, channel, &u_[k]);
-      if (kGradient) ask(*dout, slot.batch, token, channel, &dout_[k]);
-      if (kGradient && p.z.data) ask(p.z, slot.batch, token, channel, &z_[k]);
+      if (p.rank == 0) request(p.delta, slot.batch, token, channel, &delta_[k]);
+      if (kInput) request(p.u, slot.batch, token, channel, &u_[k]);
+      if (kGradient) request(*dout, slot.batch, token, channel, &dout_[k]);
+      if (kGradient && p.z.data) request(p.z, slot.batch, token, channel, &z_[k]);
     }
   }
 
-  // s, s u and dy of the tile, zeros where there is no step or no channel.
+  // Writes s, s u and dy of the tile; zeros for steps and channels that do not exist.
   __device__ void store(const Problem& p, const Slot<S>& slot, const Tokens* dout, T* s, T* su, T* dy) const {
     const int channel = slot.first + slot.column;
 #pragma unroll
@@ -216,14 +220,14 @@ template <class S, int kSteps, bool kInput, bool kGradient, int kRows = S::templ
   }
 
  private:
-  static MEDSSM_INLINE void ask(const Tokens& x, int batch, int64_t token, int channel, Bits<T>* bits) {
+  static MEDSSM_INLINE void request(const Tokens& x, int batch, int64_t token, int channel, Bits<T>* bits) {
     bits->load(x.data, x.type, batch * x.batch + token * x.token + channel * x.channel);
   }
   int from_, count_, first_;
   Bits<T> delta_[kRows], u_[kInput ? kRows : 1], dout_[kGradient ? kRows : 1], z_[kGradient ? kRows : 1];
 };
 
-// Rows of B and, where asked, C of a tile, states beyond the last and steps behind the end as zeros.
+// Copies the rows of B and C of a tile to shared memory. B or C may be null. States and steps that do not exist become zeros.
 template <class S, int kSteps>
 __device__ void stage_rows(const Problem& p, const Slot<S>& slot, int from, int end, typename S::T* B, typename S::T* C) {
   using T = typename S::T;
@@ -243,9 +247,10 @@ __device__ void stage_rows(const Problem& p, const Slot<S>& slot, int from, int 
   }
 }
 
-// The states at the chunks' beginnings from what each chunk made of a zero state: in place, (b, chunks, n, d). A thread has one state of one channel
-// and reads kAhead chunks before it uses them, since each waits for the one before. sums (b, chunks, d): of a chunk's step sizes; infinite where the
-// state begins anew inside the chunk: nothing is left of what came before. kBack: from the last chunk to the first.
+// Computes the state at the start of each chunk. `states` (b, chunks, n, d) has the state at the end of each chunk after a scan from zero; it is
+// overwritten with the results. A thread has one state of one channel. Each chunk depends on the one before it, so a thread loads kAhead chunks
+// before it uses them. sums (b, chunks, d): the sum of the step sizes of a chunk, or infinity if the state is reset inside the chunk, because then
+// nothing of the earlier state remains. kBack: from the last chunk to the first.
 template <class T, bool kBack> __global__ void __launch_bounds__(128) carry(Problem p, int64_t chunks, const T* initial, T* states, const T* sums) {
   constexpr int kAhead = 16;
   const int64_t size = p.state * p.channels, at = blockIdx.x * int64_t(128) + threadIdx.x;
@@ -260,7 +265,7 @@ template <class T, bool kBack> __global__ void __launch_bounds__(128) carry(Prob
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int64_t chunk = kBack ? chunks - 1 - done - i : done + i;
-      const bool wanted = done + i + 1 < chunks;  // the last one's leads nowhere
+      const bool wanted = done + i + 1 < chunks;  // no chunk follows the last one
       ends[i] = wanted ? states[chunk * size] : T(0);
       spans[i] = wanted ? sums[chunk * p.channels] : T(0);
     }
@@ -268,8 +273,8 @@ template <class T, bool kBack> __global__ void __launch_bounds__(128) carry(Prob
     for (int i = 0; i < kAhead; ++i) {
       if (done + i >= chunks) break;
       states[(kBack ? chunks - 1 - done - i : done + i) * size] = h;
-      const bool cut = spans[i] > (sizeof(T) == 4 ? T(3.4e38) : T(1.7e308));
-      h = (cut ? T(0) : exp2<T>(spans[i] * rate) * h) + ends[i];
+      const bool reset = spans[i] > (sizeof(T) == 4 ? T(3.4e38) : T(1.7e308));
+      h = (reset ? T(0) : exp2<T>(spans[i] * rate) * h) + ends[i];
     }
   }
 }

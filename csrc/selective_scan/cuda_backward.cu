@@ -1,13 +1,16 @@
 // Selective scan, backward, on a GPU.
 //
-// As forward, mirrored: `local` runs the adjoint of each chunk with nothing coming from later steps, which needs no state: g_{t-1} = e_t (g_t + dy_t
-// C_t); `carry` joins the chunks from the last to the first; `apply` then knows the gradient that enters each chunk, and walks it from its end in
-// runs of 64 steps, between which forward left the state. A run is scanned once forwards, keeping the state at the beginning of each tile of kBack
-// steps, then tile by tile from the last: forwards with e and h of its steps in registers, and backwards through them. So a step costs three
-// exponentials a state (forward: two), and nothing of the size of the states is written.
+// The same three kernels as forward, with the steps in reverse order:
+//   local_adjoint  computes the adjoint of each chunk from a zero gradient at its end: g_{t-1} = e_t (g_t + dy_t C_t). This needs no state.
+//   carry          computes the gradient at the end of each chunk, from the last chunk to the first.
+//   apply_adjoint  walks each chunk from its end, in runs of 64 steps. Forward stored a checkpoint of the state at the start of each run.
+// `apply_adjoint` first scans a run forward and keeps the state at the start of each tile of kBack steps. Then it takes the tiles from the last to
+// the first. It computes each tile forward, with e and h of its steps in registers, and then backward. So a step costs three exponentials per state
+// (forward: two), and no tensor with a state per step is written.
 //
-// dB and dC are sums over channels: within a warp by shuffles that halve the values at each step, over a block's warps through shared memory, over
-// tiles of channels by PyTorch. What is summed over time is added in registers and, over chunks, by PyTorch. Every sum has a fixed order: no atomics.
+// dB and dC are sums over channels. They are added within a warp by shuffles (see sum_across in device.h), over the warps of a block through shared
+// memory, and over tiles of channels by PyTorch. Sums over steps are added in registers, and over chunks by PyTorch. Every sum has a fixed order. No
+// atomic operations are used.
 #include <type_traits>
 
 #include "cuda.h"
@@ -15,49 +18,51 @@
 namespace medssm {
 namespace {
 
-// kernels/selective_scan/cuda.py packs this. Scratch is of the compute type, dense.
+// kernels/selective_scan/cuda.py packs this struct. Scratch memory is contiguous, in the compute type.
 struct Arguments {
   void* stream;
   Problem problem;
   Tokens dout;
-  const void *dstate, *checkpoints;  // (b, d, n), may be null; (b, l / 64, n, d)
+  const void *dstate, *checkpoints;  // dstate: (b, d, n), may be null; checkpoints: (b, l / 64, n, d)
   int64_t checkpoint_batch;
-  Output du, ddelta, dz;  // ddelta where delta has a value for every channel, dz where there is z
-  void* dinitial;         // (b, d, n), the compute type, may be null
+  Output du, ddelta, dz;  // ddelta: used if delta has one value per channel; dz: used if there is z
+  void* dinitial;         // (b, d, n), in the compute type, may be null
   int64_t chunk;
-  void *ends, *sums;  // (b, chunks, n, d), (b, chunks, d): scratch, with more than one chunk
-  void *dB, *dC;      // (tiles of a group, b, l, g, n): sums over each tile's channels
-  void* dlow;         // (tiles, b, l, r), where delta is low-rank
+  void *ends, *sums;  // (b, chunks, n, d), (b, chunks, d): scratch memory, used if there is more than one chunk
+  void *dB, *dC;      // (tiles per group, b, l, g, n): sums over the channels of each tile
+  void* dlow;         // (tiles, b, l, r), used if delta is low-rank
   void *dA, *dD, *dbias,
-      *dproj;  // (b, chunks, n, d), (b, chunks, d), (b, chunks, d), (b, chunks, r, d): sums over each chunk; all but dA may be null
+      *dproj;  // (b, chunks, n, d), (b, chunks, d), (b, chunks, d), (b, chunks, r, d): sums over each chunk; all except dA may be null
 };
 
-// -- the adjoint of each chunk by itself --------------------------------------------------------------------------------------------
+// -- the adjoint of each chunk from zero --------------------------------------------------------------------------------------------
 
-template <class S> size_t local_bytes(const Cut& cut) { return sizeof(typename S::T) * S::kSteps * (2 * cut.channels + cut.share * S::kStates) + 16; }
+template <class S> size_t local_bytes(const Partition& partition) {
+  return sizeof(typename S::T) * S::kSteps * (2 * partition.channels + partition.share * S::kStates) + 16;
+}
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1) local_adjoint(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1) local_adjoint(Arguments a, Partition partition) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Problem& p = a.problem;
-  const Slot<S> slot(p, cut, 1, cut.chunks - 1);  // what leaves the first chunk is worked out by `apply`
+  const Slot<S> slot(p, partition, 1, partition.chunks - 1);  // the first chunk's result is computed by `apply_adjoint`
   T *s = shared_memory<T>() + 16 / sizeof(T), *dy = s + kSteps * slot.channels, *C = dy + kSteps * slot.channels;
-  unsigned* fresh = shared_memory<unsigned>();
+  unsigned* reset_bits = shared_memory<unsigned>();
   Starts starts;
   T rates[kStates], g[kStates] = {}, span = 0;
   slot.load_rates(p, rates);
-  bool cut_inside = false;
+  bool reset_inside = false;
   const int last = slot.from + (slot.end - 1 - slot.from) / kSteps * kSteps;
   Columns<S, kSteps, false, true> columns;
   columns.load(p, slot, last, slot.end, &a.dout);
 #pragma unroll 1
   for (int from = last; from >= slot.from; from -= kSteps) {
-    if (threadIdx.x == 0) *fresh = starts.mask(p, from, least(kSteps, slot.end - from));
+    if (threadIdx.x == 0) *reset_bits = starts.mask(p, from, least(kSteps, slot.end - from));
     columns.store(p, slot, &a.dout, s, nullptr, dy);
     stage_rows<S, kSteps>(p, slot, from, slot.end, nullptr, C);
     __syncthreads();
     if (from > slot.from) columns.load(p, slot, from - kSteps, slot.end, &a.dout);
-    const unsigned anew = *fresh;
+    const unsigned resets = *reset_bits;
     T part = 0;
 #pragma unroll 2
     for (int t = kSteps - 1; t >= 0; --t) {
@@ -66,8 +71,8 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
       part += step;
 #pragma unroll
       for (int i = 0; i < kStates; ++i) g[i] = exp2<T>(step * rates[i]) * fma(gradient, c.at[i], g[i]);
-      if (anew >> t & 1) {
-        cut_inside = true;
+      if (resets >> t & 1) {
+        reset_inside = true;
 #pragma unroll
         for (int i = 0; i < kStates; ++i) g[i] = 0;
       }
@@ -77,34 +82,35 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
   }
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    if (slot.has(p, i)) static_cast<T*>(a.ends)[slot.in_chunks(p, cut.chunks, slot.chunk, i)] = g[i];
+    if (slot.has(p, i)) static_cast<T*>(a.ends)[slot.in_chunks(p, partition.chunks, slot.chunk, i)] = g[i];
   if (slot.state == 0 && slot.channel < slot.live)
-    static_cast<T*>(a.sums)[(slot.batch * cut.chunks + slot.chunk) * p.channels + slot.first + slot.channel] =
-        cut_inside ? static_cast<T>(INFINITY) : span;
+    static_cast<T*>(a.sums)[(slot.batch * partition.chunks + slot.chunk) * p.channels + slot.first + slot.channel] =
+        reset_inside ? static_cast<T>(INFINITY) : span;
 }
 
 // -- the gradients ------------------------------------------------------------------------------------------------------------------
 
-constexpr int kRun = static_cast<int>(kTile);  // steps between two states that forward left
+constexpr int kRun = static_cast<int>(kTile);  // steps between two checkpoints of the state
 
-// A tile's shared memory. along: y, along_A, along_B [step][channel]; rows: each warp's sums of dB and dC [warp][step][state]; kept: the states at
-// the beginnings of a run's tiles but the first and the last [tile][thread], in registers there would be room for one block where now there are two.
+// The shared memory of a tile. along: y, along_A, along_B [step][channel]. rows: the sums of dB and dC of each warp [warp][step][state]. kept: the
+// states at the start of each tile of a run, except the first and the last [tile][thread]. If these were in registers, a multiprocessor could run one
+// block at a time instead of two.
 template <class S> struct Tile {
   using T = typename S::T;
   using States = Pack<T, S::kStates>;
   static constexpr int kTiles = kRun / S::kBack;
   T *s, *su, *dy, *along, *B, *C, *rows;
   States* kept;
-  unsigned* fresh;
+  unsigned* reset_bits;
 
-  static size_t bytes(const Cut& cut) {
-    const int states = cut.share * S::kStates, warps = cut.threads() / kWarp;
-    const int kept = S::kKeep ? (kTiles - 2) * cut.threads() * S::kStates : 0;
-    return sizeof(T) * (S::kBack * (6 * cut.channels + 2 * states + 2 * states * warps) + kept) + 16;
+  static size_t bytes(const Partition& partition) {
+    const int states = partition.share * S::kStates, warps = partition.threads() / kWarp;
+    const int kept = S::kKeep ? (kTiles - 2) * partition.threads() * S::kStates : 0;
+    return sizeof(T) * (S::kBack * (6 * partition.channels + 2 * states + 2 * states * warps) + kept) + 16;
   }
   __device__ explicit Tile(const Slot<S>& slot) {
     const int column = S::kBack * slot.channels, row = S::kBack * slot.states;
-    fresh = shared_memory<unsigned>();
+    reset_bits = shared_memory<unsigned>();
     s = shared_memory<T>() + 16 / sizeof(T);
     su = s + column;
     dy = su + column;
@@ -116,13 +122,13 @@ template <class S> struct Tile {
   }
 };
 
-// Advances the state over a tile that is staged.
+// Advances the state over a tile that is in shared memory.
 template <class S> __device__ void advance(const Slot<S>& slot, const Tile<S>& tile, const typename S::T* rates, typename S::T* h) {
   using T = typename S::T;
-  const unsigned anew = *tile.fresh;
+  const unsigned resets = *tile.reset_bits;
 #pragma unroll 2
   for (int t = 0; t < S::kBack; ++t) {
-    if (anew >> t & 1) {
+    if (resets >> t & 1) {
 #pragma unroll
       for (int i = 0; i < S::kStates; ++i) h[i] = 0;
     }
@@ -133,24 +139,25 @@ template <class S> __device__ void advance(const Slot<S>& slot, const Tile<S>& t
   }
 }
 
-// Forwards through a staged tile from h, then backwards: g moves to the tile's beginning, dA is added to, along and rows are filled.
-template <class S> __device__ void retreat(const Slot<S>& slot, const Tile<S>& tile, bool with_y, const typename S::T* rates, const typename S::T* h,
-                                           typename S::T* g, typename S::T* dA) {
+// Walks a tile in shared memory forward from the state h, then backward. Updates g from the end of the tile to its start, adds to dA, and writes
+// tile.along and tile.rows.
+template <class S> __device__ void backward_tile(const Slot<S>& slot, const Tile<S>& tile, bool with_y, const typename S::T* rates,
+                                                 const typename S::T* h, typename S::T* g, typename S::T* dA) {
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
-  const unsigned anew = *tile.fresh;
-  constexpr int kAnew = kBack / 2;                         // the first steps' exponentials are worked out twice: kept, they would spill
-  T e[kBack - kAnew][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, unless that begins anew
+  const unsigned resets = *tile.reset_bits;
+  constexpr int kRecomputed = kBack / 2;                         // the first steps compute their exponentials twice: registers are too few
+  T e[kBack - kRecomputed][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, if it is not reset there
 #pragma unroll
   for (int t = 0; t < kBack; ++t) {
     const T step = tile.s[t * slot.channels + slot.channel], input = tile.su[t * slot.channels + slot.channel];
     const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * slot.states + slot.state);
-    const bool begins = anew >> t & 1;
+    const bool begins = resets >> t & 1;
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       if (t == 0) after[0][i] = h[i];
       const T decay = exp2<T>(step * rates[i]);
-      if (t >= kAnew) e[t - kAnew][i] = decay;
+      if (t >= kRecomputed) e[t - kRecomputed][i] = decay;
       after[t + 1][i] = next_state<T>(decay, begins ? T(0) : after[t][i], input, b.at[i]);
     }
   }
@@ -162,19 +169,19 @@ template <class S> __device__ void retreat(const Slot<S>& slot, const Tile<S>& t
     const T step = tile.s[at], input = tile.su[at], gradient = tile.dy[at];
     const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * slot.states + slot.state);
     const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(tile.C + t * slot.states + slot.state);
-    const bool begins = anew >> t & 1;
-    T terms[2 * kStates], along[4] = {};  // y, along_A, along_B, and nothing
+    const bool begins = resets >> t & 1;
+    T terms[2 * kStates], along[4] = {};  // y, along_A, along_B, and one unused: sum_across needs a power of two
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       if (with_y) along[0] = fma(c.at[i], after[t + 1][i], along[0]);
-      const T decay = t >= kAnew ? e[t - kAnew][i] : exp2<T>(step * rates[i]);
+      const T decay = t >= kRecomputed ? e[t - kRecomputed][i] : exp2<T>(step * rates[i]);
       const RowTerms<T> term = step_back<T>(decay, after[t + 1][i], begins ? T(0) : after[t][i], step, input, gradient, rates[i], b.at[i], c.at[i],
                                             g[i], dA[i], along[1], along[2]);
       terms[i] = term.dB;
       terms[kStates + i] = term.dC;
       if (begins) g[i] = 0;
     }
-    // Over the threads of a channel: y, along_A and along_B. One thread each writes what it was left with.
+    // Sum y, along_A and along_B over the threads of a channel. For each sum, one of the threads that hold it writes it.
     const int share = slot.share, first = sum_across<4>(along, 1, share);
     if ((lane & ((share / 4 > 1 ? share / 4 : 1) - 1)) == 0) {
 #pragma unroll
@@ -183,7 +190,7 @@ template <class S> __device__ void retreat(const Slot<S>& slot, const Tile<S>& t
           if (first + i < 3) tile.along[(first + i) * column + at] = along[i];
         }
     }
-    // Over the channels of a warp: dB and dC.
+    // Sum dB and dC over the channels of a warp.
     constexpr int kTerms = 2 * kStates;
     const int channels = kWarp / share, from = sum_across<kTerms>(terms, share, kWarp);
     if ((lane / share & ((channels / kTerms > 1 ? channels / kTerms : 1) - 1)) == 0) {
@@ -198,8 +205,8 @@ template <class S> __device__ void retreat(const Slot<S>& slot, const Tile<S>& t
   }
 }
 
-// A tile's outputs token by token: du, ddelta, dz. dD and dbias: sums over time of this thread's channel, added to. With a low-rank delta the
-// gradient of every channel's step is left in along_A's place.
+// Writes du, ddelta and dz of a tile. Adds to dD and dbias, which are sums over the steps of this thread's channel. If delta is low-rank, the
+// gradient of delta of every channel is stored in place of along_A.
 template <class S> __device__ void write_tokens(const Arguments& a, const Slot<S>& slot, const Tile<S>& tile, int from, int count, typename S::T* dD,
                                                 typename S::T* dbias) {
   using T = typename S::T;
@@ -237,7 +244,7 @@ template <class S> __device__ void write_tokens(const Arguments& a, const Slot<S
   }
 }
 
-// A tile's rows of dB and dC: the warps' sums, added in order.
+// Writes the rows of dB and dC of a tile: the sums of the warps, added in a fixed order.
 template <class S> __device__ void write_rows(const Arguments& a, const Slot<S>& slot, const Tile<S>& tile, int from, int count) {
   using T = typename S::T;
   const Problem& p = a.problem;
@@ -255,7 +262,7 @@ template <class S> __device__ void write_rows(const Arguments& a, const Slot<S>&
   }
 }
 
-// A tile's share of the gradients of a low-rank delta and of its projection.
+// Computes a tile's share of the gradients of the low-rank delta and of its projection.
 template <class S> __device__ void write_low_rank(const Arguments& a, const Slot<S>& slot, const Tile<S>& tile, int from, int count, bool begin) {
   using T = typename S::T;
   const Problem& p = a.problem;
@@ -274,7 +281,7 @@ template <class S> __device__ void write_low_rank(const Arguments& a, const Slot
   for (int i = static_cast<int>(threadIdx.x); i < rank * slot.channels; i += threads) {
     const int r = i / slot.channels, c = i % slot.channels;
     if (c >= slot.live) continue;
-    T sum = begin ? T(0) : dproj[r * p.channels + c];  // the same thread's from the tile before
+    T sum = begin ? T(0) : dproj[r * p.channels + c];  // the same thread wrote it for the tile before
 #pragma unroll 1
     for (int t = 0; t < count; ++t)
       sum = fma(dsteps[t * slot.channels + c],
@@ -285,23 +292,23 @@ template <class S> __device__ void write_low_rank(const Arguments& a, const Slot
 
 template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2 ? 2
                                                                   : S::kShare    ? 384 / S::kThreads
-                                                                                 : 1) apply_adjoint(Arguments a, Cut cut) {
+                                                                                 : 1) apply_adjoint(Arguments a, Partition partition) {
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
   const Problem& p = a.problem;
-  const Slot<S> slot(p, cut, 0, cut.chunks);
+  const Slot<S> slot(p, partition, 0, partition.chunks);
   const Tile<S> tile(slot);
   Starts starts;
   T rates[kStates], g[kStates], dA[kStates] = {}, dD = 0, dbias = 0;
   slot.load_rates(p, rates);
-  const T* later = static_cast<const T*>(cut.chunks > 1 ? a.ends : a.dstate);
+  const T* later = static_cast<const T*>(partition.chunks > 1 ? a.ends : a.dstate);
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    g[i] = later && slot.has(p, i) ? later[cut.chunks > 1 ? slot.in_chunks(p, cut.chunks, slot.chunk, i) : slot.in_state(p, i)] : T(0);
+    g[i] = later && slot.has(p, i) ? later[partition.chunks > 1 ? slot.in_chunks(p, partition.chunks, slot.chunk, i) : slot.in_state(p, i)] : T(0);
 
   const auto stage = [&](int from, int end, auto gradients) {
     constexpr bool kGradients = decltype(gradients)::value;
-    if (threadIdx.x == 0) *tile.fresh = starts.mask(p, from, least(kBack, end - from));
+    if (threadIdx.x == 0) *tile.reset_bits = starts.mask(p, from, least(kBack, end - from));
     constexpr int kRows = S::template kRows<kBack>, kAtOnce = S::kKeep ? least(kRows, 2) : 1;
 #pragma unroll 1
     for (int row = 0; row < kRows; row += kAtOnce) {
@@ -324,8 +331,8 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
                                                                      (run / kRun * p.state + slot.state + i) * p.channels + slot.first + slot.channel]
                               : T(0);
     };
-    typename Tile<S>::States* const kept = tile.kept + threadIdx.x;  // this thread's
-    const auto advance_to = [&](int last) {                          // the beginning of tile `last`
+    typename Tile<S>::States* const kept = tile.kept + threadIdx.x;  // of this thread
+    const auto advance_to = [&](int last) {                          // sets h to the state at the start of tile `last`
       begin_run();
 #pragma unroll 1
       for (int j = 0; j < last; ++j) {
@@ -351,7 +358,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
       }
       const int from = run + j * kBack, count = least(kBack, end - from);
       stage(from, end, std::true_type{});
-      retreat<S>(slot, tile, p.z.data != nullptr, rates, h, g, dA);
+      backward_tile<S>(slot, tile, p.z.data != nullptr, rates, h, g, dA);
       __syncthreads();
       write_tokens<S>(a, slot, tile, from, count, &dD, &dbias);
       write_rows<S>(a, slot, tile, from, count);
@@ -365,11 +372,11 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
     if (slot.has(p, i)) {
-      static_cast<T*>(a.dA)[slot.in_chunks(p, cut.chunks, slot.chunk, i)] = dA[i];
+      static_cast<T*>(a.dA)[slot.in_chunks(p, partition.chunks, slot.chunk, i)] = dA[i];
       if (a.dinitial && slot.chunk == 0) static_cast<T*>(a.dinitial)[slot.in_state(p, i)] = g[i];
     }
   if (a.dD == nullptr && a.dbias == nullptr) return;
-  // The rows of threads that worked token by token each have a part of their channel's sum.
+  // `rows` threads each have a part of the sum of one channel: add the parts through shared memory.
   T* parts = tile.s;
   __syncthreads();
   parts[(0 * slot.rows + slot.row) * slot.channels + slot.column] = dD;
@@ -382,7 +389,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
       if (!to[which]) continue;
       T sum = 0;
       for (int row = 0; row < slot.rows; ++row) sum += parts[(which * slot.rows + row) * slot.channels + slot.column];
-      to[which][(slot.batch * cut.chunks + slot.chunk) * p.channels + slot.first + slot.column] = sum;
+      to[which][(slot.batch * partition.chunks + slot.chunk) * p.channels + slot.first + slot.column] = sum;
     }
   }
 }
@@ -393,12 +400,13 @@ MEDSSM_CUDA_EXPORT(selective_scan_backward, Arguments) {
   const Problem& p = a.problem;
   with_shape(p, [&](auto shape) {
     using S = decltype(shape);
-    const Cut cut = Cut::of(p, a.chunk, shape);
-    if (cut.chunks > 1) {
-      launch(local_adjoint<S>, p.batch * (cut.chunks - 1) * cut.tiles, cut.threads(), local_bytes<S>(cut), a.stream, a, cut);
-      launch_carry<typename S::T, true>(p, cut.chunks, a.dstate, a.ends, a.sums, a.stream);
+    const Partition partition = Partition::of(p, a.chunk, shape);
+    if (partition.chunks > 1) {
+      launch(local_adjoint<S>, p.batch * (partition.chunks - 1) * partition.tiles, partition.threads(), local_bytes<S>(partition), a.stream, a,
+             partition);
+      launch_carry<typename S::T, true>(p, partition.chunks, a.dstate, a.ends, a.sums, a.stream);
     }
-    launch(apply_adjoint<S>, p.batch * cut.chunks * cut.tiles, cut.threads(), Tile<S>::bytes(cut), a.stream, a, cut);
+    launch(apply_adjoint<S>, p.batch * partition.chunks * partition.tiles, partition.threads(), Tile<S>::bytes(partition), a.stream, a, partition);
   });
 }
 

@@ -1,55 +1,58 @@
 // Selective scan, forward, on a GPU.
 //
-// Three kernels over (batch, chunk of time, tile of channels): `local` scans each chunk from a zero state and sums its step sizes; `carry` joins the
-// chunks: what is left of an earlier state behind a chunk is one exponential of A times that sum; `apply` scans again from the right state and writes
-// the outputs. Where batch and channels alone fill a GPU there is one chunk, and `apply` does it all.
+// Three kernels over (batch, chunk of steps, tile of channels):
+//   local  scans each chunk from a zero state, and sums its step sizes.
+//   carry  computes the state at the start of each chunk. Over a whole chunk the state decays by one exponential of A times the sum of step sizes.
+//   apply  scans each chunk again from that state, and writes the outputs.
+// If batch and channels give enough blocks to fill a GPU, there is only one chunk, and `apply` alone is launched.
 //
-// Per token and channel and pass: an exponential a state, two more for softplus, four multiply-adds a state, two values read from global memory.
+// Cost per token and channel in each of `local` and `apply`: one exponential per state, two more for softplus, four multiply-adds per state, and two
+// values read from global memory.
 #include "cuda.h"
 
 namespace medssm {
 namespace {
 
-// kernels/selective_scan/cuda.py packs this.
+// kernels/selective_scan/cuda.py packs this struct.
 struct Arguments {
   void* stream;
   Problem problem;
-  Output out;                 // data may be null: nobody asks
-  void *state, *checkpoints;  // (b, d, n); (b, l / spacing, n, d): the compute type; may be null
+  Output out;                 // out.data may be null if the output is not needed
+  void *state, *checkpoints;  // (b, d, n); (b, l / spacing, n, d): in the compute type; may be null
   int64_t checkpoint_batch, spacing, chunk;
-  void *ends, *sums;  // (b, chunks, n, d), (b, chunks, d): scratch, with more than one chunk
+  void *ends, *sums;  // (b, chunks, n, d), (b, chunks, d): scratch memory, used if there is more than one chunk
 };
 
-template <class S> size_t tile_bytes(const Cut& cut, int columns, int rows) {
-  return sizeof(typename S::T) * S::kSteps * (columns * cut.channels + rows * cut.share * S::kStates) + 16;
+template <class S> size_t tile_bytes(const Partition& partition, int columns, int rows) {
+  return sizeof(typename S::T) * S::kSteps * (columns * partition.channels + rows * partition.share * S::kStates) + 16;
 }
 
 template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768 / S::kThreads : 1)
-    local(Problem p, Cut cut, typename S::T* ends, typename S::T* sums) {
+    local(Problem p, Partition partition, typename S::T* ends, typename S::T* sums) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
-  const Slot<S> slot(p, cut, 0, cut.chunks - 1);  // the last chunk's end leads nowhere
+  const Slot<S> slot(p, partition, 0, partition.chunks - 1);  // the end of the last chunk is not needed
   T *s = shared_memory<T>() + 16 / sizeof(T), *su = s + kSteps * slot.channels, *B = su + kSteps * slot.channels;
-  unsigned* fresh = shared_memory<unsigned>();
+  unsigned* reset_bits = shared_memory<unsigned>();
   Starts starts;
   T rates[kStates], h[kStates] = {}, span = 0;
   slot.load_rates(p, rates);
-  bool cut_inside = false;
+  bool reset_inside = false;
   Columns<S, kSteps, true, false> columns;
   columns.load(p, slot, slot.from, slot.end, nullptr);
 #pragma unroll 1
   for (int from = slot.from; from < slot.end; from += kSteps) {
-    if (threadIdx.x == 0) *fresh = starts.mask(p, from, least(kSteps, slot.end - from));
+    if (threadIdx.x == 0) *reset_bits = starts.mask(p, from, least(kSteps, slot.end - from));
     columns.store(p, slot, nullptr, s, su, nullptr);
     stage_rows<S, kSteps>(p, slot, from, slot.end, B, nullptr);
     __syncthreads();
     if (from + kSteps < slot.end) columns.load(p, slot, from + kSteps, slot.end, nullptr);
-    const unsigned anew = *fresh;
+    const unsigned resets = *reset_bits;
     T part = 0;
 #pragma unroll 2
     for (int t = 0; t < kSteps; ++t) {
-      if (anew >> t & 1) {
-        cut_inside = true;
+      if (resets >> t & 1) {
+        reset_inside = true;
 #pragma unroll
         for (int i = 0; i < kStates; ++i) h[i] = 0;
       }
@@ -64,26 +67,26 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
   }
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    if (slot.has(p, i)) ends[slot.in_chunks(p, cut.chunks, slot.chunk, i)] = h[i];
+    if (slot.has(p, i)) ends[slot.in_chunks(p, partition.chunks, slot.chunk, i)] = h[i];
   if (slot.state == 0 && slot.channel < slot.live)
-    sums[(slot.batch * cut.chunks + slot.chunk) * p.channels + slot.first + slot.channel] = cut_inside ? static_cast<T>(INFINITY) : span;
+    sums[(slot.batch * partition.chunks + slot.chunk) * p.channels + slot.first + slot.channel] = reset_inside ? static_cast<T>(INFINITY) : span;
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 576 / S::kThreads : 1) apply(Arguments a, Cut cut) {
+template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 576 / S::kThreads : 1) apply(Arguments a, Partition partition) {
   using T = typename S::T;
   constexpr int kSteps = S::kSteps, kStates = S::kStates;
   const Problem& p = a.problem;
-  const Slot<S> slot(p, cut, 0, cut.chunks);
+  const Slot<S> slot(p, partition, 0, partition.chunks);
   T *s = shared_memory<T>() + 16 / sizeof(T), *su = s + kSteps * slot.channels, *y = su + kSteps * slot.channels, *B = y + kSteps * slot.channels,
     *C = B + kSteps * slot.states;
-  unsigned* fresh = shared_memory<unsigned>();
+  unsigned* reset_bits = shared_memory<unsigned>();
   Starts starts;
   T rates[kStates], h[kStates];
   slot.load_rates(p, rates);
-  const T* before = static_cast<const T*>(cut.chunks > 1 ? a.ends : p.initial);
+  const T* before = static_cast<const T*>(partition.chunks > 1 ? a.ends : p.initial);
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    h[i] = before && slot.has(p, i) ? before[cut.chunks > 1 ? slot.in_chunks(p, cut.chunks, slot.chunk, i) : slot.in_state(p, i)] : T(0);
+    h[i] = before && slot.has(p, i) ? before[partition.chunks > 1 ? slot.in_chunks(p, partition.chunks, slot.chunk, i) : slot.in_state(p, i)] : T(0);
   const int64_t column = slot.first + slot.column;
   const T D = p.D && slot.column < slot.live ? static_cast<const T*>(p.D)[column] : T(0);
 
@@ -99,15 +102,15 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 57
           static_cast<T*>(a.checkpoints)[slot.batch * a.checkpoint_batch + (from / a.spacing * p.state + slot.state + i) * p.channels + slot.first +
                                          slot.channel] = h[i];
     }
-    if (threadIdx.x == 0) *fresh = starts.mask(p, from, count);
+    if (threadIdx.x == 0) *reset_bits = starts.mask(p, from, count);
     columns.store(p, slot, nullptr, s, su, nullptr);
     stage_rows<S, kSteps>(p, slot, from, slot.end, B, a.out.data ? C : nullptr);
     __syncthreads();
     if (from + kSteps < slot.end) columns.load(p, slot, from + kSteps, slot.end, nullptr);
-    const unsigned anew = *fresh;
+    const unsigned resets = *reset_bits;
 #pragma unroll 2
     for (int t = 0; t < kSteps; ++t) {
-      if (anew >> t & 1) {
+      if (resets >> t & 1) {
 #pragma unroll
         for (int i = 0; i < kStates; ++i) h[i] = 0;
       }
@@ -138,7 +141,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 57
       }
     }
   }
-  if (a.state && slot.chunk == cut.chunks - 1) {
+  if (a.state && slot.chunk == partition.chunks - 1) {
 #pragma unroll
     for (int i = 0; i < kStates; ++i)
       if (slot.has(p, i)) static_cast<T*>(a.state)[slot.in_state(p, i)] = h[i];
@@ -152,13 +155,13 @@ MEDSSM_CUDA_EXPORT(selective_scan_forward, Arguments) {
   with_shape(p, [&](auto shape) {
     using S = decltype(shape);
     using T = typename S::T;
-    const Cut cut = Cut::of(p, a.chunk, shape);
-    if (cut.chunks > 1) {
-      launch(local<S>, p.batch * (cut.chunks - 1) * cut.tiles, cut.threads(), tile_bytes<S>(cut, 2, 1), a.stream, p, cut, static_cast<T*>(a.ends),
-             static_cast<T*>(a.sums));
-      launch_carry<T, false>(p, cut.chunks, p.initial, a.ends, a.sums, a.stream);
+    const Partition partition = Partition::of(p, a.chunk, shape);
+    if (partition.chunks > 1) {
+      launch(local<S>, p.batch * (partition.chunks - 1) * partition.tiles, partition.threads(), tile_bytes<S>(partition, 2, 1), a.stream, p,
+             partition, static_cast<T*>(a.ends), static_cast<T*>(a.sums));
+      launch_carry<T, false>(p, partition.chunks, p.initial, a.ends, a.sums, a.stream);
     }
-    launch(apply<S>, p.batch * cut.chunks * cut.tiles, cut.threads(), tile_bytes<S>(cut, 3, 2), a.stream, a, cut);
+    launch(apply<S>, p.batch * partition.chunks * partition.tiles, partition.threads(), tile_bytes<S>(partition, 3, 2), a.stream, a, partition);
   });
 }
 

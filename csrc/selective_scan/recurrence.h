@@ -1,7 +1,8 @@
 // The recurrence of one block over one tile:  h_t = 2^(s_t rate) h_{t-1} + s_t u_t B_t,  y_t = C_t . h_t.
 //
-// Channels lie in the lanes, the states of a unit in registers. With AVX-512 a state costs seven operations of the multiplier a step: four
-// for the exponential and three for the recurrence and y; the rest runs beside it.
+// Each lane of a vector has one channel. The states of a unit (see Unit) are kept in registers. With AVX-512 the multiplier limits the speed: it
+// executes seven operations per state and step, four for the exponential and three for the recurrence and y. All other operations run in parallel
+// with these on other execution units.
 #pragma once
 #include "medssm/activation.h"
 #include "medssm/step.h"
@@ -10,11 +11,11 @@
 namespace medssm {
 namespace {
 
-// What a thread keeps of a block while it walks: its parameters as lanes, and its state.
+// The data of one block that a thread keeps during the walk: its parameters and its state, with one channel per lane.
 template <class T> struct Channels {
   Block block;
-  T *rates, *state, *proj;   // A log2(e) [n][lane], h [n][lane], delta_proj [r][lane]
-  Vec<T> D, bias, steepest;  // steepest: max over the states of |rate|
+  T *rates, *state, *proj;       // A log2(e) [n][lane], h [n][lane], delta_proj [r][lane]
+  Vec<T> D, bias, largest_rate;  // largest_rate: the largest |rate| over the states
 
   static int64_t size(const Problem& p) { return (2 * p.state + p.rank) * kLanes<T>; }
 
@@ -31,13 +32,13 @@ template <class T> struct Channels {
       magnitude.add(rate);
       store(rates + n * W, rate);
     }
-    steepest = magnitude.value();
+    largest_rate = magnitude.value();
     if (p.rank) load_weights<T>(p.proj, block.channel, block.lanes, p.rank, proj);
     D = p.D ? load_part<T>(static_cast<const T*>(p.D) + block.channel, block.lanes) : Vec<T>{};
     bias = p.bias ? load_part<T>(static_cast<const T*>(p.bias) + block.channel, block.lanes) : Vec<T>{};
   }
 
-  void load_state(const Problem& p, const void* from) {  // (b, d, n), or zeros
+  void load_state(const Problem& p, const void* from) {  // from: (b, d, n), or null for zeros
     if (from)
       load_weights<T>(from, block.batch * p.channels + block.channel, block.lanes, p.state, state);
     else
@@ -45,11 +46,11 @@ template <class T> struct Channels {
   }
 };
 
-// The rows of a tile that all blocks of a group share.
+// The rows of a tile that all blocks of a group read.
 template <class T> struct Shared {
   View<T> B, C, low;
 };
-// In place where possible, else staged in the buffers of that name.
+// Points into the tensors where possible. Otherwise the rows are copied to the buffers of the same name.
 template <class T, class Buffers> Shared<T> shared_rows(const Problem& p, const Block& block, const Tile& tile, const Buffers& buffers) {
   Shared<T> rows{
       row_view<T>(p.B, block.batch, block.group, p.state, tile, buffers.B), row_view<T>(p.C, block.batch, block.group, p.state, tile, buffers.C), {}};
@@ -58,11 +59,11 @@ template <class T, class Buffers> Shared<T> shared_rows(const Problem& p, const 
   return rows;
 }
 
-// The inputs of a tile: one vector a step.
+// The inputs of a tile: one vector per step.
 template <class T> struct Inputs {
   View<T> u;
-  T *s, *su, *slope;  // the step size, s u, and ds / d(delta + bias); slope is null where nobody asks
-  bool bounded;       // every s rate is within what exp2_bounded takes
+  T *s, *su, *slope;  // the step size s, s u, and ds / d(delta + bias); slope may be null if it is not needed
+  bool bounded;       // every product s rate is in the range of exp2_bounded
 };
 
 template <class T, bool kSoftplus, bool kSlope> void step_sizes(const Channels<T>& channels, View<T> delta, int64_t count, Inputs<T>* in) {
@@ -72,7 +73,8 @@ template <class T, bool kSoftplus, bool kSlope> void step_sizes(const Channels<T
   T *const to_s = in->s, *const to_su = in->su, *const to_slope = in->slope;
   Largest<T> largest;
   if constexpr (kSoftplus) {
-    // Exponentials first, logarithms after: of one long chain of operations too few steps fit into the processor's window.
+    // First all exponentials, then all logarithms. In a single loop each step would be one long chain of dependent operations, and the processor
+    // could overlap too few steps.
     for (int64_t t = 0; t < count; ++t) store(to_su + t * W, exp_minus_abs<T>(load<T>(delta[t]) + bias));
     for (int64_t t = 0; t < count; ++t) {
       const Softplus<T> both = softplus_of<T>(load<T>(delta[t]) + bias, load<T>(to_su + t * W));
@@ -90,10 +92,10 @@ template <class T, bool kSoftplus, bool kSlope> void step_sizes(const Channels<T
       store(to_su + t * W, s * load<T>(u[t]));
     }
   }
-  in->bounded = all_at_most<T>(largest.value() * channels.steepest, kExp2Bound<T>);
+  in->bounded = all_at_most<T>(largest.value() * channels.largest_rate, kExp2Bound<T>);
 }
 
-// s, s u and where asked the slope of a tile. low: the rows of the low-rank delta. buffer: where u may be staged.
+// Computes s, s u and, if in->slope is not null, the slope for each step of a tile. low: the rows of the low-rank delta. buffer: for a copy of u.
 template <class T> void prepare(const Problem& p, const Channels<T>& channels, const Tile& tile, const View<T>& low, T* buffer, Inputs<T>* in) {
   constexpr int W = kLanes<T>;
   in->u = block_view<T>(p.u, channels.block, tile, buffer);
@@ -113,14 +115,14 @@ template <class T> void prepare(const Problem& p, const Channels<T>& channels, c
     (p.softplus ? step_sizes<T, true, false> : step_sizes<T, false, false>)(channels, delta, tile.count, in);
 }
 
-// A run of the states of one half: n, n + 1, …; or of both halves at once: half + n, half + n + 1, … too.
+// Consecutive states n, n + 1, … of one half; or, if both halves are computed together, also half + n, half + n + 1, … of the second half.
 template <class T> struct Unit {
-  const T *rates, *s, *su;  // rates of state n
-  View<T> B, C;             // of state n
+  const T *rates, *s, *su;  // rates: of states n, n + 1, …
+  View<T> B, C;             // of states n, n + 1, …
   int64_t count, half;
-  T *state, *y[2];      // of state n; y of each half
-  bool first[2], join;  // first: y is set, not added to; join: y[0] becomes the sum of both halves
-  const Ahead* ahead;   // asked for during the first unit; may be null
+  T *state, *y[2];           // state: of states n, n + 1, …; y: one per half
+  bool first[2], join;       // first: set y instead of adding to it; join: store the sum of both halves in y[0]
+  const Prefetch* prefetch;  // requested during the first unit; may be null
 };
 
 template <class T, bool kBounded> MEDSSM_INLINE Vec<T> power(Vec<T> x) {
@@ -140,7 +142,7 @@ template <class T, int kStates, bool kBoth, bool kBounded> __attribute__((noinli
   const T *rates[2] = {unit.rates, unit.rates + unit.half * W}, *B = unit.B.rows, *C = unit.C.rows;
   for (int64_t t = 0; t < unit.count; ++t, B += unit.B.step, C += unit.C.step) {
     const Vec<T> s = load<T>(unit.s + t * W), su = load<T>(unit.su + t * W);
-    if (unit.ahead) unit.ahead->ask(t);
+    if (unit.prefetch) unit.prefetch->request(t);
     Vec<T> y[2];
 #pragma GCC unroll 2
     for (int k = 0; k < kHalves; ++k) {
@@ -165,10 +167,10 @@ template <class T, int kStates, bool kBoth, bool kBounded> __attribute__((noinli
     for (int n = 0; n < kStates; ++n) store(unit.state + (k * unit.half + n) * W, h[k][n]);
 }
 
-// States per half that the registers hold beside the constants.
+// Number of states per half that fit into the registers together with the constants.
 constexpr int kUnit = kVectorBytes == 64 ? 8 : 4;
 
-// `states` states of one half, or of each half, in units of kStates and, for the rest, of fewer.
+// Advances `states` states of one half, or of each half: in units of kStates, and the remaining states in smaller units.
 template <class T, int kStates, bool kBoth, bool kBounded> void advance_all(Unit<T> unit, int64_t states) {
   const bool join = unit.join;
   for (; states >= kStates; states -= kStates) {
@@ -179,7 +181,7 @@ template <class T, int kStates, bool kBoth, bool kBounded> void advance_all(Unit
     unit.B.rows += kStates;
     unit.C.rows += kStates;
     unit.first[0] = unit.first[1] = false;
-    unit.ahead = nullptr;
+    unit.prefetch = nullptr;
   }
   unit.join = join;
   if constexpr (kStates > 1)
@@ -187,16 +189,16 @@ template <class T, int kStates, bool kBoth, bool kBounded> void advance_all(Unit
 }
 
 template <class T, bool kBoth> void advance_any(const Unit<T>& unit, int64_t states, bool bounded) {
-  constexpr int kRare = 2;  // steps that leave the exponential's bounds are rare: no need of wide units for them
+  constexpr int kRare = 2;  // steps outside the range of exp2_bounded are rare, so a small unit is fast enough for them
   if (bounded)
     advance_all<T, kUnit, kBoth, true>(unit, states);
   else
     advance_all<T, kRare, kBoth, false>(unit, states);
 }
 
-// One half of the states, 0 or 1, over a tile: y[half] is set, the state moves on.
+// Advances half 0 or half 1 of the states over a tile. Sets y to this half's sum and updates the state.
 template <class T> void advance_half(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count,
-                                     int half, T* y, const Ahead* ahead) {
+                                     int half, T* y, const Prefetch* prefetch) {
   const int64_t from = half ? first_half(p.state) : 0, states = half ? p.state - from : first_half(p.state);
   advance_any<T, false>({channels.rates + from * kLanes<T>,
                          in.s,
@@ -209,17 +211,17 @@ template <class T> void advance_half(const Problem& p, const Channels<T>& channe
                          {y, nullptr},
                          {true, true},
                          false,
-                         ahead},
+                         prefetch},
                         states, in.bounded);
 }
 
-// All states over a tile: y[0] is set to the sum of both halves, the state moves on. y[1] is scratch.
+// Advances all states over a tile. Sets y[0] to the sum of both halves and updates the state. y[1] is scratch memory.
 template <class T> void advance_both(const Problem& p, const Channels<T>& channels, const Inputs<T>& in, View<T> B, View<T> C, int64_t count,
-                                     T* const* y, const Ahead* ahead) {
+                                     T* const* y, const Prefetch* prefetch) {
   const int64_t half = first_half(p.state), paired = p.state - half;
-  Unit<T> unit{channels.rates, in.s, in.su, B, C, count, half, channels.state, {y[0], y[1]}, {true, true}, true, ahead};
+  Unit<T> unit{channels.rates, in.s, in.su, B, C, count, half, channels.state, {y[0], y[1]}, {true, true}, true, prefetch};
   if (half > paired) {
-    // An odd number of states: the first half has one more, which goes first.
+    // If the number of states is odd, the first half has one more state. It is computed first, alone.
     advance_any<T, false>(unit, 1, in.bounded);
     unit.rates += kLanes<T>;
     unit.state += kLanes<T>;
@@ -227,7 +229,7 @@ template <class T> void advance_both(const Problem& p, const Channels<T>& channe
     unit.C.rows += 1;
     unit.half = paired;
     unit.first[0] = false;
-    unit.ahead = nullptr;
+    unit.prefetch = nullptr;
   }
   if (paired) advance_any<T, true>(unit, paired, in.bounded);
 }

@@ -1,6 +1,5 @@
-// Tiles of tokens in the cache: dense rows of the compute type, from tensors of any type and strides, and back.
-//
-// Rows that already lie in memory as the kernel wants them are used in place.
+// Reads tiles of tokens from tensors of any type and strides into contiguous rows of the compute type, small enough for the cache, and writes them
+// back. If a tensor's rows already have the compute type and adjacent elements, they are used without a copy.
 #pragma once
 #include "medssm/shuffle.h"
 #include "problem.h"
@@ -15,7 +14,7 @@ template <class T> struct View {
   MEDSSM_INLINE const T* operator[](int64_t t) const { return rows + t * step; }
 };
 
-// One vector of elements per token; only `lanes` of them exist, the others become zero.
+// Copies one vector of elements per token. Only the first `lanes` elements exist; the other lanes become zero.
 template <class T, class S> void stage_lanes(const S* data, int64_t token, int64_t element, int lanes, const Tile& tile, T* out, int64_t out_step) {
   constexpr int W = kLanes<T>;
   if (element == 1 || lanes == 1) {
@@ -24,7 +23,7 @@ template <class T, class S> void stage_lanes(const S* data, int64_t token, int64
     else
       for (int64_t t = 0; t < tile.count; ++t) store(out + t * out_step, load_part<T>(data + tile.token(t) * token, lanes));
   } else if (token == 1 && !tile.index) {
-    // Channels first: squares of tokens and channels are transposed in registers.
+    // The tensor has tokens adjacent, not channels: W x W squares of tokens and channels are transposed in registers.
     const S* low = data + (tile.direction > 0 ? tile.first : tile.first - tile.count + 1);  // the tile's first token in memory
     for (int64_t t = 0; t < tile.count; t += W) {
       const int count = static_cast<int>(least<int64_t>(W, tile.count - t));
@@ -45,7 +44,7 @@ template <class T, class S> void stage_lanes(const S* data, int64_t token, int64
   }
 }
 
-// Rows of any number of elements; out_step is a multiple of the lanes.
+// Copies rows of any number of elements. out_step is a multiple of kLanes<T>.
 template <class T> void stage(const void* data, int64_t type, int64_t offset, int64_t token, int64_t element, int64_t elements, const Tile& tile,
                               T* out, int64_t out_step) {
   with_storage(type, data, [&](const auto* typed) {
@@ -58,7 +57,7 @@ template <class T> void stage(const void* data, int64_t type, int64_t offset, in
 
 template <class T> constexpr int64_t kType = sizeof(T) == 8 ? kFloat64 : kFloat32;
 
-// A block's channels of a tile of u, delta, z or dout: in place where possible, else staged in `buffer`.
+// The channels of a block in a tile of u, delta, z or dout: in place if possible, otherwise copied to `buffer`.
 template <class T> View<T> block_view(const Tokens& x, const Block& block, const Tile& tile, T* buffer) {
   const int64_t offset = x.batch * block.batch + x.channel * block.channel;
   if (x.type == kType<T> && x.channel == 1 && block.lanes == kLanes<T> && !tile.index)
@@ -67,7 +66,7 @@ template <class T> View<T> block_view(const Tokens& x, const Block& block, const
   return {buffer, kLanes<T>};
 }
 
-// The rows of a tile that every lane reads: n values of B or C, or the r values of the low-rank delta.
+// The rows of a tile that are the same for every lane: n values of B or C, or r values of the low-rank delta.
 template <class T> View<T> row_view(const Rows& x, int64_t batch, int64_t group, int64_t elements, const Tile& tile, T* buffer) {
   const int64_t offset = x.batch * batch + x.group * group, step = round_up(elements, kLanes<T>);
   if (x.type == kType<T> && (x.state == 1 || elements == 1) && !tile.index)
@@ -76,13 +75,14 @@ template <class T> View<T> row_view(const Rows& x, int64_t batch, int64_t group,
   return {buffer, step};
 }
 
-// The lines that a block's next tile will need. They are asked for a few at a time between the arithmetic of the tile before: the stride
-// between tokens, and any walk along another axis, defeat the processor's own prefetcher, and all at once would overflow its queue.
-class Ahead {
+// The cache lines that the next tile of a block reads or writes. A few are requested at each step of the tile before it. The hardware prefetcher
+// does not find them, because tokens are far apart in memory and a walk may visit them in any order. Requesting all of them at once would overflow
+// the queue of outstanding loads.
+class Prefetch {
  public:
-  explicit Ahead(const Tile& next) : next_(next) {}
+  explicit Prefetch(const Tile& next) : next_(next) {}
 
-  // x may be absent; channels that are not adjacent have no lines to ask for.
+  // Does nothing if data is null, or if channels are not adjacent: then a step's channels are not in one cache line.
   void add(const void* data, int64_t type, int64_t batch, int64_t token, int64_t channel, const Block& block) {
     if (!data || channel != 1 || count_ == kMost) return;
     const int64_t size = element_size(type);
@@ -91,14 +91,14 @@ class Ahead {
   void add(const Tokens& x, const Block& block) { add(x.data, x.type, x.batch, x.token, x.channel, block); }
   void add(const Output& x, const Block& block) { add(x.data, x.type, x.batch, x.token, 1, block); }
 
-  // The part-th of `parts` shares of the lines.
-  Ahead share(int64_t part, int64_t parts) const {
-    Ahead some(next_);
+  // Share number `part` when the lines are divided into `parts` shares.
+  Prefetch share(int64_t part, int64_t parts) const {
+    Prefetch some(next_);
     for (int64_t i = part * count_ / parts; i < (part + 1) * count_ / parts; ++i) some.lines_[some.count_++] = lines_[i];
     return some;
   }
 
-  MEDSSM_INLINE void ask(int64_t t) const {
+  MEDSSM_INLINE void request(int64_t t) const {
     if (t >= next_.count) return;
     for (int i = 0; i < count_; ++i) __builtin_prefetch(lines_[i].base + next_.token(t) * lines_[i].step);
   }
@@ -114,12 +114,12 @@ class Ahead {
   int count_ = 0;
 };
 
-// Where step t of a tile has the block's channels.
+// The offset of the block's channels at step t of a tile.
 MEDSSM_INLINE int64_t offset(const Output& out, const Block& block, const Tile& tile, int64_t t) {
   return out.batch * block.batch + tile.token(t) * out.token + block.channel;
 }
 
-// Writes value(t), a vector, for each step of the tile.
+// Writes the vector value(t) for each step t of the tile.
 template <class T, class F> MEDSSM_INLINE void write(const Output& out, const Block& block, const Tile& tile, F value) {
   with_storage(out.type, out.data, [&](auto* data) {
     auto* const base = data + out.batch * block.batch + block.channel;
@@ -133,12 +133,13 @@ template <class T, class F> MEDSSM_INLINE void write(const Output& out, const Bl
   });
 }
 
-// The sum of earlier orders at step t of the tile.
+// The values of out.earlier (the sum over the scan orders computed before) at step t of the tile.
 template <class T> MEDSSM_INLINE Vec<T> earlier(const Output& out, const Block& block, const Tile& tile, int64_t t) {
   return load_part<T>(static_cast<const T*>(out.earlier) + offset(out, block, tile, t), block.lanes);
 }
 
-// (d, n) or (b, d, n) weights and states as [n][lane], and columns [low, high) of them back. `item` is the row of the first channel.
+// load_weights reads weights (d, n) or states (b, d, n) as [n][lane]. store_weights writes columns [low, high) back. `item` is the row of the first
+// channel.
 template <class T> void load_weights(const void* data, int64_t item, int lanes, int64_t columns, T* out) {
   const Tile columns_as_steps{0, columns, false, nullptr, 0, 1};
   stage_lanes<T>(static_cast<const T*>(data) + item * columns, 1, columns, lanes, columns_as_steps, out, kLanes<T>);
