@@ -1,12 +1,12 @@
 // Causal depthwise convolution along a walk through the tokens (b, l, d), channels adjacent.
 //
-// A task computes kSteps steps of the walk for some vectors of channels, kTile steps at a time: a tile gets pointers to the rows that
-// it sees and writes, so a walk costs an index look-up per token and no copy. Rows that are not in the compute type, or that lie
-// before the start of a segment (zeros, or the initial state), are put into scratch memory.
+// A task computes kSteps steps of the walk for some vectors of channels, kTile steps at a time. A tile gets pointers to the rows that it reads and
+// writes, so any order of tokens costs one index look-up per token and no copy. Rows in another type than the compute type are converted into scratch
+// memory. Rows before the start of a segment (zeros, or the initial state) are also created there.
 //
-// Backward: g = dout act'(pre), with pre recomputed, kept in scratch memory for the task's steps and the width - 1 after them; dx is the
-// convolution of g with the mirrored taps. Each task sums its own share of dweight, and the shares are added in order, in double
-// precision: tasks depend on shapes only, so any number of threads gives the same bits.
+// Backward: g = dout act'(pre), where pre is recomputed. g is kept in scratch memory for the task's steps and the width - 1 steps after them. dx is
+// the convolution of g with the mirrored taps. Each task computes its own share of dweight. The shares are added in a fixed order, in double
+// precision. Tasks depend only on the shapes, so any number of threads gives the same bits.
 #include "medssm/abi.h"
 #include "medssm/parallel.h"
 #include "medssm/scratch.h"
@@ -19,7 +19,7 @@ using namespace medssm;
 
 namespace {
 
-// body(run, segment) for each part of a task that lies in one segment.
+// Calls body(run, segment) for each part of a task inside one segment.
 template <class Body> void each_run(const Walk& walk, const Task& task, const Body& body) {
   for (Range run = {task.begin, task.begin}; run.begin < task.end; run.begin = run.end) {
     const Range segment = walk.segment(run.begin);
@@ -28,32 +28,32 @@ template <class Body> void each_run(const Walk& walk, const Task& task, const Bo
   }
 }
 
-// f(step, steps) for each tile of a range.
+// Calls f(step, steps) for each tile of a range.
 template <class F> void each_tile(const Range& range, const F& f) {
   for (int64_t step = range.begin; step < range.end; step += kTile) f(step, least<int64_t>(kTile, range.end - step));
 }
 
-// The last width - 1 taps, oldest first, into a contiguous state (b, d, width - 1).
+// Writes the last width - 1 tokens of the walk, oldest first, to a contiguous state (b, d, width - 1).
 template <class T> void final_state(const Problem& p, const Plan<T>& plan, const Walk& walk, void* state) {
   Input<T> input(plan, walk, p);
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t group = 0; group < plan.groups; ++group) {
       const Task task = plan.task((n * plan.chunks + plan.chunks - 1) * plan.groups + group);
       input.start(task, walk.segment(plan.length - 1), plan.length);
-      const T* const* rows = input.see(plan.length, 0);
+      const T* const* rows = input.window(plan.length, 0);
       for (int64_t slot = 0; slot < plan.past; ++slot) store_state(state, p.x_type, plan.slots(task) + slot, plan.past, plan.width(task), rows[slot]);
     }
 }
 
-// body(task) for this thread's share of the tasks.
+// Calls body(task) for this thread's share of the tasks.
 template <class T, class Body> void each_task(const Plan<T>& plan, const Team& team, const Body& body) {
   const Range mine = share(plan.tasks(), team);
   for (int64_t i = mine.begin; i < mine.end; ++i) body(plan.task(i));
   finish_streaming();
 }
 
-// A contiguous tensor of x's shape and type, about to be written for the first time.
-template <class T> Tokens<T> fresh(const Plan<T>& plan, const Walk& walk, const Problem& p, void* data) {
+// A new contiguous output with x's shape and type.
+template <class T> Tokens<T> new_output(const Plan<T>& plan, const Walk& walk, const Problem& p, void* data) {
   const int64_t size = p.x_type == kFloat64 ? 8 : p.x_type == kFloat32 ? 4 : 2;
   prefer_huge_pages(data, plan.elements * size);
   return {plan, walk, data, p.x_type, plan.length * plan.channels, plan.channels};
@@ -66,7 +66,7 @@ template <class T> void forward(const Forward& a) {
   const Tile<T> tile(p.taps.count());
   const Scratch<T> taps(plan.vectors * plan.packed);
   pack(p.taps, false, taps.data());
-  const Tokens<T> out = fresh(plan, walk, p, a.out);
+  const Tokens<T> out = new_output(plan, walk, p, a.out);
   struct Own {
     Input<T> input;
     Rows<T> rows;
@@ -80,7 +80,7 @@ template <class T> void forward(const Forward& a) {
       each_run(walk, task, [&](const Range& run, const Range& segment) {
         input.start(task, segment, run.begin);
         each_tile(run, [&](int64_t step, int64_t steps) {
-          tile.convolve(input.see(step, steps), taps.data() + task.first * plan.packed, plan.past + 1, plan.width(task), p.silu, steps,
+          tile.convolve(input.window(step, steps), taps.data() + task.first * plan.packed, plan.past + 1, plan.width(task), p.silu, steps,
                         rows.store_into(task, step, steps), out.streams());
           rows.store(task, step, steps);
         });
@@ -90,10 +90,10 @@ template <class T> void forward(const Forward& a) {
   if (a.state) final_state(p, plan, walk, a.state);
 }
 
-// The gradients of one task after another, with one thread's scratch memory.
+// Computes the gradients of tasks, one after the other, with the scratch memory of one thread.
 template <class T> class Adjoint {
  public:
-  // taps, mirrored: packed.
+  // taps and mirrored are packed (medssm/taps.h).
   Adjoint(const Backward& a, const Plan<T>& plan, const Walk& walk, const Tokens<T>& dout, const Tokens<T>& dx, const T* taps, const T* mirrored) :
       a_(a),
       p_(a.problem),
@@ -110,44 +110,44 @@ template <class T> class Adjoint {
       g_((kSteps + plan.past) * plan.row),
       edge_(kTile * plan.row),
       zeros_(plan.row),
-      seen_(kTile + plan.past) {
+      window_(kTile + plan.past) {
     std::memset(zeros_.data(), 0, static_cast<std::size_t>(plan.row) * sizeof(T));
   }
 
-  // The gradients of the task's tokens, and its share of those of the taps and the bias.
+  // Writes the gradients of the task's tokens, and stores its share of the gradients of the taps and the bias in `sums`.
   void run(const Task& task, T* sums) {
     std::memset(sums, 0, static_cast<std::size_t>(task.count * plan_.packed) * sizeof(T));
     each_run(walk_, task, [&](const Range& run, const Range& segment) {
-      const Range seeing = {run.begin, least(run.end + plan_.past, segment.end)};  // the steps that see the run's tokens
+      const Range readers = {run.begin, least(run.end + plan_.past, segment.end)};  // the steps whose taps read the run's tokens
       input_.start(task, segment, run.begin);
-      each_tile(run, [&](int64_t step, int64_t steps) { differentiate(task, seeing, step, steps, sums); });
-      each_tile({run.end, seeing.end}, [&](int64_t step, int64_t steps) { differentiate(task, seeing, step, steps, nullptr); });
-      const auto propagate_tile = [&](int64_t step, int64_t steps) { propagate(task, seeing, step, steps); };
+      each_tile(run, [&](int64_t step, int64_t steps) { differentiate(task, readers, step, steps, sums); });
+      each_tile({run.end, readers.end}, [&](int64_t step, int64_t steps) { differentiate(task, readers, step, steps, nullptr); });
+      const auto propagate_tile = [&](int64_t step, int64_t steps) { propagate(task, readers, step, steps); };
       if (run.begin == 0 && a_.dinitial) each_tile({-plan_.past, 0}, propagate_tile);
       each_tile(run, propagate_tile);
     });
   }
 
  private:
-  // g of a tile, into the scratch rows of the steps `seeing`.
-  void differentiate(const Task& task, const Range& seeing, int64_t step, int64_t steps, T* sums) {
+  // Computes g of a tile. The scratch memory has one row for each step of `readers`.
+  void differentiate(const Task& task, const Range& readers, int64_t step, int64_t steps, T* sums) {
     T* g[kTile];
-    for (int64_t t = 0; t < steps; ++t) g[t] = g_.data() + (step + t - seeing.begin) * plan_.row;
-    tile_.differentiate(input_.see(step, steps), taps_ + task.first * plan_.packed, plan_.past + 1, plan_.width(task), p_.silu, steps,
+    for (int64_t t = 0; t < steps; ++t) g[t] = g_.data() + (step + t - readers.begin) * plan_.row;
+    tile_.differentiate(input_.window(step, steps), taps_ + task.first * plan_.packed, plan_.past + 1, plan_.width(task), p_.silu, steps,
                         dout_rows_.load(task, step, steps), g, sums);
   }
 
-  // The gradients of a tile's tokens from g, and at the end of the walk from that of the final state. Before step 0 the tokens are the
-  // initial state's.
-  void propagate(const Task& task, const Range& seeing, int64_t step, int64_t steps) {
+  // Computes the gradients of a tile's tokens from g. At the end of the walk the gradient of the final state is added. Tokens before step 0 belong to
+  // the initial state.
+  void propagate(const Task& task, const Range& readers, int64_t step, int64_t steps) {
     for (int64_t i = 0; i < kTile + plan_.past; ++i) {
       const int64_t at = step + i;
-      seen_.data()[i] = at >= seeing.begin && at < seeing.end ? g_.data() + (at - seeing.begin) * plan_.row : zeros_.data();
+      window_.data()[i] = at >= readers.begin && at < readers.end ? g_.data() + (at - readers.begin) * plan_.row : zeros_.data();
     }
     const int64_t channels = plan_.width(task), first_kept = plan_.length - plan_.past;
-    const bool kept = seeing.end == plan_.length && step + steps > first_kept;
+    const bool kept = readers.end == plan_.length && step + steps > first_kept;
     const auto convolve_into = [&](T* const* rows, bool stream) {
-      tile_.convolve(seen_.data(), mirrored_ + task.first * plan_.packed, plan_.past + 1, channels, false, steps, rows, stream);
+      tile_.convolve(window_.data(), mirrored_ + task.first * plan_.packed, plan_.past + 1, channels, false, steps, rows, stream);
     };
     if (step >= 0 && !kept) {
       convolve_into(dx_rows_.store_into(task, step, steps), dx_.streams());
@@ -177,7 +177,7 @@ template <class T> class Adjoint {
   const State dstate_;
   const T *taps_, *mirrored_;
   const Scratch<T> g_, edge_, zeros_;
-  const Scratch<const T*> seen_;
+  const Scratch<const T*> window_;
 };
 
 template <class T> void backward(const Backward& a) {
@@ -187,7 +187,7 @@ template <class T> void backward(const Backward& a) {
   const Scratch<T> taps(plan.vectors * plan.packed), mirrored(plan.vectors * plan.packed), sums(plan.shares * plan.vectors * plan.packed);
   pack(p.taps, false, taps.data());
   pack(p.taps, true, mirrored.data());
-  const Tokens<T> dout(plan, walk, a.dout, p.x_type, a.dout_stride[0], a.dout_stride[1]), dx = fresh(plan, walk, p, a.dx);
+  const Tokens<T> dout(plan, walk, a.dout, p.x_type, a.dout_stride[0], a.dout_stride[1]), dx = new_output(plan, walk, p, a.dx);
   const int64_t threads = worthwhile(p.threads, plan.tasks(), plan.elements);
   const PerThread<Adjoint<T>> own(threads, [&] { return Adjoint<T>(a, plan, walk, dout, dx, taps.data(), mirrored.data()); });
   parallel(threads, [&](const Team& team) {

@@ -1,10 +1,12 @@
 // Causal depthwise convolution on a GPU.
 //
-// What it costs is memory: so every number is read once and written once. A thread has one channel, and neighbours have neighbouring channels, so
-// that any walk reads whole rows; it goes through a run of steps with the taps it has seen in registers, and asks for several steps at a time. Other
-// widths than four read their taps anew, from the caches. Backward a run's thread goes on for width - 1 steps behind its end, whose gradients reach
-// into it: these few outputs are worked out twice, which spares a workspace. The gradients of weight and bias are added in registers over a run, over
-// a block's runs in shared memory, and over blocks by PyTorch: no atomics.
+// Memory traffic limits the speed, so every value is read once and written once. Neighbouring threads have neighbouring channels, so that any order
+// of tokens reads whole rows. A thread has one channel and walks a run of kRun steps. It keeps the last inputs in registers, and loads several steps
+// at a time. This holds for width 4; other widths read each input again for every tap, from the caches.
+//
+// Backward: a thread continues for width - 1 steps after the end of its run, because the gradients of those steps are needed for the run's tokens. So
+// these steps are computed twice, and no workspace is needed. The gradients of weight and bias are added in registers over a run, in shared memory
+// over the runs of a block, and by PyTorch over blocks. No atomic operations are used.
 #include "medssm/activation.h"
 
 namespace medssm {
@@ -12,29 +14,29 @@ namespace {
 
 constexpr int kColumns = 64, kRuns = 4, kThreads = kColumns * kRuns, kRun = 32, kAhead = 4;
 
-// kernels/causal_conv1d/cuda.py packs this.
+// kernels/causal_conv1d/cuda.py packs this struct.
 struct Arguments {
   void* stream;
   Strided<3> x;        // (b, l, d)
   Strided<2> weight;   // (d, w)
   Strided<1> bias;     // (d,), may be null
-  Strided<3> initial;  // (b, d, w - 1), may be null: zeros
+  Strided<3> initial;  // (b, d, w - 1), or null for zeros
   const int64_t *index,
-      *begin;  // (l,): the token of each step, null for raster; the first step that each step sees, null: all back to the initial state
+      *begin;  // (l,): index: the token of each step, null for raster order; begin: the first step that each step's taps may read, null: no limit
   int64_t reverse, batch, length, channels, width, silu, wide;
-  void* out;                // contiguous, x's type
-  Strided<3> dout, dstate;  // backward: (b, l, d), (b, d, w - 1) or null
-  void *dx, *dinitial;      // contiguous, x's and initial's type; dinitial may be null
-  void* sums;               // (blocks of runs, w + 1, d), the compute type: of dweight, and last of dbias
+  void* out;                // contiguous, in x's type
+  Strided<3> dout, dstate;  // used by backward: (b, l, d); (b, d, w - 1) or null
+  void *dx, *dinitial;      // contiguous, in the types of x and initial; dinitial may be null
+  void* sums;               // (blocks of runs, w + 1, d), in the compute type: partial sums of dweight, then of dbias
 };
 
-struct Place {
-  int64_t batch, run, first;  // run: of the batch element; first: its first step
+struct Position {
+  int64_t batch, run, first;  // run: index in the batch element; first: the run's first step
   int channel;
   bool live;
 
-  // Runs of kRun steps from `from` on, which begin at step -early.
-  __device__ Place(const Arguments& a, int64_t runs, int early) {
+  // The run and channel of this thread. Run i begins at step i * kRun - early.
+  __device__ Position(const Arguments& a, int64_t runs, int early) {
     const int64_t tiles = ceil_div(a.channels, kColumns), groups = ceil_div(runs, kRuns), at = blockIdx.x / tiles;
     channel = static_cast<int>(blockIdx.x % tiles) * kColumns + static_cast<int>(threadIdx.x) % kColumns;
     batch = at / groups;
@@ -49,195 +51,197 @@ MEDSSM_INLINE int64_t token_at(const Arguments& a, int64_t step) {
   return a.index ? a.index[at] : at;
 }
 
-// What lies at a step: a token, one of the initial state before step 0, or nothing.
-template <class T> MEDSSM_INLINE T tap_at(const Arguments& a, const Place& place, int64_t step) {
+// The input at a step: a token, a value of the initial state before step 0, or zero.
+template <class T> MEDSSM_INLINE T tap_at(const Arguments& a, const Position& position, int64_t step) {
   if (step >= a.length) return 0;
-  if (step >= 0) return a.x.get<T>(place.batch, token_at(a, step), place.channel);
+  if (step >= 0) return a.x.get<T>(position.batch, token_at(a, step), position.channel);
   const int64_t slot = step + a.width - 1;
-  return a.initial.data && slot >= 0 ? a.initial.get<T>(place.batch, place.channel, slot) : T(0);
+  return a.initial.data && slot >= 0 ? a.initial.get<T>(position.batch, position.channel, slot) : T(0);
 }
-// The first step that a step sees.
+// The first step that the taps at `step` may read.
 MEDSSM_INLINE int64_t begin_at(const Arguments& a, int64_t step) { return a.begin ? a.begin[step] : 1 - a.width; }
 
-// The taps of consecutive steps. kWidth: in registers, moved on step by step; 0: any width, read where they are wanted.
+// The kWidth inputs that a step's taps read. kWidth > 0: kept in registers and shifted by one at each step. kWidth 0: any width, read from memory at
+// each use.
 template <class T, int kWidth> class Window {
  public:
-  // Before `step`.
-  __device__ Window(const Arguments& a, const Place& place, int64_t step) {
+  // The window just before `step`: call `move` with the input at `step`.
+  __device__ Window(const Arguments& a, const Position& position, int64_t step) {
 #pragma unroll
-    for (int j = 1; j < kWidth; ++j) taps_[j] = tap_at<T>(a, place, step - kWidth + j);
+    for (int j = 1; j < kWidth; ++j) taps_[j] = tap_at<T>(a, position, step - kWidth + j);
   }
   __device__ void move(T next) {
 #pragma unroll
     for (int j = 0; j + 1 < kWidth; ++j) taps_[j] = taps_[j + 1];
     taps_[kWidth - 1] = next;
   }
-  __device__ T tap(const Arguments&, const Place&, int64_t, int j) const { return taps_[j]; }
+  __device__ T tap(const Arguments&, const Position&, int64_t, int j) const { return taps_[j]; }
 
  private:
   T taps_[kWidth];
 };
 template <class T> class Window<T, 0> {
  public:
-  __device__ Window(const Arguments&, const Place&, int64_t) {}
+  __device__ Window(const Arguments&, const Position&, int64_t) {}
   __device__ void move(T) {}
-  __device__ T tap(const Arguments& a, const Place& place, int64_t step, int j) const { return tap_at<T>(a, place, step - a.width + 1 + j); }
+  __device__ T tap(const Arguments& a, const Position& position, int64_t step, int j) const { return tap_at<T>(a, position, step - a.width + 1 + j); }
 };
 
-// weight_j of a channel, in registers where the width is known.
+// weight_j of a channel: in registers if the width is known at compile time.
 template <class T, int kWidth> class Weights {
  public:
-  __device__ Weights(const Arguments& a, const Place& place) {
+  __device__ Weights(const Arguments& a, const Position& position) {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) weights_[j] = place.live ? a.weight.get<T>(place.channel, j) : T(0);
+    for (int j = 0; j < kWidth; ++j) weights_[j] = position.live ? a.weight.get<T>(position.channel, j) : T(0);
   }
-  __device__ T operator()(const Arguments&, const Place&, int j) const { return weights_[j]; }
+  __device__ T operator()(const Arguments&, const Position&, int j) const { return weights_[j]; }
 
  private:
   T weights_[kWidth];
 };
 template <class T> class Weights<T, 0> {
  public:
-  __device__ Weights(const Arguments&, const Place&) {}
-  __device__ T operator()(const Arguments& a, const Place& place, int j) const { return a.weight.get<T>(place.channel, j); }
+  __device__ Weights(const Arguments&, const Position&) {}
+  __device__ T operator()(const Arguments& a, const Position& position, int j) const { return a.weight.get<T>(position.channel, j); }
 };
 
-// bias + sum_j weight_j tap_j at a step that the window has moved to.
-template <class T, int kWidth> __device__ T before_activation(const Arguments& a, const Place& place, int64_t step, T bias,
+// bias + sum_j weight_j tap_j at `step`, which is the last step in the window.
+template <class T, int kWidth> __device__ T before_activation(const Arguments& a, const Position& position, int64_t step, T bias,
                                                               const Weights<T, kWidth>& weight, const Window<T, kWidth>& window) {
   const int width = kWidth ? kWidth : static_cast<int>(a.width);
   const int64_t begin = begin_at(a, step);
   T y = bias;
 #pragma unroll
   for (int j = 0; j < width; ++j)
-    if (step - width + 1 + j >= begin) y = fma(weight(a, place, j), window.tap(a, place, step, j), y);
+    if (step - width + 1 + j >= begin) y = fma(weight(a, position, j), window.tap(a, position, step, j), y);
   return y;
 }
 
 template <class T, int kWidth> __global__ void __launch_bounds__(kThreads) forward(Arguments a) {
-  const Place place(a, ceil_div(a.length, kRun), 0);
-  if (!place.live) return;
-  const T bias = a.bias.data ? a.bias.get<T>(place.channel) : T(0);
-  const Weights<T, kWidth> weight(a, place);
-  Window<T, kWidth> window(a, place, place.first);
-  const int64_t end = least(a.length, place.first + kRun);
-  for (int64_t step = place.first; step < end; step += kAhead) {
+  const Position position(a, ceil_div(a.length, kRun), 0);
+  if (!position.live) return;
+  const T bias = a.bias.data ? a.bias.get<T>(position.channel) : T(0);
+  const Weights<T, kWidth> weight(a, position);
+  Window<T, kWidth> window(a, position, position.first);
+  const int64_t end = least(a.length, position.first + kRun);
+  for (int64_t step = position.first; step < end; step += kAhead) {
     Bits<T> bits[kAhead];
     int64_t tokens[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
       if (step + i < end) {
         tokens[i] = token_at(a, step + i);
-        if (kWidth) bits[i].load(a.x.data, a.x.type, a.x.at(place.batch, tokens[i], place.channel));
+        if (kWidth) bits[i].load(a.x.data, a.x.type, a.x.at(position.batch, tokens[i], position.channel));
       }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
       if (step + i < end) {
         if (kWidth) window.move(bits[i].value(a.x.type));
-        T y = before_activation<T, kWidth>(a, place, step + i, bias, weight, window);
+        T y = before_activation<T, kWidth>(a, position, step + i, bias, weight, window);
         if (a.silu) y = silu<T>(y);
-        write<T>(a.out, a.x.type, (place.batch * a.length + tokens[i]) * a.channels + place.channel, y);
+        write<T>(a.out, a.x.type, (position.batch * a.length + tokens[i]) * a.channels + position.channel, y);
       }
   }
 }
 
-// The gradient before the activation at a step that the window has moved to; 0 where there is no such step.
-template <class T, int kWidth> __device__ T inner_gradient(const Arguments& a, const Place& place, int64_t step, T bias,
-                                                           const Weights<T, kWidth>& weight, const Window<T, kWidth>& window) {
+// The gradient before the activation at `step`, which is the last step in the window; 0 if there is no such step.
+template <class T, int kWidth> __device__ T preactivation_gradient(const Arguments& a, const Position& position, int64_t step, T bias,
+                                                                   const Weights<T, kWidth>& weight, const Window<T, kWidth>& window) {
   if (step < 0 || step >= a.length) return 0;
-  T g = a.dout.get<T>(place.batch, token_at(a, step), place.channel);
-  if (a.silu) g *= silu_slope<T>(before_activation<T, kWidth>(a, place, step, bias, weight, window));
+  T g = a.dout.get<T>(position.batch, token_at(a, step), position.channel);
+  if (a.silu) g *= silu_slope<T>(before_activation<T, kWidth>(a, position, step, bias, weight, window));
   return g;
 }
 
-// What reaches a step from the final state.
-template <class T> MEDSSM_INLINE T from_state(const Arguments& a, const Place& place, int64_t step) {
+// The gradient that the input at `step` gets from the final state.
+template <class T> MEDSSM_INLINE T from_state(const Arguments& a, const Position& position, int64_t step) {
   const int64_t slot = step - (a.length - a.width + 1);
   if (!a.dstate.data || slot < 0 || step < begin_at(a, a.length - 1)) return 0;
-  return a.dstate.get<T>(place.batch, place.channel, slot);
+  return a.dstate.get<T>(position.batch, position.channel, slot);
 }
 
-template <class T> MEDSSM_INLINE void write_step(const Arguments& a, const Place& place, int64_t step, T value) {
+template <class T> MEDSSM_INLINE void write_step(const Arguments& a, const Position& position, int64_t step, T value) {
   if (step >= 0)
-    write<T>(a.dx, a.x.type, (place.batch * a.length + token_at(a, step)) * a.channels + place.channel, value);
+    write<T>(a.dx, a.x.type, (position.batch * a.length + token_at(a, step)) * a.channels + position.channel, value);
   else if (a.dinitial)
-    write<T>(a.dinitial, a.initial.type, (place.batch * a.channels + place.channel) * (a.width - 1) + step + a.width - 1, value);
+    write<T>(a.dinitial, a.initial.type, (position.batch * a.channels + position.channel) * (a.width - 1) + step + a.width - 1, value);
 }
 
-// Adds a block's runs and writes a row of the sums.
-template <class T> __device__ void write_sum(const Arguments& a, const Place& place, int term, T own) {
+// Adds one term over the runs of a block and writes it as a row of `sums`.
+template <class T> __device__ void write_sum(const Arguments& a, const Position& position, int term, T own) {
   T* parts = shared_memory<T>();
   __syncthreads();
   parts[threadIdx.x] = own;
   __syncthreads();
-  if (threadIdx.x >= kColumns || place.channel >= a.channels) return;
+  if (threadIdx.x >= kColumns || position.channel >= a.channels) return;
   T sum = 0;
   for (int run = 0; run < kRuns; ++run) sum += parts[run * kColumns + threadIdx.x];
   const int64_t row = blockIdx.x / ceil_div(a.channels, kColumns);
-  static_cast<T*>(a.sums)[(row * (a.width + 1) + term) * a.channels + place.channel] = sum;
+  static_cast<T*>(a.sums)[(row * (a.width + 1) + term) * a.channels + position.channel] = sum;
 }
 
-// Four taps: outputs in order, each added to the steps that it saw, which are done when the last of them has passed.
+// For a width known at compile time. At each output step, its gradient is added to the kWidth inputs that its taps read. The gradient of an input is
+// complete after the last step that reads it, and is then written.
 template <class T, int kWidth> __global__ void __launch_bounds__(kThreads) backward(Arguments a) {
-  const Place place(a, ceil_div(a.length + kWidth - 1, kRun), kWidth - 1);
+  const Position position(a, ceil_div(a.length + kWidth - 1, kRun), kWidth - 1);
   T dweight[kWidth] = {}, dbias = 0;
-  if (place.live) {
-    const T bias = a.bias.data ? a.bias.get<T>(place.channel) : T(0);
-    const Weights<T, kWidth> weight(a, place);
-    Window<T, kWidth> window(a, place, place.first);
-    T open[kWidth] = {};  // gradients of steps t - kWidth + 1 … t
-    const int64_t end = least(a.length, place.first + kRun);
+  if (position.live) {
+    const T bias = a.bias.data ? a.bias.get<T>(position.channel) : T(0);
+    const Weights<T, kWidth> weight(a, position);
+    Window<T, kWidth> window(a, position, position.first);
+    T pending[kWidth] = {};  // gradients of steps t - kWidth + 1 … t
+    const int64_t end = least(a.length, position.first + kRun);
 #pragma unroll 2
-    for (int64_t t = place.first; t < end + kWidth - 1; ++t) {
-      window.move(tap_at<T>(a, place, t));
-      const T g = inner_gradient<T, kWidth>(a, place, t, bias, weight, window);
+    for (int64_t t = position.first; t < end + kWidth - 1; ++t) {
+      window.move(tap_at<T>(a, position, t));
+      const T g = preactivation_gradient<T, kWidth>(a, position, t, bias, weight, window);
       const int64_t begin = t >= 0 && t < a.length ? begin_at(a, t) : 0;
 #pragma unroll
-      for (int j = 0; j + 1 < kWidth; ++j) open[j] = open[j + 1];
-      open[kWidth - 1] = 0;
+      for (int j = 0; j + 1 < kWidth; ++j) pending[j] = pending[j + 1];
+      pending[kWidth - 1] = 0;
 #pragma unroll
       for (int j = 0; j < kWidth; ++j)
         if (t - kWidth + 1 + j >= begin) {
-          open[j] = fma(g, weight(a, place, j), open[j]);
-          if (t < end) dweight[j] = fma(g, window.tap(a, place, t, j), dweight[j]);
+          pending[j] = fma(g, weight(a, position, j), pending[j]);
+          if (t < end) dweight[j] = fma(g, window.tap(a, position, t, j), dweight[j]);
         }
       if (t < end) dbias += g;
       const int64_t done = t - kWidth + 1;
-      if (done >= place.first) write_step<T>(a, place, done, open[0] + from_state<T>(a, place, done));
+      if (done >= position.first) write_step<T>(a, position, done, pending[0] + from_state<T>(a, position, done));
     }
   }
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) write_sum<T>(a, place, j, dweight[j]);
-  write_sum<T>(a, place, kWidth, dbias);
+  for (int j = 0; j < kWidth; ++j) write_sum<T>(a, position, j, dweight[j]);
+  write_sum<T>(a, position, kWidth, dbias);
 }
 
-// Any width: a step gathers from the outputs that saw it; then each weight gathers over the run.
+// For any width. The gradient of an input is the sum over the output steps that read it. Then the gradient of each weight is the sum over the run.
 template <class T> __global__ void __launch_bounds__(kThreads, 1) backward_any(Arguments a) {
   const int width = static_cast<int>(a.width);
-  const Place place(a, ceil_div(a.length + width - 1, kRun), width - 1);
-  const T bias = a.bias.data && place.live ? a.bias.get<T>(place.channel) : T(0);
-  const Weights<T, 0> weight(a, place);
-  const Window<T, 0> window(a, place, 0);
-  const int64_t end = place.live ? least(a.length, place.first + kRun) : place.first;
-  for (int64_t step = place.first; step < end; ++step) {
-    T sum = from_state<T>(a, place, step);
+  const Position position(a, ceil_div(a.length + width - 1, kRun), width - 1);
+  const T bias = a.bias.data && position.live ? a.bias.get<T>(position.channel) : T(0);
+  const Weights<T, 0> weight(a, position);
+  const Window<T, 0> window(a, position, 0);
+  const int64_t end = position.live ? least(a.length, position.first + kRun) : position.first;
+  for (int64_t step = position.first; step < end; ++step) {
+    T sum = from_state<T>(a, position, step);
     for (int k = 0; k < width; ++k) {
       const int64_t t = step + k;
       if (t >= 0 && t < a.length && begin_at(a, t) <= step)
-        sum = fma(inner_gradient<T, 0>(a, place, t, bias, weight, window), weight(a, place, width - 1 - k), sum);
+        sum = fma(preactivation_gradient<T, 0>(a, position, t, bias, weight, window), weight(a, position, width - 1 - k), sum);
     }
-    write_step<T>(a, place, step, sum);
+    write_step<T>(a, position, step, sum);
   }
   for (int j = 0; j <= width; ++j) {
     T sum = 0;
-    for (int64_t t = most<int64_t>(place.first, 0); t < end; ++t) {
-      const T g = inner_gradient<T, 0>(a, place, t, bias, weight, window);
+    for (int64_t t = most<int64_t>(position.first, 0); t < end; ++t) {
+      const T g = preactivation_gradient<T, 0>(a, position, t, bias, weight, window);
       if (j == width)
         sum += g;
       else if (t - width + 1 + j >= begin_at(a, t))
-        sum = fma(g, window.tap(a, place, t, j), sum);
+        sum = fma(g, window.tap(a, position, t, j), sum);
     }
-    write_sum<T>(a, place, j, sum);
+    write_sum<T>(a, position, j, sum);
   }
 }
 

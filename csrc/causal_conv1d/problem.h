@@ -1,4 +1,4 @@
-// The call of a causal convolution: its arguments, the walk through the tokens, and how the work is cut.
+// The arguments of a causal convolution, the walk through the tokens, and how the work is divided into tasks.
 #pragma once
 #include "medssm/parallel.h"
 #include "medssm/simd.h"
@@ -7,21 +7,21 @@
 namespace medssm {
 namespace {
 
-// What kernels/causal_conv1d/native.py packs. Strides in elements.
+// kernels/causal_conv1d/native.py packs these structs. Strides are in elements.
 struct Problem {
   const void* x;
-  int64_t x_type, x_stride[2];  // batch, token; channels are adjacent
+  int64_t x_type, x_stride[2];  // of batch and token; channels are adjacent
   int64_t batch, length;
   Taps taps;
-  const void* initial;  // (b, d, width - 1), or null: zeros
+  const void* initial;  // (b, d, width - 1), or null for zeros
   int64_t initial_type, initial_stride[3];
-  const int64_t *index, *starts;  // the token of each step, null for raster; the sorted steps at which the taps begin anew
-  int64_t start_count, reverse;   // reverse: the same walk backwards
+  const int64_t *index, *starts;  // index: the token of each step, null for raster order; starts: the sorted steps at which a segment begins
+  int64_t start_count, reverse;   // reverse: the same walk from its end
   int64_t silu, wide, threads;    // wide: compute in double
 };
 struct Forward {
   Problem problem;
-  void *out, *state;  // contiguous, x's type; state (b, d, width - 1) may be null
+  void *out, *state;  // contiguous, in x's type; state: (b, d, width - 1), may be null
 };
 struct Backward {
   Problem problem;
@@ -29,10 +29,10 @@ struct Backward {
   int64_t dout_stride[2];
   const void* dstate;  // x's type, may be null
   int64_t dstate_stride[3];
-  void *dx, *dweight, *dbias, *dinitial;  // contiguous, in the types of x, weight, bias, initial; dbias and dinitial may be null
+  void *dx, *dweight, *dbias, *dinitial;  // contiguous, in the types of x, weight, bias and initial; dbias and dinitial may be null
 };
 
-constexpr int64_t kSteps = 128, kChannels = 256;  // of a task, at most
+constexpr int64_t kSteps = 128, kChannels = 256;  // the largest task: steps, channels
 
 // The order in which tokens are visited.
 class Walk {
@@ -44,7 +44,7 @@ class Walk {
     return index_ ? index_[at] : at;
   }
 
-  // The segment that contains a step: the taps see nothing before it begins.
+  // The segment that contains a step. The taps read zeros before the start of a segment.
   Range segment(int64_t step) const {
     const int64_t at = reverse_ ? length_ - 1 - step : step;
     int64_t low = 0, high = count_;  // the first start after `at`
@@ -65,18 +65,19 @@ class Walk {
   bool reverse_;
 };
 
-// The steps [begin, end) of image n for channel vectors [first, first + count).
+// The steps [begin, end) of image n, for the channel vectors [first, first + count). share: index of the partial sum of gradients it adds to.
 struct Task {
   int64_t n, begin, end, first, count, share;
 };
 
-// How the work is cut.
+// How the work is divided into tasks.
 template <class T> struct Plan {
   static constexpr int W = kLanes<T>;
-  int64_t length, channels, elements, past;  // of x; past: width - 1
-  int64_t vectors, packed;                   // of channels; elements of the taps and the bias of one vector
-  int64_t chunks, group, groups, shares;     // chunks of steps, vectors of a task, tasks per chunk, tasks that add to the same taps
-  int64_t row;                               // elements of a task's row in scratch memory
+  int64_t length, channels, elements, past;  // sizes of x; past: width - 1, the number of earlier tokens that an output reads
+  int64_t vectors, packed;                   // number of channel vectors; elements of the taps and the bias of one vector
+  int64_t chunks, group, groups,
+      shares;   // chunks of steps; vectors of a task; tasks per chunk; tasks per channel vector, each with its own partial sum
+  int64_t row;  // elements of one row of a task in scratch memory
 
   explicit Plan(const Problem& p) :
       length(p.length),
@@ -96,9 +97,9 @@ template <class T> struct Plan {
     const int64_t share = i / groups, begin = share % chunks * kSteps, first = i % groups * group;
     return {share / chunks, begin, least(length, begin + kSteps), first, least(group, vectors - first), share};
   }
-  // The channels of a task.
+  // The number of channels of a task.
   int64_t width(const Task& t) const { return least(t.count * W, channels - t.first * W); }
-  // Where they begin in a contiguous state (b, d, width - 1).
+  // The offset of a task's first channel in a contiguous state (b, d, width - 1).
   int64_t slots(const Task& t) const { return (t.n * channels + t.first * W) * past; }
 };
 

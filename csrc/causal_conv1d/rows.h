@@ -1,4 +1,4 @@
-// Rows of channels in the compute type: tokens in place where they hold it, else copies in scratch memory.
+// Rows of channels in the compute type. If a tensor has that type, its rows are used in place; otherwise they are copied to scratch memory.
 #pragma once
 #include <type_traits>
 
@@ -10,15 +10,15 @@
 namespace medssm {
 namespace {
 
-// A (b, l, d) tensor of any storage type whose rows are wanted in the compute type T. The data of an input is only read.
+// A (b, l, d) tensor of any storage type, read and written as rows of the compute type T. Inputs are never written.
 template <class T> class Tokens {
  public:
   Tokens(const Plan<T>& plan, const Walk& walk, const void* data, int64_t type, int64_t batch_stride, int64_t token_stride) :
       plan_(plan), walk_(walk), data_(const_cast<void*>(data)), type_(type), batch_stride_(batch_stride), token_stride_(token_stride) {}
 
-  // Whether to write it past the caches.
+  // Whether to use stores that bypass the caches.
   bool streams() const { return in_place() && medssm::streams<T>(static_cast<T*>(data_), plan_.elements, plan_.channels); }
-  // Whether the tensor holds T, so that `at` may be used.
+  // Whether the tensor's type is T. Only then may `at` be used.
   bool in_place() const { return type_ == (sizeof(T) == sizeof(double) ? kFloat64 : kFloat32); }
   T* at(const Task& task, int64_t step) const { return static_cast<T*>(data_) + offset(task, step); }
 
@@ -44,18 +44,18 @@ template <class T> class Tokens {
   int64_t type_, batch_stride_, token_stride_;
 };
 
-// The rows of one tile of a tensor: its tokens in place where it holds T, else copies.
+// The rows of one tile of a tensor: in place if its type is T, otherwise copies.
 template <class T> class Rows {
  public:
   Rows(const Plan<T>& plan, const Tokens<T>& tokens) : tokens_(tokens), row_(plan.row), copies_(kTile * plan.row) {}
 
-  // To be read, until the next call.
+  // Rows to read. Valid until the next call.
   const T* const* load(const Task& task, int64_t step, int64_t steps) {
     for (int64_t t = 0; t < steps; ++t)
       if (!tokens_.in_place()) tokens_.load_row(task, step + t, copy(t));
     return store_into(task, step, steps);
   }
-  // To be written; then call `store`.
+  // Rows to write. Call `store` afterwards.
   T* const* store_into(const Task& task, int64_t step, int64_t steps) {
     for (int64_t t = 0; t < steps; ++t) rows_[t] = tokens_.in_place() ? tokens_.at(task, step + t) : copy(t);
     return rows_;
@@ -74,12 +74,12 @@ template <class T> class Rows {
   T* rows_[kTile];
 };
 
-// A (b, d, width - 1) tensor of any storage type, or none: the tokens before the walk, or the last ones on it.
+// A (b, d, width - 1) tensor of any storage type, or null: the tokens before the walk (initial state), or its last tokens (final state).
 struct State {
   const void* data;
   int64_t type, stride[3];
 
-  // row_c += slot_c for `channels` channels from `first` on.
+  // row[c] += state[n, first + c, slot] for c in [0, channels).
   template <class T> void add_to(T* row, int64_t n, int64_t first, int64_t channels, int64_t slot) const {
     if (!data) return;
     with_storage(type, data, [&](const auto* source) {
@@ -89,14 +89,14 @@ struct State {
   }
 };
 
-// A row into a contiguous tensor (b, d, width - 1): channel c at + c stride.
+// Writes a row to a contiguous tensor (b, d, width - 1): channel c at offset at + c * stride.
 template <class T> void store_state(void* data, int64_t type, int64_t at, int64_t stride, int64_t channels, const T* row) {
   with_storage(type, data, [&](auto* target) {
     for (int64_t c = 0; c < channels; ++c) target[at + c * stride] = to_storage<std::remove_reference_t<decltype(*target)>>(row[c]);
   });
 }
 
-// The rows that the tiles of a run see, one tile after the other.
+// The input rows of the tiles of a run (a part of a task inside one segment), one tile after the other.
 template <class T> class Input {
  public:
   Input(const Plan<T>& plan, const Walk& walk, const Problem& p) :
@@ -113,8 +113,8 @@ template <class T> class Input {
     next_ = step - plan_.past;
   }
 
-  // The rows of the steps [step - (width - 1), step + steps); what a tile reads beyond them are rows too.
-  const T* const* see(int64_t step, int64_t steps) {
+  // The rows of steps [step - (width - 1), step + steps). A tile always reads kTile + width - 1 rows: the last row is repeated up to that number.
+  const T* const* window(int64_t step, int64_t steps) {
     for (int64_t i = 0; i < slots_; ++i) rows_.data()[i] = row(least(step + i - plan_.past, step + steps - 1));
     next_ = step + steps;
     return rows_.data();
@@ -124,7 +124,7 @@ template <class T> class Input {
   const T* row(int64_t step) const {
     if (x_.in_place() && step >= segment_.begin) return x_.at(task_, step);
     T* row = scratch_.data() + (step + plan_.past) % slots_ * plan_.row;
-    if (step < next_) return row;  // an earlier tile's
+    if (step < next_) return row;  // an earlier tile has filled it
     if (step >= segment_.begin) {
       x_.load_row(task_, step, row);
     } else {
@@ -142,7 +142,7 @@ template <class T> class Input {
   const Scratch<const T*> rows_;
   Task task_;
   Range segment_;
-  int64_t next_;  // the first step whose row has not been seen
+  int64_t next_;  // the first step whose row is not in scratch memory yet
 };
 
 }  // namespace

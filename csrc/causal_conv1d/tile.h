@@ -1,7 +1,7 @@
 // A tile of a causal convolution: kTile steps of the walk, given as pointers to kTile + width - 1 rows of channels.
 //
-// Each input vector is loaded once for all the steps that see it. `taps` are packed per channel vector: width taps, then the bias.
-// kWidth: the width where it is known at compile time, else 0.
+// Each input vector is loaded once and used for all steps whose taps read it. `taps` are packed per channel vector: width taps, then the bias.
+// kWidth: the width if it is known at compile time, otherwise 0.
 #pragma once
 #include "medssm/activation.h"
 #include "medssm/simd.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kTile = 4;
 
-// How a vector of channels is read and written: whole, or its first n lanes.
+// Reads and writes a vector of channels: all lanes, or only the first n.
 template <bool kWhole> struct Lanes {
   int n;
   template <class T, class S> MEDSSM_INLINE Vec<T> load_from(const S* p) const {
@@ -29,7 +29,7 @@ template <bool kWhole> struct Lanes {
   }
 };
 
-// f(c, lanes) for each vector of `channels` channels, c its first channel.
+// Calls f(c, lanes) for each vector of `channels` channels. c: its first channel.
 template <class T, class F> MEDSSM_INLINE void each_vector(int64_t channels, const F& f) {
   constexpr int W = kLanes<T>;
   int64_t c = 0;
@@ -58,7 +58,7 @@ MEDSSM_INLINE void preactivation(const T* const* rows, int64_t c, const T* taps,
   }
 }
 
-// out_t = act(bias + sum_j taps_j rows_{t+j}) for t < steps; stream: past the caches.
+// out_t = act(bias + sum_j taps_j rows_{t+j}) for t < steps. stream: use stores that bypass the caches.
 template <class T, int kWidth>
 void convolve(const T* const* rows, const T* taps, int64_t width, int64_t channels, bool activate, int64_t steps, T* const* out, bool stream) {
   each_vector<T>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
@@ -68,8 +68,8 @@ void convolve(const T* const* rows, const T* taps, int64_t width, int64_t channe
   });
 }
 
-// g_t = dout_t act'(bias + sum_j taps_j rows_{t+j}) for t < steps, in whole vectors; and, unless sums is null, the tile's share of the
-// gradients of taps and bias: sums_j += sum_t g_t rows_{t+j}, packed like the taps.
+// g_t = dout_t act'(bias + sum_j taps_j rows_{t+j}) for t < steps, stored as whole vectors. If sums is not null, also adds the tile's share of the
+// gradients of the taps and the bias: sums_j += sum_t g_t rows_{t+j}, packed like the taps.
 template <class T, int kWidth> void differentiate(const T* const* rows, const T* taps, int64_t width, int64_t channels, bool activate, int64_t steps,
                                                   const T* const* dout, T* const* g, T* sums) {
   constexpr int W = kLanes<T>;
@@ -97,7 +97,7 @@ template <class T, int kWidth> void differentiate(const T* const* rows, const T*
   });
 }
 
-// The functions above for a width.
+// The functions above, compiled for a given width.
 template <class T> struct Tile {
   void (*convolve)(const T* const*, const T*, int64_t, int64_t, bool, int64_t, T* const*, bool);
   void (*differentiate)(const T* const*, const T*, int64_t, int64_t, bool, int64_t, const T* const*, T* const*, T*);
