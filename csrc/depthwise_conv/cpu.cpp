@@ -1,13 +1,14 @@
-// Depthwise convolution of volumes (b, z, y, x, d), channels adjacent, zero padding to the same size. Images have z = 1, sequences
-// z = y = 1.
+// Depthwise convolution of volumes (b, z, y, x, d), channels adjacent, with zero padding so that the output has the same size. Images have z = 1,
+// sequences have z = y = 1.
 //
-// A task computes a box of outputs for some vectors of channels. It walks the planes of the box and keeps the planes of input that the taps
-// reach in a ring of scratch memory: dense rows per channel vector, in the compute type, zeros beyond the volume's edges. So a token is
-// converted once, no power-of-two stride thrashes a cache, and the register tile knows neither edges, strides nor storage types.
+// A task computes a box of outputs for some vectors of channels, one plane after the other. It keeps the input planes that the taps need in a ring
+// buffer of scratch memory. There, each channel vector has contiguous rows in the compute type, with zeros outside the volume. So a value is
+// converted only once per box, strides of a power of two cause no cache conflicts, and the register tile needs no code for edges, strides or storage
+// types.
 //
-// Backward: g = dout act'(pre), with pre recomputed, and dweight = sum_p x_{p+o} g_p in one walk; then dx is the convolution of g with the
-// mirrored taps. Each box sums its own share of dweight, and the shares are added in order, in double precision: boxes depend on shapes
-// only, so any number of threads gives the same bits.
+// Backward: one pass computes g = dout act'(pre), where pre is recomputed, and dweight = sum_p x_{p+o} g_p. Then dx is the convolution of g with the
+// mirrored taps. Each box computes its own share of dweight. The shares are added in a fixed order, in double precision. Boxes depend only on the
+// shapes, so any number of threads gives the same bits.
 #include "medssm/abi.h"
 #include "medssm/activation.h"
 #include "medssm/parallel.h"
@@ -21,27 +22,27 @@ using namespace medssm;
 
 namespace {
 
-// What kernels/depthwise_conv/native.py packs. Axes in the order z, y, x; strides in elements.
+// kernels/depthwise_conv/native.py packs these structs. Axes are in the order z, y, x. Strides are in elements.
 struct Problem {
   const void* x;
-  int64_t x_type, x_stride[4];  // batch, z, y, x; channels are adjacent
+  int64_t x_type, x_stride[4];  // of batch, z, y, x; channels are adjacent
   int64_t batch, size[3];
   Taps taps;
   int64_t silu, wide, threads;  // wide: compute in double
 };
 struct Forward {
   Problem problem;
-  void* out;  // contiguous, x's type
+  void* out;  // contiguous, in x's type
 };
 struct Backward {
   Problem problem;
   const void* dout;  // x's type
   int64_t dout_stride[4];
-  void *dx, *dweight, *dbias;  // contiguous, in the types of x, weight, bias; dbias null where there is no bias
-  void* inner;                 // g, contiguous, in the compute type; null without an activation, where g is dout
+  void *dx, *dweight, *dbias;  // contiguous, in the types of x, weight and bias; dbias is null if there is no bias
+  void* inner;                 // g, contiguous, in the compute type; null if there is no activation: then g is dout
 };
 
-// The size of each of the fewest equal parts of at most `limit` that cover `total`, rounded up to a multiple of `unit`.
+// Divides `total` into the smallest number of equal parts with at most `limit` each. Returns the size of a part, rounded up to a multiple of `unit`.
 inline int64_t part(int64_t total, int64_t limit, int64_t unit) { return ceil_div(ceil_div(total, ceil_div(total, limit)), unit) * unit; }
 
 // A (b, z, y, x, d) tensor with adjacent channels.
@@ -53,23 +54,24 @@ template <class S> struct Volume {
   // The first token of a row.
   const S* row(int64_t n, int64_t z, int64_t y) const { return data + n * stride[0] + z * stride[1] + y * stride[2]; }
 };
-// `data`, which holds what `like` points to.
+// `data` as a pointer to the type of the first argument.
 template <class S> const S* same_type(const S*, const void* data) { return static_cast<const S*>(data); }
 template <class S> S* same_type(const S*, void* data) { return static_cast<S*>(data); }
 
-// The outputs of one task: vectors of channels [first, first + count) of the tokens [from, to) of image n.
+// The outputs of one task: the channel vectors [first, first + count) of the positions [from, to) of image n. share: index of its partial sum of
+// gradients.
 struct Box {
   int64_t n, first, count, from[3], to[3], share;
 };
 
-// How the work is cut.
+// How the work is divided into boxes.
 template <class T> struct Plan {
   static constexpr int W = kLanes<T>;
-  int64_t size[3], channels, elements, side[3], half[3];  // of x; of the kernel
-  int64_t vectors, packed;                                // of channels; elements of the taps and the bias of one of them
-  int64_t box[3], box_vectors;                            // size of a box
-  int64_t boxes[3], groups, shares;  // how many boxes along each axis, how many cover the channels, how many add to the same taps
-  int64_t row, plane, ring;          // scratch: elements of a row, of a plane of one channel vector, of that vector's planes
+  int64_t size[3], channels, elements, side[3], half[3];  // sizes of x, and of the kernel
+  int64_t vectors, packed;                                // number of channel vectors; elements of the taps and the bias of one vector
+  int64_t box[3], box_vectors;                            // size of a box; its channel vectors
+  int64_t boxes[3], groups, shares;  // number of boxes along each axis, over the channels, and per channel vector (each has its own partial sum)
+  int64_t row, plane, ring;          // elements of scratch memory for one channel vector: a row, a plane, all planes
 
   explicit Plan(const Problem& p) :
       channels(p.taps.channels), elements(p.batch * channels), vectors(p.taps.vectors<T>()), packed(p.taps.packed<T>()), shares(p.batch) {
@@ -79,7 +81,7 @@ template <class T> struct Plan {
       half[i] = side[i] / 2;
       elements *= size[i];
     }
-    // Wide enough that few tokens are staged twice, small enough that the ring stays in the second-level cache.
+    // Boxes are large enough that few positions are copied for two boxes, and small enough that the ring stays in the second-level cache.
     constexpr int64_t kRing = 512 << 10;
     box[0] = part(size[0], 16, 1);
     const bool volume = size[0] > 1, image = size[1] > 1;
@@ -92,10 +94,10 @@ template <class T> struct Plan {
     groups = ceil_div(vectors, box_vectors);
     for (int i = 0; i < 3; ++i) shares *= boxes[i] = ceil_div(size[i], box[i]);
   }
-  int64_t rows() const { return size[1] == 1 ? 1 : kRows; }  // of outputs in a register tile
+  int64_t rows() const { return size[1] == 1 ? 1 : kRows; }  // rows of outputs in a register tile
   int64_t tasks() const { return shares * groups; }
   bool whole(int64_t v) const { return (v + 1) * W <= channels; }
-  int tail() const { return static_cast<int>(channels % W); }  // channels in the last vector, where it is not whole
+  int tail() const { return static_cast<int>(channels % W); }  // channels in the last vector, if it is not full
 
   Box task(int64_t i) const {
     Box b;
@@ -113,7 +115,7 @@ template <class T> struct Plan {
   }
 };
 
-// Copies the rows of input plane z that a box sees into the ring, zeros where a row leaves the volume.
+// Copies the rows of input plane z that a box needs to the ring, with zeros for positions outside the volume.
 template <class T, class S> void stage(const Plan<T>& plan, const Volume<S>& x, const Box& box, int64_t z, T* ring) {
   constexpr int W = kLanes<T>;
   const int64_t top = box.from[1] - plan.half[1], left = box.from[2] - plan.half[2], width = plan.row / W;
@@ -129,15 +131,15 @@ template <class T, class S> void stage(const Plan<T>& plan, const Volume<S>& x, 
     for (int64_t i = begin; i < end; ++i, token += x.stride[3]) {
       for (int64_t v = 0; v < whole; ++v) {
         store(row + v * plan.ring + i * W, load<T>(token + v * W));
-        __builtin_prefetch(token + x.stride[1] + v * W, 0, 2);  // the next plane, whose turn comes when this one has been used
+        __builtin_prefetch(token + x.stride[1] + v * W, 0, 2);  // the same row of the next plane, which is copied after this plane has been used
       }
       if (whole < box.count) store(row + whole * plan.ring + i * W, load_part<T>(token + whole * W, plan.tail()));
     }
   }
 }
 
-// Walks a box with its input in the ring: tile(source, v, z, y, x) for each register tile of channel vector v, its first output at
-// (z, y, x).
+// Walks the planes of a box and keeps its input in the ring. Calls tile(source, v, z, y, x) for each register tile of channel vector v, whose first
+// output is at (z, y, x).
 template <class T, class S, class F> void walk(const Plan<T>& plan, const Volume<S>& x, const Box& box, T* ring, const T** planes, const F& tile) {
   const int64_t depth = plan.size[0], half = plan.half[0];
   for (int64_t z = most<int64_t>(0, box.from[0] - half); z < least(depth, box.from[0] + half); ++z) stage(plan, x, box, z, ring);
@@ -180,8 +182,8 @@ template <class T, class Body> void each_box(const Plan<T>& plan, int64_t thread
   });
 }
 
-// f(i, y, x, at) for the outputs of a tile that lie in the box: i counts in the tile, `at` is the offset of channel vector v in a
-// contiguous tensor.
+// Calls f(i, y, x, at) for the outputs of a tile that are inside the box. i: index in the tile. at: offset of channel vector v in a contiguous
+// tensor.
 template <class T, class F>
 MEDSSM_INLINE void each_output(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const F& f) {
   const int64_t rows = least(plan.rows(), box.to[1] - y), columns = least<int64_t>(kColumns, box.to[2] - x);
@@ -204,7 +206,8 @@ void finish(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y
   });
 }
 
-// g = dout act'(pre) of a tile, also written to `inner`; zero where the tile leaves the box. Without an activation pre and inner are null.
+// Computes g = dout act'(pre) of a tile and writes it to `inner`. g is zero outside the box. If there is no activation, pre and inner are null and g
+// is dout.
 template <class T, class S> void differentiate(const Plan<T>& plan, const Box& box, int64_t v, int64_t z, int64_t y, int64_t x, const Vec<T>* pre,
                                                const Volume<S>& dout, T* inner, bool stream, Vec<T>* g) {
   const bool whole = plan.whole(v);
@@ -212,7 +215,7 @@ template <class T, class S> void differentiate(const Plan<T>& plan, const Box& b
   each_output(plan, box, v, z, y, x, [&](int64_t i, int64_t row, int64_t column, int64_t at) __attribute__((always_inline)) {
     const S* source = dout.row(box.n, z, row) + column * dout.stride[3] + v * kLanes<T>;
     g[i] = whole ? load<T>(source) : load_part<T>(source, plan.tail());
-    __builtin_prefetch(source + dout.stride[1], 0, 2);  // the same place in the next plane
+    __builtin_prefetch(source + dout.stride[1], 0, 2);  // the same position in the next plane
     if (!pre) return;
     g[i] *= silu_slope<T>(pre[i]);
     if (whole)
@@ -222,7 +225,7 @@ template <class T, class S> void differentiate(const Plan<T>& plan, const Box& b
   });
 }
 
-// The register tile's functions for a plan: unrolled for the usual kernel sides.
+// The register tile's functions for a plan: unrolled for kernel sides 3, 5 and 7.
 template <class T> struct Tile {
   void (*convolve)(const Source<T>&, const T*, Vec<T>*);
   void (*correlate)(const Source<T>&, const Vec<T>*, T*);
@@ -271,7 +274,7 @@ template <class T> void forward(const Forward& a) {
   with_storage(p.x_type, p.x, [&](const auto* x) { convolution(plan, p, Volume(x, p.x_stride), taps.data(), p.silu, same_type(x, a.out)); });
 }
 
-// g into `inner`, and each box's share of the gradients of the taps and the bias into sums, packed like the taps.
+// Writes g to `inner`, and each box's share of the gradients of the taps and the bias to `sums`, packed like the taps.
 template <class T, class S>
 void accumulate(const Plan<T>& plan, const Problem& p, const Volume<S>& x, const Volume<S>& dout, const T* taps, T* inner, T* sums) {
   const Tile<T> tile(plan);

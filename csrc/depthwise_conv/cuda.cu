@@ -1,10 +1,13 @@
 // Depthwise convolution on a GPU.
 //
-// A thread has one channel, neighbours neighbouring ones, and a run of kRun positions along the last axis: for each row of the kernel it reads the
-// kRun + side - 1 values that the run sees there once, all under way together, and the caches hold what the next rows and runs read again. The
-// gradient of x is the same kernel with its offsets turned round, on the gradient before the activation, which is worked out first and kept in the
-// compute type (without an activation it is dout itself). The gradient of the weight has a block per row of the kernel and share of the volume's
-// rows, so that each pair of values read serves the whole row of offsets; blocks are added by PyTorch in a fixed order: no atomics.
+// A thread has one channel and a run of kRun positions along the last axis. Neighbouring threads have neighbouring channels. For each row of the
+// convolution kernel, a thread reads the kRun + side - 1 inputs of its run once. All these loads are started before the first is used. Values that
+// the next rows and runs read again come from the caches.
+//
+// The gradient of x is the same convolution with mirrored offsets, applied to the gradient before the activation. That gradient is computed first and
+// stored in the compute type; if there is no activation, it is dout itself. For the gradient of the weight, a block has one row of the convolution
+// kernel and a share of the volume's rows. So the values that it reads are used for all offsets of that row. PyTorch adds the blocks in a fixed
+// order. No atomic operations are used.
 #include <type_traits>
 
 #include "medssm/activation.h"
@@ -14,25 +17,25 @@ namespace {
 
 constexpr int kColumns = 64, kRuns = 4, kThreads = kColumns * kRuns, kRun = 8;
 
-// kernels/depthwise_conv/cuda.py packs this. Images and sequences are volumes with leading axes of size 1.
+// kernels/depthwise_conv/cuda.py packs this struct. Images and sequences are volumes whose first axes have size 1.
 struct Arguments {
   void* stream;
   Strided<5> x;       // (b, z, y, x, d)
   Strided<4> weight;  // (d, z, y, x)
   Strided<1> bias;    // (d,), may be null
-  Strided<5> dout;    // as x; null but for the gradient before the activation and that of the weight
+  Strided<5> dout;    // as x; null except for the gradient before the activation and the gradient of the weight
   void* out;          // contiguous
   int64_t out_type, batch, size[3], channels, side[3];
-  int64_t turned, silu, wide;
-  int64_t share, shares;  // rows along the last axis that a block sums the gradient of the weight over, and shares of an image's
+  int64_t mirrored, silu, wide;
+  int64_t share, shares;  // for the gradient of the weight: rows (along the last axis) per block, and shares per image
 };
 
-struct Place {
+struct Position {
   int64_t batch, z, y;
   int x, channel;
   bool live;
 
-  __device__ explicit Place(const Arguments& a) {
+  __device__ explicit Position(const Arguments& a) {
     const int64_t tiles = ceil_div(a.channels, kColumns), per_row = ceil_div(a.size[2], kRun);
     const int64_t run = blockIdx.x / tiles * kRuns + threadIdx.x / kColumns, row = run / per_row;
     channel = static_cast<int>(blockIdx.x % tiles) * kColumns + static_cast<int>(threadIdx.x) % kColumns;
@@ -44,36 +47,36 @@ struct Place {
   }
 };
 
-// out_p = act(bias + sum_o weight_o x_{p+o}); turned: of x_{p-o}, without bias and activation. With dout: out_p is instead dout_p times the
-// activation's derivative there. kSide: of the kernel's last axis, 0 where known at the launch only.
+// out_p = act(bias + sum_o weight_o x_{p+o}). mirrored: out_p = sum_o weight_o x_{p-o}, without bias and activation. If dout is not null:
+// out_p = dout_p act'(bias + sum_o weight_o x_{p+o}). kSide: the side of the kernel along the last axis, 0 if known only at the launch.
 template <class T, int kSide> __global__ void __launch_bounds__(kThreads) convolve(Arguments a) {
-  const Place place(a);
-  if (!place.live) return;
-  const int side = kSide ? kSide : static_cast<int>(a.side[2]), sign = a.turned ? -1 : 1;
-  const T bias = a.bias.data ? a.bias.get<T>(place.channel) : T(0);
+  const Position position(a);
+  if (!position.live) return;
+  const int side = kSide ? kSide : static_cast<int>(a.side[2]), sign = a.mirrored ? -1 : 1;
+  const T bias = a.bias.data ? a.bias.get<T>(position.channel) : T(0);
   T sums[kRun];
 #pragma unroll
   for (int i = 0; i < kRun; ++i) sums[i] = bias;
 #pragma unroll 1
   for (int row = 0; row < a.side[0] * a.side[1]; ++row) {
     const int kz = row / static_cast<int>(a.side[1]), ky = row % static_cast<int>(a.side[1]);
-    const int64_t z = place.z + sign * (kz - a.side[0] / 2), y = place.y + sign * (ky - a.side[1] / 2);
+    const int64_t z = position.z + sign * (kz - a.side[0] / 2), y = position.y + sign * (ky - a.side[1] / 2);
     if (z < 0 || z >= a.size[0] || y < 0 || y >= a.size[1]) continue;
-    const int64_t line = a.x.at(place.batch, z, y, 0, place.channel);
+    const int64_t line = a.x.at(position.batch, z, y, 0, position.channel);
     if (kSide) {
-      constexpr int kSeen = kRun + kSide - 1;
-      Bits<T> bits[kSeen];
+      constexpr int kInputs = kRun + kSide - 1;
+      Bits<T> bits[kInputs];
       T weight[kSide ? kSide : 1];
 #pragma unroll
-      for (int i = 0; i < kSeen; ++i) {
-        const int64_t x = place.x + i - kSide / 2;
+      for (int i = 0; i < kInputs; ++i) {
+        const int64_t x = position.x + i - kSide / 2;
         if (x >= 0 && x < a.size[2]) bits[i].load(a.x.data, a.x.type, line + x * a.x.stride[3]);
       }
 #pragma unroll
-      for (int k = 0; k < kSide; ++k) weight[k] = a.weight.get<T>(place.channel, kz, ky, a.turned ? kSide - 1 - k : k);
+      for (int k = 0; k < kSide; ++k) weight[k] = a.weight.get<T>(position.channel, kz, ky, a.mirrored ? kSide - 1 - k : k);
 #pragma unroll
-      for (int i = 0; i < kSeen; ++i) {
-        const int64_t x = place.x + i - kSide / 2;
+      for (int i = 0; i < kInputs; ++i) {
+        const int64_t x = position.x + i - kSide / 2;
         const T value = x >= 0 && x < a.size[2] ? bits[i].value(a.x.type) : T(0);
 #pragma unroll
         for (int k = 0; k < kSide; ++k)
@@ -82,10 +85,10 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads) convol
     } else {
 #pragma unroll 1
       for (int k = 0; k < side; ++k) {
-        const T weight = a.weight.get<T>(place.channel, kz, ky, a.turned ? side - 1 - k : k);
+        const T weight = a.weight.get<T>(position.channel, kz, ky, a.mirrored ? side - 1 - k : k);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          const int64_t x = place.x + i + k - side / 2;
+          const int64_t x = position.x + i + k - side / 2;
           if (x >= 0 && x < a.size[2]) sums[i] = fma(weight, read<T>(a.x.data, a.x.type, line + x * a.x.stride[3]), sums[i]);
         }
       }
@@ -93,19 +96,20 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads) convol
   }
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
-    const int64_t x = place.x + i;
+    const int64_t x = position.x + i;
     if (x >= a.size[2]) break;
     T value = sums[i];
     if (a.dout.data)
-      value = silu_slope<T>(value) * a.dout.get<T>(place.batch, place.z, place.y, x, place.channel);
+      value = silu_slope<T>(value) * a.dout.get<T>(position.batch, position.z, position.y, x, position.channel);
     else if (a.silu)
       value = silu<T>(value);
-    write<T>(a.out, a.out_type, (((place.batch * a.size[0] + place.z) * a.size[1] + place.y) * a.size[2] + x) * a.channels + place.channel, value);
+    write<T>(a.out, a.out_type,
+             (((position.batch * a.size[0] + position.z) * a.size[1] + position.y) * a.size[2] + x) * a.channels + position.channel, value);
   }
 }
 
-// out (batch * shares, offsets + 1, channels), the compute type: the sum over a share's rows of g_p x_{p+o}, behind the offsets of g_p alone. g is
-// dout here. A block has a row of the kernel; the row through its centre sums g too.
+// out (batch * shares, offsets + 1, channels), in the compute type: for each offset o the sum of g_p x_{p+o} over a share's rows; last, the sum of
+// g_p. a.dout is g here. A block has one row of the convolution kernel; the block with the central row also sums g_p.
 template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) weights(Arguments a) {
   const int side = kSide ? kSide : static_cast<int>(a.side[2]);
   const int64_t tiles = ceil_div(a.channels, kColumns), rows_of_kernel = a.side[0] * a.side[1];
@@ -117,7 +121,7 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) wei
   T* const parts = shared_memory<T>();
   T* const out = static_cast<T*>(a.out) + share * (rows_of_kernel * side + 1) * a.channels;
 
-  const auto add_up = [&](int64_t term, T own) {  // over the block's rows of threads
+  const auto add_up = [&](int64_t term, T own) {  // sums over the kRuns threads of a channel
     __syncthreads();
     parts[threadIdx.x] = own;
     __syncthreads();
@@ -127,8 +131,8 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) wei
       out[term * a.channels + channel] = sum;
     }
   };
-  // The sums of kCount offsets from `from` on, and of g.
-  constexpr int kSpan = kSide ? kRun : kRun / 2;  // positions whose values are under way together
+  // Computes the sums for kCount offsets beginning with `from`, and the sum of g.
+  constexpr int kSpan = kSide ? kRun : kRun / 2;  // positions that are loaded at the same time
   const auto gather = [&](int from, auto count, T* sums, T* total) {
     constexpr int kCount = decltype(count)::value;
 #pragma unroll 1
@@ -139,14 +143,14 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) wei
       const int64_t g_line = a.dout.at(batch, z, y, 0, channel), x_line = inside ? a.x.at(batch, z + kz, y + ky, 0, channel) : 0;
 #pragma unroll 1
       for (int64_t begin = 0; begin < a.size[2]; begin += kSpan) {
-        Bits<T> g[kSpan], seen[kSpan + kCount - 1];
+        Bits<T> g[kSpan], inputs[kSpan + kCount - 1];
 #pragma unroll
         for (int i = 0; i < kSpan; ++i)
           if (begin + i < a.size[2]) g[i].load(a.dout.data, a.dout.type, g_line + (begin + i) * a.dout.stride[3]);
 #pragma unroll
         for (int i = 0; i < kSpan + kCount - 1; ++i) {
           const int64_t x = begin + i + from - side / 2;
-          if (inside && x >= 0 && x < a.size[2]) seen[i].load(a.x.data, a.x.type, x_line + x * a.x.stride[3]);
+          if (inside && x >= 0 && x < a.size[2]) inputs[i].load(a.x.data, a.x.type, x_line + x * a.x.stride[3]);
         }
         T values[kSpan];
 #pragma unroll
@@ -157,7 +161,7 @@ template <class T, int kSide> __global__ void __launch_bounds__(kThreads, 1) wei
 #pragma unroll
         for (int i = 0; i < kSpan + kCount - 1; ++i) {
           const int64_t x = begin + i + from - side / 2;
-          const T value = inside && x >= 0 && x < a.size[2] ? seen[i].value(a.x.type) : T(0);
+          const T value = inside && x >= 0 && x < a.size[2] ? inputs[i].value(a.x.type) : T(0);
 #pragma unroll
           for (int k = 0; k < kCount; ++k)
             if (i - k >= 0 && i - k < kSpan) sums[k] = fma(values[i - k], value, sums[k]);

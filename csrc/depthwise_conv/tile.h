@@ -1,25 +1,27 @@
-// The register tile of a depthwise convolution: kRows x kColumns outputs of one vector of channels, from dense rows of input.
+// The register tile of a depthwise convolution: kRows x kColumns outputs of one vector of channels, computed from contiguous rows of input.
 //
-// Every input vector is loaded once and used by all outputs that see it: with 3 x 3 taps and two rows one load feeds up to six FMAs.
-// convolve: pre_p = bias + sum_o weight_o x_{p+o}; correlate: dweight_o += sum_p x_{p+o} g_p, the same walk over the same rows.
+// Every input vector is loaded once and used for all outputs that need it: with 3 x 3 taps and two rows, one load is used in up to six FMAs.
+//   convolve   pre_p = bias + sum_o weight_o x_{p+o}
+//   correlate  dweight_o += sum_p x_{p+o} g_p, which reads the same rows in the same order
 #pragma once
 #include "medssm/simd.h"
 
 namespace medssm {
 namespace {
 
-// A tile's outputs: with two rows of taps and one input they fit the register file. Volumes with one row per plane have tiles of one row.
+// The outputs of a tile. They fit into the registers together with two rows of taps and one input. If planes have one row, tiles have one row too.
 constexpr int kRows = 2, kColumns = kVectorBytes == 64 ? 8 : 4;
 
-// Where a tile reads: its rows of input, one plane per tap along z.
+// The input rows of a tile, with one plane per tap along z.
 template <class T> struct Source {
-  const T* const* planes;          // [side z]: nullptr for a plane outside the volume
-  int64_t offset, row_stride;      // elements from a plane to the tile's first row of input, and between rows
+  const T* const* planes;          // [side_z]: nullptr for a plane outside the volume
+  int64_t offset, row_stride;      // in elements: from a plane's start to the tile's first input row; between two rows
   int64_t side_z, side_y, side_x;  // taps along each axis
-  int64_t first, last;             // rows of input inside the volume, from the tile's first: [first, last)
+  int64_t first, last;             // input rows [first, last) are inside the volume, counted from the tile's first input row
 };
 
-// f(z, r, row) for each row of input that outputs in `rows` rows see: tap z, row r, output row o sees it with tap y = r - o.
+// Calls f(z, r, row) for each input row that kTileRows rows of outputs need. z: the tap along z. r: the input row; output row o uses it with tap
+// y = r - o.
 template <int kTileRows, class T, class F> MEDSSM_INLINE void each_row(const Source<T>& source, F&& f) {
   const int64_t last = source.last < source.side_y + kTileRows - 1 ? source.last : source.side_y + kTileRows - 1;
   for (int64_t z = 0; z < source.side_z; ++z)
@@ -27,7 +29,7 @@ template <int kTileRows, class T, class F> MEDSSM_INLINE void each_row(const Sou
       for (int64_t r = source.first; r < last; ++r) f(z, r, source.planes[z] + source.offset + r * source.row_stride);
 }
 
-// acc_t += sum_j taps_j row_{t+j} for the rows of output from kFrom to kTo; row o has its taps at taps[o].
+// acc_t += sum_j taps_j row_{t+j} for the output rows [kFrom, kTo). The taps of output row o are at taps[o].
 template <class T, int kSide, int kFrom, int kTo, int kTileRows>
 MEDSSM_INLINE void add_row(Vec<T> (&acc)[kTileRows][kColumns], const T* const (&taps)[2], const T* row, int64_t side) {
   constexpr int W = kLanes<T>;
@@ -52,7 +54,8 @@ MEDSSM_INLINE void add_row(Vec<T> (&acc)[kTileRows][kColumns], const T* const (&
   }
 }
 
-// Pre-activations of a tile. taps: [z][y][x] vectors, then the bias. kSide: taps along the innermost axis, 0 where known only at run time.
+// Computes the values of a tile before the activation. taps: [z][y][x] vectors, then the bias. kSide: taps along the x axis, 0 if known only at run
+// time.
 template <class T, int kSide, int kTileRows> __attribute__((noinline)) void convolve(const Source<T>& source, const T* taps, Vec<T>* out) {
   constexpr int W = kLanes<T>;
   const int64_t side = kSide > 0 ? kSide : source.side_x, row_of_taps = side * W;
@@ -78,7 +81,7 @@ template <class T, int kSide, int kTileRows> __attribute__((noinline)) void conv
     for (int t = 0; t < kColumns; ++t) out[o * kColumns + t] = acc[o][t];
 }
 
-// sums_j += sum_t row_{t+j} g_t for the rows of output from kFrom to kTo: the tile's share is summed apart, then added once.
+// sums_j += sum_t row_{t+j} g_t for the output rows [kFrom, kTo). The tile's share is summed in registers and added to memory once.
 template <class T, int kSide, int kFrom, int kTo, int kTileRows>
 MEDSSM_INLINE void add_products(T* const (&sums)[2], const Vec<T> (&g)[kTileRows][kColumns], const T* row, int64_t side) {
   constexpr int W = kLanes<T>;
@@ -109,7 +112,7 @@ MEDSSM_INLINE void add_products(T* const (&sums)[2], const Vec<T> (&g)[kTileRows
   }
 }
 
-// A tile's share of the gradients of the taps and, behind them, of the bias: sums laid out as `taps` of convolve.
+// Adds a tile's share of the gradients of the taps and the bias. `sums` has the layout of `taps` in convolve.
 template <class T, int kSide, int kTileRows> __attribute__((noinline)) void correlate(const Source<T>& source, const Vec<T>* gradient, T* sums) {
   constexpr int W = kLanes<T>;
   const int64_t side = kSide > 0 ? kSide : source.side_x, row_of_taps = side * W;
