@@ -1,4 +1,4 @@
-// The arguments of the delta rule on the CPU, and how its work is divided.
+// The arguments of the delta rule on the CPU, and how its work is divided into items.
 #pragma once
 #include <type_traits>
 
@@ -19,9 +19,9 @@ struct Scalars {  // (b, l, h): beta, g
 };
 struct Problem {
   Tokens q, k, v;
-  Scalars beta, g;                // g.data null: no decay
-  const void* initial;            // (b, h, dk, dv): dense, the compute type; may be null
-  const int64_t *index, *starts;  // null: raster; null: no segment begins after step 0
+  Scalars beta, g;                // g.data is null if there is no decay
+  const void* initial;            // (b, h, dk, dv): contiguous, in the compute type; may be null
+  const int64_t *index, *starts;  // index null: raster order; starts null: no segment begins after step 0
   int64_t start_count, reverse;
   int64_t batch, length, heads, keys, values;  // keys: dk, values: dv
   int64_t wide, threads;                       // wide: compute in double
@@ -32,26 +32,26 @@ struct Problem {
 
 MEDSSM_INLINE int64_t element_size(int64_t type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
 
-// A dense (b, l, h, d) tensor of the compute type that a kernel writes and reads again.
+// A contiguous (b, l, h, d) tensor in the compute type, which one pass writes and another reads.
 template <class T> Tokens dense(const void* data, const Problem& p, int64_t features) {
   return {data, sizeof(T) == 8 ? kFloat64 : kFloat32, p.length * p.heads * features, p.heads * features, features};
 }
 
-// Lane vectors that a pass carries side by side: a broadcast coefficient then serves as many FMAs.
+// Number of lane vectors that a pass computes together: each broadcast coefficient is used in that many FMAs.
 #if defined(__AVX512F__)
 constexpr int kVectors = 2;
 #else
 constexpr int kVectors = 1;
 #endif
 
-// One head's share of the columns of the state (or of its transpose).
+// A block of columns of one head's state, or of the transposed state.
 struct Item {
   int64_t batch, head, block;
-  int64_t first;  // column
+  int64_t first;  // first column
   int lanes;
 };
 
-// Items are blocks of kVectors vectors of columns: they depend on shapes only.
+// All items: blocks of kVectors vectors of columns. They depend only on the shapes, not on the number of threads.
 template <class T> struct Items {
   int64_t heads, columns, blocks, count;
   Items(const Problem& p, int64_t width) :
@@ -62,7 +62,7 @@ template <class T> struct Items {
   }
 };
 
-// f.template operator()<vectors>() with as many lane vectors as the item needs.
+// Calls f with the number of lane vectors that the item needs, as a compile-time constant.
 template <class T, class F> void with_vectors(const Item& item, const F& f) {
   if (kVectors > 1 && item.lanes > kLanes<T>)
     f(std::integral_constant<int, kVectors>{});
@@ -70,7 +70,7 @@ template <class T, class F> void with_vectors(const Item& item, const F& f) {
     f(std::integral_constant<int, 1>{});
 }
 
-// Threads for so many items of a problem: one where the work would not repay waking the others.
+// The number of threads for a problem with that many items. Small problems use one thread, because starting more would take longer.
 MEDSSM_INLINE int64_t team_size(const Problem& p, int64_t items) {
   const bool small = p.batch * p.length * p.heads * p.keys * p.values < (1 << 18);
   return small ? 1 : least(p.threads, items);

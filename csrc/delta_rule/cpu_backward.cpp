@@ -1,17 +1,19 @@
-// Gradients of the delta rule. With u_t = beta_t (v_t - recalled_t) the state is a plain gated recurrence, S_t = e_t S_{t-1} + k_t u_t^T, and with
-// X_t the gradient of S_t that comes from later tokens (do' = scale do):
+// Gradients of the delta rule. With u_t = beta_t (v_t - recalled_t), the state is a gated recurrence: S_t = e_t S_{t-1} + k_t u_t^T. With X_t the
+// gradient of S_t that comes from later tokens, S'_t = e_t S_{t-1} and do' = scale do:
 //
 //   dS_t = X_t + q_t do'_t^T;  du_t = dS_t^T k_t;  dv_t = beta_t du_t;  X_{t-1} = e_t (dS_t - k_t dv_t^T)
 //   dq_t = scale S_t do_t;  dk_t = dS_t u_t - S'_t dv_t;  dbeta_t = du_t . (v_t - recalled_t)
 //
-// Three passes: X with the columns of S in the lanes gives du; S and X with the rows in the lanes give dq and dk.
+// There are three passes. The first computes X with one column of S per lane, and from it du and dv. The second computes S, and the third X, with one
+// row of S per lane; they give dq and dk.
 //
-// The gradient of g_t is <S'_t, dS'_t>, with dS' = dS - k dv^T; one token's differs from the next one's by
+// The gradient of g_t is <S'_t, dS'_t>, with dS' = dS - k dv^T. The difference between the gradients of a token and of the next token is
 //
 //   q_t . S'_t do'_t - beta_t (q_t . k_t) (recalled_t . do'_t) - beta_t v_t . X_t^T k_t
 //
-// in which what a token does to itself has cancelled, so that strong decay makes the terms as small as the gradient. Their running sum begins anew
-// from <S, X> every kChunk steps: its rounding does not grow with the length.
+// In this form the terms that a token contributes to its own gradient cancel exactly. So with strong decay the terms are as small as the gradient,
+// and little accuracy is lost. dg is the running sum of these differences, from the last token to the first. It restarts from <S, X> every kChunk
+// steps, so that the rounding error does not grow with the length.
 #include "medssm/abi.h"
 #include "medssm/parallel.h"
 #include "passes.h"
@@ -25,9 +27,9 @@ constexpr int64_t kChunk = 256;
 struct Backward {
   Problem problem;
   Tokens dout;
-  const void *dstate, *recalled;  // dense, the compute type; dstate may be null
-  void *dq, *dk, *dv;             // dense, the compute type, as are all below
-  void *dbeta, *dg;               // (b, l, h); dg null without g
+  const void *dstate, *recalled;  // contiguous, in the compute type; dstate may be null
+  void *dq, *dk, *dv;             // contiguous, in the compute type, like all outputs below
+  void *dbeta, *dg;               // (b, l, h); dg is null if there is no g
   void* dinitial;                 // may be null
 };
 
@@ -38,15 +40,15 @@ template <class F> void each_tile_back(const Walk& walk, int64_t from, int64_t e
     for (int64_t i = walk.tiles(low, least(low + kTileSteps, end), tiles) - 1; i >= 0; --i) f(tiles[i]);
 }
 
-// What the passes hand on, and the shares that items add to a token's dbeta and dg, by step.
-template <class T> struct Between {
+// Results that one pass computes for the next, and each item's share of the dbeta and dg of a token, indexed by step.
+template <class T> struct Intermediates {
   const Items<T> by_values, by_keys;
   const int64_t length, chunks;
   const Scratch<T> u;                      // (b, l, h, dv)
-  const Scratch<T> dbeta, later, earlier;  // shares (item, l): of by_values, by_values, by_keys
-  const Scratch<T> inner;                  // <S, X> at the end of each chunk: shares (item, chunk) of by_keys
+  const Scratch<T> dbeta, later, earlier;  // shares (item, l): of the items by_values, by_values and by_keys
+  const Scratch<T> inner;                  // <S, X> at the end of each chunk: shares (item, chunk) of the items by_keys
 
-  explicit Between(const Problem& p) :
+  explicit Intermediates(const Problem& p) :
       by_values(p, p.values),
       by_keys(p, p.keys),
       length(p.length),
@@ -60,7 +62,7 @@ template <class T> struct Between {
   }
 };
 
-// Rows of an item in a dense (b, l, h, d) tensor.
+// The rows of an item in a contiguous (b, l, h, d) tensor.
 template <class T> struct Target {
   T* data;
   int64_t token;
@@ -76,17 +78,18 @@ template <class T> MEDSSM_INLINE void put_shares(Vec<T>* sums, const Block& bloc
   for (int j = 0; j < block.count; ++j) out[block.step[j]] = sum[j];
 }
 
-// dv, u, dinitial and shares of dbeta and dg: columns of S in the lanes, from the last token to the first.
-template <class T, int N> void values_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, Workspace<T>& memory) {
+// First pass: computes dv, u, dinitial and shares of dbeta and dg. One column of S per lane, from the last token to the first.
+template <class T, int N>
+void values_pass(const Backward& a, const Walk& walk, const Intermediates<T>& intermediates, int64_t i, Workspace<T>& memory) {
   using L = Lanes<T, N>;
   const Problem& p = a.problem;
-  const Item item = between.by_values[i];
+  const Item item = intermediates.by_values[i];
   const int64_t at_state = (item.batch * p.heads + item.head) * p.keys * p.values + item.first;
   const T scale = static_cast<T>(p.scale);
   memory.clear();
   Rows<T> q(p.q, item, 0, p.keys, memory), k(p.k, item, 0, p.keys, memory), v(p.v, item, item.first, item.lanes, memory),
       dout(a.dout, item, item.first, item.lanes, memory), recalled(dense<T>(a.recalled, p, p.values), item, item.first, item.lanes, memory);
-  const Target<T> dv(a.dv, p, item, p.values), u(between.u.data(), p, item, p.values);
+  const Target<T> dv(a.dv, p, item, p.values), u(intermediates.u.data(), p, item, p.values);
   State<T, N, 2, 2> state(p.keys, memory);
   state.set(a.dstate, at_state, p.values, 1, item.lanes);
   each_tile_back(walk, 0, p.length, [&](const Tile& tile) {
@@ -96,37 +99,39 @@ template <class T, int N> void values_pass(const Backward& a, const Walk& walk, 
       scalars(p.beta, item, block, T(0), beta);
       L x[kBlock];
       for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(dout.of(block)[j], item.lanes);
-      const T *const *values = v.of(block), *const *held = recalled.of(block);
+      const T *const *values = v.of(block), *const *recalled_rows = recalled.of(block);
       Vec<T> of_beta[kBlock] = {}, of_g[kBlock] = {};
-      read_between(state, {q.of(block), k.of(block)}, e, ahead(walk, p.length, block, false, q, k, v, dout, recalled), x,
+      read_between(state, {q.of(block), k.of(block)}, e, prefetch(walk, p.length, block, false, q, k, v, dout, recalled), x,
                    [&](int j, const L& later, T own) {
-                     const L du = later + own * x[j], v_j = L::at(values[j], item.lanes), held_j = L::at(held[j], item.lanes), error = v_j - held_j;
+                     const L du = later + own * x[j], v_j = L::at(values[j], item.lanes), recalled_j = L::at(recalled_rows[j], item.lanes),
+                             error = v_j - recalled_j;
                      const L y = beta[j] * du;
                      of_beta[j] = (du * error).sum();
-                     of_g[j] = -beta[j] * (own * (held_j * x[j]) + v_j * later).sum();
+                     of_g[j] = -beta[j] * (own * (recalled_j * x[j]) + v_j * later).sum();
                      if (j < block.count) {
                        y.put(dv[block.token[j]], item.lanes);
                        (beta[j] * error).put(u[block.token[j]], item.lanes);
                      }
                      return y;
                    });
-      put_shares(of_beta, block, between.dbeta.data() + i * p.length);
-      put_shares(of_g, block, between.later.data() + i * p.length);
+      put_shares(of_beta, block, intermediates.dbeta.data() + i * p.length);
+      put_shares(of_g, block, intermediates.later.data() + i * p.length);
     });
     if (tile.fresh) state.clear();
   });
   if (a.dinitial) state.get(a.dinitial, at_state, p.values, item.lanes);
 }
 
-// dq, the S' dv of dk, shares of dg, and the states at the ends of chunks if `kept`: rows of S in the lanes.
+// Second pass: computes dq, the term -S' dv of dk, and shares of dg. If `kept` is not null, stores S at the end of each chunk there. One row of S per
+// lane.
 template <class T, int N>
-void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, Workspace<T>& memory, T* kept) {
+void queries_pass(const Backward& a, const Walk& walk, const Intermediates<T>& intermediates, int64_t i, Workspace<T>& memory, T* kept) {
   using L = Lanes<T, N>;
   const Problem& p = a.problem;
-  const Item item = between.by_keys[i];
+  const Item item = intermediates.by_keys[i];
   const T scale = static_cast<T>(p.scale);
   memory.clear();
-  Rows<T> u(dense<T>(between.u.data(), p, p.values), item, 0, p.values, memory), dv(dense<T>(a.dv, p, p.values), item, 0, p.values, memory),
+  Rows<T> u(dense<T>(intermediates.u.data(), p, p.values), item, 0, p.values, memory), dv(dense<T>(a.dv, p, p.values), item, 0, p.values, memory),
       dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.lanes, memory), k(p.k, item, item.first, item.lanes, memory);
   const Target<T> dq(a.dq, p, item, p.keys), dk(a.dk, p, item, p.keys);
   State<T, N, 3, 1> state(p.values, memory);
@@ -140,7 +145,7 @@ void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between
       const T *const *queries = q.of(block), *const *keys = k.of(block);
       Vec<T> of_g[kBlock] = {};
       write_then_read(
-          state, {u.of(block), dv.of(block), dout.of(block)}, e, ahead(walk, p.length, block, true, u, dv, dout, q, k),
+          state, {u.of(block), dv.of(block), dout.of(block)}, e, prefetch(walk, p.length, block, true, u, dv, dout, q, k),
           [&](int j, const L& before) {
             if (j < block.count) (T(-1) * before).put(dk[block.token[j]], item.lanes);
             return L::at(keys[j], item.lanes);
@@ -149,7 +154,7 @@ void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between
             of_g[j] = scale * (L::at(queries[j], item.lanes) * after).sum();
             if (j < block.count) (scale * (after + own * x)).put(dq[block.token[j]], item.lanes);
           });
-      put_shares(of_g, block, between.earlier.data() + i * p.length);
+      put_shares(of_g, block, intermediates.earlier.data() + i * p.length);
     });
     from += tile.count;
     if (kept && (from % kChunk == 0 || from == p.length))
@@ -157,26 +162,27 @@ void queries_pass(const Backward& a, const Walk& walk, const Between<T>& between
   }
 }
 
-// The dS u of dk, and <S, X> at the ends of chunks if `kept`: rows of X in the lanes, from the last token to the first.
+// Third pass: adds the term dS u of dk. If `kept` is not null, computes <S, X> at the end of each chunk. One row of X per lane, from the last token
+// to the first.
 template <class T, int N>
-void keys_pass(const Backward& a, const Walk& walk, const Between<T>& between, int64_t i, Workspace<T>& memory, const T* kept) {
+void keys_pass(const Backward& a, const Walk& walk, const Intermediates<T>& intermediates, int64_t i, Workspace<T>& memory, const T* kept) {
   using L = Lanes<T, N>;
   const Problem& p = a.problem;
-  const Item item = between.by_keys[i];
+  const Item item = intermediates.by_keys[i];
   const T scale = static_cast<T>(p.scale);
   memory.clear();
-  Rows<T> u(dense<T>(between.u.data(), p, p.values), item, 0, p.values, memory), dv(dense<T>(a.dv, p, p.values), item, 0, p.values, memory),
+  Rows<T> u(dense<T>(intermediates.u.data(), p, p.values), item, 0, p.values, memory), dv(dense<T>(a.dv, p, p.values), item, 0, p.values, memory),
       dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.lanes, memory), k(p.k, item, item.first, item.lanes, memory),
       partial(dense<T>(a.dk, p, p.keys), item, item.first, item.lanes, memory);
   const Target<T> dk(a.dk, p, item, p.keys);
   State<T, N, 3, 2> state(p.values, memory);
   state.set(a.dstate, ((item.batch * p.heads + item.head) * p.keys + item.first) * p.values, 1, p.values, item.lanes);
-  for (int64_t chunk = between.chunks - 1; chunk >= 0; --chunk) {
+  for (int64_t chunk = intermediates.chunks - 1; chunk >= 0; --chunk) {
     if (kept) {
       const T *x = state.value(), *s = kept + chunk * state.size();
       Vec<T> sum{};
       for (int64_t at = 0; at < state.size(); at += kLanes<T>) sum = fma(load<T>(x + at), load<T>(s + at), sum);
-      between.inner.data()[i * between.chunks + chunk] = sum_lanes(sum);
+      intermediates.inner.data()[i * intermediates.chunks + chunk] = sum_lanes(sum);
     }
     each_tile_back(walk, chunk * kChunk, least((chunk + 1) * kChunk, p.length), [&](const Tile& tile) {
       each_block(tile, false, [&](const Block& block) {
@@ -185,7 +191,7 @@ void keys_pass(const Backward& a, const Walk& walk, const Between<T>& between, i
         L x[kBlock];
         for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(q.of(block)[j], item.lanes);
         const T *const *keys = k.of(block), *const *before = partial.of(block);
-        read_between(state, {dout.of(block), dv.of(block), u.of(block)}, e, ahead(walk, p.length, block, false, u, dv, dout, q, k, partial), x,
+        read_between(state, {dout.of(block), dv.of(block), u.of(block)}, e, prefetch(walk, p.length, block, false, u, dv, dout, q, k, partial), x,
                      [&](int j, const L& later, T own) {
                        if (j < block.count) (L::at(before[j], item.lanes) + later + own * x[j]).put(dk[block.token[j]], item.lanes);
                        return L::at(keys[j], item.lanes);
@@ -196,8 +202,8 @@ void keys_pass(const Backward& a, const Walk& walk, const Between<T>& between, i
   }
 }
 
-// dbeta and dg of one head from the shares of its items.
-template <class T> void add_shares(const Backward& a, const Walk& walk, const Between<T>& between, int64_t head) {
+// Computes dbeta and dg of one head: adds the shares of its items.
+template <class T> void add_shares(const Backward& a, const Walk& walk, const Intermediates<T>& intermediates, int64_t head) {
   const Problem& p = a.problem;
   const auto add = [&](const Scratch<T>& shares, const Items<T>& items, int64_t length, int64_t at) {
     T sum = T(0);
@@ -206,22 +212,22 @@ template <class T> void add_shares(const Backward& a, const Walk& walk, const Be
   };
   const int64_t offset = head / p.heads * p.length * p.heads + head % p.heads;
   T *dbeta = static_cast<T*>(a.dbeta) + offset, *dg = static_cast<T*>(a.dg) + offset;
-  for (int64_t chunk = between.chunks - 1; chunk >= 0; --chunk) {
-    T sum = a.dg ? add(between.inner, between.by_keys, between.chunks, chunk) : T(0);
+  for (int64_t chunk = intermediates.chunks - 1; chunk >= 0; --chunk) {
+    T sum = a.dg ? add(intermediates.inner, intermediates.by_keys, intermediates.chunks, chunk) : T(0);
     each_tile_back(walk, chunk * kChunk, least((chunk + 1) * kChunk, p.length), [&](const Tile& tile) {
       for (int64_t t = tile.count - 1; t >= 0; --t) {
         const int64_t step = tile.from + t, at = tile.token(t) * p.heads;
-        dbeta[at] = add(between.dbeta, between.by_values, p.length, step);
+        dbeta[at] = add(intermediates.dbeta, intermediates.by_values, p.length, step);
         if (!a.dg) continue;
-        sum += add(between.earlier, between.by_keys, p.length, step) + add(between.later, between.by_values, p.length, step);
-        if (tile.fresh && t == 0) sum = T(0);  // no state before it: nothing decays
+        sum += add(intermediates.earlier, intermediates.by_keys, p.length, step) + add(intermediates.later, intermediates.by_values, p.length, step);
+        if (tile.fresh && t == 0) sum = T(0);  // the state before it is zero, so its decay has no gradient
         dg[at] = sum;
       }
     });
   }
 }
 
-// The most memory that a pass takes: rows of keys or of values, rows of an item's lanes, and a state.
+// The largest amount of memory that a pass needs: rows of keys or of values, rows of an item's columns, and a state.
 template <class T> int64_t pass_size(const Problem& p) {
   const int64_t of_lanes = 3 * Rows<T>::size(kVectors * kLanes<T>);
   return of_lanes + most(2 * Rows<T>::size(p.keys) + State<T, kVectors, 2, 2>::size(p.keys),
@@ -231,31 +237,32 @@ template <class T> int64_t pass_size(const Problem& p) {
 template <class T> void backward(const Backward& a) {
   const Problem& p = a.problem;
   const Walk walk = p.walk();
-  const Between<T> between(p);
+  const Intermediates<T> intermediates(p);
   const int64_t tokens = p.batch * p.length * p.heads, size = static_cast<int64_t>(sizeof(T));
   for (void* gradient : {a.dq, a.dk}) prefer_huge_pages(gradient, tokens * p.keys * size);
   prefer_huge_pages(a.dv, tokens * p.values * size);
-  const int64_t threads = team_size(p, most(between.by_values.count, between.by_keys.count));
+  const int64_t threads = team_size(p, most(intermediates.by_values.count, intermediates.by_keys.count));
   struct Own {
     Workspace<T> memory;
-    Scratch<T> kept;  // the states of an item at the ends of chunks
+    Scratch<T> kept;  // the state of an item at the end of each chunk
   };
   const PerThread<Own> own(
-      threads, [&] { return Own{Workspace<T>(pass_size<T>(p)), Scratch<T>(a.dg ? between.chunks * p.values * kVectors * kLanes<T> : 0)}; });
+      threads, [&] { return Own{Workspace<T>(pass_size<T>(p)), Scratch<T>(a.dg ? intermediates.chunks * p.values * kVectors * kLanes<T> : 0)}; });
   parallel_phases(threads, [&](PhasedTeam& team) {
-    const Range values = share(between.by_values.count, team), keys = share(between.by_keys.count, team), heads = share(p.batch * p.heads, team);
+    const Range values = share(intermediates.by_values.count, team), keys = share(intermediates.by_keys.count, team),
+                heads = share(p.batch * p.heads, team);
     Workspace<T>& memory = own[team.rank].memory;
     T* const kept = a.dg ? own[team.rank].kept.data() : nullptr;
     for (int64_t i = values.begin; i < values.end; ++i)
-      with_vectors<T>(between.by_values[i], [&](auto n) { values_pass<T, n>(a, walk, between, i, memory); });
+      with_vectors<T>(intermediates.by_values[i], [&](auto n) { values_pass<T, n>(a, walk, intermediates, i, memory); });
     team.barrier();
     for (int64_t i = keys.begin; i < keys.end; ++i)
-      with_vectors<T>(between.by_keys[i], [&](auto n) {
-        queries_pass<T, n>(a, walk, between, i, memory, kept);
-        keys_pass<T, n>(a, walk, between, i, memory, kept);
+      with_vectors<T>(intermediates.by_keys[i], [&](auto n) {
+        queries_pass<T, n>(a, walk, intermediates, i, memory, kept);
+        keys_pass<T, n>(a, walk, intermediates, i, memory, kept);
       });
     team.barrier();
-    for (int64_t head = heads.begin; head < heads.end; ++head) add_shares(a, walk, between, head);
+    for (int64_t head = heads.begin; head < heads.end; ++head) add_shares(a, walk, intermediates, head);
   });
 }
 

@@ -1,4 +1,4 @@
-// The delta rule along a walk: for each head, with the state S (dk, dv), columns in the lanes,
+// The delta rule, forward, on a CPU. For each head and token, with the state S (dk, dv), one column per lane:
 //
 //   S' = exp(g_t) S;  recalled_t = S'^T k_t;  S = S' + k_t (beta_t (v_t - recalled_t))^T;  o_t = scale S^T q_t
 #include "medssm/abi.h"
@@ -11,9 +11,9 @@ namespace {
 
 struct Forward {
   Problem problem;
-  void* out;       // (b, l, h, dv), dense, v's type
-  void* state;     // (b, h, dk, dv), dense, the compute type; may be null
-  void* recalled;  // (b, l, h, dv), dense, the compute type; may be null
+  void* out;       // (b, l, h, dv), contiguous, in v's type
+  void* state;     // (b, h, dk, dv), contiguous, in the compute type; may be null
+  void* recalled;  // (b, l, h, dv), contiguous, in the compute type; may be null
 };
 
 template <class T, int kVectors> void run(const Forward& a, const Walk& walk, const Item& item, Workspace<T>& memory) {
@@ -35,7 +35,7 @@ template <class T, int kVectors> void run(const Forward& a, const Walk& walk, co
       scalars(p.beta, item, block, T(0), beta);
       const T* const* values = v.of(block);
       write_then_read(
-          state, {k.of(block), q.of(block)}, e, ahead(walk, p.length, block, true, k, q, v),
+          state, {k.of(block), q.of(block)}, e, prefetch(walk, p.length, block, true, k, q, v),
           [&](int j, const L& recalled) {
             if (a.recalled && j < block.count) recalled.put(static_cast<T*>(a.recalled) + at(block.token[j]), item.lanes);
             return beta[j] * (L::at(values[j], item.lanes) - recalled);

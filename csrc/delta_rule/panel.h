@@ -1,7 +1,7 @@
-// A block of tokens as coefficients: what a sweep over the rows of the state broadcasts, and the products of the block's tokens with each other.
+// The coefficients of a block of tokens, packed for a sweep over the rows of the state, and the dot products of the block's tokens with each other.
 //
-// The panel has for each row i of the state kSlots groups of kBlock numbers: element i of the block's tokens of each slot, so that a sweep reads
-// one stream. The products are taken while the rows are in registers.
+// The panel has kSlots groups of kBlock numbers for each row i of the state: for each slot, element i of each token of the block. So a sweep reads
+// memory contiguously. The dot products are computed at the same time, while the tokens are in registers.
 #pragma once
 #include "medssm/shuffle.h"
 #include "rows.h"
@@ -9,12 +9,12 @@
 namespace medssm {
 namespace {
 
-// Where `products` holds the product of token i < j (the first kind), and of token i <= j (the second).
+// The index in `products` of the first kind of product, for tokens i < j, and of the second kind, for tokens i <= j.
 MEDSSM_INLINE constexpr int before(int i, int j) { return j * (j - 1) / 2 + i; }
 MEDSSM_INLINE constexpr int upto(int i, int j) { return kBlock * (kBlock - 1) / 2 + j * (j + 1) / 2 + i; }
 constexpr int kProducts = kBlock * kBlock;
 
-// out[i] = the sum of the lanes of v[i], kCount of them, a power of two.
+// out[i] = the sum of the lanes of v[i], for i < kCount. kCount is a power of two.
 template <class T, int kCount> MEDSSM_INLINE void sum_all(Vec<T>* v, T* out) {
   constexpr int kGroup = least(kCount, kLanes<T>);
 #pragma GCC unroll 8
@@ -24,10 +24,10 @@ template <class T, int kCount> MEDSSM_INLINE void sum_all(Vec<T>* v, T* out) {
   }
 }
 
-template <class T, int kHigh> struct Pairs {  // of adjacent lanes in each quarter: a0 b0 a1 b1, or a2 b2 a3 b3
+template <class T, int kHigh> struct Pairs {  // in each quarter (four lanes): a0 b0 a1 b1, or a2 b2 a3 b3
   static constexpr int at(int i) { return (i & 1 ? kLanes<T> : 0) + (i & ~3) + (i & 3) / 2 + 2 * kHigh; }
 };
-template <class T, int kHigh> struct Halves {  // of each quarter: the first of a and of b, or the second
+template <class T, int kHigh> struct Halves {  // in each quarter: the first two lanes of a and b, or the last two
   static constexpr int at(int i) { return (i & 2 ? kLanes<T> : 0) + (i & ~3) + (i & 1) + 2 * kHigh; }
 };
 
@@ -52,8 +52,8 @@ template <class T, int kWidth> MEDSSM_INLINE void interleave(const Vec<T>* rows,
   }
 }
 
-// rows[slot][j]: n elements of token j. The panel has round_up(n, lanes) rows. products: of slot kA (token i < j) with slot kB (token j), and of
-// slot kC (token i <= j) with slot kD.
+// rows[slot][j]: n elements of token j. The panel has round_up(n, lanes) rows. products: the dot products of slot kA of token i with slot kB of token
+// j, for i < j; and of slot kC of token i with slot kD of token j, for i <= j.
 template <class T, int kSlots, int kA, int kB, int kC, int kD> void pack(const T* const* const (&rows)[kSlots], int64_t n, T* panel, T* products) {
   constexpr int W = kLanes<T>, kWidth = kSlots * kBlock;
   Vec<T> sums[kProducts] = {};

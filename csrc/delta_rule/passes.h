@@ -1,24 +1,24 @@
-// The two kinds of pass over the tokens that forward and backward are made of.
+// The two kinds of pass over the tokens. Forward and backward consist of these.
 #pragma once
 #include "state.h"
 
 namespace medssm {
 namespace {
 
-// One update, a read-out before it and one behind it:
+// For each token: one read-out before the update, the update, and one read-out after it:
 //
 //   S' = e_t S_{t-1};  before_t = S'^T r_t;  S_t = S' + c_t x_t^T;  after_t = S_t^T s_t
 //
-// Coefficients: c, r, s (kSlots 3), or c = r, s (kSlots 2). x(j, before) gives token j's x; out(j, after, own, x) takes the read-out without the
-// token's own update, and the factor of x_t in it.
+// coefficients: c, r, s (kSlots 3), or c = r, s (kSlots 2). x_of(j, before) returns x of token j. out(j, after, own, x) gets the read-out after the
+// update in two parts: after_t = after + own * x.
 template <class T, int kVectors, int kSlots, class X, class Out>
 MEDSSM_INLINE void write_then_read(State<T, kVectors, kSlots, 1>& state, const T* const* const (&coefficients)[kSlots], const T* e,
-                                   const Ahead& ahead, const X& x_of, const Out& out) {
+                                   const Prefetch& prefetch, const X& x_of, const Out& out) {
   using L = Lanes<T, kVectors>;
   T products[kProducts];
   L read[2 * kBlock], x[kBlock];
-  state.take(coefficients, ahead, products, read);
-  T decay = T(1), since[kBlock];  // of the state before the block, and of each earlier token's update
+  state.read_block(coefficients, prefetch, products, read);
+  T decay = T(1), since[kBlock];  // decay: of the state before the block; since[i]: of token i's update, since token i
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {
     decay *= e[j];
@@ -38,19 +38,19 @@ MEDSSM_INLINE void write_then_read(State<T, kVectors, kSlots, 1>& state, const T
   state.decay(decay);
 }
 
-// The adjoint's kind, from the last token to the first: an update, a read-out, another update.
+// The adjoint, from the last token to the first. For each token: an update, a read-out, and a second update.
 //
-//   X + c_t x_t^T;  read_t = (X + c_t x_t^T)^T r_t;  X_{t-1} = e_t (X + c_t x_t^T - d_t y_t^T)
+//   read_t = (X_t + c_t x_t^T)^T r_t;  X_{t-1} = e_t (X_t + c_t x_t^T - d_t y_t^T)
 //
-// Coefficients: c, d, r (kSlots 3), or c, d = r (kSlots 2). x[j] is token j's x; y(j, later, own) gives its y, from the read-out without the token's
-// own first update, and the factor of x_t in it.
+// coefficients: c, d, r (kSlots 3), or c, d = r (kSlots 2). x[j] is x of token j. y_of(j, later, own) returns y of token j. It gets the read-out in
+// two parts: read_t = later + own * x[j].
 template <class T, int kVectors, int kSlots, class Y>
-MEDSSM_INLINE void read_between(State<T, kVectors, kSlots, 2>& state, const T* const* const (&coefficients)[kSlots], const T* e, const Ahead& ahead,
-                                const Lanes<T, kVectors>* x, const Y& y_of) {
+MEDSSM_INLINE void read_between(State<T, kVectors, kSlots, 2>& state, const T* const* const (&coefficients)[kSlots], const T* e,
+                                const Prefetch& prefetch, const Lanes<T, kVectors>* x, const Y& y_of) {
   using L = Lanes<T, kVectors>;
   T products[kProducts];
   L read[kBlock], y[kBlock];
-  state.take(coefficients, ahead, products, read);
+  state.read_block(coefficients, prefetch, products, read);
   T decay = T(1), since[kBlock];
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {

@@ -1,4 +1,4 @@
-// The tokens of a block as rows of the compute type, and the numbers that belong to them.
+// The tokens of a block as rows of the compute type, and the scalars (beta, g) of these tokens.
 #pragma once
 #include <stdexcept>
 
@@ -9,15 +9,15 @@
 namespace medssm {
 namespace {
 
-constexpr int kBlock = 4;  // tokens that a sweep over the state takes at once
+constexpr int kBlock = 4;  // tokens that one sweep over the state processes together
 
-// `count` tokens of the walk, in the order in which a pass takes them. The others do not exist: their rows are zero.
+// `count` tokens of the walk, in the order of the pass. If count < kBlock, the other rows are zero.
 struct Block {
   int count;
   int64_t step[kBlock], token[kBlock];
 };
 
-// f(block) for the tokens of a tile, forward or from its end.
+// Calls f(block) for the blocks of a tile, forward or from its end.
 template <class F> void each_block(const Tile& tile, bool forward, const F& f) {
   for (int64_t t = 0; t < tile.count; t += kBlock) {
     Block block{static_cast<int>(least<int64_t>(kBlock, tile.count - t)), {}, {}};
@@ -30,17 +30,18 @@ template <class F> void each_block(const Tile& tile, bool forward, const F& f) {
   }
 }
 
-// Lines that the block after the next will need. A sweep asks for two a row: the distance between tokens, and any walk along another axis, defeat
-// the processor's own prefetcher, and all at once would overflow its queue.
-class Ahead {
+// The cache lines that the block after the next one will read. A sweep requests two of them per row of the state. The hardware prefetcher does not
+// find them, because tokens are far apart in memory and a walk may visit them in any order. Requesting all of them at once would overflow the queue
+// of outstanding loads.
+class Prefetch {
  public:
   void add(const char* line) {
     if (count_ == kMost) return;
     lines_[count_++] = line;
     lines_[count_] = line;
   }
-  // The i-th line, i even, and the next.
-  MEDSSM_INLINE void ask(int64_t i) const {
+  // Requests lines i and i + 1. i is even.
+  MEDSSM_INLINE void request(int64_t i) const {
     if (i >= count_) return;
     __builtin_prefetch(lines_[i]);
     __builtin_prefetch(lines_[i + 1]);
@@ -52,12 +53,12 @@ class Ahead {
   int64_t count_ = 0;
 };
 
-// Memory that the passes over one item after another use: `clear` makes all of it free again.
+// Scratch memory that is used again for each item. `clear` frees all of it.
 template <class T> class Workspace {
  public:
   explicit Workspace(int64_t size) : scratch_(size), size_(size) {}
   void clear() { used_ = 0; }
-  T* take(int64_t count) {
+  T* allocate(int64_t count) {
     T* const taken = scratch_.data() + used_;
     used_ += round_up(count, kLanes<T>);
     if (used_ > size_) throw std::length_error("a pass takes more memory than was set aside for it");
@@ -70,10 +71,10 @@ template <class T> class Workspace {
   int64_t used_ = 0;
 };
 
-// Features [first, first + count) of one head's tokens: in place where they are of the compute type, else copies.
+// Features [first, first + count) of one head's tokens: in place if the tensor has the compute type, otherwise copies.
 template <class T> class Rows {
  public:
-  // The most memory that rows of so many features take.
+  // The largest amount of memory that rows of `count` features need.
   static int64_t size(int64_t count) { return (kBlock + 1) * round_up(count, kLanes<T>); }
 
   Rows(const Tokens& x, const Item& item, int64_t first, int64_t count, Workspace<T>& memory) :
@@ -82,12 +83,12 @@ template <class T> class Rows {
       count_(count),
       step_(round_up(count, kLanes<T>)),
       in_place_(x.type == (sizeof(T) == 8 ? kFloat64 : kFloat32)),
-      copies_(memory.take((in_place_ ? 1 : kBlock + 1) * step_)) {
+      copies_(memory.allocate((in_place_ ? 1 : kBlock + 1) * step_)) {
     for (int64_t i = 0; i < step_; ++i) copies_[i] = T(0);
   }
 
-  // Adds a token's lines to those to be asked for.
-  void ahead(int64_t token, Ahead& lines) const {
+  // Adds a token's cache lines to `lines`.
+  void prefetch(int64_t token, Prefetch& lines) const {
     const int64_t size = element_size(x_.type);
     const char* line = static_cast<const char*>(x_.data) + (offset_ + token * x_.token) * size;
     for (int64_t i = 0; i < count_ * size; i += 64) lines.add(line + i);
@@ -118,19 +119,19 @@ template <class T> class Rows {
   const T* rows_[kBlock];
 };
 
-// What a block after the next needs of some rows.
-template <class... R> Ahead ahead(const Walk& walk, int64_t length, const Block& block, bool forward, const R&... rows) {
-  Ahead lines;
+// The cache lines of `rows` that the block after the next one will read.
+template <class... R> Prefetch prefetch(const Walk& walk, int64_t length, const Block& block, bool forward, const R&... rows) {
+  Prefetch lines;
   for (int64_t j = 2 * kBlock; j < 3 * kBlock; ++j) {
     const int64_t step = forward ? block.step[0] + j : block.step[0] - j;
     if (step < 0 || step >= length) break;
     const int64_t token = walk.steps(step, step + 1).token(0);
-    (rows.ahead(token, lines), ...);
+    (rows.prefetch(token, lines), ...);
   }
   return lines;
 }
 
-// beta or g of a block; `absent` where there is no token.
+// beta or g of a block's tokens; `absent` for tokens that do not exist.
 template <class T> void scalars(const Scalars& x, const Item& item, const Block& block, T absent, T* out) {
   with_storage(x.type, x.data, [&](const auto* data) {
     data += x.batch * item.batch + x.head * item.head;
@@ -138,7 +139,7 @@ template <class T> void scalars(const Scalars& x, const Item& item, const Block&
   });
 }
 
-// exp(g) of a block's tokens, 1 without decay.
+// e = exp(g) of a block's tokens, or 1 if there is no decay.
 template <class T> void decays(const Scalars& g, const Item& item, const Block& block, T* e) {
   constexpr int W = kLanes<T>;
   alignas(64) T log[round_up(kBlock, W)] = {};
@@ -147,7 +148,7 @@ template <class T> void decays(const Scalars& g, const Item& item, const Block& 
   for (int j = 0; j < kBlock; ++j) e[j] = log[j];
 }
 
-// A row's lanes of an item: kVectors vectors, the last one in part.
+// An item's columns of one row: kVectors vectors. The last one may be partly filled.
 template <class T, int kVectors> struct Lanes {
   Vec<T> v[kVectors];
 

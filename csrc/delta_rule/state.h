@@ -1,34 +1,34 @@
-// A gated recurrence of a matrix, four tokens at a time. Rows are read by broadcast coefficients, columns lie in the lanes.
+// A gated recurrence of a matrix S, computed for blocks of four tokens. Each lane has one column. Coefficients over the rows are broadcast.
 //
-// Each token adds kUpdates outer products c_t x_t^T (c over the rows, x over the columns) and takes kReads = 3 - kUpdates read-outs S^T r_t. One
-// sweep over the rows applies the updates of the block before and sums the read-outs of the block at hand from the state before it, so that a row is
-// loaded and stored once in four tokens; what the block's own tokens contribute to each other's read-outs follows from the products of their
-// coefficients. Decays enter as products of the block's own factors, never as a quotient.
+// Each token adds kUpdates outer products c_t x_t^T (c over the rows, x over the columns) and computes kReads = 3 - kUpdates read-outs S^T r_t. One
+// sweep over the rows applies the updates of the previous block, and sums the read-outs of the current block from the state before it. So a row is
+// loaded and stored once per four tokens. The contributions of the block's tokens to each other's read-outs are computed from the dot products of
+// their coefficients. Decays are products of the block's own factors, never a quotient, so strong decay is safe.
 #pragma once
 #include "panel.h"
 
 namespace medssm {
 namespace {
 
-// kSlots coefficients a token: the first kUpdates are those of the updates, the last kReads those of the read-outs (they may overlap).
+// A token has kSlots coefficient vectors: the first kUpdates are for the updates, the last kReads for the read-outs. They may overlap.
 template <class T, int kVectors, int kSlots, int kUpdates> class State {
  public:
   static constexpr int kReads = 3 - kUpdates, kWidth = kSlots * kBlock, kRow = kVectors * kLanes<T>;
   using L = Lanes<T, kVectors>;
 
-  // The memory that a state of so many rows takes.
+  // The memory that a state with `rows` rows needs.
   static int64_t size(int64_t rows) { return rows * kRow + 2 * panel_size(rows); }
 
   State(int64_t rows, Workspace<T>& memory) :
-      rows_(rows), state_(memory.take(rows * kRow)), panel_(memory.take(2 * panel_size(rows))), earlier_(panel_ + panel_size(rows)) {
+      rows_(rows), state_(memory.allocate(rows * kRow)), panel_(memory.allocate(2 * panel_size(rows))), earlier_(panel_ + panel_size(rows)) {
     for (int64_t i = 0; i < 2 * panel_size(rows); ++i) panel_[i] = T(0);
     clear();
   }
 
-  // Zero, or row i from data + i * row_stride, lane c from there + c * column_stride.
+  // clear: sets the state to zero. set: reads row i, lane c from data[offset + i * row_stride + c * column_stride]; null data means zero.
   void clear() {
     for (int64_t i = 0; i < rows_ * kRow; ++i) state_[i] = T(0);
-    settle();
+    clear_pending();
   }
   void set(const void* data, int64_t offset, int64_t row_stride, int64_t column_stride, int lanes) {
     clear();
@@ -38,10 +38,10 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
       for (int c = 0; c < lanes; ++c) state_[i * kRow + c] = from[i * row_stride + c * column_stride];
   }
 
-  // The state itself, all updates applied: rows of kRow lanes.
+  // The state after all updates, as rows of kRow lanes.
   const T* value() {
     sweep<false>({}, nullptr);
-    settle();
+    clear_pending();
     return state_;
   }
   void get(void* data, int64_t offset, int64_t row_stride, int lanes) {
@@ -51,29 +51,30 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
   }
   int64_t size() const { return rows_ * kRow; }
 
-  // Takes the coefficients of a block: its products, and the read-outs of the state before it, read[r * kBlock + j].
-  MEDSSM_INLINE void take(const T* const* const (&coefficients)[kSlots], const Ahead& ahead, T* products, L* read) {
+  // Packs the coefficients of a block. Computes their dot products, and the read-outs from the state before the block: read[r * kBlock + j].
+  MEDSSM_INLINE void read_block(const T* const* const (&coefficients)[kSlots], const Prefetch& prefetch, T* products, L* read) {
     pack<T, kSlots, kUpdates - 1, kSlots - kReads, 0, kSlots - 1>(coefficients, rows_, panel_, products);
-    sweep<true>(ahead, read);
+    sweep<true>(prefetch, read);
     std::swap(panel_, earlier_);
   }
 
-  // The block's updates, x[u * kBlock + j] with the decays of the tokens behind it, and its decay of the state before it.
+  // Stores the updates of the block, which the next sweep applies. x: of update u of token j, times the decays of the tokens after it. factor: the
+  // decay of the state over the whole block.
   MEDSSM_INLINE void update(int u, int j, const L& x) { pending_[u * kBlock + j] = x; }
   MEDSSM_INLINE void decay(T factor) { decay_ = factor; }
 
  private:
   static int64_t panel_size(int64_t rows) { return round_up(rows, kLanes<T>) * kWidth; }
-  void settle() {
+  void clear_pending() {
     decay_ = T(1);
     for (L& x : pending_) x = L{};
   }
 
-  template <bool kRead> MEDSSM_INLINE void sweep(const Ahead& ahead, L* read) {
-    decay_ == T(1) ? rows<kRead, false>(ahead, read) : rows<kRead, true>(ahead, read);
+  template <bool kRead> MEDSSM_INLINE void sweep(const Prefetch& prefetch, L* read) {
+    decay_ == T(1) ? rows<kRead, false>(prefetch, read) : rows<kRead, true>(prefetch, read);
   }
 
-  template <bool kRead, bool kDecays> __attribute__((noinline)) void rows(const Ahead& ahead, L* read) {
+  template <bool kRead, bool kDecays> __attribute__((noinline)) void rows(const Prefetch& prefetch, L* read) {
     L x[kUpdates * kBlock], sum[kReads * kBlock] = {};
 #pragma GCC unroll 16
     for (int j = 0; j < kUpdates * kBlock; ++j) x[j] = pending_[j];
@@ -81,7 +82,7 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
     const T *c = earlier_, *r = panel_ + (kSlots - kReads) * kBlock;
     T* s = state_;
     for (int64_t i = 0; i < rows_; ++i, c += kWidth, r += kWidth, s += kRow) {
-      ahead.ask(2 * i);
+      prefetch.request(2 * i);
       L row;
 #pragma GCC unroll 2
       for (int l = 0; l < kVectors; ++l) {
