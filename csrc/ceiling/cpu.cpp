@@ -1,6 +1,7 @@
-// The ceiling of a selective scan on this processor: its arithmetic alone, out of registers and the first-level cache. Part of the benchmark.
+// An upper bound for the speed of a selective scan on this processor, used by the benchmark. It does only the arithmetic of the recurrence, on data
+// in registers and the first-level cache.
 //
-// Per token, channel and state (16 of them): one exponential, one product and two FMAs. No softplus, D, gate, conversion or memory.
+// Per token, channel and state (16 states): one exponential, one product and two FMAs. No softplus, D, gate, type conversion or main memory.
 #include "medssm/math.h"
 #include "medssm/parallel.h"
 
@@ -10,12 +11,12 @@ namespace {
 
 struct Arguments {
   int64_t channels, tokens, threads;  // channels: rounded up to whole vectors
-  float* sum;                         // one value, so that the work has a result
+  float* sum;                         // one output value, so that the compiler does not remove the work
 };
 
 constexpr int kStates = 16, kSteps = 64, W = kLanes<float>;
 
-// kSteps steps of the recurrence of one vector of channels.
+// Computes kSteps steps of the recurrence for one vector of channels.
 __attribute__((noinline)) Floats steps(const float* rates, const float* s, const float* B, const float* C, float* state) {
   Floats h[kStates], total{};
 #pragma GCC unroll 16
