@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this processor runs: "v4" (AVX-512), "v3" (AVX2, FMA, F16C) or "base".
+// Chooses the best of the compiled instruction sets that this processor supports: "v4" (AVX-512), "v3" (AVX2, FMA, F16C) or "base".
 #include "medssm/abi.h"
 
 #if defined(__x86_64__)
@@ -9,7 +9,8 @@ namespace {
 
 #if defined(__x86_64__)
 
-// Asked directly, since __builtin_cpu_supports of clang 16 has no name for them. Their registers are those of AVX2, which it does check.
+// Read from CPUID, because __builtin_cpu_supports of clang 16 has no names for these features. They use the same registers as AVX2, so the operating
+// system support that __builtin_cpu_supports checks for AVX2 is enough.
 bool has_f16c_movbe_lzcnt() {
   constexpr unsigned kF16C = 1u << 29, kMovbe = 1u << 22, kLzcnt = 1u << 5;
   unsigned eax, ebx, ecx, edx, extended;
@@ -31,7 +32,7 @@ bool has_f16c_movbe_lzcnt() {
 
 }  // namespace
 
-// The best of those that were compiled.
+// The name of the best instruction set that was compiled and that this processor supports.
 MEDSSM_VISIBLE const char* medssm_cpu_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

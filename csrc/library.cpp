@@ -1,4 +1,4 @@
-// What the CPU library says of itself: the version of the package it was built for, and why this thread's last kernel failed.
+// Information about the CPU library: the package version it was built for, and the error of this thread's last failed kernel.
 #include "medssm/abi.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// What the CUDA library says of itself: the version of the package it was built for, and the GPUs it was compiled for.
+// Information about the CUDA library: the package version it was built for, and the GPU architectures it was compiled for.
 #include "medssm/abi.h"
 
 #ifndef MEDSSM_TARGETS

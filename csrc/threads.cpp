@@ -1,7 +1,7 @@
-// Teams of threads for medssm/parallel.h: torch's OpenMP pool where this process has loaded torch, else std::thread.
+// Teams of threads for medssm/parallel.h. They are threads of torch's OpenMP pool if this process has loaded torch, otherwise std::threads.
 //
-// Nothing here is linked to an OpenMP library. torch's wheels carry an OpenMP runtime of their own, under a name that differs between
-// platforms, and a second runtime would start a second pool of threads beside torch's. So its functions are looked up in torch at run time.
+// This file is not linked to an OpenMP library. torch's wheels include their own OpenMP runtime, whose name differs between platforms. A second
+// runtime would start a second thread pool. So the functions of torch's runtime are looked up at run time.
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
@@ -23,7 +23,7 @@
 namespace medssm {
 namespace {
 
-// The entry points that compilers call for `#pragma omp parallel` and `#pragma omp barrier`. libgomp, libomp and libiomp5 all have them.
+// The functions that compilers call for `#pragma omp parallel` and `#pragma omp barrier`. libgomp, libomp and libiomp5 all have them.
 struct OpenMP {
   void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
   void (*barrier)();
@@ -47,7 +47,7 @@ std::string path_of_torch() {
   return path;
 }
 
-// dlsym on a library searches what it depends on: this finds the runtime that torch itself uses, and no other.
+// dlsym on a library also searches the libraries it depends on. So this finds the runtime that torch itself uses.
 OpenMP look_up() {
   const std::string path = path_of_torch();
   void* torch = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
@@ -71,52 +71,53 @@ const OpenMP& openmp() {
   return found;
 }
 
-// Where std::threads of a team wait for each other.
-class Gate {
+// A barrier for a team of std::threads.
+class Barrier {
  public:
-  // Called once, by the first thread: the others start now.
-  void open(int64_t size) {
+  // Called once, by the first thread. The other threads wait in size() until then.
+  void start(int64_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
     size_ = size;
-    moved_.notify_all();
+    changed_.notify_all();
   }
 
-  // The team's size, as soon as it is known.
+  // Waits until the team's size is known, and returns it.
   int64_t size() {
     std::unique_lock<std::mutex> lock(mutex_);
-    moved_.wait(lock, [&] { return size_ > 0; });
+    changed_.wait(lock, [&] { return size_ > 0; });
     return size_;
   }
 
-  void pass() {
+  void wait() {
     std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t turn = turn_;
+    const int64_t phase = phase_;
     if (++arrived_ == size_) {
       arrived_ = 0;
-      ++turn_;
-      moved_.notify_all();
+      ++phase_;
+      changed_.notify_all();
     } else {
-      moved_.wait(lock, [&] { return turn_ != turn; });
+      changed_.wait(lock, [&] { return phase_ != phase; });
     }
   }
 
  private:
   std::mutex mutex_;
-  std::condition_variable moved_;
-  int64_t size_ = 0, arrived_ = 0, turn_ = 0;
+  std::condition_variable changed_;
+  int64_t size_ = 0, arrived_ = 0, phase_ = 0;
 };
 
 void run_threads(int64_t threads, TeamBody body, void* context) {
-  Gate gate;
+  Barrier barrier;
   std::vector<std::thread> others;
   try {
     others.reserve(threads - 1);
-    for (int64_t rank = 1; rank < threads; ++rank) others.emplace_back([&gate, body, context, rank] { body(context, rank, gate.size(), &gate); });
+    for (int64_t rank = 1; rank < threads; ++rank)
+      others.emplace_back([&barrier, body, context, rank] { body(context, rank, barrier.size(), &barrier); });
   } catch (const std::exception&) {
-    // The system starts no more threads, or has no memory for them: the team is smaller than asked, which changes no result.
+    // The system cannot start more threads, or there is no memory for them. The team is smaller than requested; this changes no result.
   }
-  gate.open(static_cast<int64_t>(others.size()) + 1);
-  body(context, 0, gate.size(), &gate);
+  barrier.start(static_cast<int64_t>(others.size()) + 1);
+  body(context, 0, barrier.size(), &barrier);
   for (std::thread& other : others) other.join();
 }
 
@@ -135,9 +136,9 @@ void run_team(int64_t threads, TeamBody body, void* context) {
   openmp().parallel(enter, &call, static_cast<unsigned>(threads), 0);
 }
 
-void team_barrier(void* gate) { gate != nullptr ? static_cast<Gate*>(gate)->pass() : openmp().barrier(); }
+void team_barrier(void* barrier) { barrier != nullptr ? static_cast<Barrier*>(barrier)->wait() : openmp().barrier(); }
 
 }  // namespace medssm
 
-// "OpenMP" (torch's pool) or "std::thread".
+// Which threads are used: "OpenMP" (torch's pool) or "std::thread".
 MEDSSM_VISIBLE const char* medssm_cpu_threads() { return medssm::openmp().complete() ? "OpenMP" : "std::thread"; }
