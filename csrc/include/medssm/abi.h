@@ -1,15 +1,15 @@
-// The C ABI of the kernels: no torch, no Python, one packed argument block a call, a status as the result.
+// The C ABI of the kernels. It needs neither torch nor Python. A call takes a pointer to one packed struct of arguments, and returns a status.
 //
-// Every kernel file is compiled once per instruction set with MEDSSM_ISA set to `base`, `v3` or `v4`. An exported kernel is written as
+// Every kernel file is compiled once per instruction set, with MEDSSM_ISA set to `base`, `v3` or `v4`. An exported kernel is written as
 //
 //   MEDSSM_EXPORT(ssd_forward, Arguments) { ... uses `a`, a const Arguments& ... }
 //
-// and exports two functions, so that none can be without them:
+// which defines both exported functions:
 //
-//   int64_t medssm_ssd_forward_v4(const Arguments*)   runs it and returns 0, or a status of failure.h: no exception leaves it
-//   int64_t medssm_ssd_forward_bytes_v4()             the size of the struct, which the loader compares with what Python packs
+//   int64_t medssm_ssd_forward_v4(const Arguments*)   runs it; returns 0, or a status (failure.h); throws nothing
+//   int64_t medssm_ssd_forward_bytes_v4()             the size of the struct; the loader compares it with the size that Python packs
 //
-// All fields of the struct are 8 bytes wide (pointers, int64_t, double): Python packs it with struct.pack, nothing depends on a compiler's padding.
+// All fields of the struct are 8 bytes wide (pointers, int64_t, double). So there is no padding, and Python can pack it with struct.pack.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -38,6 +38,6 @@
   static void run_##name(const Arguments& a)
 
 namespace medssm {
-// Storage types as Python names them (kernels/native.py, DTYPES).
+// Storage types, with the same numbers as in Python (kernels/native.py, DTYPES).
 enum DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 }  // namespace medssm

@@ -1,17 +1,17 @@
-// softplus, sigmoid and silu with their derivatives: of vectors on the CPU, of single numbers on a GPU, in one text.
+// softplus, sigmoid and silu with their derivatives. The same code works on vectors on the CPU and on single numbers on a GPU.
 #pragma once
 #include "medssm/lanes.h"
 
 namespace medssm {
 namespace {
 
-// e^-|x|, in [0, 1]; NaN at NaN. Where it would be below the normal numbers it may stop short of 0.
+// e^-|x|, in [0, 1]; NaN for NaN. A result below the normal numbers may be a small positive number instead.
 template <class T> MEDSSM_INLINE Vec<T> exp_minus_abs(Vec<T> x) { return exp_bounded<T>(max(splat(-kExpBound<T>), -abs(x))); }
 
-// ln(1 + e) for e in [0, 1], relatively right down to the smallest e.
+// ln(1 + e) for e in [0, 1]. The relative error is small even for the smallest e.
 template <class T> MEDSSM_INLINE Vec<T> log1p_unit(Vec<T> e);
 #if defined(__AVX512F__) && !defined(MEDSSM_DEVICE)
-// 1 / (1 + i / 32) as floats c, and -ln(c).
+// c = 1 / (1 + i / 32) rounded to float, and -ln(c).
 alignas(64) constexpr float kInverseTable[32] = {1.000000000f, 0.969696999f, 0.941176474f, 0.914285719f, 0.888888896f, 0.864864886f, 0.842105269f,
                                                  0.820512831f, 0.800000012f, 0.780487776f, 0.761904776f, 0.744186044f, 0.727272749f, 0.711111128f,
                                                  0.695652187f, 0.680851042f, 0.666666687f, 0.653061211f, 0.639999986f, 0.627451003f, 0.615384638f,
@@ -22,8 +22,8 @@ alignas(64) constexpr float kLogTable[32] = {-0.000000000f, 0.030771628f, 0.0606
                                              0.362905473f,  0.384411722f, 0.405465066f, 0.426084429f, 0.446287125f, 0.466089696f, 0.485507786f,
                                              0.504556000f,  0.523248136f, 0.541597307f, 0.559615731f, 0.577315331f, 0.594707131f, 0.611801565f,
                                              0.628608584f,  0.645138025f, 0.661398530f, 0.677398741f};
-// ln(1 + e) = ln((1 + e) c) - ln(c), c the table's value nearest to 1 / (1 + e): with c near 1, (1 + e) c - 1 = e c + (c - 1) is right to its last
-// place.
+// ln(1 + e) = ln((1 + e) c) - ln(c), where c is the table's value nearest to 1 / (1 + e). (1 + e) c is near 1, and (1 + e) c - 1 = e c + (c - 1) has
+// no cancellation error: c - 1 is exact, and the FMA rounds once.
 template <> MEDSSM_INLINE Floats log1p_unit<float>(Floats e) {
   const Ints32 nearest = bit_cast<Ints32>(min(splat(0.97f), e) + kRound<float>);
   const Floats c = (Floats)_mm512_permutex2var_ps(_mm512_load_ps(kInverseTable), (__m512i)nearest, _mm512_load_ps(kInverseTable + 16));
@@ -59,15 +59,15 @@ template <class T> MEDSSM_INLINE Softplus<T> softplus_of(Vec<T> x, Vec<T> e) {
   return {max(Vec<T>{}, x) + log1p_unit<T>(e), quotient<T>(select(x < 0, e, one), one + e)};
 }
 
-// 1 / (1 + e^-x) for x >= kSigmoidFrom<T>, where it and its inverse are normal numbers.
+// 1 / (1 + e^-x) for x >= kSigmoidFrom<T>. In this range the result and its reciprocal are normal numbers.
 template <class T> constexpr T kSigmoidFrom = sizeof(T) == 4 ? T(-86) : T(-690);
 template <class T> MEDSSM_INLINE Vec<T> sigmoid_bounded(Vec<T> x) {
   const Vec<T> one = splat(static_cast<T>(1));
   return quotient<T>(one, one + exp_bounded<T>(max(splat(-kExpBound<T>), -x)));
 }
 
-// silu(x) = x sigmoid(x) and its derivative, both from one exponential. Below kSigmoidFrom<T> silu is 0 to the last place, and x is kept there:
-// sigmoid stops short of 0.
+// silu(x) = x sigmoid(x) and its derivative, both from one exponential. For x below kSigmoidFrom<T>, silu is almost 0, and x is replaced by
+// kSigmoidFrom<T>, because sigmoid_bounded does not become smaller below it.
 template <class T> struct Silu {
   Vec<T> value, slope;
 };

@@ -1,14 +1,15 @@
-// A GPU's side of what formulas are written in (see lanes.h), and what kernels there share: launches, storage, sums across lanes.
+// The GPU version of the functions of lanes.h, and code shared by the GPU kernels: launches, loads and stores, sums across lanes.
 //
-// Kernels are written for one number per thread: Vec<T> is T. They take all of their shared memory by size at the launch, as `shared_memory<T>()`,
-// and use __syncthreads and __shfl_xor_sync alone, so that tests/emulation can run them on a CPU, thread by thread.
+// A thread computes one number at a time: Vec<T> is T. Kernels use only dynamic shared memory, as `shared_memory<T>()`, and synchronise only with
+// __syncthreads and __shfl_xor_sync. So tests/emulation can run them on a CPU.
 #pragma once
 #include <cuda_runtime.h>
 
 #include "medssm/storage.h"
 
-// An exported kernel, written as MEDSSM_CUDA_EXPORT(name, Arguments) { ... uses `a`, a const Arguments& ... }: the stream is the struct's first
-// field, the result null or an error's text. As MEDSSM_EXPORT (abi.h) does, it exports the size of the struct too, and no exception leaves it.
+// An exported kernel is written as MEDSSM_CUDA_EXPORT(name, Arguments) { ... uses `a`, a const Arguments& ... }. The first field of the struct is the
+// stream. The exported function returns null, or the text of an error, and throws nothing. Like MEDSSM_EXPORT (abi.h), it also
+// exports the size of the struct.
 #define MEDSSM_CUDA_EXPORT(name, Arguments)                                                                                              \
   static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) % 8 == 0, "fields of 8 bytes, as struct.pack writes them"); \
   static void run_##name(const Arguments& a);                                                                                            \
@@ -32,9 +33,10 @@ template <class T> MEDSSM_INLINE T abs(T x) { return x < 0 ? -x : x; }
 MEDSSM_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 MEDSSM_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
-// a / b. A float's reciprocal comes from the special-function unit: right to 2 units in the last place for normal b below 2^126.
+// a / b. For float, 1 / b comes from the special-function unit; the error is at most 2 units in the last place for normal b below 2^126.
 template <class T> MEDSSM_INLINE T quotient(T a, T b) { return a / b; }
-// 2^x: a float's from the special-function unit too, right to 2 units in the last place; results below the normal numbers are 0.
+// 2^x. For float, it comes from the special-function unit too; the error is at most 2 units in the last place.
+// Results below the normal numbers are 0.
 template <class T> MEDSSM_INLINE T exp2(T x) { return ::exp2(x); }
 #if defined(__CUDA_ARCH__)
 template <> MEDSSM_INLINE float quotient<float>(float a, float b) { return __fdividef(a, b); }
@@ -47,13 +49,13 @@ template <> MEDSSM_INLINE float exp2<float>(float x) {
 template <> MEDSSM_INLINE float exp2<float>(float x) { return ::exp2f(x); }
 #endif
 
-// e^x for |x| <= kExpBound<T>, where it and its inverse are normal numbers.
+// e^x for |x| <= kExpBound<T>. In this range the result and its reciprocal are normal numbers.
 template <class T> constexpr T kExpBound = sizeof(T) == 4 ? T(86) : T(690);
 template <class T> MEDSSM_INLINE T exp_bounded(T x) { return exp2<T>(x * static_cast<T>(kLog2E)); }
 
 // -- memory -------------------------------------------------------------------------------------------------------------------------
 
-// Element `at` of a tensor whose storage type is known at run time: all threads take the same branch.
+// Element `at` of a tensor whose storage type is known only at run time. All threads take the same branch, so this is cheap.
 template <class T> MEDSSM_INLINE T read(const void* data, int64_t type, int64_t at) {
   switch (type) {
     case kFloat32:
@@ -83,7 +85,7 @@ template <class T> MEDSSM_INLINE void write(void* data, int64_t type, int64_t at
   }
 }
 
-// A tensor of any strides, in elements; data may be null where a call has none.
+// A tensor of any strides, in elements. data may be null if a call has no such tensor.
 template <int kDims> struct Strided {
   const void* data;
   int64_t type, stride[kDims];
@@ -97,7 +99,8 @@ template <int kDims> struct Strided {
   template <class T, class... I> MEDSSM_INLINE T get(I... index) const { return read<T>(data, type, at(index...)); }
 };
 
-// The same in two halves, so that several loads are under way before the first is waited for: the bits as they lie in memory, and what they mean.
+// The same as `read`, in two steps: `load` loads the bits from memory, `value` converts them. So a thread can start several loads before it waits for
+// the first one.
 template <class T> struct Bits;
 template <> struct Bits<float> {
   uint32_t bits;
@@ -131,9 +134,10 @@ template <class T> __device__ T* shared_memory() {
 
 constexpr int kWarp = 32;
 
-// Sums `kCount` values (a power of two) over lanes that differ in bits [low, high) of their number, both powers of two. While there are values to
-// share out, a step halves them: each of two lanes keeps the sums of one half. Afterwards a lane holds in values[0 … kept) the sums of the values
-// from the returned number on, kept = max(1, kCount * low / high); where lanes are more than values, several lanes hold the same.
+// Sums each of `kCount` values over a group of lanes: the lanes whose numbers differ only in the bits with values low, 2 low, …, high / 2. kCount,
+// low and high are powers of two. While a lane has more than one value, each step halves their number: two lanes exchange values, and each keeps the
+// sums of one half. At the end values[0 … kept) of a lane are the sums of the values from the returned index on, kept = max(1, kCount * low / high).
+// If there are more lanes than values, several lanes have the same sums.
 template <int kCount, class T> __device__ __forceinline__ int sum_across(T* values, int low, int high) {
   const int lane = threadIdx.x % kWarp;
   int first = 0;
@@ -160,13 +164,13 @@ template <int kCount, class T> __device__ __forceinline__ int sum_across(T* valu
 // -- launches -----------------------------------------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
-// All blocks lie along the grid's first axis, which alone takes more than 65,535.
+// All blocks are along the grid's first axis. Only this axis allows more than 65,535 blocks.
 template <class... P, class... A> void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t bytes, void* stream, A... arguments) {
   if (blocks > 0) kernel<<<static_cast<unsigned>(blocks), threads, bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 #endif
 
-// Runs `launches`: why they failed, or null.
+// Runs `launches`. Returns null, or the text of the error.
 template <class Launches> const char* launch_status(const Launches& launches) noexcept {
   try {
     launches();

@@ -1,4 +1,4 @@
-// What goes wrong in a kernel, as the C ABI reports it: a plain value, thrown inside a kernel and never across its edge.
+// Errors of kernels. Inside a kernel a Failure is thrown; exported functions catch it and return its status.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,7 +12,7 @@ void keep_error(const char* text) noexcept;
 namespace {
 
 struct Failure {
-  int64_t status = 0;  // 0: none; above 0: so many bytes could not be allocated; below 0: anything else, which `text` names
+  int64_t status = 0;  // 0: no failure; positive: the number of bytes that could not be allocated; negative: any other failure, described by `text`
   char text[160] = "";
 
   static Failure no_memory(int64_t bytes) {
@@ -21,7 +21,7 @@ struct Failure {
     return failure;
   }
 
-  // The exception that is being handled: call it in a catch block.
+  // The failure for the exception that is being handled. Call it in a catch block.
   static Failure current() noexcept {
     Failure failure;
     failure.status = -1;
@@ -34,7 +34,7 @@ struct Failure {
   }
 };
 
-// Runs a kernel; its status as Failure has it.
+// Runs a kernel and returns its status (see Failure).
 template <class Body> int64_t status_of(const Body& body) noexcept {
   try {
     body();

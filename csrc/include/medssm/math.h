@@ -1,13 +1,14 @@
 // exp2 and exp on vectors: f<float>(Floats), f<double>(Doubles).
 //
-// Floats are right to about 2 units in the last place, 2^x near x = 0 to half a unit: a scan with small steps multiplies thousands of
-// such factors, and a bias there would add up. Doubles are right to about 1e-15.
+// The error for float is about 2 units in the last place, and about half a unit for 2^x near x = 0. Near 0 it must be small, because a scan with
+// small steps multiplies thousands of such factors, and a systematic error would add up. The relative error for double is about 1e-15.
 #pragma once
 #include <cmath>
 
 #include "medssm/simd.h"
 
-// Keeps the compiler from fusing the product x into the additions that follow: they run beside the multiplier, not on it.
+// Stops the compiler from fusing the product x and the additions after it into FMAs. Separate additions are faster: they do not use the multiplier,
+// which limits the speed.
 #if defined(__x86_64__)
 #define MEDSSM_OPAQUE(x) asm("" : "+v"(x))
 #else
@@ -19,7 +20,7 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// x = n + r, n the multiple of a power of two that is nearest to x. `shifted` carries n in its low bits.
+// x = n + r, where n is the nearest multiple of a fixed power of two. `shifted` has n in its low bits.
 template <class T> struct Split {
   Vec<T> shifted, n, r;
 };
@@ -39,9 +40,9 @@ alignas(64) constexpr float kExp2Table[32] = {1.000000000f, 1.021897149f, 1.0442
                                               1.575980845f, 1.610490332f, 1.645755478f, 1.681792831f, 1.718619298f, 1.756252160f, 1.794709075f,
                                               1.834008086f, 1.874167634f, 1.915206561f, 1.957144124f};
 
-// 2^floor(n) * table[32 frac(n)] * (1 + c1 r + c2 r^2). A recurrence with small steps multiplies many such factors near 1, and what counts is
-// the relative error of 1 - 2^x: so c1 and c2 are not the minimax ones (which are 5e-8 from 2^r) but nearer to ln 2 and ln(2)^2 / 2
-// (1.6e-7), chosen by the error of simulated scans.
+// 2^floor(n) * table[32 frac(n)] * (1 + c1 r + c2 r^2). A recurrence with small steps multiplies many such factors near 1, so the relative error of
+// 1 - 2^x matters. Therefore c1 and c2 are not the minimax coefficients (error 5e-8 against 2^r). They are nearer to ln 2 and ln(2)^2 / 2
+// (error 1.6e-7) and give the smallest error in simulated scans.
 template <> MEDSSM_INLINE Floats exp2_of<float>(const Split<float>& x) {
   const Floats scale = (Floats)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)x.shifted, _mm512_load_ps(kExp2Table + 16));
   const Floats q = fma(splat(0.24018315f), x.r, splat(0.69315068f)) * x.r;
@@ -53,7 +54,7 @@ template <> MEDSSM_INLINE Floats exp2_of<float>(const Split<float>& x) {
 template <class T> constexpr T kExp2Bound = sizeof(T) == 4 ? T(125) : T(1000);
 template <class T> constexpr T kRound = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 * 2^23, 1.5 * 2^52: units of 1
 
-// A polynomial for 2^r; n is added to its exponent.
+// A polynomial for 2^r. n is added to the exponent of its value.
 template <> MEDSSM_INLINE Floats exp2_of<float>(const Split<float>& x) {
   Floats p = fma(splat(0.001326472712f), x.r, splat(0.009671512645f));
   p = fma(p, x.r, splat(0.05550733743f));
@@ -84,7 +85,7 @@ template <> MEDSSM_INLINE Doubles exp2_of<double>(const Split<double>& x) {
   return bit_cast<Doubles>(bit_cast<Ints64>(p) + (bit_cast<Ints64>(x.shifted) << 52));
 }
 
-// 2^x for |x| <= kExp2Bound<T>, and NaN for NaN. With AVX-512 it takes four operations of the multiplier, x itself included.
+// 2^x for |x| <= kExp2Bound<T>, and NaN for NaN. With AVX-512 it takes four operations of the multiplier, including the product that gives x.
 template <class T> MEDSSM_INLINE Vec<T> exp2_bounded(Vec<T> x) {
   MEDSSM_OPAQUE(x);
   const Vec<T> shifted = x + kRound<T>, n = shifted - kRound<T>;
@@ -98,7 +99,7 @@ template <class T> MEDSSM_INLINE Vec<T> exp_bounded(Vec<T> x) {
   return exp2_of<T>({shifted, n, fma(x, log2e, -n)});
 }
 
-// 2^x for every x: 0 at -inf, inf where it overflows, NaN at NaN. Results below the normal numbers may be 0.
+// 2^x for every x: 0 for -inf, inf on overflow, NaN for NaN. Results below the normal numbers may be 0.
 template <class T> MEDSSM_INLINE Vec<T> exp2(Vec<T> x) {
   const Vec<T> inside = exp2_bounded<T>(min(splat(kExp2Bound<T>), max(splat(-kExp2Bound<T>), x)));
   const Vec<T> low = select(x < -kExp2Bound<T>, Vec<T>{}, inside);
@@ -107,7 +108,8 @@ template <class T> MEDSSM_INLINE Vec<T> exp2(Vec<T> x) {
 
 template <class T> MEDSSM_INLINE Vec<T> exp(Vec<T> x) { return exp2<T>(x * static_cast<T>(kLog2E)); }
 
-// a / b for normal b below 2^126. AVX-512 has an estimate of 1 / b which one Newton step makes right to an ulp, in a third of a division's time.
+// a / b for normal b below 2^126. AVX-512 has an instruction that estimates 1 / b. One Newton step reduces the error to one unit in the last place;
+// this takes a third of the time of a division.
 template <class T> MEDSSM_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) { return a / b; }
 #if defined(__AVX512F__)
 template <> MEDSSM_INLINE Floats quotient<float>(Floats a, Floats b) {

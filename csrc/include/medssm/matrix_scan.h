@@ -1,26 +1,27 @@
-// A pass of a matrix-state op over a whole walk. `scan` divides the heads among the threads and holds their states. For each tile it runs the
-// recurrence of matrix_state.h on what the pass reads, and hands the result back to the pass.
+// Runs a pass of a matrix-state op over a whole walk. `scan` divides the heads among the threads and stores their states. For each tile it gets the
+// operands from the pass, runs the recurrence of matrix_state.h on them, and gives the result to the pass.
 //
-// An op writes its pass as a class; `scan` makes one object of it for each thread:
+// An op defines its pass as a class. `scan` makes one object of it per thread:
 //
 //   struct Pass {
 //     using Form = Form<Decay::kWhole, false, false>;              // matrix_state.h
 //     void begin_head(const Slot<T>&);                             // before a head's first tile
-//     void begin_tile(const Slot<T>&, const Tile&);                // before each tile; slot.state is the state after the steps before it
-//     Operands<T> rows(const Slot<T>&, const Tile&);               // q, k and the decay (not kLanes) of a head's tile, padded_rows(rows) wide;
-//                                                                  // called once a tile, the views stay valid until the next call
-//     void lanes(const Slot<T>&, const Tile&, int64_t block, Operands<T>*);   // v of a block of lanes, and the decay of kLanes
-//     void take(const Slot<T>&, const Tile&, int64_t block, const Operands<T>&, const T* o);   // o [step][lane]: to scale, to add to, to write
+//     void begin_tile(const Slot<T>&, const Tile&);                // before each tile; slot.state is the state before its first step
+//     Operands<T> rows(const Slot<T>&, const Tile&);               // q, k and the decay (unless kLanes) of a tile, padded_rows(rows) elements;
+//                                                                  // called once per tile; the views stay valid until the next call
+//     void lanes(const Slot<T>&, const Tile&, int64_t block, Operands<T>*);   // v of a block of lanes, and the decay if kLanes
+//     void take(const Slot<T>&, const Tile&, int64_t block, const Operands<T>&, const T* o);   // receives the result o [step][lane]
 //     void end_head(const Slot<T>&);                               // after a head's last tile
 //   };
 //
 // Views may point into tensors (rows_of) or into buffers of the pass. Buffers hold kTileSteps rows.
 //
-// Heads that share an output (the gradients of grouped keys and values) are `together`: within each tile their slots follow one another, from
-// slot.first_together to slot.last_together. So the pass can add their results up, always in the order of the heads.
+// `together` is the number of consecutive heads that share an output (the gradients of grouped keys and values). Within each tile the slots of these
+// heads follow one another. The first has slot.first_together, the last has slot.last_together. So the pass can add their results, always in the
+// order of the heads.
 //
-// Where heads are too few, threads share the blocks of lanes of one head. A pass computes each block by itself, whichever other blocks its thread
-// has: then any number of threads gives the same bits.
+// If there are fewer heads than threads, several threads share the blocks of lanes of one head. A pass must compute each block independently of the
+// other blocks of its thread, so that any number of threads gives the same bits.
 #pragma once
 #include <type_traits>
 
@@ -31,25 +32,27 @@
 namespace medssm {
 namespace {
 
-// A state (b, h, rows, lanes) of any type and strides. data may be null: zeros, or not wanted.
+// A state (b, h, rows, lanes) of any type and strides. If data is null, an initial state is zero, and a final state is not stored.
 struct StateTensor {
   void* data;
   int64_t type, batch, head, row, lane;
 };
 
 struct MatrixShape {
-  int64_t batch, heads, together, rows, lanes;  // together: consecutive heads that share outputs; divides heads
+  int64_t batch, heads, together, rows, lanes;  // together: number of consecutive heads that share outputs; heads is a multiple of it
 };
 
-// What a thread has of one head of one batch element: some blocks of its lanes.
+// A thread's part of one head of one batch element: some blocks of its lanes.
 template <class T> struct Slot {
   int64_t batch, head, first_block, end_block;
   bool first_together, last_together;
-  T *states, *carry;  // [block of this slot][padded row][lane]; the pass's own numbers, zeros at first
+  T *states, *carry;  // states: [block of this slot][padded row][lane]; carry: values of the pass itself, zero at the start
   int64_t rows, lanes;
 
   T* state(int64_t block) const { return states + (block - first_block) * padded_rows(rows) * kLanes<T>; }
-  int width(int64_t block) const { return static_cast<int>(least<int64_t>(kLanes<T>, lanes - block * kLanes<T>)); }  // lanes that exist
+  int width(int64_t block) const {
+    return static_cast<int>(least<int64_t>(kLanes<T>, lanes - block * kLanes<T>));
+  }  // number of lanes of a block that exist
 };
 
 template <class T> void load_states(const StateTensor& from, const Slot<T>& slot) {
@@ -75,18 +78,18 @@ template <class T> void store_states(const Slot<T>& slot, const StateTensor& to)
   });
 }
 
-// How a walk is cut beyond its tiles: where steps - offset is a multiple of `every`, a tile begins. 0: nowhere.
+// Extra positions at which a tile must begin: each step for which step - offset is a multiple of `every`. every = 0: none.
 struct Cuts {
   int64_t every, offset;
   int64_t next(int64_t from, int64_t length) const { return every ? least(length, from + every - (from + every - offset % every) % every) : length; }
 };
 
-// Runs a pass. make(): a pass, for one thread. carry: how many numbers of its own a pass keeps per slot and block.
+// Runs a pass. make() returns the pass object of one thread. carry: how many values a pass keeps for itself per slot and block.
 template <class T, class Make> void scan(const MatrixShape& shape, const Walk& walk, int64_t length, int64_t threads, const StateTensor& initial,
                                          const StateTensor& final, const Cuts& cuts, int64_t carry, const Make& make) {
   constexpr int W = kLanes<T>;
-  constexpr int64_t kBand = 16;                   // heads that walk together: neighbours in memory, their states stay in the second-level cache
-  constexpr int64_t kMinWorkPerThread = 1 << 20;  // products; starting a thread costs as much as some hundred thousand
+  constexpr int64_t kBand = 16;  // heads that a thread computes together: adjacent in memory, and few enough for the second-level cache
+  constexpr int64_t kMinWorkPerThread = 1 << 20;  // in products; starting a thread takes as long as a few hundred thousand of them
   using Pass = decltype(make());
   const int64_t items = shape.batch * (shape.heads / shape.together), blocks = ceil_div(shape.lanes, W);
   if (items == 0 || blocks == 0) return;

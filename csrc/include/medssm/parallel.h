@@ -1,11 +1,11 @@
-// Threads: a team of them runs one body together.
+// Runs a function (the body) on a team of threads.
 //
 //   parallel(threads, [&](const Team& team) { for (i in share(items, team)) ...; });
-//   parallel_phases(threads, [&](PhasedTeam& team) { ...; team.barrier(); ...; });       // where the threads wait for each other
+//   parallel_phases(threads, [&](PhasedTeam& team) { ...; team.barrier(); ...; });       // if threads must wait for each other
 //
-// One thread runs the body in place and enters no parallel region. What a body computes must not depend on team.size, which may be smaller than
-// what was asked for. Bodies allocate no memory (scratch.h has PerThread for that). Should one of them throw all the same, the call ends with its
-// Failure: no exception leaves a thread, and no thread is left waiting at a barrier.
+// With one thread, the body runs on the calling thread, without a parallel region. The results of a body must not depend on team.size, which may be
+// smaller than `threads`. Bodies should not allocate memory; PerThread (scratch.h) allocates before they start. If a body throws, the exception does
+// not leave its thread, no other thread waits at a barrier forever, and the call throws a Failure at the end.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -18,7 +18,7 @@
 
 namespace medssm {
 
-// csrc/threads.cpp, which is compiled once for all instruction sets. A TeamBody throws nothing.
+// Defined in csrc/threads.cpp, which is compiled once for all instruction sets. A TeamBody must not throw.
 using TeamBody = void (*)(void* context, int64_t rank, int64_t size, void* gate);
 void run_team(int64_t threads, TeamBody body, void* context);
 void team_barrier(void* gate);
@@ -39,7 +39,7 @@ class FirstFailure {
   void keep() noexcept {
     if (!taken_.exchange(true)) failure_ = Failure::current();
   }
-  // After all threads are done.
+  // Call after all threads have finished.
   void rethrow() const {
     if (failure_.status) throw failure_;
   }
@@ -65,8 +65,9 @@ template <class Body> void parallel(int64_t threads, const Body& body) {
   call.failure.rethrow();
 }
 
-// A team whose threads wait for each other. Barriers divide a body into phases. A thread that fails in one takes part in the barrier at its end, and
-// there the others leave too. A thread that is done takes part in one more barrier, for those that failed in the last phase.
+// A team whose threads wait for each other at barriers. Barriers divide a body into phases. If a thread fails in a phase, it still waits at the
+// barrier at the end of this phase, and all other threads stop at the same barrier. A thread that has finished its body waits at one more barrier,
+// because a thread that failed in the last phase waits there too.
 class PhasedTeam : public Team {
  public:
   struct Shared {
@@ -79,7 +80,8 @@ class PhasedTeam : public Team {
   void barrier() {
     if (size == 1) return;
     team_barrier(gate_);
-    // A failure in the next phase, of a thread that is ahead, does not count here: all threads must leave at the same barrier.
+    // Another thread may already be in the next phase and fail there. That failure must not count here, because all threads must stop at the same
+    // barrier.
     if (shared_->failed.load() <= phase_++) throw Left();
   }
 
@@ -95,7 +97,7 @@ class PhasedTeam : public Team {
 
  private:
   struct Left {};
-  void* gate_;  // what team_barrier takes
+  void* gate_;  // the argument of team_barrier
   Shared* shared_;
   int64_t phase_ = 0;
 };
@@ -117,12 +119,12 @@ template <class Body> void parallel_phases(int64_t threads, const Body& body) {
   call.shared.failure.rethrow();
 }
 
-// This thread's contiguous share of `items`, within one of each other's size.
+// This thread's contiguous share of `items`. The sizes of the shares differ by at most one.
 inline __attribute__((unused)) Range share(int64_t items, const Team& team) {
   return {items * team.rank / team.size, items * (team.rank + 1) / team.size};
 }
 
-// Asks for 2 MiB pages inside a large fresh buffer: a first write then faults once per 2 MiB instead of once per 4 KiB.
+// Requests 2 MiB pages for a large new buffer. The first writes then cause one page fault per 2 MiB instead of one per 4 KiB.
 inline __attribute__((unused)) void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;

@@ -1,4 +1,5 @@
-// Memory for the duration of a call: aligned to a cache line, not initialised. What cannot be had is thrown as a Failure that says how much it was.
+// Memory for the duration of a call: aligned to a cache line, not initialised. Throws a Failure with the number of bytes if
+// it cannot be allocated.
 #pragma once
 #include <cstdint>
 #include <new>
@@ -25,8 +26,8 @@ template <class T> class Scratch {
   T* data_;
 };
 
-// What each thread of a parallel region works with, made by make() before the region begins: memory that cannot be had is missed there, where
-// nobody waits.
+// One object per thread of a parallel region. They are made by make() before the region begins, so if an allocation fails, no other thread is waiting
+// at a barrier.
 template <class T> class PerThread {
  public:
   template <class Make> PerThread(int64_t threads, const Make& make) : PerThread(threads < 1 ? 1 : threads) {
@@ -38,7 +39,7 @@ template <class T> class PerThread {
   T& operator[](int64_t rank) const { return places_.data()[rank].value; }
 
  private:
-  struct alignas(64) Place {  // a cache line is one thread's
+  struct alignas(64) Place {  // so that threads do not share a cache line
     T value;
   };
   explicit PerThread(int64_t threads) : places_(threads) {}

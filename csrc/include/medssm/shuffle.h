@@ -1,4 +1,4 @@
-// Transposing registers, and summing many vectors over their lanes at once.
+// Transposes vectors in registers, and sums several vectors over their lanes at the same time.
 #pragma once
 #include <utility>
 
@@ -19,7 +19,7 @@ template <class T, class Index> MEDSSM_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b)
   return shuffle<T, Index>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// Exchanges the off-diagonal squares of kHalf x kHalf lanes of two rows.
+// The two results of exchanging the off-diagonal squares of kHalf x kHalf lanes between two rows.
 template <class T, int kHalf> struct Upper {
   static constexpr int at(int i) { return i & kHalf ? kLanes<T> + i - kHalf : i; }
 };
@@ -39,7 +39,8 @@ template <class T, int kHalf = kLanes<T> / 2> MEDSSM_INLINE void transpose(Vec<T
   if constexpr (kHalf > 1) transpose<T, kHalf / 2>(rows);
 }
 
-// 128-bit quarters are what x86 shuffles inside in one cheap instruction: sums first run over adjacent lanes of each, then across them.
+// On x86, a shuffle within 128-bit quarters of a vector is one cheap instruction. So sums first add adjacent lanes within each
+// quarter, then add the quarters.
 template <class T> constexpr int kQuarter = 16 / static_cast<int>(sizeof(T));
 
 template <class T, int kOdd> struct Adjacent {
@@ -82,7 +83,7 @@ template <class T, int kCount, int kWidth> MEDSSM_INLINE Vec<T> sum_adjacent(Vec
   }
 }
 
-// Lane i of the result is the sum of all lanes of v[i], for kCount vectors, a power of two up to kLanes; the other lanes repeat them.
+// Lane i of the result is the sum of all lanes of v[i], for i < kCount. kCount is a power of two, at most kLanes. The other lanes repeat these sums.
 // v is overwritten.
 template <class T, int kCount> MEDSSM_INLINE Vec<T> sum_each(Vec<T>* v) { return sum_adjacent<T, kCount, kQuarter<T>>(v); }
 

@@ -1,14 +1,14 @@
-// Vectors as wide as the instruction set: one kernel source for AVX-512, AVX2, SSE2 and any other processor.
+// Vectors of the full width of the instruction set. One kernel source works for AVX-512, AVX2, SSE2 and any other processor.
 //
-// `Floats` and `Doubles` are GCC vector extensions (clang has them too), so + - * / and comparisons are written as usual; v * w + x becomes
-// one fused multiply-add where the processor has it (-ffp-contract=fast). Storage types are float, double, BFloat16 and Float16;
-// load<T> and store convert between storage and the compute type T (float or double). `*_part` touch only the first n lanes in
-// memory; load_part fills the others with zero.
+// `Floats` and `Doubles` are GCC vector extensions (clang has them too), so + - * / and comparisons are written as usual. v * w + x becomes one fused
+// multiply-add if the processor has it (-ffp-contract=fast). Storage types are float, double, BFloat16 and Float16. load<T> and store convert between
+// the storage type and the compute type T (float or double). load_part and store_part access only the first n elements in memory; load_part sets the
+// other lanes to zero.
 //
 //   using V = Vec<float>;  constexpr int W = kLanes<float>;
 //   V x = load<float>(p), y = load_part<float>(q, 3);  store(out, x * splat<float>(2.f) + y);
 //
-// Everything has internal linkage: each instruction set's object keeps its own copy, and none leaks into another by name.
+// Everything has internal linkage. So each instruction set's object file has its own copy, and the linker cannot use the code of one for another.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -53,7 +53,7 @@ template <> struct VectorOf<double> {
   using words = Words64;
 };
 
-// The compute vector of T, the integers of the same width, and how many lanes both have.
+// The vector of T, the vectors of integers with lanes of the same width, and the number of lanes.
 template <class T> using Vec = typename VectorOf<T>::type;
 template <class T> using IntVec = typename VectorOf<T>::ints;
 template <class T> using UIntVec = typename VectorOf<T>::words;
@@ -61,10 +61,10 @@ template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof
 
 template <class T> MEDSSM_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 
-// mask ? a : b, with mask from a comparison of vectors.
+// mask ? a : b for each lane. mask is the result of a comparison of vectors.
 template <class V, class M> MEDSSM_INLINE V select(M mask, V a, V b) { return bit_cast<V>((bit_cast<M>(a) & mask) | (bit_cast<M>(b) & ~mask)); }
 
-// Lane-wise minimum and maximum; where a lane of `x` is NaN the result is NaN.
+// Lane-wise minimum and maximum. If a lane of `x` is NaN, the result in that lane is NaN.
 #if defined(__AVX512F__)
 MEDSSM_INLINE Floats min(Floats bound, Floats x) { return (Floats)_mm512_min_ps((__m512)bound, (__m512)x); }
 MEDSSM_INLINE Floats max(Floats bound, Floats x) { return (Floats)_mm512_max_ps((__m512)bound, (__m512)x); }
@@ -81,12 +81,12 @@ MEDSSM_INLINE Doubles max(Doubles bound, Doubles x) { return select(bound > x, b
 MEDSSM_INLINE Floats abs(Floats x) { return bit_cast<Floats>(bit_cast<Ints32>(x) & 0x7fffffff); }
 MEDSSM_INLINE Doubles abs(Doubles x) { return bit_cast<Doubles>(bit_cast<Ints64>(x) & 0x7fffffffffffffff); }
 
-// Lane by lane the largest of some magnitudes; a NaN counts as larger than everything.
+// The largest of several magnitudes, for each lane. A NaN counts as larger than any number.
 template <class T> class Largest {
  public:
-  // |x|
+  // Adds |x|.
   MEDSSM_INLINE void add(Vec<T> x) { add_positive(abs(x)); }
-  // x, which is not negative, or a NaN of any sign
+  // Adds x. It must not be negative, but may be a NaN of any sign.
   MEDSSM_INLINE void add_positive(Vec<T> x) {
     const UIntVec<T> bits = bit_cast<UIntVec<T>>(x);
     bits_ = bits_ > bits ? bits_ : bits;
@@ -94,17 +94,17 @@ template <class T> class Largest {
   MEDSSM_INLINE Vec<T> value() const { return bit_cast<Vec<T>>(bits_); }
 
  private:
-  UIntVec<T> bits_{};  // as integers, numbers that are not negative keep their order
+  UIntVec<T> bits_{};  // non-negative floats have the same order as their bits read as integers
 };
 
-// Whether every lane is at most `bound`; a NaN is not.
+// Whether every lane is at most `bound`. False if a lane is NaN.
 template <class T> MEDSSM_INLINE bool all_at_most(Vec<T> x, T bound) {
   bool inside = true;
   for (int i = 0; i < kLanes<T>; ++i) inside &= x[i] <= bound;
   return inside;
 }
 
-// a * b + c in one rounding where the processor has it. Where two products meet, it says which one is fused.
+// a * b + c, with a single rounding if the processor has FMA. In a sum of two products, an explicit fma determines which product is fused.
 #if defined(__AVX512F__)
 MEDSSM_INLINE Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 MEDSSM_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
@@ -131,7 +131,7 @@ template <class V, class S> MEDSSM_INLINE V load_bits(const S* p) {
   return v;
 }
 
-// Lane by lane: what no faster form below covers.
+// Element by element, for types that have no faster version below.
 template <class T, class S> MEDSSM_INLINE Vec<T> load_lanes(const S* p, int n) {
   alignas(kVectorBytes) T lanes[kLanes<T>] = {};
   for (int i = 0; i < n; ++i) lanes[i] = to_compute<T>(p[i]);
@@ -173,7 +173,7 @@ template <> struct Memory<float, float> {
 #endif
 };
 
-// Sixteen-bit storage: `Shorts` holds the bits of as many numbers as Floats has lanes.
+// 16-bit storage. `Shorts` has the bits of as many numbers as Floats has lanes.
 typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class S> MEDSSM_INLINE Shorts load_shorts(const S* p, int n) {
@@ -222,17 +222,17 @@ MEDSSM_INLINE Shorts narrow(Float16, Floats v) { return (Shorts)_mm256_cvtps_ph(
 template <> struct Memory<float, Float16> : Half<Float16> {};
 #endif
 
-// kLanes<T> elements from memory, and the first n only.
+// Loads kLanes<T> elements, or only the first n.
 template <class T, class S> MEDSSM_INLINE Vec<T> load(const S* p) { return Memory<T, S>::load(p); }
 template <class T, class S> MEDSSM_INLINE Vec<T> load_part(const S* p, int n) { return Memory<T, S>::load_part(p, n); }
 
-// All lanes to memory, and the first n only. The compute type follows from the vector.
+// Stores all lanes, or only the first n. The compute type follows from the vector.
 template <class S> MEDSSM_INLINE void store(S* p, Floats v) { Memory<float, S>::store(p, v); }
 template <class S> MEDSSM_INLINE void store(S* p, Doubles v) { Memory<double, S>::store(p, v); }
 template <class S> MEDSSM_INLINE void store_part(S* p, Floats v, int n) { Memory<float, S>::store_part(p, v, n); }
 template <class S> MEDSSM_INLINE void store_part(S* p, Doubles v, int n) { Memory<double, S>::store_part(p, v, n); }
 
-// Lanes kFrom, …, kFrom + kCount - 1 to memory, unconverted.
+// Stores lanes kFrom, …, kFrom + kCount - 1 without conversion.
 template <class T, int kCount, int kFrom = 0> MEDSSM_INLINE void store_first(T* p, Vec<T> v) {
   std::memcpy(p, reinterpret_cast<const char*>(&v) + kFrom * sizeof(T), kCount * sizeof(T));
 }

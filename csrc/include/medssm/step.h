@@ -1,4 +1,4 @@
-// One step of the recurrence and of its adjoint, for one state: of a vector of channels on the CPU, of one channel on a GPU.
+// One step of the recurrence and of its adjoint, for one state: of a vector of channels on the CPU, or of one channel on a GPU.
 //
 //   h_t = e_t h_{t-1} + s_t u_t B_t,  e_t = 2^(s_t rate),  rate = A log2(e);  y_t = C_t . h_t
 //
@@ -17,12 +17,12 @@ namespace {
 // h_t from h_{t-1}.
 template <class T> MEDSSM_INLINE Vec<T> next_state(Vec<T> e, Vec<T> h, Vec<T> su, T B) { return fma(e, h, su * B); }
 
-// A state's terms of dB_t and dC_t, before the sum over channels.
+// The terms of dB_t and dC_t from one state, before they are summed over channels.
 template <class T> struct RowTerms {
   Vec<T> dB, dC;
 };
 
-// g becomes g_{t-1}; dA, along_A and along_B are added to. h is h_t, before h_{t-1}.
+// Replaces g by g_{t-1}, and adds to dA, along_A and along_B. h is h_t, and before is h_{t-1}.
 template <class T> MEDSSM_INLINE RowTerms<T> step_back(Vec<T> e, Vec<T> h, Vec<T> before, Vec<T> s, Vec<T> su, Vec<T> dy, Vec<T> rate, T B, T C,
                                                        Vec<T>& g, Vec<T>& dA, Vec<T>& along_A, Vec<T>& along_B) {
   const Vec<T> dh = fma(splat(C), dy, g);

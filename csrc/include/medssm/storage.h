@@ -1,4 +1,4 @@
-// Storage types, and what kernels for the CPU and for CUDA compute of single numbers alike.
+// Storage types, and functions of single numbers that CPU and CUDA kernels share.
 //
 // Storage types are float, double, BFloat16 and Float16; to_compute<T> and to_storage<S> convert between storage and the compute type T (float or
 // double). MEDSSM_INLINE functions run on host and device. Everything has internal linkage.
@@ -46,7 +46,7 @@ template <class T> MEDSSM_INLINE T to_compute(Float16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(converted) : "h"(x.bits));
   return static_cast<T>(converted);
 #else
-  // Exponent and mantissa in a float's places, then the bias by a multiplication, which is right for denormals too.
+  // Move exponent and mantissa to their positions in a float. Then correct the exponent bias with a multiplication, which is exact for denormals too.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
   float value = bit_cast<float>(magnitude) * 0x1p112f;
   if (magnitude >= 0x7c00u << 13) value = bit_cast<float>(magnitude | 0x7f800000u);
@@ -81,7 +81,7 @@ template <> MEDSSM_INLINE Float16 to_storage<Float16>(float x) {
   else if (magnitude >= 0x477ff000)
     half = 0x7c00;  // 65520 and above round to infinity
   else if (magnitude < 0x38800000)
-    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // denormal: 0.5 has its last place at 2^-24
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // denormal: adding 0.5 rounds to a multiple of 2^-24
   else
     half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   return {static_cast<uint16_t>(half | sign)};
@@ -90,7 +90,7 @@ template <> MEDSSM_INLINE Float16 to_storage<Float16>(float x) {
 template <class S> MEDSSM_INLINE S to_storage(double x) { return to_storage<S>(static_cast<float>(x)); }
 template <> MEDSSM_INLINE double to_storage<double>(double x) { return x; }
 
-// Calls body(pointer) with data cast to the storage type that dtype names.
+// Calls body(pointer), where pointer is data cast to the storage type `dtype`.
 template <class Body> MEDSSM_INLINE void with_storage(int64_t dtype, const void* data, Body&& body) {
   switch (dtype) {
     case kFloat32:

@@ -1,19 +1,20 @@
-// Writing large results past the caches: a written line need not be read from memory first, and what is in the caches stays there.
+// Stores that bypass the caches, for large results. A cache line need not be read from memory before it is written, and other data stays in the
+// caches.
 #pragma once
 #include "medssm/simd.h"
 
 namespace medssm {
 namespace {
 
-// Whether to write `elements` of S, computed in T in rows of `channels`, past the caches: they are too many to be found there
-// afterwards, and every vector is a whole cache line (AVX-512 without change of type).
+// Whether stores of `elements` numbers of type S, computed in T in rows of `channels`, should bypass the caches. They should if the result is too
+// large to stay in the caches, and if every vector is a whole cache line (AVX-512, no type conversion).
 template <class T, class S> MEDSSM_INLINE bool streams(const S* data, int64_t elements, int64_t channels) {
   constexpr int64_t kLarge = 4 << 20;
   return kVectorBytes == 64 && sizeof(S) == sizeof(T) && elements * static_cast<int64_t>(sizeof(S)) > kLarge && channels % kLanes<T> == 0 &&
          reinterpret_cast<uintptr_t>(data) % 64 == 0;
 }
 
-// Call it before other threads read what this one wrote past the caches.
+// Call this before other threads read data that this thread wrote with such stores.
 MEDSSM_INLINE void finish_streaming() {
 #if defined(__AVX512F__)
   _mm_sfence();

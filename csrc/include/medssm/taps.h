@@ -1,4 +1,4 @@
-// The taps of a depthwise convolution: packed by channel vector for the kernels, and their gradients added up.
+// The taps of a depthwise convolution: packing them per channel vector for the kernels, and adding up their gradients.
 #pragma once
 #include <type_traits>
 
@@ -8,21 +8,23 @@
 namespace medssm {
 namespace {
 
-// How many threads `elements` outputs in `tasks` tasks are worth: starting one costs as much as some ten thousand of them.
+// The number of threads for `elements` outputs in `tasks` tasks. Starting a thread takes as long as computing about ten thousand outputs.
 MEDSSM_INLINE int64_t worthwhile(int64_t threads, int64_t tasks, int64_t elements) { return least(threads, least(tasks, ceil_div(elements, 16384))); }
 
-// Weights (d, z, y, x) and a bias (d,) or null, any strides; shorter kernels have leading sides of 1. All fields are 8 bytes (see abi.h).
+// Weights (d, z, y, x) and a bias (d,) or null, with any strides. For kernels with fewer axes the first sides are 1. All fields are 8 bytes (see
+// abi.h).
 struct Taps {
   const void *weight, *bias;
   int64_t weight_type, bias_type, channels, side[3], stride[4], bias_stride;
 
   int64_t count() const { return side[0] * side[1] * side[2]; }
   template <class T> int64_t vectors() const { return ceil_div(channels, kLanes<T>); }
-  // Elements of one channel vector's taps and bias.
+  // The number of elements of the taps and the bias of one channel vector.
   template <class T> int64_t packed() const { return (count() + 1) * kLanes<T>; }
 };
 
-// Per channel vector the taps in row-major order, then the bias; zeros beyond the last channel. Mirrored: in reverse order, without bias.
+// Packs, for each channel vector, the taps in row-major order and then the bias. Channels that do not exist are zero. mirrored: the taps in reverse
+// order, and a bias of zero.
 template <class T> void pack(const Taps& taps, bool mirrored, T* packed) {
   constexpr int W = kLanes<T>;
   const int64_t count = taps.count(), step = taps.packed<T>();
@@ -43,8 +45,8 @@ template <class T> void pack(const Taps& taps, bool mirrored, T* packed) {
     });
 }
 
-// Adds `shares` partial gradients, each packed like the taps, in order and in double precision: dweight (d, count) and dbias (d,),
-// contiguous, in the types of what they are the gradient of; dbias may be null.
+// Adds `shares` partial gradients, each packed like the taps, in a fixed order and in double precision. Writes dweight (d, count) and dbias (d,),
+// contiguous, in the types of weight and bias. dbias may be null.
 template <class T> void reduce(const Taps& taps, const T* sums, int64_t shares, void* dweight, void* dbias, int64_t threads) {
   constexpr int W = kLanes<T>;
   const int64_t count = taps.count(), vectors = taps.vectors<T>(), step = taps.packed<T>();

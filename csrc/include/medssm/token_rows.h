@@ -1,4 +1,4 @@
-// Rows of a tile from tensors (b, l, h, d) of any type with adjacent elements, as a kernel reads them; and back.
+// Reads the rows of a tile from tensors (b, l, h, d) of any type, with adjacent elements, in the form that kernels need; and writes rows back.
 #pragma once
 #include "medssm/parallel.h"
 #include "medssm/simd.h"
@@ -7,7 +7,7 @@
 namespace medssm {
 namespace {
 
-// (b, l, h, d), strides in elements; all fields are 8 bytes. data may be null.
+// A tensor (b, l, h, d). Strides are in elements. All fields are 8 bytes. data may be null.
 struct HeadTokens {
   const void* data;
   int64_t type, batch, token, head;
@@ -17,7 +17,7 @@ struct HeadOutput {
   int64_t type, batch, token, head;
 };
 
-// Of a contiguous output about to be written for the first time.
+// For a new contiguous output.
 MEDSSM_INLINE void prefer_huge_pages(const HeadOutput& x, int64_t batch) {
   prefer_huge_pages(x.data, batch * x.batch * (x.type == kFloat64 ? 8 : x.type == kFloat32 ? 4 : 2));
 }
@@ -31,7 +31,7 @@ template <class T> struct View {
 
 template <class T> constexpr int64_t kStorage = sizeof(T) == 8 ? kFloat64 : kFloat32;
 
-// Elements [from, from + count) of one head, for each step of a tile: [kTileSteps][padded] in `to`, zeros behind them. padded: at least count.
+// Copies elements [from, from + count) of one head, for each step of a tile, to `to` [kTileSteps][padded]. Elements from count to padded become zero.
 template <class T>
 void stage_rows(const HeadTokens& x, int64_t batch, int64_t head, int64_t from, int64_t count, int64_t padded, const Tile& tile, T* to) {
   constexpr int W = kLanes<T>;
@@ -44,7 +44,7 @@ void stage_rows(const HeadTokens& x, int64_t batch, int64_t head, int64_t from, 
       for (int64_t e = 0; e < whole; e += W) store(to + e, load<T>(row + e));
       for (int64_t e = whole; e < padded; e += W) {
         const Vec<T> v = e == whole && rest ? load_part<T>(row + e, rest) : Vec<T>{};
-        // A masked store costs many times a whole one; what that writes too much, the next row overwrites.
+        // A masked store is much slower than a full one. A full store may write into the next row, which is written later anyway.
         if (e + W <= padded || t + 1 < tile.count)
           store(to + e, v);
         else
@@ -54,7 +54,7 @@ void stage_rows(const HeadTokens& x, int64_t batch, int64_t head, int64_t from, 
   });
 }
 
-// The same, in place where the tensor already has such rows.
+// The same rows as stage_rows. If the tensor already has such rows, they are used without a copy.
 template <class T>
 View<T> rows_of(const HeadTokens& x, int64_t batch, int64_t head, int64_t from, int64_t count, int64_t padded, const Tile& tile, T* buffer) {
   if (x.type == kStorage<T> && count == padded && !tile.index)
@@ -63,7 +63,7 @@ View<T> rows_of(const HeadTokens& x, int64_t batch, int64_t head, int64_t from, 
   return {buffer, padded};
 }
 
-// One number a step: element 0 of each row.
+// Copies one number per step: element 0 of each row.
 template <class T> void stage_numbers(const HeadTokens& x, int64_t batch, int64_t head, const Tile& tile, T* to) {
   with_storage(x.type, x.data, [&](const auto* data) {
     data += batch * x.batch + head * x.head;
@@ -71,7 +71,7 @@ template <class T> void stage_numbers(const HeadTokens& x, int64_t batch, int64_
   });
 }
 
-// Writes value(t), a vector of which `lanes` count, to elements from, from + 1, … of one head at each step of a tile.
+// Writes the first `lanes` lanes of the vector value(t) to elements from, from + 1, … of one head, for each step t of a tile.
 template <class T, class F>
 MEDSSM_INLINE void write_rows(const HeadOutput& x, int64_t batch, int64_t head, int64_t from, int lanes, const Tile& tile, F value) {
   with_storage(x.type, x.data, [&](auto* data) {
