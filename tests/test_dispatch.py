@@ -116,6 +116,68 @@ def test_strict_ends_with_its_block_and_comes_back_after_an_inner_one():
             ops.selective_scan(*arguments())
 
 
+def test_a_wrong_preference_and_an_error_inside_the_block_leave_the_choice_as_it_was():
+    with pytest.raises(ValueError, match="backend: expected one of auto, cuda, triton, native, reference, got 'gpu'"):
+        medssm.use_backend("gpu", strict=True)
+    assert chosen() == "native"
+    with pytest.raises(KeyError), medssm.use_backend("reference"):
+        raise KeyError
+    assert chosen() == "native"
+
+
+def test_the_call_s_own_argument_comes_before_the_thread_s_choice():
+    with medssm.use_backend("reference"):
+        assert medssm.explain("selective_scan", *arguments(), backend="auto")["chosen"] == "native"
+        assert medssm.explain("selective_scan", *arguments(), backend="native")["chosen"] == "native"
+    report = medssm.explain("selective_scan", *arguments(), backend="reference")
+    assert report["chosen"] == "reference" and report["reference"] == "ok" and report["native"] == "would serve; reference was preferred"
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve this selective_scan: "):
+        medssm.explain("selective_scan", *arguments(), backend="cuda")
+
+
+def test_a_preference_of_the_environment_falls_back(monkeypatch):
+    """A thread starts with it, and not with the strictness of the thread that started it."""
+    monkeypatch.setenv("MEDSSM_BACKEND", "cuda")
+    seen = []
+    with medssm.use_backend("cuda", strict=True):
+        worker = threading.Thread(target=lambda: seen.append(chosen()))
+        worker.start()
+        worker.join()
+    assert seen == ["native"]
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """An op whose `cuda` refuses with the text that it is given, whose `triton` and `native` serve."""
+    monkeypatch.setattr(dispatch, "_ops", {})
+    monkeypatch.setattr(dispatch, "_told", set())
+    serves = dispatch.Backend(lambda: None, lambda *_: None)
+    for op in ("second", "first"):
+        dispatch.register(op, cuda=dispatch.Backend(lambda: None, lambda text: text), triton=serves, native=serves)
+
+
+def test_each_reason_of_each_op_is_logged_once(refusing, caplog):
+    with caplog.at_level(logging.WARNING, "medssm"), medssm.use_backend("cuda"):
+        for op, why in (("first", "a"), ("first", "b"), ("second", "a"), ("first", "a"), ("first", "b"), ("second", "a")):
+            assert dispatch.choose(op, None, torch.ones(1), [why]) == "triton"
+    assert [r.message for r in caplog.records] == [f"{op}: cuda is not used: {why}" for op, why in (("first", "a"), ("first", "b"), ("second", "a"))]
+
+
+def test_a_choice_on_a_gpu_goes_by_the_table(refusing, monkeypatch):
+    class OnGpu:
+        is_cuda = True
+        numel = staticmethod(lambda: 10)
+
+    assert dispatch.choose("first", "auto", OnGpu(), [None]) == "cuda"
+    monkeypatch.setitem(thresholds.FIRST, "first", ((10, "native"), (float("inf"), "triton")))
+    assert dispatch.choose("first", "auto", OnGpu(), [None]) == "native"
+    assert dispatch.choose("first", "auto", torch.ones(10), [None]) == "cuda"
+
+
+def test_backends_are_listed_by_name(refusing):
+    assert list(medssm.backends()) == ["first", "second"]
+
+
 @pytest.mark.parametrize("value, expected", [("reference", "reference"), ("native", "native"), ("auto", "native")])
 def test_the_environment_sets_the_preference(value, expected):
     code = "import torch, medssm; t = torch.ones(1, 2, 1); print(medssm.explain('selective_scan', t, t, -torch.ones(1, 1), t, t)['chosen'])"

@@ -164,6 +164,8 @@ class Op:
     ) -> tuple[Tensor, ...]:
         main = tensors[self.main]
         assert main is not None
+        if isinstance(order, Tensor) and order.device != main.device:
+            raise ValueError(f"order: expected device {main.device}, where {self.inputs[self.main].public} is, got {order.device}")
         path = self._path(order, sizes["*l"], reverse)
         chosen = dispatch.choose(self.name, backend, main, tensors)
         if chosen == "reference" and not main.is_meta:  # of a meta tensor only shapes are wanted: the operator has them without a loop
@@ -237,7 +239,7 @@ class Op:
         if self.walk == "none":
             return ()
         if self.walk == "many":
-            return (";".join(walk.parse(one, spatial, f"orders[{k}]")[0] for k, one in enumerate(order)),)
+            return (walk.parse_many(order, spatial),)
         spec, index = walk.parse(order, spatial)
         return index, spec, reverse
 
@@ -273,8 +275,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str]:
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(sorted(OPS))}, got {op!r}")
     function = getattr(importlib.import_module(f"medssm.ops.{op}"), op)
+    question = dispatch.Question(kwargs.pop("backend", None))
     try:
-        function(*args, **kwargs, backend=dispatch.Question(kwargs.pop("backend", None)))
+        function(*args, **kwargs, backend=question)
     except dispatch.Answer as answer:
         return answer.report
     raise AssertionError(f"{op} chose no backend")

@@ -203,6 +203,10 @@ def sizes(pairs: Sequence[tuple[Input, Tensor | None]], spatial: bool, rules: Ru
         for axis, (of, size_of) in rules.derived.items():
             if of in found:
                 found.setdefault(axis, size_of(found[of]))
+    for name, (axis, of) in rules.without.items():
+        if name in absent and found[axis] != found[of]:  # it was read before the size that it must have
+            name, form, t = owners[axis]
+            raise ValueError(f"{name}: expected {form.text({**found, axis: found[of]}, spatial)}, got {tuple(t.shape)}")
     for axis, (low, high) in rules.within.items():
         size = found[axis]
         if size < low or size > high:

@@ -7,6 +7,7 @@ shape and device. A LongTensor order travels as a tensor.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,14 +52,13 @@ def check_index(order: torch.Tensor, length: int) -> torch.Tensor:
     """A LongTensor order is a permutation of range(length)."""
     if order.dtype is not torch.int64 or order.dim() != 1 or order.shape[0] != length:
         raise ValueError(f"order: expected an int64 tensor ({length},), got {str(order.dtype).removeprefix('torch.')} {tuple(order.shape)}")
-    if torch.compiler.is_compiling():
-        return order  # its values are not known while tracing
-    if length and not torch.equal(order.sort().values, torch.arange(length, device=order.device)):
+    known = not torch.compiler.is_compiling()  # its values are not, while tracing
+    if known and length and not torch.equal(order.sort().values, torch.arange(length, device=order.device)):
         raise ValueError(f"order: expected a permutation of 0..{length - 1}, got repeated or out-of-range positions")
     return order.contiguous()
 
 
-def parse(order: object, spatial: tuple[int, ...], name: str = "order") -> tuple[str, torch.Tensor | None]:
+def parse(order: object, spatial: tuple[int, ...]) -> tuple[str, torch.Tensor | None]:
     """(spec, index) of an Order, a LongTensor or None, checked against the spatial shape."""
     if order is None:
         return "", None
@@ -66,7 +66,16 @@ def parse(order: object, spatial: tuple[int, ...], name: str = "order") -> tuple
         order.check(spatial)
         return order.spec, None
     if isinstance(order, torch.Tensor):
-        if len(spatial) != 1:
-            raise ValueError(f"{name}: a LongTensor goes with (b, l, …) tensors, got spatial shape {spatial}")
-        return "", check_index(order, spatial[0])
-    raise TypeError(f"{name}: expected an Order, a LongTensor or None, got {type(order).__name__}")
+        return "", check_index(order, spatial[0])  # the shapes of its call were checked as those of a sequence
+    raise TypeError(f"order: expected an Order, a LongTensor or None, got {type(order).__name__}")
+
+
+def parse_many(given: Sequence[object], spatial: tuple[int, ...]) -> str:
+    """The specs of Orders as one text, each checked against the spatial shape."""
+    specs = []
+    for k, order in enumerate(given):
+        if not isinstance(order, orders.Order):
+            raise TypeError(f"orders[{k}]: expected an Order, got {type(order).__name__}")
+        order.check(spatial)
+        specs.append(order.spec)
+    return ";".join(specs)
