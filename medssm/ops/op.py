@@ -121,18 +121,15 @@ class Op:
             return out
         return out, states[0] if len(states) == 1 else tuple(states)
 
-    def step(
-        self, state: Any, *tensors: Tensor | None, options: Mapping[str, Any] | None = None, backend: str | None = None, **more: Any
-    ) -> tuple[Tensor, Any]:
-        """(output, the new state) of one token: tensors in the declared order up to the initial states, those with tokens without that axis."""
-        given = self.inputs[self.main]
-        shapes.floating(given.name, tensors[self.main])
-        if tensors[self.main].dim() != len(given.axes) - 1:  # type: ignore[union-attr]
+    def step(self, state: Tensor, *tensors: Any, options: Mapping[str, Any] | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        """(output, the new state) of one token: tensors in the declared order up to the initial state, those with tokens without that axis."""
+        given, main = self.inputs[self.main], tensors[self.main]
+        shapes.floating(given.name, main)
+        if main.dim() != len(given.axes) - 1:
             form = ", ".join(axis for axis in given.axes if axis != given.tokens)
-            raise ValueError(f"{given.name}: expected ({form}), got {tuple(tensors[self.main].shape)}")  # type: ignore[union-attr]
+            raise ValueError(f"{given.name}: expected ({form}), got {tuple(main.shape)}")
         one = [t.unsqueeze(1) if given.tokens and isinstance(t, Tensor) else t for given, t in zip(self.inputs, tensors, strict=False)]
-        states = tuple(state) if len(self.states) > 1 else (state,)
-        out, last = self(*one, *states, options=options, return_final_state=True, backend=backend, **more)
+        out, last = self(*one, state, options=options, return_final_state=True, backend=backend)
         return out.squeeze(1), last
 
     def check(self, tensors: Sequence[Any], order: Any = None) -> shapes.Sizes:
