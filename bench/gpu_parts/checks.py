@@ -106,6 +106,8 @@ def contract(rehearse: bool) -> str:
             "-q",
             "--maxfail=5",
             "--no-header",
+            "-m",
+            "",
             "-p",
             "no:warnings",
             "tests/ops/test_contract.py",
