@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medssm import nn as layers
 from medssm import ops
-from medssm.integrations.mamba_ssm import convolution, scan
+from medssm.integrations.mamba_ssm import scan, states
 from medssm.orders import Order
 
 _KINDS = {"none": layers.Mamba, "v1": layers.Mamba, "v2": layers.BiMamba, "v3": layers.TriMamba}
@@ -117,16 +116,15 @@ class Mamba(layers.Mamba):
         return out if self.init_layer_scale is None else out * self.gamma
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token, (b, 1, d_model) -> (out, conv_state (b, inner, d_conv), ssm_state (b, inner, d_state)), both updated in place."""
+        """One token, (b, 1, d_model) -> (out, conv_state (b, inner, d_conv), ssm_state (b, inner, d_state)), both updated in place.
+
+        Stepping through a sequence equals the scan, its gradients too. Raises ValueError for another batch than the states'.
+        """
         self._one_way()
-        if hidden_states.shape[1] != 1:
-            raise ValueError(f"hidden_states: expected (b, 1, {self.d_model}), one token, got {tuple(hidden_states.shape)}")
-        u, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
-        u = convolution.causal_conv1d_update(u, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = scan.selective_state_update(
-            ssm_state, u, F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float()), B, C, self.D, z, self.dt_proj.bias, True
-        )
+        u, z = self.in_proj(states.one_token(self, hidden_states, conv_state, ssm_state)).chunk(2, dim=-1)
+        u = states.convolve(self.conv1d, u, conv_state)
+        y, state = ops.selective_scan_step(states.before(ssm_state), *self._operands(u, z), delta_proj=self.dt_proj.weight)
+        ssm_state.copy_(state)
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(
@@ -142,27 +140,21 @@ class Mamba(layers.Mamba):
     def _continue(self, x: Tensor, inference_params: Any) -> Tensor:
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
         self._one_way()
-        conv_state, ssm_state = kept_states(self, len(x), inference_params)
+        conv_state, ssm_state = states.kept(self, x, inference_params)
         if inference_params.seqlen_offset > 0:
             return self.step(x, conv_state, ssm_state)[0]
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        conv_state.copy_(F.pad(u.detach().movedim(-1, 1), (self.d_conv - u.shape[1], 0)))
+        states.last_tokens(u, conv_state)
         u = ops.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y, state = ops.selective_scan(
-            u, dt, -torch.exp(self.A_log.float()), B, C, self.D, z, self.dt_proj.bias, True, delta_proj=self.dt_proj.weight, return_final_state=True
-        )
-        ssm_state.copy_(state.detach())
+        y, state = ops.selective_scan(*self._operands(u, z), delta_proj=self.dt_proj.weight, return_final_state=True)
+        ssm_state.copy_(state)
         return self.out_proj(y)
+
+    def _operands(self, u: Tensor, z: Tensor) -> tuple[Any, ...]:
+        """u to delta_softplus of ops.selective_scan (or its step), from the convolved u."""
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return u, dt, -torch.exp(self.A_log.float()), B, C, self.D, z, self.dt_proj.bias, True
 
     def _one_way(self) -> None:
         if self.bimamba_type != "none":
             raise ValueError(f"bimamba_type: expected 'none', since only a forward scan runs token by token, got {self.bimamba_type!r}")
-
-
-def kept_states(mixer: Any, batch: int, inference_params: Any) -> tuple[Tensor, Tensor]:
-    """(conv_state, ssm_state) that inference_params keeps for this mixer, under its layer_idx; zeros before the first call."""
-    cache = inference_params.key_value_memory_dict
-    if mixer.layer_idx not in cache:
-        cache[mixer.layer_idx] = mixer.allocate_inference_cache(batch, None)
-    return cache[mixer.layer_idx]

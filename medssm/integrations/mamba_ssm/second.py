@@ -8,13 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medssm import nn as layers
 from medssm import ops, orders
-from medssm.integrations.mamba_ssm import convolution
+from medssm.integrations.mamba_ssm import states
 from medssm.integrations.mamba_ssm.absent import refuse
-from medssm.integrations.mamba_ssm.mixer import kept_states
 from medssm.integrations.mamba_ssm.norm_gated import RMSNorm, rmsnorm_fn
 from medssm.ops import shapes
 
@@ -107,14 +105,14 @@ class Mamba2(layers.Mamba2):
         out = super().forward(x) if inference_params is None else self._continue(x, inference_params)
         return out if seqlen is None else out.flatten(0, 1)
 
-    @torch.no_grad()
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token, (b, 1, d_model) -> (out, conv_state, ssm_state), both updated in place. No gradients; dt_limit holds here too."""
-        if hidden_states.shape[1] != 1:
-            raise ValueError(f"hidden_states: expected (b, 1, {self.d_model}), one token, got {tuple(hidden_states.shape)}")
-        z, u, dt = self.in_proj(hidden_states.squeeze(1)).split(self.split, dim=-1)
-        u = convolution.causal_conv1d_update(u, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        y, state = ops.ssd_step(ssm_state, *self._operands(u, dt), dt_limit=self.dt_limit)
+        """One token, (b, 1, d_model) -> (out, conv_state, ssm_state), both updated in place; dt_limit holds here too.
+
+        Stepping through a sequence equals the scan, its gradients too. Raises ValueError for another batch than the states'.
+        """
+        z, u, dt = self.in_proj(states.one_token(self, hidden_states, conv_state, ssm_state)).split(self.split, dim=-1)
+        u = states.convolve(self.conv1d, u, conv_state)
+        y, state = ops.ssd_step(states.before(ssm_state), *self._operands(u, dt), dt_limit=self.dt_limit)
         ssm_state.copy_(state)
         return self.out_proj(self._gate(y.flatten(-2), z)).unsqueeze(1), conv_state, ssm_state
 
@@ -127,14 +125,14 @@ class Mamba2(layers.Mamba2):
 
     def _continue(self, x: Tensor, inference_params: Any) -> Tensor:
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
-        conv_state, ssm_state = kept_states(self, len(x), inference_params)
+        conv_state, ssm_state = states.kept(self, x, inference_params)
         if inference_params.seqlen_offset > 0:
             return self.step(x, conv_state, ssm_state)[0]
         z, u, dt = self.in_proj(x).split(self.split, dim=-1)
-        conv_state.copy_(F.pad(u.detach().movedim(-1, 1), (self.d_conv - u.shape[1], 0)))
+        states.last_tokens(u, conv_state)
         u = ops.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         y, state = ops.ssd(*self._operands(u, dt), dt_limit=self.dt_limit, return_final_state=True)
-        ssm_state.copy_(state.detach())
+        ssm_state.copy_(state)
         return self.out_proj(self._gate(y.flatten(-2), z))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
