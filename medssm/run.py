@@ -3,7 +3,8 @@
     python -m medssm.run [--force] script.py [arguments]
     python -m medssm.run [--force] -m module [arguments]
 
-With --force the stand-in replaces installed packages too. See medssm.integrations.mamba_ssm.
+With --force the stand-in replaces installed packages too. `with torch.cuda.device(x.device)` changes nothing for an x on the CPU, where torch
+refuses it. See medssm.integrations.mamba_ssm.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from typing import Any
+
+import torch
 
 from medssm.integrations import mamba_ssm
 
@@ -35,11 +39,23 @@ def main(argv: list[str] | None = None) -> int:
     if not module and not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python script.py` has it; a package there wins over an installed one
     mamba_ssm.install(force)
+    _let_cuda_device_take_the_cpu()
     if module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(target, run_name="__main__")
     return 0
+
+
+def _let_cuda_device_take_the_cpu() -> None:
+    """Code written for a GPU says `with torch.cuda.device(x.device)`, or `x.device.index`, around what serves a CPU too: for that, -1, a no-op."""
+    init = torch.cuda.device.__init__
+
+    def __init__(self: torch.cuda.device, device: Any) -> None:
+        on_cpu = device is None or (isinstance(device, (str, torch.device)) and torch.device(device).type == "cpu")
+        init(self, -1 if on_cpu else device)
+
+    torch.cuda.device.__init__ = __init__  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -452,8 +452,6 @@ def test_blocks_fused_or_not_are_the_same(installed, rms):
     once = fused(x)
     same(fused(*once), plain(*plain(x)), 1e-5)
     same([once[1]], [x])
-    with pytest.raises(NotImplementedError, match="d_intermediate"):
-        create_block(12, d_intermediate=8)
     with pytest.raises(ValueError, match=r"ssm_cfg\['layer'\]: expected 'Mamba1' or 'Mamba2', got 'Mamba3'"):
         create_block(12, ssm_cfg={"layer": "Mamba3"})
 
@@ -476,19 +474,19 @@ def test_a_block_runs_its_mlp_on_the_second_norm(installed):
 def test_names_of_later_releases_import_and_raise_on_use(installed):
     import mamba_ssm
     from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear
+    from mamba_ssm.modules.mha import MHA
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan
-    from mamba_ssm.utils.generation import GenerationMixin
 
     for name in (mamba_chunk_scan, ColumnParallelLinear):
         with pytest.raises(NotImplementedError, match=f"^{name.__name__} is not in this release of medssm"):
             name(d_model=8)
-    with pytest.raises(NotImplementedError, match=r"^GenerationMixin is not in this release"):
-        type("Model", (nn.Module, GenerationMixin), {})
-    with pytest.raises(AttributeError, match=r"^MambaLMHeadModel is not in this release"):
-        mamba_ssm.MambaLMHeadModel.from_pretrained("state-spaces/mamba-130m")
+    with pytest.raises(NotImplementedError, match=r"^MHA is not in this release"):
+        type("Model", (MHA,), {})
+    with pytest.raises(AttributeError, match=r"^MHA is not in this release"):
+        MHA.from_pretrained("state-spaces/mamba-130m")
     with pytest.raises(ModuleNotFoundError, match=r"mamba_ssm\.modules\.mamba3 is not in this release of medssm"):
         importlib.import_module("mamba_ssm.modules.mamba3")
-    assert not isinstance(nn.Identity(), mamba_ssm.MambaLMHeadModel)
+    assert not isinstance(nn.Identity(), MHA)
     assert mamba_ssm.ops.selective_scan_interface.selective_scan_fn is mamba_ssm.selective_scan_fn
 
 

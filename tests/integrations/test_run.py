@@ -46,6 +46,19 @@ def test_a_package_beside_the_script_stays_unless_forced(folder):
     assert OURS in run("--force", str(folder / "train.py"), cwd=ROOT)[1]
 
 
+def test_code_for_a_gpu_may_name_the_device_of_a_tensor_on_the_cpu(folder):
+    (folder / "device.py").write_text("""
+import torch
+x = torch.zeros(2)
+for device in (x.device, "cpu", torch.device("cpu"), x.device.index, -1):
+    with torch.cuda.device(device):
+        print((x + 1).device, end=" ")
+torch.cuda.device("meta")
+""")
+    code, out, err = run("--force", "device.py", cwd=folder)
+    assert code == 1 and out == "cpu cpu cpu cpu cpu" and "Expected a cuda device, but got: meta" in err, out + err
+
+
 def test_what_makes_no_sense_is_one_line(tmp_path):
     assert run("none.py", cwd=tmp_path)[::2] == (2, "medssm.run: no such file: none.py\n")
     assert run("--fast", cwd=tmp_path)[::2] == (2, "medssm.run: expected --force, -m or a script, got --fast\n")

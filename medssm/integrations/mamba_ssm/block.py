@@ -1,13 +1,15 @@
-"""mamba_ssm's Block and create_block."""
+"""mamba_ssm's Block, GatedMLP and create_block."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from medssm.integrations.mamba_ssm import norm
 from medssm.integrations.mamba_ssm.mixer import Mamba
@@ -47,10 +49,10 @@ class Block(nn.Module):
         self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None, **mixer_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """(b, l, dim) and the residual of that shape, None before the first block -> both after this one."""
-        x, residual = self._add_norm(self.norm, hidden_states, residual)
+        x, residual = add_norm(self.norm, hidden_states, residual, self.fused_add_norm, self.residual_in_fp32)
         x = self.mixer(x, inference_params=inference_params, **mixer_kwargs)
         if self.mlp is not None:
-            x, residual = self._add_norm(self.norm2, x, residual)
+            x, residual = add_norm(self.norm2, x, residual, self.fused_add_norm, self.residual_in_fp32)
             x = self.mlp(x)
         return x, residual
 
@@ -58,22 +60,54 @@ class Block(nn.Module):
         """The mixer's."""
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
-    def _add_norm(self, layer: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.fused_add_norm:
-            x, residual = norm.layer_norm_fn(
-                x,
-                layer.weight,
-                layer.bias,
-                residual,
-                eps=layer.eps,
-                prenorm=True,
-                residual_in_fp32=self.residual_in_fp32,
-                is_rms_norm=isinstance(layer, norm.RMSNorm),
-            )
-            return x, residual
-        residual = x if residual is None else x + residual
-        x = layer(residual.to(layer.weight.dtype))
-        return x, residual.float() if self.residual_in_fp32 else residual
+
+def add_norm(layer: Any, x: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual), with Block's fused_add_norm and residual_in_fp32."""
+    if fused:
+        x, residual = norm.layer_norm_fn(
+            x,
+            layer.weight,
+            layer.bias,
+            residual,
+            eps=layer.eps,
+            prenorm=True,
+            residual_in_fp32=residual_in_fp32,
+            is_rms_norm=isinstance(layer, norm.RMSNorm),
+        )
+        return x, residual
+    residual = x if residual is None else x + residual
+    x = layer(residual.to(layer.weight.dtype))
+    return x, residual.float() if residual_in_fp32 else residual
+
+
+class GatedMLP(nn.Module):
+    """mamba_ssm's MLP: fc2(y activation(gate)) with y, gate = split(fc1(x)), on the last dimension.
+
+    hidden_features: channels of y, rounded up to a multiple of multiple_of; None takes 8/3 in_features. out_features: None takes in_features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        bias: bool = False,
+        multiple_of: int = 128,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = math.ceil((int(8 * in_features / 3) if hidden_features is None else hidden_features) / multiple_of) * multiple_of
+        self.fc1 = nn.Linear(in_features, 2 * hidden, bias=bias, device=device, dtype=dtype)
+        self.activation = activation
+        self.fc2 = nn.Linear(hidden, in_features if out_features is None else out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, in_features) -> (*, out_features)."""
+        y, gate = self.fc1(x).chunk(2, dim=-1)
+        out: Tensor = self.fc2(y * self.activation(gate))
+        return out
 
 
 def create_block(
@@ -90,10 +124,10 @@ def create_block(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Block:
-    """A Block of Mamba or Mamba2 with a layer or RMS norm.
+    """A Block of Mamba or Mamba2 with a layer or RMS norm, and a GatedMLP behind it where d_intermediate > 0.
 
     ssm_cfg: the mixer's arguments, and "layer", "Mamba1" (the default) or "Mamba2"; mamba_ssm 1 has it in d_intermediate's place, as a call here may.
-    Raises NotImplementedError for attention and the gated MLP (d_intermediate > 0), ValueError for another layer.
+    Raises NotImplementedError for a layer_idx in attn_layer_idx (attention), ValueError for another layer. attn_cfg: of no effect.
     """
     if isinstance(d_intermediate, Mapping):
         ssm_cfg = d_intermediate
@@ -101,11 +135,16 @@ def create_block(
     config = dict(ssm_cfg or {})
     kind = config.pop("layer", "Mamba1")
     shapes.choice("ssm_cfg['layer']", kind, tuple(_LAYERS))
-    for name, given, expected in (("d_intermediate", d_intermediate, 0), ("attn_layer_idx", layer_idx in (attn_layer_idx or ()), False)):
-        if given != expected:
-            raise NotImplementedError(f"{name}: expected {expected!r} (more is not in this release of medssm), got {given!r}")
-    mixer = functools.partial(_LAYERS[kind], layer_idx=layer_idx, device=device, dtype=dtype, **config)
-    normed = functools.partial(norm.RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, device=device, dtype=dtype)
-    block = Block(d_model, mixer, norm_cls=normed, fused_add_norm=fused_add_norm, residual_in_fp32=residual_in_fp32)
+    if layer_idx in (attn_layer_idx or ()):
+        raise NotImplementedError(f"attn_layer_idx: expected none (MHA, attention, is not in this release of medssm), got {attn_layer_idx}")
+    given: dict[str, Any] = {"device": device, "dtype": dtype}
+    block = Block(
+        d_model,
+        functools.partial(_LAYERS[kind], layer_idx=layer_idx, **given, **config),
+        functools.partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **given) if d_intermediate else nn.Identity,
+        functools.partial(norm.RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **given),
+        fused_add_norm,
+        residual_in_fp32,
+    )
     block.layer_idx = layer_idx
     return block

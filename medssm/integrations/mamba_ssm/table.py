@@ -7,21 +7,38 @@ from typing import Any
 import medssm
 from medssm.integrations.mamba_ssm import kernels, norm_gated
 from medssm.integrations.mamba_ssm.absent import absent
-from medssm.integrations.mamba_ssm.block import Block, create_block
+from medssm.integrations.mamba_ssm.block import Block, GatedMLP, create_block
 from medssm.integrations.mamba_ssm.convolution import causal_conv1d_fn, causal_conv1d_update
+from medssm.integrations.mamba_ssm.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMixin,
+    InferenceParams,
+    decode,
+    modify_logit_for_repetition_penalty,
+    modify_logits_for_min_p_filtering,
+    modify_logits_for_top_k_filtering,
+    modify_logits_for_top_p_filtering,
+    sample,
+)
+from medssm.integrations.mamba_ssm.language import MambaConfig, MambaLMHeadModel, MixerModel, _init_weights, load_config_hf, load_state_dict_hf
 from medssm.integrations.mamba_ssm.mixer import Mamba
 from medssm.integrations.mamba_ssm.norm import RMSNorm, layer_norm_fn, layer_norm_fn_v1, rms_norm_fn, rms_norm_fn_v1
 from medssm.integrations.mamba_ssm.scan import bimamba_inner_fn, mamba_inner_fn, mamba_inner_fn_no_out_proj, selective_scan_fn, selective_state_update
 from medssm.integrations.mamba_ssm.second import Mamba2, Mamba2Simple
 from medssm.integrations.mamba_ssm.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined, ssd_minimal_discrete
 
+
+def _by_name(*objects: Any) -> dict[str, Any]:
+    return {thing.__name__: thing for thing in objects}
+
+
 # Upstream's plain-PyTorch twins of its kernels (..._ref) are the same functions here.
 _SCAN = {"selective_scan_fn": selective_scan_fn, "mamba_inner_fn": mamba_inner_fn, "bimamba_inner_fn": bimamba_inner_fn}
 _SCAN_TWINS = {"selective_scan_ref": selective_scan_fn, "mamba_inner_ref": mamba_inner_fn, "bimamba_inner_ref": bimamba_inner_fn}
 _CONVOLUTION = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
 _CONVOLUTION_TWINS = {"causal_conv1d_ref": causal_conv1d_fn, "causal_conv1d_update_ref": causal_conv1d_update}
+_LANGUAGE = _by_name(MambaLMHeadModel)
 _SECOND = {"Mamba2": Mamba2, "Mamba2Simple": Mamba2Simple}
-_LANGUAGE = absent("MambaLMHeadModel", "MixerModel")
 
 MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm": {"__version__": f"2.2.4+medssm.{medssm.__version__}", "Mamba": Mamba, **_SCAN, **_SECOND, **_LANGUAGE},
@@ -32,7 +49,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm.modules.mamba2_simple": {"Mamba2Simple": Mamba2Simple},
     "mamba_ssm.modules.ssd_minimal": {"ssd_minimal_discrete": ssd_minimal_discrete},
     "mamba_ssm.modules.mha": absent("MHA"),
-    "mamba_ssm.modules.mlp": absent("GatedMLP"),
+    "mamba_ssm.modules.mlp": {"GatedMLP": GatedMLP},
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": {**_SCAN, **_SCAN_TWINS, "mamba_inner_fn_no_out_proj": mamba_inner_fn_no_out_proj},
     "mamba_ssm.ops.triton": {},
@@ -57,11 +74,15 @@ MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm.distributed.distributed_utils": absent("all_reduce", "reduce_scatter"),
     "mamba_ssm.distributed.tensor_parallel": absent("ColumnParallelLinear", "RowParallelLinear"),
     "mamba_ssm.models": {},
-    "mamba_ssm.models.config_mamba": absent("MambaConfig"),
-    "mamba_ssm.models.mixer_seq_simple": {"create_block": create_block, **_LANGUAGE},
+    "mamba_ssm.models.config_mamba": _by_name(MambaConfig),
+    "mamba_ssm.models.mixer_seq_simple": _by_name(create_block, _init_weights, MambaConfig, MixerModel, MambaLMHeadModel),
     "mamba_ssm.utils": {},
-    "mamba_ssm.utils.generation": absent("GenerationMixin", "InferenceParams"),
-    "mamba_ssm.utils.hf": absent("load_config_hf", "load_state_dict_hf"),
+    "mamba_ssm.utils.generation": {
+        **_by_name(InferenceParams, GenerationMixin, GenerateDecoderOnlyOutput, decode, sample, modify_logit_for_repetition_penalty),
+        **_by_name(modify_logits_for_min_p_filtering, modify_logits_for_top_k_filtering, modify_logits_for_top_p_filtering),
+        **absent("DecodingCGCache", "update_graph_cache", "capture_graph"),
+    },
+    "mamba_ssm.utils.hf": _by_name(load_config_hf, load_state_dict_hf),
     "causal_conv1d": {"__version__": f"1.4.0+medssm.{medssm.__version__}", **_CONVOLUTION},
     "causal_conv1d.causal_conv1d_interface": {**_CONVOLUTION, **_CONVOLUTION_TWINS},
     "causal_conv1d.causal_conv1d_varlen": absent("causal_conv1d_varlen_states"),
