@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from medssm.kernels.autocast import without_autocast
 from medssm.kernels.dtypes import compute_dtype
-from medssm.kernels.walks import walk_steps
+from medssm.kernels.walks import over_sequences, walk_steps
 
 
+@over_sequences("x")
 def causal_conv1d(x, weight, bias=None, activation=None, index=None, starts=None, reverse=False, initial_state=None):
     """x (b,l,d); weight (d,w), w at least 1; bias (d,); initial_state (b,d,w-1).
 

@@ -14,9 +14,10 @@ import torch
 
 from medssm.kernels.autocast import without_autocast
 from medssm.kernels.dtypes import compute_dtype
-from medssm.kernels.walks import walk_steps
+from medssm.kernels.walks import over_sequences, walk_steps
 
 
+@over_sequences("q k v beta g")
 def delta_rule(q, k, v, beta, g=None, scale=None, index=None, starts=None, reverse=False, initial_state=None):
     """q, k (b,l,h,dk); v (b,l,h,dv); beta, g (b,l,h); initial_state (b,h,dk,dv); scale None is dk**-0.5.
 

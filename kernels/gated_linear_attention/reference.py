@@ -15,9 +15,10 @@ import torch
 
 from medssm.kernels.autocast import without_autocast
 from medssm.kernels.dtypes import compute_dtype
-from medssm.kernels.walks import walk_steps
+from medssm.kernels.walks import over_sequences, walk_steps
 
 
+@over_sequences("q k v g")
 def gated_linear_attention(q, k, v, g, scale, index=None, starts=None, reverse=False, initial_state=None):
     """q, k (b,l,h,dk); v (b,l,h,dv); g (b,l,h) or (b,l,h,dk); initial_state (b,h,dk,dv).
 

@@ -15,7 +15,7 @@ import torch
 
 from medssm.kernels.autocast import without_autocast
 from medssm.kernels.dtypes import compute_dtype
-from medssm.kernels.walks import walk_steps
+from medssm.kernels.walks import over_sequences, walk_steps
 
 
 def feature(x, feature_map):
@@ -33,6 +33,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.stack([-odd, even], -1).flatten(-2) * sin
 
 
+@over_sequences("q k v", "initial_kv initial_k", "cos sin")
 def linear_attention(
     q,
     k,

@@ -13,9 +13,10 @@ import torch
 
 from medssm.kernels.autocast import without_autocast
 from medssm.kernels.dtypes import compute_dtype
-from medssm.kernels.walks import walk_steps
+from medssm.kernels.walks import over_sequences, walk_steps
 
 
+@over_sequences("u delta B C z")
 def selective_scan(
     u,
     delta,

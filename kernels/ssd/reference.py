@@ -15,9 +15,10 @@ import torch
 
 from medssm.kernels.autocast import without_autocast
 from medssm.kernels.dtypes import compute_dtype
-from medssm.kernels.walks import walk_steps
+from medssm.kernels.walks import over_sequences, walk_steps
 
 
+@over_sequences("x dt B C z")
 def ssd(
     x,
     dt,

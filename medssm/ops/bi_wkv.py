@@ -37,6 +37,7 @@ def bi_wkv(
     *,
     mode: str = "exact",
     order: AnyOrder = None,
+    cu_seqlens: Tensor | None = None,  # (n + 1,)
     backend: str | None = None,
 ) -> Tensor:
     """Bidirectional WKV along the walk p = order.index(spatial); t and i are steps of it:
@@ -54,6 +55,8 @@ def bi_wkv(
             backward kernels leave the extra step out of the gradients of k and v.
         order: an Order, or a LongTensor (l,), a permutation: the token at each step. Outputs stay where their tokens are; where the order
             begins anew (order.starts), so does the attention: tokens of different segments do not see each other, and each has chunks of its own.
+        cu_seqlens: the tokens are packed sequences: (n + 1,) int32 or int64, 0 … l. Batch is 1; sequence i is the steps cu_seqlens[i] to
+            cu_seqlens[i + 1] of the walk. Tokens of different sequences do not see each other.
         backend: reference | native | triton | auto; None takes use_backend's or MEDSSM_BACKEND's choice.
 
     Returns:
@@ -69,5 +72,5 @@ def bi_wkv(
     Source: Duan et al., Vision-RWKV, arXiv 2403.02308, section 3.2.
     """
     shapes.choice("mode", mode, ("exact", "upstream"))
-    out: Tensor = _op(w, u, k, v, options={"mode": mode}, order=order, backend=backend)
+    out: Tensor = _op(w, u, k, v, options={"mode": mode}, order=order, cu_seqlens=cu_seqlens, backend=backend)
     return out

@@ -48,6 +48,7 @@ def causal_conv1d(
     *,
     order: AnyOrder = None,
     reverse: bool = False,
+    cu_seqlens: Tensor | None = None,  # (n + 1,)
     initial_state: Tensor | None = None,  # (b, d, w-1)
     return_final_state: bool = False,
     layout: str = "bld",
@@ -63,6 +64,8 @@ def causal_conv1d(
         order: an Order, or a LongTensor (l,), a permutation: the token visited at each step. Outputs stay where their tokens are; where
             the order begins anew (order.starts), so do the taps.
         reverse: walk the other way round.
+        cu_seqlens: the tokens are packed sequences: (n + 1,) int32 or int64, 0 … l. Batch is 1; sequence i is the steps cu_seqlens[i] to
+            cu_seqlens[i + 1] of the walk, each walked on its own. Initial and final states have n rows in place of b.
         initial_state: the tokens before the first step, oldest first (zeros if None); differentiable.
         return_final_state: return (out, state), state (b, d, w-1) in x's dtype: the tokens that the next step would see; differentiable.
         layout: "bld", or causal_conv1d's "bdl": x (b, d, l).
@@ -78,7 +81,16 @@ def causal_conv1d(
     """
     shapes.choice("activation", activation, (None, "silu"))
     tensors, options = (x, weight, bias, initial_state), {"activation": activation}
-    return _op(*tensors, options=options, order=order, reverse=reverse, return_final_state=return_final_state, layout=layout, backend=backend)
+    return _op(
+        *tensors,
+        options=options,
+        order=order,
+        reverse=reverse,
+        cu_seqlens=cu_seqlens,
+        return_final_state=return_final_state,
+        layout=layout,
+        backend=backend,
+    )
 
 
 def causal_conv1d_step(

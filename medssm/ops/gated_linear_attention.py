@@ -42,6 +42,7 @@ def gated_linear_attention(
     scale: float | None = None,
     order: AnyOrder = None,
     reverse: bool = False,
+    cu_seqlens: Tensor | None = None,  # (n + 1,)
     initial_state: Tensor | None = None,  # (b, h, dk, dv)
     return_final_state: bool = False,
     backend: str | None = None,
@@ -58,6 +59,8 @@ def gated_linear_attention(
         order: an Order, or a LongTensor (l,), a permutation: the token visited at each step. Outputs stay where their tokens are; where
             the order begins anew (order.starts), so does the state.
         reverse: walk the other way round.
+        cu_seqlens: the tokens are packed sequences: (n + 1,) int32 or int64, 0 … l. Batch is 1; sequence i is the steps cu_seqlens[i] to
+            cu_seqlens[i + 1] of the walk, each walked on its own. Initial and final states have n rows in place of b.
         initial_state: precedes the first step (zeros if None); differentiable.
         return_final_state: return (out, state), state (b, h, dk, dv) in float32 (float64 when computing in it), differentiable.
         backend: reference | native | triton | auto; None takes use_backend's or MEDSSM_BACKEND's choice.
@@ -71,7 +74,7 @@ def gated_linear_attention(
     Source: Yang et al., Gated Linear Attention Transformers, arXiv 2312.06635; Sun et al., Retentive Network, arXiv 2307.08621.
     """
     tensors, options = (q, k, v, g, initial_state), {"scale": scale}
-    return _op(*tensors, options=options, order=order, reverse=reverse, return_final_state=return_final_state, backend=backend)
+    return _op(*tensors, options=options, order=order, reverse=reverse, cu_seqlens=cu_seqlens, return_final_state=return_final_state, backend=backend)
 
 
 def gated_linear_attention_step(

@@ -58,6 +58,7 @@ def linear_attention(
     eps: float = 1e-6,
     order: AnyOrder = None,
     reverse: bool = False,
+    cu_seqlens: Tensor | None = None,  # (n + 1,)
     initial_state: tuple[Tensor, Tensor] | None = None,  # (b, g, dk, dv), (b, g, dk)
     return_final_state: bool = False,
     backend: str | None = None,
@@ -81,6 +82,8 @@ def linear_attention(
         order: an Order, or a LongTensor (l,), a permutation: the token visited at each step; causal sums begin anew where order.starts says. Outputs
             stay where their tokens are. Without `causal`, order and reverse change nothing.
         reverse: walk the other way round.
+        cu_seqlens: causal only; the tokens are packed sequences: (n + 1,) int32 or int64, 0 … l. Batch is 1; sequence i is the steps cu_seqlens[i] to
+            cu_seqlens[i + 1] of the walk, each walked on its own. Initial and final states have n rows in place of b.
         initial_state: (kv, z), added before the first step; differentiable.
         return_final_state: return (out, (kv, z)), the sums after the last step, in float32 (float64 when computing in it), differentiable. A
             sequence cut in two, the state passed on, gives the same when causal; not causal, the state is the total, initial_state included.
@@ -100,17 +103,28 @@ def linear_attention(
     shapes.choice("feature_map", feature_map, _FEATURES)
     cos, sin = _pair("rotary", rotary, "(cos, sin)")
     kv, z = _pair("initial_state", initial_state, "(sum k' v^T, sum k')")
-    sizes = _op.check((q, k, v, None, None, kv, z), order)
+    sizes = _op.check((q, k, v, None, None, kv, z), order, cu_seqlens)
     if (causal or cos is not None) and sizes["*q"] != sizes["*l"]:
         raise ValueError(f"k: expected the tokens of q, {sizes['*q']}, got {sizes['*l']}")
     if cos is not None and sin is not None:
         cos, sin = _turns(cos, sizes), _turns(sin, sizes)
     if not causal:
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: expected causal=True with packed sequences, got causal=False")
         walk.parse(order, sizes["*l"])
         order, reverse = None, False
     tensors = (q, k, v, cos, sin, kv, z)
     options = {"feature_map": feature_map, "causal": causal, "normalize": normalize, "scale": float(scale), "eps": float(eps)}
-    return _op(*tensors, options=options, sizes=sizes, order=order, reverse=reverse, return_final_state=return_final_state, backend=backend)
+    return _op(
+        *tensors,
+        options=options,
+        sizes=sizes,
+        order=order,
+        reverse=reverse,
+        cu_seqlens=cu_seqlens,
+        return_final_state=return_final_state,
+        backend=backend,
+    )
 
 
 def linear_attention_step(

@@ -7,6 +7,7 @@ declaration.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -76,9 +77,12 @@ class Op:
         self.inputs = shapes.inputs(tensors)
         self.names = tuple(given.name for given in self.inputs)
         self.options, self.defaults, self.walk, self.rules = dict(options or {}), dict(defaults or {}), walk, rules or shapes.Rules()
+        # With cu_seqlens, states have a row for each sequence in place of each batch element.
+        self.packed_inputs = tuple(given.of_sequences() for given in self.inputs)
         self.out = tuple(out.split()) if isinstance(out, str) else out
         self.main = self.names.index(main) if main else 0
         self.states = {state: tuple(shape.split()) for state, shape in (states or {}).items()}
+        self.packed_states = {state: (shapes.SEQUENCES, *axes[1:]) for state, axes in self.states.items()}
         self.states_like_main, self.skips_state, self.saves_states = states_like_main, bool(states) and skips_state, saves_states
         self.saved, self.saved_with = saved, saved_with
         self.folder, self.suffix = kernels or name, suffix
@@ -99,6 +103,7 @@ class Op:
         sizes: shapes.Sizes | None = None,
         order: Any = None,
         reverse: bool = False,
+        cu_seqlens: Any = None,
         return_final_state: bool = False,
         layout: str = "bld",
         backend: str | None = None,
@@ -107,14 +112,14 @@ class Op:
         if layout != "bld":
             shapes.choice("layout", layout, ("bld", "bdl"))
             tensors = self._channels_last(tensors)
-        sizes = self.check(tensors, order) if sizes is None else sizes
+        sizes = self.check(tensors, order, cu_seqlens) if sizes is None else sizes
         values = {**options} if options else {}
         for option, default in self.defaults.items():
             if values[option] is None:
                 values[option] = default(sizes)
         if self.may_leave_out:
             tensors = tuple(given.with_every_axis(t, sizes) for given, t in zip(self.inputs, tensors, strict=True))
-        out, *states = self._outputs(tensors, sizes, values, order, reverse, return_final_state, backend)
+        out, *states = self._outputs(tensors, sizes, values, self._path(tensors, sizes, order, reverse, cu_seqlens), return_final_state, backend)
         if layout != "bld":
             out = out.movedim(-1, 1)
         if not return_final_state:
@@ -132,17 +137,18 @@ class Op:
         out, last = self(*one, state, options=options, return_final_state=True, backend=backend)
         return out.squeeze(1), last
 
-    def check(self, tensors: Sequence[Any], order: Any = None) -> shapes.Sizes:
+    def check(self, tensors: Sequence[Any], order: Any = None, cu_seqlens: Any = None) -> shapes.Sizes:
         """The size of every axis; one clear error where the tensors do not fit the declaration. What passed once passes at once."""
         spatial = self.walk != "one" or not (order is None or isinstance(order, Tensor))
+        sequences = walk.count(cu_seqlens)
         key = None
         if not modes.traced() and all(t is None or isinstance(t, Tensor) for t in tensors):
-            key = (spatial, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+            key = (spatial, sequences, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
             found = self._passed.get(key)
             if found is not None:
                 return found
         shapes.check(self.inputs, tensors, self.main)
-        found = shapes.sizes([(self.inputs[i], tensors[i]) for i in self.shape_order], spatial, self.rules)
+        found = self.sizes(tensors, spatial, sequences)
         if key is not None:
             if len(self._passed) >= _REMEMBERED:
                 self._passed.clear()
@@ -154,16 +160,12 @@ class Op:
         tensors: tuple[Tensor | None, ...],
         sizes: shapes.Sizes,
         options: Mapping[str, Any],
-        order: Any,
-        reverse: bool,
+        path: tuple[Any, ...],
         final: bool,
         backend: str | None,
     ) -> tuple[Tensor, ...]:
         main = tensors[self.main]
         assert main is not None
-        if isinstance(order, Tensor) and order.device != main.device:
-            raise ValueError(f"order: expected device {main.device}, where {self.inputs[self.main].public} is, got {order.device}")
-        path = self._path(order, sizes["*l"], reverse)
         chosen = dispatch.choose(self.name, backend, main, tensors)
         if chosen == "reference" and not main.is_meta:  # of a meta tensor only shapes are wanted: the operator has them without a loop
             found = self.reference(**self.arguments(tensors, path, options))
@@ -175,6 +177,12 @@ class Op:
         return self.shaped(outputs[0], tensors, options), *outputs[1 : 1 + len(self.states)]
 
     # -- what the operators use too -----------------------------------------------------------------------------------------------------
+
+    def sizes(self, tensors: Sequence[Any], spatial: bool = True, sequences: int | None = None) -> shapes.Sizes:
+        """The size of every axis; sequences: how many are packed, where they are."""
+        inputs = self.inputs if sequences is None else self.packed_inputs
+        known = None if sequences is None else {shapes.SEQUENCES: sequences, "b": 1}
+        return shapes.sizes([(inputs[i], tensors[i]) for i in self.shape_order], spatial, self.rules, known)
 
     def arguments(self, tensors: Sequence[Any], path: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """A kernel's arguments by name: tokens flattened to (b, l, …), the options, the walk."""
@@ -189,10 +197,12 @@ class Op:
         named.update(options)
         device = tensors[self.main].device
         if self.walk == "one":
-            index, spec, reverse = path
-            named.update(walk.resolve(spec, spatial["*l"], index, reverse, device)._asdict())
+            index, spec, reverse, cu_seqlens = path
+            named.update(walk.resolve(spec, spatial["*l"], index, reverse, cu_seqlens, device)._asdict())
+            if not self.states or named["sequences"] is None:  # where there is no state, sequences are segments
+                named.pop("sequences")
         else:
-            named["walks"] = [walk.resolve(spec, spatial["*l"], None, False, device) for spec in path[0].split(";")]
+            named["walks"] = [walk.resolve(spec, spatial["*l"], None, False, None, device)[:3] for spec in path[0].split(";")]
         return named
 
     def forward(self, backend: str, arguments: Mapping[str, Any], *, save: bool = False, final: bool = True) -> tuple[Any, ...]:
@@ -231,14 +241,20 @@ class Op:
         found: Callable[..., Any] = getattr(dispatch.kernel(self.folder, backend), function + self.suffix)
         return found
 
-    def _path(self, order: Any, spatial: Any, reverse: bool) -> tuple[Any, ...]:
-        """The walk as operators take it: (index, spec, reverse), the specs of many orders as one text, or nothing."""
+    def _path(self, tensors: Sequence[Any], sizes: shapes.Sizes, order: Any, reverse: bool, cu_seqlens: Any) -> tuple[Any, ...]:
+        """The walk as operators take it: (index, spec, reverse, cu_seqlens), the specs of many orders as one text, or nothing."""
         if self.walk == "none":
             return ()
+        spatial = sizes["*l"]
         if self.walk == "many":
             return (walk.parse_many(order, spatial),)
+        device = tensors[self.main].device
+        if isinstance(order, Tensor) and order.device != device:
+            raise ValueError(f"order: expected device {device}, where {self.inputs[self.main].public} is, got {order.device}")
         spec, index = walk.parse(order, spatial)
-        return index, spec, reverse
+        if cu_seqlens is not None:
+            walk.check_bounds(cu_seqlens, math.prod(spatial), device)
+        return index, spec, reverse, cu_seqlens
 
     def _channels_last(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Tokens (b, d, *spatial) or (b, g, n, *spatial) as (b, *spatial, …), views."""

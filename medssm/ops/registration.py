@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _library: Any = torch.library.Library("medssm", "DEF")
 _BACKENDS = {"native": native, "triton": triton, "cuda": cuda}
-_WALKS = {"one": "Tensor? index, str order, bool reverse", "many": "str orders", "none": ""}
+_WALKS = {"one": "Tensor? index, str order, bool reverse, Tensor? cu_seqlens", "many": "str orders", "none": ""}
 
 
 def kernels(**limits: Callable[..., str | None]) -> dict[str, dispatch.Backend]:
@@ -77,12 +77,13 @@ class Operators:
     def _split(self, args: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[Any], dict[str, Any], Sequence[Any]]:
         """(tensors, walk, options, the rest) of an operator's arguments from the first tensor on."""
         count = len(self.op.inputs)
-        walked = count + {"one": 3, "many": 1, "none": 0}[self.op.walk]
+        walked = count + {"one": 4, "many": 1, "none": 0}[self.op.walk]
         rest = walked + len(self.op.options)
         return args[:count], args[count:walked], dict(zip(self.op.options, args[walked:rest], strict=True)), args[rest:]
 
-    def _sizes(self, tensors: Sequence[Tensor | None]) -> shapes.Sizes:
-        return shapes.sizes([(self.op.inputs[i], tensors[i]) for i in self.op.shape_order], True, self.op.rules)
+    def _sizes(self, tensors: Sequence[Tensor | None], path: Sequence[Any]) -> shapes.Sizes:
+        packed = path[3] if self.op.walk == "one" else None
+        return self.op.sizes(tensors, sequences=None if packed is None else packed.shape[0] - 1)
 
     # -- forward ------------------------------------------------------------------------------------------------------------------------
 
@@ -95,17 +96,21 @@ class Operators:
         return (out, *(_absent(main) if t is None else t for t in others)) if others else out
 
     def _forward_shapes(self, *args: Any) -> Any:
-        op, (tensors, _, options, rest) = self.op, self._split(args)
-        sizes, dtype, main = self._sizes(tensors), compute_dtype(*tensors), tensors[op.main]
+        op, (tensors, path, options, rest) = self.op, self._split(args)
+        sizes, dtype, main = self._sizes(tensors, path), compute_dtype(*tensors), tensors[op.main]
         assert main is not None
+        states = op.packed_states if shapes.SEQUENCES in sizes else op.states
         outputs = [main.new_empty(shapes.shape(op.out_axes(options), sizes))]
-        outputs += [main.new_empty(shapes.shape(axes, sizes), dtype=main.dtype if op.states_like_main else dtype) for axes in op.states.values()]
+        outputs += [main.new_empty(shapes.shape(axes, sizes), dtype=main.dtype if op.states_like_main else dtype) for axes in states.values()]
         if op.saved:
             outputs.append(main.new_empty(op.saved[1](**shapes.totals(sizes)), dtype=dtype) if rest[0] else _absent(main))
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _forward_operations(self, *args: Any, out_val: Any = None, **_: Any) -> int:
-        return self.op.operations(**shapes.totals(self._sizes(self._split(args)[0])))
+        split = self._split(args)
+        sizes = self._sizes(*split[:2])
+        sizes.pop(shapes.SEQUENCES, None)
+        return self.op.operations(**shapes.totals(sizes))
 
     # -- backward -----------------------------------------------------------------------------------------------------------------------
 
@@ -150,17 +155,20 @@ class Operators:
         tensors, path, options, rest = self._split(inputs)
         outputs = output if isinstance(output, tuple) else (output,)
         kept = outputs[1 : 1 + len(self._kept)] if self.op.saves_states else outputs[len(outputs) - len(self._kept) :]
-        ctx.kept, ctx.count = len(kept), len(inputs)
-        ctx.index = bool(path) and isinstance(path[0], Tensor)
-        ctx.save_for_backward(*kept, *tensors, *(path[:1] if ctx.index else ()))
-        ctx.rest = (*(path[1:] if ctx.index else path), *options.values(), rest[-1])
+        ctx.kept, ctx.count, ctx.rest = len(kept), len(inputs), (*options.values(), rest[-1])
+        ctx.walked = [i for i, part in enumerate(path) if isinstance(part, Tensor)]
+        ctx.path = [None if isinstance(part, Tensor) else part for part in path]
+        ctx.save_for_backward(*kept, *tensors, *(path[i] for i in ctx.walked))
 
     def _gradient(self, ctx: Any, *douts: Any) -> tuple[Any, ...]:
         op, saved = self.op, ctx.saved_tensors
         # Outputs that are kept have gradients only where they are states.
-        found = self.backward(*douts[: 1 + len(op.states)], *saved, *ctx.rest)
+        kept, tensors = saved[: ctx.kept], saved[ctx.kept : ctx.kept + len(op.inputs)]
+        path = list(ctx.path)
+        for i, part in zip(ctx.walked, saved[ctx.kept + len(op.inputs) :], strict=True):
+            path[i] = part
+        found = self.backward(*douts[: 1 + len(op.states)], *kept, *tensors, *path, *ctx.rest)
         gradients = iter(found if isinstance(found, tuple) else (found,))
-        tensors = saved[ctx.kept :]
         back: list[Any] = [None] * ctx.count
         for i in self._differentiable:
             gradient = next(gradients)
@@ -176,6 +184,8 @@ class Operators:
     def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         """The mapped dimension of tensors with a batch joins the batch; mapped weights raise."""
         size, folded, batch = info.batch_size, [], 0
+        if self.op.walk == "one" and args[len(self.op.inputs) + 3] is not None:
+            raise ValueError("cu_seqlens: vmap over packed sequences is not supported; pack them all in one call")
         for i, (dim, value) in enumerate(zip(in_dims, args, strict=True)):
             given = self.op.inputs[i] if i < len(self.op.inputs) else None
             if given is not None and given.axes[0] == "b" and value is not None:

@@ -62,6 +62,7 @@ def selective_scan(
     delta_proj: Tensor | None = None,  # (d, r)
     order: AnyOrder = None,
     reverse: bool = False,
+    cu_seqlens: Tensor | None = None,  # (n + 1,)
     initial_state: Tensor | None = None,  # (b, d, n)
     return_final_state: bool = False,
     layout: str = "bld",
@@ -82,6 +83,8 @@ def selective_scan(
         order: an Order, or a LongTensor (l,), a permutation: the token visited at each step. Outputs stay where their tokens are; where
             the order begins anew (order.starts), so does the state.
         reverse: walk the other way round.
+        cu_seqlens: the tokens are packed sequences: (n + 1,) int32 or int64, 0 … l. Batch is 1; sequence i is the steps cu_seqlens[i] to
+            cu_seqlens[i + 1] of the walk, each walked on its own. Initial and final states have n rows in place of b.
         initial_state: precedes the first step (zeros if None); differentiable.
         return_final_state: return (out, state), state (b, d, n) in float32 (float64 when computing in it), differentiable.
         layout: "bld", or mamba_ssm's "bdl": u, delta, z (b, d, l); B, C (b, n, l) or (b, g, n, l).
@@ -96,14 +99,23 @@ def selective_scan(
     Source: Gu and Dao, Mamba, arXiv 2312.00752.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
-    plain = order is None and initial_state is None and delta_proj is None and not return_final_state and layout == "bld"
+    plain = order is None and initial_state is None and delta_proj is None and cu_seqlens is None and not return_final_state and layout == "bld"
     given = u is not None and delta is not None and A is not None and B is not None and C is not None
     if plain and given and dispatch.free(backend, "native") and not library.reason() and modes.direct(tensors):
         out = native.forward_usual(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
         if out is not None:
             return out
     options = {"delta_softplus": delta_softplus}
-    return _op(*tensors, options=options, order=order, reverse=reverse, return_final_state=return_final_state, layout=layout, backend=backend)
+    return _op(
+        *tensors,
+        options=options,
+        order=order,
+        reverse=reverse,
+        cu_seqlens=cu_seqlens,
+        return_final_state=return_final_state,
+        layout=layout,
+        backend=backend,
+    )
 
 
 def selective_scan_step(

@@ -22,6 +22,7 @@ Sizes = dict[str, Any]  # of every axis: a number, or of "*l" the tuple of its n
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_AXES = 9  # of an image or a volume
 TOKENS = ("*l", "*q")
+SEQUENCES = "sequences"  # the axis of the states of packed sequences
 
 
 class Form(NamedTuple):
@@ -91,6 +92,13 @@ class Input(NamedTuple):
     tokens: str | None
     optional: bool
     gradient: bool
+
+    def of_sequences(self) -> Input:
+        """The same input of a call with packed sequences: a state (b, …) is (sequences, …)."""
+        if self.tokens is not None or self.axes[0] != "b":
+            return self
+        many = tuple(form._replace(axes=(SEQUENCES, *form.axes[1:])) for form in self.forms)
+        return self._replace(forms=many, axes=many[0].axes)
 
     def with_every_axis(self, t: Tensor | None, sizes: Mapping[str, Any]) -> Tensor | None:
         """The tensor with the axis of size 1 that it left out."""
@@ -176,12 +184,12 @@ def agree(declared: Mapping[str, str], *tensors: Tensor | None) -> Sizes:
     return sizes(list(zip(inputs(declared), tensors, strict=True)), True, Rules())
 
 
-def sizes(pairs: Sequence[tuple[Input, Tensor | None]], spatial: bool, rules: Rules) -> Sizes:
+def sizes(pairs: Sequence[tuple[Input, Tensor | None]], spatial: bool, rules: Rules, known: Mapping[str, int] | None = None) -> Sizes:
     """Raise one clear error for shapes that do not fit the declaration; return the size of every axis.
 
-    spatial: whether the tokens may be an image or a volume.
+    spatial: whether the tokens may be an image or a volume. known: sizes that no tensor tells.
     """
-    found: Sizes = {}
+    found: Sizes = dict(known or {})
     owners: dict[str, tuple[str, Form, Tensor]] = {}
     absent = [given.name for given, t in pairs if t is None]
     for given, t in pairs:

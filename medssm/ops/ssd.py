@@ -59,6 +59,7 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     order: AnyOrder = None,
     reverse: bool = False,
+    cu_seqlens: Tensor | None = None,  # (n + 1,)
     initial_state: Tensor | None = None,  # (b, h, p, n)
     return_final_state: bool = False,
     backend: str | None = None,
@@ -78,6 +79,8 @@ def ssd(
         order: an Order, or a LongTensor (l,), a permutation: the token visited at each step. Outputs stay where their tokens are; where
             the order begins anew (order.starts), so does the state.
         reverse: walk the other way round.
+        cu_seqlens: the tokens are packed sequences: (n + 1,) int32 or int64, 0 … l. Batch is 1; sequence i is the steps cu_seqlens[i] to
+            cu_seqlens[i + 1] of the walk, each walked on its own. Initial and final states have n rows in place of b.
         initial_state: precedes the first step (zeros if None); differentiable.
         return_final_state: return (out, state), state (b, h, p, n) in float32 (float64 when computing in it), differentiable.
         backend: reference | native | triton | auto; None takes use_backend's or MEDSSM_BACKEND's choice.
@@ -91,7 +94,7 @@ def ssd(
     Source: Dao and Gu, Transformers are SSMs, arXiv 2405.21060.
     """
     tensors, options = (x, dt, A, B, C, D, z, dt_bias, initial_state), _options(dt_softplus, dt_limit)
-    return _op(*tensors, options=options, order=order, reverse=reverse, return_final_state=return_final_state, backend=backend)
+    return _op(*tensors, options=options, order=order, reverse=reverse, cu_seqlens=cu_seqlens, return_final_state=return_final_state, backend=backend)
 
 
 def ssd_step(

@@ -1,4 +1,4 @@
-"""What an op's `order` means: tokens flattened to (b, l, …) and the walk as (index, starts, reverse).
+"""What an op's `order` and `cu_seqlens` mean: tokens flattened to (b, l, …) and the walk as (index, starts, reverse, sequences).
 
 An Order travels through torch.compile and torch.export as its `spec` string; the operator looks its tables up, cached per
 shape and device. A LongTensor order travels as a tensor.
@@ -7,23 +7,28 @@ shape and device. A LongTensor order travels as a tensor.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from medssm import orders
+from medssm.kernels.walks import Sequences
 from medssm.ops import modes
 
 AnyOrder = orders.Order | torch.Tensor | None  # the `order` of an op
 
 
 class Walk(NamedTuple):
-    """index: the token visited at each step, None for raster; starts: steps at which state and taps begin anew, None where only step 0."""
+    """index: the token visited at each step, None for raster. starts: steps at which state and taps begin anew, None where only step 0.
+    sequences: those of packed tokens, None for one.
+    """
 
     index: torch.Tensor | None  # type: ignore[assignment]  # it hides tuple.index, which nobody calls here
     starts: torch.Tensor | None
     reverse: bool
+    sequences: Sequences | None = None
 
 
 @functools.lru_cache(maxsize=512)
@@ -37,15 +42,50 @@ def _tables(spec: str, spatial: tuple[int, ...], device: str) -> Walk:
     return Walk(order.index(spatial).to(device), starts.to(device) if starts.numel() > 1 else None, False)
 
 
-def resolve(spec: str, spatial: tuple[int, ...], index: torch.Tensor | None, reverse: bool, device: torch.device) -> Walk:
+def resolve(
+    spec: str, spatial: tuple[int, ...], index: torch.Tensor | None, reverse: bool, cu_seqlens: torch.Tensor | None, device: torch.device
+) -> Walk:
     """The walk of one operator call: `index` if given, else the order's table for this spatial shape; `reverse` turns it round."""
-    if index is not None:
-        return Walk(index, None, reverse)
-    if not spec:
-        return Walk(None, None, reverse)
-    tables = _tables.__wrapped__ if modes.traced() else _tables
-    found = tables(spec, tuple(int(n) for n in spatial), str(device))
-    return Walk(found.index, found.starts, found.reverse != reverse)
+    if index is not None or not spec:
+        found = Walk(index, None, reverse)
+    else:
+        tables = _tables.__wrapped__ if modes.traced() else _tables
+        found = tables(spec, tuple(int(n) for n in spatial), str(device))
+        found = found._replace(reverse=found.reverse != reverse)
+    return found if cu_seqlens is None else packed(found, cu_seqlens, math.prod(spatial))
+
+
+def packed(path: Walk, cu_seqlens: torch.Tensor, length: int) -> Walk:
+    """The walk of packed sequences: state and taps begin anew where a sequence does, too."""
+    bounds = cu_seqlens.to(torch.int64)
+    filled = (bounds[1:] > bounds[:-1]).nonzero().flatten()
+    begins = bounds[filled]
+    starts = begins if path.starts is None or not length else torch.cat([path.starts, begins]).unique()
+    return path._replace(starts=starts, sequences=Sequences(len(bounds) - 1, filled[torch.searchsorted(begins, starts, right=True) - 1]))
+
+
+def count(cu_seqlens: object) -> int | None:
+    """How many sequences are packed: cu_seqlens is None, or whole numbers (n + 1,)."""
+    if cu_seqlens is None:
+        return None
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor (n + 1,), got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        dtype = str(cu_seqlens.dtype).removeprefix("torch.")
+        raise ValueError(f"cu_seqlens: expected an int32 or int64 tensor (n + 1,) with n at least 1, got {dtype} {tuple(cu_seqlens.shape)}")
+    return cu_seqlens.shape[0] - 1
+
+
+def check_bounds(cu_seqlens: torch.Tensor, length: int, device: torch.device) -> None:
+    """cu_seqlens rises from 0 to the length."""
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens: expected device {device}, where the tokens are, got {cu_seqlens.device}")
+    if torch.compiler.is_compiling() or cu_seqlens.is_meta:  # its values are not known then
+        return
+    first, last, falls = int(cu_seqlens[0]), int(cu_seqlens[-1]), bool((cu_seqlens.diff() < 0).any())
+    if first != 0 or last != length or falls:
+        got = str(cu_seqlens.tolist()) if len(cu_seqlens) <= 9 else f"{first} … {last}{', which falls on its way' if falls else ''}"
+        raise ValueError(f"cu_seqlens: expected to rise from 0 to {length}, the number of tokens, got {got}")
 
 
 def check_index(order: torch.Tensor, length: int) -> torch.Tensor:

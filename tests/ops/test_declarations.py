@@ -66,7 +66,7 @@ def test_its_example_uses_every_tensor_and_runs(name):
 @every
 def test_a_step_function_takes_the_options_of_the_whole(name):
     if hasattr(ops, f"{name}_step"):
-        walk = {"order", "reverse", "return_final_state", "initial_state", "layout", "backend", "causal"}
+        walk = {"order", "reverse", "cu_seqlens", "return_final_state", "initial_state", "layout", "backend", "causal"}
         whole = set(inspect.signature(getattr(ops, name)).parameters) - walk
         assert whole <= step_options(name)
 
