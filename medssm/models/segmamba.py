@@ -54,7 +54,7 @@ def segmamba(
     check_dims(spatial_dims)
     features, n = list(features), len(features)
     depths, slices = per_stage("depths", depths, n), per_stage("slices", slices or [None] * n, n)
-    encoder = _Encoder(in_channels, features, depths, slices, spatial_dims)
+    encoder = _encoder(in_channels, features, depths, slices, spatial_dims)
     widths = [in_channels, *features, hidden]
     skips = [ResidualBlock(widths[i], widths[i + 1], spatial_dims, residual) for i in range(n + 1)]
     decoder = Decoder(
@@ -161,16 +161,11 @@ class _Out(nn.Module):
         return y
 
 
-class _Encoder(Encoder):
-    def __init__(self, in_channels: int, features: Sequence[int], depths: Sequence[int], slices: Sequence[int | None], dims: int) -> None:
-        downs = [nn.Sequential(CONV[dims](in_channels, features[0], 7, 2, 3))]
-        downs += [nn.Sequential(INSTANCE_NORM[dims](a), CONV[dims](a, b, 2, 2)) for a, b in itertools.pairwise(features)]
-        stages = [
-            _Stage(down, GatedSpatialConv(c, dims), [MambaLayer(c, n) for _ in range(depth)])
-            for down, c, depth, n in zip(downs, features, depths, slices, strict=True)
-        ]
-        super().__init__(nn.Identity(), stages, features, [(2,) * dims] * len(features))
-        self.outs = nn.ModuleList([_Out(c, dims) for c in features])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [out(m) for out, m in zip(self.outs, super().forward(x), strict=True)]
+def _encoder(in_channels: int, features: Sequence[int], depths: Sequence[int], slices: Sequence[int | None], dims: int) -> Encoder:
+    downs = [nn.Sequential(CONV[dims](in_channels, features[0], 7, 2, 3))]
+    downs += [nn.Sequential(INSTANCE_NORM[dims](a), CONV[dims](a, b, 2, 2)) for a, b in itertools.pairwise(features)]
+    stages = [
+        _Stage(down, GatedSpatialConv(c, dims), [MambaLayer(c, n) for _ in range(depth)])
+        for down, c, depth, n in zip(downs, features, depths, slices, strict=True)
+    ]
+    return Encoder(nn.Identity(), stages, features, [(2,) * dims] * len(features), [_Out(c, dims) for c in features])

@@ -6,7 +6,7 @@ Upstream's class is the backbone alone, whose feature maps go to a head of anoth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -106,16 +106,20 @@ class VRWKVEncoder(Encoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(b, c, *spatial) -> maps (b, features, *(spatial / patch))."""
+        last = len(self.stages) - 1
+        final, maps = self.maps(x, [i for i in self.taps if i != last])
+        return [*maps, final] if last in self.taps else maps
+
+    def maps(self, x: Tensor, taps: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """The last layer's map, normalised, and the maps behind the layers `taps` as they are."""
         t = tokens(self.stem(pad_to(x, (self.patch,) * (x.dim() - 2))))
         t = self.dropout(t + resize_positions(self.pos_embed.unflatten(1, self.grid), t.shape[1:-1], self.interpolation))
         maps = []
         for i, layer in enumerate(self.stages):
             t = layer(t)
-            if i == len(self.stages) - 1:
-                t = self.norm(t)
-            if i in self.taps:
+            if i in taps:
                 maps.append(image(t))
-        return maps
+        return image(self.norm(t)), maps
 
 
 class VRWKVLayer(nn.Module):

@@ -9,7 +9,7 @@ from medssm.nn.unet import Encoder
 
 
 class Classifier(nn.Module):
-    """Logits (b, classes): a linear layer on the mean over space of the encoder's coarsest map, which a norm over channels may precede.
+    """Logits (b, classes): a linear layer on the mean over space of the coarsest map of the encoder's trunk, which a norm over channels may precede.
 
     Any input size that leaves a voxel at the coarsest level; nothing is padded.
     """
@@ -17,7 +17,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Encoder, classes: int, norm: bool = True) -> None:
         super().__init__()
         channels = encoder.output_channels[-1]
-        self.encoder = encoder
+        self.encoder = encoder.trunk()
         self.norm = ChannelNorm(channels) if norm else nn.Identity()
         self.head = nn.Linear(channels, classes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -15,12 +16,16 @@ Strides = Sequence[Sequence[int]]
 class Encoder(nn.Module):
     """A stem, then stages from fine to coarse; stage s starts with a step of strides[s] voxels along each axis.
 
-    stages, output_channels and strides have one entry per stage. forward returns every stage's output, the finest first.
+    stages, output_channels and strides have one entry per stage. forward returns every stage's output, the finest first. With `outs`, one
+    module per stage, it returns what they make of the outputs; the next stage still takes the output itself.
     """
 
-    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], output_channels: Sequence[int], strides: Strides) -> None:
+    def __init__(
+        self, stem: nn.Module, stages: Sequence[nn.Module], output_channels: Sequence[int], strides: Strides, outs: Sequence[nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.stem, self.stages = stem, nn.ModuleList(stages)
+        self.outs = None if outs is None else nn.ModuleList(outs)
         self.output_channels, self.strides = list(output_channels), [tuple(s) for s in strides]
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -28,8 +33,17 @@ class Encoder(nn.Module):
         x, skips = self.stem(x), []
         for s in range(len(self.stages)):
             x = self.stage(s, x)
-            skips.append(x)
+            skips.append(x if self.outs is None else self.outs[s](x))
         return skips
+
+    def trunk(self) -> Encoder:
+        """This encoder without `outs`, with the same layers, not copies: for a classifier, in which those of the finer maps would learn nothing
+        (distributed training stops at a weight without a gradient)."""
+        if self.outs is None:
+            return self
+        trunk = copy.copy(self)
+        trunk._modules = {**self._modules, "outs": None}
+        return trunk
 
     def stage(self, s: int, x: Tensor) -> Tensor:
         """One stage; an encoder with more than `stages` per level overrides it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,20 +53,34 @@ class VimEncoder(Encoder):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(b, in_channels, *spatial) -> [(b, features, *grid of patches)]."""
         tokens, grid, at = self.tokens(x)
-        return [_without(tokens, at).transpose(1, 2).unflatten(2, grid)]
+        return [_map(tokens, grid, at)]
 
     def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], list[int]]:
         """Tokens (b, l, features) behind the last norm, the grid of patches, and where the class tokens stand."""
+        return self._through(x, ())[:3]
+
+    def maps(self, x: Tensor, taps: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """Tokens behind the last norm, the class tokens first, and the maps behind the layers `taps`, not normalised."""
+        tokens, grid, at, sums = self._through(x, taps)
+        return torch.cat((tokens[:, at], _without(tokens, at)), 1), [_map(t, grid, at) for t in sums]
+
+    def _through(self, x: Tensor, taps: Collection[int]) -> tuple[Tensor, tuple[int, ...], list[int], list[Tensor]]:
+        """What `tokens` gives, and the tokens behind the layers `taps`: the sum of what all layers so far gave."""
         patches = self.stem(x)
         grid = tuple(patches.shape[2:])
         t, at = self._with_cls(patches.flatten(2).transpose(1, 2), [token.expand(len(x), -1, -1) for token in self.cls_token])
         if self.pos_embed is not None:
             t = t + self._positions(self.pos_embed, grid)
         t = self.dropout(t)
-        residual = None
-        for layer in self.stages:
+        residual, sums = None, []
+        for i, layer in enumerate(self.stages):
             t, residual = layer(t, residual)
-        return self.norm(residual + self.drop_path(t)), grid, at
+            if i - 1 in taps:  # a layer adds what the one before it gave
+                sums.append(residual)
+        last: Tensor = residual + self.drop_path(t)
+        if len(self.stages) - 1 in taps:
+            sums.append(last)
+        return self.norm(last), grid, at, sums
 
     def _with_cls(self, t: Tensor, cls: list[Tensor]) -> tuple[Tensor, list[int]]:
         """Tokens with the class tokens among them, and where those stand."""
@@ -109,6 +123,12 @@ class VimLayer(nn.Module):
 def _without(tokens: Tensor, at: list[int]) -> Tensor:
     """Tokens (b, l, c) but for those at these places."""
     return tokens[:, [i for i in range(tokens.shape[1]) if i not in at]]
+
+
+def _map(tokens: Tensor, grid: tuple[int, ...], at: list[int]) -> Tensor:
+    """Tokens (b, l, c) with class tokens at these places -> (b, c, *grid)."""
+    maps: Tensor = _without(tokens, at).transpose(1, 2).unflatten(2, grid)
+    return maps
 
 
 def _norm(features: int, rms: bool, eps: float) -> nn.RMSNorm | nn.LayerNorm:

@@ -76,10 +76,17 @@ def test_classifiers_take_any_input_size(name, dims):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_a_classifier_on_any_encoder():
-    features = medssm.create_model("umamba_enc", 3, 2, 3, features_only=True, **SMALL["umamba_enc"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_classifier_on_any_encoder_learns_with_every_parameter(name):
+    features = build(name, 2, features_only=True)
+    own = [n for n, _ in features.named_parameters()]
+    x = torch.randn(2, 2, 64, 64)
     model = medssm.nn.Classifier(features.encoder, 5)
-    assert model(torch.randn(2, 2, 16, 16, 16)).shape == (2, 5)
+    logits = model(x)
+    assert logits.shape == (2, 5)
+    logits.square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [n for n, _ in features.named_parameters()] == own  # the encoder that was given stays whole
 
 
 @pytest.mark.parametrize("cls", ["middle", "first", "both", None])
