@@ -6,7 +6,8 @@
 
     python -m medssm.run train.py --epochs 10      # the same for a script that knows nothing of medssm
 
-What there is stands in `table.MODULES`. Names that upstream has and this release has not can be imported; using one raises NotImplementedError.
+Every name that upstream's modules have can be imported. What there is stands in `table.PRESENT`; the rest, in `absent.NAMES`, may be inherited from
+and raises NotImplementedError on use.
 A package that is installed is never shadowed unless install(force=True) asks for it. Processes that are spawned, not forked, start without the
 stand-in: call install() in the module that they import.
 """

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from medssm import ops
+from medssm.integrations.mamba_ssm import states
 from medssm.integrations.mamba_ssm.absent import refuse
 
 _ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
@@ -37,11 +38,10 @@ def causal_conv1d_fn(
     )
     if not return_final_states:
         return out.contiguous()
-    out, states = out
-    return out.contiguous(), states if final_states_out is None else final_states_out.copy_(states)
+    out, final = out
+    return out.contiguous(), final if final_states_out is None else final_states_out.copy_(final)
 
 
-@torch.no_grad()
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -51,19 +51,56 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """The convolution of the next tokens; `conv_state` (b, d, at least w-1), oldest first, is updated in place. No gradients, as upstream.
+    """The convolution of the next tokens; `conv_state` is updated in place. Differentiable, through the state too.
 
-    Args: x (b, d) or (b, d, l); weight (d, w); bias (d,); activation as causal_conv1d_fn.
-    Returns out in x's shape and dtype. Raises NotImplementedError for cache_seqlens and conv_state_indices.
+    Args:
+        x: (b, d) or (b, d, l). weight: (d, w). bias: (d,). activation: as causal_conv1d_fn.
+        conv_state: (b, d, k), k at least w-1: the tokens before, oldest first.
+        cache_seqlens: (b,), tokens before these: conv_state is then a ring, in which token t stands at t % k.
+        conv_state_indices: (b,), which rows of a longer conv_state are the batch's; at a negative one nothing is updated and out is zero.
+
+    Returns out in x's shape and dtype. Raises ValueError for a conv_state that is too short.
     """
-    refuse(cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
     taps, kept = weight.shape[1] - 1, conv_state.shape[-1]
     if kept < taps:
         raise ValueError(f"conv_state: expected (b, d, at least {taps}), got {tuple(conv_state.shape)}")
     tokens = x.unsqueeze(-1) if x.dim() == 2 else x
-    out = ops.causal_conv1d(tokens, weight, bias, activation_name(activation), initial_state=conv_state[..., kept - taps :], layout="bdl")
-    conv_state.copy_(torch.cat([conv_state, tokens.to(conv_state.dtype)], dim=-1)[..., -kept:])
-    return out.reshape(x.shape)
+    old = states.before(conv_state, conv_state_indices)
+    old = old if cache_seqlens is None else _turned(old, cache_seqlens)
+    out = ops.causal_conv1d(tokens, weight, bias, activation_name(activation), initial_state=old[..., kept - taps :], layout="bdl")
+    new = torch.cat([old, tokens.to(old.dtype)], dim=-1)[..., tokens.shape[-1] :]
+    new = new if cache_seqlens is None else _turned(new, -(cache_seqlens + tokens.shape[-1]))
+    states.update(conv_state, new, conv_state_indices)
+    return states.served(out.reshape(x.shape), conv_state_indices)
+
+
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """causal_conv1d_fn in the order of its twin's arguments."""
+    return causal_conv1d_fn(x, weight, bias, None, initial_states, return_final_states, final_states_out, activation)
+
+
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """The last state_len tokens of each packed sequence, oldest first, zeros before its first: (sequences, d, state_len) in x's dtype.
+
+    x: (l, d), sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. Differentiable.
+    """
+    at = cu_seqlens[1:, None] + torch.arange(-state_len, 0, device=x.device)
+    outside = at < cu_seqlens[:-1, None]
+    return x[at.masked_fill(outside, 0)].masked_fill(outside[..., None], 0).transpose(1, 2)
+
+
+def _turned(ring: Tensor, by: Tensor) -> Tensor:
+    """(b, d, k) with place `by` (b,) of each ring first."""
+    at = (torch.arange(ring.shape[-1], device=ring.device) + by[:, None]) % ring.shape[-1]
+    return ring.gather(-1, at[:, None].expand_as(ring))
 
 
 def activation_name(name: str | None) -> str | None:

@@ -1,6 +1,6 @@
-"""The compiled modules under mamba_ssm, causal_conv1d and VMamba, which hand-written autograd functions call: forward and backward apart.
+"""The compiled modules under mamba_ssm and VMamba, which hand-written autograd functions call: forward and backward apart.
 
-selective_scan_cuda (fwd, bwd), VMamba's selective_scan_cuda_core, _oflex and _ndstate, causal_conv1d_cuda. A backward computes its forward again,
+selective_scan_cuda (fwd, bwd), VMamba's selective_scan_cuda_core, _nrow, _oflex and _ndstate. A backward computes its forward again,
 so `x`, what the forward keeps for it, is not read; it holds what upstream's holds, since callers take the last state out of it.
 """
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from medssm import ops
-from medssm.integrations.mamba_ssm import convolution
 from medssm.integrations.mamba_ssm.scan import grouped
 from medssm.kernels.dtypes import compute_dtype
 
@@ -55,21 +54,21 @@ def bwd(
 
     dout: (b, d, l), of what fwd returns last. x, out: of fwd, not read. What is None has the gradient None.
     """
-    out_z, gradients = _gradients(
+    out_z, found = gradients(
         lambda u, delta, A, B, C, D, delta_bias, z: _differentiable(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
         (u, delta, A, B, C, D, delta_bias, z),
         dout,
     )
-    *gradients, gate = gradients
+    *found, gate = found
     if z is not None:
-        gradients.append(gate if dz is None else dz.copy_(gate))
-    return [*gradients, out_z.detach()] if recompute_out_z else gradients
+        found.append(gate if dz is None else dz.copy_(gate))
+    return [*found, out_z.detach()] if recompute_out_z else found
 
 
 def core_fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, nrows: int = 1
 ) -> list[Tensor]:
-    """selective_scan_cuda_core.fwd (VMamba) -> [out, x]: fwd without a gate. nrows: of no effect."""
+    """selective_scan_cuda_core.fwd and _nrow.fwd (VMamba) -> [out, x]: fwd without a gate. nrows: of no effect."""
     return fwd(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
 
 
@@ -86,7 +85,7 @@ def core_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Any]:
-    """selective_scan_cuda_core.bwd (VMamba) -> [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
+    """selective_scan_cuda_core.bwd and _nrow.bwd (VMamba) -> [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
     return bwd(u, delta, A, B, C, D, None, delta_bias, dout, x, None, None, delta_softplus, False)
 
 
@@ -131,7 +130,7 @@ def oflex_bwd(
         wide, bias = u.to(compute_dtype(u, delta)), None if delta_bias is None else _spread(u, delta_bias, dim=0)
         return _differentiable(wide, _spread(u, delta), A, B, C, D, None, bias, delta_softplus).to(dout.dtype)
 
-    return _gradients(forward, (u, delta, A, B, C, D, delta_bias), dout)[1]
+    return gradients(forward, (u, delta, A, B, C, D, delta_bias), dout)[1]
 
 
 def ndstate_fwd(
@@ -157,52 +156,6 @@ def ndstate_bwd(
     """selective_scan_cuda_ndstate.bwd (VMamba) -> [du, ddelta, dA (d,), dB (b, g, l), dC (b, g, l), dD, ddelta_bias]."""
     du, ddelta, dA, dB, dC, *rest = core_bwd(u, delta, A.unsqueeze(1), B.unsqueeze(2), C.unsqueeze(2), D, delta_bias, dout, x, delta_softplus)
     return [du, ddelta, dA.squeeze(1), dB.squeeze(2), dC.squeeze(2), *rest]
-
-
-@torch.no_grad()
-def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    """causal_conv1d_cuda.causal_conv1d_fwd -> out. rest: silu; or seq_idx, silu; or seq_idx, initial_states, final_states_out, silu."""
-    given = _named(rest, ("silu",), ("seq_idx", "silu"), ("seq_idx", "initial_states", "final_states_out", "silu"))
-    states = given.get("final_states_out")
-    out = convolution.causal_conv1d_fn(
-        x, weight, bias, given.get("seq_idx"), given.get("initial_states"), states is not None, states, "silu" if given["silu"] else None
-    )
-    return out if states is None else out[0]
-
-
-def causal_conv1d_bwd(x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """causal_conv1d_cuda.causal_conv1d_bwd -> (dx, dweight, dbias), dx written into `dx` if given.
-
-    rest: dx, silu; or seq_idx, dx, silu; or seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu, which returns
-    dinitial_states (or None) too.
-    """
-    given = _named(
-        rest, ("dx", "silu"), ("seq_idx", "dx", "silu"), ("seq_idx", "initial_states", "dfinal_states", "dx", "return_dinitial_states", "silu")
-    )
-    dstates = given.get("dfinal_states")
-
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None) -> Any:
-        out, states = convolution.causal_conv1d_fn(x, weight, bias, given.get("seq_idx"), initial, True, None, "silu" if given["silu"] else None)
-        return out if dstates is None else (out, states)
-
-    _, (dx, dweight, dbias, dinitial) = _gradients(
-        forward, (x, weight, bias, given.get("initial_states")), dout if dstates is None else (dout, dstates)
-    )
-    dx = dx if given["dx"] is None else given["dx"].copy_(dx)
-    return (dx, dweight, dbias, dinitial) if "initial_states" in given else (dx, dweight, dbias)
-
-
-def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    cache_seqlens: Tensor | None = None,
-    conv_state_indices: Tensor | None = None,
-) -> Tensor:
-    """causal_conv1d_cuda.causal_conv1d_update -> out; conv_state is updated in place."""
-    return convolution.causal_conv1d_update(x, conv_state, weight, bias, "silu" if silu else None, cache_seqlens, conv_state_indices)
 
 
 def _scan(
@@ -236,18 +189,10 @@ def _spread(u: Tensor, steps: Tensor, dim: int = 1) -> Tensor:
     return steps.repeat_interleave(u.shape[1] // steps.shape[dim], dim=dim)
 
 
-def _gradients(forward: Callable[..., Any], tensors: Sequence[Tensor | None], dout: Tensor | tuple[Tensor, ...]) -> tuple[Any, list[Any]]:
+def gradients(forward: Callable[..., Any], tensors: Sequence[Tensor | None], dout: Tensor | tuple[Tensor, ...]) -> tuple[Any, list[Any]]:
     """forward(*tensors), computed again, and the gradient of each tensor (None for None) from its output's, dout."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     with torch.enable_grad():
         out = forward(*leaves)
     found = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], dout))
     return out, [None if t is None else next(found) for t in leaves]
-
-
-def _named(values: Sequence[Any], *forms: tuple[str, ...]) -> dict[str, Any]:
-    """The values by name: which of causal_conv1d's versions is calling shows in their number."""
-    for form in forms:
-        if len(values) == len(form):
-            return dict(zip(form, values, strict=True))
-    raise TypeError(f"causal_conv1d_cuda: expected after the tensors {', or '.join(map(str, forms))}, got {len(values)} arguments")

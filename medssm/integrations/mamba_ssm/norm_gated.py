@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
+from medssm.kernels.dtypes import compute_dtype
 from medssm.nn.norms import grouped_norm
 from medssm.ops import shapes
 
@@ -48,6 +50,29 @@ def rmsnorm_fn(
 ) -> Tensor:
     """layernorm_fn with the RMS norm."""
     return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
+
+
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    upcast: bool = True,
+) -> Tensor:
+    """rmsnorm_fn by plain operations, without upcast in x's own type."""
+    dtype = x.dtype
+    wide = compute_dtype(x, weight)
+    if upcast:
+        x, z = x.to(wide), None if z is None else z.to(wide)
+    gate = None if z is None else silu(z)
+    x = x if gate is None or norm_before_gate else x * gate
+    groups = x.unflatten(-1, (-1, group_size or x.shape[-1]))
+    out = (groups / (groups.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2) * weight.to(wide)
+    out = out if bias is None else out + bias.to(wide)
+    return (out if gate is None or not norm_before_gate else out * gate).to(dtype)
 
 
 class LayerNorm(nn.Module):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from medssm import ops
+from medssm.integrations.mamba_ssm import states
+from medssm.integrations.mamba_ssm.norm import rms_norm_forward
 
 
 def selective_scan_fn(
@@ -62,13 +63,15 @@ def mamba_inner_fn(
     Args:
         xz: (b, 2d, l). conv1d_weight: (d, 1, w). x_proj_weight: (r + n + n, d), less the rows of a B or C that is given.
         delta_proj_weight: (d, r). out_proj_weight: (d_model, d). A: (d, n). B, C: None where they come from x_proj, else as selective_scan_fn.
-        B_proj_bias, C_proj_bias: (n,). D, delta_bias: (d,). checkpoint_lvl: of no effect. The norms of B, C and delta are refused.
+        B_proj_bias, C_proj_bias: (n,). D, delta_bias: (d,). checkpoint_lvl: of no effect.
+        b_rms_weight, c_rms_weight (n,), dt_rms_weight (d,): of an RMS norm of B, C and the projected delta before its bias, with b_c_dt_rms_eps.
     """
-    for name, weight in (("b_rms_weight", b_rms_weight), ("c_rms_weight", c_rms_weight), ("dt_rms_weight", dt_rms_weight)):
-        if weight is not None:
-            raise NotImplementedError(f"{name}: expected None (norms of B, C and delta are not in this release of medssm), got a weight")
     u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
-    y = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight)
+    B, C = (t if w is None else rms_norm_forward(t, w, None, b_c_dt_rms_eps) for t, w in ((B, b_rms_weight), (C, c_rms_weight)))
+    project: Tensor | None = delta_proj_weight
+    if dt_rms_weight is not None:
+        delta, project = rms_norm_forward(linear(delta, delta_proj_weight), dt_rms_weight, None, b_c_dt_rms_eps), None
+    y = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=project)
     return linear(y, out_proj_weight, out_proj_bias)
 
 
@@ -122,7 +125,6 @@ def bimamba_inner_fn(
     return linear(y + back, out_proj_weight, out_proj_bias)
 
 
-@torch.no_grad()
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -134,23 +136,25 @@ def selective_state_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """One token of the scan; `state` is updated in place. No gradients, as upstream.
+    """One token of the scan; `state` is updated in place. Differentiable, through the state too.
 
     Args:
         state: (b, d, n), or with heads (b, h, p, n). x, dt, z: (b, d) or (b, h, p). A: (d, n) or (h, p, n). D, dt_bias: (d,) or (h, p).
         B, C: (b, n) or (b, g, n).
+        state_batch_indices: (b,), which rows of a longer `state` are the batch's; at a negative one nothing is updated and out is zero.
 
     Returns out in x's shape and dtype.
     """
+    tokens = x
     if state.dim() == 4:  # heads are neighbouring channels
         tokens, dt, z = x.flatten(1), dt.flatten(1), None if z is None else z.flatten(1)
         A, (D, dt_bias) = A.flatten(0, 1), (None if t is None else t.flatten(0, 1) for t in (D, dt_bias))
-    else:
-        tokens = x
-    out, new = ops.selective_scan_step(state.reshape(len(x), -1, state.shape[-1]), tokens, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    state.copy_(new.reshape(state.shape))
-    return out.reshape(x.shape)
+    old = states.before(state, state_batch_indices)
+    out, new = ops.selective_scan_step(old.reshape(len(x), -1, state.shape[-1]), tokens, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    states.update(state, new.reshape(old.shape), state_batch_indices)
+    return states.served(out.reshape(x.shape), state_batch_indices)
 
 
 def grouped(B: Tensor, C: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

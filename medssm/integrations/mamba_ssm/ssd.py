@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, silu, softplus
 
 from medssm import ops
 from medssm.integrations.mamba_ssm.absent import refuse
@@ -45,6 +45,131 @@ def mamba_chunk_scan_combined(
     return ops.ssd(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=dt_limit, initial_state=initial_states, return_final_state=return_final_states
     )
+
+
+def mamba_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """mamba_chunk_scan_combined without states, whose steps may have any sign."""
+    return ops.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=(-math.inf, math.inf))
+
+
+def ssd_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+) -> Tensor:
+    """The same scan as a selective scan with a state per channel, which may also be each channel's own.
+
+    Args:
+        x, z: (b, l, h, p). dt: (b, l, h) or (b, l, h, p). A: (h,) or (h p, n). B, C: (b, l, g, n). D, dt_bias: (h,) or (h, p).
+        dt_limit: what the step is clamped to; unlike in mamba_chunk_scan_combined the default leaves a negative step as it is.
+
+    Returns out (b, l, h, p) in x's dtype.
+    """
+    size = x.shape[3]
+    dt = (dt[..., None].expand(x.shape) if dt.dim() == 3 else dt).flatten(2)
+    A = A[:, None, None].expand(-1, size, B.shape[3]).flatten(0, 1) if A.dim() == 1 else A
+    D, dt_bias = (None if t is None else (t[:, None].expand(-1, size) if t.dim() == 1 else t).flatten() for t in (D, dt_bias))
+    if tuple(dt_limit) != (0.0, math.inf):
+        dt = dt if dt_bias is None else dt + dt_bias
+        dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+        dt_bias, dt_softplus = None, False
+    out = ops.selective_scan(x.flatten(2), dt, A, B, C, D, None if z is None else z.flatten(2), dt_bias, dt_softplus)
+    return out.unflatten(2, (-1, size))
+
+
+def mamba_conv1d_scan_ref(
+    xBC: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt: Tensor,
+    A: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    activation: str | None = "silu",
+    headdim: int | None = None,
+    ngroups: int = 1,
+) -> Tensor:
+    """The convolution and ssd_selective_scan behind it, (b, l, d) with d = h p.
+
+    xBC: (b, l, d + 2gn). conv1d_weight: (d + 2gn, w). dt: (b, l, h) or (b, l, h, p). z: (b, l, d). D: (h,) or (h, p). headdim: p, where neither z nor
+    D tells it. ngroups: g. chunk_size: of no effect.
+    """
+    heads = dt.shape[2]
+    size = z.shape[2] // heads if z is not None else D.shape[1] if D is not None and D.dim() == 2 else headdim
+    if size is None:
+        raise ValueError("headdim: expected the size of a head, which neither z nor D tells, got None")
+    u = ops.causal_conv1d(xBC, conv1d_weight, conv1d_bias, activation_name(activation))
+    rows = (u.shape[2] - heads * size) // 2
+    x, B, C = u.split([heads * size, rows, rows], dim=-1)
+    x, z = x.unflatten(-1, (heads, -1)), None if z is None else z.unflatten(-1, (heads, -1))
+    B, C = (t.unflatten(-1, (ngroups, -1)) for t in (B, C))
+    return ssd_selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit).flatten(2)
+
+
+def mamba_split_conv1d_scan_ref(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """mamba_split_conv1d_scan_combined in the order of its twin's arguments."""
+    return mamba_split_conv1d_scan_combined(
+        zxbcdt,
+        conv1d_weight,
+        conv1d_bias,
+        dt_bias,
+        A,
+        D,
+        chunk_size,
+        dt_limit=dt_limit,
+        activation=activation,
+        rmsnorm_weight=rmsnorm_weight,
+        rmsnorm_eps=rmsnorm_eps,
+        outproj_weight=outproj_weight,
+        outproj_bias=outproj_bias,
+        headdim=headdim,
+        ngroups=ngroups,
+        norm_before_gate=norm_before_gate,
+    )
+
+
+def ensure_stride(inp: Tensor) -> Tensor:
+    """inp (b, l, d), contiguous unless its tokens are a multiple of eight numbers apart."""
+    return inp if inp.stride(1) % 8 == 0 else inp.contiguous()
 
 
 def mamba_split_conv1d_scan_combined(
@@ -131,3 +256,9 @@ def ssd_minimal_discrete(X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: 
     state = None if initial_states is None else initial_states.squeeze(1).transpose(-1, -2)
     out, state = ops.gated_linear_attention(C, B, X, A, scale=1.0, initial_state=state, return_final_state=True)
     return out, state.transpose(-1, -2).to(X.dtype).contiguous()
+
+
+def swiglu(xy: Tensor) -> Tensor:
+    """silu(x) y of the two halves of the last dimension."""
+    x, y = xy.chunk(2, dim=-1)
+    return silu(x) * y

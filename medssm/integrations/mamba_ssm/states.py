@@ -54,9 +54,28 @@ def convolve(
     return out
 
 
-def before(state: Tensor) -> Tensor:
-    """The state for an op that may save it for its gradient, while the state itself is written to."""
+def before(state: Tensor, indices: Tensor | None = None) -> Tensor:
+    """The state for an op that may save it for its gradient, while the state itself is written to.
+
+    indices (b,): of a state with more rows the batch's; a negative one takes any.
+    """
+    if indices is not None:
+        return state[indices.clamp(min=0)]
     return state.clone() if torch.is_grad_enabled() else state
+
+
+def update(state: Tensor, new: Tensor, indices: Tensor | None) -> None:
+    """The state becomes the new one, or its rows at the indices do, none for a negative index."""
+    if indices is None:
+        state.copy_(new)
+    else:
+        served = indices >= 0
+        state[indices[served]] = new[served].to(state.dtype)
+
+
+def served(out: Tensor, indices: Tensor | None) -> Tensor:
+    """out (b, …), zero where the index is negative: a place of the batch that nobody uses."""
+    return out if indices is None else out.masked_fill((indices < 0).view(-1, *[1] * (out.dim() - 1)), 0)
 
 
 def last_tokens(u: Tensor, state: Tensor) -> None:
