@@ -32,14 +32,17 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Long tests start first. Under xdist each worker begins with an equal part of the list, so each part gets its share of them."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    total = len(items)
     long = [item for item in items if item.get_closest_marker("long")]
     short = [item for item in items if not item.get_closest_marker("long")]
     items.clear()
     for worker in range(workers):
         share = long[worker::workers]
-        size = (len(long) + len(short)) * (worker + 1) // workers - len(items) - len(share)
+        size = max(0, total * (worker + 1) // workers - len(items) - len(share))
         items += share + short[:size]
         del short[:size]
+    items += short
+    assert len(items) == total
 
 
 @pytest.fixture(autouse=True)

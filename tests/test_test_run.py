@@ -1,0 +1,42 @@
+"""How the tests are run: the profiles of hypothesis that are named exist, and putting long tests first loses none."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests.conftest import pytest_collection_modifyitems as order
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = [ROOT / "Makefile", *(ROOT / "bench").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+NAMED = {name for file in FILES for name in re.findall(r'HYPOTHESIS_PROFILE"?\s*[=:]\s*"?(\w+)', file.read_text())}
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_a_profile_that_is_named_exists(name):
+    assert settings.get_profile(name).max_examples > 0
+
+
+def test_profiles_are_found():
+    assert {"brief", "deep", "few"} <= NAMED
+
+
+class Item:
+    def __init__(self, name: int, long: bool):
+        self.name, self.long = name, long
+
+    def get_closest_marker(self, marker):
+        return self.long if marker == "long" else None
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize(("long", "short"), [(0, 0), (0, 7), (1, 39), (5, 100), (9, 2), (4, 0)])
+def test_each_worker_begins_with_long_tests_and_no_test_is_lost(monkeypatch, workers, long, short):
+    monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", str(workers))
+    items = [Item(i, i >= short) for i in range(long + short)]  # the long ones come last
+    order(items)
+    assert sorted(item.name for item in items) == list(range(long + short))
+    for worker in range(min(workers, long)):
+        if long <= short:
+            assert items[len(items) * worker // workers].long
