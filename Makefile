@@ -74,7 +74,7 @@ $(VENV)/installed-docs: requirements-docs.txt
 
 $(INTEGRATIONS)/installed-nnunet: $(SOURCES)
 	$(MAKE) VENV=$(INTEGRATIONS) $(INTEGRATIONS)/installed-dev
-	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nnunet]'
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nnunet]' peft
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --no-deps timm
 	touch $@
 

@@ -94,7 +94,7 @@ class _Bridge(nn.Module):
     def __init__(self, features: Sequence[int], spatial_dims: int, attention: str) -> None:
         super().__init__()
         only("attention", attention, "linear", "convolution")
-        total = sum(features)
+        self.attention, total = attention, sum(features)
         self.spatial = CONV[spatial_dims](2, 1, 7, padding=9, dilation=3)
         self.means = nn.Conv1d(1, 1, 3, padding=1, bias=False)
         layers = [nn.Linear(total, c) if attention == "linear" else nn.Conv1d(total, c, 1) for c in features]
@@ -106,7 +106,7 @@ class _Bridge(nn.Module):
         means = self.means(torch.cat([t.flatten(2).mean(-1) for t in both], 1)[:, None])[:, 0]
         out = []
         for layer, s, t in zip(self.channels, seen, both, strict=True):
-            scale = torch.sigmoid(nn.functional.linear(means, layer.get_parameter("weight").flatten(1), layer.get_parameter("bias")))
+            scale = torch.sigmoid(layer(means) if self.attention == "linear" else layer(means.unsqueeze(-1)).squeeze(-1))
             out.append(scale.view(*scale.shape, *[1] * (t.dim() - 2)) * t + s)
         return out
 

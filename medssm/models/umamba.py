@@ -25,6 +25,7 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, Mamba, UNet
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
+from medssm.nn.inner import weight_dtype
 from medssm.nn.residual import Layers, Upsample, maker, residual_stage
 
 Layer = Callable[..., nn.Module] | str  # a class of layers, or the name of one of torch.nn
@@ -156,7 +157,7 @@ class MambaLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, *spatial) -> the same shape."""
         with without_autocast(x.device):
-            x = x.to(self.norm.weight.dtype)
+            x = x.to(weight_dtype(self.norm, x))
             if not self.channel_tokens:
                 return image(self.mamba(self.norm(tokens(x))))
             channels = x.flatten(2)

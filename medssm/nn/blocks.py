@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
-from medssm.orders import Order
+from medssm.nn.inner import plain
+from medssm.orders import Order, raster
 
 Conv = nn.Conv2d | nn.Conv3d
 CONV: dict[int, Callable[..., Conv]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -51,16 +52,33 @@ def spread(y: Tensor, stride: Sequence[int]) -> Tensor:
     return y.reshape(y.shape[0], *(n * s for n, s in zip(coarse, stride, strict=True)), -1)
 
 
-def depthwise(conv: Conv, x: Tensor, activation: str | None = None) -> Tensor:
+def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
     """The depthwise convolution `conv` on (b, *spatial, c), then the activation: None or "silu"."""
-    y: Tensor = ops.depthwise_conv(x, conv.weight.squeeze(1), conv.bias, activation)
-    return y
+    if plain(conv):
+        assert isinstance(conv, Conv)
+        y: Tensor = ops.depthwise_conv(x, conv.weight.squeeze(1), conv.bias, activation)
+        return y
+    y = tokens(conv(image(x)))
+    return nn.functional.silu(y) if activation == "silu" else y
 
 
-def causal(conv: nn.Conv1d, x: Tensor, order: Order | None = None) -> Tensor:
-    """silu of the causal depthwise convolution `conv` along the tokens of (b, l, c), or along an order of (b, *spatial, c)."""
-    y: Tensor = ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, "silu", order=order)
-    return y
+def causal(conv: nn.Module, x: Tensor, order: Order | None = None) -> Tensor:
+    """silu of the causal depthwise convolution `conv` along the tokens of (b, l, c), or along an order of (b, *spatial, c).
+
+    `conv` pads both ends by its width less 1, as a convolution over (b, c, l) that is causal once its end is cut off.
+    """
+    if plain(conv):
+        assert isinstance(conv, nn.Conv1d)
+        y: Tensor = ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, "silu", order=order)
+        return y
+    spatial, t = x.shape[1:-1], x.flatten(1, -2).mT
+    if order is None or order == raster():
+        y = conv(t)[..., : t.shape[-1]]
+    else:
+        index = order.index(spatial).to(x.device)
+        segments = t.index_select(-1, index).tensor_split(order.starts(spatial)[1:], dim=-1)
+        y = torch.cat([conv(segment)[..., : segment.shape[-1]] for segment in segments], dim=-1).index_select(-1, torch.argsort(index))
+    return nn.functional.silu(y).mT.reshape(x.shape)
 
 
 class ChannelNorm(nn.LayerNorm):

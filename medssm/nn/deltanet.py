@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medssm import ops
-from medssm.nn.blocks import CONV, Conv, causal, depthwise
+from medssm.nn.blocks import CONV, causal, depthwise
 from medssm.nn.mamba import step_biases
 from medssm.nn.ssnd import orders_of
 from medssm.orders import Order
@@ -87,13 +86,13 @@ class DeltaNet(nn.Module):
         if self.a_proj is not None:
             g = -torch.exp(self.A_log.float()) * functional.softplus(self.a_proj(x).float() + self.dt_bias.float())
         if self.conv == "space":
-            u = depthwise(cast(Conv, self.convolution), u, "silu")
+            u = depthwise(self.convolution, u, "silu")
         elif self.conv is None:
             u = functional.silu(u)
         heads = None if self.conv == "order" else self._heads(u)  # the same for every order, or of that order's own convolution
 
         def scan(order: Order) -> Tensor:
-            q, k, v = heads or self._heads(causal(cast(nn.Conv1d, self.convolution), u, order))
+            q, k, v = heads or self._heads(causal(self.convolution, u, order))
             o: Tensor = ops.delta_rule(q, k, v, beta, g=g, order=order)
             return o
 

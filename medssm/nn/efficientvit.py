@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from medssm import ops
-from medssm.nn.blocks import CONV, Conv, ConvNorm, check_dims, depthwise, image, tokens
+from medssm.nn.blocks import CONV, ConvNorm, check_dims, depthwise, image, tokens
 
 
 class LiteMLA(nn.Module):
@@ -69,7 +68,7 @@ class _Scale(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self[1](image(depthwise(cast(Conv, self[0]), tokens(x))))
+        y: Tensor = self[1](image(depthwise(self[0], tokens(x))))
         return y
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medssm import ops
 from medssm.nn.blocks import causal
+from medssm.nn.inner import steps
 from medssm.orders import Order, raster, tri3d
 
 
@@ -86,12 +87,15 @@ class Mamba(nn.Module):
 
     def _scan(self, u: Tensor, z: Tensor, suffix: str, order: Order) -> Tensor:
         """One direction's gated scan, (b, *spatial, inner)."""
-        u, project = causal(getattr(self, f"conv1d{suffix}"), u, order), getattr(self, f"dt_proj{suffix}")
-        dt, B, C = getattr(self, f"x_proj{suffix}")(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A = -torch.exp(getattr(self, f"A{suffix}_log").float())
-        D = getattr(self, f"D{suffix}")
-        y: Tensor = ops.selective_scan(u, dt, A, B, C, D, z, project.bias, True, delta_proj=project.weight, order=order)
+        u = causal(getattr(self, f"conv1d{suffix}"), u, order)
+        y: Tensor = ops.selective_scan(**self._operands(u, z, suffix), order=order)
         return y
+
+    def _operands(self, u: Tensor, z: Tensor, suffix: str = "") -> dict[str, Any]:
+        """Arguments of ops.selective_scan, or of its step, from the convolved u."""
+        dt, B, C = getattr(self, f"x_proj{suffix}")(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        A, D = -torch.exp(getattr(self, f"A{suffix}_log").float()), getattr(self, f"D{suffix}")
+        return {"u": u, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_softplus": True, **steps(getattr(self, f"dt_proj{suffix}"), dt)}
 
 
 class BiMamba(Mamba):

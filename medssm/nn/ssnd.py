@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
-from medssm.nn.blocks import Conv, depthwise
+from medssm.nn.blocks import depthwise
 from medssm.nn.mamba import rates, start_steps, step_rank
 from medssm.orders import Order, axes3d, cross2d
 
@@ -89,7 +89,7 @@ class SSND(nn.Module):
         return out
 
     def _local(self, u: Tensor) -> Tensor:
-        convolution: Conv | None = getattr(self, f"conv{self.spatial_dims}d", None)
+        convolution: nn.Module | None = getattr(self, f"conv{self.spatial_dims}d", None)
         return nn.functional.silu(u) if convolution is None else depthwise(convolution, u, "silu")
 
 

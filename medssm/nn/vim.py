@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm.nn.blocks import CONV, CUBIC, check_dims
+from medssm.nn.inner import weight_dtype
 from medssm.nn.mamba import BiMamba
 from medssm.nn.positions import resize_positions
 from medssm.nn.unet import Encoder
@@ -117,7 +118,7 @@ class VimLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the mixer makes of the norm of residual + y, and that sum; both (b, l, features)."""
         residual = y.float() if residual is None else residual + self.drop_path(y)
-        return self.mixer(self.norm(residual.to(self.norm.weight.dtype))), residual
+        return self.mixer(self.norm(residual.to(weight_dtype(self.norm, residual)))), residual
 
 
 def _without(tokens: Tensor, at: list[int]) -> Tensor:

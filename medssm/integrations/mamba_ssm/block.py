@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from medssm.integrations.mamba_ssm import norm
 from medssm.integrations.mamba_ssm.mixer import Mamba
 from medssm.integrations.mamba_ssm.second import Mamba2
+from medssm.nn.inner import plain, weight_dtype
 from medssm.ops import shapes
 
 _LAYERS = {"Mamba1": Mamba, "Mamba2": Mamba2}
@@ -63,7 +64,7 @@ class Block(nn.Module):
 
 def add_norm(layer: Any, x: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual), with Block's fused_add_norm and residual_in_fp32."""
-    if fused:
+    if fused and plain(layer, (nn.LayerNorm, norm.RMSNorm)):
         x, residual = norm.layer_norm_fn(
             x,
             layer.weight,
@@ -76,7 +77,7 @@ def add_norm(layer: Any, x: Tensor, residual: Tensor | None, fused: bool, residu
         )
         return x, residual
     residual = x if residual is None else x + residual
-    x = layer(residual.to(layer.weight.dtype))
+    x = layer(residual.to(weight_dtype(layer, residual)))
     return x, residual.float() if residual_in_fp32 else residual
 
 

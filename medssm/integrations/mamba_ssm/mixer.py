@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from medssm import nn as layers
 from medssm import ops
-from medssm.integrations.mamba_ssm import scan, states
+from medssm.integrations.mamba_ssm import states
+from medssm.nn.blocks import causal
+from medssm.nn.inner import weight_dtype
 from medssm.orders import Order
 
 _KINDS = {"none": layers.Mamba, "v1": layers.Mamba, "v2": layers.BiMamba, "v3": layers.TriMamba}
@@ -97,20 +99,10 @@ class Mamba(layers.Mamba):
         if inference_params is not None:
             out = self._continue(hidden_states, inference_params)
         elif self.bimamba_type == "v1":
-            A, A_b = (-torch.exp(t.float()) for t in (self.A_log, self.A_b_log))
-            out = scan.bimamba_inner_fn(
-                self.in_proj(hidden_states).movedim(-1, 1),
-                self.conv1d.weight,
-                self.conv1d.bias,
-                self.x_proj.weight,
-                self.dt_proj.weight,
-                self.out_proj.weight,
-                self.out_proj.bias,
-                A,
-                A_b,
-                D=self.D,
-                delta_bias=self.dt_proj.bias,
-            )
+            u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+            operands = self._operands(causal(self.conv1d, u), z)
+            back = {**operands, "A": -torch.exp(self.A_b_log.float())}
+            out = self.out_proj(ops.selective_scan(**operands) + ops.selective_scan(**back, reverse=True))
         else:
             out = super().forward(hidden_states)
         return out if self.init_layer_scale is None else out * self.gamma
@@ -123,7 +115,7 @@ class Mamba(layers.Mamba):
         self._one_way()
         u, z = self.in_proj(states.one_token(self, hidden_states, conv_state, ssm_state)).chunk(2, dim=-1)
         u = states.convolve(self.conv1d, u, conv_state)
-        y, state = ops.selective_scan_step(states.before(ssm_state), *self._operands(u, z), delta_proj=self.dt_proj.weight)
+        y, state = ops.selective_scan_step(states.before(ssm_state), **self._operands(u, z))
         ssm_state.copy_(state)
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
@@ -132,10 +124,8 @@ class Mamba(layers.Mamba):
     ) -> tuple[Tensor, ...]:
         """(conv_state, ssm_state) of `step`, zeros: before the first token."""
         self._one_way()
-        return tuple(
-            weight.new_zeros((batch_size, self.d_inner, n), dtype=dtype)
-            for weight, n in ((self.conv1d.weight, self.d_conv), (self.dt_proj.weight, self.d_state))
-        )
+        sizes = (self.conv1d, self.d_conv), (self.dt_proj, self.d_state)
+        return tuple(self.A_log.new_zeros((batch_size, self.d_inner, n), dtype=dtype or weight_dtype(layer, self.A_log)) for layer, n in sizes)
 
     def _continue(self, x: Tensor, inference_params: Any) -> Tensor:
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
@@ -145,15 +135,9 @@ class Mamba(layers.Mamba):
             return self.step(x, conv_state, ssm_state)[0]
         u, z = self.in_proj(x).chunk(2, dim=-1)
         states.last_tokens(u, conv_state)
-        u = ops.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        y, state = ops.selective_scan(*self._operands(u, z), delta_proj=self.dt_proj.weight, return_final_state=True)
+        y, state = ops.selective_scan(**self._operands(causal(self.conv1d, u), z), return_final_state=True)
         ssm_state.copy_(state)
         return self.out_proj(y)
-
-    def _operands(self, u: Tensor, z: Tensor) -> tuple[Any, ...]:
-        """u to delta_softplus of ops.selective_scan (or its step), from the convolved u."""
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return u, dt, -torch.exp(self.A_log.float()), B, C, self.D, z, self.dt_proj.bias, True
 
     def _one_way(self) -> None:
         if self.bimamba_type != "none":

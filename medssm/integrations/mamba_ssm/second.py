@@ -14,6 +14,8 @@ from medssm import ops, orders
 from medssm.integrations.mamba_ssm import states
 from medssm.integrations.mamba_ssm.absent import refuse
 from medssm.integrations.mamba_ssm.norm_gated import RMSNorm, rmsnorm_fn
+from medssm.nn.blocks import causal
+from medssm.nn.inner import weight_dtype
 from medssm.ops import shapes
 
 
@@ -120,8 +122,8 @@ class Mamba2(layers.Mamba2):
         self, batch_size: int, max_seqlen: int | None, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, ...]:
         """(conv_state (b, inner + 2 groups d_state, d_conv), ssm_state (b, h, headdim, d_state)) of `step`, zeros: before the first token."""
-        shapes = (self.conv1d.weight.shape[0], self.d_conv), (self.nheads, self.headdim, self.d_state)
-        return tuple(self.conv1d.weight.new_zeros((batch_size, *shape), dtype=dtype) for shape in shapes)
+        shapes, dtype = ((self.split[1], self.d_conv), (self.nheads, self.headdim, self.d_state)), dtype or weight_dtype(self.conv1d, self.A_log)
+        return tuple(self.A_log.new_zeros((batch_size, *shape), dtype=dtype) for shape in shapes)
 
     def _continue(self, x: Tensor, inference_params: Any) -> Tensor:
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
@@ -130,8 +132,7 @@ class Mamba2(layers.Mamba2):
             return self.step(x, conv_state, ssm_state)[0]
         z, u, dt = self.in_proj(x).split(self.split, dim=-1)
         states.last_tokens(u, conv_state)
-        u = ops.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        y, state = ops.ssd(*self._operands(u, dt), dt_limit=self.dt_limit, return_final_state=True)
+        y, state = ops.ssd(*self._operands(causal(self.conv1d, u), dt), dt_limit=self.dt_limit, return_final_state=True)
         ssm_state.copy_(state)
         return self.out_proj(self._gate(y.flatten(-2), z))
 

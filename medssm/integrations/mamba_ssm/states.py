@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medssm import ops
+from medssm.nn.inner import plain
 
 
 def kept(mixer: Any, x: Tensor, inference_params: Any) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,10 @@ def convolve(
 ) -> Tensor:
     """silu of the causal convolution's next value (b, c); the state moves on by the token."""
     window = torch.cat([state[..., 1:], u.unsqueeze(-1).to(state.dtype)], dim=-1)
-    out, _ = ops.causal_conv1d_step(window[..., :-1], u, conv.weight.squeeze(1), conv.bias, "silu")
+    if plain(conv):
+        out, _ = ops.causal_conv1d_step(window[..., :-1], u, conv.weight.squeeze(1), conv.bias, "silu")
+    else:
+        out = F.silu(conv(window)[..., state.shape[-1] - 1])
     state.copy_(window)
     return out
 
