@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,30 @@ def atomic(path: Path | str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def protect(
+    path: Path, *, reads: Iterable[Path] = (), made: Callable[[Path], bool] = lambda path: False, overwrite: bool = False, argument: str = "out"
+) -> None:
+    """Raise UserError where writing `path` would lose a file: one that the same call reads, or one that is there and is not of medssm's making.
+
+    Args:
+        path: what is to be written
+        reads: what the call reads; no option allows to write over it
+        made: whether a file that is there is one that this command wrote
+        overwrite: the user allows to write over any other file
+        argument: that gave the path, for the message
+    """
+    try:
+        there = os.stat(path)
+    except OSError:
+        return
+    for file in reads:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(there, os.stat(file)):
+                raise UserError(f"{argument}: {path} is a file that is read; name another one")
+    if not overwrite and not made(path):
+        raise UserError(f"{argument}: {path} is there already, and this command did not write it: name another one, or pass --overwrite")
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

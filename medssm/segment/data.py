@@ -1,39 +1,24 @@
-"""Data sets on disk: nnU-Net's folder layout or a MONAI datalist, folds, and the cases in a file or folder to be predicted."""
+"""Data sets on disk: nnU-Net's folder layout or a MONAI datalist, and folds."""
 
 from __future__ import annotations
 
+import difflib
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from medssm.errors import UserError
 from medssm.files import read_json
+from medssm.segment.cases import Case, distinct, grouped, nifti_files
 from medssm.segment.nifti import NIFTI_ENDINGS, different_grid, open_nifti, read_label, strip_ending
 
 DATASET, FITTED = "dataset.json", "fitted.json"  # what describes a data set, and a trained network's data
-_CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net's channel files end in _0000, _0001, ...
+_KEYS = {"image", "label", "fold"}  # of a case in a datalist
 _SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Case:
-    """One image (a file for each channel, or one file), its label map if it has one, and the fold that it was given."""
-
-    name: str
-    images: tuple[Path, ...]
-    label: Path | None = None
-    fold: int | str | None = None  # a datalist's number, or "validation" for its validation section
-
-    @property
-    def label_file(self) -> Path:
-        """The label map of a case of a data set: each of them has one."""
-        if self.label is None:
-            raise ValueError(f"{self.name}: expected a case with a label map")
-        return self.label
 
 
 @dataclass(frozen=True)
@@ -65,10 +50,10 @@ def load_dataset(path: Path | str) -> Dataset:
     root = description.parent
     channels = _channels(table, description)
     labels = _classes(table.get("labels"), description)
-    if description.name == DATASET and _has_channel_files(root):
-        cases = _folder_cases(root, len(channels), table.get("file_ending") or ".nii.gz")
-    else:
+    if description.name != DATASET or _is_listed(root, table):
         cases = _listed_cases(root, table, description)
+    else:
+        cases = _folder_cases(root, len(channels), table.get("file_ending") or ".nii.gz")
     if not cases:
         raise UserError(f"{description}: no training case found")
     _complain([line for case in cases for line in _check(case, len(channels) or None)])
@@ -105,8 +90,16 @@ def split(
         seed: of the shuffling into parts
 
     Raises:
-        UserError: there is no such fold, or the splits file does not fit the data set.
+        UserError: there is no such fold, the splits file does not fit the data set, or an image is on both sides.
     """
+    training, validation = _split(dataset, fold, folds, splits, seed)
+    shared = {file.resolve() for case in training for file in case.images} & {file.resolve() for case in validation for file in case.images}
+    if shared:
+        raise UserError(f"{min(shared)}: an image of a training case and of a validation case")
+    return training, validation
+
+
+def _split(dataset: Dataset, fold: int | None, folds: int, splits: Path | str | None, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     held_out = tuple(case for case in dataset.cases if case.fold == "validation")
     cases = tuple(case for case in dataset.cases if case.fold != "validation")
     if fold is None:
@@ -114,46 +107,22 @@ def split(
     if splits is not None:
         return _read_split(dataset, Path(splits), fold)
     if any(case.fold is not None for case in cases):
-        numbers = {case.name: case.fold for case in cases}
+        numbers = [case.fold for case in cases]
     else:
+        if len(cases) < 2:
+            raise UserError(f"fold: expected at least 2 cases to hold one out, got {len(cases)}")
         if not 2 <= folds <= len(cases):
             raise UserError(f"folds: expected 2 to {len(cases)} (the number of cases), got {folds}")
-        names = sorted(case.name for case in cases)
-        random.Random(seed).shuffle(names)
-        numbers = {name: i % folds for i, name in enumerate(names)}
-    validation = tuple(case for case in cases if numbers[case.name] == fold)
-    training = tuple(case for case in cases if numbers[case.name] != fold)
+        shuffled = sorted(range(len(cases)), key=lambda i: cases[i].name)
+        random.Random(seed).shuffle(shuffled)
+        numbers = [0] * len(cases)
+        for i, position in enumerate(shuffled):
+            numbers[position] = i % folds
+    validation = tuple(case for case, number in zip(cases, numbers, strict=True) if number == fold)
+    training = tuple(case for case, number in zip(cases, numbers, strict=True) if number != fold)
     if not validation or not training:
-        raise UserError(f"fold: expected one of {sorted({n for n in numbers.values() if n is not None})}, got {fold}")
+        raise UserError(f"fold: expected one of {sorted({n for n in numbers if n is not None}, key=str)}, got {fold}")
     return training, validation
-
-
-def cases_in(path: Path | str, channels: int) -> list[Case]:
-    """The cases to predict in a NIfTI file or a folder: channel files (_0000, _0001, ...) together, any other file alone.
-
-    Raises UserError if there is no such path or no NIfTI file in the folder.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    files = [path] if path.is_file() else nifti_files(path)
-    if not files:
-        raise UserError(f"{path}: no .nii or .nii.gz file in this folder")
-    cases = {}
-    for file in files:
-        stem = strip_ending(file)
-        if not _CHANNEL.search(stem):
-            cases[stem] = Case(stem, (file,))
-            continue
-        name = _CHANNEL.sub("", stem)
-        ending = file.name[len(stem) :]
-        cases[name] = Case(name, tuple(file.with_name(f"{name}_{i:04d}{ending}") for i in range(channels)))
-    return list(cases.values())
-
-
-def nifti_files(folder: Path) -> list[Path]:
-    """The NIfTI files of a folder, by name. Hidden ones are left out: a name with a leading dot is a file that is still being written."""
-    return sorted(file for file in folder.iterdir() if file.name.endswith(NIFTI_ENDINGS) and not file.name.startswith("."))
 
 
 def check_values(case: Case, values: np.ndarray, classes: dict[str, int], ignore: int | None) -> None:
@@ -163,23 +132,30 @@ def check_values(case: Case, values: np.ndarray, classes: dict[str, int], ignore
         raise UserError(f"{case.label}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(classes.values())}")
 
 
-def _has_channel_files(root: Path) -> bool:
-    folder = root / "imagesTr"
-    return folder.is_dir() and any(_CHANNEL.search(strip_ending(file)) for file in nifti_files(folder))
-
-
 def _folder_cases(root: Path, channels: int, ending: str) -> list[Case]:
     """imagesTr/CASE_0000.nii.gz, ... with labelsTr/CASE.nii.gz."""
     if ending not in NIFTI_ENDINGS:
         raise UserError(f"{root / DATASET}: file_ending: expected .nii.gz or .nii, got {ending!r}")
     if not channels:
         raise UserError(f'{root / DATASET}: channel_names: expected {{"0": name, ...}}, got none')
-    names = {_CHANNEL.sub("", strip_ending(file)) for file in nifti_files(root / "imagesTr")}
-    names |= {strip_ending(file) for file in nifti_files(root / "labelsTr")} if (root / "labelsTr").is_dir() else set()
-    return [
-        Case(name, tuple(root / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(channels)), root / "labelsTr" / f"{name}{ending}")
-        for name in sorted(names)
-    ]
+    images, labels = ([file for file in nifti_files(root / part) if file.name.endswith(ending)] for part in ("imagesTr", "labelsTr"))
+    cases = {case.name: replace(case, label=root / "labelsTr" / f"{case.name}{ending}") for case in grouped(images, channels)}
+    for label in labels:  # one without an image: its own line says so
+        name = strip_ending(label)
+        cases.setdefault(name, Case(name, tuple(root / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(channels)), label))
+    return [cases[name] for name in sorted(cases)]
+
+
+def _is_listed(root: Path, table: dict) -> bool:
+    """Whether the cases are those that the description lists: where the files of its first one are there, or no folder is to be searched."""
+    entries = table.get("training") or []
+    first = entries[0] if entries and isinstance(entries[0], dict) else {}
+    files = [root / file for key in ("image", "label") for file in _files(first.get(key))]
+    return (bool(files) and all(file.is_file() for file in files)) or not (root / "imagesTr").is_dir()
+
+
+def _files(value: Any) -> list[str]:
+    return [file for file in (value if isinstance(value, list) else [value]) if isinstance(file, str)]
 
 
 def _listed_cases(root: Path, table: dict, description: Path) -> list[Case]:
@@ -187,8 +163,13 @@ def _listed_cases(root: Path, table: dict, description: Path) -> list[Case]:
     cases = []
     for section in ("training", "validation"):
         for i, entry in enumerate(table.get(section) or []):
+            where = f"{description}: {section}[{i}]"
             if not isinstance(entry, dict) or not entry.get("image") or not entry.get("label"):
-                raise UserError(f'{description}: {section}[{i}]: expected {{"image": ..., "label": ...}}, got {entry!r}')
+                raise UserError(f'{where}: expected {{"image": ..., "label": ...}}, got {entry!r}')
+            for key in entry.keys() - _KEYS:
+                meant = [known for known in _KEYS if sorted(known) == sorted(key)] or difflib.get_close_matches(key.lower(), _KEYS, 1, 0.8)
+                if meant:
+                    raise UserError(f"{where}: {key!r}: no such entry; {meant[0]!r} is one")
             images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
             cases.append(
                 Case(
@@ -198,13 +179,7 @@ def _listed_cases(root: Path, table: dict, description: Path) -> list[Case]:
                     "validation" if section == "validation" else entry.get("fold"),
                 )
             )
-    return _distinct(cases)
-
-
-def _distinct(cases: list[Case]) -> list[Case]:
-    """The cases with distinct names: equal file names (sub-01/seg.nii.gz, sub-02/seg.nii.gz) get their folders' names."""
-    names = [case.name for case in cases]
-    return [case if names.count(case.name) == 1 else replace(case, name="_".join((*case.label_file.parts[-3:-1], case.name))) for case in cases]
+    return distinct(cases)
 
 
 def _channels(table: dict, description: Path) -> tuple[str, ...]:

@@ -17,14 +17,16 @@ import numpy as np
 from scipy import ndimage
 
 from medssm.errors import UserError
-from medssm.files import write_bytes, write_json
+from medssm.files import first_line, protect, read_json, write_bytes, write_json
 from medssm.options import Option
-from medssm.segment.data import load_classes, nifti_files
+from medssm.segment.cases import Case, nifti_files, one_of_each_name
+from medssm.segment.data import load_classes
 from medssm.segment.metrics import compare
 from medssm.segment.nifti import different_grid, read_label, spacing_mm, strip_ending
 from medssm.segment.progress import progress
 
 METRICS = ("dice", "hd95", "nsd")
+_COLUMNS = ("case", "class", *METRICS)
 _FEWEST = 5  # patients that an interval is given for
 _DRAWS = 2000
 
@@ -38,6 +40,7 @@ def evaluate(
     ignore: int | None = None,
     patient: str | None = None,
     seed: int = 0,
+    overwrite: bool = False,
     json_file: Path | str | None = None,
     csv_file: Annotated[Path | str | None, Option(flag="--csv")] = None,
     quiet: bool = False,
@@ -50,6 +53,7 @@ def evaluate(
         classes: dataset.json or weights folder that names the classes, or {name: value} (default: every value in the files)
         json_file: file to write the result to as JSON
         csv_file: file to write a row to for each case and class
+        overwrite: write over files of other origin with `json_file` and `csv_file`
     Args: Metrics
         nsd_mm: tolerance of the surface Dice in millimetres
         ignore: value in the references whose voxels count for nothing (default: the ignore label of `classes`)
@@ -58,34 +62,42 @@ def evaluate(
 
     Returns:
         {"cases": {case: {class: {metric: value} or None}}, "classes": {class: {"n", "empty_in_both", metric: {"mean", "low", "high"}}},
-        "mean": the same over the classes of each case, "patients", "nsd_mm", "unused"}; low and high are None below five patients.
+        "mean": the same over the classes of each case, "patients", "nsd_mm", "unused", "failed": {case: reason}}; low and high are None below five
+        patients. A case whose prediction is missing, lies on another grid or holds a value that is no class has failed; the others are compared.
 
     Raises:
-        UserError: where a prediction is missing, lies on another grid, or holds a value that is no class.
+        UserError: where nothing can be compared.
     """
     if not nsd_mm >= 0:
         raise UserError(f"nsd_mm: expected 0 or more millimetres, got {nsd_mm}")
     names, ignored = (None, None) if classes is None else _named(classes)
     ignore = ignored if ignore is None else ignore
-    pairs, unused = _pairs(Path(predictions), Path(references))
+    pairs, missing, unused = _pairs(Path(predictions), Path(references))
     patients = {name: _patient(name, patient) for name in pairs}
-    cases, errors = {}, []
+    read = [file for pair in pairs.values() for file in pair] + ([] if classes is None or isinstance(classes, Mapping) else [Path(classes)])
+    for argument, file, made in (("json_file", json_file, _is_result), ("csv_file", csv_file, _is_table)):
+        if file:
+            protect(Path(file), reads=read, made=made, overwrite=overwrite, argument=argument)
+    cases, failed = {}, dict(missing)
     with progress("evaluating", quiet) as show:
         for i, (name, (prediction, reference)) in enumerate(pairs.items()):
             try:
                 cases[name] = _compare_case(prediction, reference, names, ignore, nsd_mm)
             except UserError as error:
-                errors.append(str(error))
+                failed[name] = str(error)
+            except (MemoryError, OSError) as error:
+                failed[name] = f"{prediction}: {type(error).__name__}: {first_line(error)}"
             show((i + 1) / len(pairs), name)
-    if errors:
-        raise UserError("\n".join(errors))
+    if not cases:
+        raise UserError("\n".join(failed.values()))
     found = dict.fromkeys(label for case in cases.values() for label in case)
     labels = list(found) if names else sorted(found, key=int)
     cases = {name: {label: case.get(label) for label in labels} for name, case in cases.items()}
     result = {
         "nsd_mm": nsd_mm,
-        "patients": len(set(patients.values())),
+        "patients": len({patients[name] for name in cases}),
         "unused": unused,
+        "failed": failed,
         "cases": cases,
         "classes": {label: _summary({name: case[label] for name, case in cases.items()}, patients, seed) for label in labels},
         "mean": _summary({name: _over_classes(case) for name, case in cases.items()}, patients, seed),
@@ -169,24 +181,44 @@ def _named(classes: Mapping[str, int] | Path | str) -> tuple[dict[str, int], int
     return (dict(classes), None) if isinstance(classes, Mapping) else load_classes(Path(classes))
 
 
-def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
-    """{case: (prediction, reference)}, and the predictions that have no reference."""
+def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, str], list[str]]:
+    """{case: (prediction, reference)}, {case: that its prediction is missing}, and the predictions that have no reference."""
     for path in (predictions, references):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
     if predictions.is_file():
         reference = references if references.is_file() else _named_like(predictions, references)
-        return {strip_ending(predictions): (predictions, reference)}, []
+        return {strip_ending(predictions): (predictions, reference)}, {}, []
     if references.is_file():
         raise UserError(f"references: expected a folder as the predictions are, got the file {references}")
-    found = {strip_ending(file): file for file in nifti_files(predictions)}
-    wanted = {strip_ending(file): file for file in nifti_files(references)}
-    missing = sorted(wanted.keys() - found.keys())
+    found, wanted = _by_name(predictions), _by_name(references)
     if not wanted:
         raise UserError(f"{references}: no .nii or .nii.gz file in this folder")
-    if missing:
-        raise UserError("\n".join(f"{predictions}: no prediction for {name}" for name in missing))
-    return {name: (found[name], wanted[name]) for name in sorted(wanted)}, sorted(found.keys() - wanted.keys())
+    missing = {name: f"{predictions}: no prediction for {name}" for name in sorted(wanted.keys() - found.keys())}
+    return {name: (found[name], wanted[name]) for name in sorted(wanted) if name in found}, missing, sorted(found.keys() - wanted.keys())
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    cases = one_of_each_name([Case(strip_ending(file), (file,)) for file in nifti_files(folder)])
+    return {case.name: case.images[0] for case in cases}
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a file holds a result of this command as JSON."""
+    try:
+        table = read_json(file)
+    except UserError:
+        return False
+    return isinstance(table, dict) and {"nsd_mm", "patients", "cases", "classes"} <= table.keys()
+
+
+def _is_table(file: Path) -> bool:
+    """Whether a file is this command's table."""
+    try:
+        with open(file, encoding="utf-8") as lines:
+            return lines.readline() == ",".join(_COLUMNS) + "\n"
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _named_like(prediction: Path, folder: Path) -> Path:
@@ -228,7 +260,7 @@ def _summary(rows: Mapping[str, dict | None], patients: Mapping[str, str], seed:
 def _csv(cases: Mapping[str, Mapping[str, dict | None]]) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("case", "class", *METRICS))
+    rows.writerow(_COLUMNS)
     for case, table in cases.items():
         for label, row in table.items():
             rows.writerow((case, label, *(f"{row[metric]:.6g}" if row else "" for metric in METRICS)))

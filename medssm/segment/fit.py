@@ -16,8 +16,9 @@ from lightning.fabric import Fabric
 
 from medssm import machine
 from medssm.errors import UserError
-from medssm.segment.data import Case, Dataset
-from medssm.segment.nifti import open_nifti, volume_shape
+from medssm.segment.cases import Case
+from medssm.segment.data import Dataset
+from medssm.segment.nifti import affine_mm, open_nifti, spacing_mm, volume_shape
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
 from medssm.segment.volumes import Volume, load, prepare
@@ -141,9 +142,9 @@ class Intensities:
 def _ras(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """A case's spacing and shape along the RAS axes, from its header."""
     file = open_nifti(case.images[0])
-    orientation = nib.io_orientation(file.affine)  # entry i: which RAS axis the file's axis i runs along
+    orientation = nib.io_orientation(affine_mm(file))  # entry i: which RAS axis the file's axis i runs along
     order = np.argsort(orientation[:, 0])
-    return np.linalg.norm(file.affine[:3, :3], axis=0)[order], np.array(volume_shape(file))[order]
+    return spacing_mm(file)[order], np.array(volume_shape(file))[order]
 
 
 def _mirrored(mirror: str | Sequence[int], classes: dict[str, int], axes: Sequence[int]) -> tuple[int, ...]:

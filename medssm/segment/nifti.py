@@ -9,11 +9,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from medssm import __version__
 from medssm.errors import UserError
 from medssm.files import atomic, first_line
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-_MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # any other unit, "unknown" included, is read as the millimetre
+_MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}  # of a header's units of length: metre, millimetre, micron
+_MADE_BY = f"medssm {__version__}".encode()  # in the header of each file that is written
 
 
 def open_nifti(path: Path) -> nib.Nifti1Image:
@@ -34,7 +36,7 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
         raise UserError(f"{path}: expected 2 or 3 axes, or 4 with the channels last, got the shape {image.shape}")
     if image.get_data_dtype().kind not in "iufb":
         raise UserError(f"{path}: expected numbers, got voxels of the type {image.get_data_dtype()}")
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-12:
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(affine_mm(image)[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine cannot be inverted: {np.round(image.affine[:3, :3], 4).tolist()}")
     return image
 
@@ -88,10 +90,21 @@ def volume_shape(image: nib.Nifti1Image) -> tuple[int, int, int]:
     return x, y, z
 
 
+def affine_mm(image: nib.Nifti1Image) -> np.ndarray:
+    """The affine (4, 4) in millimetres, whatever the file's unit of length: what every command reads a file's geometry by.
+
+    A header that names no unit, or one that NIfTI does not have, means millimetres.
+    """
+    unit = int(image.header["xyzt_units"]) & 7
+    affine = np.array(image.affine, float)
+    affine[:3] *= _MILLIMETRES.get(unit, 1.0)
+    return affine
+
+
 def spacing_mm(image: nib.Nifti1Image) -> np.ndarray:
     """A voxel's edges in millimetres, (3,), whatever the file's unit of length."""
-    edges = np.linalg.norm(image.affine[:3, :3], axis=0)
-    return edges * _MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+    edges: np.ndarray = np.linalg.norm(affine_mm(image)[:3, :3], axis=0)
+    return edges
 
 
 def different_grid(image: nib.Nifti1Image, other: nib.Nifti1Image) -> str | None:
@@ -100,8 +113,8 @@ def different_grid(image: nib.Nifti1Image, other: nib.Nifti1Image) -> str | None
     if shape != wanted:
         return f"shape {shape}, expected {wanted}"
     corners = np.array([[*(np.array(corner) * (np.array(shape) - 1)), 1] for corner in np.ndindex(2, 2, 2)], float)
-    apart = np.linalg.norm(corners @ (image.affine - other.affine).T, axis=1).max()
-    smallest = np.linalg.norm(other.affine[:3, :3], axis=0).min()
+    apart = np.linalg.norm((corners @ (affine_mm(image) - affine_mm(other)).T)[:, :3], axis=1).max()
+    smallest = spacing_mm(other).min()
     if apart > 0.1 * smallest:
         return f"the affine puts a corner {apart:.3g} mm away (at most {0.1 * smallest:.3g} mm)"
     return None
@@ -119,9 +132,18 @@ def write_nifti(path: Path, data: np.ndarray, like: nib.Nifti1Image) -> None:
     header.set_data_shape(data.shape)
     header.set_slope_inter(1, 0)
     header.set_intent("none")
+    header["descrip"] = _MADE_BY
     header["cal_min"] = header["cal_max"] = 0
     with atomic(path) as temporary:
         nib.save(type(like)(data, like.affine, header), temporary)
+
+
+def is_made_here(path: Path) -> bool:
+    """Whether a NIfTI file was written by `write_nifti`."""
+    try:
+        return bytes(open_nifti(path).header["descrip"]).startswith(b"medssm ")
+    except UserError:
+        return False
 
 
 def strip_ending(path: Path) -> str:

@@ -20,14 +20,35 @@ from monai.transforms import Compose
 from torch import Tensor, nn
 
 from medssm.errors import UserError
+from medssm.files import first_line, protect
 from medssm.segment import networks
-from medssm.segment.data import FITTED, Case, cases_in
+from medssm.segment.cases import Case, cases_in
+from medssm.segment.data import FITTED
 from medssm.segment.inference import probabilities
-from medssm.segment.nifti import NIFTI_ENDINGS, read_image, strip_ending, volume_shape, write_nifti
+from medssm.segment.nifti import NIFTI_ENDINGS, affine_mm, is_made_here, read_image, strip_ending, volume_shape, write_nifti
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
+_OTHER_FORMATS = {
+    ".nrrd",
+    ".nhdr",
+    ".mha",
+    ".mhd",
+    ".dcm",
+    ".hdr",
+    ".img",
+    ".mgz",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".tif",
+    ".tiff",
+    ".npy",
+    ".npz",
+    ".gz",
+    ".zst",
+}
 
 
 def predict(
@@ -42,17 +63,24 @@ def predict(
     mirror: bool = False,
     batch: int = 1,
     save_probabilities: bool = False,
+    overwrite: bool = False,
+    skip_existing: bool = False,
     model: nn.Module | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Segment a NIfTI file or a folder of them; each label map lies on its image's own grid.
 
+    A file that is read is never written over. Nor is any other file that medssm predict did not write, without `overwrite`.
+
     Args: Files
         weights: folder written by medssm train, or a folder of such folders (fold_0, fold_1, ...); in Python also a list of them
-        inputs: NIfTI file, or a folder of them; several channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ... or a fourth axis
+        inputs: NIfTI file, or a folder of them; an image's channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ... where all of them are there, or a
+            fourth axis
         out: file (.nii.gz, .nii) for one case, else a folder for CASE.nii.gz
         more_weights: further folders of weights; the probabilities of all are averaged
         save_probabilities: also write CASE_probabilities.nii.gz, float32 with the classes on the last axis
+        overwrite: write over files of other origin in `out`
+        skip_existing: leave out the cases whose label map is in `out` already
     Args: Inference
         overlap: of neighbouring windows, 0 to less than 1
         mirror: average over the mirrorings that the network was trained with
@@ -62,7 +90,8 @@ def predict(
         model: the module to load the weights into, where `train` was given one
 
     Returns:
-        {"cases": {name: file}, "failed": {name: message}, "seconds": ...}: in a folder one bad file does not stop the others.
+        {"cases": {name: file}, "failed": {name: reason}, "skipped": [names], "seconds": ...}: in a folder one case that fails does not stop the
+        others.
 
     Raises:
         UserError: where nothing can be predicted, or the only case is bad.
@@ -77,6 +106,12 @@ def predict(
     _check_alike(folds)
     cases = cases_in(inputs, len(folds[0].fitted.channels))
     targets = _targets(cases, Path(out))
+    skipped = [case.name for case in cases if skip_existing and targets[case.name].exists()]
+    cases = [case for case in cases if case.name not in skipped]
+    read = [file for case in cases for file in case.images]
+    for case in cases:
+        for target in (targets[case.name], *([_of_probabilities(targets[case.name])] if save_probabilities else [])):
+            protect(target, reads=read, made=is_made_here, overwrite=overwrite)
     written, failed = {}, {}
     with progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
@@ -90,15 +125,19 @@ def predict(
                 )
                 written[case.name] = str(targets[case.name])
             except UserError as error:
-                if len(cases) == 1:
+                if len(cases) == 1 and not skipped:
                     raise
                 failed[case.name] = str(error)
-    return {"cases": written, "failed": failed, "seconds": round(time.perf_counter() - begun, 2)}
+            except (MemoryError, OSError, RuntimeError) as error:  # torch reports a lack of memory as RuntimeError
+                failed[case.name] = f"{case.images[0]}: {type(error).__name__}: {first_line(error)}"
+    return {"cases": written, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - begun, 2)}
 
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Print how many cases were segmented."""
-    print(f"{len(result['cases'])} case(s) in {result['seconds']:.1f} s: {options['out']}")
+    counts = {"failed": len(result["failed"]), "skipped": len(result["skipped"])}
+    rest = "".join(f", {number} {what}" for what, number in counts.items() if number)
+    print(f"{len(result['cases'])} case(s) in {result['seconds']:.1f} s{rest}: {options['out']}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +158,7 @@ def _predict_case(
     **window: Any,  # keywords of `probabilities`
 ) -> None:
     data, file = read_image(case.images, len(folds[0].fitted.channels))
-    original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine))
+    original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine_mm(file)))
     grids = []  # folds on one grid are summed there, so that each grid is resampled back once
     for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
         grid, total = geometry(spacing), torch.zeros(())
@@ -144,7 +183,11 @@ def _predict_case(
     values = np.array(list(classes.values()))
     write_nifti(target, values[positions.numpy()].astype(_smallest(values)), file)
     if save_probabilities:
-        write_nifti(target.with_name(f"{strip_ending(target)}_probabilities.nii.gz"), np.stack(kept, -1).astype(np.float32), file)
+        write_nifti(_of_probabilities(target), np.stack(kept, -1).astype(np.float32), file)
+
+
+def _of_probabilities(target: Path) -> Path:
+    return target.with_name(f"{strip_ending(target)}_probabilities.nii.gz")
 
 
 def _back(grid: Compose, image: MetaTensor, values: Tensor) -> Tensor:
@@ -191,6 +234,8 @@ def _targets(cases: Sequence[Case], out: Path) -> dict[str, Path]:
         return {cases[0].name: out}
     if out.name.endswith(NIFTI_ENDINGS) or out.is_file():
         raise UserError(f"out: expected a folder for {len(cases)} case(s), got the file {out}")
+    if out.suffix.lower() in _OTHER_FORMATS and not out.is_dir():
+        raise UserError(f"out: expected a file that ends in {' or '.join(NIFTI_ENDINGS)}, or a folder, got {out}")
     return {case.name: out / f"{case.name}.nii.gz" for case in cases}
 
 

@@ -23,8 +23,9 @@ from monai.transforms import Compose, Orientation, Spacing
 
 from medssm.errors import UserError
 from medssm.files import read_json, write_json
-from medssm.segment.data import Case, Dataset, check_values
-from medssm.segment.nifti import different_grid, open_nifti, read_image, read_label
+from medssm.segment.cases import Case
+from medssm.segment.data import Dataset, check_values
+from medssm.segment.nifti import affine_mm, different_grid, open_nifti, read_image, read_label
 
 IGNORE = -1  # in a label map for training: a voxel without a label, which counts in no loss
 
@@ -80,7 +81,7 @@ def geometry(spacing: Sequence[float], mode: str = "bilinear") -> Compose:
 def load_image(case: Case, channels: int, spacing: Sequence[float]) -> MetaTensor:
     """A case's channels (c, x, y, z) in RAS at `spacing`, not yet scaled. Raises UserError for what `read_image` refuses."""
     data, file = read_image(case.images, channels)
-    return geometry(spacing)(MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine)))
+    return geometry(spacing)(MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine_mm(file))))
 
 
 def load_label(case: Case, dataset: Dataset, spacing: Sequence[float]) -> torch.Tensor:
@@ -96,7 +97,7 @@ def load_label(case: Case, dataset: Dataset, spacing: Sequence[float]) -> torch.
     check_values(case, found, dataset.classes, dataset.ignore)
     position = {value: i for i, value in enumerate(dataset.classes.values())} | ({} if dataset.ignore is None else {dataset.ignore: IGNORE})
     positions = np.array([position[value] for value in found.tolist()], np.float32)[inverse].reshape(1, *values.shape)
-    moved = geometry(spacing, mode="nearest")(MetaTensor(torch.from_numpy(positions), affine=torch.from_numpy(file.affine)))
+    moved = geometry(spacing, mode="nearest")(MetaTensor(torch.from_numpy(positions), affine=torch.from_numpy(affine_mm(file))))
     return moved.as_tensor()[0].round().to(torch.int16)
 
 

@@ -20,9 +20,10 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from medssm.errors import UserError
-from medssm.files import make_folder, read_json_lines, write_bytes
+from medssm.files import make_folder, read_json_lines, write_bytes, write_json
 from medssm.options import as_yaml
 from medssm.segment import curves, networks
+from medssm.segment.cases import Case
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.fit import fit
 from medssm.segment.inference import probabilities
@@ -33,7 +34,7 @@ from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
 from medssm.segment.volumes import load
 
-ARGUMENTS, CURVES = "train.yaml", "curves.png"
+ARGUMENTS, CASES, CURVES = "train.yaml", "cases.json", "curves.png"
 _STEPS = 1000
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 _PATHS = ("dataset", "out", "splits", "cache")  # arguments that are paths
@@ -77,7 +78,7 @@ def train(
     """Train a network on a data set, and write the weights and all that belongs to them into a folder.
 
     The folder gets model.safetensors and config.json (the network), fitted.json (what was fitted to the data), train.yaml (these arguments, for
-    `medssm train --config`), metrics.jsonl and curves.png.
+    `medssm train --config`), cases.json (the files that were trained on and held out), metrics.jsonl and curves.png.
 
     Args: Data
         dataset: folder with dataset.json (nnU-Net), or a MONAI datalist's JSON file
@@ -162,7 +163,7 @@ def train(
     networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
     settings = {
         "model": config,
-        "cases": [case.name for case in training],
+        "cases": [str(case.label_file.resolve()) for case in training],
         **dataclasses.asdict(fitted),
         "batch": batch,
         "lr": lr,
@@ -200,6 +201,7 @@ def train(
     name = config["model"] or config["class"]
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
+        write_json(out / CASES, {"training": _files(training), "validation": _files(validation)})
         _save_arguments(out / ARGUMENTS, arguments | {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr})
 
     with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
@@ -323,6 +325,11 @@ def _axes(mirror: str | Sequence[int]) -> str | tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", mirror):
         raise UserError(f"mirror: expected auto, none or axes as in 0,1, got {mirror!r}")
     return tuple(int(axis) for axis in mirror.split(","))
+
+
+def _files(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Each case by its files, which no two cases share."""
+    return [{"name": case.name, "images": [str(file.resolve()) for file in case.images], "label": str(case.label_file.resolve())} for case in cases]
 
 
 def _save_arguments(path: Path, arguments: Mapping[str, Any]) -> None:

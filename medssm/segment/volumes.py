@@ -18,7 +18,8 @@ from monai.transforms import Transform
 import medssm
 from medssm.errors import UserError
 from medssm.files import disk_error, first_line, make_folder
-from medssm.segment.data import Case, Dataset
+from medssm.segment.cases import Case
+from medssm.segment.data import Dataset
 from medssm.segment.preprocess import IGNORE, Fitted, Scaling, load_image, load_label, pad, scaling
 
 _CENTRES = 20_000  # voxels of each class that a patch may be centred on

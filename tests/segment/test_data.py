@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from medssm.errors import UserError
-from medssm.segment.data import cases_in, load_classes, load_dataset, split
+from medssm.segment.cases import cases_in
+from medssm.segment.data import load_classes, load_dataset, split
 from medssm.segment.nifti import different_grid, read_image, read_label, spacing_mm, write_nifti
 from tests.segment.synthetic import nnunet_folder, volume, write
 

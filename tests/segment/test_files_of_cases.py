@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from medssm.errors import UserError
-from medssm.segment.data import Case, Dataset, cases_in, check_values, load_classes, load_dataset, nifti_files, split
+from medssm.segment.cases import Case, cases_in, nifti_files
+from medssm.segment.data import Dataset, check_values, load_classes, load_dataset, split
 from medssm.segment.nifti import different_grid, open_nifti, read_image, read_label, spacing_mm, strip_ending, volume_shape, write_nifti
 from tests.segment.synthetic import nnunet_folder, write
 
@@ -111,7 +112,7 @@ def test_a_datalist_without_classes_has_a_background_even_where_no_voxel_is(tmp_
 def test_a_stray_file_among_channel_files_is_named(tmp_path):
     folder = nnunet_folder(tmp_path, cases=1, shape=SHAPE)
     write(folder / "imagesTr" / "stray.nii.gz", ZEROS)
-    with pytest.raises(UserError, match=r"stray_0000\.nii\.gz: no such file"):
+    with pytest.raises(UserError, match=r"labelsTr/stray\.nii\.gz: no such file"):
         load_dataset(folder)
 
 

@@ -12,7 +12,8 @@ from monai.transforms import Compose
 from torch import nn
 
 from medssm.errors import UserError
-from medssm.segment.data import Case, Dataset
+from medssm.segment.cases import Case
+from medssm.segment.data import Dataset
 from medssm.segment.inference import probabilities
 from medssm.segment.patches import Patches, _rotations
 from medssm.segment.preprocess import IGNORE, Fitted, geometry, load_label, pad, scaling

@@ -58,7 +58,15 @@ class Stop(Patches):
 
 def test_the_command_writes_what_it_says(trained):
     out = trained / "fold_0"
-    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json", "fitted.json", "train.yaml", "metrics.jsonl", "curves.png"}
+    assert {file.name for file in out.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "fitted.json",
+        "cases.json",
+        "train.yaml",
+        "metrics.jsonl",
+        "curves.png",
+    }
     config, log = json.loads((out / "config.json").read_text()), records(out)
     assert config["model"] == "monai.networks.nets.UNet" and config["kwargs"]["out_channels"] == 3
     assert log[-1]["finished"]["steps"] == 60 and log[-1]["finished"]["validation"]["mean"] > 0.85

@@ -1,0 +1,151 @@
+"""Cases: the files of an image with its label map, found by nnU-Net's names, and names that no two cases share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from medssm.errors import UserError
+from medssm.segment.nifti import NIFTI_ENDINGS, open_nifti, strip_ending
+
+_CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's channel files end in _0000, _0001, ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image (a file for each channel, or one file), its label map if it has one, and the fold that it was given."""
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    fold: int | str | None = None  # a datalist's number, or "validation" for its validation section
+
+    @property
+    def label_file(self) -> Path:
+        """The label map of a case of a data set: each of them has one."""
+        if self.label is None:
+            raise ValueError(f"{self.name}: expected a case with a label map")
+        return self.label
+
+
+def nifti_files(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, by name. Hidden ones are left out: a name with a leading dot is a file that is still being written.
+
+    Raises UserError if the folder cannot be read.
+    """
+    try:
+        return sorted(file for file in folder.iterdir() if file.name.endswith(NIFTI_ENDINGS) and not file.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def cases_in(path: Path | str, channels: int) -> list[Case]:
+    """The cases to predict: those of a folder (see `grouped`), or the file itself, with the other channels beside it if the network takes several.
+
+    Raises UserError if there is no such path, no NIfTI file in the folder, or two files that would give one label map.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_dir():
+        files = nifti_files(path)
+        if not files:
+            raise UserError(f"{path}: no .nii or .nii.gz file in this folder")
+        return grouped(files, channels)
+    name, number = _channel(path)
+    images = _channel_files(path, name, channels)
+    whole = number is not None and number < channels and all(file.is_file() for file in images)
+    return [Case(name, images) if whole and not _has_all_channels(path, channels) else Case(strip_ending(path), (path,))]
+
+
+def grouped(files: Iterable[Path], channels: int) -> list[Case]:
+    """Files as cases: NAME_0000, NAME_0001, … are the channels of NAME where all of them are there; every other file is a case of its own.
+
+    Args:
+        files: of one folder
+        channels: of an image
+
+    Raises:
+        UserError: there is a channel too many, or two files have one name.
+    """
+    parts: dict[tuple[str, str], dict[int, Path]] = {}  # by the name and the ending
+    cases = []
+    for file in files:
+        name, number = _channel(file)
+        if number is None or _has_all_channels(file, channels):
+            cases.append(Case(strip_ending(file), (file,)))
+        else:
+            parts.setdefault((name, file.name[len(strip_ending(file)) :]), {})[number] = file
+    for (name, _), found in parts.items():
+        wanted = set(range(channels))
+        if wanted <= found.keys():
+            surplus = sorted(found.keys() - wanted)
+            if surplus:
+                raise UserError(
+                    f"{found[surplus[0]]}: expected {channels} channel(s) as of {found[0].name}, got one more. "
+                    "If these files are images of their own, rename them: an ending such as _0000 is a channel"
+                )
+            cases.append(Case(name, tuple(found[i] for i in range(channels))))
+        elif channels > 1 and wanted & found.keys():
+            cases.append(Case(name, _channel_files(next(iter(found.values())), name, channels)))  # one is missing: its own line says so
+        else:
+            cases += [Case(strip_ending(file), (file,)) for file in found.values()]
+    return one_of_each_name(sorted(cases, key=lambda case: case.name))
+
+
+def one_of_each_name(cases: Sequence[Case]) -> list[Case]:
+    """The cases; UserError that names both files where two cases have one name."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        other = first.setdefault(case.name, case)
+        if other is not case:
+            raise UserError(f"{case.images[0]} and {other.images[0]}: two files for the case {case.name}")
+    return list(cases)
+
+
+def distinct(cases: Sequence[Case]) -> list[Case]:
+    """The cases with distinct names. Equal file names (site_a/sub-01/seg.nii.gz, site_b/sub-01/seg.nii.gz) get as many of their folders' names as
+    tell them apart.
+
+    Raises UserError where one label map is listed twice.
+    """
+    labels: dict[Path, str] = {}
+    for case in cases:
+        place = case.label_file.resolve()
+        if place in labels:
+            raise UserError(f"{case.label}: listed twice, as a case and as another one")
+        labels[place] = case.name
+    names = [case.name for case in cases]
+    for depth in range(2, max((len(case.label_file.parts) for case in cases), default=0)):
+        again = {name for name in names if names.count(name) > 1}
+        if not again:
+            break
+        names = [
+            "_".join((*case.label_file.parts[-1 - depth : -1], case.name)) if name in again else name for name, case in zip(names, cases, strict=True)
+        ]
+    return [replace(case, name=name) for case, name in zip(cases, names, strict=True)]
+
+
+def _channel(file: Path) -> tuple[str, int | None]:
+    """The name without its channel's number, and the number."""
+    stem = strip_ending(file)
+    match = _CHANNEL.fullmatch(stem)
+    return (match[1], int(match[2])) if match else (stem, None)
+
+
+def _channel_files(beside: Path, name: str, channels: int) -> tuple[Path, ...]:
+    ending = beside.name[len(strip_ending(beside)) :]
+    return tuple(beside.with_name(f"{name}_{i:04d}{ending}") for i in range(channels))
+
+
+def _has_all_channels(file: Path, channels: int) -> bool:
+    """Whether a file has the image's several channels on a fourth axis: its ending is then no channel's number."""
+    if channels == 1:
+        return False
+    try:
+        image = open_nifti(file)
+    except UserError:
+        return False
+    return image.ndim == 4 and image.shape[3] == channels
