@@ -62,21 +62,24 @@ def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None) -> Tens
     return nn.functional.silu(y) if activation == "silu" else y
 
 
-def causal(conv: nn.Module, x: Tensor, order: Order | None = None) -> Tensor:
+def causal(conv: nn.Module, x: Tensor, order: Order | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """silu of the causal depthwise convolution `conv` along the tokens of (b, l, c), or along an order of (b, *spatial, c).
 
-    `conv` pads both ends by its width less 1, as a convolution over (b, c, l) that is causal once its end is cut off.
+    cu_seqlens: packed sequences, as in medssm.ops.causal_conv1d. `conv` pads both ends by its width less 1, as a convolution over (b, c, l) that is
+    causal once its end is cut off.
     """
     if plain(conv):
         assert isinstance(conv, nn.Conv1d)
-        y: Tensor = ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, "silu", order=order)
+        y: Tensor = ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, "silu", order=order, cu_seqlens=cu_seqlens)
         return y
     spatial, t = x.shape[1:-1], x.flatten(1, -2).mT
-    if order is None or order == raster():
+    order = raster() if order is None else order
+    if cu_seqlens is None and order == raster():
         y = conv(t)[..., : t.shape[-1]]
     else:
-        index = order.index(spatial).to(x.device)
-        segments = t.index_select(-1, index).tensor_split(order.starts(spatial)[1:], dim=-1)
+        index, starts = order.index(spatial).to(x.device), order.starts(spatial)
+        starts = starts if cu_seqlens is None else torch.cat([starts, cu_seqlens[:-1].cpu()]).unique()
+        segments = t.index_select(-1, index).tensor_split(starts[1:], dim=-1)
         y = torch.cat([conv(segment)[..., : segment.shape[-1]] for segment in segments], dim=-1).index_select(-1, torch.argsort(index))
     return nn.functional.silu(y).mT.reshape(x.shape)
 

@@ -255,8 +255,6 @@ def test_causal_conv1d_fn(installed, activation):
     same([out, states], [want, x[..., -3:]])
     same(gradients(out, (x, weight, bias, before)), gradients(want, (x, weight, bias, before)))
     same([causal_conv1d_fn(x, weight, bias, activation)], [causal_conv1d_fn(x, weight, bias, activation=activation)])
-    with pytest.raises(NotImplementedError, match="seq_idx"):
-        causal_conv1d_fn(x, weight, seq_idx=torch.zeros(2, 7))
 
 
 def test_causal_conv1d_update_continues_a_sequence(installed):

@@ -168,22 +168,43 @@ def test_volumes_run_through_code_written_for_upstream(installed):
 # -- what is refused --------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_there_is_refused_by_name(installed):
+def test_what_does_not_fit_is_refused_by_name(installed):
     from mamba_ssm import Mamba2
     from mamba_ssm.modules.mamba2_simple import Mamba2Simple
 
-    x, packed = torch.randn(1, 6, 8), torch.zeros(1, 6, dtype=torch.int32)
-    for argument, value, call in (
-        ("process_group", object(), lambda **given: Mamba2(8, headdim=4, **given)),
-        ("d_ssm", 8, lambda **given: Mamba2(8, headdim=4, **given)),
-        ("seq_idx", packed, lambda **given: Mamba2(8, headdim=4)(x, **given)),
-        ("cu_seqlens", packed, lambda **given: Mamba2(8, headdim=4)(x, **given)),
-        ("seq_idx", packed, lambda **given: Mamba2Simple(8, headdim=4)(x, **given)),
-        ("learnable_init_states", True, lambda **given: Mamba2Simple(8, headdim=4, **given)),
-    ):
-        with pytest.raises(NotImplementedError, match=rf"^{argument}: expected (None|False) \(it is not in this release of medssm\), got "):
-            call(**{argument: value})
+    with pytest.raises(NotImplementedError, match=r"^process_group: expected None \(it is not in this release of medssm\), got "):
+        Mamba2(8, headdim=4, process_group=object())
+    with pytest.raises(ValueError, match="d_ssm: expected 1 to the 16 inner channels, got 24"):
+        Mamba2(8, headdim=4, d_ssm=24)
     with pytest.raises(ValueError, match="headdim: expected a divisor of the 16 inner channels, got 64"):
         Mamba2(8)
     with pytest.raises(ValueError, match="activation: expected 'swish' or 'silu', got 'gelu'"):
         Mamba2Simple(8, headdim=4, activation="gelu")
+
+
+def test_mamba2_scans_some_channels_beside_a_gated_mlp(installed):
+    from mamba_ssm import Mamba2
+    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+    m, x = Mamba2(7, d_state=5, expand=4, headdim=4, d_ssm=12, ngroups=3, layer_idx=0).double(), draw(2, 9, 7)
+    assert (m.d_inner, m.d_ssm, m.nheads, m.norm.group_size) == (28, 12, 3, 4)
+    assert m.in_proj.out_features == 2 * 28 + 2 * 15 + 3 and m.out_proj.in_features == 28 and m.conv1d.out_channels == 12 + 30
+    want = mamba_split_conv1d_scan_combined(
+        m.in_proj(x),
+        m.conv1d.weight.squeeze(1),
+        m.conv1d.bias,
+        m.dt_bias,
+        -torch.exp(m.A_log.float()),
+        m.D,
+        256,
+        rmsnorm_weight=m.norm.weight,
+        rmsnorm_eps=1e-5,
+        outproj_weight=m.out_proj.weight,
+        headdim=4,
+        ngroups=3,
+        norm_before_gate=False,
+    )
+    same([m(x)], [want])
+    same(gradients(m(x), (x, *m.parameters())), gradients(want, (x, *m.parameters())))
+    states = m.allocate_inference_cache(2, 9)
+    same([torch.cat([m.step(x[:, t : t + 1], *states)[0] for t in range(9)], 1)], [want])

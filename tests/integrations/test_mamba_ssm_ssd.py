@@ -250,21 +250,6 @@ def test_gated_norms_keep_the_dtype_and_name_what_does_not_fit(installed):
 # -- what is refused --------------------------------------------------------------------------------------------------------------
 
 
-def test_packed_sequences_are_refused_by_name(installed):
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
-
-    x, packed = torch.randn(1, 6, 8), torch.zeros(1, 6, dtype=torch.int32)
-    for function, arguments, names in (
-        (mamba_chunk_scan_combined, (*scan_inputs(), 64), ("seq_idx", "cu_seqlens")),
-        (mamba_split_conv1d_scan_combined, (x, x[0], None, None, None, x, 64), ("seq_idx",)),
-    ):
-        for name in names:
-            with pytest.raises(NotImplementedError, match=rf"^{name}: expected None \(it is not in this release of medssm\), got a tensor$"):
-                function(*arguments, **{name: packed})
-    with pytest.raises(NotImplementedError, match=r"^return_varlen_states: expected False"):
-        mamba_chunk_scan_combined(*scan_inputs(), 64, return_varlen_states=True)
-
-
 def test_wrong_arguments_are_named(installed):
     from mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined

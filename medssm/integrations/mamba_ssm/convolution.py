@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from medssm import ops
 from medssm.integrations.mamba_ssm import states
-from medssm.integrations.mamba_ssm.absent import refuse
+from medssm.integrations.mamba_ssm.packing import packing
 
 _ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
 
@@ -26,19 +28,29 @@ def causal_conv1d_fn(
 
     Args:
         x: (b, d, l). weight: (d, w), any width. bias: (d,). initial_states, final_states_out (written to): (b, d, w-1).
+        seq_idx: (b, l), packed sequences: the taps begin anew where it changes, out is zero where it is negative. A row's initial state enters its
+            first sequence, its final state leaves its last one.
         activation: None, "silu" or "swish"; the first releases of causal_conv1d took it in seq_idx's place, and so may a call here.
 
-    Returns out (b, d, l), contiguous, in x's dtype, or (out, final states). Raises NotImplementedError for seq_idx, ValueError as the op.
+    Returns out (b, d, l), contiguous, in x's dtype, or (out, final states). Raises ValueError as the op.
     """
     if isinstance(seq_idx, str):
         seq_idx, activation = None, seq_idx
-    refuse(seq_idx=seq_idx)
-    out = ops.causal_conv1d(
-        x, weight, bias, activation_name(activation), initial_state=initial_states, return_final_state=return_final_states, layout="bdl"
-    )
+    name, pack = activation_name(activation), packing(seq_idx, None, x.shape[0], x.shape[-1])
+    out: Any
+    final: Any = None
+    if pack is None:
+        out = ops.causal_conv1d(x, weight, bias, name, initial_state=initial_states, return_final_state=return_final_states, layout="bdl")
+        if return_final_states:
+            out, final = out
+    else:
+        tokens, initial = pack.flat(x.movedim(1, -1)), pack.entering(initial_states)
+        out, final = ops.causal_conv1d(tokens, weight, bias, name, initial_state=initial, return_final_state=True, cu_seqlens=pack.bounds)
+        out, final = pack.back(out).movedim(-1, 1), pack.leaving(final)
+    if seq_idx is not None:
+        out = out.masked_fill((seq_idx < 0)[:, None], 0)
     if not return_final_states:
         return out.contiguous()
-    out, final = out
     return out.contiguous(), final if final_states_out is None else final_states_out.copy_(final)
 
 

@@ -130,7 +130,7 @@ class Mamba(layers.Mamba):
     def _continue(self, x: Tensor, inference_params: Any) -> Tensor:
         """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
         self._one_way()
-        conv_state, ssm_state = states.kept(self, x, inference_params)
+        conv_state, ssm_state = states.kept(self, len(x), inference_params)
         if inference_params.seqlen_offset > 0:
             return self.step(x, conv_state, ssm_state)[0]
         u, z = self.in_proj(x).chunk(2, dim=-1)

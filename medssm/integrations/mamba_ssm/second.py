@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+from fractions import Fraction
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from medssm import nn as layers
 from medssm import ops, orders
 from medssm.integrations.mamba_ssm import states
 from medssm.integrations.mamba_ssm.absent import refuse
+from medssm.integrations.mamba_ssm.convolution import causal_conv1d_varlen_states
 from medssm.integrations.mamba_ssm.norm_gated import RMSNorm, rmsnorm_fn
+from medssm.integrations.mamba_ssm.packing import Packing, packing
 from medssm.nn.blocks import causal
 from medssm.nn.inner import weight_dtype
 from medssm.ops import shapes
@@ -23,7 +27,8 @@ class Mamba2(layers.Mamba2):
     """mamba_ssm.Mamba2: medssm's, along one row-major scan, under upstream's arguments, attributes and weight names.
 
     Args:
-        d_model to conv_bias: as medssm.nn.Mamba2. conv_init: conv1d.weight starts uniform within +-conv_init. d_ssm: None, or the inner channels.
+        d_model to conv_bias: as medssm.nn.Mamba2. conv_init: conv1d.weight starts uniform within +-conv_init.
+        d_ssm: how many of the inner channels are scanned, in heads of headdim; the rest are a gated MLP beside the scan. None scans all.
         chunk_size, use_mem_eff_path, sequence_parallel: of no effect. layer_idx: key of the state that inference_params keeps.
         process_group: refused. device, dtype: of the weights; D stays in the default dtype.
 
@@ -61,13 +66,16 @@ class Mamba2(layers.Mamba2):
         dtype: torch.dtype | None = None,
     ) -> None:
         inner = int(expand * d_model)
-        refuse(process_group=process_group, d_ssm=None if d_ssm == inner else d_ssm)
+        scanned = inner if d_ssm is None else d_ssm
+        refuse(process_group=process_group)
+        if not 0 < scanned <= inner:
+            raise ValueError(f"d_ssm: expected 1 to the {inner} inner channels, got {d_ssm}")
         with contextlib.nullcontext() if device is None else torch.device(device):
             super().__init__(
                 d_model,
                 d_state,
                 d_conv,
-                expand,
+                cast(float, Fraction(scanned, d_model)),
                 headdim,
                 ngroups,
                 A_init_range,
@@ -83,7 +91,10 @@ class Mamba2(layers.Mamba2):
                 orders=[orders.raster()],
             )
             if rmsnorm:  # upstream's module for the same norm, since upstream's code reads its attributes
-                self.norm = RMSNorm(inner, group_size=inner // ngroups, norm_before_gate=norm_before_gate)
+                self.norm = RMSNorm(scanned, group_size=scanned // ngroups, norm_before_gate=norm_before_gate)
+            if scanned < inner:
+                self.in_proj = nn.Linear(d_model, 2 * (inner - scanned) + sum(self.split), bias=bias)
+                self.out_proj = nn.Linear(inner, d_model, bias=bias)
         for parameter in self.parameters(recurse=False):  # dt_bias, A_log and D
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
         for part in self.children():
@@ -93,7 +104,7 @@ class Mamba2(layers.Mamba2):
         if conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
         self.d_model, self.d_conv, self.conv_init, self.expand = d_model, d_conv, conv_init, expand
-        self.d_inner, self.d_ssm, self.nheads = inner, inner, inner // headdim
+        self.d_inner, self.d_ssm, self.nheads = inner, scanned, scanned // headdim
         self.D_has_hdim, self.rmsnorm, self.norm_before_gate, self.activation, self.act = D_has_hdim, rmsnorm, norm_before_gate, "silu", nn.SiLU()
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
         self.process_group, self.sequence_parallel, self.world_size, self.local_rank = None, sequence_parallel, 1, 0
@@ -101,22 +112,63 @@ class Mamba2(layers.Mamba2):
     def forward(
         self, u: Tensor, seqlen: int | None = None, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None, inference_params: Any = None
     ) -> Tensor:
-        """(b, l, d_model), or (b l, d_model) with seqlen = l, -> the same. inference_params keeps the state from call to call, as in Mamba."""
-        refuse(seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+        """(b, l, d_model), or (b l, d_model) with seqlen = l, -> the same.
+
+        seq_idx (b, l), cu_seqlens (sequences + 1,) of a batch of 1: packed sequences, as in mamba_chunk_scan_combined. inference_params keeps the
+        state from call to call, as in Mamba; with cu_seqlens one of each sequence, so that the next call is a batch of one token of each.
+        """
         x = u if seqlen is None else u.unflatten(0, (-1, seqlen))
-        out = super().forward(x) if inference_params is None else self._continue(x, inference_params)
+        kept = None
+        if inference_params is not None:
+            kept = states.kept(self, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, inference_params)
+            if inference_params.seqlen_offset > 0:
+                return self.step(u, *kept)[0]
+        out = self._sequence(x, packing(seq_idx, cu_seqlens, x.shape[0], x.shape[1]), kept)
         return out if seqlen is None else out.flatten(0, 1)
+
+    def _sequence(self, x: Tensor, pack: Packing | None, kept: tuple[Tensor, Tensor] | None) -> Tensor:
+        """All tokens (b, l, d_model) at once; the states that are kept become those behind the last ones."""
+        mlp, z, u, dt = self._projected(x)
+        initial, bounds = self._initial_states(len(x)), None
+        if pack is not None:
+            bounds, u, dt, initial = pack.bounds, pack.flat(u), pack.flat(dt), pack.entering(initial)
+        if kept is not None and pack is None:
+            states.last_tokens(u, kept[0])
+        elif kept is not None and pack is not None:
+            kept[0].copy_(pack.final(causal_conv1d_varlen_states(u.squeeze(0), pack.bounds, self.d_conv)))
+        u = causal(self.conv1d, u, cu_seqlens=bounds)
+        y = ops.ssd(*self._operands(u, dt), dt_limit=self.dt_limit, initial_state=initial, return_final_state=kept is not None, cu_seqlens=bounds)
+        if kept is not None:
+            y, last = y
+            kept[1].copy_(last if pack is None else pack.final(last))
+        return self._out(mlp, y if pack is None else pack.back(y), z)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The MLP's two halves (the first is the gate), z, the convolution's channels and dt."""
+        return self.in_proj(x).split((2 * (self.d_inner - self.split[0]), *self.split), dim=-1)
+
+    def _out(self, mlp: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        y = self._gate(y.flatten(-2), z)
+        if mlp.shape[-1]:
+            gate, value = mlp.chunk(2, dim=-1)
+            y = torch.cat([F.silu(gate) * value, y], dim=-1)
+        out: Tensor = self.out_proj(y)
+        return out
+
+    def _initial_states(self, batch: int) -> Tensor | None:
+        """The state before the first token, (b, h, headdim, d_state), None for zeros."""
+        return None
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token, (b, 1, d_model) -> (out, conv_state, ssm_state), both updated in place; dt_limit holds here too.
 
         Stepping through a sequence equals the scan, its gradients too. Raises ValueError for another batch than the states'.
         """
-        z, u, dt = self.in_proj(states.one_token(self, hidden_states, conv_state, ssm_state)).split(self.split, dim=-1)
+        mlp, z, u, dt = self._projected(states.one_token(self, hidden_states, conv_state, ssm_state))
         u = states.convolve(self.conv1d, u, conv_state)
         y, state = ops.ssd_step(states.before(ssm_state), *self._operands(u, dt), dt_limit=self.dt_limit)
         ssm_state.copy_(state)
-        return self.out_proj(self._gate(y.flatten(-2), z)).unsqueeze(1), conv_state, ssm_state
+        return self._out(mlp, y, z).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None, dtype: torch.dtype | None = None, **kwargs: Any
@@ -125,22 +177,12 @@ class Mamba2(layers.Mamba2):
         shapes, dtype = ((self.split[1], self.d_conv), (self.nheads, self.headdim, self.d_state)), dtype or weight_dtype(self.conv1d, self.A_log)
         return tuple(self.A_log.new_zeros((batch_size, *shape), dtype=dtype) for shape in shapes)
 
-    def _continue(self, x: Tensor, inference_params: Any) -> Tensor:
-        """The sequence's first part, or one more token, with the state that inference_params keeps for this layer."""
-        conv_state, ssm_state = states.kept(self, x, inference_params)
-        if inference_params.seqlen_offset > 0:
-            return self.step(x, conv_state, ssm_state)[0]
-        z, u, dt = self.in_proj(x).split(self.split, dim=-1)
-        states.last_tokens(u, conv_state)
-        y, state = ops.ssd(*self._operands(causal(self.conv1d, u), dt), dt_limit=self.dt_limit, return_final_state=True)
-        ssm_state.copy_(state)
-        return self.out_proj(self._gate(y.flatten(-2), z))
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also of a whole model that upstream's code pickled, which carries upstream's attributes alone."""
         super().__setstate__(state)
         if "split" not in state:
-            self.orders, self.split = [orders.raster()], (self.d_inner, self.d_inner + 2 * self.ngroups * self.d_state, self.nheads)
+            scanned = self.nheads * self.headdim
+            self.orders, self.split = [orders.raster()], (scanned, scanned + 2 * self.ngroups * self.d_state, self.nheads)
             if not self.rmsnorm:
                 self.norm = None
 
@@ -149,7 +191,8 @@ class Mamba2Simple(Mamba2):
     """mamba_ssm's Mamba2Simple: Mamba2 with fewer arguments, other defaults, D per head and its norm behind the gate.
 
     use_mem_eff_path: as upstream, with groups (ngroups > 1) the norm is each group's own on that path, and of all inner channels without it.
-    activation: "swish" or "silu", the same. learnable_init_states: refused. The rest as Mamba2.
+    activation: "swish" or "silu", the same. learnable_init_states: a weight init_states (h, headdim, d_state), which starts as zeros, is the state
+    before every row's first token. The rest as Mamba2.
     """
 
     def __init__(
@@ -176,7 +219,6 @@ class Mamba2Simple(Mamba2):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        refuse(learnable_init_states=learnable_init_states)
         shapes.choice("activation", activation, ("swish", "silu"))
         super().__init__(
             d_model,
@@ -200,12 +242,26 @@ class Mamba2Simple(Mamba2):
             device=device,
             dtype=dtype,
         )
-        self.learnable_init_states, self.activation = False, activation
+        self.learnable_init_states, self.activation = learnable_init_states, activation
+        if learnable_init_states:
+            self.init_states = nn.Parameter(self.out_proj.weight.new_zeros(self.nheads, self.headdim, self.d_state))
+            self.init_states._no_weight_decay = True  # type: ignore[attr-defined]
         cast(RMSNorm, self.norm).group_size = None
 
     def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """(b, l, d_model) -> the same. seq_idx: refused."""
+        """(b, l, d_model) -> the same. seq_idx (b, l): packed sequences."""
         return super().forward(u, seq_idx=seq_idx)
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int | None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        """(conv_state, ssm_state) of `step` as in Mamba2, with the learnt state before the first token."""
+        conv_state, ssm_state = super().allocate_inference_cache(batch_size, max_seqlen, dtype, **kwargs)
+        initial = self._initial_states(batch_size)
+        return conv_state, ssm_state if initial is None else ssm_state + initial
+
+    def _initial_states(self, batch: int) -> Tensor | None:
+        return self.init_states.expand(batch, -1, -1, -1) if self.learnable_init_states else None
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         norm, size = cast(RMSNorm, self.norm), self.d_inner // self.ngroups if self.use_mem_eff_path else None

@@ -12,6 +12,7 @@ from medssm import ops
 from medssm.integrations.mamba_ssm.absent import refuse
 from medssm.integrations.mamba_ssm.convolution import activation_name
 from medssm.integrations.mamba_ssm.norm_gated import rmsnorm_fn
+from medssm.integrations.mamba_ssm.packing import packing
 from medssm.ops import shapes
 
 
@@ -32,19 +33,96 @@ def mamba_chunk_scan_combined(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """Mamba-2's scan, `medssm.ops.ssd` under upstream's arguments.
 
     Args:
         x, z: (b, l, h, p). dt: (b, l, h). A, dt_bias: (h,). B, C: (b, l, g, n). D: (h,) or (h, p). initial_states: (b, h, p, n).
-        chunk_size: of no effect. seq_idx, cu_seqlens, return_varlen_states: packed sequences, refused.
+        seq_idx: (b, l), packed sequences: the state begins anew where it changes. A row's initial state enters its first sequence, its final state
+            leaves its last one.
+        cu_seqlens: (sequences + 1,), of a batch of 1: the same by the sequences' bounds; upstream reads it for return_varlen_states alone.
+        return_varlen_states: return the last state of each of cu_seqlens' sequences as well, zero for an empty one.
+        chunk_size, state_dtype: of no effect.
 
-    Returns out (b, l, h, p) in x's dtype, or (out, final states (b, h, p, n) in float32). Raises NotImplementedError for packed sequences.
+    Returns out (b, l, h, p) in x's dtype, the final states (b, h, p, n) and those of the sequences (sequences, h, p, n) in float32, as asked for.
     """
-    refuse(seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
-    return ops.ssd(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=dt_limit, initial_state=initial_states, return_final_state=return_final_states
+    if return_varlen_states and cu_seqlens is None:
+        raise ValueError("cu_seqlens: expected the sequences' bounds, since return_varlen_states is True, got None")
+    pack = packing(seq_idx, cu_seqlens, x.shape[0], x.shape[1])
+    if pack is None:
+        return ops.ssd(
+            x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=dt_limit, initial_state=initial_states, return_final_state=return_final_states
+        )
+    out, states = ops.ssd(
+        pack.flat(x),
+        pack.flat(dt),
+        A,
+        pack.flat(B),
+        pack.flat(C),
+        D,
+        None if z is None else pack.flat(z),
+        dt_bias,
+        dt_softplus,
+        dt_limit=dt_limit,
+        initial_state=pack.entering(initial_states),
+        return_final_state=True,
+        cu_seqlens=pack.bounds,
     )
+    asked = [pack.leaving(states)] * return_final_states
+    if return_varlen_states:
+        asked.append(pack.final(states))
+    return (pack.back(out), *asked) if asked else pack.back(out)
+
+
+def mamba_chunk_scan_combined_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    cu_seqlens: Tensor,
+    cu_chunk_seqlens: Tensor | None,
+    last_chunk_indices: Tensor | None,
+    seq_idx: Tensor | None,
+    out: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_intermediate_states: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Mamba-2's scan of packed sequences without a batch, written to `out`, as vLLM has it.
+
+    Args:
+        x, z, out: (l, h, p). dt: (l, h). A, dt_bias: (h,). B, C: (l, g, n). D: (h,) or (h, p). cu_seqlens: (sequences + 1,).
+        initial_states: (sequences, h, p, n). chunk_size, cu_chunk_seqlens, last_chunk_indices, seq_idx: of no effect, they tell the chunks.
+        return_intermediate_states: the states of chunks, refused.
+
+    Returns the last state of each sequence (sequences, h, p, n) in state_dtype, C's if None.
+    """
+    refuse(return_intermediate_states=return_intermediate_states)
+    y, states = ops.ssd(
+        x.unsqueeze(0),
+        dt.unsqueeze(0),
+        A,
+        B.unsqueeze(0),
+        C.unsqueeze(0),
+        D,
+        None if z is None else z.unsqueeze(0),
+        dt_bias,
+        dt_softplus,
+        dt_limit=dt_limit,
+        initial_state=initial_states,
+        return_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
+    out.copy_(y.squeeze(0))
+    return states.to(state_dtype or C.dtype)
 
 
 def mamba_chunk_scan(
@@ -192,6 +270,7 @@ def mamba_split_conv1d_scan_combined(
     headdim: int | None = None,
     ngroups: int = 1,
     norm_before_gate: bool = True,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """All of a Mamba-2 mixer behind in_proj: convolution, scan, gated RMS norm of each group's channels, out_proj.
 
@@ -199,11 +278,11 @@ def mamba_split_conv1d_scan_combined(
         zxbcdt: (b, l, 2m + 2d + 2gn + h): two halves m of a gated MLP beside the scan (silu(first) second; m is 0 in most models), z, x, B, C, dt.
         conv1d_weight: (d + 2gn, w), over x, B and C. conv1d_bias: (d + 2gn,) or None. dt_bias, A: (h,). D: (h,) with headdim = p, or (h, p).
         initial_states: (b, h, p, n). activation: None, "silu" or "swish". rmsnorm_weight: (d,); None gates with silu(z) alone.
-        outproj_weight: (out, m + d), outproj_bias: (out,). ngroups: g. chunk_size: of no effect. seq_idx: refused.
+        outproj_weight: (out, m + d), outproj_bias: (out,). ngroups: g. chunk_size, state_dtype: of no effect.
+        seq_idx: (b, l), packed sequences: taps and state begin anew where it changes, as in mamba_chunk_scan_combined.
 
     Returns (b, l, out), without outproj_weight (b, l, m + d); or (that, final states (b, h, p, n)).
     """
-    refuse(seq_idx=seq_idx)
     heads, size = len(D), headdim if D.dim() == 1 else D.shape[1]
     if size is None:
         raise ValueError(f"headdim: expected the size of a head, which D of shape {tuple(D.shape)} does not tell, got None")
@@ -214,8 +293,12 @@ def mamba_split_conv1d_scan_combined(
             f"zxbcdt: expected (b, l, 2m + {inner} + {channels} + {heads}), of z, the convolution's channels (the {inner} of x, "
             f"and B and C by {ngroups} groups) and dt, got {tuple(zxbcdt.shape)} and conv1d_weight {tuple(conv1d_weight.shape)}"
         )
+    pack = packing(seq_idx, None, zxbcdt.shape[0], zxbcdt.shape[1])
+    bounds = None if pack is None else pack.bounds
+    if pack is not None:
+        zxbcdt, initial_states = pack.flat(zxbcdt), pack.entering(initial_states)
     mlp, z, u, dt = zxbcdt.split([beside, inner, channels, heads], dim=-1)
-    u = ops.causal_conv1d(u, conv1d_weight, conv1d_bias, activation_name(activation))
+    u = ops.causal_conv1d(u, conv1d_weight, conv1d_bias, activation_name(activation), cu_seqlens=bounds)
     x, B, C = u.split([inner, (channels - inner) // 2, (channels - inner) // 2], dim=-1)
     x, B, C = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
     y, states = ops.ssd(
@@ -231,6 +314,7 @@ def mamba_split_conv1d_scan_combined(
         dt_limit=dt_limit,
         initial_state=initial_states,
         return_final_state=True,
+        cu_seqlens=bounds,
     )
     y = y.flatten(-2)
     if rmsnorm_weight is not None:
@@ -240,6 +324,8 @@ def mamba_split_conv1d_scan_combined(
         y = torch.cat([silu(first) * second, y], dim=-1)
     if outproj_weight is not None:
         y = linear(y, outproj_weight, outproj_bias)
+    if pack is not None:
+        y, states = pack.back(y), pack.leaving(states)
     return (y, states) if return_final_states else y
 
 

@@ -16,20 +16,20 @@ from medssm import ops
 from medssm.nn.inner import plain
 
 
-def kept(mixer: Any, x: Tensor, inference_params: Any) -> tuple[Tensor, Tensor]:
+def kept(mixer: Any, batch: int, inference_params: Any) -> tuple[Tensor, Tensor]:
     """(conv_state, ssm_state) that inference_params keeps for this mixer under its layer_idx; zeros before the first call.
 
-    Raises ValueError without a layer_idx, and for x (b, l, d_model) of another batch than the states'.
+    Raises ValueError without a layer_idx, and for another batch than the states'.
     """
     cache, layer = inference_params.key_value_memory_dict, mixer.layer_idx
     if layer is None:
         raise ValueError("layer_idx: expected a number of its own for each mixer whose state inference_params keeps, got None")
     if layer not in cache:
-        cache[layer] = mixer.allocate_inference_cache(len(x), None)
+        cache[layer] = mixer.allocate_inference_cache(batch, None)
     elif inference_params.seqlen_offset == 0:
         cache[layer] = tuple(state.detach() for state in cache[layer])  # the same memory, without an earlier sequence's history
-    if len(x) != len(cache[layer][0]):
-        raise ValueError(f"hidden_states: expected a batch of {len(cache[layer][0])}, whose states layer {layer} keeps, got a batch of {len(x)}")
+    if batch != len(cache[layer][0]):
+        raise ValueError(f"hidden_states: expected a batch of {len(cache[layer][0])}, whose states layer {layer} keeps, got a batch of {batch}")
     return cache[layer]
 
 

@@ -116,6 +116,7 @@ PRESENT: dict[str, dict[str, Any]] = {
     "mamba_ssm.ops.triton.ssd_combined": {
         "TRITON_22": False,
         **_of(ssd, "mamba_chunk_scan_combined mamba_chunk_scan mamba_split_conv1d_scan_combined ssd_selective_scan ensure_stride"),
+        **_of(ssd, "mamba_chunk_scan_combined_varlen"),  # vLLM's
         **_function("MambaChunkScanCombinedFn", ssd.mamba_chunk_scan_combined),
         **_function("MambaSplitConv1dScanCombinedFn", ssd.mamba_split_conv1d_scan_combined),
         **_twin("ssd_chunk_scan_combined_ref", ssd.mamba_chunk_scan),
