@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssm import ops
+from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import CONV, causal, depthwise
 from medssm.nn.mamba import step_biases
 from medssm.nn.ssnd import orders_of
@@ -81,10 +82,10 @@ class DeltaNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, *spatial, d_model) -> the same shape."""
         u: Tensor = self.qkv_proj(x)
-        beta = torch.sigmoid(self.b_proj(x).float())
+        beta = torch.sigmoid(widened(self.b_proj(x)))
         g = None
         if self.a_proj is not None:
-            g = -torch.exp(self.A_log.float()) * functional.softplus(self.a_proj(x).float() + self.dt_bias.float())
+            g = -torch.exp(widened(self.A_log)) * functional.softplus(widened(self.a_proj(x)) + self.dt_bias)
         if self.conv == "space":
             u = depthwise(self.convolution, u, "silu")
         elif self.conv is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
+from medssm.kernels.dtypes import compute_dtype
 from medssm.nn.ssnd import orders_of
 from medssm.orders import Order
 
@@ -69,7 +70,7 @@ class GatedLinearAttention(nn.Module):
         """(b, *spatial, d_model) -> the same shape."""
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         low, y = self.decay_in(x), None
-        wide = torch.promote_types(v.dtype, torch.float32)  # of the sum over orders and of its norm
+        wide = compute_dtype(v)  # of the sum over orders and of its norm
         for order, weight, bias in zip(self.orders, self.decay_weight, self.decay_bias, strict=True):
             g = nn.functional.logsigmoid(nn.functional.linear(low, weight, bias).to(wide)) / self.slowness
             g = g.unflatten(-1, (self.heads, -1)) if self.decay_by == "key" else g

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
+from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import causal
 from medssm.nn.inner import steps
 from medssm.orders import Order, raster, tri3d
@@ -94,7 +95,7 @@ class Mamba(nn.Module):
     def _operands(self, u: Tensor, z: Tensor, suffix: str = "") -> dict[str, Any]:
         """Arguments of ops.selective_scan, or of its step, from the convolved u."""
         dt, B, C = getattr(self, f"x_proj{suffix}")(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A, D = -torch.exp(getattr(self, f"A{suffix}_log").float()), getattr(self, f"D{suffix}")
+        A, D = -torch.exp(widened(getattr(self, f"A{suffix}_log"))), getattr(self, f"D{suffix}")
         return {"u": u, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_softplus": True, **steps(getattr(self, f"dt_proj{suffix}"), dt)}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
+from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import causal
 from medssm.nn.mamba import step_biases
 from medssm.nn.norms import grouped_norm
@@ -105,7 +106,7 @@ class Mamba2(nn.Module):
         x, B, C = u.split([self.split[0], rows, rows], dim=-1)
         D = self.D if self.D.shape[0] == self.A_log.shape[0] else self.D.view(-1, self.headdim)
         B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))
-        return x.unflatten(-1, (-1, self.headdim)), dt, -torch.exp(self.A_log.float()), B, C, D, None, self.dt_bias, True
+        return x.unflatten(-1, (-1, self.headdim)), dt, -torch.exp(widened(self.A_log)), B, C, D, None, self.dt_bias, True
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         gated: Tensor = y * nn.functional.silu(z) if self.norm is None else self.norm(y, z)

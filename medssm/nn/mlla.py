@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
+from medssm.kernels.dtypes import compute_dtype
 from medssm.nn.blocks import CONV, check_dims, depthwise
 from medssm.nn.vss import MLP, DropPath
 from medssm.ops import modes
@@ -45,7 +46,7 @@ class LinearAttention(nn.Module):
         v = x.flatten(1, -2).unflatten(-1, (self.heads, -1))
         rotary = None
         if self.rotary:
-            rotary = tuple(t.unflatten(-1, (self.heads, -1)) for t in rotations(tuple(spatial), channels, x.device))
+            rotary = tuple(t.unflatten(-1, (self.heads, -1)) for t in rotations(tuple(spatial), channels, x.device, compute_dtype(x)))
         o: Tensor = ops.linear_attention(q, k, v, feature_map="elu", rotary=rotary, eps=1e-6 * math.prod(spatial))
         return o.flatten(-2).view_as(x) + depthwise(self.lepe, x)
 
@@ -102,7 +103,7 @@ class MLLABlock(nn.Module):
         return x
 
 
-def rotations(spatial: Sequence[int], channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotations(spatial: Sequence[int], channels: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """(cos, sin), (l, channels) each, of the angles by which the voxels of `spatial` rotate neighbouring pairs of channels.
 
     With m = channels // (2 dims), the first m pairs turn with the position along the first axis, pair j by 10000^(-j / m) radians a voxel,
@@ -110,19 +111,19 @@ def rotations(spatial: Sequence[int], channels: int, device: torch.device) -> tu
     eight sizes, since each is as large as two of the maps.
     """
     make = _rotations.__wrapped__ if modes.traced() else _rotations
-    return make(tuple(spatial), channels, str(device))
+    return make(tuple(spatial), channels, str(device), dtype)
 
 
 @functools.lru_cache(maxsize=8)
-def _rotations(spatial: tuple[int, ...], channels: int, device: str) -> tuple[Tensor, Tensor]:
+def _rotations(spatial: tuple[int, ...], channels: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         pairs = channels // (2 * len(spatial))
         rates = 10000.0 ** (-torch.arange(pairs, device=device, dtype=torch.float64) / max(pairs, 1))
-        cos = torch.ones(*spatial, channels, device=device, dtype=torch.float32)
+        cos = torch.ones(*spatial, channels, device=device, dtype=dtype)
         sin = torch.zeros_like(cos)
         for axis, size in enumerate(spatial):
             angles = (torch.arange(size, device=device, dtype=torch.float64)[:, None] * rates).repeat_interleave(2, -1)
             shape = [size if i == axis else 1 for i in range(len(spatial))]
             part = slice(2 * pairs * axis, 2 * pairs * (axis + 1))
-            cos[..., part], sin[..., part] = angles.cos().float().view(*shape, -1), angles.sin().float().view(*shape, -1)
+            cos[..., part], sin[..., part] = angles.cos().to(dtype).view(*shape, -1), angles.sin().to(dtype).view(*shape, -1)
         return cos.flatten(0, -2), sin.flatten(0, -2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
+from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import depthwise
 from medssm.nn.mamba import rates, start_steps, step_rank
 from medssm.orders import Order, axes3d, cross2d
@@ -78,7 +79,7 @@ class SSND(nn.Module):
         u = self._local(u)
         rows = nn.functional.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (k, -1))
         dt, B, C = rows.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A = -torch.exp(self.A_logs.float()).unflatten(0, (k, -1))
+        A = -torch.exp(widened(self.A_logs)).unflatten(0, (k, -1))
         y = ops.selective_scan_nd(
             u, dt, A, B, C, self.Ds.unflatten(0, (k, -1)), None, self.dt_projs_bias, True, delta_proj=self.dt_projs_weight, orders=self.orders
         )

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import CONV, CUBIC, check_dims
 from medssm.nn.inner import weight_dtype
 from medssm.nn.mamba import BiMamba
@@ -104,7 +105,7 @@ class VimEncoder(Encoder):
 
 
 class VimLayer(nn.Module):
-    """residual + y, its norm, the mixer: (y, residual) -> (mixer(norm(residual + y)), residual + y), the residual in float32."""
+    """residual + y, its norm, the mixer: (y, residual) -> (mixer(norm(residual + y)), residual + y), the residual in float32 at least."""
 
     def __init__(self, features: int, d_state: int, drop_path: float, divide_out: bool, rms: bool, eps: float) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class VimLayer(nn.Module):
         residual: Tensor | None,  # (b, l, features), None before the first layer
     ) -> tuple[Tensor, Tensor]:
         """What the mixer makes of the norm of residual + y, and that sum; both (b, l, features)."""
-        residual = y.float() if residual is None else residual + self.drop_path(y)
+        residual = widened(y) if residual is None else residual + self.drop_path(y)
         return self.mixer(self.norm(residual.to(weight_dtype(self.norm, residual)))), residual
 
 

@@ -31,7 +31,7 @@ def test_mamba2_is_its_formula_and_shares_weights_with_medssms(installed, option
         m.conv1d.weight.squeeze(1),
         m.conv1d.bias,
         m.dt_bias,
-        -torch.exp(m.A_log.float()),
+        -torch.exp(m.A_log),
         m.D.view(4, 4) if m.D_has_hdim else m.D,
         256,
         dt_limit=m.dt_limit,

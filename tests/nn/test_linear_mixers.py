@@ -95,7 +95,7 @@ def test_mllas_attention_equals_the_quadratic_form(dims):
     attention = nn.LinearAttention(12, 2, dims).double()
     x = torch.randn(2, *size, 12, dtype=torch.float64)
     q, k = (torch.nn.functional.elu(t) + 1 for t in attention.qk(x).flatten(1, -2).chunk(2, -1))
-    cos, sin = rotations(size, 12, torch.device("cpu"))
+    cos, sin = rotations(size, 12, torch.device("cpu"), torch.float64)
 
     def turn(t):
         return torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, ::2]).flatten(-2)

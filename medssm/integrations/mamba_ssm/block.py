@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from medssm.integrations.mamba_ssm import norm
 from medssm.integrations.mamba_ssm.mixer import Mamba
 from medssm.integrations.mamba_ssm.second import Mamba2
+from medssm.kernels.dtypes import widened
 from medssm.nn.inner import plain, weight_dtype
 from medssm.ops import shapes
 
@@ -25,7 +26,7 @@ class Block(nn.Module):
 
     Args:
         dim: channels. mixer_cls, mlp_cls, norm_cls: made with dim; an mlp_cls of nn.Identity leaves the mlp out.
-        fused_add_norm: round the sum only once, by layer_norm_fn. residual_in_fp32: keep the sum in float32.
+        fused_add_norm: round the sum only once, by layer_norm_fn. residual_in_fp32: keep the sum in float32 at least.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ def add_norm(layer: Any, x: Tensor, residual: Tensor | None, fused: bool, residu
         return x, residual
     residual = x if residual is None else x + residual
     x = layer(residual.to(weight_dtype(layer, residual)))
-    return x, residual.float() if residual_in_fp32 else residual
+    return x, widened(residual) if residual_in_fp32 else residual
 
 
 class GatedMLP(nn.Module):

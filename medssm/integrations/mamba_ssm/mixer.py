@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from medssm import nn as layers
 from medssm import ops
 from medssm.integrations.mamba_ssm import states
+from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import causal
 from medssm.nn.inner import weight_dtype
 from medssm.orders import Order
@@ -101,7 +102,7 @@ class Mamba(layers.Mamba):
         elif self.bimamba_type == "v1":
             u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
             operands = self._operands(causal(self.conv1d, u), z)
-            back = {**operands, "A": -torch.exp(self.A_b_log.float())}
+            back = {**operands, "A": -torch.exp(widened(self.A_b_log))}
             out = self.out_proj(ops.selective_scan(**operands) + ops.selective_scan(**back, reverse=True))
         else:
             out = super().forward(hidden_states)

@@ -34,7 +34,7 @@ def layer_norm_fn(
 
     Args:
         x, residual, x1: (*, d). weight, bias, weight1, bias1: (d,); with weight1 a second norm of the same sum is returned too. rowscale: (*,).
-        prenorm: return the sum as well, in residual's dtype (without one in float32 if residual_in_fp32, else in x's).
+        prenorm: return the sum as well, in residual's dtype (without one in float32 at least if residual_in_fp32, else in x's).
         return_dropout_mask: return two masks as well, of the entries of x and x1 that dropout left, None for what was not dropped from.
 
     Returns out, out1, the sum and the masks, those that are asked for; out and out1 in x's dtype.
@@ -51,7 +51,7 @@ def layer_norm_fn(
     if weight1 is not None:
         outs.append(_norm(total, weight1, bias1, eps, is_rms_norm).to(x.dtype))
     if prenorm:
-        outs.append(total.to(residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype))
+        outs.append(total.to(residual.dtype if residual is not None else compute if residual_in_fp32 else x.dtype))
     if return_dropout_mask:
         outs += [mask, mask1]
     return outs[0] if len(outs) == 1 else tuple(outs)
