@@ -2,14 +2,18 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import medssm
 
+ROOT = Path(__file__).parents[1]
 LAZY = {"integrations", "models", "nn", "create_model", "from_upstream", "list_models", "register_model"}
 
 
@@ -43,3 +47,16 @@ print(json.dumps([sorted(loaded), "medssm.models" in sys.modules]))
     ours = {name.split(".")[1] for name in loaded if name.startswith("medssm.")}
     assert not ours & {"bench", "cli", "doctor", "export", "integrations", "models", "nn", "segment"} and then
     assert not [name for name in loaded if name.split(".")[0] in ("monai", "timm", "nnunetv2", "lightning", "safetensors", "scipy")]
+
+
+def test_the_lowest_versions_are_those_that_the_metadata_allows():
+    """What `make test-lowest` installs."""
+    dependencies = ast.literal_eval(re.search(r"^dependencies = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)[1])
+    wanted = {}
+    for line in (*dependencies, *(ROOT / "requirements-segment.txt").read_text().split("\n")):
+        requirement = Requirement(line) if line else None
+        for bound in requirement.specifier if requirement else ():
+            if bound.operator == ">=":
+                wanted[requirement.name] = Version(bound.version)
+    lowest = dict(line.split("==") for line in (ROOT / "constraints-lowest.txt").read_text().split())
+    assert {name: Version(version) for name, version in lowest.items()} == wanted
