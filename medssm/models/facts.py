@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+
+class Plan(NamedTuple):
+    """The U-Net that nnU-Net planned for a data set: its patch and batch, and lists with one entry per stage, decoder_blocks one fewer."""
+
+    patch: list[int]
+    batch: int
+    features: list[int]
+    strides: list[list[int]]
+    kernels: list[list[int]]
+    blocks: list[int]
+    decoder_blocks: list[int]
+
+    def first(self, stages: int) -> Plan:
+        """The same for its first stages."""
+        return self._replace(
+            features=self.features[:stages],
+            strides=self.strides[:stages],
+            kernels=self.kernels[:stages],
+            blocks=self.blocks[:stages],
+            decoder_blocks=self.decoder_blocks[: stages - 1],
+        )
 
 
 class Facts(NamedTuple):
@@ -14,6 +36,7 @@ class Facts(NamedTuple):
     task: "segment", logits (b, classes, *spatial), or "classify", logits (b, classes). dims: the numbers of spatial dimensions.
     small: the options that make it as small as it goes; tests build it so. sizes: the presets that timm's names are made of.
     input: (channels, *spatial) that benchmarks give it, with so many `classes`.
+    from_plan: the options that it takes from nnU-Net's plan, beside those that are given; None for a network that needs none.
     parity: how it was held to its source, where that is not by a parity card (outputs recorded from the source's own classes) alone.
     """
 
@@ -26,4 +49,5 @@ class Facts(NamedTuple):
     sizes: tuple[str, ...] = ()
     input: tuple[int, ...] = (1, 64, 64, 64)
     classes: int = 4
+    from_plan: Callable[[Plan, Mapping[str, Any]], dict[str, Any]] | None = None
     parity: str = ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from medssm.models.facts import Facts
+from medssm.models.facts import Facts, Plan
 from medssm.models.options import per_axis, per_stage, preset
 from medssm.models.registry import register_model
 from medssm.nn import Decoder, Encoder, UNet
@@ -35,7 +35,17 @@ SIZES = {
 }
 
 
-@register_model("medssm_unet", facts=Facts(source="this project", licence="Apache-2.0", small={"size": "tiny"}, sizes=tuple(SIZES), parity="its own"))
+def _from_plan(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    if "size" in given:
+        return {"strides": plan.strides}
+    n = len(given.get("features", plan.features))
+    return {"strides": plan.strides, "features": plan.features, "depths": [1, 1, *[2] * n][:n], "decoder_depths": [1] * (n - 1)}
+
+
+@register_model(
+    "medssm_unet",
+    facts=Facts(source="this project", licence="Apache-2.0", small={"size": "tiny"}, sizes=tuple(SIZES), parity="its own", from_plan=_from_plan),
+)
 def medssm_unet(
     *,
     spatial_dims: int = 3,

@@ -4,19 +4,28 @@ monai_swin_unetr. They need MONAI; their options are its constructors' keywords,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from medssm.errors import install_command
-from medssm.models.facts import Facts
+from medssm.models.facts import Facts, Plan
 from medssm.models.registry import register_model
 from medssm.nn import AnySize
 from medssm.nn.blocks import check_dims
 from medssm.nn.unet import has_instance_norms
 
 _DYNUNET = {"kernel_size": [3] * 6, "strides": [1] + [2] * 5, "upsample_kernel_size": [2] * 5, "filters": [32, 64, 128, 256, 320, 320]}
+
+
+def _dynunets(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"filters": plan.features, "strides": plan.strides, "kernel_size": plan.kernels, "upsample_kernel_size": plan.strides[1:]}
+
+
+def _unetrs(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"img_size": plan.patch}
 
 
 class Network(NamedTuple):
@@ -32,10 +41,13 @@ class Network(NamedTuple):
 _fact = partial(Facts, source="Project-MONAI/MONAI", licence="Apache-2.0", parity="MONAI's own code")
 NETWORKS = {
     "monai_segresnet": Network("SegResNet", 8, {"init_filters": 32}, _fact("1810.11654", small={"init_filters": 8})),
-    "monai_dynunet": Network("DynUNet", 32, _DYNUNET, _fact("1904.08128", small={"filters": [4] * 6}, input=(4, 96, 96, 96))),
+    "monai_dynunet": Network("DynUNet", 32, _DYNUNET, _fact("1904.08128", small={"filters": [4] * 6}, input=(4, 96, 96, 96), from_plan=_dynunets)),
     "monai_mednext": Network("MedNeXt", 16, {}, _fact("2303.09975", small={"init_filters": 4, "kernel_size": 3})),
     "monai_unetr": Network(
-        "UNETR", None, {"img_size": 96}, _fact("2103.10504", small={"img_size": 32, "hidden_size": 24, "mlp_dim": 24}, input=(1, 96, 96, 96))
+        "UNETR",
+        None,
+        {"img_size": 96},
+        _fact("2103.10504", small={"img_size": 32, "hidden_size": 24, "mlp_dim": 24}, input=(1, 96, 96, 96), from_plan=_unetrs),
     ),
     "monai_swin_unetr": Network("SwinUNETR", 32, {"feature_size": 48}, _fact("2201.01266", small={"feature_size": 12})),
 }

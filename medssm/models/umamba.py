@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from medssm.kernels.autocast import without_autocast
-from medssm.models.facts import Facts
+from medssm.models.facts import Facts, Plan
 from medssm.models.options import doubled, per_axis, per_stage
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
@@ -243,6 +243,13 @@ def _class(name: str, given: Layer | None) -> Callable[..., nn.Module] | None:
 # Upstream registers the encoder again inside the decoder, and every convolution and norm again in `all_modules`.
 MAP = Map(drop=(r"^decoder\.encoder\.", r"\.all_modules\."), rename=((r"^mamba_layer\.", "bottleneck."),))
 
+
+def _from_plan(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    lists = {"strides": plan.strides, "kernels": plan.kernels}
+    return lists if "features" in given else {**lists, "features": plan.features, "blocks": plan.blocks, "decoder_blocks": plan.decoder_blocks}
+
+
+_FACTS = Facts("2401.04722", "bowang-lab/U-Mamba", "Apache-2.0", small={"features": (4, 8, 16)}, from_plan=_from_plan)
 for _kind in ("bot", "enc"):
-    register_model(f"umamba_{_kind}", partial(umamba, _kind), Facts("2401.04722", "bowang-lab/U-Mamba", "Apache-2.0", small={"features": (4, 8, 16)}))
+    register_model(f"umamba_{_kind}", partial(umamba, _kind), _FACTS)
     register_upstream(f"umamba_{_kind}", builder=partial(upstream, _kind), map=MAP)

@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from medssm.errors import UserError
 from medssm.files import read_json, write_json
 from medssm.integrations.nnunet.networks import Network, output_resolutions, resolutions
 from medssm.models import create_model, list_models
+from medssm.models.facts import Plan
+from medssm.models.registry import model_facts, model_options
 from medssm.nn import UNet
 
 _CLASS = "medssm.integrations.nnunet.Network"
@@ -37,18 +39,6 @@ _OLD_KEYS = (
     "conv_kernel_sizes",
 )
 _OURS = ("spatial_dims", "in_channels", "out_channels", "deep_supervision", "pretrained", "features_only")
-
-
-class Shape(NamedTuple):
-    """What a configuration says of nnU-Net's own U-Net; lists have an entry per stage, decoder_blocks one fewer."""
-
-    patch: list[int]
-    batch: int
-    features: list[int]
-    strides: list[list[int]]
-    kernels: list[list[int]]
-    blocks: list[int]
-    decoder_blocks: list[int]
 
 
 def rewrite(
@@ -96,16 +86,16 @@ def rewrite(
     result = {"plans": str(out), "name": name, "dataset": content.get("dataset_name"), "model": model, "configurations": {}}
     written = copy.deepcopy(content)
     for configuration in configurations or [key for key, own in known.items() if {"architecture", "UNet_class_name", "patch_size"} & set(own)]:
-        shape = _shape(f"{plans}: {configuration}", _inherited(known, configuration))
+        plan = _plan(f"{plans}: {configuration}", _inherited(known, configuration))
         try:
-            arguments, network = _arguments(model, shape, dict(options or {}))
+            arguments, network = _arguments(model, plan, dict(options or {}))
         except ValueError as error:
             raise UserError(f"{configuration}: {' '.join(str(error).split())}") from error
         except (TypeError, RuntimeError) as error:  # a value of the wrong kind, a layer of an impossible size
             raise UserError(f"{configuration}: {model} does not take the options {options}: {' '.join(str(error).split())}") from error
         spans = sorted(set(resolutions(arguments["strides"])[:-1]))
         result["configurations"][configuration] = {
-            "patch_size": shape.patch,
+            "patch_size": plan.patch,
             "outputs": spans,
             "parameters": sum(p.numel() for p in network.parameters()),
         }
@@ -132,7 +122,7 @@ def _inherited(configurations: Mapping[str, Mapping[str, Any]], name: str) -> di
     return entry
 
 
-def _shape(where: str, entry: Mapping[str, Any]) -> Shape:
+def _plan(where: str, entry: Mapping[str, Any]) -> Plan:
     """The U-Net of a configuration, of either generation."""
     try:
         if "architecture" in entry:
@@ -147,55 +137,47 @@ def _shape(where: str, entry: Mapping[str, Any]) -> Shape:
             strides, kernels = entry["pool_op_kernel_sizes"], entry["conv_kernel_sizes"]
             blocks, decoder_blocks = entry["n_conv_per_stage_encoder"], entry["n_conv_per_stage_decoder"]
             features = [min(entry["UNet_base_num_features"] * 2**s, entry["unet_max_num_features"]) for s in range(len(strides))]
-        shape = Shape(list(entry["patch_size"]), int(entry["batch_size"]), *map(list, (features, strides, kernels, blocks, decoder_blocks)))
-        dims, stages = len(shape.patch), len(shape.features)
-        fits = dims in (2, 3) and all(len(step) == dims for step in (*shape.strides, *shape.kernels))
+        plan = Plan(list(entry["patch_size"]), int(entry["batch_size"]), *map(list, (features, strides, kernels, blocks, decoder_blocks)))
+        dims, stages = len(plan.patch), len(plan.features)
+        fits = dims in (2, 3) and all(len(step) == dims for step in (*plan.strides, *plan.kernels))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: expected the lists of nnU-Net's U-Net and a patch size, got none or a wrong one ({error!r})") from error
-    if not fits or [len(shape.strides), len(shape.kernels), len(shape.blocks), len(shape.decoder_blocks)] != [stages, stages, stages, stages - 1]:
+    if not fits or [len(plan.strides), len(plan.kernels), len(plan.blocks), len(plan.decoder_blocks)] != [stages, stages, stages, stages - 1]:
         raise UserError(
-            f"{where}: expected one entry of each list per stage and per axis, got {stages} features, {shape.strides} as strides and "
-            f"{shape.kernels} as kernels, {shape.blocks} and {shape.decoder_blocks} blocks for the patch {shape.patch}"
+            f"{where}: expected one entry of each list per stage and per axis, got {stages} features, {plan.strides} as strides and "
+            f"{plan.kernels} as kernels, {plan.blocks} and {plan.decoder_blocks} blocks for the patch {plan.patch}"
         )
-    return shape
+    return plan
 
 
-def _arguments(model: str, shape: Shape, options: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
+def _arguments(model: str, plan: Plan, options: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
     """What the plans tell Network, and the network that it makes of that."""
-    dims = len(shape.patch)
-    options = _from_plans(model, shape, options) | options
-    arguments: dict[str, Any] = {"model": model, "spatial_dims": dims, "strides": _strides(model, shape.patch, options), "options": options}
+    dims = len(plan.patch)
+    options = _from_plans(model, plan, options) | options
+    arguments: dict[str, Any] = {"model": model, "spatial_dims": dims, "strides": _strides(model, plan.patch, options), "options": options}
     network = Network(1, 2, **arguments, deep_supervision=True)
-    _check(network, arguments, shape)
+    _check(network, arguments, plan)
     return arguments, network
 
 
-def _from_plans(model: str, shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a model takes from the plans: the U-Net's lists, where its stages are free, and the patch, where it is made for one size.
+def _from_plans(model: str, plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a model takes from the plans, as its facts say.
 
-    `features`, and medssm_unet's `size`, given among the options settle the number of stages; strides and kernels are then the first ones.
+    `features` and `size`, given among the options, settle the number of stages; strides and kernels are then the plans' first ones.
     """
-    dims = len(shape.patch)
-    lists: dict[str, Any] = {}
-    if model in ("umamba_bot", "umamba_enc", "medssm_unet"):
-        if "features" in options:
-            if not isinstance(options["features"], Sequence) or isinstance(options["features"], str):
-                raise ValueError(f"features: expected a list with one entry per stage, got {options['features']!r}")
-            stages = len(options["features"])
-        elif "size" in options:
-            stages = len(cast(UNet, create_model(model, dims, **options)).encoder.strides)
-        else:
-            stages, lists["features"] = len(shape.features), shape.features
-        if stages > len(shape.features) and "strides" not in options:
-            raise ValueError(f"strides: expected {stages} entries, one per stage of the network, got the {len(shape.features)} of the plans")
-        lists["strides"] = shape.strides[:stages]
-        if model == "medssm_unet":
-            return lists if "size" in options else {**lists, "depths": [1, 1, *[2] * stages][:stages], "decoder_depths": [1] * (stages - 1)}
-        lists["kernels"] = shape.kernels[:stages]
-        return lists if "features" in options else {**lists, "blocks": shape.blocks, "decoder_blocks": shape.decoder_blocks}
-    if model == "monai_dynunet":
-        return {"filters": shape.features, "strides": shape.strides, "kernel_size": shape.kernels, "upsample_kernel_size": shape.strides[1:]}
-    return {"img_size": shape.patch} if model == "monai_unetr" else {}
+    from_plan, stages = model_facts(model).from_plan, len(plan.features)
+    if from_plan is None:
+        return {}
+    known = model_options(model)
+    if "features" in known and "features" in options:
+        if not isinstance(options["features"], Sequence) or isinstance(options["features"], str):
+            raise ValueError(f"features: expected a list with one entry per stage, got {options['features']!r}")
+        stages = len(options["features"])
+    elif "size" in known and "size" in options:
+        stages = len(cast(UNet, create_model(model, len(plan.patch), **options)).encoder.strides)
+    if stages > len(plan.features) and "strides" not in options:
+        raise ValueError(f"strides: expected {stages} entries, one per stage of the network, got the {len(plan.features)} of the plans")
+    return from_plan(plan.first(stages), options)
 
 
 def _strides(model: str, patch: Sequence[int], options: Mapping[str, Any]) -> list[list[int]]:
@@ -212,21 +194,19 @@ def _strides(model: str, patch: Sequence[int], options: Mapping[str, Any]) -> li
     return [[b // a for a, b in zip(fine, coarse, strict=True)] for fine, coarse in itertools.pairwise(levels)]
 
 
-def _check(network: nn.Module, arguments: Mapping[str, Any], shape: Shape) -> None:
+def _check(network: nn.Module, arguments: Mapping[str, Any], plan: Plan) -> None:
     """ValueError where the network refuses the configuration's patch or gives logits that nnU-Net's loss would refuse. Nothing is computed."""
     try:
         with _quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            given = network(torch.zeros(shape.batch, 1, *shape.patch))
+            given = network(torch.zeros(plan.batch, 1, *plan.patch))
     except Exception as error:  # whatever a network raises
         message = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model: {arguments['model']} does not take patches of {shape.patch}: {message}") from error
-    wanted = [
-        (shape.batch, 2, *(round(p / n) for p, n in zip(shape.patch, output, strict=True))) for output in resolutions(arguments["strides"])[:-1]
-    ]
+        raise ValueError(f"model: {arguments['model']} does not take patches of {plan.patch}: {message}") from error
+    wanted = [(plan.batch, 2, *(round(p / n) for p, n in zip(plan.patch, output, strict=True))) for output in resolutions(arguments["strides"])[:-1]]
     got = [tuple(logits.shape) for logits in given]
     if got != wanted:
         raise ValueError(
-            f"model: expected one that segments, with logits {wanted} for a batch of patches of {shape.patch}, got {got} from {arguments['model']}"
+            f"model: expected one that segments, with logits {wanted} for a batch of patches of {plan.patch}, got {got} from {arguments['model']}"
         )
 
 
