@@ -1,5 +1,6 @@
 """The chunked parts of Mamba-2's scan and the functions around it in the stand-in: together they are the recurrence, token by token."""
 
+import importlib
 import itertools
 import math
 
@@ -123,6 +124,9 @@ def test_plain_norms_are_their_formula(installed, rms):
     found = plain(x, weight, bias, residual, x1, weight1, bias1, 1e-6, 0.4, scale, True, kept, kept1)
     same(found, [normed * weight + bias, normed * weight1 + bias1, total])
     same([plain(x, weight, None), plain(x.float(), weight.float(), None, upcast=True).double()], [fused(x, weight, None)] * 2, 1e-5)
+    older = importlib.import_module("mamba_ssm.ops.triton.layernorm")
+    first = (older.rms_norm_ref if rms else older.layer_norm_ref)(x, weight, bias, residual, 1e-4, True)
+    same(first, [unit(x + residual, 8, 1e-4, rms) * weight + bias, x + residual])
     half = plain(x.half(), weight.half(), None, residual.half(), prenorm=True, upcast=True)
     assert [t.dtype for t in half] == [torch.float16, torch.float32]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from medssm.integrations.mamba_ssm import absent, table
 from tests.integrations.compare import draw, gradients, same
 
-# What each module of mamba_ssm and causal_conv1d defines, and what its layers, models and interfaces offer by importing it.
+# What each module of mamba_ssm (and mamba_ssm 1's layernorm) and causal_conv1d defines, and what layers, models and interfaces offer by importing it.
 UPSTREAM = json.loads((Path(__file__).parent / "mamba_ssm_names.json").read_text())
 
 

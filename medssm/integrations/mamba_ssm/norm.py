@@ -202,6 +202,26 @@ def rms_norm_ref(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
     return layer_norm_ref(*args, **kwargs, is_rms_norm=True)
 
 
+def layer_norm_ref_v1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    upcast: bool = False,
+    *,
+    is_rms_norm: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """layer_norm_ref in mamba_ssm 1's order of arguments."""
+    return layer_norm_ref(x, weight, bias, residual, eps=eps, prenorm=prenorm, upcast=upcast, is_rms_norm=is_rms_norm)
+
+
+def rms_norm_ref_v1(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    """layer_norm_ref_v1 with the RMS norm."""
+    return layer_norm_ref_v1(*args, **kwargs, is_rms_norm=True)
+
+
 def _dropout(x: Tensor, p: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x with 0 where the mask (drawn if None) is False and the rest scaled up, and the mask; for p = 0 x and None."""
     if not p:

@@ -53,7 +53,7 @@ def _twin(name: str, function: Callable[..., Any]) -> dict[str, Callable[..., An
 
 
 PRESENT: dict[str, dict[str, Any]] = {
-    "mamba_ssm": {"__version__": f"2.2.4+medssm.{medssm.__version__}", **_of(scan, "bimamba_inner_fn"), "Mamba2Simple": Mamba2Simple},
+    "mamba_ssm": {"__version__": f"2.3.2+medssm.{medssm.__version__}", **_of(scan, "bimamba_inner_fn"), "Mamba2Simple": Mamba2Simple},
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.mamba_simple": {"Mamba": Mamba, **_of(block, "Block")},
     "mamba_ssm.modules.block": _of(block, "Block"),
@@ -81,7 +81,15 @@ PRESENT: dict[str, dict[str, Any]] = {
         **_function("LayerNormFn", norm.layer_norm_fn),
         **_function("LayerNormLinearFn", norm.layer_norm_linear_fn),
     },
-    "mamba_ssm.ops.triton.layernorm": {"RMSNorm": norm.RMSNorm, "layer_norm_fn": norm.layer_norm_fn_v1, "rms_norm_fn": norm.rms_norm_fn_v1},
+    "mamba_ssm.ops.triton.layernorm": {  # the module of mamba_ssm 1
+        **_of(norm, "RMSNorm layer_norm_linear_fn"),
+        "layer_norm_fn": norm.layer_norm_fn_v1,
+        "rms_norm_fn": norm.rms_norm_fn_v1,
+        "layer_norm_ref": norm.layer_norm_ref_v1,
+        "rms_norm_ref": norm.rms_norm_ref_v1,
+        **_function("LayerNormFn", norm.layer_norm_fn_v1),
+        **_function("LayerNormLinearFn", norm.layer_norm_linear_fn),
+    },
     "mamba_ssm.ops.triton.layernorm_gated": {
         **_of(norm_gated, "RMSNorm LayerNorm rmsnorm_fn layernorm_fn rms_norm_ref"),
         **_function("LayerNormFn", norm_gated.layernorm_fn),
@@ -140,7 +148,7 @@ PRESENT: dict[str, dict[str, Any]] = {
     },
     "mamba_ssm.utils.hf": _of(language, "load_config_hf load_state_dict_hf"),
     "mamba_ssm.utils.torch": _of(amp, "custom_amp_decorator custom_fwd custom_bwd"),
-    "causal_conv1d": {"__version__": f"1.6.0+medssm.{medssm.__version__}"},
+    "causal_conv1d": {"__version__": f"1.6.1+medssm.{medssm.__version__}"},
     "causal_conv1d.causal_conv1d_interface": {
         **_of(convolution, "causal_conv1d_fn causal_conv1d_update"),
         **_function("CausalConv1dFn", convolution.causal_conv1d_fn),
