@@ -3,8 +3,9 @@
     medssm export bundle RUN OUT
     cd OUT && python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json --dataset_dir SCANS
 
-The bundle repeats `medssm predict` (without mirroring) in MONAI's transforms: RAS, spacing, intensities by channel, padding to the patch, a
-gaussian sliding window over probabilities, probabilities back to the scan's grid, the largest of them. The weights are a PyTorch state dict.
+The bundle repeats `medssm predict` in MONAI's transforms: RAS, spacing, intensities by channel, padding to the patch, a gaussian sliding window over
+probabilities, probabilities back to the scan's grid, the largest of them. It does not mirror, takes every header's unit of length for the millimetre,
+and does not tell padding such as -3024 from tissue. The weights are a PyTorch state dict.
 Networks of MONAI run without medssm; medssm's are built by `medssm.create_model`.
 """
 

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from lightning.fabric import Fabric
 
 from medssm import machine
 from medssm.errors import UserError
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset
+from medssm.segment.intensity import Intensities
 from medssm.segment.nifti import affine_mm, open_nifti, spacing_mm, volume_shape
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
+from medssm.segment.sides import pairs, sided, unnamed
 from medssm.segment.volumes import Volume, load, prepare
 
-_SAMPLES = 20_000  # foreground voxels of each case that the percentiles are taken from
 _PATCH_VOXELS = {("cpu", 3): 64**3, ("cpu", 2): 192**2, ("gpu", 3): 112**3, ("gpu", 2): 512**2}
-_SIDED = re.compile(r"(?<![a-z])(left|right|l|r|lh|rh)(?![a-z])")
+_APART = 50  # times: cases whose spacings differ by more were not measured in one unit
 
 
 def fit(
@@ -36,6 +34,7 @@ def fit(
     spacing: Sequence[float] | None,
     patch: Sequence[int] | None,
     mirror: str | Sequence[int],
+    modality: Sequence[str] | None,
     cache: Path | str | None,
     seed: int,
     fabric: Fabric,
@@ -49,7 +48,8 @@ def fit(
         spatial_dims: 3, or 2 for slices
         spacing: millimetres along the RAS axes; None takes the median of the cases
         patch: voxels; None takes a patch shaped like the median case that suits the device
-        mirror: axes to mirror, or "auto": all but left-right if a class's name has a side
+        mirror: axes to mirror, "auto" or "swap"; see `fit_mirror`
+        modality: of the channels; see `intensity.schemes`
         cache: a folder for the resampled cases; None keeps them in memory
         seed: of what is drawn
         fabric: Lightning's, for the device and the processes
@@ -59,26 +59,33 @@ def fit(
         What was fitted, and the cases ready for cropping.
 
     Raises:
-        UserError: a case cannot be read, the cases do not fit into memory, or `mirror` names an axis that is not there.
+        UserError: a case cannot be read or is not what it seems, the cases do not fit into memory, or `mirror` names an axis that is not there.
     """
+    check_units(cases)
+    _check_axes(cases, spatial_dims)
     slice_axis = fit_slice_axis(cases) if spatial_dims == 2 else None
     spacing = tuple(0.0 if axis == slice_axis else float(edge) for axis, edge in enumerate(spacing or fit_spacing(cases)))
     axes = [axis for axis in range(3) if axis != slice_axis]
-    mirror = _mirrored(mirror, table.classes, axes)
+    mirror, sides = fit_mirror(mirror, table.classes, axes)
     if cache is None:
         _check_memory(cases, len(table.channels), spacing)
     first = fabric.rank_zero_first(local=True) if cache else contextlib.nullcontext()  # the first process fills the cache
     with progress("reading", quiet) as show, first:
         loaded = load(cases, table, spacing, cache, show)
-    intensities = Intensities(table.channels, seed)
-    for image, label in loaded:
-        intensities.add(image, label)
+    intensities = Intensities(table.channels, modality, seed)
+    for case, (image, label) in zip(cases, loaded, strict=True):
+        intensities.add(str(case.images[0]), image, label)
     if patch is None:
         shape = np.median([image.shape[1:] for image, _ in loaded], axis=0)
         voxels = _PATCH_VOXELS["cpu" if fabric.device.type == "cpu" else "gpu", spatial_dims]
         patch = fit_patch([shape[axis] for axis in axes], [spacing[axis] for axis in axes], voxels)
-    fitted = Fitted(table.channels, spacing, intensities.fit(), table.classes, table.ignore, tuple(patch), slice_axis, mirror)
+    fitted = Fitted(table.channels, spacing, intensities.fit(), table.classes, table.ignore, tuple(patch), slice_axis, mirror, sides)
     return fitted, [prepare(case.name, *arrays, fitted, seed) for case, arrays in zip(cases, loaded, strict=True)]
+
+
+def _check_axes(cases: Sequence[Case], spatial_dims: int) -> None:
+    if spatial_dims == 3 and all(min(_ras(case)[1]) == 1 for case in cases):
+        raise UserError(f"spatial_dims: {cases[0].images[0]} and all other cases are planes: pass --spatial-dims 2")
 
 
 def fit_spacing(cases: Sequence[Case]) -> tuple[float, float, float]:
@@ -106,39 +113,6 @@ def fit_patch(shape: Sequence[int], spacing: Sequence[float], voxels: int, multi
     return tuple(patch)
 
 
-class Intensities:
-    """Collects foreground intensities case by case; `fit` then says how each channel is scaled."""
-
-    def __init__(self, channels: Sequence[str], seed: int):
-        self.channels, self.random = channels, np.random.default_rng(seed)
-        self.samples: list[np.ndarray] = []
-
-    def add(self, image: torch.Tensor, label: torch.Tensor) -> None:
-        """Draw foreground voxels of an image (c, x, y, z) that is not yet scaled, with its label (x, y, z)."""
-        if "ct" not in map(str.lower, self.channels):
-            return
-        foreground = np.flatnonzero((label > 0).numpy())
-        if len(foreground):
-            chosen = self.random.choice(foreground, _SAMPLES, replace=len(foreground) < _SAMPLES)
-            self.samples.append(image.flatten(1)[:, chosen].numpy())
-
-    def fit(self) -> tuple[dict[str, Any], ...]:
-        """`Fitted.intensity` for the channels. Raises UserError if a CT had no foreground."""
-        return tuple(self._fit(i, name.lower()) for i, name in enumerate(self.channels))
-
-    def _fit(self, channel: int, name: str) -> dict[str, Any]:
-        if name == "nonorm":
-            return {"scheme": "none"}
-        if name != "ct":
-            return {"scheme": "zscore"}
-        if not self.samples:
-            raise UserError("labels: a CT is scaled by its foreground, and no training case has any")
-        values = np.concatenate([sample[channel] for sample in self.samples]).astype(np.float64)
-        low, high = np.percentile(values, (0.5, 99.5))
-        mean, deviation = float(values.mean()), float(values.std()) or 1.0
-        return {"scheme": "ct", "low": float(low), "high": float(high), "mean": mean, "deviation": deviation}
-
-
 def _ras(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """A case's spacing and shape along the RAS axes, from its header."""
     file = open_nifti(case.images[0])
@@ -147,13 +121,48 @@ def _ras(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return spacing_mm(file)[order], np.array(volume_shape(file))[order]
 
 
-def _mirrored(mirror: str | Sequence[int], classes: dict[str, int], axes: Sequence[int]) -> tuple[int, ...]:
+def fit_mirror(mirror: str | Sequence[int], classes: dict[str, int], axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """(the axes to mirror, the pairs of classes that change places with left and right). Axis 0 is left-right.
+
+    Args:
+        mirror: axes; "auto", which leaves left-right out where a class has a side or no name; or "swap", which mirrors it too and exchanges the two
+            classes of each pair
+        classes: {name: value}
+        axes: those of a patch
+
+    Raises:
+        UserError: there is no such axis, or "swap" meets a side without a partner.
+    """
+    names = list(classes)
+    if mirror == "swap":
+        found = pairs(names)
+        alone = [name for name in sided(names) if not any(name in pair for pair in found)]
+        if alone:
+            raise UserError(f"mirror: swap exchanges pairs of classes; {', '.join(alone)} has a side and no partner")
+        return tuple(axes), tuple((names.index(left), names.index(right)) for left, right in found)
     if mirror == "auto":
-        sided = any(_SIDED.search(name.lower().replace("_", " ")) for name in classes)
-        return tuple(axis for axis in axes if axis != 0 or not sided)
+        keep = bool(sided(names)) or unnamed(names[1:])
+        return tuple(axis for axis in axes if axis != 0 or not keep), ()
     if isinstance(mirror, str) or not set(mirror) <= set(axes):
-        raise UserError(f'mirror: expected "auto" or some of the axes {tuple(axes)}, got {mirror!r}')
-    return tuple(mirror)
+        raise UserError(f'mirror: expected "auto", "swap" or some of the axes {tuple(axes)}, got {mirror!r}')
+    return tuple(mirror), ()
+
+
+def check_units(cases: Sequence[Case]) -> None:
+    """UserError that names a case whose spacing is far from the others': its header has a wrong unit of length."""
+    edges = np.array([_ras(case)[0] for case in cases])
+    middle = np.exp(np.median(np.log(edges), axis=0))
+    for case, edge in zip(cases, edges, strict=True):
+        apart = edge / middle
+        if (apart > _APART).all() or (apart < 1 / _APART).all():
+            raise UserError(
+                f"{case.images[0]}: voxels of {_lengths(edge)} mm, where the median of the cases is {_lengths(middle)} mm: "
+                "one of the two has a wrong unit of length in its header"
+            )
+
+
+def _lengths(edges: np.ndarray) -> str:
+    return " x ".join(f"{edge:.3g}" for edge in edges)
 
 
 def _resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.ndarray:

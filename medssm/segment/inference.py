@@ -11,9 +11,10 @@ import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
+from medssm.segment.intensity import scaling
 from medssm.segment.losses import finest_first
 from medssm.segment.networks import memory_format
-from medssm.segment.preprocess import Fitted, pad, scaling
+from medssm.segment.preprocess import Fitted, pad
 
 _ON_DEVICE = 2 * 2**30  # up to so many bytes of probabilities are summed on the device, more in main memory
 
@@ -72,12 +73,15 @@ def _predictor(network: nn.Module, fitted: Fitted, mirror: bool) -> Callable[[Te
     kept = [axis for axis in range(3) if axis != fitted.slice_axis]
     axes = [kept.index(axis) + 2 for axis in fitted.mirror if axis in kept] if mirror else []
     flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
+    left_right = kept.index(0) + 2 if 0 in kept else None
+    exchanged = fitted.mirrored_classes()
 
     def predict(windows: Tensor) -> Tensor:
         total = torch.zeros(())
         for flip in flips:
             x = windows.as_subclass(Tensor).flip(flip).contiguous(memory_format=memory_format(windows.ndim - 2))
-            total = total + finest_first(network(x), windows.ndim)[0].float().softmax(1).flip(flip)
+            found = finest_first(network(x), windows.ndim)[0].float().softmax(1).flip(flip)
+            total = total + (found[:, exchanged] if left_right in flip and fitted.sides else found)
         return total / len(flips)
 
     return predict

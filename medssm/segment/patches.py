@@ -35,7 +35,7 @@ _REACH = (1 + _ZOOM[1]) * (math.cos(math.radians(_DEGREES)) + math.sin(math.radi
 class Patches(Dataset[dict[str, Any]]):
     """patches[i] = {"image": (c, *patch) float32, "label": (1, *patch) int64, "case": name}.
 
-    Each axis of `fitted.mirror` is mirrored on half of the patches.
+    Each axis of `fitted.mirror` is mirrored on half of the patches; with left and right the classes of `fitted.sides` change places.
 
     Args:
         volumes: the training cases
@@ -69,9 +69,12 @@ class Patches(Dataset[dict[str, Any]]):
             sample = self.turn.set_random_state(int(random.integers(2**31)))(sample)
         if self.augment:
             sample = self.intensity.set_random_state(int(random.integers(2**31)))(sample)
-        flipped = [axis + 1 for axis in self._mirrored_axes() if random.random() < 0.5]
-        image, label = (torch.as_tensor(sample[key]).as_subclass(torch.Tensor).flip(flipped) for key in ("image", "label"))
-        return {"image": image.float(), "label": label.round().long(), "case": volume.name}
+        flipped = [axis for axis in self._mirrored_axes() if random.random() < 0.5]
+        image, label = (torch.as_tensor(sample[key]).as_subclass(torch.Tensor).flip([a + 1 for a, _ in flipped]) for key in ("image", "label"))
+        label = label.round().long()
+        if self.fitted.sides and any(axis == 0 for _, axis in flipped):
+            label = torch.where(label < 0, label, torch.tensor(self.fitted.mirrored_classes())[label.clamp(min=0)])
+        return {"image": image.float(), "label": label, "case": volume.name}
 
     def _centre(self, volume: Volume, random: np.random.Generator) -> np.ndarray:
         """The voxel in the middle of a patch, before the patch is moved inside the volume."""
@@ -97,10 +100,10 @@ class Patches(Dataset[dict[str, Any]]):
             image, label = (part.squeeze(self.fitted.slice_axis + 1) for part in (image, label))
         return {"image": image, "label": label.float()}  # float: it is resampled together with the image
 
-    def _mirrored_axes(self) -> list[int]:
-        """The patch's axes to mirror. A 2D patch has no slice axis, so the axes after it count one less."""
+    def _mirrored_axes(self) -> list[tuple[int, int]]:
+        """(axis of the patch, axis of the volume) of each to mirror. A 2D patch has no slice axis, so the axes after it count one less."""
         kept = [axis for axis in range(3) if axis != self.fitted.slice_axis]
-        return [kept.index(axis) for axis in self.fitted.mirror if axis in kept]
+        return [(kept.index(axis), axis) for axis in self.fitted.mirror if axis in kept]
 
 
 def _rotations(fitted: Fitted) -> list[float]:

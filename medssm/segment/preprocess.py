@@ -1,17 +1,13 @@
 """What a network sees of a file, and what of that was fitted to the data.
 
-Every image is turned to RAS, resampled to one spacing and scaled by its modality:
-  CT      clipped to the 0.5 and 99.5 percentile of the training cases' foreground; minus its mean, divided by its standard deviation;
-  noNorm  unchanged;
-  other   minus the image's own mean, divided by its own standard deviation, both over nonzero voxels (padding and removed skulls are zero).
-`fit` finds the numbers, `Fitted` keeps them beside the weights, and `predict` reads them.
+Every image is turned to RAS, resampled to one spacing and scaled (`intensity`). `fit` finds the numbers, `Fitted` keeps them beside the weights, and
+`predict` reads them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +36,7 @@ class Fitted:
     patch        voxels, an entry for each of the network's axes
     slice_axis   the axis across a 2D network's slices, None in 3D
     mirror       the axes that training mirrored, and that mirroring in `predict` averages over
+    sides        pairs of classes, by position, that change places when left and right are mirrored
     """
 
     channels: tuple[str, ...]
@@ -50,6 +47,7 @@ class Fitted:
     patch: tuple[int, ...]
     slice_axis: int | None = None
     mirror: tuple[int, ...] = ()
+    sides: tuple[tuple[int, int], ...] = ()
 
     def save(self, path: Path) -> None:
         """Write it as JSON. Raises UserError if the file cannot be written."""
@@ -60,15 +58,25 @@ class Fitted:
         """Read what `save` wrote. Raises UserError if the file cannot be read or was written by another version."""
         table = read_json(path)
         try:
-            values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-            return cls(**values)
+            return cls(**{key: _tuples(value) for key, value in table.items()})
         except TypeError as error:
             raise UserError(f"{path}: not written by this version of medssm train ({error})") from error
+
+    def mirrored_classes(self) -> list[int]:
+        """For each class the one that it becomes when left and right are mirrored."""
+        found = list(range(len(self.classes)))
+        for left, right in self.sides:
+            found[left], found[right] = right, left
+        return found
 
     @property
     def volume_patch(self) -> tuple[int, ...]:
         """The patch in the volume: (x, y, z), one slice thick for a 2D network."""
         return self.patch if self.slice_axis is None else (*self.patch[: self.slice_axis], 1, *self.patch[self.slice_axis :])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def geometry(spacing: Sequence[float], mode: str = "bilinear") -> Compose:
@@ -99,35 +107,6 @@ def load_label(case: Case, dataset: Dataset, spacing: Sequence[float]) -> torch.
     positions = np.array([position[value] for value in found.tolist()], np.float32)[inverse].reshape(1, *values.shape)
     moved = geometry(spacing, mode="nearest")(MetaTensor(torch.from_numpy(positions), affine=torch.from_numpy(affine_mm(file))))
     return moved.as_tensor()[0].round().to(torch.int16)
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """x -> (clip(x, low, high) - mean) / deviation, each (channels,). Computed for a whole image, applied to it or to any part of it."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-    mean: torch.Tensor
-    deviation: torch.Tensor
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        low, high, mean, deviation = (value.reshape(-1, *[1] * (image.ndim - 1)) for value in dataclasses.astuple(self))
-        return image.clamp(low, high).sub_(mean).div_(deviation)
-
-
-def scaling(image: torch.Tensor, intensity: Sequence[Mapping[str, Any]]) -> Scaling:
-    """How the channels of one image (c, x, y, z) are scaled; `intensity` is that of `Fitted`."""
-    rows = []
-    for channel, how in zip(image, intensity, strict=True):
-        if how["scheme"] == "ct":
-            rows.append((how["low"], how["high"], how["mean"], how["deviation"]))
-        elif how["scheme"] == "none":
-            rows.append((-math.inf, math.inf, 0.0, 1.0))
-        else:
-            inside = channel[channel != 0].double()
-            mean, deviation = (inside.mean().item(), inside.std(correction=0).item()) if len(inside) else (0.0, 1.0)
-            rows.append((-math.inf, math.inf, mean, deviation or 1.0))
-    return Scaling(*torch.tensor(rows, dtype=torch.float32).T)
 
 
 def pad(volume: torch.Tensor, shape: Sequence[int], value: int | None = None) -> tuple[torch.Tensor, tuple[slice, ...]]:

@@ -53,6 +53,7 @@ def train(
     spacing: Sequence[float] | None = None,
     patch: Sequence[int] | None = None,
     mirror: str | Sequence[int] = "auto",
+    modality: Sequence[Literal["ct", "mri", "other", "none"]] | None = None,
     foreground: float = 1 / 3,
     augment: bool = True,
     cache: Path | str | None = None,
@@ -88,8 +89,9 @@ def train(
         splits: nnU-Net's splits_final.json
         spacing: millimetres along the RAS axes (default: the training cases' median)
         patch: voxels along each axis (default: shaped like the median case, at most 64^3 on a CPU, 112^3 on a GPU)
-        mirror: axes to mirror at random: auto, none, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1; auto is all, without 0
-            where a class's name has a side
+        mirror: axes to mirror at random: auto, none, swap, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1; auto is all, without 0
+            where a class has a side or a number for a name; swap is all, and exchanges classes such as left and right kidney
+        modality: of the images, one or one for each channel; it says how intensities are scaled (default: by the channel's name, as CT or T1)
         foreground: share of the patches that are centred on a class
         augment: rotate, zoom, blur patches, add noise, change brightness and contrast, at random
         cache: folder for the resampled cases (default: keep them in memory)
@@ -148,6 +150,7 @@ def train(
         spacing=spacing,
         patch=patch,
         mirror=_axes(mirror),
+        modality=modality,
         cache=cache,
         seed=seed,
         fabric=fabric,
@@ -317,13 +320,13 @@ def _validate(network: nn.Module, fitted: Fitted, volumes: Sequence[tuple[torch.
 
 
 def _axes(mirror: str | Sequence[int]) -> str | tuple[int, ...]:
-    """`mirror` as "auto" or the axes."""
+    """`mirror` as "auto", "swap" or the axes."""
     if not isinstance(mirror, str):
         return tuple(mirror)
-    if mirror in ("auto", "none"):
-        return mirror if mirror == "auto" else ()
+    if mirror in ("auto", "swap", "none"):
+        return () if mirror == "none" else mirror
     if not re.fullmatch(r"\d+(,\d+)*", mirror):
-        raise UserError(f"mirror: expected auto, none or axes as in 0,1, got {mirror!r}")
+        raise UserError(f"mirror: expected auto, swap, none or axes as in 0,1, got {mirror!r}")
     return tuple(int(axis) for axis in mirror.split(","))
 
 

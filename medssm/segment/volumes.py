@@ -20,7 +20,8 @@ from medssm.errors import UserError
 from medssm.files import disk_error, first_line, make_folder
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset
-from medssm.segment.preprocess import IGNORE, Fitted, Scaling, load_image, load_label, pad, scaling
+from medssm.segment.intensity import Scaling, scaling
+from medssm.segment.preprocess import IGNORE, Fitted, load_image, load_label, pad
 
 _CENTRES = 20_000  # voxels of each class that a patch may be centred on
 Arrays: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # image (c, x, y, z) float32, not yet scaled; label (x, y, z) int16

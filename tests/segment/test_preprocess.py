@@ -15,8 +15,9 @@ from medssm.errors import UserError
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset
 from medssm.segment.inference import probabilities
+from medssm.segment.intensity import scaling
 from medssm.segment.patches import Patches, _rotations
-from medssm.segment.preprocess import IGNORE, Fitted, geometry, load_label, pad, scaling
+from medssm.segment.preprocess import IGNORE, Fitted, geometry, load_label, pad
 from medssm.segment.volumes import prepare
 from tests.segment.synthetic import write
 

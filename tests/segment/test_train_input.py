@@ -17,10 +17,11 @@ from medssm.errors import UserError
 from medssm.files import write_bytes
 from medssm.segment.data import load_dataset
 from medssm.segment.fit import fit, fit_patch, fit_slice_axis, fit_spacing
+from medssm.segment.intensity import scaling
 from medssm.segment.losses import SegmentationLoss
 from medssm.segment.nifti import read_image, read_label
 from medssm.segment.patches import Patches
-from medssm.segment.preprocess import IGNORE, Fitted, load_image, load_label, pad, scaling
+from medssm.segment.preprocess import IGNORE, Fitted, load_image, load_label, pad
 from tests.segment.synthetic import nnunet_folder, write
 
 OBLIQUE_LAS = np.array([[-0.9, 0.1, 0.0, 40.0], [0.1, 0.9, -0.2, -20.0], [0.0, 0.2, 2.5, 10.0], [0, 0, 0, 1.0]])
@@ -36,7 +37,7 @@ def axes_order(spacing, order):
 
 def read(folder, **changes):
     table = load_dataset(folder)
-    options = {"spatial_dims": 3, "spacing": None, "patch": (16, 16, 8), "mirror": (), "cache": None, "seed": 0, "quiet": True}
+    options = {"spatial_dims": 3, "spacing": None, "patch": (16, 16, 8), "mirror": (), "modality": None, "cache": None, "seed": 0, "quiet": True}
     return fit(table, table.cases, fabric=Fabric(accelerator="cpu", devices=1), **{**options, **changes})
 
 
