@@ -174,6 +174,8 @@ class Op:
         else:
             return self.operators(tensors, path, options, chosen)
         outputs = found if isinstance(found, tuple) else (found,)
+        if chosen == "reference" and not main.numel():
+            outputs = _connected(outputs, tensors)
         return self.shaped(outputs[0], tensors, options), *outputs[1 : 1 + len(self.states)]
 
     # -- what the operators use too -----------------------------------------------------------------------------------------------------
@@ -275,6 +277,12 @@ class Op:
         if limit is None:
             return lambda *tensors: None
         return lambda *tensors: limit(**dict(zip(self.names, tensors, strict=True)))
+
+
+def _connected(outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The outputs of no tokens, with a gradient of zero for every input that none of them has seen."""
+    nothing = sum(t.reshape(-1)[:0].sum() for t in tensors if t is not None)
+    return tuple(out + nothing for out in outputs)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str]:

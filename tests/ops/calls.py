@@ -58,8 +58,7 @@ class Call:
         if gradients:
             generator = torch.Generator().manual_seed(1)
             cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o) for o in outputs]
-            live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]  # an empty walk's zero state has no input
-            grads = torch.autograd.grad([o for o, _ in live], list(call.tensors.values()), [c for _, c in live], allow_unused=True)
+            grads = torch.autograd.grad(outputs, list(call.tensors.values()), cotangents, allow_unused=True)
             named |= {f"gradient of {k}": torch.zeros_like(t) if g is None else g for (k, t), g in zip(call.tensors.items(), grads, strict=True)}
         return named
 

@@ -263,6 +263,20 @@ def test_state_is_never_an_alias_and_empty_sequences_return_it(op, backend, data
             assert torch.equal(state, torch.zeros_like(state) if before is None else before)
 
 
+@every
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_tokens_have_gradients(op, backend, causal):
+    """Zeros, and an initial state's is the final state's."""
+    call = example(op).with_options(**getattr(CASES[op], "SEQUENCE", {}) if causal else {})
+    call = call.but(**{name: t[:, :0] for name, t in tokens(call).items()}).leaves()
+    outputs = flat(call.run(backend))
+    cotangents = [torch.randn_like(o) for o in outputs]
+    gradients = dict(zip(call.tensors, torch.autograd.grad(outputs, list(call.tensors.values()), cotangents), strict=True))
+    states = iter(cotangents[1:])
+    for name, t in call.tensors.items():
+        assert torch.equal(gradients[name], next(states) if name.startswith("initial_state") else torch.zeros_like(t)), name
+
+
 # -- PyTorch ----------------------------------------------------------------------------------------------------------------------
 
 
