@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from medssm.models import weights
 from medssm.models.facts import Facts
+from medssm.nn.convolution import fast_convolutions
 from medssm.nn.unet import Encoder, pad_to
 
 Builder = Callable[..., nn.Module]
@@ -112,7 +113,7 @@ def create_model(
         for option in options:
             if option not in known:
                 raise ValueError(f"{option}: expected one of {name}'s options {', '.join(known)}, got {option!r}")
-    model = builder(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **options)
+    model = fast_convolutions(builder(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **options))
     if pretrained:
         weights.fit(model, weights.read(pretrained))
     return Features(model) if features_only else model

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
+from medssm.nn.convolution import Conv3d, ConvTranspose3d
 from medssm.nn.inner import plain
 from medssm.orders import Order, raster
 
 Conv = nn.Conv2d | nn.Conv3d
-CONV: dict[int, Callable[..., Conv]] = {2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV: dict[int, Callable[..., Conv]] = {2: nn.Conv2d, 3: Conv3d}
+TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: ConvTranspose3d}
 BATCH_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -201,4 +202,6 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, *spatial) -> the same shape."""
+        if x.shape[1] == 1:  # contiguous either way: the strides tell the layers behind which one is meant
+            return image(x.reshape(x.shape[0], *x.shape[2:], 1))
         return x.contiguous(memory_format=self.memory_format)

@@ -13,6 +13,7 @@ from torch import nn
 import medssm
 from medssm.errors import UserError
 from medssm.files import read_json, write_bytes, write_json
+from medssm.nn.convolution import fast_convolutions
 from medssm.segment.losses import finest_first
 
 MONAI = "monai.networks.nets."
@@ -50,8 +51,8 @@ def memory_format(spatial_dims: int) -> torch.memory_format:
 
 
 def placed(network: nn.Module, device: torch.device, spatial_dims: int) -> nn.Module:
-    """The network on a device, with its weights in `memory_format`."""
-    return network.to(device, memory_format=memory_format(spatial_dims))  # type: ignore[call-overload]  # torch's annotations lack it
+    """The network on a device, with its weights in `memory_format` and the fast convolutions."""
+    return fast_convolutions(network).to(device, memory_format=memory_format(spatial_dims))  # type: ignore[call-overload]  # torch's annotations lack it
 
 
 def save(folder: Path, network: nn.Module, config: Mapping[str, Any]) -> None:
