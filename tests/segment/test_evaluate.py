@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -197,11 +198,12 @@ def test_predictions_without_a_reference_are_listed(tmp_path):
     assert evaluate(prediction, reference, quiet=True)["unused"] == ["b"]
 
 
-def test_a_missing_prediction_is_an_error(tmp_path):
-    prediction, reference = files(tmp_path, a=(A, A), b=(A, A))
+def test_a_missing_prediction_is_a_failed_case(tmp_path):
+    prediction, reference = files(tmp_path, a=(MOVED, A), b=(A, A))
     (prediction / "b.nii.gz").unlink()
-    with pytest.raises(UserError, match="no prediction for b"):
-        evaluate(prediction, reference, quiet=True)
+    result = evaluate(prediction, reference, quiet=True)
+    assert result["failed"] == {"b": f"{prediction}: no prediction for b"} and list(result["cases"]) == ["a"]
+    assert result["patients"] == 1 and result["mean"]["dice"]["mean"] == 0.75
 
 
 @pytest.mark.parametrize(
@@ -213,12 +215,14 @@ def test_a_missing_prediction_is_an_error(tmp_path):
         (A * 7, np.diag([*SPACING, 1]), r"p/a\.nii\.gz: label value\(s\) 7 outside the classes \[0, 1\]"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(tmp_path, data, affine, message):
-    prediction, reference = files(tmp_path, a=(A, A), b=(A, A))
+def test_what_cannot_be_compared_is_a_failed_case(tmp_path, data, affine, message):
+    prediction, reference = files(tmp_path, a=(A, A), b=(MOVED, A))
     write(prediction / "a.nii.gz", data, affine)
-    with pytest.raises(UserError, match=message) as error:
-        evaluate(prediction, reference, classes={"bg": 0, "ball": 1}, quiet=True)
-    assert len(str(error.value).splitlines()) == 1
+    result = evaluate(prediction, reference, classes={"bg": 0, "ball": 1}, quiet=True)
+    assert list(result["failed"]) == ["a"] and re.search(message, result["failed"]["a"]) and len(result["failed"]["a"].splitlines()) == 1
+    assert list(result["cases"]) == ["b"] and result["mean"]["dice"]["mean"] == 0.75
+    with pytest.raises(UserError, match=message):  # the only case
+        evaluate(prediction / "a.nii.gz", reference / "a.nii.gz", classes={"bg": 0, "ball": 1}, quiet=True)
 
 
 @pytest.mark.parametrize(
