@@ -79,10 +79,23 @@ def causal(conv: nn.Module, x: Tensor, order: Order | None = None, cu_seqlens: T
         y = conv(t)[..., : t.shape[-1]]
     else:
         index, starts = order.index(spatial).to(x.device), order.starts(spatial)
-        starts = starts if cu_seqlens is None else torch.cat([starts, cu_seqlens[:-1].cpu()]).unique()
-        segments = t.index_select(-1, index).tensor_split(starts[1:], dim=-1)
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.cpu()
+            starts = torch.cat([starts, t.shape[-1] - bounds if order.reverse else bounds]).unique()
+        segments = t.index_select(-1, index).tensor_split(starts[(starts > 0) & (starts < t.shape[-1])], dim=-1)
         y = torch.cat([conv(segment)[..., : segment.shape[-1]] for segment in segments], dim=-1).index_select(-1, torch.argsort(index))
     return nn.functional.silu(y).mT.reshape(x.shape)
+
+
+def check_packed(x: Tensor, cu_seqlens: Tensor | None, orders: Sequence[Order]) -> None:
+    """ValueError where cu_seqlens is given and x is not (1, l, c), walked from one end to the other."""
+    if cu_seqlens is None:
+        return
+    if x.dim() != 3 or x.shape[0] != 1:
+        raise ValueError(f"x: expected (1, l, c), packed sequences, since cu_seqlens is given, got {tuple(x.shape)}")
+    for order in orders:
+        if order not in (raster(), raster(reverse=True)):
+            raise ValueError(f"cu_seqlens: expected None, since {order} is no walk along sequences, got a tensor")
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from medssm import ops
 from medssm.kernels.dtypes import widened
-from medssm.nn.blocks import CONV, causal, depthwise
+from medssm.nn.blocks import CONV, causal, check_packed, depthwise
 from medssm.nn.mamba import step_biases
 from medssm.nn.ssnd import orders_of
 from medssm.orders import Order
@@ -34,8 +34,8 @@ class DeltaNet(nn.Module):
         dt_min, dt_max: the steps that softplus(dt_bias) starts from, log-uniform.
         spatial_dims: 2 or 3. orders: default cross2d() in 2D, axes3d() in 3D.
 
-    Input and output (b, *spatial, d_model), any size. Weights, h heads: qkv_proj, convolution, b_proj, a_proj, dt_bias (h,), A_log (h,),
-    g_proj, o_norm (RMS over a head's channels), o_proj.
+    Input and output (b, *spatial, d_model), any size; or packed sequences (1, l, d_model), with orders=[raster()].
+    Weights, h heads: qkv_proj, convolution, b_proj, a_proj, dt_bias (h,), A_log (h,), g_proj, o_norm (RMS over a head's channels), o_proj.
     """
 
     def __init__(
@@ -79,8 +79,14 @@ class DeltaNet(nn.Module):
         self.o_norm = nn.RMSNorm(values // heads, eps=1e-5)
         self.o_proj = nn.Linear(values, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, *spatial, d_model) -> the same shape."""
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """(b, *spatial, d_model) -> the same shape.
+
+        cu_seqlens (n + 1,), int32 or int64, from 0 to l: x (1, l, d_model) holds n sequences one behind the other, each computed on its own.
+        """
+        check_packed(x, cu_seqlens, self.orders)
+        if cu_seqlens is not None and self.conv == "space":
+            raise ValueError("cu_seqlens: expected None with conv='space', which sees across sequences (conv='order' does not), got a tensor")
         u: Tensor = self.qkv_proj(x)
         beta = torch.sigmoid(widened(self.b_proj(x)))
         g = None
@@ -93,8 +99,8 @@ class DeltaNet(nn.Module):
         heads = None if self.conv == "order" else self._heads(u)  # the same for every order, or of that order's own convolution
 
         def scan(order: Order) -> Tensor:
-            q, k, v = heads or self._heads(causal(self.convolution, u, order))
-            o: Tensor = ops.delta_rule(q, k, v, beta, g=g, order=order)
+            q, k, v = heads or self._heads(causal(self.convolution, u, order, cu_seqlens))
+            o: Tensor = ops.delta_rule(q, k, v, beta, g=g, order=order, cu_seqlens=cu_seqlens)
             return o
 
         y = scan(self.orders[0])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medssm import ops
 from medssm.kernels.dtypes import compute_dtype
+from medssm.nn.blocks import check_packed
 from medssm.nn.ssnd import orders_of
 from medssm.orders import Order
 
@@ -27,8 +28,9 @@ class GatedLinearAttention(nn.Module):
         slowness: divides the log decays; the larger, the longer the memory at the start. gate: "silu", or None, without z.
         spatial_dims: 2 or 3. orders: default cross2d() in 2D, axes3d() in 3D.
 
-    Input and output (b, *spatial, d_model), any size. Weights, n orders: q_proj, k_proj, v_proj, g_proj, decay_in (where decay is "key"),
-    decay_weight (n, heads dk, rank) or (n, heads, d_model), decay_bias, o_norm (RMS over a head's channels), o_proj.
+    Input and output (b, *spatial, d_model), any size; or packed sequences (1, l, d_model), with orders=[raster()].
+    Weights, n orders: q_proj, k_proj, v_proj, g_proj, decay_in (where decay is "key"), decay_weight (n, heads dk, rank) or (n, heads, d_model),
+    decay_bias, o_norm (RMS over a head's channels), o_proj.
     """
 
     def __init__(
@@ -66,15 +68,19 @@ class GatedLinearAttention(nn.Module):
         self.o_norm = nn.RMSNorm(values // heads, eps=1e-5)
         self.o_proj = nn.Linear(values, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, *spatial, d_model) -> the same shape."""
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """(b, *spatial, d_model) -> the same shape.
+
+        cu_seqlens (n + 1,), int32 or int64, from 0 to l: x (1, l, d_model) holds n sequences one behind the other, each computed on its own.
+        """
+        check_packed(x, cu_seqlens, self.orders)
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         low, y = self.decay_in(x), None
         wide = compute_dtype(v)  # of the sum over orders and of its norm
         for order, weight, bias in zip(self.orders, self.decay_weight, self.decay_bias, strict=True):
             g = nn.functional.logsigmoid(nn.functional.linear(low, weight, bias).to(wide)) / self.slowness
             g = g.unflatten(-1, (self.heads, -1)) if self.decay_by == "key" else g
-            scanned = ops.gated_linear_attention(q, k, v, g, order=order)
+            scanned = ops.gated_linear_attention(q, k, v, g, order=order, cu_seqlens=cu_seqlens)
             y = scanned.to(wide) if y is None else y + scanned
         y = self.o_norm(y).to(v.dtype).flatten(-2)
         if self.g_proj is not None:

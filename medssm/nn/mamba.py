@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medssm import ops
 from medssm.kernels.dtypes import widened
-from medssm.nn.blocks import causal
+from medssm.nn.blocks import causal, check_packed
 from medssm.nn.inner import steps
 from medssm.orders import Order, raster, tri3d
 
@@ -27,7 +27,7 @@ class Mamba(nn.Module):
             softplus(dt_proj.bias) starts from, log-uniform, and how dt_proj.weight starts ("random" or "constant").
         conv_bias, bias: of conv1d, and of in_proj and out_proj.
 
-    Input and output (b, l, d_model), or (b, *spatial, d_model): tokens in row-major order.
+    Input and output (b, l, d_model), or (b, *spatial, d_model): tokens in row-major order; or packed sequences (1, l, d_model).
     Weights: A_log (inner, n), D (inner,), in_proj, conv1d, x_proj, dt_proj, out_proj, as mamba_ssm.Mamba.
     """
 
@@ -72,13 +72,18 @@ class Mamba(nn.Module):
         """One order per direction, in the order of `suffixes`, for an input."""
         return [raster()]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, l, d_model) or (b, *spatial, d_model) -> the same shape."""
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) or (b, *spatial, d_model) -> the same shape.
+
+        cu_seqlens (n + 1,), int32 or int64, from 0 to l: x (1, l, d_model) holds n sequences one behind the other, each computed on its own.
+        """
+        orders = self.orders(x)
+        check_packed(x, cu_seqlens, orders)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        first, *others = zip(self.suffixes, self.orders(x), strict=True)
-        y = self._scan(u, z, *first)
+        first, *others = zip(self.suffixes, orders, strict=True)
+        y = self._scan(u, z, *first, cu_seqlens)
         for suffix, order in others:
-            y = y + self._scan(u, z, suffix, order)
+            y = y + self._scan(u, z, suffix, order, cu_seqlens)
         out: Tensor = self.out_proj(self.merge(y))
         return out
 
@@ -86,10 +91,10 @@ class Mamba(nn.Module):
         """What becomes of the sum over directions before out_proj."""
         return y
 
-    def _scan(self, u: Tensor, z: Tensor, suffix: str, order: Order) -> Tensor:
+    def _scan(self, u: Tensor, z: Tensor, suffix: str, order: Order, cu_seqlens: Tensor | None) -> Tensor:
         """One direction's gated scan, (b, *spatial, inner)."""
-        u = causal(getattr(self, f"conv1d{suffix}"), u, order)
-        y: Tensor = ops.selective_scan(**self._operands(u, z, suffix), order=order)
+        u = causal(getattr(self, f"conv1d{suffix}"), u, order, cu_seqlens)
+        y: Tensor = ops.selective_scan(**self._operands(u, z, suffix), order=order, cu_seqlens=cu_seqlens)
         return y
 
     def _operands(self, u: Tensor, z: Tensor, suffix: str = "") -> dict[str, Any]:

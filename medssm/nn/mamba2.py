@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medssm import ops
 from medssm.kernels.dtypes import widened
-from medssm.nn.blocks import causal
+from medssm.nn.blocks import causal, check_packed
 from medssm.nn.mamba import step_biases
 from medssm.nn.norms import grouped_norm
 from medssm.orders import Order, axes3d, cross2d, raster
@@ -35,7 +35,7 @@ class Mamba2(nn.Module):
         bias, conv_bias: of in_proj and out_proj, and of conv1d.
         spatial_dims: 1, 2 or 3, for the default of `orders`: row-major, both ways; cross2d(); axes3d().
 
-    Input and output (b, l, d_model), or (b, *spatial, d_model), any size.
+    Input and output (b, l, d_model), or (b, *spatial, d_model), any size; or packed sequences (1, l, d_model).
     Weights, h heads: in_proj, conv1d, dt_bias (h,), A_log (h,), D (h,) or (inner,), norm.weight, out_proj, as mamba_ssm.Mamba2.
     """
 
@@ -86,18 +86,23 @@ class Mamba2(nn.Module):
         self.norm: nn.Module | None = GatedRMSNorm(inner, ngroups, norm_before_gate) if rmsnorm else None
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, l, d_model) or (b, *spatial, d_model) -> the same shape."""
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) or (b, *spatial, d_model) -> the same shape.
+
+        cu_seqlens (n + 1,), int32 or int64, from 0 to l: x (1, l, d_model) holds n sequences one behind the other, each computed on its own.
+        """
+        check_packed(x, cu_seqlens, self.orders)
         z, u, dt = self.in_proj(x).split(self.split, dim=-1)
-        y = self._scan(u, dt, self.orders[0])
+        y = self._scan(u, dt, self.orders[0], cu_seqlens)
         for order in self.orders[1:]:
-            y = y + self._scan(u, dt, order)
+            y = y + self._scan(u, dt, order, cu_seqlens)
         out: Tensor = self.out_proj(self._gate(y / len(self.orders), z))
         return out
 
-    def _scan(self, u: Tensor, dt: Tensor, order: Order) -> Tensor:
+    def _scan(self, u: Tensor, dt: Tensor, order: Order, cu_seqlens: Tensor | None) -> Tensor:
         """One scan with its own convolution, (b, *spatial, inner)."""
-        y: Tensor = ops.ssd(*self._operands(causal(self.conv1d, u, order), dt), dt_limit=self.dt_limit, order=order)
+        operands = self._operands(causal(self.conv1d, u, order, cu_seqlens), dt)
+        y: Tensor = ops.ssd(*operands, dt_limit=self.dt_limit, order=order, cu_seqlens=cu_seqlens)
         return y.flatten(-2)
 
     def _operands(self, u: Tensor, dt: Tensor) -> tuple[Any, ...]:

@@ -95,7 +95,7 @@ class Mamba(layers.Mamba):
     def merge(self, y: Tensor) -> Tensor:
         return _KINDS[self.bimamba_type].merge(self, y)
 
-    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # type: ignore[override]
         """(b, l, d_model) -> the same. inference_params, with key_value_memory_dict and seqlen_offset, keeps the state from call to call."""
         if inference_params is not None:
             out = self._continue(hidden_states, inference_params)
