@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from medssm.nn.convolution import Conv3d
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv3d)
 
 
 def plain(layer: nn.Module, kinds: tuple[type[nn.Module], ...] = _KINDS) -> bool:
