@@ -34,7 +34,7 @@ SIZES = {"tiny": 192, "small": 384, "base": 768}
     ),
 )
 class Vim(nn.Module):
-    """Class logits (b, out_channels) from an image or a volume of any size that has a patch.
+    """Class logits (b, out_channels) from an image or a volume of any size; one smaller than a patch is padded with zeros.
 
     Args:
         size: "tiny" (7 M parameters in 2D), "small", "base": presets of features, the channels of a token. depth: number of layers.

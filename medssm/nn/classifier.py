@@ -11,7 +11,7 @@ from medssm.nn.unet import Encoder
 class Classifier(nn.Module):
     """Logits (b, classes): a linear layer on the mean over space of the coarsest map of the encoder's trunk, which a norm over channels may precede.
 
-    Any input size that leaves a voxel at the coarsest level; nothing is padded.
+    Any input size that the encoder takes.
     """
 
     def __init__(self, encoder: Encoder, classes: int, norm: bool = True) -> None:

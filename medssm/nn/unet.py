@@ -17,20 +17,29 @@ class Encoder(nn.Module):
     """A stem, then stages from fine to coarse; stage s starts with a step of strides[s] voxels along each axis.
 
     stages, output_channels and strides have one entry per stage. forward returns every stage's output, the finest first. With `outs`, one
-    module per stage, it returns what they make of the outputs; the next stage still takes the output itself.
+    module per stage, it returns what they make of the outputs; the next stage still takes the output itself. An axis with less than `least`
+    voxels is padded with zeros.
     """
 
     def __init__(
-        self, stem: nn.Module, stages: Sequence[nn.Module], output_channels: Sequence[int], strides: Strides, outs: Sequence[nn.Module] | None = None
+        self,
+        stem: nn.Module,
+        stages: Sequence[nn.Module],
+        output_channels: Sequence[int],
+        strides: Strides,
+        outs: Sequence[nn.Module] | None = None,
+        *,
+        least: int = 1,
     ) -> None:
         super().__init__()
         self.stem, self.stages = stem, nn.ModuleList(stages)
         self.outs = None if outs is None else nn.ModuleList(outs)
         self.output_channels, self.strides = list(output_channels), [tuple(s) for s in strides]
+        self.least = least
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(b, c, *spatial) -> one map (b, output_channels[s], *(spatial / the strides so far)) per stage."""
-        x, skips = self.stem(x), []
+        x, skips = self.stem(pad_up(x, self.least)), []
         for s in range(len(self.stages)):
             x = self.stage(s, x)
             skips.append(x if self.outs is None else self.outs[s](x))
@@ -135,6 +144,12 @@ class AnySize(nn.Module):
 def has_instance_norms(network: nn.Module) -> bool:
     """Whether a layer of the network is an instance norm."""
     return any(isinstance(m, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for m in network.modules())
+
+
+def pad_up(x: Tensor, least: int) -> Tensor:
+    """(b, c, *spatial) with zeros behind it along each axis of less than `least` voxels."""
+    missing = [max(least - n, 0) for n in x.shape[2:]]
+    return nn.functional.pad(x, [p for m in reversed(missing) for p in (0, m)]) if any(missing) else x
 
 
 def pad_to(x: Tensor, divisor: Sequence[int], size: str = "any") -> Tensor:

@@ -13,7 +13,7 @@ from medssm.nn.blocks import CONV, CUBIC, check_dims
 from medssm.nn.inner import weight_dtype
 from medssm.nn.mamba import BiMamba
 from medssm.nn.positions import resize_positions
-from medssm.nn.unet import Encoder
+from medssm.nn.unet import Encoder, pad_up
 from medssm.nn.vss import DropPath
 
 
@@ -44,7 +44,7 @@ class VimEncoder(Encoder):
             raise ValueError(f"cls: expected 'middle', 'first', 'both' or None, got {cls!r}")
         rates = [0.0, *torch.linspace(0, drop_path, depth, device="cpu").tolist()][:depth]
         layers = [VimLayer(features, d_state, rate, divide_out, rms, eps) for rate in rates]
-        super().__init__(CONV[dims](in_channels, features, patch, stride), layers, [features], [(stride,) * dims])
+        super().__init__(CONV[dims](in_channels, features, patch, stride), layers, [features], [(stride,) * dims], least=patch)
         self.cls, self.grid = cls, tuple((n - patch) // stride + 1 for n in image_size)
         self.cls_token = nn.Parameter(torch.empty({"both": 2, None: 0}.get(cls, 1), 1, features).normal_(std=0.02))
         count = math.prod(self.grid) + len(self.cls_token)
@@ -68,7 +68,7 @@ class VimEncoder(Encoder):
 
     def _through(self, x: Tensor, taps: Collection[int]) -> tuple[Tensor, tuple[int, ...], list[int], list[Tensor]]:
         """What `tokens` gives, and the tokens behind the layers `taps`: the sum of what all layers so far gave."""
-        patches = self.stem(x)
+        patches = self.stem(pad_up(x, self.least))
         grid = tuple(patches.shape[2:])
         t, at = self._with_cls(patches.flatten(2).transpose(1, 2), [token.expand(len(x), -1, -1) for token in self.cls_token])
         if self.pos_embed is not None:

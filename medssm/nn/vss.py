@@ -153,7 +153,9 @@ def vss_encoder(
         blocks = nn.Sequential(*(block(channels, rate) for rate in rates))
         stages.append(nn.Sequential(OrderedDict(**steps, blocks=blocks)))
     strides = [(patch,) * spatial_dims] + [(2,) * spatial_dims] * (len(features) - 1)
-    return Encoder(_stem(stem, in_channels, features[0], patch, spatial_dims), stages, features, strides)
+    coarse = 2 ** (len(features) - 1) if down in ("merge", "convolution-2") else 1  # voxels that the steps need behind the stem
+    least = patch * coarse if stem == "patch" else patch * (coarse - 1) + 1
+    return Encoder(_stem(stem, in_channels, features[0], patch, spatial_dims), stages, features, strides, least=least)
 
 
 def _stem(kind: str, channels_in: int, channels: int, patch: int, dims: int) -> nn.Sequential:

@@ -25,7 +25,7 @@ SINGLE = {name: small for name, small in ALL.items() if name not in SMALL and na
 
 def build(name, dims, **kw):
     torch.manual_seed(0)
-    return medssm.create_model(name, spatial_dims=dims, in_channels=2, out_channels=3, **{**ALL[name], **kw})
+    return medssm.create_model(name, spatial_dims=dims, in_channels=2, out_channels=3, **{**(ALL | MONAIS)[name], **kw})
 
 
 def test_names():
@@ -87,6 +87,31 @@ def test_a_classifier_on_any_encoder_learns_with_every_parameter(name):
     logits.square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert [n for n, _ in features.named_parameters()] == own  # the encoder that was given stays whole
+
+
+@pytest.mark.parametrize("size", [(3, 37, 5), (33, 2, 4), (1, 1, 1)])
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", [*ALL, *(name for name, network in NETWORKS.items() if network.divisor)])  # MONAI's UNETR takes one size
+def test_an_axis_shorter_than_the_strides(name, dims, size):
+    model = build(name, dims)
+    y = model(torch.randn(2, 2, *size[:dims]))
+    assert y.shape == ((2, 3) if name in CLASSIFIERS else (2, 3, *size[:dims]))
+    y.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "sizes"), [("medmamba", 2, [(31, 31), (31, 500)]), ("medmamba", 3, [(24, 64, 64)]), ("vim", 2, [(15, 15), (7, 40)])]
+)
+def test_a_small_image_is_padded_with_zeros(name, dims, sizes):
+    options = {"features": (8, 8, 8, 8), "depths": (1, 1, 1, 1)} if name == "medmamba" else {"patch": 16}
+    model, least = build(name, dims, **options).eval(), 32 if name == "medmamba" else 16
+    for size in sizes:
+        x = torch.randn(2, 2, *size)
+        padded = torch.zeros(2, 2, *(max(n, least) for n in size))
+        padded[(..., *map(slice, size))] = x
+        with torch.no_grad():
+            assert torch.equal(model(x), model(padded))
 
 
 @pytest.mark.parametrize("cls", ["middle", "first", "both", None])
