@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # of a file or folder that nothing else named
+        print(f"{name}: {error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "medssm"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -205,6 +206,9 @@ def _classes(labels: dict | None, description: Path) -> dict[str, int]:
         except ValueError as error:
             raise UserError(f"{description}: labels: expected {{name: value}} or {{value: name}}, got {labels}") from error
     table = dict(sorted(table.items(), key=lambda item: item[1]))
+    for (name, value), (other, again) in itertools.pairwise(table.items()):
+        if value == again:
+            raise UserError(f"{description}: labels: {name} and {other} have one value, {value}")
     if 0 not in table.values():
         table = {"background": 0, **table}
     return table

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from lightning.fabric import Fabric
 
@@ -16,14 +16,13 @@ from medssm.errors import UserError
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset
 from medssm.segment.intensity import Intensities
-from medssm.segment.nifti import affine_mm, open_nifti, spacing_mm, volume_shape
+from medssm.segment.nifti import far_apart, lengths, open_nifti, ras_grid
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
 from medssm.segment.sides import pairs, sided, unnamed
 from medssm.segment.volumes import Volume, load, prepare
 
 _PATCH_VOXELS = {("cpu", 3): 64**3, ("cpu", 2): 192**2, ("gpu", 3): 112**3, ("gpu", 2): 512**2}
-_APART = 50  # times: cases whose spacings differ by more were not measured in one unit
 
 
 def fit(
@@ -35,6 +34,7 @@ def fit(
     patch: Sequence[int] | None,
     mirror: str | Sequence[int],
     modality: Sequence[str] | None,
+    nan: float | None,
     cache: Path | str | None,
     seed: int,
     fabric: Fabric,
@@ -50,6 +50,7 @@ def fit(
         patch: voxels; None takes a patch shaped like the median case that suits the device
         mirror: axes to mirror, "auto" or "swap"; see `fit_mirror`
         modality: of the channels; see `intensity.schemes`
+        nan: what takes the place of voxels that are not finite; None refuses them
         cache: a folder for the resampled cases; None keeps them in memory
         seed: of what is drawn
         fabric: Lightning's, for the device and the processes
@@ -71,7 +72,11 @@ def fit(
         _check_memory(cases, len(table.channels), spacing)
     first = fabric.rank_zero_first(local=True) if cache else contextlib.nullcontext()  # the first process fills the cache
     with progress("reading", quiet) as show, first:
-        loaded = load(cases, table, spacing, cache, show)
+        loaded = load(cases, table, spacing, cache, nan, show)
+    found = {value for _, label in loaded for value in label.unique().tolist()}
+    for i, name in enumerate(table.classes):
+        if i and i not in found and not quiet:
+            print(f"classes: no training case has {name}", file=sys.stderr)
     intensities = Intensities(table.channels, modality, seed)
     for case, (image, label) in zip(cases, loaded, strict=True):
         intensities.add(str(case.images[0]), image, label)
@@ -84,19 +89,19 @@ def fit(
 
 
 def _check_axes(cases: Sequence[Case], spatial_dims: int) -> None:
-    if spatial_dims == 3 and all(min(_ras(case)[1]) == 1 for case in cases):
+    if spatial_dims == 3 and all(min(ras_grid(open_nifti(case.images[0]))[1]) == 1 for case in cases):
         raise UserError(f"spatial_dims: {cases[0].images[0]} and all other cases are planes: pass --spatial-dims 2")
 
 
 def fit_spacing(cases: Sequence[Case]) -> tuple[float, float, float]:
     """The median spacing of the cases along the RAS axes, from their headers."""
-    x, y, z = np.median([_ras(case)[0] for case in cases], axis=0)
+    x, y, z = np.median([ras_grid(open_nifti(case.images[0]))[0] for case in cases], axis=0)
     return float(x), float(y), float(z)
 
 
 def fit_slice_axis(cases: Sequence[Case]) -> int:
     """The axis across a 2D network's slices: one voxel long in every case, else the one of the largest spacing; the last one of equals."""
-    edges, shapes = (np.array(column) for column in zip(*map(_ras, cases), strict=True))
+    edges, shapes = (np.array(column) for column in zip(*(ras_grid(open_nifti(case.images[0])) for case in cases), strict=True))
     single = (shapes == 1).all(0)
     median = np.where(single, np.inf, np.median(edges, axis=0))
     return int(2 - np.argmax(median[::-1] >= median.max() * 0.999))
@@ -111,14 +116,6 @@ def fit_patch(shape: Sequence[int], spacing: Sequence[float], voxels: int, multi
         longest = max((i for i in range(len(patch)) if patch[i] > multiple), key=lambda i: patch[i] * spacing[i])
         patch[longest] -= multiple
     return tuple(patch)
-
-
-def _ras(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """A case's spacing and shape along the RAS axes, from its header."""
-    file = open_nifti(case.images[0])
-    orientation = nib.io_orientation(affine_mm(file))  # entry i: which RAS axis the file's axis i runs along
-    order = np.argsort(orientation[:, 0])
-    return spacing_mm(file)[order], np.array(volume_shape(file))[order]
 
 
 def fit_mirror(mirror: str | Sequence[int], classes: dict[str, int], axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
@@ -150,24 +147,19 @@ def fit_mirror(mirror: str | Sequence[int], classes: dict[str, int], axes: Seque
 
 def check_units(cases: Sequence[Case]) -> None:
     """UserError that names a case whose spacing is far from the others': its header has a wrong unit of length."""
-    edges = np.array([_ras(case)[0] for case in cases])
+    edges = np.array([ras_grid(open_nifti(case.images[0]))[0] for case in cases])
     middle = np.exp(np.median(np.log(edges), axis=0))
     for case, edge in zip(cases, edges, strict=True):
-        apart = edge / middle
-        if (apart > _APART).all() or (apart < 1 / _APART).all():
+        if far_apart(edge, middle):
             raise UserError(
-                f"{case.images[0]}: voxels of {_lengths(edge)} mm, where the median of the cases is {_lengths(middle)} mm: "
+                f"{case.images[0]}: voxels of {lengths(edge)} mm, where the median of the cases is {lengths(middle)} mm: "
                 "one of the two has a wrong unit of length in its header"
             )
 
 
-def _lengths(edges: np.ndarray) -> str:
-    return " x ".join(f"{edge:.3g}" for edge in edges)
-
-
 def _resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.ndarray:
     """(cases, 3): the shapes the cases will have at `spacing`, from their headers."""
-    edges, shapes = (np.array(column) for column in zip(*map(_ras, cases), strict=True))
+    edges, shapes = (np.array(column) for column in zip(*(ras_grid(open_nifti(case.images[0])) for case in cases), strict=True))
     wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
     return np.maximum(1, np.rint(shapes * edges / wanted)).astype(int)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,13 @@ import numpy as np
 from medssm import __version__
 from medssm.errors import UserError
 from medssm.files import atomic, first_line
+from medssm.segment import formats
+
+logger = logging.getLogger("medssm")
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 _MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}  # of a header's units of length: metre, millimetre, micron
+_APART = 50  # times: cases whose spacings differ by more were not measured in one unit
 _MADE_BY = f"medssm {__version__}".encode()  # in the header of each file that is written
 
 
@@ -29,7 +34,7 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
     try:
         image = nib.load(path)
     except Exception as error:  # nibabel raises what its readers raise: ImageFileError, EOFError, zlib.error, HeaderDataError
-        raise UserError(f"{path}: not a readable NIfTI file ({first_line(error)})") from error
+        image = _misnamed(path, error)
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise UserError(f"{path}: expected a NIfTI file, got {type(image).__name__}")
     if image.ndim not in (2, 3, 4) or 0 in image.shape:
@@ -41,12 +46,32 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
     return image
 
 
-def read_image(paths: Sequence[Path], channels: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
+def _misnamed(path: Path, error: Exception) -> nib.Nifti1Image:
+    """A NIfTI file whose name does not fit its compression: .nii of a compressed one, .nii.gz of a plain one or one that was compressed twice.
+
+    Raises UserError that says what the file is.
+    """
+    try:
+        found = formats.layers(path)
+        if found[-1] == formats.NIFTI and path.name.endswith(NIFTI_ENDINGS):
+            logger.warning("%s: read as %s, which its name does not say", path, " in ".join(reversed([name or "unknown" for name in found])))
+            data = formats.unpacked(path)
+            kind = nib.Nifti2Image if data[4:8] == b"n+2\0" else nib.Nifti1Image
+            return kind.from_bytes(data)
+    except (OSError, EOFError, nib.spatialimages.HeaderDataError) as other:
+        error = other
+        found = []
+    what = f": its content is {found[-1]}" if found and found[-1] not in (None, formats.NIFTI, formats.GZIP) else ""
+    raise UserError(f"{path}: not a readable NIfTI file{what} ({first_line(error)})") from error
+
+
+def read_image(paths: Sequence[Path], channels: int | None = None, nan: float | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
     """One case's channels as float32 (c, x, y, z), and the first file's NIfTI for its geometry. A plane (x, y) becomes (c, x, y, 1).
 
     Args:
         paths: a file for each channel, or a single file with the channels on a fourth axis
         channels: the number of channels that is expected; None takes any
+        nan: what takes the place of voxels that are not finite; None refuses them
 
     Raises:
         UserError: a file cannot be read, lies on another grid, has another number of channels, or holds NaN or infinite voxels.
@@ -65,8 +90,10 @@ def read_image(paths: Sequence[Path], channels: int | None = None) -> tuple[np.n
     if channels is not None and len(data) != channels:
         raise UserError(f"{paths[0]}: expected {channels} channel(s), got {len(data)}")
     bad = int(data.size - np.isfinite(data).sum())
+    if bad and nan is None:
+        raise UserError(f"{paths[0]}: {bad} voxel(s) are not finite (NaN or infinite): --nan VALUE puts a number in their place")
     if bad:
-        raise UserError(f"{paths[0]}: {bad} voxel(s) are not finite (NaN or infinite)")
+        data[~np.isfinite(data)] = nan
     return data.reshape(len(data), *volume_shape(first)), first
 
 
@@ -105,6 +132,23 @@ def spacing_mm(image: nib.Nifti1Image) -> np.ndarray:
     """A voxel's edges in millimetres, (3,), whatever the file's unit of length."""
     edges: np.ndarray = np.linalg.norm(affine_mm(image)[:3, :3], axis=0)
     return edges
+
+
+def ras_grid(file: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
+    """A file's spacing in millimetres and its shape along the RAS axes, from its header."""
+    orientation = nib.io_orientation(affine_mm(file))  # entry i: which RAS axis the file's axis i runs along
+    order = np.argsort(orientation[:, 0])
+    return spacing_mm(file)[order], np.array(volume_shape(file))[order]
+
+
+def lengths(edges: np.ndarray) -> str:
+    """Lengths for a message: "1 x 1 x 2.5"."""
+    return " x ".join(f"{edge:.3g}" for edge in edges)
+
+
+def far_apart(edges: np.ndarray, others: np.ndarray) -> bool:
+    """Whether two spacings differ, along every axis, by more than two images of one kind do: they were not measured in one unit of length."""
+    return bool((edges > _APART * others).all() or (others > _APART * edges).all())
 
 
 def different_grid(image: nib.Nifti1Image, other: nib.Nifti1Image) -> str | None:

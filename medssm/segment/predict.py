@@ -7,25 +7,39 @@ probabilities are resampled back before the largest is taken. Several weight fol
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import Tensor, nn
 
+from medssm import machine
 from medssm.errors import UserError
 from medssm.files import first_line, protect
 from medssm.segment import networks
 from medssm.segment.cases import Case, cases_in
 from medssm.segment.data import FITTED
 from medssm.segment.inference import probabilities
-from medssm.segment.nifti import NIFTI_ENDINGS, affine_mm, is_made_here, read_image, strip_ending, volume_shape, write_nifti
+from medssm.segment.nifti import (
+    NIFTI_ENDINGS,
+    affine_mm,
+    far_apart,
+    is_made_here,
+    lengths,
+    ras_grid,
+    read_image,
+    strip_ending,
+    volume_shape,
+    write_nifti,
+)
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 
@@ -62,6 +76,7 @@ def predict(
     overlap: float = 0.5,
     mirror: bool = False,
     batch: int = 1,
+    nan: float | None = None,
     save_probabilities: bool = False,
     overwrite: bool = False,
     skip_existing: bool = False,
@@ -85,6 +100,7 @@ def predict(
         overlap: of neighbouring windows, 0 to less than 1
         mirror: average over the mirrorings that the network was trained with
         batch: windows at a time
+        nan: number that takes the place of voxels that are not finite (default: such an image is an error)
         device: auto, cpu, cuda, cuda:1 or mps
         precision: auto is 16-mixed on CUDA, else 32-true
         model: the module to load the weights into, where `train` was given one
@@ -112,6 +128,7 @@ def predict(
     for case in cases:
         for target in (targets[case.name], *([_of_probabilities(targets[case.name])] if save_probabilities else [])):
             protect(target, reads=read, made=is_made_here, overwrite=overwrite)
+    window = {"device": place, "half": half, "overlap": overlap, "mirror": mirror, "batch": batch}
     written, failed = {}, {}
     with progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
@@ -120,9 +137,7 @@ def predict(
                 show((i + part) / len(cases), case.name)
 
             try:
-                _predict_case(
-                    case, folds, targets[case.name], place, save_probabilities, half=half, overlap=overlap, mirror=mirror, batch=batch, show=show_case
-                )
+                _predict_case(case, folds, targets[case.name], save_probabilities, nan, show=show_case, **window)
                 written[case.name] = str(targets[case.name])
             except UserError as error:
                 if len(cases) == 1 and not skipped:
@@ -151,13 +166,16 @@ def _predict_case(
     case: Case,
     folds: Sequence[_Fold],
     target: Path,
-    device: torch.device,
     save_probabilities: bool,
+    nan: float | None,
     *,
     show: Callable[[float], None],
     **window: Any,  # keywords of `probabilities`
 ) -> None:
-    data, file = read_image(case.images, len(folds[0].fitted.channels))
+    data, file = read_image(case.images, len(folds[0].fitted.channels), nan)
+    if data.max() == data.min():
+        raise UserError(f"{case.images[0]}: every voxel of the image is {data.flat[0]:g}")
+    _check_size(case, file, folds)
     original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine_mm(file)))
     grids = []  # folds on one grid are summed there, so that each grid is resampled back once
     for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
@@ -170,7 +188,7 @@ def _predict_case(
             def show_fold(part: float, i: int = i) -> None:
                 show((i + part) / len(folds))
 
-            total = total + probabilities(fold.network, image.as_tensor(), fold.fitted, device=device, show=show_fold, **window)
+            total = total + probabilities(fold.network, image.as_tensor(), fold.fitted, show=show_fold, **window)
         grids.append((grid, image, total / len(folds)))
     classes = folds[0].fitted.classes
     best, positions, kept = torch.full(volume_shape(file), -1.0), torch.zeros(volume_shape(file), dtype=torch.int64), []
@@ -184,6 +202,27 @@ def _predict_case(
     write_nifti(target, values[positions.numpy()].astype(_smallest(values)), file)
     if save_probabilities:
         write_nifti(_of_probabilities(target), np.stack(kept, -1).astype(np.float32), file)
+
+
+def _check_size(case: Case, file: nib.Nifti1Image, folds: Sequence[_Fold]) -> None:
+    """UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold the probabilities."""
+    edges, shape = ras_grid(file)
+    classes, grids = len(folds[0].fitted.classes), dict.fromkeys(fold.fitted.spacing for fold in folds)
+    needed = 4.0 * math.prod(shape) * 4
+    for spacing in grids:
+        wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
+        if far_apart(edges, wanted):
+            raise UserError(
+                f"{case.images[0]}: voxels of {lengths(edges)} mm, where the network was trained at {lengths(wanted)} mm: "
+                "a wrong unit of length in its header, or another kind of image"
+            )
+        voxels = float(np.prod(np.maximum(1, np.rint(shape * edges / wanted))))
+        needed += 4 * voxels * (2 * classes + 2 + len(folds[0].fitted.channels))  # sums and the newest fold's probabilities, weights, the image
+    free = machine.free_memory()
+    if needed > 0.95 * free:
+        raise UserError(
+            f"{case.images[0]}: {classes} classes at the network's spacing need some {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+        )
 
 
 def _of_probabilities(target: Path) -> Path:

@@ -86,9 +86,9 @@ def geometry(spacing: Sequence[float], mode: str = "bilinear") -> Compose:
     )
 
 
-def load_image(case: Case, channels: int, spacing: Sequence[float]) -> MetaTensor:
+def load_image(case: Case, channels: int, spacing: Sequence[float], nan: float | None = None) -> MetaTensor:
     """A case's channels (c, x, y, z) in RAS at `spacing`, not yet scaled. Raises UserError for what `read_image` refuses."""
-    data, file = read_image(case.images, channels)
+    data, file = read_image(case.images, channels, nan)
     return geometry(spacing)(MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine_mm(file))))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -36,6 +37,7 @@ from medssm.segment.volumes import load
 
 ARGUMENTS, CASES, CURVES = "train.yaml", "cases.json", "curves.png"
 _STEPS = 1000
+_SCHEMES = {"ct": "as CT, by the foreground of all cases", "zscore": "by its own mean and deviation", "none": "unchanged"}
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 _PATHS = ("dataset", "out", "splits", "cache")  # arguments that are paths
 
@@ -46,6 +48,8 @@ def train(
     *,
     model: str | nn.Module = "medssm_unet",
     model_kwargs: Mapping[str, Any] | None = None,
+    size: str | None = None,
+    mixer: str | None = None,
     spatial_dims: Literal[2, 3] = 3,
     fold: int | None = None,
     folds: int = 5,
@@ -56,6 +60,7 @@ def train(
     modality: Sequence[Literal["ct", "mri", "other", "none"]] | None = None,
     foreground: float = 1 / 3,
     augment: bool = True,
+    nan: float | None = None,
     cache: Path | str | None = None,
     max_steps: int | None = None,
     max_seconds: float | None = None,
@@ -94,11 +99,14 @@ def train(
         modality: of the images, one or one for each channel; it says how intensities are scaled (default: by the channel's name, as CT or T1)
         foreground: share of the patches that are centred on a class
         augment: rotate, zoom, blur patches, add noise, change brightness and contrast, at random
+        nan: number that takes the place of voxels that are not finite (default: such an image is an error)
         cache: folder for the resampled cases (default: keep them in memory)
     Args: Network
         model: one of `medssm models`, or one of MONAI's as monai.networks.nets.NAME; in Python also a module that gives logits
             (b, classes, *spatial), or with deep supervision a list of them
         model_kwargs: more keywords for the model's constructor
+        size: the model's size, where it has several, as tiny, small or base
+        mixer: the mixer of a model that has several, as medssm_unet; docs/mixers.md compares them
         spatial_dims: 2 trains on slices
     Args: Optimisation
         max_steps: training steps (default: 1000 where `max_seconds` is not given)
@@ -131,6 +139,13 @@ def train(
     out = Path(out)
     finished = _finished(out, resume, overwrite)
     if finished:
+        if not quiet:
+            more = max_steps is not None and max_steps > finished["steps"]
+            print(
+                f"nothing was trained: {out} has a finished training of {finished['steps']} steps"
+                + (": its optimizer is gone, so more steps need a training anew (--overwrite)" if more else ""),
+                file=sys.stderr,
+            )
         return finished
     _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, patch, spacing, lr, foreground)
     if max_steps is None and max_seconds is None:
@@ -151,16 +166,17 @@ def train(
         patch=patch,
         mirror=_axes(mirror),
         modality=modality,
+        nan=nan,
         cache=cache,
         seed=seed,
         fabric=fabric,
         quiet=quiet,
     )
-    held_out = load(validation[fabric.global_rank :: fabric.world_size], table, fitted.spacing, cache)
+    held_out = load(validation[fabric.global_rank :: fabric.world_size], table, fitted.spacing, cache, nan)
 
     torch.manual_seed(seed)
     sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.classes)}
-    kwargs = {"spatial_dims": spatial_dims, **sizes, **(model_kwargs or {})}
+    kwargs = {"spatial_dims": spatial_dims, **sizes, **(model_kwargs or {}), **_given(size=size, mixer=mixer)}
     network, config = model if isinstance(model, nn.Module) else networks.build(model, **kwargs), networks.describe(model, kwargs)
     network = networks.placed(network, fabric.device, spatial_dims)
     networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
@@ -178,6 +194,8 @@ def train(
         "seed": seed,
         "processes": fabric.world_size,
     }
+    if not quiet:
+        print(_plan(fitted, fabric, training, validation, max_steps, max_seconds, batch, validations), file=sys.stderr)
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
     criterion = SegmentationLoss(ignore=fitted.ignore is not None)
     loop = Loop(
@@ -236,6 +254,10 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     found = f", mean Dice {dice['mean']:.3f} on {held_out} held-out case(s)" if dice else ""
     print(f"{result['model']}: {result['parameters']:,} parameters, {result['steps']} steps in {result['seconds']:.0f} s{found}")
     print(f"written: {result['out']}")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _finished(out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -328,6 +350,37 @@ def _axes(mirror: str | Sequence[int]) -> str | tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", mirror):
         raise UserError(f"mirror: expected auto, swap, none or axes as in 0,1, got {mirror!r}")
     return tuple(int(axis) for axis in mirror.split(","))
+
+
+def _plan(
+    fitted: Fitted,
+    fabric: Fabric,
+    training: Sequence[Case],
+    validation: Sequence[Case],
+    max_steps: int | None,
+    max_seconds: float | None,
+    batch: int,
+    validations: int,
+) -> str:
+    """What will be trained, a line each: what was found, fitted or chosen."""
+    axes = ("left-right", "front-back", "up-down")
+    mirrored = ", ".join(axes[axis] for axis in fitted.mirror) or "none"
+    names = list(fitted.classes)
+    swapped = "".join(f"; {names[a]} and {names[b]} change places" for a, b in fitted.sides)
+    held_out = f"{len(validation)} held out, validated {validations} times" if validation and validations else "no validation"
+    budget = " or ".join([*([f"{max_steps:,} steps"] if max_steps else []), *([f"{max_seconds:g} s"] if max_seconds else [])])
+    scaled = ", ".join(f"{name} {_SCHEMES[how['scheme']]}" for name, how in zip(fitted.channels, fitted.intensity, strict=True))
+    lines = {
+        "device": f"{fabric.device}, {fabric.world_size} process(es)",
+        "cases": f"{len(training)} to train on, {held_out}",
+        "classes": ", ".join(f"{name} {value}" for name, value in fitted.classes.items()),
+        "intensities": scaled,
+        "spacing": f"{' x '.join(f'{edge:.3g}' if edge else 'own' for edge in fitted.spacing)} mm",
+        "patch": f"{' x '.join(map(str, fitted.patch))} voxels, {batch} in a step",
+        "mirrored": f"{mirrored}{swapped}",
+        "budget": budget,
+    }
+    return "\n".join(f"{name + ':':<12} {text}" for name, text in lines.items())
 
 
 def _files(cases: Sequence[Case]) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ def load(
     dataset: Dataset,
     spacing: Sequence[float],
     cache: Path | str | None,
+    nan: float | None = None,
     show: Callable[[float, str], None] = lambda fraction, text: None,
 ) -> list[Arrays]:
     """Each case's image and label, oriented and resampled.
@@ -57,6 +58,7 @@ def load(
         dataset: the data set they belong to
         spacing: millimetres along the RAS axes; 0 keeps an axis as it is
         cache: a folder that keeps the arrays for the next time; None reads the files
+        nan: what takes the place of voxels that are not finite; None refuses them
         show: is called with the part that is done, 0 to 1, and the name of the case
 
     Raises:
@@ -66,7 +68,7 @@ def load(
     errors: list[str] = []
     for i, case in enumerate(cases):
         try:
-            loaded.append(_load_cached(case, dataset, spacing, Path(cache)) if cache else _load(case, dataset, spacing))
+            loaded.append(_load_cached(case, dataset, spacing, Path(cache), nan) if cache else _load(case, dataset, spacing, nan))
         except UserError as error:
             errors.append(str(error))
         show((i + 1) / len(cases), case.name)
@@ -94,11 +96,11 @@ def prepare(name: str, image: torch.Tensor, label: torch.Tensor, fitted: Fitted,
     return Volume(name, image, label, how, _by_class(flat, random), labelled)
 
 
-def _load(case: Case, dataset: Dataset, spacing: Sequence[float]) -> Arrays:
-    return load_image(case, len(dataset.channels), spacing).as_tensor(), load_label(case, dataset, spacing)
+def _load(case: Case, dataset: Dataset, spacing: Sequence[float], nan: float | None) -> Arrays:
+    return load_image(case, len(dataset.channels), spacing, nan).as_tensor(), load_label(case, dataset, spacing)
 
 
-def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: Path) -> Arrays:
+def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: Path, nan: float | None) -> Arrays:
     """The same from an entry of MONAI's PersistentDataset, which is named by all that it depends on and mapped into memory, not read.
 
     A damaged entry is made again. The entry is written in `cache` under another name first, so a second process never sees half of one.
@@ -111,6 +113,7 @@ def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: 
         "spacing": list(spacing),
         "classes": list(dataset.classes.values()),
         "ignore": dataset.ignore,
+        "nan": nan,
     }
     entry = cache / f"{json_hashing(key).decode()}.pt"
     try:
@@ -118,7 +121,7 @@ def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: 
         if arrays is None:
             entry.unlink(missing_ok=True)
             with _temporary_files_in(cache):
-                PersistentDataset([key], _Read(case, dataset, spacing), cache, hash_func=json_hashing)[0]
+                PersistentDataset([key], _Read(case, dataset, spacing, nan), cache, hash_func=json_hashing)[0]
             arrays = _mapped(entry)
     except RuntimeError as error:  # MONAI wraps what `_Read` raises; torch.save raises this one itself on a full disk
         raise error.__cause__ or UserError(f"cache: {cache}: cannot be written ({first_line(error)})") from error
@@ -132,11 +135,11 @@ def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: 
 class _Read(Transform):
     """`_load` for PersistentDataset, which calls it with the key of an entry that does not exist yet."""
 
-    def __init__(self, case: Case, dataset: Dataset, spacing: Sequence[float]):
-        self.case, self.dataset, self.spacing = case, dataset, spacing
+    def __init__(self, case: Case, dataset: Dataset, spacing: Sequence[float], nan: float | None):
+        self.case, self.dataset, self.spacing, self.nan = case, dataset, spacing, nan
 
     def __call__(self, key: dict[str, Any]) -> dict[str, torch.Tensor]:
-        image, label = _load(self.case, self.dataset, self.spacing)
+        image, label = _load(self.case, self.dataset, self.spacing, self.nan)
         return {"image": image, "label": label}
 
 

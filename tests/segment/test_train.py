@@ -160,7 +160,7 @@ def test_sigterm_saves_and_ends_with_one_line(small, tmp_path):
         running.send_signal(signal.SIGTERM)
         shown = running.communicate(timeout=60)[1]
     assert running.returncode == 130 and "Traceback" not in shown and "steps: go on with --resume" in shown.splitlines()[-1]
-    assert {file.name for file in out.iterdir()} == {"checkpoint.pt", "fitted.json", "train.yaml", "metrics.jsonl"}
+    assert {file.name for file in out.iterdir()} == {"checkpoint.pt", "fitted.json", "cases.json", "train.yaml", "metrics.jsonl"}
     step = records(out)[-1]["step"]
     assert train(small, out, max_steps=step + 3, resume=True, **FAST)["steps"] == step + 3
 
@@ -181,8 +181,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(small, tmp_path
     with files_of_at_most(20_000):
         assert cli.main(["train", str(small), str(tmp_path / "out"), *COMMAND, "--max-steps", "3", "--save-seconds", save]) == 2
     shown = capsys.readouterr().err.splitlines()
-    assert len(shown) == 1 and f"{name}: the disk is full" in shown[0]
-    assert {file.name for file in (tmp_path / "out").iterdir()} <= {"config.json", "fitted.json", "train.yaml", "metrics.jsonl"}
+    assert f"{name}: the disk is full" in shown[-1] and shown[-2].startswith("budget:")  # what comes before is the plan
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= {"config.json", "fitted.json", "cases.json", "train.yaml", "metrics.jsonl"}
 
 
 def test_a_full_disk_leaves_the_log_with_whole_lines(small, tmp_path, monkeypatch):

@@ -37,7 +37,17 @@ def axes_order(spacing, order):
 
 def read(folder, **changes):
     table = load_dataset(folder)
-    options = {"spatial_dims": 3, "spacing": None, "patch": (16, 16, 8), "mirror": (), "modality": None, "cache": None, "seed": 0, "quiet": True}
+    options = {
+        "spatial_dims": 3,
+        "spacing": None,
+        "patch": (16, 16, 8),
+        "mirror": (),
+        "modality": None,
+        "nan": None,
+        "cache": None,
+        "seed": 0,
+        "quiet": True,
+    }
     return fit(table, table.cases, fabric=Fabric(accelerator="cpu", devices=1), **{**options, **changes})
 
 
