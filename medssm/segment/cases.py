@@ -55,9 +55,9 @@ def cases_in(path: Path | str, channels: int) -> list[Case]:
             raise UserError(f"{path}: no .nii or .nii.gz file in this folder")
         return grouped(files, channels)
     name, number = _channel(path)
-    images = _channel_files(path, name, channels)
-    whole = number is not None and number < channels and all(file.is_file() for file in images)
-    return [Case(name, images) if whole and not _has_all_channels(path, channels) else Case(strip_ending(path), (path,))]
+    if number is None or number >= channels or _has_all_channels(path, channels):
+        return [Case(strip_ending(path), (path,))]
+    return [Case(name, _channel_files(path, name, channels))]  # one that is missing is named when the case is read
 
 
 def grouped(files: Iterable[Path], channels: int) -> list[Case]:
