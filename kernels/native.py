@@ -13,11 +13,13 @@ import logging
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from medssm.kernels.walks import Sequences
 
 logger = logging.getLogger("medssm")
 
@@ -168,9 +170,38 @@ def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+# A walk's fields of an argument block, and their values: csrc/include/medssm/walk.h.
+WALK = fields("index starts sequences start_count reverse")
+
+
+def walk(index: torch.Tensor | None, starts: torch.Tensor | None, sequences: Sequences | None, reverse: bool) -> tuple[int, ...]:
+    """The values of WALK."""
+    of_segments = 0 if sequences is None else sequences.of_segments.data_ptr()
+    return pointer(index), pointer(starts), of_segments, 0 if starts is None else starts.shape[0], reverse
+
+
+def new_state(
+    tokens: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, before: torch.Tensor | None, sequences: Sequences | None
+) -> torch.Tensor:
+    """A state (b, *shape), or (n, *shape) of n packed sequences, for a kernel to fill: the final one, or the gradient of the initial one.
+
+    tokens (b, l, …). Kernels leave out empty sequences: their state is the one before, zero for None.
+    """
+    batch, length = tokens.shape[:2]
+    if sequences is None and length:
+        return torch.empty((batch, *shape), dtype=dtype, device=tokens.device)
+    state = torch.zeros((batch if sequences is None else sequences.count, *shape), dtype=dtype, device=tokens.device)
+    return state if before is None else state.copy_(before)
+
+
 def lanes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with adjacent channels (its last dimension), which fill the vector lanes: itself, or a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def contiguous(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    """The tensor, contiguous and, if given, in a dtype: itself, or a copy that the caller holds until its kernel is done; None for None."""
+    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
 
 
 def like(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:

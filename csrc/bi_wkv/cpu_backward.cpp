@@ -194,7 +194,7 @@ template <class T, bool kUpstream> class Backward {
 
 template <class T, bool kUpstream> void backward(const Arguments& a) {
   const Problem& p = a.problem;
-  const Walk walk(p.length, p.index, nullptr, 0, p.reverse);
+  const Walk walk(p.length, p.index, p.reverse);
   prefer_huge_pages(p, a.dk);
   prefer_huge_pages(p, a.dv);
   using Walker = Backward<T, kUpstream>;

@@ -19,7 +19,7 @@ template <class T> struct Memory {
 
 template <class T, bool kUpstream> void forward(const Arguments& a) {
   const Problem& p = a.problem;
-  const Walk walk(p.length, p.index, nullptr, 0, p.reverse);
+  const Walk walk(p.length, p.index, p.reverse);
   prefer_huge_pages(p, a.out);
   using Walker = Outputs<T, kUpstream, false>;
   const auto make = [&](const Memory<T>& memory, const Block<T>& block, int64_t i) {

@@ -22,7 +22,7 @@ namespace {
 // Calls body(run, segment) for each part of a task inside one segment.
 template <class Body> void each_run(const Walk& walk, const Task& task, const Body& body) {
   for (Range run = {task.begin, task.begin}; run.begin < task.end; run.begin = run.end) {
-    const Range segment = walk.segment(run.begin);
+    const Segment segment = walk.segment(run.begin);
     run.end = least(task.end, segment.end);
     body(run, segment);
   }
@@ -31,18 +31,6 @@ template <class Body> void each_run(const Walk& walk, const Task& task, const Bo
 // Calls f(step, steps) for each tile of a range.
 template <class F> void each_tile(const Range& range, const F& f) {
   for (int64_t step = range.begin; step < range.end; step += kTile) f(step, least<int64_t>(kTile, range.end - step));
-}
-
-// Writes the last width - 1 tokens of the walk, oldest first, to a contiguous state (b, d, width - 1).
-template <class T> void final_state(const Problem& p, const Plan<T>& plan, const Walk& walk, void* state) {
-  Input<T> input(plan, walk, p);
-  for (int64_t n = 0; n < p.batch; ++n)
-    for (int64_t group = 0; group < plan.groups; ++group) {
-      const Task task = plan.task((n * plan.chunks + plan.chunks - 1) * plan.groups + group);
-      input.start(task, walk.segment(plan.length - 1), plan.length);
-      const T* const* rows = input.window(plan.length, 0);
-      for (int64_t slot = 0; slot < plan.past; ++slot) store_state(state, p.x_type, plan.slots(task) + slot, plan.past, plan.width(task), rows[slot]);
-    }
 }
 
 // Calls body(task) for this thread's share of the tasks.
@@ -77,17 +65,20 @@ template <class T> void forward(const Forward& a) {
     Input<T>& input = own[team.rank].input;
     Rows<T>& rows = own[team.rank].rows;
     each_task(plan, team, [&](const Task& task) {
-      each_run(walk, task, [&](const Range& run, const Range& segment) {
+      each_run(walk, task, [&](const Range& run, const Segment& segment) {
         input.start(task, segment, run.begin);
         each_tile(run, [&](int64_t step, int64_t steps) {
           tile.convolve(input.window(step, steps), taps.data() + task.first * plan.packed, plan.past + 1, plan.width(task), p.silu, steps,
                         rows.store_into(task, step, steps), out.streams());
           rows.store(task, step, steps);
         });
+        if (!a.state || run.end < segment.end || !segment.ends_sequence) return;
+        const T* const* last = input.window(run.end, 0);
+        for (int64_t slot = 0; slot < plan.past; ++slot)
+          store_state(a.state, p.x_type, plan.slots(task, segment.sequence) + slot, plan.past, plan.width(task), last[slot]);
       });
     });
   });
-  if (a.state) final_state(p, plan, walk, a.state);
 }
 
 // Computes the gradients of tasks, one after the other, with the scratch memory of one thread.
@@ -117,13 +108,13 @@ template <class T> class Adjoint {
   // Writes the gradients of the task's tokens, and stores its share of the gradients of the taps and the bias in `sums`.
   void run(const Task& task, T* sums) {
     std::memset(sums, 0, static_cast<std::size_t>(task.count * plan_.packed) * sizeof(T));
-    each_run(walk_, task, [&](const Range& run, const Range& segment) {
+    each_run(walk_, task, [&](const Range& run, const Segment& segment) {
       const Range readers = {run.begin, least(run.end + plan_.past, segment.end)};  // the steps whose taps read the run's tokens
       input_.start(task, segment, run.begin);
       each_tile(run, [&](int64_t step, int64_t steps) { differentiate(task, readers, step, steps, sums); });
       each_tile({run.end, readers.end}, [&](int64_t step, int64_t steps) { differentiate(task, readers, step, steps, nullptr); });
-      const auto propagate_tile = [&](int64_t step, int64_t steps) { propagate(task, readers, step, steps); };
-      if (run.begin == 0 && a_.dinitial) each_tile({-plan_.past, 0}, propagate_tile);
+      const auto propagate_tile = [&](int64_t step, int64_t steps) { propagate(task, segment, readers, step, steps); };
+      if (run.begin == segment.begin && segment.begins_sequence && a_.dinitial) each_tile({run.begin - plan_.past, run.begin}, propagate_tile);
       each_tile(run, propagate_tile);
     });
   }
@@ -137,19 +128,19 @@ template <class T> class Adjoint {
                         dout_rows_.load(task, step, steps), g, sums);
   }
 
-  // Computes the gradients of a tile's tokens from g. At the end of the walk the gradient of the final state is added. Tokens before step 0 belong to
-  // the initial state.
-  void propagate(const Task& task, const Range& readers, int64_t step, int64_t steps) {
+  // Computes the gradients of a tile's tokens from g. At the end of a sequence the gradient of the final state is added. Tokens before the segment
+  // belong to the initial state.
+  void propagate(const Task& task, const Segment& segment, const Range& readers, int64_t step, int64_t steps) {
     for (int64_t i = 0; i < kTile + plan_.past; ++i) {
       const int64_t at = step + i;
       window_.data()[i] = at >= readers.begin && at < readers.end ? g_.data() + (at - readers.begin) * plan_.row : zeros_.data();
     }
-    const int64_t channels = plan_.width(task), first_kept = plan_.length - plan_.past;
-    const bool kept = readers.end == plan_.length && step + steps > first_kept;
+    const int64_t channels = plan_.width(task), first_kept = segment.end - plan_.past;
+    const bool kept = segment.ends_sequence && readers.end == segment.end && step + steps > first_kept;
     const auto convolve_into = [&](T* const* rows, bool stream) {
       tile_.convolve(window_.data(), mirrored_ + task.first * plan_.packed, plan_.past + 1, channels, false, steps, rows, stream);
     };
-    if (step >= 0 && !kept) {
+    if (step >= segment.begin && !kept) {
       convolve_into(dx_rows_.store_into(task, step, steps), dx_.streams());
       return dx_rows_.store(task, step, steps);
     }
@@ -158,11 +149,12 @@ template <class T> class Adjoint {
     convolve_into(rows, false);
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t at = step + t;
-      if (kept && at >= first_kept) dstate_.add_to(rows[t], task.n, task.first * kLanes<T>, channels, at - first_kept);
-      if (at >= 0)
+      if (kept && at >= first_kept) dstate_.add_to(rows[t], task.n + segment.sequence, task.first * kLanes<T>, channels, at - first_kept);
+      if (at >= segment.begin)
         dx_.store_row(task, at, rows[t]);
       else
-        store_state(a_.dinitial, p_.initial_type, plan_.slots(task) + at + plan_.past, plan_.past, channels, rows[t]);
+        store_state(a_.dinitial, p_.initial_type, plan_.slots(task, segment.sequence) + at - segment.begin + plan_.past, plan_.past, channels,
+                    rows[t]);
     }
   }
 

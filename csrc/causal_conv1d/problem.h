@@ -13,11 +13,11 @@ struct Problem {
   int64_t x_type, x_stride[2];  // of batch and token; channels are adjacent
   int64_t batch, length;
   Taps taps;
-  const void* initial;  // (b, d, width - 1), or null for zeros
+  const void* initial;  // (b, d, width - 1), or null for zeros; with packed sequences, here and below, the b of states is their number
   int64_t initial_type, initial_stride[3];
-  const int64_t *index, *starts;  // index: the token of each step, null for raster order; starts: the sorted steps at which a segment begins
-  int64_t start_count, reverse;   // reverse: the same walk from its end
-  int64_t silu, wide, threads;    // wide: compute in double
+  const int64_t *index, *starts, *sequences;  // each may be null. index: the token of each step; starts: the sorted steps at which a segment begins;
+  int64_t start_count, reverse;               // sequences: that of each segment (see medssm/walk.h); reverse: the same walk from its end
+  int64_t silu, wide, threads;                // wide: compute in double
 };
 struct Forward {
   Problem problem;
@@ -34,18 +34,25 @@ struct Backward {
 
 constexpr int64_t kSteps = 128, kChannels = 256;  // the largest task: steps, channels
 
+// The steps [begin, end). The taps read zeros before the first step, or the initial state of the sequence if it begins there.
+struct Segment : Range {
+  int64_t sequence;
+  bool begins_sequence, ends_sequence;
+};
+
 // The order in which tokens are visited.
 class Walk {
  public:
-  explicit Walk(const Problem& p) : index_(p.index), starts_(p.starts), count_(p.start_count), length_(p.length), reverse_(p.reverse) {}
+  explicit Walk(const Problem& p) :
+      index_(p.index), starts_(p.starts), sequences_(p.sequences), count_(p.start_count), length_(p.length), reverse_(p.reverse) {}
 
   int64_t token(int64_t step) const {
     const int64_t at = reverse_ ? length_ - 1 - step : step;
     return index_ ? index_[at] : at;
   }
 
-  // The segment that contains a step. The taps read zeros before the start of a segment.
-  Range segment(int64_t step) const {
+  // The segment that contains a step.
+  Segment segment(int64_t step) const {
     const int64_t at = reverse_ ? length_ - 1 - step : step;
     int64_t low = 0, high = count_;  // the first start after `at`
     while (low < high) {
@@ -56,11 +63,16 @@ class Walk {
         high = middle;
     }
     const int64_t begin = low > 0 ? starts_[low - 1] : 0, end = low < count_ ? starts_[low] : length_;
-    return reverse_ ? Range{length_ - end, length_ - begin} : Range{begin, end};
+    const int64_t own = sequence_of(low - 1);
+    const bool first = begin == 0 || sequence_of(low - 2) != own, last = end == length_ || sequence_of(low) != own;
+    return reverse_ ? Segment{{length_ - end, length_ - begin}, own, last, first} : Segment{{begin, end}, own, first, last};
   }
 
  private:
-  const int64_t *index_, *starts_;
+  // The sequence of the i-th segment. Even if a compiled graph brings starts without 0, which nobody has checked, no memory outside is read.
+  int64_t sequence_of(int64_t i) const { return sequences_ ? sequences_[most<int64_t>(0, i)] : 0; }
+
+  const int64_t *index_, *starts_, *sequences_;
   int64_t count_, length_;
   bool reverse_;
 };
@@ -100,7 +112,7 @@ template <class T> struct Plan {
   // The number of channels of a task.
   int64_t width(const Task& t) const { return least(t.count * W, channels - t.first * W); }
   // The offset of a task's first channel in a contiguous state (b, d, width - 1).
-  int64_t slots(const Task& t) const { return (t.n * channels + t.first * W) * past; }
+  int64_t slots(const Task& t, int64_t sequence) const { return ((t.n + sequence) * channels + t.first * W) * past; }
 };
 
 }  // namespace

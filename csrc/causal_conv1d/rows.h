@@ -74,7 +74,7 @@ template <class T> class Rows {
   T* rows_[kTile];
 };
 
-// A (b, d, width - 1) tensor of any storage type, or null: the tokens before the walk (initial state), or its last tokens (final state).
+// A (b, d, width - 1) tensor of any storage type, or null: the tokens before a sequence (initial state), or its last tokens (final state).
 struct State {
   const void* data;
   int64_t type, stride[3];
@@ -107,7 +107,7 @@ template <class T> class Input {
       scratch_(slots_ * plan.row),
       rows_(slots_) {}
 
-  void start(const Task& task, const Range& segment, int64_t step) {
+  void start(const Task& task, const Segment& segment, int64_t step) {
     task_ = task;
     segment_ = segment;
     next_ = step - plan_.past;
@@ -129,7 +129,8 @@ template <class T> class Input {
       x_.load_row(task_, step, row);
     } else {
       std::memset(row, 0, static_cast<std::size_t>(plan_.row) * sizeof(T));
-      if (segment_.begin == 0) initial_.add_to(row, task_.n, task_.first * kLanes<T>, plan_.width(task_), step + plan_.past);
+      if (segment_.begins_sequence)
+        initial_.add_to(row, task_.n + segment_.sequence, task_.first * kLanes<T>, plan_.width(task_), step - segment_.begin + plan_.past);
     }
     return row;
   }
@@ -141,7 +142,7 @@ template <class T> class Input {
   const Scratch<T> scratch_;
   const Scratch<const T*> rows_;
   Task task_;
-  Range segment_;
+  Segment segment_;
   int64_t next_;  // the first step whose row is not in scratch memory yet
 };
 

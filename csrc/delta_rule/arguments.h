@@ -19,15 +19,15 @@ struct Scalars {  // (b, l, h): beta, g
 };
 struct Problem {
   Tokens q, k, v;
-  Scalars beta, g;                // g.data is null if there is no decay
-  const void* initial;            // (b, h, dk, dv): contiguous, in the compute type; may be null
-  const int64_t *index, *starts;  // index null: raster order; starts null: no segment begins after step 0
+  Scalars beta, g;                            // g.data is null if there is no decay
+  const void* initial;                        // (b, h, dk, dv): contiguous, in the compute type; may be null
+  const int64_t *index, *starts, *sequences;  // see medssm/walk.h; each may be null
   int64_t start_count, reverse;
   int64_t batch, length, heads, keys, values;  // keys: dk, values: dv
   int64_t wide, threads;                       // wide: compute in double
   double scale;
 
-  Walk walk() const { return {length, index, starts, start_count, reverse != 0}; }
+  Walk walk() const { return {length, index, starts, sequences, start_count, reverse != 0}; }
 };
 
 MEDSSM_INLINE int64_t element_size(int64_t type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
@@ -61,6 +61,11 @@ template <class T> struct Items {
     return {head / heads, head % heads, block, first, static_cast<int>(least<int64_t>(kVectors * kLanes<T>, columns - first))};
   }
 };
+
+// The offset of an item's head in states (b, h, dk, dv) (see medssm/walk.h).
+MEDSSM_INLINE int64_t state_offset(const Problem& p, const Item& item, int64_t sequence) {
+  return ((item.batch + sequence) * p.heads + item.head) * p.keys * p.values;
+}
 
 // Calls f with the number of lane vectors that the item needs, as a compile-time constant.
 template <class T, class F> void with_vectors(const Item& item, const F& f) {

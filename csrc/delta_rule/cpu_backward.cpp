@@ -7,13 +7,15 @@
 // There are three passes. The first computes X with one column of S per lane, and from it du and dv. The second computes S, and the third X, with one
 // row of S per lane; they give dq and dk.
 //
-// The gradient of g_t is <S'_t, dS'_t>, with dS' = dS - k dv^T. The difference between the gradients of a token and of the next token is
+// The gradient of g_t is <S'_t, dS'_t> = <S_{t-1}, X_{t-1}>, with dS' = dS - k dv^T. The difference between the gradients of a token and of the next
+// token is
 //
 //   q_t . S'_t do'_t - beta_t (q_t . k_t) (recalled_t . do'_t) - beta_t v_t . X_t^T k_t
 //
-// In this form the terms that a token contributes to its own gradient cancel exactly. So with strong decay the terms are as small as the gradient,
-// and little accuracy is lost. dg is the running sum of these differences, from the last token to the first. It restarts from <S, X> every kChunk
-// steps, so that the rounding error does not grow with the length.
+// In this form the terms that a token contributes to its own gradient cancel exactly. So with strong decay the terms are as small as the gradient.
+// dg is the running sum of these differences, from a segment's first token on: <S, X> of the initial state where a sequence begins, otherwise 0. (A
+// sum from the end would begin with the final state times its gradient, and only the rounding error of that would remain after a strong decay.) It
+// restarts from <S, X> every kChunk steps, so that the rounding error does not grow with the length, and from 0 where the decay is negligible.
 #include "medssm/abi.h"
 #include "medssm/parallel.h"
 #include "passes.h"
@@ -30,7 +32,7 @@ struct Backward {
   const void *dstate, *recalled;  // contiguous, in the compute type; dstate may be null
   void *dq, *dk, *dv;             // contiguous, in the compute type, like all outputs below
   void *dbeta, *dg;               // (b, l, h); dg is null if there is no g
-  void* dinitial;                 // may be null
+  void* dinitial;                 // null without an initial state
 };
 
 // The tiles of steps [from, end), from the last to the first.
@@ -84,14 +86,14 @@ void values_pass(const Backward& a, const Walk& walk, const Intermediates<T>& in
   using L = Lanes<T, N>;
   const Problem& p = a.problem;
   const Item item = intermediates.by_values[i];
-  const int64_t at_state = (item.batch * p.heads + item.head) * p.keys * p.values + item.first;
+  const auto at_state = [&](int64_t sequence) { return state_offset(p, item, sequence) + item.first; };
   const T scale = static_cast<T>(p.scale);
   memory.clear();
   Rows<T> q(p.q, item, 0, p.keys, memory), k(p.k, item, 0, p.keys, memory), v(p.v, item, item.first, item.lanes, memory),
       dout(a.dout, item, item.first, item.lanes, memory), recalled(dense<T>(a.recalled, p, p.values), item, item.first, item.lanes, memory);
   const Target<T> dv(a.dv, p, item, p.values), u(intermediates.u.data(), p, item, p.values);
   State<T, N, 2, 2> state(p.keys, memory);
-  state.set(a.dstate, at_state, p.values, 1, item.lanes);
+  state.set(a.dstate, at_state(walk.last_sequence()), p.values, 1, item.lanes);
   each_tile_back(walk, 0, p.length, [&](const Tile& tile) {
     each_block(tile, false, [&](const Block& block) {
       T e[kBlock], beta[kBlock];
@@ -117,9 +119,14 @@ void values_pass(const Backward& a, const Walk& walk, const Intermediates<T>& in
       put_shares(of_beta, block, intermediates.dbeta.data() + i * p.length);
       put_shares(of_g, block, intermediates.later.data() + i * p.length);
     });
-    if (tile.fresh) state.clear();
+    if (tile.begins_sequence()) {
+      if (a.dinitial) state.get(a.dinitial, at_state(tile.sequence), p.values, item.lanes);
+      state.set(a.dstate, at_state(tile.previous), p.values, 1, item.lanes);
+    } else if (tile.fresh) {
+      state.clear();
+    }
   });
-  if (a.dinitial) state.get(a.dinitial, at_state, p.values, item.lanes);
+  if (a.dinitial) state.get(a.dinitial, at_state(walk.first_sequence()), p.values, item.lanes);
 }
 
 // Second pass: computes dq, the term -S' dv of dk, and shares of dg. If `kept` is not null, stores S at the end of each chunk there. One row of S per
@@ -135,10 +142,16 @@ void queries_pass(const Backward& a, const Walk& walk, const Intermediates<T>& i
       dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.lanes, memory), k(p.k, item, item.first, item.lanes, memory);
   const Target<T> dq(a.dq, p, item, p.keys), dk(a.dk, p, item, p.keys);
   State<T, N, 3, 1> state(p.values, memory);
-  state.set(p.initial, ((item.batch * p.heads + item.head) * p.keys + item.first) * p.values, 1, p.values, item.lanes);
+  const auto begin = [&](int64_t sequence) {
+    state.set(p.initial, state_offset(p, item, sequence) + item.first * p.values, 1, p.values, item.lanes);
+  };
+  begin(walk.first_sequence());
   for (int64_t from = 0; from < p.length;) {
     const Tile tile = walk.tile(from, p.length);
-    if (tile.fresh) state.clear();
+    if (tile.begins_sequence())
+      begin(tile.sequence);
+    else if (tile.fresh)
+      state.clear();
     each_block(tile, true, [&](const Block& block) {
       T e[kBlock];
       decays(p.g, item, block, e);
@@ -157,13 +170,13 @@ void queries_pass(const Backward& a, const Walk& walk, const Intermediates<T>& i
       put_shares(of_g, block, intermediates.earlier.data() + i * p.length);
     });
     from += tile.count;
-    if (kept && (from % kChunk == 0 || from == p.length))
+    if (kept && from % kChunk == 0)
       std::memcpy(kept + (from - 1) / kChunk * state.size(), state.value(), static_cast<std::size_t>(state.size()) * sizeof(T));
   }
 }
 
-// Third pass: adds the term dS u of dk. If `kept` is not null, computes <S, X> at the end of each chunk. One row of X per lane, from the last token
-// to the first.
+// Third pass: adds the term dS u of dk. If `kept` is not null, computes <S, X> at the end of each chunk but the last. One row of X per lane, from the
+// last token to the first.
 template <class T, int N>
 void keys_pass(const Backward& a, const Walk& walk, const Intermediates<T>& intermediates, int64_t i, Workspace<T>& memory, const T* kept) {
   using L = Lanes<T, N>;
@@ -176,9 +189,10 @@ void keys_pass(const Backward& a, const Walk& walk, const Intermediates<T>& inte
       partial(dense<T>(a.dk, p, p.keys), item, item.first, item.lanes, memory);
   const Target<T> dk(a.dk, p, item, p.keys);
   State<T, N, 3, 2> state(p.values, memory);
-  state.set(a.dstate, ((item.batch * p.heads + item.head) * p.keys + item.first) * p.values, 1, p.values, item.lanes);
+  const auto begin = [&](int64_t sequence) { state.set(a.dstate, state_offset(p, item, sequence) + item.first * p.values, 1, p.values, item.lanes); };
+  begin(walk.last_sequence());
   for (int64_t chunk = intermediates.chunks - 1; chunk >= 0; --chunk) {
-    if (kept) {
+    if (kept && chunk + 1 < intermediates.chunks) {
       const T *x = state.value(), *s = kept + chunk * state.size();
       Vec<T> sum{};
       for (int64_t at = 0; at < state.size(); at += kLanes<T>) sum = fma(load<T>(x + at), load<T>(s + at), sum);
@@ -197,9 +211,26 @@ void keys_pass(const Backward& a, const Walk& walk, const Intermediates<T>& inte
                        return L::at(keys[j], item.lanes);
                      });
       });
-      if (tile.fresh) state.clear();
+      if (tile.begins_sequence())
+        begin(tile.previous);
+      else if (tile.fresh)
+        state.clear();
     });
   }
+}
+
+// <S, X> of a head's initial state of a sequence.
+template <class T> T initial_product(const Backward& a, const Item& head, int64_t sequence) {
+  if (!a.dinitial) return T(0);
+  const Problem& p = a.problem;
+  const int64_t at = state_offset(p, head, sequence), count = p.keys * p.values;
+  const T *s = static_cast<const T*>(p.initial) + at, *x = static_cast<const T*>(a.dinitial) + at;
+  Vec<T> sum{};
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int lanes = static_cast<int>(least<int64_t>(kLanes<T>, count - i));
+    sum = fma(load_part<T>(s + i, lanes), load_part<T>(x + i, lanes), sum);
+  }
+  return sum_lanes(sum);
 }
 
 // Computes dbeta and dg of one head: adds the shares of its items.
@@ -210,20 +241,31 @@ template <class T> void add_shares(const Backward& a, const Walk& walk, const In
     for (int64_t block = 0; block < items.blocks; ++block) sum += shares.data()[(head * items.blocks + block) * length + at];
     return sum;
   };
-  const int64_t offset = head / p.heads * p.length * p.heads + head % p.heads;
-  T *dbeta = static_cast<T*>(a.dbeta) + offset, *dg = static_cast<T*>(a.dg) + offset;
-  for (int64_t chunk = intermediates.chunks - 1; chunk >= 0; --chunk) {
-    T sum = a.dg ? add(intermediates.inner, intermediates.by_keys, intermediates.chunks, chunk) : T(0);
-    each_tile_back(walk, chunk * kChunk, least((chunk + 1) * kChunk, p.length), [&](const Tile& tile) {
-      for (int64_t t = tile.count - 1; t >= 0; --t) {
-        const int64_t step = tile.from + t, at = tile.token(t) * p.heads;
-        dbeta[at] = add(intermediates.dbeta, intermediates.by_values, p.length, step);
-        if (!a.dg) continue;
-        sum += add(intermediates.earlier, intermediates.by_keys, p.length, step) + add(intermediates.later, intermediates.by_values, p.length, step);
-        if (tile.fresh && t == 0) sum = T(0);  // the state before it is zero, so its decay has no gradient
-        dg[at] = sum;
-      }
-    });
+  const Item item{head / p.heads, head % p.heads, 0, 0, 0};
+  const int64_t offset = item.batch * p.length * p.heads + item.head;
+  T *const dbeta = static_cast<T*>(a.dbeta) + offset, *const dg = a.dg ? static_cast<T*>(a.dg) + offset : nullptr;
+  T sum = T(0), g[kTileSteps];
+  for (int64_t from = 0; from < p.length;) {
+    const Tile tile = walk.tile(from, p.length);
+    if (from == 0 || tile.begins_sequence())
+      sum = initial_product<T>(a, item, tile.sequence);
+    else if (tile.fresh)
+      sum = T(0);
+    else if (a.dg && from % kChunk == 0)
+      sum = add(intermediates.inner, intermediates.by_keys, intermediates.chunks, from / kChunk - 1);
+    if (a.dg)
+      with_storage(p.g.type, p.g.data, [&](const auto* data) {
+        data += p.g.batch * item.batch + p.g.head * item.head;
+        for (int64_t t = 0; t < tile.count; ++t) g[t] = to_compute<T>(data[tile.token(t) * p.g.token]);
+      });
+    for (int64_t t = 0; t < tile.count; ++t, ++from) {
+      const int64_t at = tile.token(t) * p.heads;
+      dbeta[at] = add(intermediates.dbeta, intermediates.by_values, p.length, from);
+      if (!a.dg) continue;
+      if (g[t] < kNegligibleLog<T>) sum = T(0);
+      dg[at] = sum;
+      sum -= add(intermediates.earlier, intermediates.by_keys, p.length, from) + add(intermediates.later, intermediates.by_values, p.length, from);
+    }
   }
 }
 

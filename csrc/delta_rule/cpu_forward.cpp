@@ -12,23 +12,28 @@ namespace {
 struct Forward {
   Problem problem;
   void* out;       // (b, l, h, dv), contiguous, in v's type
-  void* state;     // (b, h, dk, dv), contiguous, in the compute type; may be null
+  void* state;     // (b, h, dk, dv), contiguous, in the compute type; b is the number of packed sequences, if there are any; may be null
   void* recalled;  // (b, l, h, dv), contiguous, in the compute type; may be null
 };
 
 template <class T, int kVectors> void run(const Forward& a, const Walk& walk, const Item& item, Workspace<T>& memory) {
   using L = Lanes<T, kVectors>;
   const Problem& p = a.problem;
-  const int64_t head = item.batch * p.heads + item.head, at_state = head * p.keys * p.values + item.first;
+  const auto at_state = [&](int64_t sequence) { return state_offset(p, item, sequence) + item.first; };
   const auto at = [&](int64_t token) { return ((item.batch * p.length + token) * p.heads + item.head) * p.values + item.first; };
   const T scale = static_cast<T>(p.scale);
   memory.clear();
   Rows<T> k(p.k, item, 0, p.keys, memory), q(p.q, item, 0, p.keys, memory), v(p.v, item, item.first, item.lanes, memory);
   State<T, kVectors, 2, 1> state(p.keys, memory);
-  state.set(p.initial, at_state, p.values, 1, item.lanes);
+  state.set(p.initial, at_state(walk.first_sequence()), p.values, 1, item.lanes);
   for (int64_t from = 0; from < p.length;) {
     const Tile tile = walk.tile(from, p.length);
-    if (tile.fresh) state.clear();
+    if (tile.begins_sequence()) {
+      if (a.state) state.get(a.state, at_state(tile.previous), p.values, item.lanes);
+      state.set(p.initial, at_state(tile.sequence), p.values, 1, item.lanes);
+    } else if (tile.fresh) {
+      state.clear();
+    }
     each_block(tile, true, [&](const Block& block) {
       T e[kBlock], beta[kBlock];
       decays(p.g, item, block, e);
@@ -48,7 +53,7 @@ template <class T, int kVectors> void run(const Forward& a, const Walk& walk, co
     });
     from += tile.count;
   }
-  if (a.state) state.get(a.state, at_state, p.values, item.lanes);
+  if (a.state) state.get(a.state, at_state(walk.last_sequence()), p.values, item.lanes);
 }
 
 template <class T> void forward(const Forward& a) {

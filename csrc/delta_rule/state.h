@@ -28,6 +28,7 @@ template <class T, int kVectors, int kSlots, int kUpdates> class State {
   // clear: sets the state to zero. set: reads row i, lane c from data[offset + i * row_stride + c * column_stride]; null data means zero.
   void clear() {
     for (int64_t i = 0; i < rows_ * kRow; ++i) state_[i] = T(0);
+    for (int64_t i = 0; i < panel_size(rows_); ++i) earlier_[i] = T(0);  // pending zeros times NaN would be NaN
     clear_pending();
   }
   void set(const void* data, int64_t offset, int64_t row_stride, int64_t column_stride, int lanes) {

@@ -1,17 +1,19 @@
-// Gated linear attention, backward, on a CPU: three passes with the recurrence of the forward pass, one in the direction of the walk and two in
-// reverse.
+// Gated linear attention, backward, on a CPU: three passes with the recurrence of the forward pass, two in reverse and one in the direction of the
+// walk.
 //
 //   dq_t = scale S_t do_t,   dk_t = dS_t v_t,   dv_t = k_t dS_t,   dS_t = scale q_t do_t + e_{t+1} dS_{t+1},   d(initial) = e_0 dS_0
 //
-// The gradient of the decay: let F_t be the sums over the rows of S_t dS_t. Then  F_t = dg_t + k_t dk_t = dg_{t+1} + q_t dq_t,  so that
+// The gradient of the decay: let X_t = e_{t+1} dS_{t+1} be the gradient of S_t that comes from later steps, and F_t the sum over the rows of S_t X_t.
+// Then  dg_t = F_{t-1}  and  F_t = F_{t-1} + k_t X_t v_t - q_t (e_t S_{t-1}) do_t,  so that
 //
-//   dg_t = dg_{t+1} + q_t dq_t - k_t dk_t.
+//   dg_{t+1} = dg_t + k_t dk_t - q_t dq_t,   dk_t and dq_t without the term of step t's own key and value, which is in both and cancels (kStrict).
 //
-// This sum begins at the end of the walk, with the sum over the final state times its gradient. q_t dq_t and k_t dk_t both contain the term of step
-// t's own key and value, which cancels: both are computed without it (kStrict).
+// dg at the first step of a sequence is the sum over its initial state times the gradient of that; at any other start of a segment it is 0. With
+// strong decay all terms of the sum are as small as dg is. (A sum from the end would begin with the final state times its gradient, and only the
+// rounding error of that would remain after a strong decay.)
 //
-// Over a long walk the rounding errors of this sum would add up. So every kExactSteps steps dg is computed exactly, as the sum over S times dS. The
-// first pass stores S at these steps.
+// Over a long walk the rounding errors of this sum would add up. So every kExactSteps steps dg is computed exactly, as the sum over S times X. The
+// second pass stores X at these steps. And where the decay is negligible, dg is set to 0.
 #include <initializer_list>
 
 #include "problem.h"
@@ -25,8 +27,8 @@ struct Arguments {
   HeadTokens dout;
   StateTensor dstate;     // of the final state; may be null
   HeadOutput dq, dk, dv;  // in the types of q, k, v
-  HeadOutput dg;          // the compute type; with a value per key the first pass stores q dq here
-  StateTensor dinitial;   // may be null
+  HeadOutput dg;          // the compute type; with a value per key the second pass stores k dk here
+  StateTensor dinitial;   // the compute type; null without an initial state
 };
 
 constexpr int64_t kExactSteps = 1024;
@@ -35,8 +37,8 @@ constexpr int64_t kExactSteps = 1024;
 template <class T> struct Shared {
   static constexpr int W = kLanes<T>;
   const int64_t length, heads, blocks, saved, state;  // blocks of keys; stored states per head; elements of a block's state
-  const Scratch<T> states;                            // S every kExactSteps steps from the end: [b, h][saved][block][row: value][lane: key]
-  const Scratch<T> sums;  // sums over a block's keys of q dq, later replaced by those of dg: [b, h][block][step]; only without per_key
+  const Scratch<T> states;                            // X every kExactSteps steps: [b, h][saved][block][row: value][lane: key]
+  const Scratch<T> sums;  // sums over a block's keys of k dk, later replaced by those of dg: [b, h][block][step]; only without per_key
 
   explicit Shared(const Problem& p) :
       length(p.length),
@@ -49,89 +51,26 @@ template <class T> struct Shared {
     prefer_huge_pages(states.data(), p.batch * p.heads * saved * blocks * state * static_cast<int64_t>(sizeof(T)));
   }
 
-  T* state_at(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
-    return states.data() + (((slot.batch * heads + slot.head) * saved + steps_to_end / kExactSteps) * blocks + block) * state;
+  T* state_at(const Slot<T>& slot, int64_t block, int64_t step) const {
+    return states.data() + (((slot.batch * heads + slot.head) * saved + step / kExactSteps) * blocks + block) * state;
   }
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
 };
 
-// dq: a pass in the direction of the walk. The state is transposed: rows are values, lanes are keys.
-template <class T, Decay kDecay> class GradientQ : public Reader<T, Form<kDecay, false, true>> {
- public:
-  GradientQ(const Arguments& a, const Shared<T>& shared) :
-      GradientQ::Reader(a.problem, a.problem.values, a.dout, a.problem.v, a.problem.k, 1.0), a_(a), shared_(shared), memory_(kTileSteps * (W + 2)) {}
-
-  void begin_tile(const Slot<T>& slot, const Tile& tile) const {
-    const int64_t to_end = a_.problem.length - tile.from;
-    if (tile.from > 0 && to_end % kExactSteps == 0) save_states(slot, to_end);
-  }
-  void end_head(const Slot<T>& slot) const { save_states(slot, 0); }
-
-  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
-    const Operands<T> in = GradientQ::Reader::rows(slot, tile);
-    own_products(in.q, in.k, slot.rows, tile.count, own());
-    return in;
-  }
-
-  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
-    const Problem& p = a_.problem;
-    const int width = slot.width(block);
-    const Vec<T> scale = splat(static_cast<T>(p.scale));
-    write_rows<T>(a_.dq, slot.batch, slot.head, block * W, width, tile,
-                  [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)) * scale; });
-    const View<T> q = rows_of<T>(p.q, slot.batch, slot.head, block * W, width, W, tile, memory_.data());
-    const auto product = [&](int64_t t) { return load<T>(q[t]) * load<T>(o + t * W) * scale; };
-    if constexpr (kDecay == Decay::kLanes) {
-      write_rows<T>(a_.dg, slot.batch, slot.head, block * W, width, tile, product);
-    } else {
-      T* const tile_sums = own() + kTileSteps;
-      lane_sums<T>(tile.count, product, tile_sums);
-      std::memcpy(shared_.sums_of(slot.batch, slot.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
-    }
-  }
-
- private:
-  static constexpr int W = kLanes<T>;
-
-  T* own() const { return memory_.data() + kTileSteps * W; }
-  void save_states(const Slot<T>& slot, int64_t to_end) const {
-    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
-      std::memcpy(shared_.state_at(slot, block, to_end), slot.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
-  }
-
-  const Arguments& a_;
-  const Shared<T>& shared_;
-  const Scratch<T> memory_;  // q of a block; v_t . do_t of each step; sums over lanes
-};
-
-// dk and dg: a pass in reverse. The gradient of the state is transposed: rows are values, lanes are keys.
+// dk, and the terms k dk of dg: a pass in reverse. The gradient of the state is transposed: rows are values, lanes are keys.
 template <class T, Decay kDecay> class GradientK : public Reader<T, Form<kDecay, true, true>> {
  public:
-  GradientK(const Arguments& a, const Shared<T>& shared, const Walk& back) :
+  GradientK(const Arguments& a, const Shared<T>& shared) :
       GradientK::Reader(a.problem, a.problem.values, a.problem.v, a.dout, a.problem.q, a.problem.scale),
       a_(a),
       shared_(shared),
-      back_(back),
       memory_(kTileSteps * (W + 2)) {}
 
-  // How many numbers the pass carries from tile to tile for a block. They hold dg of the step before in this pass: one number per key, or a single
-  // one in double precision.
-  static constexpr int64_t kCarry = most<int64_t>(kLanes<T>, sizeof(double) / sizeof(T));
-
   void begin_tile(const Slot<T>& slot, const Tile& tile) const {
-    if (tile.fresh)
-      clear(slot, tile.from - 1);
-    else if (tile.from % kExactSteps == 0)
-      for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
-        const T *S = shared_.state_at(slot, block, tile.from), *dS = slot.state(block);
-        Vec<T> sum{};
-        for (int64_t r = 0; r < slot.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
-        carry(slot, block, sum);
-      }
-  }
-  // Without an initial state nothing decays at the first step: dg is 0 there.
-  void end_head(const Slot<T>& slot) const {
-    if (!a_.problem.initial.data) clear(slot, a_.problem.length - 1);
+    const int64_t step = a_.problem.length - tile.from;  // the one after the tile, in the direction of the walk
+    if (tile.from == 0 || step % kExactSteps) return;
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
+      std::memcpy(shared_.state_at(slot, block, step), slot.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
   }
 
   Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
@@ -146,22 +85,89 @@ template <class T, Decay kDecay> class GradientK : public Reader<T, Form<kDecay,
     write_rows<T>(a_.dk, slot.batch, slot.head, block * W, width, tile,
                   [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
     const View<T> k = rows_of<T>(p.k, slot.batch, slot.head, block * W, width, W, tile, memory_.data());
+    const auto term = [&](int64_t t) { return load<T>(k[t]) * load<T>(o + t * W); };
     if constexpr (kDecay == Decay::kLanes) {
-      const T* terms = static_cast<const T*>(a_.dg.data) + slot.batch * a_.dg.batch + slot.head * a_.dg.head + block * W;
-      T* const carried = slot.carry + (block - slot.first_block) * kCarry;
-      Vec<T> dg = load<T>(carried);
-      write_rows<T>(a_.dg, slot.batch, slot.head, block * W, width, tile, [&](int64_t t) {
-        dg += load_part<T>(terms + tile.token(t) * a_.dg.token, width) - load<T>(k[t]) * load<T>(o + t * W);
-        return dg;
-      });
-      store(carried, dg);
+      write_rows<T>(a_.dg, slot.batch, slot.head, block * W, width, tile, term);
     } else {
       T *const tile_sums = own() + kTileSteps, *const at_end = shared_.sums_of(slot.batch, slot.head, block) + p.length - 1 - tile.from;
-      lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(k[t]) * load<T>(o + t * W); }, tile_sums);
+      lane_sums<T>(tile.count, term, tile_sums);
+      for (int64_t t = 0; t < tile.count; ++t) at_end[-t] = tile_sums[t];
+    }
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+
+  T* own() const { return memory_.data() + kTileSteps * W; }
+
+  const Arguments& a_;
+  const Shared<T>& shared_;
+  const Scratch<T> memory_;  // k of a block; v_t . do_t of each step; sums over lanes
+};
+
+// dq and dg: a pass in the direction of the walk. The state is transposed: rows are values, lanes are keys.
+template <class T, Decay kDecay> class GradientQ : public Reader<T, Form<kDecay, false, true>> {
+ public:
+  GradientQ(const Arguments& a, const Shared<T>& shared) :
+      GradientQ::Reader(a.problem, a.problem.values, a.dout, a.problem.v, a.problem.k, 1.0),
+      a_(a),
+      shared_(shared),
+      memory_(kTileSteps * (W + 2)),
+      gradient_(padded_rows(a.problem.values) * W) {}
+
+  // How many numbers the pass carries from tile to tile for a block. They hold dg of the next step: one number per key, or a single one in double
+  // precision.
+  static constexpr int64_t kCarry = most<int64_t>(kLanes<T>, sizeof(double) / sizeof(T));
+
+  void begin_tile(const Slot<T>& slot, const Tile& tile) const {
+    const bool segment = tile.from == 0 || tile.fresh, sequence = tile.from == 0 || tile.begins_sequence();
+    if (!segment && tile.from % kExactSteps) return;
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
+      if (!segment)
+        carry(slot, block, sum_of_products(slot, block, shared_.state_at(slot, block, tile.from)));
+      else if (sequence && a_.dinitial.data)
+        carry(slot, block, sum_of_products(slot, block, load_state(transposed(a_.dinitial), tile.sequence, slot, block, gradient_.data())));
+      else
+        carry(slot, block, Vec<T>{});
+    }
+  }
+
+  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
+    const Operands<T> in = GradientQ::Reader::rows(slot, tile);
+    own_products(in.q, in.k, slot.rows, tile.count, own());
+    return in;
+  }
+
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    const Problem& p = a_.problem;
+    const int width = slot.width(block);
+    const Vec<T> scale = splat(static_cast<T>(p.scale));
+    write_rows<T>(a_.dq, slot.batch, slot.head, block * W, width, tile,
+                  [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)) * scale; });
+    const View<T> q = rows_of<T>(p.q, slot.batch, slot.head, block * W, width, W, tile, memory_.data());
+    const auto term = [&](int64_t t) { return load<T>(q[t]) * load<T>(o + t * W) * scale; };
+    T* const carried = slot.carry + (block - slot.first_block) * kCarry;
+    if constexpr (kDecay == Decay::kLanes) {
+      const T* terms = static_cast<const T*>(a_.dg.data) + slot.batch * a_.dg.batch + slot.head * a_.dg.head + block * W;
+      Vec<T> next = load<T>(carried);
+      write_rows<T>(a_.dg, slot.batch, slot.head, block * W, width, tile, [&](int64_t t) {
+        const Vec<T> dg = select(load<T>(in.decay[t]) < kNegligibleDecay<T>, Vec<T>{}, next);
+        next = dg + load_part<T>(terms + tile.token(t) * a_.dg.token, width) - term(t);
+        return dg;
+      });
+      store(carried, next);
+    } else {
+      T *const tile_sums = own() + kTileSteps, *const at = shared_.sums_of(slot.batch, slot.head, block) + tile.from;
+      lane_sums<T>(tile.count, term, tile_sums);
       double dg;
-      std::memcpy(&dg, slot.carry + (block - slot.first_block) * kCarry, sizeof(dg));
-      for (int64_t t = 0; t < tile.count; ++t) at_end[-t] = static_cast<T>(dg += static_cast<double>(at_end[-t]) - static_cast<double>(tile_sums[t]));
-      std::memcpy(slot.carry + (block - slot.first_block) * kCarry, &dg, sizeof(dg));
+      std::memcpy(&dg, carried, sizeof(dg));
+      for (int64_t t = 0; t < tile.count; ++t) {
+        if (*in.decay[t] < kNegligibleDecay<T>) dg = 0;
+        const double change = static_cast<double>(at[t]) - static_cast<double>(tile_sums[t]);
+        at[t] = static_cast<T>(dg);
+        dg += change;
+      }
+      std::memcpy(carried, &dg, sizeof(dg));
     }
   }
 
@@ -177,21 +183,10 @@ template <class T, Decay kDecay> class GradientK : public Reader<T, Form<kDecay,
     std::memcpy(to, &sum, sizeof(sum));
   }
 
-  // For a step of the reverse walk before which the state is zero: the gradient of its decay is set to exactly 0.
-  void clear(const Slot<T>& slot, int64_t step) const {
-    for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
-      carry(slot, block, Vec<T>{});
-      if constexpr (kDecay == Decay::kLanes)
-        write_rows<T>(a_.dg, slot.batch, slot.head, block * W, slot.width(block), back_.steps(step, step + 1), [](int64_t) { return Vec<T>{}; });
-      else
-        shared_.sums_of(slot.batch, slot.head, block)[a_.problem.length - 1 - step] = 0;
-    }
-  }
-
   const Arguments& a_;
   const Shared<T>& shared_;
-  const Walk& back_;
-  const Scratch<T> memory_;  // k of a block; v_t . do_t of each step; sums over lanes
+  const Scratch<T> memory_;    // q of a block; v_t . do_t of each step; sums over lanes
+  const Scratch<T> gradient_;  // of an initial state's block
 };
 
 // dv and the gradient of the initial state: a pass in reverse.
@@ -224,15 +219,16 @@ template <class T> void write_decay_gradient(const Arguments& a, const Shared<T>
 
 template <class T, Decay kDecayOfRows, Decay kDecayOfLanes> void backward(const Arguments& a) {
   const Problem& p = a.problem;
-  const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse), back(p.length, p.index, p.starts, p.start_count, !p.reverse);
+  const Walk walk(p.length, p.index, p.starts, p.sequences, p.start_count, p.reverse),
+      back(p.length, p.index, p.starts, p.sequences, p.start_count, !p.reverse);
   const Shared<T> shared(p);
   for (const HeadOutput* out : {&a.dq, &a.dk, &a.dv, &a.dg}) prefer_huge_pages(*out, p.batch);
   const MatrixShape transposed_shape{p.batch, p.heads, 1, p.values, p.keys}, shape{p.batch, p.heads, 1, p.keys, p.values};
-  scan<T>(transposed_shape, walk, p.length, p.threads, transposed(p.initial), {}, {kExactSteps, p.length}, 0,
-          [&] { return GradientQ<T, kDecayOfLanes>(a, shared); });
-  scan<T>(transposed_shape, back, p.length, p.threads, transposed(a.dstate), {}, {kExactSteps, 0}, GradientK<T, kDecayOfLanes>::kCarry,
-          [&] { return GradientK<T, kDecayOfLanes>(a, shared, back); });
   scan<T>(shape, back, p.length, p.threads, a.dstate, a.dinitial, {}, 0, [&] { return GradientV<T, kDecayOfRows>(a); });
+  scan<T>(transposed_shape, back, p.length, p.threads, transposed(a.dstate), {}, {kExactSteps, p.length}, 0,
+          [&] { return GradientK<T, kDecayOfLanes>(a, shared); });
+  scan<T>(transposed_shape, walk, p.length, p.threads, transposed(p.initial), {}, {kExactSteps, 0}, GradientQ<T, kDecayOfLanes>::kCarry,
+          [&] { return GradientQ<T, kDecayOfLanes>(a, shared); });
   if (!p.per_key) write_decay_gradient(a, shared, walk);
 }
 

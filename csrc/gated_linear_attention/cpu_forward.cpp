@@ -27,7 +27,7 @@ template <class T, Decay kDecay> class Forward : public Reader<T, Form<kDecay, f
 
 template <class T, Decay kDecay> void forward(const Arguments& a) {
   const Problem& p = a.problem;
-  const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse);
+  const Walk walk(p.length, p.index, p.starts, p.sequences, p.start_count, p.reverse);
   prefer_huge_pages(a.out, p.batch);
   scan<T>({p.batch, p.heads, 1, p.keys, p.values}, walk, p.length, p.threads, p.initial, a.final, {}, 0, [&] { return Forward<T, kDecay>(a); });
 }

@@ -8,9 +8,9 @@ namespace {
 
 // The argument block that kernels/gated_linear_attention/native.py packs. Strides are in elements.
 struct Problem {
-  HeadTokens q, k, v, g;  // q and k (b,l,h,dk), v (b,l,h,dv), g (b,l,h) or (b,l,h,dk)
-  StateTensor initial;    // (b,h,dk,dv); the data may be null
-  const int64_t *index, *starts;
+  HeadTokens q, k, v, g;                      // q and k (b,l,h,dk), v (b,l,h,dv), g (b,l,h) or (b,l,h,dk)
+  StateTensor initial;                        // (b,h,dk,dv); the data may be null
+  const int64_t *index, *starts, *sequences;  // see medssm/walk.h
   int64_t start_count, reverse;
   int64_t batch, length, heads, keys, values;
   int64_t per_key, wide, threads;  // per_key: g has a value per key; wide: compute in double

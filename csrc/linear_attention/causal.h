@@ -36,16 +36,25 @@ class Resets {
   const Scratch<int64_t> inside_;
 };
 
-// The sums of R k' v^T and of k' over a task's segment, from its last start on. tiles and v_tiles: scratch memory for the tiles of k and v of a block
-// of groups; rotated: for one tile of k.
-template <class T>
-void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const Task& task, T* tiles, T* v_tiles, T* rotated, T* parts) {
-  const auto reset = [&] {
-    for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan, p, plan.k, task, g, parts), plan.sums);
+// The row of a group in kv and z, of which each packed sequence has its own (medssm/walk.h).
+MEDSSM_INLINE int64_t state_row(const Problem& p, int64_t batch, int64_t sequence, int64_t group) { return (batch + sequence) * p.groups + group; }
+
+// The sums of R k' v^T and of k' over a task's segment, from its last start on, and of the initial sums if a sequence begins there. tiles and
+// v_tiles: scratch memory for the tiles of k and v of a block of groups; rotated: for one tile of k.
+template <class T> void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const Task& task, const void* initial_kv,
+                                    const void* initial_z, T* tiles, T* v_tiles, T* rotated, T* parts) {
+  const auto begin = [&](bool sequence, int64_t number) {
+    for (int64_t g = task.first; g < task.first + task.count; ++g) {
+      T* sums = part(plan, p, plan.k, task, g, parts);
+      if (sequence)
+        pad(plan, state_row(p, task.n, number, g), static_cast<const T*>(initial_kv), static_cast<const T*>(initial_z), sums);
+      else
+        clear(sums, plan.sums);
+    }
   };
-  reset();
+  begin(false, 0);
   each_tile(walk, task.begin, task.end, [&](const Tile& tile) {
-    if (tile.fresh) reset();
+    if (tile.fresh) begin(tile.begins_sequence(), tile.sequence);
     load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, tiles);
     load_tiles(p.v, kIdentity, task.n, tile, task.first, task.count, plan.dv, v_tiles);
     for (int64_t i = 0; i < task.count; ++i)
@@ -57,10 +66,10 @@ void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const 
 // Replaces the sums of each segment by the state at its first step, the sum over all segments before it. back: by the sum over all segments after it.
 // `before` is the state before the first segment (back: after the last one). The state after all segments is written to kv and z, unless they are
 // null. state: scratch memory for the sums of a group.
-template <class T> void chain(const Plan<T>& plan, const Problem& p, int64_t item, const Resets& resets, bool back, const void* before_kv,
-                              const void* before_z, T* parts, T* state, void* kv, void* z) {
-  const int64_t shares = plan.k.shares();
-  pad(plan, item, static_cast<const T*>(before_kv), static_cast<const T*>(before_z), state);
+template <class T> void chain(const Plan<T>& plan, const Problem& p, int64_t item, const Walk& walk, const Resets& resets, bool back,
+                              const void* before_kv, const void* before_z, T* parts, T* state, void* kv, void* z) {
+  const int64_t shares = plan.k.shares(), first = state_row(p, 0, walk.first_sequence(), item), last = state_row(p, 0, walk.last_sequence(), item);
+  pad(plan, back ? last : first, static_cast<const T*>(before_kv), static_cast<const T*>(before_z), state);
   for (int64_t i = 0; i < shares; ++i) {
     const int64_t share = back ? shares - 1 - i : i;
     T* own = parts + ((item / p.groups * shares + share) * p.groups + item % p.groups) * plan.sums;
@@ -70,7 +79,7 @@ template <class T> void chain(const Plan<T>& plan, const Problem& p, int64_t ite
       store(state + j, resets[share] ? sum : before + sum);
     }
   }
-  if (kv) unpad(plan, item, state, static_cast<T*>(kv), static_cast<T*>(z));
+  if (kv) unpad(plan, back ? first : last, state, static_cast<T*>(kv), static_cast<T*>(z));
 }
 
 // Converts dense rows, or their transpose, to a state in the layout of matrix_state.h: [block of lanes][row][lane].
@@ -82,6 +91,22 @@ template <class T> void to_lanes_transposed(const T* rows, int64_t count, int64_
   for (int64_t c = 0; c < count; c += kLanes<T>)
     for (int64_t r = 0; r < row; ++r)
       for (int64_t lane = c; lane < c + kLanes<T>; ++lane) *state++ = rows[lane * row + r];
+}
+
+// Writes the sum of the states of several heads to a row of dense kv and z. Each is S as to_lanes makes it, and z_offset numbers later z; the next
+// head's follows after `step` numbers.
+template <class T>
+void write_state(const Plan<T>& plan, int64_t row, int64_t heads, const T* states, int64_t step, int64_t z_offset, void* kv, void* z) {
+  constexpr int W = kLanes<T>;
+  const auto write = [&](int64_t at, int64_t width, const T* from, T* to) {
+    for (int64_t c = 0; c < width; c += W) {
+      Vec<T> sum{};
+      for (int64_t i = 0; i < heads; ++i) sum += load<T>(from + i * step + c * at);
+      store_part(to + c, sum, static_cast<int>(least<int64_t>(W, width - c)));
+    }
+  };
+  for (int64_t r = 0; r < plan.dk; ++r) write(plan.dk_padded, plan.dv, states + r * W, static_cast<T*>(kv) + (row * plan.dk + r) * plan.dv);
+  write(1, plan.dk, states + z_offset, static_cast<T*>(z) + row * plan.dk);
 }
 
 // For each step t in order: S += k_t v_t, then take(t, c, o) with o = q_t S, for the vector of channels that begins at c. The rows of q and k have

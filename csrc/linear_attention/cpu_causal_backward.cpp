@@ -27,8 +27,8 @@ template <class T> struct Shared {
       a(a),
       p(a.problem),
       plan(p),
-      walk(p.length, p.index, p.starts, p.start_count, p.reverse),
-      back(p.length, p.index, p.starts, p.start_count, !p.reverse),
+      walk(p.length, p.index, p.starts, p.sequences, p.start_count, p.reverse),
+      back(p.length, p.index, p.starts, p.sequences, p.start_count, !p.reverse),
       resets(p, plan.k),
       parts(plan.k.shares() * plan.totals * plan.sums),
       later(plan.k.shares() * plan.totals * plan.sums),
@@ -50,30 +50,42 @@ template <class T> class Adjoint {
       matrix_(row_ * v_row_),
       state_(2 * matrix_ + row_),
       states_(plan_.block * most<int64_t>(1, plan_.per_group) * state_),
+      sums_(plan_.sums),
       gradient_(block_.k_tile),
       dv_(block_.v_tile),
       before_(row_) {}
 
   // Scratch memory for the sums of a group; not to be used during a task.
-  T* scratch() const { return states_.data(); }
+  T* scratch() const { return sums_.data(); }
 
   void sum(const Task& task) {
-    sum_segment(plan_, p_, shared_.walk, task, block_.k.data(), block_.v.data(), block_.rotated.data(), shared_.parts.data());
+    sum_segment(plan_, p_, shared_.walk, task, shared_.a.initial_kv, shared_.a.initial_z, block_.k.data(), block_.v.data(), block_.rotated.data(),
+                shared_.parts.data());
   }
 
   // dq, and what a segment adds to dS and dz of earlier segments. Only the steps before its first start add to them: after a start the state does not
   // depend on earlier segments.
   void queries(const Task& task) {
     const int64_t first = task.first * plan_.per_group, heads = task.count * plan_.per_group;
-    for (int64_t i = 0; i < heads; ++i) {
-      const T* sums = part(plan_, p_, plan_.k, task, (first + i) / plan_.per_group, shared_.parts.data());
-      to_lanes_transposed(sums, row_, v_row_, state(i));
-      std::memcpy(state(i) + 2 * matrix_, sums + matrix_, static_cast<std::size_t>(row_) * sizeof(T));
+    const auto set_states = [&](int64_t g, const T* sums) {
+      for (int64_t i = g * plan_.per_group; i < (g + 1) * plan_.per_group; ++i) {
+        to_lanes_transposed(sums, row_, v_row_, state(i));
+        std::memcpy(state(i) + 2 * matrix_, sums + matrix_, static_cast<std::size_t>(row_) * sizeof(T));
+      }
+    };
+    for (int64_t g = 0; g < task.count; ++g) {
+      set_states(g, part(plan_, p_, plan_.k, task, task.first + g, shared_.parts.data()));
+      clear(part(plan_, p_, plan_.k, task, task.first + g, shared_.later.data()), plan_.sums);
     }
-    for (int64_t g = task.first; g < task.first + task.count; ++g) clear(part(plan_, p_, plan_.k, task, g, shared_.later.data()), plan_.sums);
     bool reset = false;
     each_tile(shared_.walk, task.begin, task.end, [&](const Tile& tile) {
-      if (tile.fresh) clear(states_.data(), heads * state_);
+      if (tile.begins_sequence())
+        for (int64_t g = 0; g < task.count; ++g) {
+          if (!reset) add_final(task, g, tile.previous);
+          set_states(g, sums_of(shared_.a.initial_kv, shared_.a.initial_z, task, tile.sequence, g));
+        }
+      else if (tile.fresh)
+        clear(states_.data(), heads * state_);
       reset |= tile.fresh;
       load(task, tile);
       for (int64_t i = 0; i < heads; ++i) query_head(task, tile, i, first + i, reset);
@@ -83,16 +95,25 @@ template <class T> class Adjoint {
   // dk and dv.
   void keys(const Task& task) {
     const int64_t heads = task.count * plan_.per_group;
-    clear(states_.data(), heads * state_);
-    for (int64_t g = 0; g < task.count; ++g) {
-      const T* sums = part(plan_, p_, plan_.k, task, task.first + g, shared_.later.data());
+    // The gradient of a group's state: the first head has it, the others have zeros.
+    const auto set_states = [&](int64_t g, const T* sums) {
       T* first = state(g * plan_.per_group);
+      clear(first, plan_.per_group * state_);
       to_lanes(sums, row_, v_row_, first);
       to_lanes_transposed(sums, row_, v_row_, first + matrix_);
       std::memcpy(first + 2 * matrix_, sums + matrix_, static_cast<std::size_t>(row_) * sizeof(T));
-    }
+    };
+    for (int64_t g = 0; g < task.count; ++g) set_states(g, part(plan_, p_, plan_.k, task, task.first + g, shared_.later.data()));
     each_tile(shared_.back, p_.length - task.end, p_.length - task.begin, [&](const Tile& tile) {
-      if (tile.fresh) clear(states_.data(), heads * state_);
+      if (tile.begins_sequence())
+        for (int64_t g = 0; g < task.count; ++g) {
+          if (shared_.a.dkv)
+            write_state(plan_, state_row(p_, task.n, tile.previous, task.first + g), plan_.per_group, state(g * plan_.per_group), state_, 2 * matrix_,
+                        shared_.a.dkv, shared_.a.dz);
+          set_states(g, sums_of(shared_.a.later_kv, shared_.a.later_z, task, tile.sequence, g));
+        }
+      else if (tile.fresh)
+        clear(states_.data(), heads * state_);
       load(task, tile);
       for (int64_t g = 0; g < task.count; ++g) key_group(task, tile, g);
     });
@@ -102,6 +123,17 @@ template <class T> class Adjoint {
   // The state of the block's i-th head. In the pass for dq: S with dk as lanes, an unused part, z. In the pass for dk and dv: dS with dv as lanes, dS
   // with dk as lanes, dz.
   T* state(int64_t i) const { return states_.data() + i * state_; }
+  // A sequence's sums of the block's g-th group, padded, in scratch memory.
+  const T* sums_of(const void* kv, const void* z, const Task& task, int64_t sequence, int64_t g) const {
+    pad(plan_, state_row(p_, task.n, sequence, task.first + g), static_cast<const T*>(kv), static_cast<const T*>(z), sums_.data());
+    return sums_.data();
+  }
+  // Adds the gradient of a sequence's final state to what the task's segment adds to dS and dz of earlier segments.
+  void add_final(const Task& task, int64_t g, int64_t sequence) const {
+    const T* gradient = sums_of(shared_.a.later_kv, shared_.a.later_z, task, sequence, g);
+    T* sums = part(plan_, p_, plan_.k, task, task.first + g, shared_.later.data());
+    for (int64_t i = 0; i < plan_.sums; i += kLanes<T>) store(sums + i, medssm::load<T>(sums + i) + medssm::load<T>(gradient + i));
+  }
   void load(const Task& task, const Tile& tile) const {
     block_.load_keys(task, tile);
     block_.load_queries(task, tile);
@@ -183,7 +215,7 @@ template <class T> class Adjoint {
   const Problem& p_;
   const Block<T> block_;
   const int64_t row_, v_row_, matrix_, state_;
-  const Scratch<T> states_;
+  const Scratch<T> states_, sums_;
   const Tiles<T> gradient_, dv_, before_;
 };
 
@@ -199,12 +231,12 @@ template <class T> void backward(const Backward& a) {
     each_task(plan.k, team, [&](const Task& task) { adjoint.sum(task); });
     team.barrier();
     for (int64_t i = mine.begin; i < mine.end; ++i)
-      chain<T>(plan, p, i, shared.resets, false, a.initial_kv, a.initial_z, shared.parts.data(), adjoint.scratch(), nullptr, nullptr);
+      chain<T>(plan, p, i, shared.walk, shared.resets, false, a.initial_kv, a.initial_z, shared.parts.data(), adjoint.scratch(), nullptr, nullptr);
     team.barrier();
     each_task(plan.k, team, [&](const Task& task) { adjoint.queries(task); });
     team.barrier();
     for (int64_t i = mine.begin; i < mine.end; ++i)
-      chain<T>(plan, p, i, shared.resets, true, a.later_kv, a.later_z, shared.later.data(), adjoint.scratch(), a.dkv, a.dz);
+      chain<T>(plan, p, i, shared.walk, shared.resets, true, a.later_kv, a.later_z, shared.later.data(), adjoint.scratch(), a.dkv, a.dz);
     team.barrier();
     each_task(plan.k, team, [&](const Task& task) { adjoint.keys(task); });
     finish_streaming();

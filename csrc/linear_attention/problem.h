@@ -25,12 +25,12 @@ struct Problem {
   Tokens q, k, v;
   Angles cos, sin;
   int64_t batch, q_length, length, heads, groups, dk, dv;
-  const int64_t *index, *starts;  // of a causal walk: see medssm/walk.h
+  const int64_t *index, *starts, *sequences;  // of a causal walk: see medssm/walk.h
   int64_t start_count, reverse, causal;
   int64_t feature_map, normalize, wide, threads;  // wide: compute in double
   double scale, eps;
 };
-// The sums kv (b, g, dk, dv) and z (b, g, dk) are contiguous, in the compute type.
+// The sums kv (b, g, dk, dv) and z (b, g, dk) are contiguous, in the compute type. With packed sequences b is their number.
 struct Forward {
   Problem problem;
   Tokens out;
@@ -42,7 +42,7 @@ struct Backward {
   Tokens dout, dq, dk, dv;
   const void *initial_kv, *initial_z;       // causal: as in Forward; otherwise not read
   const void *kv, *z, *later_kv, *later_z;  // the final sums, and the gradients the caller has for them, which may be null
-  void *dkv, *dz;                           // the gradients of the initial state; if not causal, those of the final sums are the same
+  void *dkv, *dz;  // the gradients of the initial state, null if causal without one; if not causal, those of the final sums are the same
 };
 
 constexpr int64_t kTokens = 32;  // most tokens of a tile

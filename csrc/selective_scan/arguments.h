@@ -17,8 +17,9 @@ struct Rows {  // (b, l, g, n): B, C
 struct Problem {
   Tokens u, delta, z;
   Rows B, C;
-  const void *A, *D, *bias, *proj, *initial;  // (d, n), (d), (d), (d, r), (b, d, n): contiguous, in the compute type; all except A may be null
-  const int64_t *index, *starts;              // index null: raster order; starts null: no segment begins after step 0
+  const void *A, *D, *bias, *proj, *initial;  // (d, n), (d), (d), (d, r), (b, d, n): contiguous, in the compute type; all except A may be null. With
+                                              // packed sequences the b of states is their number
+  const int64_t *index, *starts, *sequences;  // see medssm/walk.h; each may be null
   int64_t start_count, reverse;
   int64_t batch, length, channels, groups, state, rank;  // rank 0: delta has one value per channel, it is not low-rank
   int64_t softplus, wide, threads;                       // wide: compute in double

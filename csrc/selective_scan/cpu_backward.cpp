@@ -135,7 +135,7 @@ template <class T> class Backward {
         }
         add_rows(batch, batches, from, end, rows, team);
       }
-      for (Slot* slot = first; slot < last; ++slot) write_initial_gradient(*slot);
+      for (Slot* slot = first; slot < last; ++slot) write_initial_gradient(*slot, b_.walk_.first_sequence());
       team.barrier();
       add_sums(batch, batches, team);
       team.barrier();
@@ -150,10 +150,7 @@ template <class T> class Backward {
       channels.load_parameters(p_, b_.blocks_[batch * b_.blocks_.count + slot.item], memory);
       slot.carry = memory + Channels<T>::size(p_);
       slot.starts = slot.carry + p_.state * W;
-      if (a_.dstate)
-        load_weights<T>(a_.dstate, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, slot.carry);
-      else
-        std::memset(slot.carry, 0, sizeof(T) * p_.state * W);
+      channels.load_state(p_, a_.dstate, b_.walk_.last_sequence(), slot.carry);
       const int64_t low = first(slot.from), high = slot.to == 2 ? p_.state + p_.rank + 2 : first(slot.to);
       std::memset(sums(slot) + low * W, 0, sizeof(T) * (high - low) * W);
     }
@@ -175,7 +172,7 @@ template <class T> class Backward {
           const bool writes = !b_.halved_ || (tile.from - from + kTile) / kTile % 2 == slot.from;
           const Prefetch prefetch = lines(slot.channels.block, tile.from, writes);
           const T* start = slot.starts + (tile.from - chunk) / kTile * p_.state * W;
-          if (tile.fresh) std::memset(slot.channels.state, 0, sizeof(T) * p_.state * W);
+          if (tile.fresh) slot.channels.begin_segment(p_, tile);
           for (int half = slot.from; half < slot.to; ++half) {
             T *y = buffers_.y[half], *along_A = buffers_.along_A[half], *along_B = buffers_.along_B[half];
             if (b_.halved_) {
@@ -205,7 +202,8 @@ template <class T> class Backward {
                               half == slot.from ? &prefetch : nullptr},
                              count, in.bounded);
           }
-          if (tile.fresh) std::memset(slot.carry + first(slot.from) * W, 0, sizeof(T) * W * (first(slot.to) - first(slot.from)));
+          if (tile.begins_sequence()) write_initial_gradient(slot, tile.sequence);
+          if (tile.fresh) slot.channels.load_state(p_, tile.begins_sequence() ? a_.dstate : nullptr, tile.previous, slot.carry);
           if (!b_.halved_) {
             T* tile_sums = sums(slot) + p_.state * W;
             outputs(slot.channels, tile, in, shared.low, buffers_.y, buffers_.along_A, buffers_.along_B, row + 2 * p_.state, tile_sums, true);
@@ -229,7 +227,7 @@ template <class T> class Backward {
       std::memcpy(channels.state, slot.starts, sizeof(T) * p_.state * W);
       for (int64_t i = 0; i + 1 < tiles; ++i) {
         const Tile &tile = tiles_.data()[i], &next = tiles_.data()[i + 1];
-        if (tile.fresh) std::memset(channels.state, 0, sizeof(T) * p_.state * W);
+        if (tile.fresh) channels.begin_segment(p_, tile);
         const Shared<T> shared = shared_rows<T>(p_, block, tile, buffers_);
         Inputs<T> in{{}, buffers_.s, buffers_.su, nullptr, true};
         prepare<T>(p_, channels, tile, shared.low, buffers_.u, &in);
@@ -424,10 +422,10 @@ template <class T> class Backward {
       });
     }
 
-    void write_initial_gradient(const Slot& slot) const {
-      const Block& block = slot.channels.block;
-      if (a_.dinitial)
-        store_weights<T>(slot.carry, a_.dinitial, block.batch * p_.channels + block.channel, block.lanes, p_.state, first(slot.from), first(slot.to));
+    void write_initial_gradient(const Slot& slot, int64_t sequence) const {
+      if (!a_.dinitial) return;
+      const int64_t row = slot.channels.state_row(p_, sequence);
+      store_weights<T>(slot.carry, a_.dinitial, row, slot.channels.block.lanes, p_.state, first(slot.from), first(slot.to));
     }
 
     // Gradients of the weights: adds the items of each block in the order of the batch. Writes them after the last batch element.

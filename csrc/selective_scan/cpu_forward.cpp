@@ -15,7 +15,8 @@ namespace {
 struct Arguments {
   Problem problem;
   Output out;
-  void *state, *checkpoints;  // (b, d, n) and (b, chunks, n, d), in the compute type; may be null
+  void *state, *checkpoints;  // (b, d, n), where b is the number of packed sequences, if there are any; (b, chunks, n, d). Both in the
+                              // compute type; may be null
   int64_t checkpoint_batch;
 };
 
@@ -70,7 +71,7 @@ template <class T> class Forward {
     Channels<T> channels[kMaxBlocks];
     for (int64_t i = 0; i < count; ++i) {
       channels[i].load_parameters(p_, blocks_[item + i], buffers.channels + i * Channels<T>::size(p_));
-      channels[i].load_state(p_, p_.initial);
+      channels[i].load_state(p_, p_.initial, walk_.first_sequence(), channels[i].state);
     }
     for (int64_t from = 0; from < p_.length;) {
       const Tile tile = walk_.tile(from, p_.length), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
@@ -89,7 +90,7 @@ template <class T> class Forward {
       from += tile.count;
     }
     if (a_.state)
-      for (int64_t i = 0; i < count; ++i) store_state(channels[i], 0, p_.state);
+      for (int64_t i = 0; i < count; ++i) store_state(channels[i], walk_.last_sequence(), 0, p_.state);
   }
 
   // Used if there are fewer blocks than threads: two threads share a block, and each has half of its states. They exchange their partial sums of y
@@ -105,7 +106,7 @@ template <class T> class Forward {
       for (int64_t slot = mine.begin; slot < mine.end; ++slot) {
         Channels<T>& one = channels.data()[slot];
         one.load_parameters(p_, blocks_[slot / 2], memory.data() + slot * Channels<T>::size(p_));
-        one.load_state(p_, p_.initial);
+        one.load_state(p_, p_.initial, walk_.first_sequence(), one.state);
       }
       for (int64_t round = 0; round * kRound < p_.length; ++round) {
         const int64_t begin_at = round * kRound, end = least(p_.length, begin_at + kRound);
@@ -142,13 +143,15 @@ template <class T> class Forward {
       }
       if (a_.state)
         for (int64_t slot = mine.begin; slot < mine.end; ++slot)
-          store_state(channels.data()[slot], slot % 2 ? first_half(p_.state) : 0, slot % 2 ? p_.state : first_half(p_.state));
+          store_state(channels.data()[slot], walk_.last_sequence(), slot % 2 ? first_half(p_.state) : 0, slot % 2 ? p_.state : first_half(p_.state));
     });
   }
 
-  // Prepares states [low, high) for a tile: sets them to zero if a segment begins here, and stores a checkpoint if a chunk begins here.
-  void begin(Channels<T>& channels, const Tile& tile, int64_t low, int64_t high) const {
-    if (tile.fresh) std::memset(channels.state + low * W, 0, sizeof(T) * W * (high - low));
+  // Prepares the state for a tile: if a segment begins here, sets it, and stores the final states [low, high) if a sequence has ended; stores a
+  // checkpoint of states [low, high) if a chunk begins here.
+  void begin(const Channels<T>& channels, const Tile& tile, int64_t low, int64_t high) const {
+    if (a_.state && tile.begins_sequence()) store_state(channels, tile.previous, low, high);
+    if (tile.fresh) channels.begin_segment(p_, tile);
     if (!a_.checkpoints || tile.from % chunk_) return;
     const Block& block = channels.block;
     T* to = static_cast<T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + tile.from / chunk_ * p_.state * p_.channels + block.channel;
@@ -186,9 +189,8 @@ template <class T> class Forward {
       write<T>(a_.out, block, tile, [=](int64_t t) { return before_gate(t) * scale; });
   }
 
-  void store_state(const Channels<T>& channels, int64_t low, int64_t high) const {
-    store_weights<T>(channels.state, a_.state, channels.block.batch * p_.channels + channels.block.channel, channels.block.lanes, p_.state, low,
-                     high);
+  void store_state(const Channels<T>& channels, int64_t sequence, int64_t low, int64_t high) const {
+    store_weights<T>(channels.state, a_.state, channels.state_row(p_, sequence), channels.block.lanes, p_.state, low, high);
   }
 
   const Arguments& a_;

@@ -31,7 +31,7 @@ template <class T> struct Blocks {
 };
 
 static_assert(kTile == kTileSteps, "checkpoints lie between tiles of the walk");
-MEDSSM_INLINE Walk walk_of(const Problem& p) { return {p.length, p.index, p.starts, p.start_count, p.reverse != 0}; }
+MEDSSM_INLINE Walk walk_of(const Problem& p) { return {p.length, p.index, p.starts, p.sequences, p.start_count, p.reverse != 0}; }
 
 }  // namespace
 }  // namespace medssm

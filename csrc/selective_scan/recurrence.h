@@ -38,12 +38,17 @@ template <class T> struct Channels {
     bias = p.bias ? load_part<T>(static_cast<const T*>(p.bias) + block.channel, block.lanes) : Vec<T>{};
   }
 
-  void load_state(const Problem& p, const void* from) {  // from: (b, d, n), or null for zeros
+  // The row of the block's first channel in states (b, d, n) (see medssm/walk.h).
+  int64_t state_row(const Problem& p, int64_t sequence) const { return (block.batch + sequence) * p.channels + block.channel; }
+  // Reads `to` [n][lane] from states (b, d, n). Zeros if `from` is null.
+  void load_state(const Problem& p, const void* from, int64_t sequence, T* to) const {
     if (from)
-      load_weights<T>(from, block.batch * p.channels + block.channel, block.lanes, p.state, state);
+      load_weights<T>(from, state_row(p, sequence), block.lanes, p.state, to);
     else
-      std::memset(state, 0, sizeof(T) * kLanes<T> * p.state);
+      std::memset(to, 0, sizeof(T) * kLanes<T> * p.state);
   }
+  // The state before the first step of a fresh tile.
+  void begin_segment(const Problem& p, const Tile& tile) const { load_state(p, tile.begins_sequence() ? p.initial : nullptr, tile.sequence, state); }
 };
 
 // The rows of a tile that all blocks of a group read.

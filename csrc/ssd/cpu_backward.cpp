@@ -1,20 +1,21 @@
-// SSD, backward, on a CPU: three passes with the recurrence of the forward pass, one in the direction of the walk and two in reverse. With dy the
+// SSD, backward, on a CPU: three passes with the recurrence of the forward pass, two in reverse and one in the direction of the walk. With dy the
 // gradient of y and e_t = exp(s_t A):
 //
 //   dS_t = C_t dy_t + e_{t+1} dS_{t+1},  d(initial) = e_0 dS_0;   dC_t = sum of S_t dy_t,   dB_t = sum of s_t dS_t x_t  over the heads of a group
 //   dx_t = s_t B_t dS_t + D dy_t;   ds_t = x_t . (B_t dS_t) + A dg_t,   dg the gradient of log e;   dA = sum over t of s_t dg_t
 //
-// Let F_t be the sum over all elements of S_t dS_t. Then  F_t = dg_t + s_t B_t dS_t x_t = dg_{t+1} + C_t S_t dy_t, so that
+// Let X_t = e_{t+1} dS_{t+1} be the gradient of S_t that comes from later steps, and F_t the sum over all elements of S_t X_t. Then  dg_t = F_{t-1}
+// and  F_t = F_{t-1} + s_t B_t X_t x_t - C_t (e_t S_{t-1}) dy_t,  so that
 //
-//   dg_t = dg_{t+1} + C_t S_t dy_t - s_t B_t dS_t x_t.
+//   dg_{t+1} = dg_t + s_t B_t dS_t x_t - C_t S_t dy_t,   without the term of step t's own token, which is in both products and cancels (kStrict).
 //
-// This sum begins at the end of the walk, with the sum over the final state times its gradient. Both products contain the term of step t's own token,
-// which cancels: they are computed without it (kStrict).
+// dg at the first step of a sequence is the sum over its initial state times the gradient of that; at any other start of a segment it is 0. With
+// strong decay all terms of the sum are as small as dg is. (A sum from the end would begin with the final state times its gradient, and only the
+// rounding error of that would remain after a strong decay.)
 //
-// Over a long walk the rounding errors of this sum would add up, all with the same sign. So the walk is divided into runs of exact_steps. At the
-// end of each run dg is computed exactly, as the sum over S times dS; the first pass stores S at these steps. The difference from the sum found
-// step by step is the run's rounding error. It is spread over the steps of the run, in proportion to their distance from the run's beginning. A run
-// also ends at a start of the walk and where the decay is negligible: dg is 0 there.
+// Over a long walk the rounding errors of this sum would add up, all with the same sign. So every exact_steps steps dg is computed exactly, as the
+// sum over S times X; the second pass stores X at these steps. And where the decay is negligible, dg is set to 0: otherwise A, which may be large,
+// would multiply a rounding error.
 #include "group_sum.h"
 
 using namespace medssm;
@@ -27,12 +28,8 @@ struct Arguments {
   StateTensor dstate;              // of the final state; may be null
   double *dA, *dbias, *dD;         // (b,h), (b,h), (b,h,p); dD may be null
   HeadOutput dx, ddt, dB, dC, dz;  // in the types of x, dt, B, C, z; dz may be null
-  StateTensor dinitial;            // may be null
+  StateTensor dinitial;            // the compute type; null without an initial state
 };
-
-// A decay below this makes the state smaller than its rounding error. The gradient of the decay's logarithm is then set to 0. Otherwise A, which may
-// be large, would multiply a rounding error.
-template <class T> constexpr T kNegligibleDecay = sizeof(T) == 4 ? T(0x1p-30) : T(0x1p-60);
 
 // Steps between two exact sums. The states stored for them need as much memory as x, or twice as much where n is not a multiple of a vector.
 MEDSSM_INLINE int64_t exact_steps(const Problem& p) { return p.states <= 16 ? 16 : p.states <= 32 ? 32 : round_up(p.states, kTileSteps); }
@@ -42,8 +39,8 @@ template <class T> struct Shared {
   static constexpr int W = kLanes<T>;
   const int64_t length, heads;
   const int64_t blocks, every, saved, state;  // blocks of states; steps between stored states; stored states per head; elements of a block's S
-  const Scratch<T> states;                    // S at the start, and every `every` steps from the end: [saved][block][channel][lane]
-  const Scratch<T> sums;                      // C_t S_t dy_t of a block's states, later replaced by ds: [block][step]
+  const Scratch<T> states;                    // X every `every` steps: [saved][block][channel][lane]
+  const Scratch<T> terms, sums;               // B_t dS_t x_t of a block's states, without and with step t's own token: [block][step]
   const Scratch<double> rates;                // dA
 
   explicit Shared(const Problem& p) :
@@ -51,69 +48,25 @@ template <class T> struct Shared {
       heads(p.heads),
       blocks(ceil_div(p.states, W)),
       every(exact_steps(p)),
-      saved(ceil_div(p.length, every) + 1),
+      saved(ceil_div(p.length, every)),
       state(padded_rows(p.size) * W),
       states(p.batch * heads * saved * blocks * state),
+      terms(p.batch * heads * blocks * length),
       sums(p.batch * heads * blocks * length),
       rates(p.batch * heads * blocks) {
     prefer_huge_pages(states.data(), p.batch * heads * saved * blocks * state * static_cast<int64_t>(sizeof(T)));
   }
 
-  T* state_at(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
-    return states.data() + (((slot.batch * heads + slot.head) * saved + ceil_div(steps_to_end, every)) * blocks + block) * state;
+  T* state_at(const Slot<T>& slot, int64_t block, int64_t step) const {
+    return states.data() + (((slot.batch * heads + slot.head) * saved + step / every) * blocks + block) * state;
   }
+  T* terms_of(int64_t batch, int64_t head, int64_t block) const { return terms.data() + ((batch * heads + head) * blocks + block) * length; }
+  // The sums are later replaced by ds.
   T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
   double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * heads + head) * blocks + block]; }
 };
 
-// dC: a pass in the direction of the walk. The state is transposed: rows are channels, lanes are states.
-template <class T> class GradientC : public Reader<T, false, true, true> {
- public:
-  GradientC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
-      GradientC::Reader(a.problem, steps, a.problem.size, {dy, 1}, {a.problem.x, 1}, {a.problem.B, a.problem.heads / a.problem.groups}),
-      a_(a),
-      shared_(shared),
-      sum_(sum),
-      memory_(kTileSteps * (W + 2)),
-      tile_(shared.blocks * kTileSteps * W) {}
-
-  void begin_tile(const Slot<T>& slot, const Tile& tile) const {
-    const int64_t to_end = a_.problem.length - tile.from;
-    if (tile.from == 0 || to_end % shared_.every == 0) save_states(slot, to_end);
-  }
-  void end_head(const Slot<T>& slot) const { save_states(slot, 0); }
-
-  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
-    const Operands<T> in = GradientC::Reader::rows(slot, tile);
-    own_products(in.q, in.k, slot.rows, tile.count, own());
-    return in;
-  }
-
-  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
-    sum_.add(slot, tile, block, tile_.data(), [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
-    const View<T> C = this->block_of({a_.problem.C, this->sharing_}, slot, tile, block, memory_.data());
-    T* const tile_sums = own() + kTileSteps;
-    lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(C[t]) * load<T>(o + t * W); }, tile_sums);
-    std::memcpy(shared_.sums_of(slot.batch, slot.head, block) + tile.from, tile_sums, sizeof(T) * static_cast<std::size_t>(tile.count));
-  }
-
- private:
-  static constexpr int W = kLanes<T>;
-
-  T* own() const { return memory_.data() + kTileSteps * W; }
-  void save_states(const Slot<T>& slot, int64_t to_end) const {
-    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
-      std::memcpy(shared_.state_at(slot, block, to_end), slot.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
-  }
-
-  const Arguments& a_;
-  const Shared<T>& shared_;
-  const GroupSum<T>& sum_;
-  const Scratch<T> memory_;  // C of a block; x_t . dy_t of each step; sums over lanes
-  const Scratch<T> tile_;    // dC
-};
-
-// dB, ds and dA: a pass in reverse. The gradient of the state is transposed: rows are channels, lanes are states.
+// dB, and the terms of ds and dg: a pass in reverse. The gradient of the state is transposed: rows are channels, lanes are states.
 template <class T> class GradientB : public Reader<T, true, true, false> {
  public:
   GradientB(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
@@ -124,28 +77,11 @@ template <class T> class GradientB : public Reader<T, true, true, false> {
       memory_(kTileSteps * (W + 3)),
       tile_(shared.blocks * kTileSteps * W) {}
 
-  // What the pass carries from tile to tile for a block: dg of the step before in this pass, dA so far, and the first step of the run.
-  struct Carried {
-    double dg, dA;
-    int64_t begin;
-  };
-  static constexpr int64_t kCarry = 64 / sizeof(T);  // a cache line, so that states stay aligned
-
   void begin_tile(const Slot<T>& slot, const Tile& tile) const {
-    if (tile.fresh || tile.from % shared_.every == 0)
-      for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
-        Carried c = carried(slot, block);
-        end_run(slot, block, tile.from, tile.fresh ? 0 : state_dot_gradient(slot, block, tile.from), &c);
-        carry(slot, block, c);
-      }
-  }
-  void end_head(const Slot<T>& slot) const {
-    const int64_t length = a_.problem.length;
-    for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
-      Carried c = carried(slot, block);
-      end_run(slot, block, length, state_dot_gradient(slot, block, length), &c);
-      shared_.rate_of(slot.batch, slot.head, block) = c.dA;
-    }
+    const int64_t step = a_.problem.length - tile.from;  // the one after the tile, in the direction of the walk
+    if (tile.from == 0 || step % shared_.every) return;
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
+      std::memcpy(shared_.state_at(slot, block, step), slot.state(block), sizeof(T) * static_cast<std::size_t>(shared_.state));
   }
 
   Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
@@ -162,15 +98,81 @@ template <class T> class GradientB : public Reader<T, true, true, false> {
     T *const strict = own() + kTileSteps, *const all = strict + kTileSteps;
     lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * load<T>(o + t * W); }, strict);
     lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * whole(t); }, all);
-    T* const at = shared_.sums_of(slot.batch, slot.head, block) + this->first(tile);
+    T* const terms = shared_.terms_of(slot.batch, slot.head, block) + this->first(tile);
+    T* const sums = shared_.sums_of(slot.batch, slot.head, block) + this->first(tile);
+    for (int64_t t = 0; t < tile.count; ++t) {
+      terms[-t] = strict[t];
+      sums[-t] = all[t];
+    }
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+
+  T* own() const { return memory_.data() + kTileSteps * W; }
+
+  const Arguments& a_;
+  const Shared<T>& shared_;
+  const GroupSum<T>& sum_;
+  const Scratch<T> memory_;  // B of a block; x_t . dy_t of each step; two sums over lanes
+  const Scratch<T> tile_;    // dB
+};
+
+// dC, ds and dA: a pass in the direction of the walk. The state is transposed: rows are channels, lanes are states.
+template <class T> class GradientC : public Reader<T, false, true, true> {
+ public:
+  GradientC(const Arguments& a, const HeadTokens& dy, const Steps<T>& steps, const Shared<T>& shared, const GroupSum<T>& sum) :
+      GradientC::Reader(a.problem, steps, a.problem.size, {dy, 1}, {a.problem.x, 1}, {a.problem.B, a.problem.heads / a.problem.groups}),
+      a_(a),
+      shared_(shared),
+      sum_(sum),
+      memory_(kTileSteps * (W + 2)),
+      tile_(shared.blocks * kTileSteps * W),
+      gradient_(shared.state) {}
+
+  // What the pass carries from tile to tile for a block: dg of the next step, and dA so far.
+  struct Carried {
+    double dg, dA;
+  };
+  static constexpr int64_t kCarry = 64 / sizeof(T);  // a cache line, so that states stay aligned
+
+  void begin_tile(const Slot<T>& slot, const Tile& tile) const {
+    const bool segment = tile.from == 0 || tile.fresh, sequence = tile.from == 0 || tile.begins_sequence();
+    if (!segment && tile.from % shared_.every) return;
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
+      Vec<T> sum{};
+      if (!segment)
+        sum = sum_of_products(slot, block, shared_.state_at(slot, block, tile.from));
+      else if (sequence && a_.dinitial.data)
+        sum = sum_of_products(slot, block, load_state(transposed(a_.dinitial), tile.sequence, slot, block, gradient_.data()));
+      carry(slot, block, {static_cast<double>(sum_lanes(sum)), carried(slot, block).dA});
+    }
+  }
+  void end_head(const Slot<T>& slot) const {
+    for (int64_t block = slot.first_block; block < slot.end_block; ++block) shared_.rate_of(slot.batch, slot.head, block) = carried(slot, block).dA;
+  }
+
+  Operands<T> rows(const Slot<T>& slot, const Tile& tile) const {
+    const Operands<T> in = GradientC::Reader::rows(slot, tile);
+    own_products(in.q, in.k, slot.rows, tile.count, own());
+    return in;
+  }
+
+  void take(const Slot<T>& slot, const Tile& tile, int64_t block, const Operands<T>& in, const T* o) const {
+    sum_.add(slot, tile, block, tile_.data(), [&](int64_t t) { return fma(splat(own()[t]), load<T>(in.v[t]), load<T>(o + t * W)); });
+    const View<T> C = this->block_of({a_.problem.C, this->sharing_}, slot, tile, block, memory_.data()), s = this->step(slot, tile);
+    T* const tile_sums = own() + kTileSteps;
+    lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(C[t]) * load<T>(o + t * W); }, tile_sums);
+    const T* const terms = shared_.terms_of(slot.batch, slot.head, block) + tile.from;
+    T* const sums = shared_.sums_of(slot.batch, slot.head, block) + tile.from;
     const double A = static_cast<double>(static_cast<const T*>(a_.problem.A)[slot.head]);
     Carried c = carried(slot, block);
     for (int64_t t = 0; t < tile.count; ++t) {
       const double step = static_cast<double>(*s[t]);
-      c.dg += static_cast<double>(at[-t]) - step * static_cast<double>(strict[t]);
+      if (*in.decay[t] < kNegligibleDecay<T>) c.dg = 0;
       c.dA += step * c.dg;
-      at[-t] = static_cast<T>(static_cast<double>(all[t]) + A * c.dg);
-      if (*in.decay[t] < kNegligibleDecay<T>) end_run(slot, block, tile.from + t + 1, 0, &c);
+      sums[t] = static_cast<T>(static_cast<double>(sums[t]) + A * c.dg);
+      c.dg += step * static_cast<double>(terms[t]) - static_cast<double>(tile_sums[t]);
     }
     carry(slot, block, c);
   }
@@ -179,31 +181,6 @@ template <class T> class GradientB : public Reader<T, true, true, false> {
   static constexpr int W = kLanes<T>;
 
   T* own() const { return memory_.data() + kTileSteps * W; }
-
-  // The sum over S times dS, `steps_to_end` steps before the end of the walk.
-  double state_dot_gradient(const Slot<T>& slot, int64_t block, int64_t steps_to_end) const {
-    const T *S = shared_.state_at(slot, block, steps_to_end), *dS = slot.state(block);
-    Vec<T> sum{};
-    for (int64_t r = 0; r < slot.rows; ++r) sum = fma(load<T>(S + r * W), load<T>(dS + r * W), sum);
-    return static_cast<double>(sum_lanes(sum));
-  }
-
-  // Ends a run before step `end` of the reverse walk. exact: dg at this step, without the run's rounding error; the next run begins with it.
-  void end_run(const Slot<T>& slot, int64_t block, int64_t end, double exact, Carried* c) const {
-    const int64_t steps = end - c->begin, last = a_.problem.length - 1;
-    if (steps > 0) {
-      const double per_step = (exact - c->dg) / static_cast<double>(steps), A = static_cast<double>(static_cast<const T*>(a_.problem.A)[slot.head]);
-      T* const ds = shared_.sums_of(slot.batch, slot.head, block) + last - c->begin;
-      const T* const s = this->steps_.step(slot.batch, slot.head, last - c->begin);
-      for (int64_t t = 0; t < steps; ++t) {
-        const double correction = per_step * static_cast<double>(t + 1);
-        c->dA += static_cast<double>(s[-t]) * correction;
-        ds[-t] = static_cast<T>(static_cast<double>(ds[-t]) + A * correction);
-      }
-    }
-    c->dg = exact;
-    c->begin = end;
-  }
 
   static Carried carried(const Slot<T>& slot, int64_t block) {
     Carried c;
@@ -217,8 +194,9 @@ template <class T> class GradientB : public Reader<T, true, true, false> {
   const Arguments& a_;
   const Shared<T>& shared_;
   const GroupSum<T>& sum_;
-  const Scratch<T> memory_;  // B of a block; x_t . dy_t of each step; two sums over lanes
-  const Scratch<T> tile_;    // dB
+  const Scratch<T> memory_;    // C of a block; x_t . dy_t of each step; sums over lanes
+  const Scratch<T> tile_;      // dC
+  const Scratch<T> gradient_;  // of an initial state's block
 };
 
 // dx, dD and the gradient of the initial state: a pass in reverse.
@@ -265,7 +243,7 @@ template <class T> class GradientX : public Reader<T, true, false, false> {
 template <class T> void gate(const Arguments& a, const HeadOutput& dy) {
   constexpr int W = kLanes<T>;
   const Problem& p = a.problem;
-  const Walk raster(p.length, nullptr, nullptr, 0, false);
+  const Walk raster(p.length);
   const int64_t tiles = ceil_div(p.length, kTileSteps);
   const int64_t threads = threads_for(p, p.batch * tiles, kTileSteps * p.heads * p.size);
   const PerThread<Scratch<T>> memory(threads, [] { return Scratch<T>(5 * kTileSteps * W); });
@@ -327,7 +305,8 @@ template <class T> void write_step_gradients(const Arguments& a, const Steps<T>&
 
 template <class T> void backward(const Arguments& a) {
   const Problem& p = a.problem;
-  const Walk walk(p.length, p.index, p.starts, p.start_count, p.reverse), back(p.length, p.index, p.starts, p.start_count, !p.reverse);
+  const Walk walk(p.length, p.index, p.starts, p.sequences, p.start_count, p.reverse),
+      back(p.length, p.index, p.starts, p.sequences, p.start_count, !p.reverse);
   prefer_huge_pages_for(p, a.dx, a.dB, a.dC, a.dz);
   const Steps<T> steps(p, walk);
   const Shared<T> shared(p);
@@ -342,11 +321,11 @@ template <class T> void backward(const Arguments& a) {
   }
   const GroupSum<T> of_B(p, a.dB), of_C(p, a.dC);
   const MatrixShape transposed_shape{p.batch, p.heads, of_B.heads_per_piece(), p.size, p.states}, shape{p.batch, p.heads, 1, p.states, p.size};
-  scan<T>(transposed_shape, walk, p.length, p.threads, transposed(p.initial), {}, {shared.every, p.length}, 0,
-          [&] { return GradientC<T>(a, dy, steps, shared, of_C); });
-  scan<T>(transposed_shape, back, p.length, p.threads, transposed(a.dstate), {}, {shared.every, 0}, GradientB<T>::kCarry,
-          [&] { return GradientB<T>(a, dy, steps, shared, of_B); });
   scan<T>(shape, back, p.length, p.threads, a.dstate, a.dinitial, {}, GradientX<T>::kCarry, [&] { return GradientX<T>(a, dy, steps); });
+  scan<T>(transposed_shape, back, p.length, p.threads, transposed(a.dstate), {}, {shared.every, p.length}, 0,
+          [&] { return GradientB<T>(a, dy, steps, shared, of_B); });
+  scan<T>(transposed_shape, walk, p.length, p.threads, transposed(p.initial), {}, {shared.every, 0}, GradientC<T>::kCarry,
+          [&] { return GradientC<T>(a, dy, steps, shared, of_C); });
   write_step_gradients(a, steps, shared, walk);
   of_B.finish();
   of_C.finish();

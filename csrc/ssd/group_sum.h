@@ -28,7 +28,7 @@ template <class T> class GroupSum {
   // Adds up the sums of the pieces.
   void finish() const {
     if (pieces_ == 1) return;
-    const Walk raster(p_.length, nullptr, nullptr, 0, false);
+    const Walk raster(p_.length);
     const HeadOutput from = own();
     const int64_t tiles = ceil_div(p_.length, kTileSteps), items = p_.batch * tiles;
     const int64_t threads = threads_for(p_, items, kTileSteps * p_.groups * pieces_ * p_.states);

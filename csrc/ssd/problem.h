@@ -8,10 +8,10 @@ namespace {
 
 // The argument block that kernels/ssd/native.py packs. Strides are in elements.
 struct Problem {
-  HeadTokens x, z, B, C, dt;  // x (b,l,h,p), z the same or null, B and C (b,l,g,n), dt (b,l,h)
-  StateTensor initial;        // (b,h,n,p): rows are states, lanes are a head's channels; the data may be null
-  const void *A, *D, *bias;   // A (h), D (h,p), bias (h): dense, the compute type; D and bias may be null
-  const int64_t *index, *starts;
+  HeadTokens x, z, B, C, dt;                  // x (b,l,h,p), z the same or null, B and C (b,l,g,n), dt (b,l,h)
+  StateTensor initial;                        // (b,h,n,p): rows are states, lanes are a head's channels; the data may be null
+  const void *A, *D, *bias;                   // A (h), D (h,p), bias (h): dense, the compute type; D and bias may be null
+  const int64_t *index, *starts, *sequences;  // see medssm/walk.h
   int64_t start_count, reverse;
   int64_t batch, length, heads, size, groups, states;
   int64_t softplus, wide, threads;  // wide: compute in double

@@ -17,7 +17,8 @@ _PROBLEM = fields(
     "x x_type x_batch x_token batch length",
     ("taps", _TAPS),
     "initial initial_type initial_batch initial_channel initial_slot",
-    "index starts start_count reverse silu wide threads",
+    ("walk", native.WALK),
+    "silu wide threads",
 )
 _forward = native.Kernel("causal_conv1d", "forward", fields(("problem", _PROBLEM), "out state"))
 _backward = native.Kernel(
@@ -27,7 +28,7 @@ _backward = native.Kernel(
 )
 
 
-def forward(x, weight, bias, activation, index, starts, reverse, initial_state, final):
+def forward(x, weight, bias, activation, index, starts, reverse, initial_state, final, sequences=None):
     """Arguments as in `reference.causal_conv1d`; final: whether the final state is wanted.
 
     Returns (out (b,l,d) contiguous, state (b,d,w-1) or None).
@@ -35,22 +36,21 @@ def forward(x, weight, bias, activation, index, starts, reverse, initial_state, 
     x = native.lanes(x)
     batch, length, channels = x.shape
     out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
-    state = torch.empty((batch, channels, weight.shape[1] - 1), dtype=x.dtype, device=x.device) if final else None
+    state = native.new_state(x, (channels, weight.shape[1] - 1), x.dtype, initial_state, sequences) if final else None
     if out.numel():
-        _forward(*_problem(x, weight, bias, activation, index, starts, reverse, initial_state), out.data_ptr(), native.pointer(state))
-    elif final:
-        state.copy_(initial_state) if initial_state is not None else state.zero_()
+        _forward(*_problem(x, weight, bias, activation, index, starts, sequences, reverse, initial_state), out.data_ptr(), native.pointer(state))
     return out, state
 
 
-def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, initial_state):
+def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, initial_state, sequences=None):
     """Gradients of x, weight, bias and initial_state (None where that input is), each in its input's dtype and contiguous."""
     x, dout = native.lanes(x), native.lanes(dout.to(x.dtype))
-    dx, dweight, dbias, dinitial = (native.like(t) for t in (x, weight, bias, initial_state))
+    dx, dweight, dbias = native.like(x), native.like(weight), native.like(bias)
+    dinitial = None if initial_state is None else native.new_state(x, initial_state.shape[1:], initial_state.dtype, dstate, sequences)
     if x.numel():
         state = (0, 0, 0, 0) if dstate is None else (dstate.data_ptr(), *dstate.stride())
         _backward(
-            *_problem(x, weight, bias, activation, index, starts, reverse, initial_state),
+            *_problem(x, weight, bias, activation, index, starts, sequences, reverse, initial_state),
             dout.data_ptr(),
             *dout.stride()[:2],
             *state,
@@ -60,15 +60,13 @@ def backward(dout, dstate, x, weight, bias, activation, index, starts, reverse, 
             native.pointer(dinitial),
         )
     else:
-        for gradient in (dweight, dbias, dinitial):
+        for gradient in (dweight, dbias):
             if gradient is not None:
                 gradient.zero_()
-        if dinitial is not None and dstate is not None:
-            dinitial.copy_(dstate)  # the empty walk's final state is its initial one
     return dx, dweight, dbias, dinitial
 
 
-def _problem(x, weight, bias, activation, index, starts, reverse, initial_state):
+def _problem(x, weight, bias, activation, index, starts, sequences, reverse, initial_state):
     """The fields of csrc/causal_conv1d/cpu.cpp's Problem."""
     batch, length, channels = x.shape
     initial = (0, 0, 0, 0, 0)
@@ -94,10 +92,7 @@ def _problem(x, weight, bias, activation, index, starts, reverse, initial_state)
         weight.stride(1),
         0 if bias is None else bias.stride(0),
         *initial,
-        native.pointer(index),
-        native.pointer(starts),
-        0 if starts is None else starts.shape[0],
-        reverse,
+        *native.walk(index, starts, sequences, reverse),
         activation == "silu",
         compute_dtype(x, weight, bias, initial_state) is torch.float64,
         torch.get_num_threads(),

@@ -15,12 +15,7 @@ from medssm.kernels.native import fields
 # Problem, then the Arguments of its cpu_forward.cpp and cpu_backward.cpp.
 _TOKENS, _STATE = fields("data type batch token head"), fields("data type batch head row lane")
 _PROBLEM = fields(
-    ("q k v g", _TOKENS),
-    ("initial", _STATE),
-    "index starts start_count reverse",
-    "batch length heads keys values",
-    "per_key wide threads",
-    ("scale", "d"),
+    ("q k v g", _TOKENS), ("initial", _STATE), ("walk", native.WALK), "batch length heads keys values", "per_key wide threads", ("scale", "d")
 )
 _forward = native.Kernel("gated_linear_attention", "forward", fields(("problem", _PROBLEM), ("out", _TOKENS), ("final", _STATE)))
 _backward = native.Kernel(
@@ -31,33 +26,29 @@ _backward = native.Kernel(
 _ABSENT = (0, 0, 0, 0, 0, 0)
 
 
-def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final):
+def forward(q, k, v, g, scale, index, starts, reverse, initial_state, final, sequences=None):
     """Arguments as in `reference.gated_linear_attention`; final: whether the final state is wanted.
 
     Returns (out (b,l,h,dv) contiguous, state (b,h,dk,dv) or None).
     """
-    batch, _, heads, keys = q.shape
     dtype = compute_dtype(q, k, v, g, initial_state)
     out = native.like(v)
-    state = torch.empty((batch, heads, keys, v.shape[3]), dtype=dtype, device=v.device) if final else None
+    state = native.new_state(q, (*q.shape[2:], v.shape[3]), dtype, initial_state, sequences) if final else None
     if out.numel():
-        tensors = _adjacent(q, k, v, g)
-        _forward(*_problem(*tensors, scale, index, starts, reverse, initial_state, dtype), *_tokens(out), *_state(state))
-    elif final:
-        state.copy_(initial_state) if initial_state is not None else state.zero_()
+        tensors, initial = _adjacent(q, k, v, g), native.contiguous(initial_state)
+        _forward(*_problem(*tensors, initial, scale, index, starts, sequences, reverse, dtype), *_tokens(out), *_state(state))
     return out, state
 
 
-def backward(dout, dstate, q, k, v, g, scale, index, starts, reverse, initial_state):
+def backward(dout, dstate, q, k, v, g, scale, index, starts, reverse, initial_state, sequences=None):
     """Gradients of q, k, v, g and initial_state (None where it is), each in its input's dtype and contiguous."""
     dtype = compute_dtype(q, k, v, g, initial_state)
-    dq, dk, dv, dinitial = (native.like(t) for t in (q, k, v, initial_state))
-    dg = native.like(g, dtype)
+    dq, dk, dv, dg = native.like(q), native.like(k), native.like(v), native.like(g, dtype)
+    dinitial = None if initial_state is None else native.new_state(q, initial_state.shape[1:], dtype, dstate, sequences)
     if v.numel():
-        tensors = _adjacent(q, k, v, g)
-        dout = native.lanes(dout)
+        tensors, initial, dout, dstate = _adjacent(q, k, v, g), native.contiguous(initial_state), native.lanes(dout), native.contiguous(dstate)
         _backward(
-            *_problem(*tensors, scale, index, starts, reverse, initial_state, dtype),
+            *_problem(*tensors, initial, scale, index, starts, sequences, reverse, dtype),
             *_tokens(dout),
             *_state(dstate),
             *_tokens(dq),
@@ -69,9 +60,7 @@ def backward(dout, dstate, q, k, v, g, scale, index, starts, reverse, initial_st
     else:
         for gradient in (dq, dk, dv, dg):
             gradient.zero_()
-        if dinitial is not None:
-            dinitial.zero_() if dstate is None else dinitial.copy_(dstate)  # the empty walk's final state is its initial one
-    return dq, dk, dv, dg.to(g.dtype), dinitial
+    return dq, dk, dv, dg.to(g.dtype), None if dinitial is None else dinitial.to(initial_state.dtype)
 
 
 def _adjacent(q, k, v, g):
@@ -79,7 +68,7 @@ def _adjacent(q, k, v, g):
     return *(native.lanes(t) for t in (q, k, v)), native.lanes(g) if g.dim() == 4 else g
 
 
-def _problem(q, k, v, g, scale, index, starts, reverse, initial_state, dtype):
+def _problem(q, k, v, g, initial_state, scale, index, starts, sequences, reverse, dtype):
     """The fields of Problem."""
     batch, length, heads, keys = q.shape
     return (
@@ -88,10 +77,7 @@ def _problem(q, k, v, g, scale, index, starts, reverse, initial_state, dtype):
         *_tokens(v),
         *_tokens(g),
         *_state(initial_state),
-        native.pointer(index),
-        native.pointer(starts),
-        0 if starts is None else starts.shape[0],
-        reverse,
+        *native.walk(index, starts, sequences, reverse),
         batch,
         length,
         heads,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels.native import DTYPES as _DTYPES
-from medssm.kernels.native import fields
+from medssm.kernels.native import WALK, fields, walk
 
 TOKENS, OUTPUT = fields("data type batch token channel"), fields("data type batch token earlier")
 PROBLEM = fields(
     ("u delta z", TOKENS),
     ("B C", fields("data type batch token group state")),
     "A D bias proj initial",
-    "index starts start_count reverse",
+    ("walk", WALK),
     "batch length channels groups state rank",
     "softplus wide threads",
     ("scale", "d"),
@@ -20,7 +20,7 @@ PROBLEM = fields(
 _ABSENT = (0, 0, 0, 0, 0)
 
 
-def problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, threads):
+def problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, sequences, reverse, scale, threads):
     """The fields of Problem. weights: A, D, delta_bias, delta_proj and initial_state, `dense`; the caller keeps them alive."""
     A, D, delta_bias, delta_proj, initial_state = weights
     batch, length, channels = u.shape
@@ -43,10 +43,7 @@ def problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse,
         0 if delta_bias is None else delta_bias.data_ptr(),
         0 if delta_proj is None else delta_proj.data_ptr(),
         0 if initial_state is None else initial_state.data_ptr(),
-        0 if index is None else index.data_ptr(),
-        0 if starts is None else starts.data_ptr(),
-        0 if starts is None else starts.shape[0],
-        reverse,
+        *walk(index, starts, sequences, reverse),
         batch,
         length,
         channels,

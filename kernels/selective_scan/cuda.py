@@ -95,6 +95,7 @@ def _scan(
     index,
     starts,
     reverse,
+    sequences,
     initial_state,
     scale,
     out,
@@ -104,10 +105,12 @@ def _scan(
     spacing=None,
 ):
     """spacing: steps between checkpoints, if not plan.chunk's."""
+    if sequences is not None:
+        raise ValueError("cu_seqlens: the cuda kernel of selective_scan takes no packed sequences, backend='triton' does")
     weights = _weights(dtype, A, D, delta_bias, delta_proj, initial_state)
     cut = _Cut(dtype, u, A, B.shape[2])
     ends, sums = cut.ends()
-    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, 0)
+    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, None, reverse, scale, 0)
     _forward(
         u,
         *arguments,
@@ -140,6 +143,7 @@ def _scan_backward(
     index,
     starts,
     reverse,
+    sequences,
     initial_state,
     scale,
     du,
@@ -174,6 +178,7 @@ def _scan_backward(
             index,
             starts,
             reverse,
+            None,
             initial_state,
             1.0,
             None,
@@ -192,7 +197,7 @@ def _scan_backward(
     dlow_parts = dproj_parts = None
     if delta_proj is not None:
         dlow_parts, dproj_parts = cut.empty(cut.tiles, *delta.shape), cut.empty(*chunks, delta.shape[2], cut.channels)
-    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, 0)
+    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, None, reverse, scale, 0)
     _backward(
         u,
         *arguments,

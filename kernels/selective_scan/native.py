@@ -111,6 +111,7 @@ def forward_usual(
             0,
             0,
             0,
+            0,
             reverse,
             batch,
             length,
@@ -136,10 +137,30 @@ def forward_usual(
 
 
 def _scan(
-    dtype, u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, scale, out, earlier, state, checkpoints
+    dtype,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    softplus,
+    delta_proj,
+    index,
+    starts,
+    reverse,
+    sequences,
+    initial_state,
+    scale,
+    out,
+    earlier,
+    state,
+    checkpoints,
 ):
     weights = [dense(t, dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
-    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, torch.get_num_threads())
+    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, sequences, reverse, scale, torch.get_num_threads())
     at_checkpoints = (0, 0) if checkpoints is None else (checkpoints.data_ptr(), checkpoints.stride(0))
     _forward(*arguments, *output(out, earlier), native.pointer(state), *at_checkpoints)
 
@@ -162,6 +183,7 @@ def _scan_backward(
     index,
     starts,
     reverse,
+    sequences,
     initial_state,
     scale,
     du,
@@ -179,7 +201,7 @@ def _scan_backward(
 ):
     weights = [dense(t, dtype) for t in (A, D, delta_bias, delta_proj, initial_state)]
     dstate = dense(dstate, dtype)
-    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, reverse, scale, torch.get_num_threads())
+    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, sequences, reverse, scale, torch.get_num_threads())
     _backward(
         *arguments,
         dout.data_ptr(),

@@ -2,15 +2,16 @@
 
 A backend brings two functions, for one scan each:
 
-    scan(dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, scale, out, earlier, state,
-         checkpoints)
+    scan(dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, sequences, initial_state, scale,
+         out, earlier, state, checkpoints)
         out = scale (y + D u + earlier) silu(z), with y along the walk; fills state and checkpoints where given.
     scan_backward(dtype, dout, dstate, checkpoints, u, …, initial_state, scale, du, du_earlier, ddelta, dB, dC, dz, dz_earlier, dA, dD, dbias, dproj,
                   dinitial)
         the gradients of scan's arguments, written into du … dinitial; du and dz are added to what is earlier.
 
 The caller has checked shapes and resolved the walk: `index` (l,) int64 is the token visited at each step (None: raster), `starts` the
-steps at which the state begins anew (None: only step 0), `reverse` turns the walk round. Nothing here records gradients.
+steps at which the state begins anew (None: only step 0), `reverse` turns the walk round, `sequences` are those of packed tokens (None: one).
+Nothing here records gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.native import new_state
 from medssm.kernels.selective_scan.plan import chunks
 
 
@@ -27,7 +29,9 @@ class Scans:
     def __init__(self, scan, scan_backward):
         self._scan, self._scan_backward = scan, scan_backward
 
-    def forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, save, final):
+    def forward(
+        self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, save, final, sequences=None
+    ):
         """u, delta, z (b,l,d), or delta (b,l,r) with delta_proj (d,r); A (d,n); B, C (b,l,g,n); D, delta_bias (d,); initial_state (b,d,n).
 
         save: keep what backward needs. final: return the state after the last step. Returns out (b,l,d), the state (b,d,n) or None, and
@@ -37,7 +41,7 @@ class Scans:
         batch, length, channels = u.shape
         n = A.shape[1]
         out = torch.empty((batch, length, channels), dtype=u.dtype, device=u.device)
-        state = torch.empty((batch, channels, n), dtype=dtype, device=u.device) if final else None
+        state = new_state(u, A.shape, dtype, initial_state, sequences) if final else None
         checkpoints = torch.empty((batch, chunks(length, n), n, channels), dtype=dtype, device=u.device) if save else None
         if out.numel():
             self._scan(
@@ -55,6 +59,7 @@ class Scans:
                 index,
                 starts,
                 reverse,
+                sequences,
                 initial_state,
                 1.0,
                 out,
@@ -62,8 +67,6 @@ class Scans:
                 state,
                 checkpoints,
             )
-        elif final:
-            state.zero_() if initial_state is None else state.copy_(initial_state)
         return out, state, checkpoints
 
     def forward_nd(self, x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, walks, merge, save):
@@ -100,6 +103,7 @@ class Scans:
                 starts,
                 reverse,
                 None,
+                None,
                 1 / k if last and merge == "mean" else 1.0,
                 out[:, :, i] if stack else out if last else total,
                 None if stack or i == 0 else total,
@@ -109,7 +113,25 @@ class Scans:
         return out, checkpoints
 
     def backward(
-        self, dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state
+        self,
+        dout,
+        dstate,
+        checkpoints,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        delta_proj,
+        index,
+        starts,
+        reverse,
+        initial_state,
+        sequences=None,
     ):
         """Gradients of u, delta, A, B, C, D, z, delta_bias, delta_proj and initial_state, None where the input is; each in its input's dtype.
 
@@ -117,14 +139,13 @@ class Scans:
         """
         inputs = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
         dtype = compute_dtype(*inputs)
+        dinitial = None if initial_state is None else new_state(u, A.shape, dtype, dstate, sequences)
         if not u.numel():
-            gradients = [None if t is None else torch.zeros_like(t) for t in inputs]
-            if initial_state is not None and dstate is not None:
-                gradients[-1].copy_(dstate)
-            return tuple(gradients)
+            gradients = (None if t is None else torch.zeros_like(t) for t in inputs[:-1])
+            return *gradients, None if dinitial is None else dinitial.to(initial_state.dtype)
         du, ddelta, dB, dC, dz = (None if t is None else _new(t) for t in (u, delta, B, C, z))
         weights = (A, D, delta_bias, delta_proj, initial_state)
-        dweights = [None if t is None else torch.empty(t.shape, dtype=dtype, device=t.device) for t in weights]
+        dweights = [*(None if t is None else torch.empty(t.shape, dtype=dtype, device=t.device) for t in weights[:-1]), dinitial]
         self._scan_backward(
             dtype,
             dout,
@@ -143,6 +164,7 @@ class Scans:
             index,
             starts,
             reverse,
+            sequences,
             initial_state,
             1.0,
             du,
@@ -193,6 +215,7 @@ class Scans:
                 index,
                 starts,
                 reverse,
+                None,
                 None,
                 1 / k if merge == "mean" else 1.0,
                 _slice(dx if last or x.dim() == 4 else x_total, i),

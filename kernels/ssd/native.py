@@ -17,7 +17,8 @@ _TOKENS, _STATE = fields("data type batch token head"), fields("data type batch 
 _PROBLEM = fields(
     ("x z B C dt", _TOKENS),
     ("initial", _STATE),
-    "A D bias index starts start_count reverse",
+    "A D bias",
+    ("walk", native.WALK),
     "batch length heads size groups states",
     "softplus wide threads",
     ("low high", "d"),
@@ -30,43 +31,42 @@ _backward = native.Kernel(
 )
 
 
-def forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, save, final):
+def forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, save, final, sequences=None):
     """Arguments as in `reference.ssd`; save: whether y is wanted; final: whether the final state is.
 
     Returns (out (b,l,h,p) contiguous, state (b,h,p,n) or None, y or None): y (b,l,h,p), the compute type, is out before the gate.
     """
     dtype = compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
-    batch, _, heads, size = x.shape
     out, y = native.like(x), native.like(x, dtype) if save else None
-    state = torch.empty((batch, heads, size, B.shape[3]), dtype=dtype, device=x.device) if final else None
+    state = native.new_state(x, (*x.shape[2:], B.shape[3]), dtype, initial_state, sequences) if final else None
     if out.numel():
-        tokens, weights = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype)
+        tokens, weights, initial = _dense(x, z, B, C), _weights(A, D, dt_bias, x.shape[3], dtype), native.contiguous(initial_state)
         _forward(
-            *_problem(*tokens, dt, *weights, dt_softplus, low, high, index, starts, reverse, initial_state, dtype),
+            *_problem(*tokens, dt, initial, *weights, dt_softplus, low, high, index, starts, sequences, reverse, dtype),
             *_tokens(out),
             *_tokens(y),
             *_state(state),
         )
-    elif final:
-        state.copy_(initial_state) if initial_state is not None else state.zero_()
     return out, state, y
 
 
-def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state):
+def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, sequences=None):
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state (None where that input is), each in its input's dtype and contiguous.
 
     y: as `forward` kept it, None without z.
     """
     dtype = compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
     batch, _, heads, size = x.shape
-    dx, ddt, dB, dC, dz, dinitial = (native.like(t) for t in (x, dt, B, C, z, initial_state))
+    dx, ddt, dB, dC, dz = (native.like(t) for t in (x, dt, B, C, z))
+    dinitial = None if initial_state is None else native.new_state(x, initial_state.shape[1:], dtype, dstate, sequences)
     # Per batch element, to be summed: of A, of dt_bias, of D.
     dA, dbias = (torch.empty((batch, heads), dtype=torch.float64, device=x.device) for _ in range(2))
     dD = None if D is None else torch.empty((batch, heads, size), dtype=torch.float64, device=x.device)
     if x.numel():
         tokens, weights, dout = _dense(x, z, B, C), _weights(A, D, dt_bias, size, dtype), native.lanes(dout)
+        initial, dstate = native.contiguous(initial_state), native.contiguous(dstate)
         _backward(
-            *_problem(*tokens, dt, *weights, dt_softplus, low, high, index, starts, reverse, initial_state, dtype),
+            *_problem(*tokens, dt, initial, *weights, dt_softplus, low, high, index, starts, sequences, reverse, dtype),
             *_tokens(dout),
             *_tokens(y),
             *_state(dstate),
@@ -78,12 +78,10 @@ def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, h
         for gradient in (dx, ddt, dB, dC, dz, dA, dbias, dD):
             if gradient is not None:
                 gradient.zero_()
-        if dinitial is not None:
-            dinitial.zero_() if dstate is None else dinitial.copy_(dstate)  # the empty walk's final state is its initial one
     dA, dbias = dA.sum(0).to(A.dtype), None if dt_bias is None else dbias.sum(0).to(dt_bias.dtype)
     if D is not None:
         dD = dD.sum(0 if D.dim() == 2 else (0, 2)).to(D.dtype)
-    return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, None if dinitial is None else dinitial.to(initial_state.dtype)
 
 
 def _dense(*tensors):
@@ -98,7 +96,7 @@ def _weights(A, D, dt_bias, size, dtype):
     return [None if t is None else t.to(dtype).contiguous() for t in (A, D, dt_bias)]
 
 
-def _problem(x, z, B, C, dt, A, D, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, dtype):
+def _problem(x, z, B, C, dt, initial_state, A, D, dt_bias, dt_softplus, low, high, index, starts, sequences, reverse, dtype):
     """The fields of Problem."""
     batch, length, heads, size = x.shape
     return (
@@ -109,10 +107,7 @@ def _problem(x, z, B, C, dt, A, D, dt_bias, dt_softplus, low, high, index, start
         *_tokens(dt),
         *_state(initial_state),
         *map(native.pointer, (A, D, dt_bias)),
-        native.pointer(index),
-        native.pointer(starts),
-        0 if starts is None else starts.shape[0],
-        reverse,
+        *native.walk(index, starts, sequences, reverse),
         batch,
         length,
         heads,

@@ -87,6 +87,49 @@ def test_the_gradient_of_the_decay_keeps_its_digits(decay):
     check(inputs(1, 3000, 1, 8, 8, dtype=torch.float32, decay=decay), tolerance=1e-5)
 
 
+def gradient_of_g(tensors, dout, dstate):
+    """dg in the tensors' type."""
+    *tokens, initial = tensors
+    walk = (None, None, False, initial)
+    _, _, recalled = native.forward(*tokens, 0.5, *walk, True, True)
+    return native.backward(dout, dstate, recalled, *tokens, 0.5, *walk)[4]
+
+
+def test_a_decay_of_nothing_has_no_gradient():
+    """One token and no initial state: nothing decays, whatever the gradient of the final state is."""
+    q, k, v, beta, g, _ = inputs(1, 1, 2, 64, 64, dtype=torch.float32)
+    dstate = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    for decay in (0.0, -0.1, -50.0):
+        assert not gradient_of_g([q, k, v, beta, torch.full_like(g, decay), None], torch.zeros_like(v), dstate).any()
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_the_gradient_of_a_strong_decay_is_as_small_as_it_should_be(initial):
+    """Next to a final state and its gradient that are far larger."""
+    tensors = inputs(1, 4096, 1, 64, 64, dtype=torch.float32)
+    dout, dstate = torch.zeros_like(tensors[2]), torch.full((1, 1, 64, 64), 10.0)
+    if not initial:
+        tensors[5] = None
+    for decay in (-5.0, -12.0, -18.0):
+        tensors[4] = torch.full_like(tensors[4], decay)
+        got = gradient_of_g(tensors, dout, dstate)
+        want = gradient_of_g([None if t is None else t.double() for t in tensors], dout.double(), dstate.double())
+        last = want[:, -1].abs().max()
+        assert last > 0 and (got - want).abs().max() < 1e-5 * last
+        assert (got - want)[:, :-1].abs().max() < 1e-5 * want[:, :-1].abs().max()
+    tensors[4] = torch.full_like(tensors[4], -50.0)  # e^-50 is 2e-22
+    assert gradient_of_g(tensors, dout, dstate).abs().sum() < 1e-15
+
+
+def test_one_strong_decay_among_weak_ones():
+    """What it separates has no part in its gradient, and the gradients of those behind it do not suffer."""
+    tensors = inputs(1, 200, 1, 16, 16, dtype=torch.float32, decay=0.01)
+    tensors[4][:, 100] = -50.0
+    got = gradient_of_g(tensors, tensors[2], tensors[5])
+    want = gradient_of_g([t.double() for t in tensors], tensors[2].double(), tensors[5].double())
+    assert got[:, 100].abs().max() < 1e-15 and (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def test_any_number_of_threads_gives_the_same_bits():
     tensors = inputs(2, 400, 2, 40, 40, dtype=torch.float32)
     *tokens, initial = tensors

@@ -88,6 +88,45 @@ def test_the_gradient_of_the_decay_stays_right_over_a_long_walk(per_key):
     assert (got - want).abs().max() / want.abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("per_key", [False, True])
+def test_a_decay_of_nothing_has_no_gradient(per_key):
+    """One token and no initial state: nothing decays, whatever the gradient of the final state is."""
+    q, k, v, g, _ = inputs(1, 1, 2, 64, 64, per_key, torch.float32)
+    dstate = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    for decay in (0.0, -0.1, -50.0):
+        dg = native.backward(torch.zeros_like(v), dstate, q, k, v, torch.full_like(g, decay), 1.0, None, None, False, None)[3]
+        assert not dg.any()
+
+
+@pytest.mark.parametrize("per_key", [False, True])
+@pytest.mark.parametrize("initial", [False, True])
+def test_the_gradient_of_a_strong_decay_is_as_small_as_it_should_be(per_key, initial):
+    """Next to a final state and its gradient that are far larger."""
+    *tensors, state = inputs(1, 4096, 1, 64, 64, per_key, torch.float32)
+    dstate, state = torch.full((1, 1, 64, 64), 10.0), state if initial else None
+    for decay in (-5.0, -12.0, -18.0):
+        tensors[3] = torch.full_like(tensors[3], decay)
+        got = native.backward(torch.zeros_like(tensors[2]), dstate, *tensors, 1.0, None, None, False, state)[3]
+        double = [t.double() for t in tensors]
+        want = native.backward(double[2] * 0, dstate.double(), *double, 1.0, None, None, False, state.double() if initial else None)[3]
+        last = want[:, -1].abs().max()
+        assert last > 0 and (got - want).abs().max() < 1e-5 * last
+        assert (got - want)[:, :-1].abs().max() < 1e-5 * want[:, :-1].abs().max()
+    tensors[3] = torch.full_like(tensors[3], -50.0)  # e^-50 is 2e-22
+    assert native.backward(torch.zeros_like(tensors[2]), dstate, *tensors, 1.0, None, None, False, state)[3].abs().sum() < 1e-15
+
+
+@pytest.mark.parametrize("per_key", [False, True])
+def test_one_strong_decay_among_weak_ones(per_key):
+    """What it separates has no part in its gradient, and the gradients of those behind it do not suffer."""
+    tensors = list(inputs(1, 200, 1, 16, 16, per_key, torch.float32, initial=False, scale=0.01)[:4])
+    tensors[3][:, 100] = -50.0
+    dstate = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    got = native.backward(tensors[2], dstate, *tensors, 1.0, None, None, False, None)[3]
+    want = native.backward(tensors[2].double(), dstate.double(), *(t.double() for t in tensors), 1.0, None, None, False, None)[3]
+    assert got[:, 100].abs().max() < 1e-15 and (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def test_threads_share_the_lanes_of_a_head():
     tensors = inputs(1, 3000, 1, 16, 80, False, torch.float32)
     results = []

@@ -107,6 +107,27 @@ def test_the_gradient_of_the_decay_stays_right_over_a_long_walk():
         assert (got[i] - want[i]).abs().max() / want[i].abs().max() < 2e-5, NAMES[i]
 
 
+@pytest.mark.parametrize("length", [1, 500])
+@pytest.mark.parametrize("initial", [False, True])
+def test_the_gradient_of_a_strong_decay_is_as_small_as_it_should_be(length, initial):
+    """Next to a final state and its gradient that are far larger: of A, which reaches the loss through the decays alone. Steps are 1."""
+    *tensors, state = inputs(1, length, 1, 1, 64, 64, torch.float32, initial, gated=False)
+    tensors[1], tensors[7] = torch.ones_like(tensors[1]), None
+    dout, dstate = torch.zeros_like(tensors[0]), torch.full((1, 1, 64, 64), 10.0)
+    for rate in (-5.0, -12.0, -18.0, -50.0):
+        tensors[2] = torch.full_like(tensors[2], rate)
+        walk = (False, 0.0, math.inf, None, None, False)
+        got = native.backward(dout, dstate, None, *tensors, *walk, state)[2]
+        double = [None if t is None else t.double() for t in tensors]
+        want = native.backward(dout.double(), dstate.double(), None, *double, *walk, state.double() if initial else None)[2]
+        if length == 1 and not initial:
+            assert got == 0 and want == 0
+        elif rate == -50.0:
+            assert abs(got) < 1e-15
+        else:
+            assert abs(got - want) < 1e-5 * abs(want)
+
+
 @pytest.mark.parametrize("heads, size, state", [(1, 80, 40), (8, 8, 8)])
 def test_threads_share_the_lanes_of_a_head_and_the_heads_of_a_group(heads, size, state):
     *tensors, initial = inputs(1, 3000, 1, heads, size, state, torch.float32)

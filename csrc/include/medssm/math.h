@@ -20,6 +20,11 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
+// A decay below this, or its logarithm, makes a state smaller than the rounding error of what is added to it. The gradient of the logarithm is then
+// set to 0: it would be the difference of two sums that are equal but for their rounding errors.
+template <class T> constexpr T kNegligibleDecay = sizeof(T) == 4 ? T(0x1p-30) : T(0x1p-60);
+template <class T> constexpr T kNegligibleLog = static_cast<T>(kLn2 * (sizeof(T) == 4 ? -30 : -60));
+
 // x = n + r, where n is the nearest multiple of a fixed power of two. `shifted` has n in its low bits.
 template <class T> struct Split {
   Vec<T> shifted, n, r;

@@ -32,7 +32,8 @@
 namespace medssm {
 namespace {
 
-// A state (b, h, rows, lanes) of any type and strides. If data is null, an initial state is zero, and a final state is not stored.
+// States (b, h, rows, lanes) of any type, with adjacent lanes or adjacent rows. With packed sequences b is their number. If data is null, an initial
+// state is zero, and a final state is not stored.
 struct StateTensor {
   void* data;
   int64_t type, batch, head, row, lane;
@@ -55,27 +56,59 @@ template <class T> struct Slot {
   }  // number of lanes of a block that exist
 };
 
-template <class T> void load_states(const StateTensor& from, const Slot<T>& slot) {
-  if (!from.data) return;
+// Calls f(row, rows, lanes) for each square of a block of a state: kLanes rows, or those that are left, of the lanes that exist.
+template <class T, class F> void each_square(const Slot<T>& slot, int64_t block, const F& f) {
+  for (int64_t r = 0; r < slot.rows; r += kLanes<T>) f(r, static_cast<int>(least<int64_t>(kLanes<T>, slot.rows - r)), slot.width(block));
+}
+
+// Reads a block of a state; returns `state`.
+template <class T> const T* load_state(const StateTensor& from, int64_t sequence, const Slot<T>& slot, int64_t block, T* state) {
+  constexpr int W = kLanes<T>;
   with_storage(from.type, from.data, [&](const auto* data) {
-    data += slot.batch * from.batch + slot.head * from.head;
-    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
-      for (int64_t r = 0; r < slot.rows; ++r)
-        for (int lane = 0; lane < slot.width(block); ++lane)
-          slot.state(block)[r * kLanes<T> + lane] = to_compute<T>(data[r * from.row + (block * kLanes<T> + lane) * from.lane]);
+    data += (slot.batch + sequence) * from.batch + slot.head * from.head + block * W * from.lane;
+    if (from.lane == 1) {
+      for (int64_t r = 0; r < slot.rows; ++r) store(state + r * W, load_part<T>(data + r * from.row, slot.width(block)));
+    } else {
+      each_square<T>(slot, block, [&](int64_t r, int rows, int lanes) {
+        Vec<T> square[W];
+        for (int i = 0; i < W; ++i) square[i] = i < lanes ? load_part<T>(data + i * from.lane + r, rows) : Vec<T>{};
+        transpose<T>(square);
+        for (int i = 0; i < rows; ++i) store(state + (r + i) * W, square[i]);
+      });
+    }
+  });
+  return state;
+}
+template <class T> void store_state(const T* state, const StateTensor& to, int64_t sequence, const Slot<T>& slot, int64_t block) {
+  constexpr int W = kLanes<T>;
+  with_storage(to.type, to.data, [&](auto* data) {
+    data += (slot.batch + sequence) * to.batch + slot.head * to.head + block * W * to.lane;
+    if (to.lane == 1) {
+      for (int64_t r = 0; r < slot.rows; ++r) store_part(data + r * to.row, load<T>(state + r * W), slot.width(block));
+    } else {
+      each_square<T>(slot, block, [&](int64_t r, int rows, int lanes) {
+        Vec<T> square[W];
+        for (int i = 0; i < W; ++i) square[i] = i < rows ? load<T>(state + (r + i) * W) : Vec<T>{};
+        transpose<T>(square);
+        for (int i = 0; i < lanes; ++i) store_part(data + i * to.lane + r, square[i], rows);
+      });
+    }
   });
 }
 
-template <class T> void store_states(const Slot<T>& slot, const StateTensor& to) {
-  if (!to.data) return;
-  with_storage(to.type, to.data, [&](auto* data) {
-    using S = std::remove_reference_t<decltype(*data)>;
-    data += slot.batch * to.batch + slot.head * to.head;
-    for (int64_t block = slot.first_block; block < slot.end_block; ++block)
-      for (int64_t r = 0; r < slot.rows; ++r)
-        for (int lane = 0; lane < slot.width(block); ++lane)
-          data[r * to.row + (block * kLanes<T> + lane) * to.lane] = to_storage<S>(slot.state(block)[r * kLanes<T> + lane]);
-  });
+template <class T> void load_states(const StateTensor& from, int64_t sequence, const Slot<T>& slot) {
+  for (int64_t block = slot.first_block; from.data && block < slot.end_block; ++block) load_state(from, sequence, slot, block, slot.state(block));
+}
+template <class T> void store_states(const Slot<T>& slot, const StateTensor& to, int64_t sequence) {
+  for (int64_t block = slot.first_block; to.data && block < slot.end_block; ++block) store_state(slot.state(block), to, sequence, slot, block);
+}
+
+// A block of the slot's state times the same block of another one, summed over the rows.
+template <class T> Vec<T> sum_of_products(const Slot<T>& slot, int64_t block, const T* other) {
+  const T* state = slot.state(block);
+  Vec<T> sum{};
+  for (int64_t r = 0; r < slot.rows; ++r) sum = fma(load<T>(state + r * kLanes<T>), load<T>(other + r * kLanes<T>), sum);
+  return sum;
 }
 
 // Extra positions at which a tile must begin: each step for which step - offset is a multiple of `every`. every = 0: none.
@@ -129,14 +162,18 @@ template <class T, class Make> void scan(const MatrixShape& shape, const Walk& w
       }
       std::memset(memory.data(), 0, sizeof(T) * static_cast<std::size_t>(count * most_blocks * (per_block + carry)));
       for (int64_t i = 0; i < count; ++i) {
-        load_states(initial, slots.data()[i]);
+        load_states(initial, walk.first_sequence(), slots.data()[i]);
         pass.begin_head(slots.data()[i]);
       }
       for (int64_t from = 0; from < length;) {
         const Tile tile = walk.tile(from, cuts.next(from, length));
         for (int64_t i = 0; i < count; ++i) {
           const Slot<T>& slot = slots.data()[i];
-          if (tile.fresh) std::memset(slot.states, 0, sizeof(T) * static_cast<std::size_t>((slot.end_block - slot.first_block) * per_block));
+          if (tile.fresh) {
+            if (tile.begins_sequence()) store_states(slot, final, tile.previous);
+            std::memset(slot.states, 0, sizeof(T) * static_cast<std::size_t>((slot.end_block - slot.first_block) * per_block));
+            if (tile.begins_sequence()) load_states(initial, tile.sequence, slot);
+          }
           pass.begin_tile(slot, tile);
           Operands<T> in = pass.rows(slot, tile);
           in.count = tile.count;
@@ -150,7 +187,7 @@ template <class T, class Make> void scan(const MatrixShape& shape, const Walk& w
       }
       for (int64_t i = 0; i < count; ++i) {
         pass.end_head(slots.data()[i]);
-        store_states(slots.data()[i], final);
+        store_states(slots.data()[i], final, walk.last_sequence());
       }
     }
   });

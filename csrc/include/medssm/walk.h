@@ -1,6 +1,10 @@
 // The order in which a recurrence visits the tokens (the walk), divided into tiles.
 //
 // A tile is at most kTileSteps consecutive steps of the walk. A segment can begin only at the first step of a tile.
+//
+// The walk may go through several packed sequences, each of one or more segments. Every sequence has its own initial and final state, a row of the
+// state tensors. Without packed sequences all segments belong to sequence 0, and the row is that of the batch element: in both cases the row is
+// (batch element) + (sequence), because packed sequences have a batch of one.
 #pragma once
 #include "medssm/storage.h"
 
@@ -13,21 +17,30 @@ constexpr int64_t kTileSteps = 64;
 // index[first + t * direction].
 struct Tile {
   int64_t from, count;
-  bool fresh;  // the state is reset to zero before step `from`
+  bool fresh;  // a segment begins at step `from`: if a sequence begins with it, the state is its initial state, otherwise zero
   const int64_t* index;
   int64_t first, direction;
+  int64_t sequence = 0, previous = 0;  // the sequence of these steps, and the one of the step before them
+  bool begins_sequence() const { return sequence != previous; }
   int64_t token(int64_t t) const { return index ? index[first + t * direction] : first + t * direction; }
 };
 
 class Walk {
  public:
-  // index: the token of each step, null for raster order. starts: the sorted steps before which the state is reset to zero, numbered in forward
-  // direction. reverse: the same walk from its end.
-  Walk(int64_t length, const int64_t* index, const int64_t* starts, int64_t start_count, bool reverse) :
-      length_(length), index_(index), starts_(starts), start_count_(start_count), reverse_(reverse) {}
+  // index: the token of each step, null for raster order. starts: the sorted steps at which a segment begins, numbered in forward direction.
+  // sequences: the sequence of each segment, in the order of the starts, the first of which is then 0; null without packed sequences. reverse: the
+  // same walk from its end.
+  Walk(int64_t length, const int64_t* index, const int64_t* starts, const int64_t* sequences, int64_t start_count, bool reverse) :
+      length_(length), index_(index), starts_(starts), sequences_(sequences), start_count_(start_count), reverse_(reverse) {}
+  // A walk of one segment.
+  explicit Walk(int64_t length, const int64_t* index = nullptr, bool reverse = false) : Walk(length, index, nullptr, nullptr, 0, reverse) {}
 
-  // Steps [from, end), ignoring segment starts. Used for prefetches and single steps.
+  // Steps [from, end), ignoring segments. Used for prefetches and single steps.
   Tile steps(int64_t from, int64_t end) const { return {from, end - from, false, index_, reverse_ ? length_ - 1 - from : from, reverse_ ? -1 : 1}; }
+
+  // The sequences of the first and of the last step.
+  int64_t first_sequence() const { return sequences_ ? sequences_[reverse_ ? start_count_ - 1 : 0] : 0; }
+  int64_t last_sequence() const { return sequences_ ? sequences_[reverse_ ? 0 : start_count_ - 1] : 0; }
 
   // The tile that begins at `from`. It ends at `end`, the next multiple of kTileSteps or the next segment start, whichever comes first.
   Tile tile(int64_t from, int64_t end) const {
@@ -37,6 +50,11 @@ class Walk {
     if (next + fresh < start_count_) end = least(end, start(next + fresh));
     Tile tile = steps(from, end);
     tile.fresh = fresh;
+    if (sequences_) {
+      const int64_t segment = reverse_ ? start_count_ - 1 - next - fresh : next + fresh - 1;
+      tile.sequence = sequence_of(segment);
+      tile.previous = sequence_of(fresh ? segment + (reverse_ ? 1 : -1) : segment);
+    }
     return tile;
   }
 
@@ -48,9 +66,11 @@ class Walk {
   }
 
  private:
-  // The i-th step at which a segment begins, in the direction of the walk. Starts at step 0 and at the end of the walk have no effect: the initial
+  // The i-th step at which a segment begins, in the direction of the walk. Starts at step 0 and at the end of the walk have no effect: an initial
   // state comes before step 0.
   int64_t start(int64_t i) const { return reverse_ ? length_ - starts_[start_count_ - 1 - i] : starts_[i]; }
+  // A compiled graph may bring sequences that nobody has checked. Even if the first one does not begin at step 0, no memory outside is read.
+  int64_t sequence_of(int64_t segment) const { return sequences_[most<int64_t>(0, segment)]; }
   int64_t first_start(int64_t from) const {
     int64_t low = 0, high = start_count_;
     while (low < high) {
@@ -64,7 +84,7 @@ class Walk {
   }
 
   const int64_t length_;
-  const int64_t *const index_, *const starts_;
+  const int64_t *const index_, *const starts_, *const sequences_;
   const int64_t start_count_;
   const bool reverse_;
 };
