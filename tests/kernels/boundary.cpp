@@ -20,7 +20,7 @@ void step(const Throw& a, const Team& team, int64_t phase) {
 }
 
 struct Take {
-  int64_t bytes;
+  int64_t bytes, threads, rank;  // who asks for them: -1 for the caller, before the threads begin
 };
 
 }  // namespace
@@ -40,5 +40,8 @@ MEDSSM_EXPORT(throw_between_barriers, Throw) {
 }
 
 MEDSSM_EXPORT(take_memory, Take) {
-  const PerThread<Scratch<char>> memory(2, [&] { return Scratch<char>(a.bytes); });
+  const PerThread<Scratch<char>> memory(2, [&] { return Scratch<char>(a.rank < 0 ? a.bytes : 1); });
+  parallel(a.threads, [&](const Team& team) {
+    if (team.rank == a.rank) Scratch<char> more(a.bytes);
+  });
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ import torch
 
 import medssm
 from medssm.kernels import native
+from tests.kernels.failing import TEAMS, THROWING, TOO_MUCH
 from tests.kernels.out_of_memory import CALLS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -64,40 +64,40 @@ def test_memory_that_cannot_be_had_is_a_memory_error(failures, op, task):
 
 @pytest.fixture(scope="module", params=["OpenMP", "std::thread"])
 def failing(request, tmp_path_factory):
-    """A library of kernels that fail, on either kind of threads."""
+    """What came back from kernels that fail, on either kind of threads: {call: [status, error, how many threads got through each phase]}.
+
+    They run in a process of their own. If a thread waited for one that has left, that process would not end, and the test would fail for it.
+    """
     threads = [] if request.param == "OpenMP" else ["-U__linux__"]  # threads.cpp then does not look for torch's OpenMP
     sources = [ROOT / name for name in ("csrc/library.cpp", "csrc/threads.cpp", "tests/kernels/boundary.cpp")]
     file = build(tmp_path_factory.mktemp("failing") / "failing.so", *threads, *sources)
-    library = native.load(file, "cpu")
-    library.medssm_cpu_error.restype = library.medssm_cpu_threads.restype = ctypes.c_char_p
-    assert library.medssm_cpu_threads().decode() == request.param
-    return library
-
-
-def status(library, name: str, *values: int) -> int:
-    packed = b"".join(value.to_bytes(8, "little", signed=True) for value in values)
-    return native.bind(library, name, "base", len(packed), ctypes.c_int64)(packed)
+    done = python("-m", "tests.kernels.failing", str(file))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert found.pop("threads") == request.param
+    return found
 
 
 @compiles
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("name, phases", [("throw_at_once", 1), ("throw_between_barriers", 3)])
+@pytest.mark.parametrize("threads", TEAMS)
+@pytest.mark.parametrize("name, phases", THROWING.items())
 def test_a_thread_that_throws_ends_the_call_and_leaves_nobody_waiting(failing, name, phases, threads):
-    done = (ctypes.c_int64 * phases)()
     for phase in range(phases):
         for rank in range(threads + 1):  # the last: all of them
-            ctypes.memset(done, 0, ctypes.sizeof(done))
-            assert status(failing, name, threads, rank, phase, ctypes.addressof(done)) == -1
-            assert failing.medssm_cpu_error() == b"thrown on purpose"
-            assert list(done)[:phase] == [threads] * phase and not any(list(done)[phase + 1 :])
-    ctypes.memset(done, 0, ctypes.sizeof(done))
-    assert status(failing, name, threads, -1, -1, ctypes.addressof(done)) == 0 and list(done) == [threads] * phases
+            status, error, done = failing[f"{name} {threads} {rank} {phase}"]
+            assert status == -1 and error == "thrown on purpose"
+            assert done[:phase] == [threads] * phase and not any(done[phase + 1 :])
+    status, _, done = failing[f"{name} {threads} -1 -1"]
+    assert status == 0 and done == [threads] * phases
 
 
 @compiles
-def test_the_status_says_how_many_bytes_were_asked_for(failing):
-    assert status(failing, "take_memory", 1 << 60) == 1 << 60
-    assert status(failing, "take_memory", 1 << 10) == 0
+@pytest.mark.parametrize("threads", TEAMS)
+def test_the_status_says_how_many_bytes_were_asked_for(failing, threads):
+    """By the caller, or by any thread of the team."""
+    for rank in range(-1, threads):
+        assert failing[f"take_memory {TOO_MUCH} {threads} {rank}"][0] == TOO_MUCH
+        assert failing[f"take_memory 1024 {threads} {rank}"][0] == 0
 
 
 def test_any_other_failure_names_the_op(monkeypatch):
