@@ -41,11 +41,20 @@ def chunk_of(parts, chunks, heads):
 
 
 @triton.jit
-def tokens_of(chunk, index, length, CHUNK: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
+def span_of(chunk, pieces, length, steps, PACKED: tl.constexpr):
+    """A chunk's first step, a step that none of its steps reaches, and its segment; PACKED: of pieces.py's table, else all chunks are of one."""
+    if PACKED:
+        pieces += tl.cast(chunk, tl.int64) * 3
+        return tl.load(pieces).to(tl.int32), tl.load(pieces + 1).to(tl.int32), tl.load(pieces + 2).to(tl.int32)
+    return chunk * steps, length, chunk * 0
+
+
+@triton.jit
+def tokens_of(begin, end, index, length, CHUNK: tl.constexpr, WALK: tl.constexpr, REVERSE: tl.constexpr):
     """A chunk's steps, counted from its begin and from the walk's, which of them exist, and their tokens."""
     inside = tl.arange(0, CHUNK)
-    step = chunk * CHUNK + inside
-    return inside, step, step < length, visited(index, step, length, WALK, REVERSE)
+    step = begin + inside
+    return inside, step, step < end, visited(index, step, length, WALK, REVERSE)
 
 
 @triton.jit

@@ -7,6 +7,9 @@
 // Backward: a thread continues for width - 1 steps after the end of its run, because the gradients of those steps are needed for the run's tokens. So
 // these steps are computed twice, and no workspace is needed. The gradients of weight and bias are added in registers over a run, in shared memory
 // over the runs of a block, and by PyTorch over blocks. No atomic operations are used.
+//
+// Packed sequences: the taps of a segment's first steps read the initial state of the sequence that begins with it. Backward, one more kernel
+// computes the gradients of these states.
 #include "medssm/activation.h"
 
 namespace medssm {
@@ -20,9 +23,11 @@ struct Arguments {
   Strided<3> x;        // (b, l, d)
   Strided<2> weight;   // (d, w)
   Strided<1> bias;     // (d,), may be null
-  Strided<3> initial;  // (b, d, w - 1), or null for zeros
+  Strided<3> initial;  // (b, d, w - 1), or null for zeros; of packed sequences (n, d, w - 1), like all states
   const int64_t *index,
       *begin;  // (l,): index: the token of each step, null for raster order; begin: the first step that each step's taps may read, null: no limit
+  const int64_t *segment, *table;  // of packed sequences, else null: (l,) the segment of each step; (segments, 4), see Segment
+  int64_t segments;
   int64_t reverse, batch, length, channels, width, silu, wide;
   void* out;                // contiguous, in x's type
   Strided<3> dout, dstate;  // used by backward: (b, l, d); (b, d, w - 1) or null
@@ -35,6 +40,9 @@ struct Position {
   int channel;
   bool live;
 
+  // Of no run.
+  __device__ Position(int64_t batch_, int channel_) : batch(batch_), run(0), first(0), channel(channel_), live(true) {}
+
   // The run and channel of this thread. Run i begins at step i * kRun - early.
   __device__ Position(const Arguments& a, int64_t runs, int early) {
     const int64_t tiles = ceil_div(a.channels, kColumns), groups = ceil_div(runs, kRuns), at = blockIdx.x / tiles;
@@ -46,6 +54,12 @@ struct Position {
   }
 };
 
+// A segment of packed sequences: its first step, the step after its last, the sequences that begin and end with it, or -1.
+struct Segment {
+  int64_t begin, end, opening, closing;
+};
+MEDSSM_INLINE const Segment& segment_of(const Arguments& a, int64_t step) { return reinterpret_cast<const Segment*>(a.table)[a.segment[step]]; }
+
 MEDSSM_INLINE int64_t token_at(const Arguments& a, int64_t step) {
   const int64_t at = a.reverse ? a.length - 1 - step : step;
   return a.index ? a.index[at] : at;
@@ -56,10 +70,18 @@ template <class T> MEDSSM_INLINE T tap_at(const Arguments& a, const Position& po
   if (step >= a.length) return 0;
   if (step >= 0) return a.x.get<T>(position.batch, token_at(a, step), position.channel);
   const int64_t slot = step + a.width - 1;
-  return a.initial.data && slot >= 0 ? a.initial.get<T>(position.batch, position.channel, slot) : T(0);
+  return a.initial.data && !a.table && slot >= 0 ? a.initial.get<T>(position.batch, position.channel, slot) : T(0);
 }
-// The first step that the taps at `step` may read.
-MEDSSM_INLINE int64_t begin_at(const Arguments& a, int64_t step) { return a.begin ? a.begin[step] : 1 - a.width; }
+// The first step that the taps at `step` may read with tap_at.
+MEDSSM_INLINE int64_t begin_at(const Arguments& a, int64_t step) {
+  if (a.table) return segment_of(a, step).begin;
+  return a.begin ? a.begin[step] : 1 - a.width;
+}
+// What a tap reads before the first step of its segment, if sequences are packed.
+template <class T> MEDSSM_INLINE T early_tap(const Arguments& a, const Position& position, const Segment& segment, int64_t tap) {
+  if (!a.initial.data || segment.opening < 0) return 0;
+  return a.initial.get<T>(segment.opening, position.channel, tap - segment.begin + a.width - 1);
+}
 
 // The kWidth inputs that a step's taps read. kWidth > 0: kept in registers and shifted by one at each step. kWidth 0: any width, read from memory at
 // each use.
@@ -113,7 +135,10 @@ template <class T, int kWidth> __device__ T before_activation(const Arguments& a
   T y = bias;
 #pragma unroll
   for (int j = 0; j < width; ++j)
-    if (step - width + 1 + j >= begin) y = fma(weight(a, position, j), window.tap(a, position, step, j), y);
+    if (step - width + 1 + j >= begin)
+      y = fma(weight(a, position, j), window.tap(a, position, step, j), y);
+    else if (a.table)
+      y = fma(weight(a, position, j), early_tap<T>(a, position, segment_of(a, step), step - width + 1 + j), y);
   return y;
 }
 
@@ -155,6 +180,12 @@ template <class T, int kWidth> __device__ T preactivation_gradient(const Argumen
 
 // The gradient that the input at `step` gets from the final state.
 template <class T> MEDSSM_INLINE T from_state(const Arguments& a, const Position& position, int64_t step) {
+  if (a.table) {
+    if (!a.dstate.data || step < 0) return 0;
+    const Segment& segment = segment_of(a, step);
+    const int64_t slot = step - (segment.end - a.width + 1);
+    return segment.closing >= 0 && slot >= 0 ? a.dstate.get<T>(segment.closing, position.channel, slot) : T(0);
+  }
   const int64_t slot = step - (a.length - a.width + 1);
   if (!a.dstate.data || slot < 0 || step < begin_at(a, a.length - 1)) return 0;
   return a.dstate.get<T>(position.batch, position.channel, slot);
@@ -163,7 +194,7 @@ template <class T> MEDSSM_INLINE T from_state(const Arguments& a, const Position
 template <class T> MEDSSM_INLINE void write_step(const Arguments& a, const Position& position, int64_t step, T value) {
   if (step >= 0)
     write<T>(a.dx, a.x.type, (position.batch * a.length + token_at(a, step)) * a.channels + position.channel, value);
-  else if (a.dinitial)
+  else if (a.dinitial && !a.table)
     write<T>(a.dinitial, a.initial.type, (position.batch * a.channels + position.channel) * (a.width - 1) + step + a.width - 1, value);
 }
 
@@ -204,6 +235,8 @@ template <class T, int kWidth> __global__ void __launch_bounds__(kThreads) backw
         if (t - kWidth + 1 + j >= begin) {
           pending[j] = fma(g, weight(a, position, j), pending[j]);
           if (t < end) dweight[j] = fma(g, window.tap(a, position, t, j), dweight[j]);
+        } else if (a.table && t >= 0 && t < end) {
+          dweight[j] = fma(g, early_tap<T>(a, position, segment_of(a, t), t - kWidth + 1 + j), dweight[j]);
         }
       if (t < end) dbias += g;
       const int64_t done = t - kWidth + 1;
@@ -240,9 +273,29 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) backward_any(A
         sum += g;
       else if (t - width + 1 + j >= begin_at(a, t))
         sum = fma(g, window.tap(a, position, t, j), sum);
+      else if (a.table)
+        sum = fma(g, early_tap<T>(a, position, segment_of(a, t), t - width + 1 + j), sum);
     }
     write_sum<T>(a, position, j, sum);
   }
+}
+
+// Of packed sequences: the gradients of the initial states. A thread has one of their tokens, which the first steps of a segment read.
+template <class T> __global__ void __launch_bounds__(kThreads, 1) initial_gradients(Arguments a) {
+  const int64_t at = blockIdx.x * int64_t(kThreads) + threadIdx.x, past = a.width - 1;
+  if (at >= a.segments * past * a.channels) return;
+  const Segment& segment = reinterpret_cast<const Segment*>(a.table)[at / a.channels / past];
+  if (segment.opening < 0) return;
+  const Position position(0, static_cast<int>(at % a.channels));
+  const int64_t slot = at / a.channels % past, step = segment.begin - past + slot;
+  const T bias = a.bias.data ? a.bias.get<T>(position.channel) : T(0);
+  const Weights<T, 0> weight(a, position);
+  const Window<T, 0> window(a, position, 0);
+  const int64_t in_final = step - (segment.end - past);
+  T sum = a.dstate.data && segment.closing >= 0 && in_final >= 0 ? a.dstate.get<T>(segment.closing, position.channel, in_final) : T(0);
+  for (int64_t t = segment.begin; t <= step + past && t < segment.end; ++t)
+    sum = fma(preactivation_gradient<T, 0>(a, position, t, bias, weight, window), weight(a, position, static_cast<int>(step + past - t)), sum);
+  write<T>(a.dinitial, a.initial.type, (segment.opening * a.channels + position.channel) * past + slot, sum);
 }
 
 int64_t blocks(const Arguments& a, int64_t steps) { return a.batch * ceil_div(ceil_div(steps, kRun), kRuns) * ceil_div(a.channels, kColumns); }
@@ -252,6 +305,7 @@ template <class T> void run_forward(const Arguments& a) {
 }
 template <class T> void run_backward(const Arguments& a) {
   launch(a.width == 4 ? backward<T, 4> : backward_any<T>, blocks(a, a.length + a.width - 1), kThreads, kThreads * sizeof(T), a.stream, a);
+  if (a.table && a.dinitial) launch(initial_gradients<T>, ceil_div(a.segments * (a.width - 1) * a.channels, kThreads), kThreads, 0, a.stream, a);
 }
 
 }  // namespace

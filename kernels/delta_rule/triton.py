@@ -1,8 +1,8 @@
 """The delta rule on a GPU, in Triton: allocates and launches. The kernels are in triton_forward.py, triton_carry.py and triton_backward.py.
 
-The caller has checked shapes, dtypes and the walk (index, starts, reverse). Workspace: the states at the chunks' begins, for each
-chunk an inverse (CHUNK, CHUNK), for each segment the map (dk, dv + dk) that it applies to a state; backward also the gradients of the states. Nothing
-is added atomically and nothing waits for the GPU.
+The caller has checked shapes, dtypes and the walk (index, starts, reverse, sequences). Workspace: the states at the edges of chunks, for each chunk
+an inverse (CHUNK, CHUNK), for each segment the map (dk, dv + dk) that it applies to a state; backward also the gradients of the states. Nothing is
+added atomically. Nothing waits for the GPU, but that the CPU reads where packed sequences begin.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from medssm.kernels.delta_rule.triton_backward import entry_key_gradients, exit_
 from medssm.kernels.delta_rule.triton_carry import carry, carry_back, compose
 from medssm.kernels.delta_rule.triton_forward import inverse, outputs
 from medssm.kernels.native import lanes, like
+from medssm.kernels.pieces import cut
 from medssm.kernels.triton import on, plain, pointers, strided
 from medssm.kernels.triton_tiles import STRONGEST
 from medssm.kernels.walks import at_starts
@@ -53,26 +54,26 @@ def segment(rows: int, chunks: int, dk: int, dv: int) -> int:
     return triton.cdiv(chunks, segments) if segments * tiles >= 2 * (across + tiles) else chunks
 
 
-def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save, final):
+def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save, final, sequences=None):
     """Returns out (b,l,h,dv) contiguous, the state (b,h,dk,dv) or None, recalled (b,l,h,dv) or None: exp(g_t) S_{t-1}^T k_t, for backward."""
     q, k, v, beta, g, initial_state = plain(q, k, v, beta, g, initial_state)
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
     out, recalled = like(v), like(v, torch.float32)
-    state = _floats(q, batch, heads, dk, dv) if final else None
+    state = _floats(q, batch if sequences is None else sequences.count, heads, dk, dv) if final else None
     left = initial_state
     if v.numel():
         with on(q):
-            problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse)
+            problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse, sequences)
             states = problem.carry(problem.inverses(rows=False), initial_state, recalled)
             problem.outputs(recalled, states, out)
-            left = states[:, -1].view(batch, heads, dk, dv)
+            left = problem.leave(states, initial_state) if final else None
     if final:
         _fill(state, left)
     return out, state, recalled if save else None
 
 
-def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, reverse, initial_state):
+def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, reverse, initial_state, sequences=None):
     """Gradients of q, k, v, beta, g and initial_state (None where that input is), each in its input's dtype and contiguous."""
     dout, dstate, recalled, *inputs = plain(dout, dstate, recalled, q, k, v, beta, g, initial_state)
     q, k, v, beta, g, initial_state = inputs
@@ -83,11 +84,11 @@ def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, rev
         return tuple(results)
     results = [like(t) for t in inputs]
     with on(q):
-        problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse)
+        problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse, sequences)
         states = problem.carry(None, initial_state, recalled)
         r, exits = problem.carry_back(lanes(dout), dstate)
         if initial_state is not None:
-            results[-1].copy_(exits[:, 0].view(initial_state.shape))
+            results[-1].copy_(problem.leave(exits, dstate, back=True))
         problem.gradients(lanes(dout), recalled, r, states, exits, *results[:-1])
     return tuple(results)
 
@@ -95,25 +96,32 @@ def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, rev
 class _Problem:
     """The launches of one call."""
 
-    def __init__(self, q, k, v, beta, g, scale, index, starts, reverse):
+    def __init__(self, q, k, v, beta, g, scale, index, starts, reverse, sequences):
         self.q, self.k, self.v, self.beta, self.g, self.scale, self.index = lanes(q), lanes(k), lanes(v), beta, g, scale, index
         batch, length, heads, dk = q.shape
         dv = v.shape[-1]
         self.dk, self.dv, self.sizes = dk, dv, sizes(dk, dv)
-        self.fresh = at_starts(starts, length, reverse, STRONGEST.value, torch.float32)
-        self.rows, self.chunks, self.tiles = batch * heads, triton.cdiv(length, self.sizes.chunk), triton.cdiv(dv, self.sizes.values)
+        self.rows, self.tiles = batch * heads, triton.cdiv(dv, self.sizes.values)
         parts = triton.cdiv(dk, self.sizes.keys)
-        self.segment = segment(self.rows, self.chunks, dk, dv)
-        self.segments = triton.cdiv(self.chunks, self.segment)
+        if sequences is None:
+            self.pieces, self.fresh = None, at_starts(starts, length, reverse, STRONGEST.value, torch.float32)
+            self.chunks = triton.cdiv(length, self.sizes.chunk)
+            self.segment = segment(self.rows, self.chunks, dk, dv)
+            self.segments, self.slots = triton.cdiv(self.chunks, self.segment), self.chunks + 1
+        else:  # each of the walk's segments is walked by programs of its own
+            self.pieces, self.fresh = cut(starts, sequences, length, reverse, self.sizes.chunk), None
+            self.chunks = self.segment = self.pieces.count
+            self.segments, self.slots = 1, self.chunks + self.pieces.segments
         self.shared = {  # by every kernel but `compose`
             **strided(TOKENS, q, k=self.k, g=g),
-            **pointers(q, fresh=self.fresh, index=index),
+            **pointers(q, fresh=self.fresh, index=index, pieces=None if self.pieces is None else self.pieces.table),
             "length": length,
             "heads": heads,
             "dk": dk,
             "chunks": self.chunks,
             "GATED": g is not None,
             "FRESH": self.fresh is not None,
+            "PACKED": self.pieces is not None,
             "WALK": index is not None,
             "REVERSE": reverse,
             "CHUNK": self.sizes.chunk,
@@ -122,7 +130,15 @@ class _Problem:
         }
         self.of_beta = strided(TOKENS, q, beta=beta)
         self.of_values = {"dv": dv, "BV": self.sizes.values}
-        self.of_carry = {"dv": dv, "segment": self.segment, "PARTS": parts if parts <= HELD else 0, "BV": CARRIED}
+        self.of_states = {"slots": self.slots}
+        self.of_carry = {
+            **pointers(q, bounds=None if self.pieces is None else self.pieces.bounds),
+            **self.of_states,
+            "dv": dv,
+            "segment": self.segment,
+            "PARTS": parts if parts <= HELD else 0,
+            "BV": CARRIED,
+        }
 
     def inverses(self, rows: bool):
         """(b*h, chunks, CHUNK, CHUNK)."""
@@ -131,9 +147,9 @@ class _Problem:
         return made
 
     def carry(self, inverses, initial_state, recalled):
-        """The states (b*h, chunks + 1, dk, dv) that enter the chunks, and the final one. Fills recalled where inverses are given."""
+        """The states (b*h, slots, dk, dv) that enter the chunks, and the final one. Fills recalled where inverses are given."""
         states = self._states()
-        _fill(states[:, 0], initial_state)
+        self._enter(states, initial_state)
         given = {
             **strided(TOKENS, self.q, v=self.v),
             **pointers(self.q, inverses=inverses, recalled=recalled),
@@ -173,16 +189,17 @@ class _Problem:
             out=out,
             scale=self.scale,
             **self.of_beta,
+            **self.of_states,
             **self.of_values,
             **self.shared,
         )
 
     def carry_back(self, dout, dstate):
-        """R (b,l,h,dv) and the gradients (b*h, chunks + 1, dk, dv) of the states that enter the chunks and of the final one."""
+        """R (b,l,h,dv) and the gradients (b*h, slots, dk, dv) of the states that enter the chunks and of the final one."""
         r, exits = like(self.v, torch.float32), self._states()
-        _fill(exits[:, -1], dstate)
+        self._enter(exits, dstate, back=True)
         outer[self.rows * self.chunks * self.tiles,](
-            **strided(TOKENS, self.q, dout=dout, q=self.q), r=r, exits=exits, scale=self.scale, **self.of_values, **self.shared
+            **strided(TOKENS, self.q, dout=dout, q=self.q), r=r, exits=exits, scale=self.scale, **self.of_states, **self.of_values, **self.shared
         )
         given = {"inverses": self.inverses(rows=True), "r": r, "exits": exits, **self.of_beta, **self.of_carry, **self.shared}
         if self.segments > 1:
@@ -210,6 +227,7 @@ class _Problem:
             **strided(TOKENS, self.q, dout=dout, q=self.q),
             **pointers(self.q, states=states, dpairs=dpairs, to_q=dq, to_g=part),
             scale=self.scale,
+            **self.of_states,
             **self.of_values,
             **self.shared,
         )
@@ -217,6 +235,7 @@ class _Problem:
             **strided(TOKENS, self.q, q=self.q),
             **pointers(self.q, r=r, states=states, dpairs=dpairs, dinverted=dinverted, to_k=key_part, to_g=part),
             **self.of_beta,
+            **self.of_states,
             **self.of_values,
             **self.shared,
         )
@@ -224,12 +243,27 @@ class _Problem:
             **strided(TOKENS, self.q, v=self.v),
             **pointers(self.q, recalled=recalled, states=states, exits=exits, so_far=key_part, to_k=dk, g_so_far=part, to_g=dg),
             **self.of_beta,
+            **self.of_states,
             **self.of_values,
             **self.shared,
         )
 
     def _states(self):
-        return _floats(self.q, self.rows, self.chunks + 1, self.dk, self.dv)
+        return _floats(self.q, self.rows, self.slots, self.dk, self.dv)
+
+    def _enter(self, states, given, back=False):
+        """Fills the slots of what enters the walk: the initial states, or (back) the gradients of the final ones; zeros where none are given."""
+        if self.pieces is None:
+            _fill(states[:, -1 if back else 0], given)
+        else:
+            entries = self.pieces.enter(given, (self.rows, self.dk, self.dv), back)
+            states.index_copy_(1, self.pieces.edges(back), entries.transpose(0, 1))
+
+    def leave(self, states, given, back=False):
+        """What leaves the walk; given: what entered it."""
+        if self.pieces is None:
+            return states[:, 0 if back else -1].unflatten(0, (-1, self.q.shape[2]))
+        return self.pieces.leave(states.index_select(1, self.pieces.edges(not back)).transpose(0, 1), given, back)
 
     def _squares(self):
         """A matrix of pairs of steps for each chunk."""
@@ -242,8 +276,9 @@ class _Problem:
         return ends
 
     def _programs(self, across):
-        pieces, width = (self.segments - 1, self.dv + self.dk) if across else (self.segments, self.dv)
-        return self.rows * pieces * triton.cdiv(width, CARRIED)
+        walks = self.segments if self.pieces is None else self.pieces.segments
+        walks, width = (walks - 1, self.dv + self.dk) if across else (walks, self.dv)
+        return self.rows * walks * triton.cdiv(width, CARRIED)
 
 
 def _fill(states, given):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays
-from medssm.kernels.triton_tiles import chunk_of, product, tile, tokens_of
+from medssm.kernels.triton_tiles import chunk_of, product, span_of, tile, tokens_of
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def outer(
     g,
     fresh,
     index,
+    pieces,
     r,
     exits,
     scale,
@@ -35,6 +36,7 @@ def outer(
     dk,
     dv,
     chunks,
+    slots,
     dout_batch,
     dout_token,
     dout_head,
@@ -49,6 +51,7 @@ def outer(
     g_head,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -56,15 +59,16 @@ def outer(
     BV: tl.constexpr,
 ):
     """Gradients through the outputs of the same chunk: of the updates, r (b,l,h,dv) = scale sum_{t>=i} exp(G_t - G_i) (q_t k_i) dout_t, and of the
-    state that enters it, exits (b*h, chunks + 1, dk, dv) = scale sum_t exp(G_t) q_t dout_t^T.
+    state that enters it, exits (b*h, slots, dk, dv) = scale sum_t exp(G_t) q_t dout_t^T.
     """
     part, chunk, row, b, h = chunk_of(tl.cdiv(dv, BV), chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     values = part * BV + tl.arange(0, BV)
     here = values < dv
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    exits += (row * (chunks + 1) + chunk) * dk * dv
+    exits += (row * slots + chunk + shift) * dk * dv
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     from_begin, _, _ = edge_decays(logs, GATED or FRESH)
     do = tile(dout + b * dout_batch + h * dout_head, token * dout_token, values, live, here)
@@ -90,6 +94,7 @@ def pair_gradients(
     g,
     fresh,
     index,
+    pieces,
     recalled,
     r,
     to_v,
@@ -123,6 +128,7 @@ def pair_gradients(
     g_head,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -134,7 +140,8 @@ def pair_gradients(
     dpairs, dinverted (b*h, chunks, CHUNK, CHUNK): the gradients of q_t k_i and of k_t k_i; to_g (b,l,h): their part of the log decays' gradient.
     """
     _, chunk, row, b, h = chunk_of(1, chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, _ = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     at = (b * length + token) * heads + h
     shares = tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
     dout += b * dout_batch + h * dout_head
@@ -185,6 +192,7 @@ def query_gradients(
     g,
     fresh,
     index,
+    pieces,
     states,
     dpairs,
     to_q,
@@ -195,6 +203,7 @@ def query_gradients(
     dk,
     dv,
     chunks,
+    slots,
     dout_batch,
     dout_token,
     dout_head,
@@ -209,6 +218,7 @@ def query_gradients(
     g_head,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -217,14 +227,15 @@ def query_gradients(
 ):
     """The gradient (b,l,h,dk) of q. to_g: adds the log decays' gradient from the entry states to the outputs."""
     _, chunk, row, b, h = chunk_of(1, chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     later, earlier = inside[:, None], inside[None, :]
     at = (b * length + token) * heads + h
     from_begin, _, _ = edge_decays(log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
     dout += b * dout_batch + h * dout_head
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    states += (row * (chunks + 1) + chunk) * dk * dv
+    states += (row * slots + chunk + shift) * dk * dv
     of_pairs = tl.load(dpairs + (row * chunks + chunk) * CHUNK * CHUNK + later * CHUNK + earlier)
     from_entry = tl.zeros((CHUNK,), tl.float32)
     for first_key in range(0, dk, BK):
@@ -254,6 +265,7 @@ def entry_key_gradients(
     g,
     fresh,
     index,
+    pieces,
     r,
     states,
     dpairs,
@@ -265,6 +277,7 @@ def entry_key_gradients(
     dk,
     dv,
     chunks,
+    slots,
     q_batch,
     q_token,
     q_head,
@@ -279,6 +292,7 @@ def entry_key_gradients(
     g_head,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -287,14 +301,15 @@ def entry_key_gradients(
 ):
     """to_k (b,l,h,dk): the gradient of k through the entry states and the products of a chunk's tokens. to_g: adds the log decays' part."""
     _, chunk, row, b, h = chunk_of(1, chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     later, earlier = inside[:, None], inside[None, :]
     at = (b * length + token) * heads + h
     from_begin, _, _ = edge_decays(log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
     factor = -from_begin * tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    states += (row * (chunks + 1) + chunk) * dk * dv
+    states += (row * slots + chunk + shift) * dk * dv
     dpairs += (row * chunks + chunk) * CHUNK * CHUNK
     dinverted += (row * chunks + chunk) * CHUNK * CHUNK
     from_entry = tl.zeros((CHUNK,), tl.float32)
@@ -326,6 +341,7 @@ def exit_key_gradients(
     g,
     fresh,
     index,
+    pieces,
     recalled,
     states,
     exits,
@@ -338,6 +354,7 @@ def exit_key_gradients(
     dk,
     dv,
     chunks,
+    slots,
     k_batch,
     k_token,
     k_head,
@@ -352,6 +369,7 @@ def exit_key_gradients(
     g_head,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -360,15 +378,16 @@ def exit_key_gradients(
 ):
     """Gradients (b,l,h,…) of k and g: the gradient through the exit states, added to so_far and g_so_far of the other kernels."""
     _, chunk, row, b, h = chunk_of(1, chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     at = (b * length + token) * heads + h
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     _, to_end, through = edge_decays(logs, GATED or FRESH)
     factor = to_end * tl.load(beta + b * beta_batch + h * beta_head + token * beta_token, mask=live, other=0.0).to(tl.float32)
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
-    states += (row * (chunks + 1) + chunk) * dk * dv
-    exits += (row * (chunks + 1) + chunk + 1) * dk * dv
+    states += (row * slots + chunk + shift) * dk * dv
+    exits += (row * slots + chunk + shift + 1) * dk * dv
     to_exit = tl.zeros((CHUNK,), tl.float32)
     kept = tl.zeros((BV,), tl.float32)
     for first_key in range(0, dk, BK):

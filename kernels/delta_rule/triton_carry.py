@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.delta_rule.triton_chunks import edge_decays, log_decays, state_tiles, state_times, store, store_tiles
-from medssm.kernels.triton_tiles import product, tile, visited
+from medssm.kernels.triton_tiles import product, span_of, tile, visited
 
 
 @triton.jit
@@ -31,6 +31,8 @@ def carry(
     g,
     fresh,
     index,
+    pieces,
+    bounds,
     inverses,
     recalled,
     states,
@@ -39,6 +41,7 @@ def carry(
     dk,
     dv,
     chunks,
+    slots,
     segment,
     k_batch,
     k_token,
@@ -56,6 +59,7 @@ def carry(
     ACROSS: tl.constexpr,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -63,16 +67,23 @@ def carry(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """states (b*h, chunks + 1, dk, dv): the state that enters each chunk, and the state that leaves the last. The first of each segment is given.
+    """states (b*h, slots, dk, dv): the state that enters each chunk, and the state that leaves the last. The first of each segment is given.
 
     recalled (b,l,h,dv): exp(g_t) S_{t-1}^T k_t, written; KNOWN: read instead. PARTS: tiles of keys of a state in registers; 0: it stays in memory.
     ACROSS: states (b*h, segments - 1, dk, dv + dk), given as [0, I], become the [N, M] of all segments but the last; recalled is not written.
     """
     segments = tl.cdiv(chunks, segment)
-    width, pieces = (dv + dk if ACROSS else dv), (segments - 1 if ACROSS else segments)
+    if PACKED:
+        segments = slots - chunks
+    width, walks = (dv + dk if ACROSS else dv), (segments - 1 if ACROSS else segments)
     tiles = tl.cdiv(width, BV)
-    row, first = (tl.program_id(0) // tiles // pieces).to(tl.int64), tl.program_id(0) // tiles % pieces * segment
+    row, shift = (tl.program_id(0) // tiles // walks).to(tl.int64), tl.program_id(0) // tiles % walks
+    first = shift * segment
     stop = tl.minimum(first + segment, chunks)
+    if PACKED:
+        first, stop = tl.load(bounds + shift).to(tl.int32), tl.load(bounds + shift + 1).to(tl.int32)
+    else:
+        shift = 0
     b, h = row // heads, row % heads
     inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
     here, valued = values < width, values < dv
@@ -82,11 +93,12 @@ def carry(
     beta += b * beta_batch + h * beta_head
     g += b * g_batch + h * g_head
     recalled += b * length * heads * dv + h * dv
-    entry = states + ((tl.program_id(0) // tiles).to(tl.int64) if ACROSS else row * (chunks + 1) + first) * dk * width
+    entry = states + ((tl.program_id(0) // tiles).to(tl.int64) if ACROSS else row * slots + first + shift) * dk * width
     state = state_tiles(entry, dk, width, values, here, PARTS, BK)
     for chunk in range(first, stop):
-        step = chunk * CHUNK + inside
-        live = step < length
+        begin, end, _ = span_of(chunk, pieces, length, CHUNK, PACKED)
+        step = begin + inside
+        live = step < end
         token = visited(index, step, length, WALK, REVERSE)
         v_t = tile(v, token * v_token, values, live, valued)
         shares = tl.load(beta + token * beta_token, mask=live, other=0.0).to(tl.float32)
@@ -102,6 +114,8 @@ def carry(
         u = w * (to_end * shares)[:, None]
         leaving = entry if ACROSS else entry + dk * dv
         written = (chunk + 1 < stop) | (stop == chunks)  # the state that enters the next segment is written already
+        if PACKED:
+            written = stop > first
         if PARTS > 0:
             after = ()
             for part in tl.static_range(PARTS):
@@ -159,6 +173,8 @@ def carry_back(
     g,
     fresh,
     index,
+    pieces,
+    bounds,
     inverses,
     r,
     exits,
@@ -168,6 +184,7 @@ def carry_back(
     dk,
     dv,
     chunks,
+    slots,
     segment,
     k_batch,
     k_token,
@@ -181,6 +198,7 @@ def carry_back(
     ACROSS: tl.constexpr,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -188,16 +206,23 @@ def carry_back(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """r and exits (b*h, chunks + 1, dk, dv), as `outer` wrote them, become R and the gradients of the states that enter the chunks. The gradient of
+    """r and exits (b*h, slots, dk, dv), as `outer` wrote them, become R and the gradients of the states that enter the chunks. The gradient of
     the state that leaves the last chunk of each segment is given. states is exits; PARTS as in `carry`.
 
     ACROSS: states (b*h, segments - 1, dk, dv + dk), given as [0, I], become the [N, M] of all segments but the first; r and exits are only read.
     """
     segments = tl.cdiv(chunks, segment)
-    width, pieces = (dv + dk if ACROSS else dv), (segments - 1 if ACROSS else segments)
+    if PACKED:
+        segments = slots - chunks
+    width, walks = (dv + dk if ACROSS else dv), (segments - 1 if ACROSS else segments)
     tiles = tl.cdiv(width, BV)
-    row, first = (tl.program_id(0) // tiles // pieces).to(tl.int64), (tl.program_id(0) // tiles % pieces + segments - pieces) * segment
+    row, shift = (tl.program_id(0) // tiles // walks).to(tl.int64), tl.program_id(0) // tiles % walks
+    first = (shift + segments - walks) * segment
     stop = tl.minimum(first + segment, chunks)
+    if PACKED:
+        first, stop = tl.load(bounds + shift).to(tl.int32), tl.load(bounds + shift + 1).to(tl.int32)
+    else:
+        shift = 0
     b, h = row // heads, row % heads
     inside, values = tl.arange(0, CHUNK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
     here, valued = values < width, values < dv
@@ -206,13 +231,14 @@ def carry_back(
     beta += b * beta_batch + h * beta_head
     g += b * g_batch + h * g_head
     r += b * length * heads * dv + h * dv
-    own = exits + (row * (chunks + 1) + stop) * dk * dv
-    leaving = states + ((tl.program_id(0) // tiles).to(tl.int64) if ACROSS else row * (chunks + 1) + stop) * dk * width
+    own = exits + (row * slots + stop + shift) * dk * dv
+    leaving = states + ((tl.program_id(0) // tiles).to(tl.int64) if ACROSS else row * slots + stop + shift) * dk * width
     ds = state_tiles(leaving, dk, width, values, here, PARTS, BK)
     for i in range(first, stop):
         chunk = first + stop - 1 - i
-        step = chunk * CHUNK + inside
-        live = step < length
+        begin, end, _ = span_of(chunk, pieces, length, CHUNK, PACKED)
+        step = begin + inside
+        live = step < end
         token = visited(index, step, length, WALK, REVERSE)
         shares = tl.load(beta + token * beta_token, mask=live, other=0.0).to(tl.float32)
         from_begin, to_end, through = edge_decays(log_decays(g, fresh, token, step, live, g_token, GATED, FRESH), GATED or FRESH)
@@ -225,6 +251,8 @@ def carry_back(
         own -= dk * dv
         entry = leaving if ACROSS else own
         written = (chunk > first) | (first == 0)  # the gradient of what leaves the segment before is written already
+        if PACKED:
+            written = stop > first
         if PARTS > 0:
             before = ()
             for part in tl.static_range(PARTS):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.delta_rule.triton_chunks import decays_between, edge_decays, log_decays, unit_inverse
-from medssm.kernels.triton_tiles import chunk_of, product, tile, tokens_of
+from medssm.kernels.triton_tiles import chunk_of, product, span_of, tile, tokens_of
 
 
 @triton.jit
@@ -20,6 +20,7 @@ def inverse(
     g,
     fresh,
     index,
+    pieces,
     inverses,
     length,
     heads,
@@ -37,6 +38,7 @@ def inverse(
     ROWS: tl.constexpr,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -44,7 +46,8 @@ def inverse(
 ):
     """inverses (b*h, chunks, CHUNK, CHUNK): (I + tril(exp(G_t - G_i) k_t k_i, -1) diag(beta))^-1; ROWS: with diag(beta) on the left."""
     _, chunk, row, b, h = chunk_of(1, chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, _ = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     k += b * k_batch + h * k_head
     a = tl.zeros((CHUNK, CHUNK), tl.float32)
     for first in range(0, dk, BK):
@@ -71,6 +74,7 @@ def outputs(
     g,
     fresh,
     index,
+    pieces,
     recalled,
     states,
     out,
@@ -80,6 +84,7 @@ def outputs(
     dk,
     dv,
     chunks,
+    slots,
     q_batch,
     q_token,
     q_head,
@@ -97,6 +102,7 @@ def outputs(
     g_head,
     GATED: tl.constexpr,
     FRESH: tl.constexpr,
+    PACKED: tl.constexpr,
     WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -105,13 +111,14 @@ def outputs(
 ):
     """out (b,l,h,dv) = scale (exp(G_t) S^T q_t + sum_{i<=t} exp(G_t - G_i) (q_t k_i) u_i)."""
     part, chunk, row, b, h = chunk_of(tl.cdiv(dv, BV), chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     values = part * BV + tl.arange(0, BV)
     here = values < dv
     logs = log_decays(g + b * g_batch + h * g_head, fresh, token, step, live, g_token, GATED, FRESH)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    states += (row * (chunks + 1) + chunk) * dk * dv
+    states += (row * slots + chunk + shift) * dk * dv
     pairs, o = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, BV), tl.float32)
     for first in range(0, dk, BK):
         keys = first + tl.arange(0, BK)

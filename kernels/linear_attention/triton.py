@@ -20,10 +20,12 @@ _MAPS = {None: 0, "relu": 1, "elu": 2}
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
+def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse, sequences=None):
     """Arguments as in `reference.linear_attention`. Returns out (b,l,h,dv) contiguous and the sums, kv and z."""
     if causal:
-        return triton_causal.forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse)
+        return triton_causal.forward(
+            q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse, sequences
+        )
     q, k, v, cos, sin, initial_kv, initial_k = (None if t is None else lanes(t) for t in plain(q, k, v, cos, sin, initial_kv, initial_k))
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=v.dtype, device=v.device)
     with on(q):
@@ -34,14 +36,36 @@ def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, norma
     return out, kv, z
 
 
-def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
+def backward(
+    dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse, sequences=None
+):
     """Gradients of q, k, v, initial_kv and initial_k (None where that input is), each in its input's dtype and contiguous.
 
     kv and z are forward's.
     """
     if causal:
         return triton_causal.backward(
-            dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse
+            dout,
+            dkv,
+            dz,
+            kv,
+            z,
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            initial_kv,
+            initial_k,
+            feature_map,
+            causal,
+            normalize,
+            scale,
+            eps,
+            index,
+            starts,
+            reverse,
+            sequences,
         )
     dout, dkv, dz, kv, z, q, k, v, cos, sin = (None if t is None else lanes(t) for t in plain(dout, dkv, dz, kv, z, q, k, v, cos, sin))
     kv, z = kv.contiguous(), z.contiguous()

@@ -11,14 +11,15 @@ import torch
 from medssm.kernels.autocast import without_autocast
 from medssm.kernels.linear_attention.reference import feature, rotate
 from medssm.kernels.matrix_state import triton_core as core
+from medssm.kernels.native import lanes
 from medssm.kernels.triton import plain
 
 
-def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
+def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse, sequences):
     """Arguments as in `reference.linear_attention`. Returns out (b,l,h,dv) contiguous and the sums, kv and z."""
     q, k, v, cos, sin, initial_kv, initial_k = plain(q, k, v, cos, sin, initial_kv, initial_k)
     with without_autocast(q.device):
-        above, below = _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse)
+        above, below = _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse, sequences)
         out, kv, _ = core.forward(above, _each_head(initial_kv, above))
         denominator, z, _ = core.forward(below, _each_head(initial_k, below))
         if normalize:
@@ -26,11 +27,13 @@ def forward(q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, norma
         return out.to(v.dtype), _of_group(kv, v), _of_group(z, v).squeeze(3)
 
 
-def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse):
+def backward(
+    dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, feature_map, causal, normalize, scale, eps, index, starts, reverse, sequences
+):
     """Gradients of q, k, v, initial_kv and initial_k (None where that input is), each in its input's dtype and contiguous."""
     dout, dkv, dz, q, k, v, cos, sin, initial_kv, initial_k = plain(dout, dkv, dz, q, k, v, cos, sin, initial_kv, initial_k)
     with without_autocast(q.device):
-        above, below = _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse)
+        above, below = _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse, sequences)
         first_kv, first_k = _each_head(initial_kv, above), _each_head(initial_k, below)
         dnumerator, ddenominator = dout.float(), q.new_zeros((*q.shape[:3], 1), dtype=torch.float32)
         if normalize:
@@ -47,17 +50,14 @@ def backward(dout, dkv, dz, kv, z, q, k, v, cos, sin, initial_kv, initial_k, fea
         return dq.to(q.dtype), dk.to(k.dtype), a.dv.to(v.dtype), *initial
 
 
-def _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse):
+def _scans(q, k, v, cos, sin, feature_map, scale, index, starts, reverse, sequences):
     """The scans of the numerator and of the denominator."""
     heads, groups = q.shape[2], k.shape[2]
     q, k = feature(q.float(), feature_map), feature(k.float(), feature_map)
     cos, sin = (t if t is None else t.float() for t in (cos, sin))
     q_turned = rotate(q, *(t if t is None else t.repeat_interleave(heads // groups, 1) for t in (cos, sin)))
-    ones = q.new_ones((*k.shape[:3], 1))
-    return (
-        core.scan_of(q_turned, rotate(k, cos, sin), v.float(), None, scale, heads, index, starts, reverse),
-        core.scan_of(q, k, ones, None, 1.0, heads, index, starts, reverse),
-    )
+    above = core.scan_of(q_turned, rotate(k, cos, sin), v.float(), None, scale, heads, index, starts, reverse, sequences)
+    return above, above._replace(q=lanes(q), k=lanes(k), v=q.new_ones((*k.shape[:3], 1)), scale=1.0)
 
 
 def _turn_back(gradient, cos, sin):

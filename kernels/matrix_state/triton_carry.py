@@ -141,7 +141,7 @@ def carry(
     for first in range(begin, stop, GROUP):
         next_added, next_kept = _group(states, decays, first + GROUP, stop, chunks, here, size, decays_chunk, GROUP, BACKWARD)
         for i in tl.static_range(GROUP):
-            s = kept[i] * s + added[i]
+            s = tl.where(kept[i] == 0.0, 0.0, kept[i] * s) + added[i]  # nothing is left, not even of infinity
             if TOTALS:
                 product *= kept[i]
             else:

@@ -10,6 +10,8 @@ The walk is cut into chunks of CHUNK tokens:
 
 Backward computes the states again, carries their gradient from the last chunk to the first, and gets a chunk's gradients by the same kinds of
 products. Nothing is added atomically: where heads share q, k or v, each head's gradient is written in float32 and PyTorch adds them in a fixed order.
+
+Packed sequences have chunks of their own, and all their chunks are computed at once; b is then 1, and states have a row for each sequence.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from medssm.kernels.matrix_state.triton_outputs import outputs
 from medssm.kernels.matrix_state.triton_pairs import key_pairs, pair_gradients
 from medssm.kernels.matrix_state.triton_states import chunk_states
 from medssm.kernels.matrix_state.triton_token_gradients import key_gradients, query_gradients, value_gradients
+from medssm.kernels.pieces import Pieces, cut
 from medssm.kernels.triton import INTERPRETED, on, pointers, strided
-from medssm.kernels.walks import at_starts
+from medssm.kernels.walks import Sequences, at_starts
 
 CHUNK = 64  # tokens: as many as a chunk's products need to keep the states' traffic below the tokens'
 BLOCK = 16  # tokens whose pairs are computed one by one where the decay is per key
@@ -48,6 +51,8 @@ class Scan(NamedTuple):
     heads: int
     index: torch.Tensor | None  # type: ignore[assignment]  # it hides tuple.index, which nobody calls here
     segment: torch.Tensor | None  # (l,) int32: how often the state has begun anew, up to each step
+    pieces: Pieces | None  # of packed sequences
+    states: int  # b, or the number of packed sequences
     reverse: bool
     steps: torch.Tensor | None = None  # (b,l,h) float32, dense: v is multiplied by it
     skip: torch.Tensor | None = None  # (h,dv) float32, dense: skip v is added to the output
@@ -74,6 +79,7 @@ def scan_of(
     index: torch.Tensor | None,  # (l,)
     starts: torch.Tensor | None,  # (segments,)
     reverse: bool,
+    sequences: Sequences | None = None,
     steps: torch.Tensor | None = None,  # (b,l,h)
     skip: torch.Tensor | None = None,  # (h,dv)
     z: torch.Tensor | None = None,  # (b,l,h,dv)
@@ -83,18 +89,19 @@ def scan_of(
     z = z if z is None or z.stride(-1) == 1 else z.contiguous()
     if g is not None and g.dim() == 4 and g.stride(-1) != 1:
         g = g.contiguous()
-    return Scan(q, k, v, g, float(scale), heads, index, segments(starts, q.shape[1], reverse), reverse, steps, skip, z)
-
-
-def segments(starts: torch.Tensor | None, length: int, reverse: bool) -> torch.Tensor | None:
-    """(l,) int32: how often the state has begun anew up to each step; None without starts."""
-    begun = at_starts(starts, length, reverse, 1, torch.int32)
-    return None if begun is None else begun.cumsum(0, dtype=torch.int32)
+    length, segment, pieces, states = q.shape[1], None, None, q.shape[0]
+    if sequences is None:
+        begun = at_starts(starts, length, reverse, 1, torch.int32)
+        segment = None if begun is None else begun.cumsum(0, dtype=torch.int32)
+    else:
+        states = sequences.count
+        pieces = cut(starts, sequences, length, reverse, CHUNK) if length else None
+    return Scan(q, k, v, g, float(scale), heads, index, segment, pieces, states, reverse, steps, skip, z)
 
 
 def forward(
     scan: Scan,
-    initial: torch.Tensor | None,  # (b,h,dk,dv)
+    initial: torch.Tensor | None,  # (b,h,dk,dv), of packed sequences (n,h,dk,dv), as all states
     save: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """save: keep the output as it is before the gate.
@@ -103,14 +110,14 @@ def forward(
     """
     out = torch.empty(_per_head(scan, scan.v), dtype=scan.v.dtype, device=scan.v.device)
     before_gate = _floats(out, *out.shape) if save else None
-    batch, _, _, dk = scan.q.shape
     if not out.numel():
-        state = _floats(out, batch, scan.heads, dk, scan.v.shape[3])
+        state = _floats(out, *_state_shape(scan))
         return out, state.zero_() if initial is None else state.copy_(initial), before_gate
     with on(scan.q):
         states, _ = _states(scan, initial)
         _outputs(scan, states, out, before_gate)
-    return out, _edge(states, scan, -1).clone(), before_gate
+        state = _leave(scan, states, initial)
+    return out, state.clone() if scan.pieces is None else state, before_gate
 
 
 def backward(
@@ -123,7 +130,7 @@ def backward(
     """The gradients of the scan's tensors and of the initial state."""
     q, k, v, g, heads = scan.q, scan.k, scan.v, scan.g, scan.heads
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    batch, length, rows, dk, dv, chunks = _sizes(scan)
+    batch, length, _, _, dv, _ = _sizes(scan)
     dq, dkeys, dvalues = (_new(scan, t) for t in (q, k, v))
     dg = None if g is None else torch.empty(g.shape, dtype=torch.float32 if scan.steps is not None else g.dtype, device=g.device)
     dz = None if scan.z is None else torch.empty(scan.z.shape, dtype=scan.z.dtype, device=q.device)
@@ -131,9 +138,8 @@ def backward(
         return _nothing(scan, dfinal, dz)
     with on(q):
         states, decays = _states(scan, initial)
-        dstates = _floats(q, rows, chunks + 1, dk, dv)
-        last = dstates.view(batch, heads, chunks + 1, dk, dv)[:, :, -1]
-        last.zero_() if dfinal is None else last.copy_(dfinal)
+        dstates = torch.empty_like(states)
+        _enter(scan, dstates, dfinal, backward=True)
         _chunk_states(scan, dstates, decays, q, dout, backward=True)
         carry_over(dstates, decays, backward=True)
 
@@ -144,16 +150,16 @@ def backward(
         else:
             change = _query_and_key_gradients(scan, dout, states, dstates, dq, dkeys)
         if g is not None:
-            _decay_gradients(scan, states, dstates, change, dg)
+            _decay_gradients(scan, states, dstates, decays, change, dg)
+        dinitial = _leave(scan, dstates, dfinal, backward=True)
     dq, dkeys, dvalues = (_shared(d, t, heads) for d, t in ((dq, q), (dkeys, k), (dvalues, v)))
-    return Gradients(dq, dkeys, dvalues, dg, None if dsteps is None else dsteps.sum(0), dz, _edge(dstates, scan, 0))
+    return Gradients(dq, dkeys, dvalues, dg, None if dsteps is None else dsteps.sum(0), dz, dinitial)
 
 
 def _nothing(scan, dfinal, dz):
     """The gradients where there is no output: the empty walk's final state is its initial one."""
-    batch, _, _, dk, dv, _ = _sizes(scan)
     zeros = [None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (scan.q, scan.k, scan.v, scan.g)]
-    dinitial = _floats(scan.q, batch, scan.heads, dk, dv)
+    dinitial = _floats(scan.q, *_state_shape(scan))
     dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
     return Gradients(*zeros, None if scan.steps is None else torch.zeros_like(scan.steps), dz, dinitial)
 
@@ -175,7 +181,7 @@ def _value_gradients(scan, dout, dstates, before_gate, dv_out, dsteps, dz):
 def _query_and_key_gradients(scan, dout, states, dstates, dq_out, dk_out):
     """Fills dq_out and dk_out (b,l,h,dk) where the decay is not per key.
 
-    Returns change (2 * tiles, b*h, chunks, CHUNK): the parts of q_t dq_t - k_t dk_t, without a token's pair with itself; None without decay.
+    Returns change (2 * tiles, b*h, chunks, CHUNK), parts of the decays' gradients; None without decay.
     """
     _, _, rows, dk, dv, chunks = _sizes(scan)
     bk = _key_tile(scan)
@@ -189,14 +195,14 @@ def _query_and_key_gradients(scan, dout, states, dstates, dq_out, dk_out):
 
 
 def _per_key_gradients(scan, dout, states, dstates, dq_out, dk_out):
-    """Fills dq_out and dk_out (b,l,h,dk) where the decay is per key. Returns change (b*h, chunks, CHUNK, dk): q_t dq_t - k_t dk_t."""
+    """Fills dq_out and dk_out (b,l,h,dk) where the decay is per key. Returns change, as `query_key_gradients` writes it."""
     _, _, rows, dk, dv, chunks = _sizes(scan)
     bk, bv = min(_tile(dk), KEYS), _tile(dv)
     dpairs = _floats(dout, rows, chunks, CHUNK, CHUNK)
     pair_gradients[rows * chunks,](
         **strided(TOKENS, dout, dout=dout), **_of_heads(scan, v=scan.v), dpairs=dpairs, scale=scan.scale, dv=dv, **_common(scan), BV=bv
     )
-    change = _floats(dout, rows, chunks, CHUNK, dk)
+    change = _floats(dout, rows, chunks, CHUNK + 2 * (CHUNK // BLOCK), dk)
     query_key_gradients[rows * chunks * triton.cdiv(dk, bk) * (CHUNK // BLOCK),](
         **strided(TOKENS, dout, dout=dout, g=scan.g),
         **_of_heads(scan, q=scan.q, k=scan.k, v=scan.v),
@@ -209,6 +215,7 @@ def _per_key_gradients(scan, dout, states, dstates, dq_out, dk_out):
         scale=scan.scale,
         dk=dk,
         dv=dv,
+        slots=_slots(scan),
         **_common(scan),
         BLOCK=BLOCK,
         BK=bk,
@@ -217,7 +224,7 @@ def _per_key_gradients(scan, dout, states, dstates, dq_out, dk_out):
     return change
 
 
-def _decay_gradients(scan, states, dstates, change, dg_out):
+def _decay_gradients(scan, states, dstates, decays, change, dg_out):
     """Fills dg_out, of g's shape."""
     _, _, rows, dk, dv, chunks = _sizes(scan)
     bk, decay = _tile(dk), _decay(scan)
@@ -225,24 +232,28 @@ def _decay_gradients(scan, states, dstates, change, dg_out):
         states=states,
         dstates=dstates,
         change=change,
+        decays=decays,
         dg_out=dg_out,
         dk=dk,
         dv=dv,
+        slots=_slots(scan),
         parts=change.shape[0],
-        **_common(scan),
+        **{name: value for name, value in _common(scan).items() if name not in ("segment", "STARTS")},
         DECAY=decay,
+        BLOCK=BLOCK,
         BK=bk,
         BV=_tile(dv),
     )
 
 
 def _states(scan, initial):
-    """(states (b*h, chunks + 1, dk, dv), decays (b*h, chunks[, dk])) at every edge."""
-    batch, _, rows, dk, dv, chunks = _sizes(scan)
-    states = _floats(scan.q, rows, chunks + 1, dk, dv)
-    first = states.view(batch, scan.heads, chunks + 1, dk, dv)[:, :, 0]
-    first.zero_() if initial is None else first.copy_(initial)
-    decays = _floats(scan.q, rows, chunks, *((dk,) if _decay(scan) == KEY else ()))
+    """(states (b*h, slots, dk, dv), decays (b*h, slots - 1[, dk])) at every edge."""
+    _, _, rows, dk, dv, _ = _sizes(scan)
+    states = _floats(scan.q, rows, _slots(scan), dk, dv)
+    _enter(scan, states, initial)
+    decays = _floats(scan.q, rows, _slots(scan) - 1, *((dk,) if _decay(scan) == KEY else ()))
+    if scan.pieces is not None:
+        decays.zero_()  # between two segments no chunk writes one
     _chunk_states(scan, states, decays, scan.k, scan.v)
     carry_over(states, decays)
     return states, decays
@@ -261,6 +272,7 @@ def _chunk_states(scan, states, decays, a, c, backward=False):
         scale=scan.scale,
         dk=dk,
         dv=dv,
+        slots=_slots(scan),
         **_common(scan),
         BACKWARD=backward,
         DECAY=_decay(scan),
@@ -313,6 +325,7 @@ def _inputs(scan, dout=None):
         "scale": scan.scale,
         "dk": scan.q.shape[3],
         "dv": scan.v.shape[3],
+        "slots": _slots(scan),
         **_common(scan),
         "DECAY": _decay(scan),
         "STEPS": scan.steps is not None,
@@ -329,12 +342,13 @@ def _common(scan):
     """The arguments of every kernel but `carry`."""
     _, length, _, _, _, chunks = _sizes(scan)
     return {
-        **pointers(scan.q, index=scan.index, segment=scan.segment),
+        **pointers(scan.q, index=scan.index, segment=scan.segment, pieces=None if scan.pieces is None else scan.pieces.table),
         "length": length,
         "heads": scan.heads,
         "chunks": chunks,
         "WALK": scan.index is not None,
         "STARTS": scan.segment is not None,
+        "PACKED": scan.pieces is not None,
         "REVERSE": scan.reverse,
         "CHUNK": CHUNK,
         "num_warps": WARPS,
@@ -345,7 +359,17 @@ def _common(scan):
 def _sizes(scan):
     """batch, length, batch x heads, dk, dv, chunks."""
     batch, length, _, dk = scan.q.shape
-    return batch, length, batch * scan.heads, dk, scan.v.shape[3], triton.cdiv(length, CHUNK)
+    chunks = triton.cdiv(length, CHUNK) if scan.pieces is None else scan.pieces.count
+    return batch, length, batch * scan.heads, dk, scan.v.shape[3], chunks
+
+
+def _slots(scan) -> int:
+    """States at the chunks' edges."""
+    return _sizes(scan)[5] + (1 if scan.pieces is None else scan.pieces.segments)
+
+
+def _state_shape(scan) -> tuple[int, ...]:
+    return scan.states, scan.heads, scan.q.shape[3], scan.v.shape[3]
 
 
 def _decay(scan) -> int:
@@ -397,6 +421,19 @@ def _shared(gradient, t, heads):
     return gradient.unflatten(2, (groups, heads // groups)).sum(3).to(t.dtype)
 
 
-def _edge(states, scan, at):
-    """The state at the first or last edge, (b,h,dk,dv)."""
-    return states.unflatten(0, (-1, scan.heads))[:, :, at]
+def _enter(scan, states, given, backward=False):
+    """Fills the slots of what enters the walk: the initial states or (backward) the final states' gradients; zeros where none are given."""
+    if scan.pieces is None:
+        edge = states.unflatten(0, (-1, scan.heads))[:, :, -1 if backward else 0]
+        edge.zero_() if given is None else edge.copy_(given)
+    else:
+        entries = scan.pieces.enter(given, _state_shape(scan)[1:], backward)
+        states.index_copy_(1, scan.pieces.edges(backward), entries.transpose(0, 1))
+
+
+def _leave(scan, states, given, backward=False):
+    """What leaves the walk, (b,h,dk,dv), a view of states unless sequences are packed; given: what entered it."""
+    if scan.pieces is None:
+        return states.unflatten(0, (-1, scan.heads))[:, :, 0 if backward else -1]
+    left = states.index_select(1, scan.pieces.edges(not backward)).transpose(0, 1)
+    return scan.pieces.leave(left, given, backward)

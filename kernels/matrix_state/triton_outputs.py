@@ -11,12 +11,24 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.matrix_state.triton_tiles import HEAD, KEY, log_decays, segment_of, silu, stepped_tile
-from medssm.kernels.triton_tiles import chunk_of, pair_decays, product, tile, tokens_of, visited
+from medssm.kernels.triton_tiles import chunk_of, pair_decays, product, span_of, tile, tokens_of, visited
 
 
 @triton.jit
 def view(
-    index, segment, chunk, inside, step, length, token, live, AFTER: tl.constexpr, WALK: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr
+    index,
+    segment,
+    chunk,
+    inside,
+    step,
+    length,
+    end,
+    token,
+    live,
+    AFTER: tl.constexpr,
+    WALK: tl.constexpr,
+    STARTS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
     """What each token of a chunk sees; AFTER: the tokens from it on and the chunk's end, else the tokens up to it and the chunk's begin.
 
@@ -29,7 +41,7 @@ def view(
     if AFTER:
         reached = mine == segment_of(segment, chunk * chunk_size + chunk_size - 1, length, STARTS)
         seen = (inside[:, None] <= inside[None, :]) & same
-        return reached, seen, visited(index, step + 1, length, WALK, REVERSE), (inside + 1 < chunk_size) & (step + 1 < length)
+        return reached, seen, visited(index, step + 1, length, WALK, REVERSE), (inside + 1 < chunk_size) & (step + 1 < end)
     reached = mine == segment_of(segment, chunk * chunk_size - 1, length, STARTS)
     return reached, (inside[:, None] >= inside[None, :]) & same, token, live
 
@@ -64,6 +76,7 @@ def outputs(
     z,
     index,
     segment,
+    pieces,
     out,
     before_gate,
     scale,
@@ -75,6 +88,7 @@ def outputs(
     dk,
     dv,
     chunks,
+    slots,
     q_batch,
     q_token,
     q_head,
@@ -97,12 +111,13 @@ def outputs(
     SAVE: tl.constexpr,
     WALK: tl.constexpr,
     STARTS: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """out (b,l,h,dv), from the states (b*h, chunks + 1, dk, dv) at the chunks' edges.
+    """out (b,l,h,dv), from the states (b*h, slots, dk, dv) at the chunks' edges.
 
     With a decay per key the products q_t k_i are read: pairs (b*h, chunks, CHUNK, CHUNK). STEPS: v is multiplied by steps (b,l,h) first; SKIP adds
     skip (h,dv) v, without steps. SAVE keeps the result in before_gate (b,l,h,dv); then GATE multiplies it by silu(z).
@@ -110,15 +125,16 @@ def outputs(
     part, chunk, row, b, h = chunk_of(tl.cdiv(dv, BV), chunks, heads)
     values = part * BV + tl.arange(0, BV)
     here_v = values < dv
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
-    reached, seen, between, counted = view(index, segment, chunk, inside, step, length, token, live, False, WALK, STARTS, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
+    reached, seen, between, counted = view(index, segment, chunk, inside, step, length, end, token, live, False, WALK, STARTS, REVERSE)
     of_token = (b * length + token) * heads + h
     q += b * q_batch + h // q_repeat * q_head
     k += b * k_batch + h // k_repeat * k_head
     v += b * v_batch + h // v_repeat * v_head
     g += b * g_batch + h * g_head
     z += b * z_batch + h * z_head
-    states += (row * (chunks + 1) + chunk) * dk * dv
+    states += (row * slots + chunk + shift) * dk * dv
     o = tl.zeros((CHUNK, BV), tl.float32)
     a = tl.zeros((CHUNK, CHUNK), tl.float32)  # [t, i]
     for first in range(0, dk, BK):

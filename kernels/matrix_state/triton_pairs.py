@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.matrix_state.triton_tiles import KEY, log_decays, segment_of
-from medssm.kernels.triton_tiles import chunk_of, product, split, tile, tokens_of, visited
+from medssm.kernels.triton_tiles import chunk_of, product, span_of, split, tile, tokens_of, visited
 
 
 @triton.jit
@@ -16,6 +16,7 @@ def key_pairs(
     g,
     index,
     segment,
+    pieces,
     pairs,
     length,
     heads,
@@ -34,6 +35,7 @@ def key_pairs(
     g_head,
     WALK: tl.constexpr,
     STARTS: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -45,10 +47,11 @@ def key_pairs(
     """
     blocks: tl.constexpr = CHUNK // BLOCK
     block, chunk, row, b, h = chunk_of(blocks, chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, _ = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     within, edge = tl.arange(0, BLOCK), block * BLOCK
-    step_t = chunk * CHUNK + edge + within
-    live_t = step_t < length
+    step_t = begin + edge + within
+    live_t = step_t < end
     early = inside < edge
     token_t = visited(index, step_t, length, WALK, REVERSE)
     next_token = visited(index, step + 1, length, WALK, REVERSE)
@@ -68,7 +71,7 @@ def key_pairs(
         within_block += tl.sum(q_t[:, None, :] * k_t[None, :, :] * tl.exp(tl.where(seen[:, :, None], logs, float("-inf"))), 2)
         if edge > 0:
             k_i = tile(k, token * k_token, keys, early & live, here)
-            following = log_decays(g, next_token, (inside + 1 < edge) & (step + 1 < length), keys, here, g_token, KEY)
+            following = log_decays(g, next_token, (inside + 1 < edge) & (step + 1 < end), keys, here, g_token, KEY)
             k_i *= tl.exp(tl.cumsum(following, 0, reverse=True))
             a += product(q_t * tl.exp(coarse + rest), tl.trans(k_i))
     pairs += (row * chunks + chunk) * CHUNK * CHUNK
@@ -87,6 +90,7 @@ def pair_gradients(
     v,
     index,
     segment,
+    pieces,
     dpairs,
     scale,
     length,
@@ -102,13 +106,15 @@ def pair_gradients(
     v_head,
     WALK: tl.constexpr,
     STARTS: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BV: tl.constexpr,
 ):
     """dpairs (b*h, chunks, CHUNK, CHUNK): scale do_t v_i where i <= t, else 0."""
     _, chunk, row, b, h = chunk_of(1, chunks, heads)
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
+    begin, end, _ = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
     mine = segment_of(segment, step, length, STARTS)
     dout += b * dout_batch + h * dout_head
     v += b * v_batch + h // v_repeat * v_head

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from medssm.kernels.matrix_state.triton_outputs import decayed, view
 from medssm.kernels.matrix_state.triton_tiles import HEAD, KEY, gated_tile, log_decays, stepped_tile
-from medssm.kernels.triton_tiles import chunk_of, product, tile, tokens_of
+from medssm.kernels.triton_tiles import chunk_of, product, span_of, tile, tokens_of
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def value_gradients(
     before_gate,
     index,
     segment,
+    pieces,
     dv_out,
     dsteps,
     dz,
@@ -46,6 +47,7 @@ def value_gradients(
     dk,
     dv,
     chunks,
+    slots,
     dout_batch,
     dout_token,
     dout_head,
@@ -70,12 +72,13 @@ def value_gradients(
     GATE: tl.constexpr,
     WALK: tl.constexpr,
     STARTS: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """dv_out (b,l,h,dv), from the states' gradients dstates (b*h, chunks + 1, dk, dv). pairs, STEPS and SKIP are as in `outputs`.
+    """dv_out (b,l,h,dv), from the states' gradients dstates (b*h, slots, dk, dv). pairs, STEPS and SKIP are as in `outputs`.
 
     STEPS: dsteps (tiles, b, l, h) gets each tile's part of the steps' gradient. GATE: dz (b,l,h,dv) is written, from before_gate.
     """
@@ -83,8 +86,9 @@ def value_gradients(
     part, chunk, row, b, h = chunk_of(tiles, chunks, heads)
     values = part * BV + tl.arange(0, BV)
     here_v = values < dv
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
-    reached, seen, between, counted = view(index, segment, chunk, inside, step, length, token, live, True, WALK, STARTS, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
+    reached, seen, between, counted = view(index, segment, chunk, inside, step, length, end, token, live, True, WALK, STARTS, REVERSE)
     of_token = (b * length + token) * heads + h
     dout += b * dout_batch + h * dout_head
     q += b * q_batch + h // q_repeat * q_head
@@ -92,7 +96,7 @@ def value_gradients(
     v += b * v_batch + h // v_repeat * v_head
     g += b * g_batch + h * g_head
     z += b * z_batch + h * z_head
-    dstates += (row * (chunks + 1) + chunk + 1) * dk * dv
+    dstates += (row * slots + chunk + shift + 1) * dk * dv
     dv_t = tl.zeros((CHUNK, BV), tl.float32)
     a = tl.zeros((CHUNK, CHUNK), tl.float32)  # [i, t]
     for first in range(0, dk, BK):
@@ -127,20 +131,6 @@ def value_gradients(
 
 
 @triton.jit
-def with_pairs(sums, pairs, tokens, own, inside, DECAY: tl.constexpr):
-    """(sums + pairs tokens, its product with `own` without the pair of a token with itself); pairs (steps, steps), tokens and own (steps, keys).
-
-    The second is what the decays' gradients are summed from, where that pair would only cancel.
-    """
-    if DECAY == HEAD:
-        itself = inside[:, None] == inside[None, :]
-        sums += product(tl.where(itself, 0.0, pairs), tokens)
-        change = tl.sum(sums * own, 1)
-        return sums + tl.sum(tl.where(itself, pairs, 0.0), 1)[:, None] * tokens, change
-    return sums + product(pairs, tokens), tl.zeros((inside.shape[0],), tl.float32)
-
-
-@triton.jit
 def query_gradients(
     dout,
     q,
@@ -152,6 +142,7 @@ def query_gradients(
     z,
     index,
     segment,
+    pieces,
     dq_out,
     change,
     scale,
@@ -163,6 +154,7 @@ def query_gradients(
     dk,
     dv,
     chunks,
+    slots,
     dout_batch,
     dout_token,
     dout_head,
@@ -186,20 +178,22 @@ def query_gradients(
     GATE: tl.constexpr,
     WALK: tl.constexpr,
     STARTS: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """dq_out (b,l,h,dk), from the states (b*h, chunks + 1, dk, dv); with a decay per head also change (tiles, b*h, chunks, CHUNK): each tile's part
-    of q_t dq_t without the pair (t, t).
+    """dq_out (b,l,h,dk), from the states (b*h, slots, dk, dv); with a decay per head also change (tiles, b*h, chunks, CHUNK): each tile's part of
+    the decays' gradients, what goes from before each step to the chunk's tokens from it on: from S and from the tokens before it.
     """
     tiles = tl.cdiv(dk, BK)
     part, chunk, row, b, h = chunk_of(tiles, chunks, heads)
     keys = part * BK + tl.arange(0, BK)
     here_k = keys < dk
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
-    reached, seen, between, counted = view(index, segment, chunk, inside, step, length, token, live, False, WALK, STARTS, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
+    reached, seen, between, counted = view(index, segment, chunk, inside, step, length, end, token, live, False, WALK, STARTS, REVERSE)
     of_token = (b * length + token) * heads + h
     dout += b * dout_batch + h * dout_head
     q += b * q_batch + h // q_repeat * q_head
@@ -207,7 +201,7 @@ def query_gradients(
     v += b * v_batch + h // v_repeat * v_head
     g += b * g_batch + h * g_head
     z += b * z_batch + h * z_head
-    states += (row * (chunks + 1) + chunk) * dk * dv
+    states += (row * slots + chunk + shift) * dk * dv
     dq_t = tl.zeros((CHUNK, BK), tl.float32)
     a = tl.zeros((CHUNK, CHUNK), tl.float32)  # [t, i]
     for first in range(0, dv, BV):
@@ -220,12 +214,17 @@ def query_gradients(
     dq_t, a = decayed(dq_t, a, g, token, live, between, counted, reached, seen, keys, here_k, g_token, DECAY, False)
     k_t = tile(k, token * k_token, keys, live, here_k)
     q_t = tile(q, token * q_token, keys, live, here_k)
-    dq_t, grown = with_pairs(dq_t * scale, a * scale, k_t, q_t, inside, DECAY)
-    if DECAY == HEAD:
-        rows = tl.num_programs(0) // tiles // chunks
-        tl.store(change + ((part.to(tl.int64) * rows + row) * chunks + chunk) * CHUNK + inside, grown)
+    dq_t *= scale
+    a *= scale
+    arrives = tl.sum(dq_t * q_t, 1)
+    dq_t += product(a, k_t)
     at = of_token[:, None] * dk + keys[None, :]
     tl.store(dq_out + at, dq_t.to(dq_out.dtype.element_ty), mask=live[:, None] & here_k[None, :])
+    if DECAY == HEAD:
+        of_pairs = tl.cumsum(a * product(q_t, tl.trans(k_t)), 0, reverse=True)  # [t, i]: from i to the tokens from t on
+        arrives = tl.cumsum(arrives, 0, reverse=True) + tl.sum(tl.where(inside[:, None] > inside[None, :], of_pairs, 0.0), 1)
+        rows = tl.num_programs(0) // tiles // chunks
+        tl.store(change + ((part.to(tl.int64) * rows + row) * chunks + chunk) * CHUNK + inside, arrives)
 
 
 @triton.jit
@@ -240,6 +239,7 @@ def key_gradients(
     z,
     index,
     segment,
+    pieces,
     dk_out,
     change,
     scale,
@@ -251,6 +251,7 @@ def key_gradients(
     dk,
     dv,
     chunks,
+    slots,
     dout_batch,
     dout_token,
     dout_head,
@@ -274,20 +275,22 @@ def key_gradients(
     GATE: tl.constexpr,
     WALK: tl.constexpr,
     STARTS: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """dk_out (b,l,h,dk), from the states' gradients dstates (b*h, chunks + 1, dk, dv); with a decay per head also change (tiles, b*h, chunks, CHUNK):
-    each tile's part of -k_t dk_t without the pair (t, t).
+    """dk_out (b,l,h,dk), from the states' gradients dstates (b*h, slots, dk, dv); with a decay per head also change (tiles, b*h, chunks, CHUNK):
+    each tile's part of the decays' gradients, what goes from the tokens before each step to what leaves the chunk.
     """
     tiles = tl.cdiv(dk, BK)
     part, chunk, row, b, h = chunk_of(tiles, chunks, heads)
     keys = part * BK + tl.arange(0, BK)
     here_k = keys < dk
-    inside, step, live, token = tokens_of(chunk, index, length, CHUNK, WALK, REVERSE)
-    reached, seen, between, counted = view(index, segment, chunk, inside, step, length, token, live, True, WALK, STARTS, REVERSE)
+    begin, end, shift = span_of(chunk, pieces, length, CHUNK, PACKED)
+    inside, step, live, token = tokens_of(begin, end, index, length, CHUNK, WALK, REVERSE)
+    reached, seen, between, counted = view(index, segment, chunk, inside, step, length, end, token, live, True, WALK, STARTS, REVERSE)
     of_token = (b * length + token) * heads + h
     dout += b * dout_batch + h * dout_head
     q += b * q_batch + h // q_repeat * q_head
@@ -295,7 +298,7 @@ def key_gradients(
     v += b * v_batch + h // v_repeat * v_head
     g += b * g_batch + h * g_head
     z += b * z_batch + h * z_head
-    dstates += (row * (chunks + 1) + chunk + 1) * dk * dv
+    dstates += (row * slots + chunk + shift + 1) * dk * dv
     dk_t = tl.zeros((CHUNK, BK), tl.float32)
     a = tl.zeros((CHUNK, CHUNK), tl.float32)  # [i, t]
     for first in range(0, dv, BV):
@@ -308,9 +311,10 @@ def key_gradients(
     dk_t, a = decayed(dk_t, a, g, token, live, between, counted, reached, seen, keys, here_k, g_token, DECAY, True)
     q_t = tile(q, token * q_token, keys, live, here_k)
     k_t = tile(k, token * k_token, keys, live, here_k)
-    dk_t, grown = with_pairs(dk_t, a * scale, q_t, k_t, inside, DECAY)
     if DECAY == HEAD:
+        leaves = tl.where(inside[:, None] < inside[None, :], tl.sum(dk_t * k_t, 1)[:, None], 0.0)
         rows = tl.num_programs(0) // tiles // chunks
-        tl.store(change + ((part.to(tl.int64) * rows + row) * chunks + chunk) * CHUNK + inside, -grown)
+        tl.store(change + ((part.to(tl.int64) * rows + row) * chunks + chunk) * CHUNK + inside, tl.sum(leaves, 0))
+    dk_t += product(a * scale, q_t)
     at = of_token[:, None] * dk + keys[None, :]
     tl.store(dk_out + at, dk_t.to(dk_out.dtype.element_ty), mask=live[:, None] & here_k[None, :])

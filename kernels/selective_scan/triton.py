@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 import triton
 
+from medssm.kernels.pieces import Pieces, cut
 from medssm.kernels.selective_scan import plan
 from medssm.kernels.selective_scan.triton_backward import adjoint, local_adjoint
 from medssm.kernels.selective_scan.triton_forward import apply, carry, local
 from medssm.kernels.triton import on, plain, pointers, strided
-from medssm.kernels.walks import at_starts
+from medssm.kernels.walks import Sequences, at_starts
 
 STATES = 16  # of a launch: so many vectors stay in registers
 LANES = 32  # of a warp
@@ -46,8 +47,9 @@ class _Scan(NamedTuple):
     proj: torch.Tensor | None  # (r,d)
     index: torch.Tensor | None  # type: ignore[assignment]  # it hides tuple.index, which nobody calls here
     keep: torch.Tensor | None  # (l,): what `decay` adds to each step's exponent: -inf where the state begins anew, else 0
+    packed: tuple[torch.Tensor, Sequences] | None  # the starts and the sequences of packed ones; keep is then None
     reverse: bool
-    initial: torch.Tensor | None  # (b,d,n)
+    initial: torch.Tensor | None  # (b,d,n), or a row for each sequence
 
     def parts(self):
         """For every launch: its states, and the scan with these states alone. D belongs to the last launch."""
@@ -58,21 +60,24 @@ class _Scan(NamedTuple):
             D = self.D if first + STATES >= n else None
             yield of, self._replace(A=self.A[:, of], B=self.B[..., of], C=self.C[..., of], D=D, initial=initial)
 
-    def cut(self, tile: int, states: int) -> tuple[int, int, int]:
-        """The numbers of tiles of channels, of steps in a chunk, and of chunks. states: of all parts together."""
+    def cut(self, tile: int, states: int) -> tuple[int, int, int, Pieces | None]:
+        """The numbers of tiles of channels, of steps in a chunk, and of chunks; and the chunks of packed sequences. states: of all parts together."""
         batch, length, channels = self.u.shape
         groups = self.B.shape[2]
         tiles = groups * triton.cdiv(channels // groups, tile)
         steps = plan.steps(batch * tiles, length, states)
-        return tiles, steps, triton.cdiv(length, steps)
+        if self.packed is None:
+            return tiles, steps, triton.cdiv(length, steps), None
+        pieces = cut(*self.packed, length, self.reverse, steps, grid=True)
+        return tiles, steps, pieces.count, pieces
 
-    def arguments(self, steps: int, chunks: int) -> dict:
+    def arguments(self, steps: int, chunks: int, pieces: Pieces | None) -> dict:
         """What every kernel but `carry` takes."""
         n = self.A.shape[1]
         return {
             **strided(TOKENS, self.u, delta=self.delta),
             **strided(RATES, self.u, A=self.A),
-            **pointers(self.u, bias=self.bias, proj=self.proj, index=self.index, keep=self.keep),
+            **pointers(self.u, bias=self.bias, proj=self.proj, index=self.index, keep=self.keep, pieces=None if pieces is None else pieces.table),
             "length": self.u.shape[1],
             "channels": self.u.shape[2],
             "groups": self.B.shape[2],
@@ -85,6 +90,7 @@ class _Scan(NamedTuple):
             "SOFTPLUS": self.softplus,
             "WALK": self.index is not None,
             "KEEP": self.keep is not None,
+            "PACKED": pieces is not None,
             "REVERSE": self.reverse,
             **OPTIONS,
         }
@@ -106,17 +112,17 @@ class _Total:
         return target, earlier
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, save, final):
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, save, final, sequences=None):
     """As `native.forward`: out (b,l,d), the state (b,d,n) or None, the checkpoints (b,chunks,n,d) or None."""
     u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = plain(u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     batch, length, channels = u.shape
     n = A.shape[1]
     out = _new(u)
-    state = _floats(u, batch, channels, n) if final else None
+    state = _floats(u, batch if sequences is None else sequences.count, channels, n) if final else None
     checkpoints = _floats(u, batch, plan.chunks(length, n), n, channels) if save else None
     if out.numel():
         with on(u):
-            scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state)
+            scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, sequences)
             _forward(scan, 1.0, _Total(out, _launches(A)), checkpoints, state)
     elif final:
         state.zero_() if initial_state is None else state.copy_(initial_state)
@@ -141,7 +147,9 @@ def forward_nd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, 
     return out, checkpoints
 
 
-def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state):
+def backward(
+    dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, sequences=None
+):
     """As `native.backward`: gradients of u, delta, A, B, C, D, z, delta_bias, delta_proj and initial_state, None where the input is."""
     dout, dstate, checkpoints, *inputs = plain(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
     u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state = inputs
@@ -155,7 +163,7 @@ def backward(dout, dstate, checkpoints, u, delta, A, B, C, D, z, delta_bias, del
     dweights = [None if t is None else _floats(t, *t.shape) for t in weights]
     launches = _launches(A)
     with on(u):
-        scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state)
+        scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj, index, starts, reverse, initial_state, sequences)
         _backward(
             scan,
             1.0,
@@ -210,30 +218,36 @@ def backward_nd(dout, checkpoints, x, delta, A, B, C, D, z, delta_bias, delta_so
 def _forward(scan, scale, total, checkpoints, state):
     """total += y + D u along one walk; its last launch scales and gates. Fills checkpoints (b,chunks,n,d) and state (b,d,n) where given."""
     batch, _, channels = scan.u.shape
+    initial = scan.initial
     n, groups = scan.A.shape[1], scan.B.shape[2]
     per_group = channels // groups
     tile = 2 * LANES if per_group % (2 * LANES) == 0 or per_group > 8 * LANES else LANES  # two channels in a lane, unless many lanes would be idle
-    tiles, steps, chunks = scan.cut(tile, n)
+    tiles, steps, chunks, pieces = scan.cut(tile, n)
     programs = batch * chunks * tiles
-    sums = _floats(scan.u, batch, chunks, channels) if chunks > 1 else None
+    carried = chunks > (1 if pieces is None else pieces.segments)  # from chunk to chunk
+    sums = _floats(scan.u, batch, chunks, channels) if carried else None
+    if pieces is not None and scan.initial is not None:
+        scan = scan._replace(initial=pieces.enter(scan.initial, (channels, n)))
+    left = state if pieces is None or state is None else _floats(scan.u, pieces.segments, channels, n)
     for of, part in scan.parts():
         u, A = part.u, part.A
         saved = None if checkpoints is None else checkpoints[:, :, of]
-        entries = _by_chunk(part.initial)
-        shared = part.arguments(steps, chunks) | {"TILE": tile}
-        if chunks > 1:
+        entries = _by_chunk(part.initial, pieces)
+        shared = part.arguments(steps, chunks, pieces) | {"TILE": tile}
+        if carried:
             # Saved checkpoints at the chunks' begins first hold the chunks' end states, then their entry states: no further memory is needed.
-            entries = _floats(u, batch, chunks, A.shape[1], channels) if saved is None else saved[:, :: steps // plan.chunk(n)]
+            shares = saved is not None and pieces is None
+            entries = saved[:, :: steps // plan.chunk(n)] if shares else _floats(u, batch, chunks, A.shape[1], channels)
             local[programs,](**strided(TOKENS, u, u=u), **strided(GROUPS, u, B=part.B), **strided(CHUNKS, u, ends=entries), sums=sums, **shared)
-            _carry(entries, sums, A, part.initial, part.keep, steps, backward=False)
+            _carry(entries, sums, A, part.initial, part.keep, pieces, steps, backward=False)
         target, earlier = total.next()
         last = not total.left  # only the last launch scales and gates
         z = part.z if last else None
-        final = None if state is None else state[:, :, of]
+        final = None if left is None else left[:, :, of]
         apply[programs,](
             **strided(TOKENS, u, u=u, z=z),
             **strided(GROUPS, u, B=part.B, C=part.C),
-            **pointers(u, D=part.D),
+            **pointers(u, D=part.D, bounds=None if pieces is None else pieces.bounds),
             **strided((*CHUNKS, "state", "channel"), u, entry=entries),
             **strided(ROWS, u, out=target, earlier=earlier),
             **strided(CHUNKS, u, checkpoints=saved),
@@ -248,33 +262,41 @@ def _forward(scan, scale, total, checkpoints, state):
             FINAL=final is not None,
             **shared,
         )
+    if pieces is not None and state is not None:
+        state.copy_(pieces.leave(left, initial))
 
 
 def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA, dD, dbias, dproj, dinitial):
     """The gradients along one walk: added to the totals du and dz, written into the others."""
     batch, length, channels = scan.u.shape
     n, groups, chunk = scan.A.shape[1], scan.B.shape[2], plan.chunk(scan.A.shape[1])
-    tiles, steps, chunks = scan.cut(LANES, n)
+    tiles, steps, chunks, pieces = scan.cut(LANES, n)
     items = batch * chunks * tiles
+    carried = chunks > (1 if pieces is None else pieces.segments)  # from chunk to chunk
+    entered, left = dstate, dinitial
+    if pieces is not None:
+        scan = scan._replace(initial=None if scan.initial is None else pieces.enter(scan.initial, (channels, n)))
+        entered = None if dstate is None else pieces.enter(dstate, (channels, n), backward=True)
+        left = None if dinitial is None else _floats(scan.u, pieces.segments, channels, n)
     saved_by_one = (chunk // HELD, min(n, STATES), LANES)
     programs = min(items, plan.PROGRAMS, max(SAVED_STATES // (4 * math.prod(saved_by_one)), 1))
     like = scan.u
-    sums = _floats(like, batch, chunks, channels) if chunks > 1 else None
+    sums = _floats(like, batch, chunks, channels) if carried else None
     D_sums, bias_sums = _floats(like, batch, chunks, channels), _floats(like, batch, chunks, channels)
     low_rank = scan.proj is not None
     rank = scan.proj.shape[0] if low_rank else 0
     delta_total, delta_sums = None if low_rank else _Total(ddelta, _launches(scan.A)), []
     for of, part in scan.parts():
         u, A, z, D = part.u, part.A, part.z, part.D
-        dfinal = None if dstate is None else dstate[:, :, of]
-        exits = _by_chunk(dfinal)
-        shared = part.arguments(steps, chunks) | {"scale": scale, "TILE": LANES, "GATE": z is not None}
-        if chunks > 1:
+        dfinal = None if entered is None else entered[:, :, of]
+        exits = _by_chunk(dfinal, pieces)
+        shared = part.arguments(steps, chunks, pieces) | {"scale": scale, "TILE": LANES, "GATE": z is not None}
+        if carried:
             exits = _floats(like, batch, chunks, A.shape[1], channels)
             local_adjoint[items,](
                 **strided(TOKENS, u, dout=dout, z=z), **strided(GROUPS, u, C=part.C), **strided(CHUNKS, u, ends=exits), totals=sums, **shared
             )
-            _carry(exits, sums, A, dfinal, part.keep, steps, backward=True)
+            _carry(exits, sums, A, dfinal, part.keep, pieces, steps, backward=True)
         A_sums = _floats(like, batch, chunks, A.shape[1], channels)
         B_sums, C_sums = (_floats(like, tiles // groups, *part.B.shape) for _ in range(2))
         saved_states = _floats(like, programs, *saved_by_one)
@@ -285,20 +307,24 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             proj_sums = torch.zeros((batch, chunks, rank, channels), dtype=torch.float32, device=like.device)
         else:
             (delta_target, delta_earlier), proj_sums = delta_total.next(), None
-        into = None if dinitial is None else dinitial[:, :, of]
+        into = None if left is None else left[:, :, of]
+        entry = part.initial if pieces is not None else None
         adjoint[programs,](
             **strided(TOKENS, u, dout=dout, u=u, z=z),
             **strided(GROUPS, u, B=part.B, C=part.C),
             **strided(CHUNKS, u, checkpoints=checkpoints[:, :, of]),
+            **strided(("segment", "channel", "state"), u, entry=entry),
             **strided((*CHUNKS, "state", "channel"), u, exit=exits),
             **strided(ROWS, u, du=du_target, du_earlier=du_earlier, dz=dz_target, dz_earlier=dz_earlier),
             **strided(ROWS, u, ddelta=delta_target, ddelta_earlier=delta_earlier),
             **strided(STATES_OF, u, dinitial=into),
+            **pointers(u, bounds=None if pieces is None else pieces.bounds),
             **pointers(u, D=D, saved_states=saved_states, dA=A_sums, dB=B_sums, dC=C_sums, dD=D_sums, dbias=bias_sums, dproj=proj_sums),
             items=items,
             batch=batch,
             CHUNK=chunk,
             SKIP=D is not None,
+            ENTRY=entry is not None,
             EXIT=exits is not None,
             INITIAL=into is not None,
             DU_EARLIER=du_earlier is not None,
@@ -318,19 +344,22 @@ def _backward(scan, scale, dout, dstate, checkpoints, du, ddelta, dB, dC, dz, dA
             delta_sums.append(delta_target.sum(0))
     if low_rank:
         ddelta.copy_(sum(delta_sums[1:], delta_sums[0]))
+    if pieces is not None and dinitial is not None:
+        dinitial.copy_(pieces.leave(left, dstate, backward=True))
 
 
-def _carry(values, sums, A, entry, keep, steps, backward):
+def _carry(values, sums, A, entry, keep, pieces, steps, backward):
     """values (b,chunks,n,d), each chunk's end state from a zero state, become the states that enter the chunks. sums (b,chunks,d): of the chunks'
-    steps; entry (b,d,n): the state that enters the first.
+    steps; entry (b,d,n), or (segments,d,n): the state that enters the first.
     """
     batch, chunks, n, channels = values.shape
     fades = None if keep is None else torch.nn.functional.pad(keep, (0, chunks * steps - keep.shape[0])).view(chunks, steps).amin(1)
-    carry[batch * n * triton.cdiv(channels, LANES),](
+    walks = batch if pieces is None else pieces.segments
+    carry[walks * n * triton.cdiv(channels, LANES),](
         **strided(CHUNKS, A, values=values),
         **strided(RATES, A, A=A),
         **strided(STATES_OF, A, entry=entry),
-        **pointers(A, sums=sums, fades=fades),
+        **pointers(A, sums=sums, fades=fades, bounds=None if pieces is None else pieces.bounds),
         channels=channels,
         states=n,
         chunks=chunks,
@@ -338,15 +367,17 @@ def _carry(values, sums, A, entry, keep, steps, backward):
         GROUP=min(GROUP, triton.next_power_of_2(chunks)),
         ENTRY=entry is not None,
         KEEP=keep is not None,
+        PACKED=pieces is not None,
         BACKWARD=backward,
         **OPTIONS,
     )
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state) -> _Scan:
+def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, delta_proj, index, starts, reverse, initial_state, sequences=None) -> _Scan:
     proj = None if delta_proj is None else _dense(delta_proj.t())  # the lanes read one rank's row of channels
-    keep = at_starts(starts, u.shape[1], reverse, -math.inf, torch.float32)
-    return _Scan(u, delta, _dense(A), B, C, _dense(D), z, _dense(delta_bias), softplus, proj, index, keep, reverse, initial_state)
+    keep = None if sequences is not None else at_starts(starts, u.shape[1], reverse, -math.inf, torch.float32)
+    packed = None if sequences is None else (starts, sequences)
+    return _Scan(u, delta, _dense(A), B, C, _dense(D), z, _dense(delta_bias), softplus, proj, index, keep, packed, reverse, initial_state)
 
 
 def _scan_of_walk(i, walk, x, delta, A, B, C, D, z, delta_bias, softplus, delta_proj) -> _Scan:
@@ -360,9 +391,9 @@ def _launches(A) -> int:
     return triton.cdiv(A.shape[-1], STATES)
 
 
-def _by_chunk(state):
-    """A state (b,d,n) as (b,1,n,d): that which enters the only chunk."""
-    return None if state is None else state.transpose(1, 2).unsqueeze(1)
+def _by_chunk(state, pieces):
+    """A state (b,d,n) as (b,1,n,d): that which enters the only chunk; (segments,d,n) as (1,segments,n,d): the only chunk of each segment."""
+    return None if state is None else state.transpose(1, 2).unsqueeze(1 if pieces is None else 0)
 
 
 def _add(total, part, of):

@@ -22,7 +22,7 @@ memory for saved states belongs to the program, not to the chunk: the number of 
 Sums over channels are made for 32 values at a time: lanes exchange halves (`sums`), 31 shuffles in place of 160. The sums of K steps are one store.
 """
 
-# ruff: noqa: RUF005, SIM102 (Triton compiles neither starred tuples nor every conditional expression)
+# ruff: noqa: RUF005 (Triton compiles neither starred tuples nor every conditional expression)
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.selective_scan.triton_steps import LN_2, decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors
-from medssm.kernels.triton_tiles import where_live
+from medssm.kernels.triton_tiles import span_of, where_live
 
 
 @triton.jit
@@ -151,6 +151,7 @@ def local_adjoint(
     proj,
     index,
     keep,
+    pieces,
     ends,
     totals,
     scale,
@@ -185,6 +186,7 @@ def local_adjoint(
     SOFTPLUS: tl.constexpr,
     WALK: tl.constexpr,
     KEEP: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """ends (b,chunks,n,d): g before each chunk, from none after it; totals (b,chunks,d): of its steps."""
@@ -203,10 +205,11 @@ def local_adjoint(
     C += b * C_batch + group * C_group
     g = vectors(ends, here, 0, N, False, shift)
     total = tl.zeros((TILE,), tl.float32)
-    end = tl.minimum((chunk + 1) * steps, length)
-    blocks = tl.cdiv(end - chunk * steps, K)
+    begin, end, _segment = span_of(chunk, pieces, length, steps, PACKED)
+    end = tl.minimum(begin + steps, end)
+    blocks = tl.cdiv(end - begin, K)
     for block in range(blocks):
-        first = chunk * steps + (blocks - 1 - block) * K
+        first = begin + (blocks - 1 - block) * K
         tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
         raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
         dy, _ = upstream(dout, z, tokens, here, live, scale, dout_token, z_token, K, GATE)
@@ -237,7 +240,10 @@ def adjoint(
     proj,
     index,
     keep,
+    pieces,
+    bounds,
     checkpoints,
+    entry,
     exit,
     saved_states,
     du,
@@ -285,6 +291,9 @@ def adjoint(
     z_channel,
     checkpoints_batch,
     checkpoints_chunk,
+    entry_segment,
+    entry_channel,
+    entry_state,
     exit_batch,
     exit_chunk,
     exit_state,
@@ -312,6 +321,7 @@ def adjoint(
     BIAS: tl.constexpr,
     SKIP: tl.constexpr,
     GATE: tl.constexpr,
+    ENTRY: tl.constexpr,
     EXIT: tl.constexpr,
     INITIAL: tl.constexpr,
     DU_EARLIER: tl.constexpr,
@@ -320,12 +330,14 @@ def adjoint(
     SOFTPLUS: tl.constexpr,
     WALK: tl.constexpr,
     KEEP: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Gradients along each chunk from g after it (exit, (b,chunks,n,d)) and the states at its checkpoints (b,.,n,d).
 
     du, ddelta, dz (b,l,d): added to what is earlier. Partial sums: dA (b,chunks,n,d), dD, dbias (b,chunks,d), dB, dC (tiles,b,l,g,n);
     low-rank: ddelta (tiles of all groups,b,l,r), dproj (b,chunks,r,d), zeros before. dinitial (b,d,n). saved_states (programs, CHUNK / K, N, TILE).
+    PACKED: a segment that begins between two checkpoints begins with its row of entry (segments,d,n), zeros without ENTRY; dinitial (segments,d,n).
     """
     tiles_of_group = tl.cdiv(channels // groups, TILE)
     tiles = groups * tiles_of_group
@@ -352,16 +364,30 @@ def adjoint(
         A_sums = vectors(exit, here, 0, N, False, shift)
         D_sum = tl.zeros((TILE,), tl.float32)
         bias_sum = tl.zeros((TILE,), tl.float32)
-        end_of_chunk = tl.minimum((chunk + 1) * steps, length)
-        runs = tl.cdiv(end_of_chunk - chunk * steps, CHUNK)
+        begin_of_chunk, end_of_chunk, segment = span_of(chunk, pieces, length, steps, PACKED)
+        end_of_chunk = tl.minimum(begin_of_chunk + steps, end_of_chunk)
+        origin = begin_of_chunk
+        if PACKED:
+            origin -= begin_of_chunk % CHUNK
+        runs = tl.cdiv(end_of_chunk - origin, CHUNK)
         for run in range(runs):
-            begin = chunk * steps + (runs - 1 - run) * CHUNK
+            begin = origin + (runs - 1 - run) * CHUNK
             end = tl.minimum(begin + CHUNK, end_of_chunk)
+            saved = checkpoints + b * checkpoints_batch + tl.cast(begin // CHUNK, tl.int64) * checkpoints_chunk + d
+            if PACKED:
+                h = vectors(saved, where_live(here, begin >= begin_of_chunk), channels, N, True, shift)
+                if ENTRY:
+                    entered = entry + segment.to(tl.int64) * entry_segment + d * entry_channel
+                    entered = vectors(entered, where_live(here, begin < begin_of_chunk), entry_state, N, True, shift)
+                    either = ()
+                    for n in tl.static_range(N):
+                        either = either + (h[n] + entered[n],)
+                    h = either
+                begin = tl.maximum(begin, begin_of_chunk)
+            else:
+                h = vectors(saved, here, channels, N, True, shift)
             blocks = tl.cdiv(end - begin, K)
 
-            h = vectors(
-                checkpoints + b * checkpoints_batch + tl.cast(begin // CHUNK, tl.int64) * checkpoints_chunk + d, here, channels, N, True, shift
-            )
             for block in range(blocks):
                 for n in tl.static_range(N):
                     tl.store(saved_states + (block * N + n) * TILE, h[n])
@@ -439,6 +465,11 @@ def adjoint(
         if BIAS:
             tl.store(dbias + partial, bias_sum, mask=here)
         if INITIAL:
-            if chunk == 0:
+            opens, row = chunk == 0, b
+            if PACKED:
+                opens, row = chunk == tl.load(bounds + segment), segment.to(tl.int64)
+            if opens:
                 for n in tl.static_range(N):
-                    tl.store(dinitial + b * dinitial_batch + d * dinitial_channel + n * dinitial_state, g[n].to(dinitial.dtype.element_ty), mask=here)
+                    tl.store(
+                        dinitial + row * dinitial_batch + d * dinitial_channel + n * dinitial_state, g[n].to(dinitial.dtype.element_ty), mask=here
+                    )

@@ -13,7 +13,7 @@ Where batch and channels alone would leave the GPU idle, the walk is cut into ch
 With one chunk there is only `apply`.
 """
 
-# ruff: noqa: RUF005, SIM102, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+# ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from medssm.kernels.selective_scan.triton_steps import decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors
-from medssm.kernels.triton_tiles import where_live
+from medssm.kernels.triton_tiles import span_of, where_live
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def local(
     proj,
     index,
     keep,
+    pieces,
     ends,
     sums,
     length,
@@ -63,6 +64,7 @@ def local(
     SOFTPLUS: tl.constexpr,
     WALK: tl.constexpr,
     KEEP: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """ends (b,chunks,n,d): the state after each chunk, from zero; sums (b,chunks,d): of its steps."""
@@ -80,8 +82,9 @@ def local(
     B += b * B_batch + group * B_group
     h = vectors(ends, here, 0, N, False, shift)
     total = tl.zeros((TILE,), tl.float32)
-    end = tl.minimum((chunk + 1) * steps, length)
-    for first in range(chunk * steps, end, K):
+    begin, end, _segment = span_of(chunk, pieces, length, steps, PACKED)
+    end = tl.minimum(begin + steps, end)
+    for first in range(begin, end, K):
         tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
         raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
         inputs = rows(u, tokens, here, u_token, K)
@@ -120,6 +123,7 @@ def carry(
     A,
     entry,
     fades,
+    bounds,
     channels,
     states,
     chunks,
@@ -134,12 +138,14 @@ def carry(
     GROUP: tl.constexpr,
     ENTRY: tl.constexpr,
     KEEP: tl.constexpr,
+    PACKED: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     """values (b,chunks,n,d): each chunk's end state from a zero state becomes the state that enters it; BACKWARD: from the last chunk to the first.
 
     entry (b,d,n) enters the first chunk that is walked; fades (chunks,): -inf where the state begins anew within the chunk. A program has one state
     and a tile of channels. A chunk is one multiply-add, so the time is that of memory: each group of chunks is read while the one before is used.
+    PACKED: each segment's chunks, from bounds on, are walked by programs of their own, and entry has a row for each.
     """
     tiles = tl.cdiv(channels, TILE)
     program = tl.program_id(0).to(tl.int64)
@@ -150,8 +156,14 @@ def carry(
     h = tl.zeros((TILE,), tl.float32)
     if ENTRY:
         h = tl.load(entry + b * entry_batch + n * entry_state + d * entry_channel, mask=here, other=0.0).to(tl.float32)
-    values += b * values_batch + n * channels + d
-    sums += b * chunks * channels + d
+    if PACKED:
+        place = tl.load(bounds + b)
+        chunks = (tl.load(bounds + b + 1) - place).to(tl.int32)
+        values += place * values_chunk + n * channels + d
+        sums += place * channels + d
+    else:
+        values += b * values_batch + n * channels + d
+        sums += b * chunks * channels + d
     chunk = tl.zeros((), tl.int64)
     v, s = _group(values, sums, chunk, chunks, here, channels, values_chunk, GROUP, BACKWARD)
     for first in range(chunk, chunks, GROUP):
@@ -182,6 +194,8 @@ def apply(
     proj,
     index,
     keep,
+    pieces,
+    bounds,
     entry,
     out,
     earlier,
@@ -240,11 +254,13 @@ def apply(
     SOFTPLUS: tl.constexpr,
     WALK: tl.constexpr,
     KEEP: tl.constexpr,
+    PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """out = scale (y + D u + earlier) silu(z) along each chunk from its entry state (b,chunks,n,d).
 
-    checkpoints (b,.,n,d): the state before every CHUNK steps (SAVE); state (b,d,n): after the last (FINAL).
+    checkpoints (b,.,n,d): the state before every CHUNK steps (SAVE); state (b,d,n): after the last (FINAL). PACKED: a chunk may begin between two
+    checkpoints, where its segment begins; state (segments,d,n): after the last chunk of each segment, as bounds tell.
     """
     tiles = groups * tl.cdiv(channels // groups, TILE)
     program = tl.program_id(0)
@@ -265,14 +281,17 @@ def apply(
     out += b * out_batch + d
     earlier += b * earlier_batch + d
     h = vectors(entry + b * entry_batch + chunk.to(tl.int64) * entry_chunk + d * entry_channel, here, entry_state, N, ENTRY, shift)
-    end = tl.minimum((chunk + 1) * steps, length)
-    for begin in range(chunk * steps, end, CHUNK):
+    begin, end, segment = span_of(chunk, pieces, length, steps, PACKED)
+    end = tl.minimum(begin + steps, end)
+    origin = begin
+    if PACKED:
+        origin -= begin % CHUNK
+    for run in range(origin, end, CHUNK):
         if SAVE:
+            saved = checkpoints + b * checkpoints_batch + tl.cast(run // CHUNK, tl.int64) * checkpoints_chunk + d
             for n in tl.static_range(N):
-                tl.store(
-                    checkpoints + b * checkpoints_batch + tl.cast(begin // CHUNK, tl.int64) * checkpoints_chunk + n * channels + d, h[n], mask=here
-                )
-        for first in range(begin, tl.minimum(begin + CHUNK, end), K):
+                tl.store(saved + n * channels, h[n], mask=where_live(here, run >= begin))
+        for first in range(tl.maximum(run, begin), tl.minimum(run + CHUNK, end), K):
             tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
             raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
             inputs = rows(u, tokens, here, u_token, K)
@@ -305,6 +324,9 @@ def apply(
             for k in tl.static_range(K):
                 tl.store(out + tokens[k] * out_token, results[k].to(out.dtype.element_ty), mask=where_live(here, live[k]))
     if FINAL:
-        if chunk == chunks - 1:
+        closes, row = chunk == chunks - 1, b
+        if PACKED:
+            closes, row = chunk + 1 == tl.load(bounds + segment + 1), segment.to(tl.int64)
+        if closes:
             for n in tl.static_range(N):
-                tl.store(state + b * state_batch + d * state_channel + n * state_state, h[n], mask=here)
+                tl.store(state + row * state_batch + d * state_channel + n * state_state, h[n], mask=here)

@@ -13,7 +13,7 @@ from medssm.kernels.matrix_state import triton_core as core
 from medssm.kernels.triton import plain
 
 
-def forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, save, final):
+def forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, save, final, sequences=None):
     """Arguments as in `reference.ssd`; save: keep y, the output before the gate; final: whether the final state is wanted.
 
     Returns (out (b,l,h,p) contiguous, state (b,h,p,n) or None, y (b,l,h,p) float32 or None).
@@ -21,18 +21,18 @@ def forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts
     x, dt, A, B, C, D, z, dt_bias, initial_state = plain(x, dt, A, B, C, D, z, dt_bias, initial_state)
     with without_autocast(x.device):
         s = _steps(dt, dt_bias, dt_softplus, low, high)
-        scan = core.scan_of(C, B, x, s * A.float(), 1.0, x.shape[2], index, starts, reverse, s, _skip(D, x), z)
+        scan = core.scan_of(C, B, x, s * A.float(), 1.0, x.shape[2], index, starts, reverse, sequences, s, _skip(D, x), z)
         out, state, y = core.forward(scan, None if initial_state is None else initial_state.transpose(2, 3), save)
         return out, state.transpose(2, 3).contiguous() if final else None, y
 
 
-def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state):
+def backward(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, index, starts, reverse, initial_state, sequences=None):
     """y: what forward kept, where there is z. Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state (None where that input is)."""
     dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, initial_state = plain(dout, dstate, y, x, dt, A, B, C, D, z, dt_bias, initial_state)
     with without_autocast(x.device):
         raw = _raw_steps(dt, dt_bias)
         s = _steps(dt, dt_bias, dt_softplus, low, high)
-        scan = core.scan_of(C, B, x, s * A.float(), 1.0, x.shape[2], index, starts, reverse, s, _skip(D, x), z)
+        scan = core.scan_of(C, B, x, s * A.float(), 1.0, x.shape[2], index, starts, reverse, sequences, s, _skip(D, x), z)
         initial, dfinal = (None if t is None else t.transpose(2, 3) for t in (initial_state, dstate))
         found = core.backward(dout, dfinal, scan, initial, y)
         dA = (s * found.dg).sum((0, 1)).to(A.dtype)

@@ -23,6 +23,7 @@ KERNELS = {
     "forward": 4,
     "backward": 2,
     "backward_any": 2,
+    "initial_gradients": 2,
     "convolve": 4,
     "weights": 4,
 }

@@ -73,6 +73,14 @@ def test_the_state_begins_anew_within_a_chunk(decay, reverse):
     equals_the_reference(decay=decay, starts=torch.tensor([0, 3, 10, 16, 31]), reverse=reverse, index=torch.randperm(37))
 
 
+def test_the_gradient_of_a_strong_decay_is_0_where_nothing_comes_before():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn((1, 1, 1, 8), generator=generator) for _ in range(3))
+    beta, g, dstate = torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), -50.0), torch.randn((1, 1, 8, 8), generator=generator)
+    _, _, recalled = kernel.forward(q, k, v, beta, g, 0.3, None, None, False, None, True, False)
+    assert not kernel.backward(torch.zeros_like(v), dstate, recalled, q, k, v, beta, g, 0.3, None, None, False, None)[4].any()
+
+
 # -- in two levels --------------------------------------------------------------------------------------------------------------------
 
 

@@ -27,13 +27,21 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.kernels import resources  # noqa: E402 (found by the path above)
+from medssm.kernels.walks import Sequences  # noqa: E402 (found by the path above)
+from tests.kernels import resources  # noqa: E402
 
 TARGETS = ("80", "90", "100")
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 # -- the calls ----------------------------------------------------------------------------------------------------------------------
+
+PACKED = "packed"  # options: every one that there is, and two sequences
+
+
+def _sequences(options):
+    """(the argument of that name, rows of a state)."""
+    return (Sequences(2, torch.arange(2)), 2) if options == PACKED else (None, 1)
 
 
 def _scan(n, dtype, options, rank=None, length=65536, channels=96):
@@ -45,14 +53,16 @@ def _scan(n, dtype, options, rank=None, length=65536, channels=96):
         return torch.empty(shape, dtype=dtype)
 
     weight = torch.float32
+    sequences, rows = _sequences(options)
     u, few = new(1, length, channels), torch.tensor([0, 64])
     given = [u, new(1, length, rank or channels), new(channels, n, dtype=weight), new(1, length, 1, n), new(1, length, 1, n)]
     given += [new(channels, dtype=weight), new(1, length, channels), new(channels, dtype=weight)] if options else [None] * 3
     given += [True, None if rank is None else new(channels, rank, dtype=weight)]
-    given += [torch.arange(length), few, True, new(1, channels, n, dtype=weight)] if options else [None, None, False, None]
-    kernel.forward(*given, True, options)
+    state = new(rows, channels, n, dtype=weight) if options else None
+    given += [torch.arange(length), few, True, state] if options else [None, None, False, None]
+    kernel.forward(*given, True, bool(options), sequences)
     saved = torch.empty(1, plan.chunks(length, n), n, channels)
-    kernel.backward(torch.empty_like(u), new(1, channels, n, dtype=weight) if options else None, saved, *given)
+    kernel.backward(torch.empty_like(u), state, saved, *given, sequences)
 
 
 def _scan_nd(n, dtype, length=65536, channels=96):
@@ -72,14 +82,16 @@ def _scan_nd(n, dtype, length=65536, channels=96):
 def _causal(width, dtype, options, length=4096, channels=96):
     from medssm.kernels.causal_conv1d import triton as kernel
 
-    x, initial = torch.empty(2, length, channels, dtype=dtype), torch.empty(2, channels, width - 1, dtype=dtype)
+    sequences, _ = _sequences(options)
+    x = torch.empty(2 if sequences is None else 1, length, channels, dtype=dtype)
+    initial = torch.empty(2, channels, width - 1, dtype=dtype)
     given = [x, torch.empty(channels, width)]
     if options:
         given += [torch.empty(channels), "silu", torch.arange(length), torch.tensor([0, 64]), True, initial]
     else:
         given += [None, None, None, None, False, None]
-    kernel.forward(*given, options)
-    kernel.backward(torch.empty_like(x), initial if options else None, *given)
+    kernel.forward(*given, bool(options), sequences)
+    kernel.backward(torch.empty_like(x), initial if options else None, *given, sequences)
 
 
 def _depthwise(side, dims, dtype, options, channels=96):
@@ -107,12 +119,13 @@ def _delta(dk, dv, dtype, options, length=4096, heads=2):
     def new(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype)
 
-    v, state = new(1, length, heads, dv), new(1, heads, dk, dv, dtype=FLOAT)
+    sequences, rows = _sequences(options)
+    v, state = new(1, length, heads, dv), new(rows, heads, dk, dv, dtype=FLOAT)
     given = [new(1, length, heads, dk), new(1, length, heads, dk), v, new(1, length, heads)]
     given += [new(1, length, heads) if options else None, 0.5]
     given += [torch.arange(length), torch.tensor([0, 64]), True, state] if options else [None, None, False, None]
-    _, _, recalled = kernel.forward(*given, True, options)
-    kernel.backward(torch.empty_like(v), state if options else None, recalled, *given)
+    _, _, recalled = kernel.forward(*given, True, bool(options), sequences)
+    kernel.backward(torch.empty_like(v), state if options else None, recalled, *given, sequences)
 
 
 def _linear(dk, dv, dtype, options, causal=False, length=4096, heads=4):
@@ -123,11 +136,13 @@ def _linear(dk, dv, dtype, options, causal=False, length=4096, heads=4):
         return torch.empty(shape, dtype=dtype)
 
     groups = 2 if options else heads
-    state = new(1, groups, dk, dv, dtype=FLOAT), new(1, groups, dk, dtype=FLOAT)
+    sequences, rows = _sequences(options)
+    state = new(rows, groups, dk, dv, dtype=FLOAT), new(rows, groups, dk, dtype=FLOAT)
     angles = new(length, groups, dk, dtype=FLOAT) if options else None
     given = [new(1, length, heads, dk), new(1, length, groups, dk), new(1, length, groups, dv), angles, angles]
-    given += [*(state if options else (None, None)), "elu" if options else None, causal, options, 0.5, 1e-6]
+    given += [*(state if options else (None, None)), "elu" if options else None, causal, bool(options), 0.5, 1e-6]
     given += [torch.arange(length), torch.tensor([0, 64]), True] if options and causal else [None, None, False]
+    given.append(sequences)
     out, *sums = kernel.forward(*given)
     kernel.backward(out, *(state if options else (None, None)), *sums, *given)
 
@@ -137,23 +152,25 @@ def _gated(dk, dv, per_key, dtype, options, length=4096, heads=4):
     from medssm.kernels.gated_linear_attention import triton as kernel
 
     q, v = torch.empty(1, length, heads, dk, dtype=dtype), torch.empty(1, length, heads, dv, dtype=dtype)
-    g, state = q if per_key else q[..., 0].contiguous(), torch.empty(1, heads, dk, dv)
+    sequences, rows = _sequences(options)
+    g, state = q if per_key else q[..., 0].contiguous(), torch.empty(rows, heads, dk, dv)
     way = (torch.arange(length), torch.tensor([0, 64]), True, state) if options else (None, None, False, None)
-    kernel.forward(q, q, v, g, 1.0, *way, options)
-    kernel.backward(v, state if options else None, q, q, v, g, 1.0, *way)
+    kernel.forward(q, q, v, g, 1.0, *way, bool(options), sequences)
+    kernel.backward(v, state if options else None, q, q, v, g, 1.0, *way, sequences)
 
 
 def _ssd(p, n, dtype, options, length=4096, heads=4):
     """ssd over several chunks (LONG: a carry in two levels), two heads a group; with options every one that there is."""
     from medssm.kernels.ssd import triton as kernel
 
-    x, B, state = torch.empty(1, length, heads, p, dtype=dtype), torch.empty(1, length, heads // 2, n, dtype=dtype), torch.empty(1, heads, p, n)
+    sequences, rows = _sequences(options)
+    x, B, state = torch.empty(1, length, heads, p, dtype=dtype), torch.empty(1, length, heads // 2, n, dtype=dtype), torch.empty(rows, heads, p, n)
     weight = torch.empty(heads)
     optional = (weight, x, weight) if options else (None, None, None)
     way = (torch.arange(length), torch.tensor([0, 64]), True, state) if options else (None, None, False, None)
     given = (x, torch.empty(1, length, heads, dtype=dtype), weight, B, B, *optional, True, 0.0, math.inf, *way)
-    kernel.forward(*given, options, options)
-    kernel.backward(x, state if options else None, torch.empty(x.shape) if options else None, *given)
+    kernel.forward(*given, bool(options), bool(options), sequences)
+    kernel.backward(x, state if options else None, torch.empty(x.shape) if options else None, *given, sequences)
 
 
 BF16, FLOAT = torch.bfloat16, torch.float32
@@ -164,18 +181,24 @@ CALLS = {
         lambda n=n, d=d, o=o, r=r: _scan(n, d, o, r)
         for n, d, (o, r) in itertools.product((1, 2, 4, 8, 16, 24), (BF16, FLOAT), ((False, None), (True, None), (True, 6)))
     ]
-    + [lambda: _scan(16, BF16, True, channels=128), lambda: _scan(16, torch.float16, True, channels=67)],
+    + [lambda: _scan(16, BF16, True, channels=128), lambda: _scan(16, torch.float16, True, channels=67)]
+    + [lambda n=n, d=d: _scan(n, d, PACKED, 6) for n, d in ((16, BF16), (8, FLOAT))],
     "selective_scan_nd": [lambda: _scan_nd(1, BF16), lambda: _scan_nd(16, BF16), lambda: _scan_nd(8, FLOAT)],
     "bi_wkv": [lambda: _bi_wkv("upstream", BF16, True)]
     + [lambda m=m, d=d, o=o: _bi_wkv(m, d, o) for m, d, o in itertools.product(("exact", "upstream"), (BF16, FLOAT), (False, True))],
-    "gated_linear_attention": [lambda: _gated(64, 64, True, BF16, True, **LONG), lambda: _gated(24, 40, True, FLOAT, False, **LONG)]
+    "gated_linear_attention": [
+        lambda: _gated(64, 64, True, BF16, True, **LONG),
+        lambda: _gated(24, 40, True, FLOAT, False, **LONG),
+        lambda: _gated(64, 64, True, BF16, PACKED),
+    ]
+    + [lambda d=d: _gated(64, 128, False, d, PACKED) for d in (BF16, FLOAT)]
     + [
         lambda k=k, v=v, o=o, d=d, y=y: _gated(k, v, y, d, o)
         for (k, v), o, d, y in itertools.product(((16, 16), (64, 128), (24, 40)), (False, True), (BF16, FLOAT), (False, True))
     ],
-    "ssd": [lambda: _ssd(64, 64, BF16, True, **LONG)]
+    "ssd": [lambda: _ssd(64, 64, BF16, True, **LONG), lambda: _ssd(64, 128, FLOAT, PACKED)]
     + [lambda p=p, n=n, o=o, d=d: _ssd(p, n, d, o) for (p, n), o, d in itertools.product(((16, 16), (64, 128)), (False, True), (BF16, FLOAT))],
-    "causal_conv1d": [lambda: _causal(4, BF16, True)]
+    "causal_conv1d": [lambda: _causal(4, BF16, True), lambda: _causal(4, BF16, PACKED), lambda: _causal(8, FLOAT, PACKED)]
     + [lambda w=w, d=d, o=o: _causal(w, d, o) for w, d, o in itertools.product((1, 2, 3, 4, 8), (BF16, FLOAT), (False, True))],
     "depthwise_conv": [lambda: _depthwise(3, 3, BF16, True)]
     + [lambda s=s, n=n, d=d, o=o: _depthwise(s, n, d, o) for s, n, d, o in itertools.product((3, 7), (1, 2, 3), (BF16, FLOAT), (False, True))],
@@ -184,9 +207,9 @@ CALLS = {
         lambda k=k, v=v, d=d, o=o: _linear(k, v, d, o)
         for (k, v), d, o in itertools.product(((16, 16), (32, 64), (40, 24)), (BF16, FLOAT), (False, True))
     ],
-    "linear_attention_causal": [lambda: _linear(32, 32, BF16, True, True)]
+    "linear_attention_causal": [lambda: _linear(32, 32, BF16, True, True), lambda: _linear(64, 64, FLOAT, PACKED, True)]
     + [lambda k=k, v=v, o=o: _linear(k, v, FLOAT, o, True) for (k, v), o in itertools.product(((16, 16), (64, 64), (40, 24)), (False, True))],
-    "delta_rule": [lambda: _delta(64, 64, BF16, True)]
+    "delta_rule": [lambda: _delta(64, 64, BF16, True), lambda: _delta(64, 64, FLOAT, PACKED), lambda: _delta(130, 100, BF16, PACKED)]
     + [
         lambda k=k, v=v, d=d, o=o: _delta(k, v, d, o)
         for (k, v), d, o in itertools.product(

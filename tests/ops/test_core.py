@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from medssm import ops, orders
-from tests.ops.calls import Call, compare, normal, permutation
-from tests.ops.cases import available, example, flattened, tokens
+from tests.ops.calls import DEVICE, Call, compare, normal, permutation
+from tests.ops.cases import SEQUENCE, available, example, flattened, tokens
+from tests.ops.packed import serves
 
 PAIRS = available()
 
@@ -53,6 +54,15 @@ def longer(op: str) -> Call:
     return call.but(**{name: torch.cat([t, t.flip(1), t], 1) for name, t in tokens(call).items()})
 
 
+def packed(op: str) -> Call:
+    """Four sequences, one of them empty, of tokens in an order of their own, walked backwards where the op allows it."""
+    call = single(flattened(example(op)))
+    length = next(iter(call.tensors.values())).shape[1]
+    states = {name: torch.cat([t, -t, 2 * t, t / 2]) for name, t in call.tensors.items() if name.startswith("initial_state")}
+    bounds = torch.tensor([0, 1, 8, 8, length], device=DEVICE)
+    return call.but(**states).with_options(order=permutation(length, 0), cu_seqlens=bounds, **({"reverse": True} if takes(op, "reverse") else {}))
+
+
 def single(call: Call) -> Call:
     """The first of the batch."""
     batched = {*tokens(call), *(name for name in call.tensors if name.startswith("initial_state"))}
@@ -71,7 +81,13 @@ WALKS = (permuted, begun_anew, longer)  # of ops with one walk
     [
         pytest.param(op, backend, form, id=f"{op}-{backend}-{form.__name__}")
         for op, backend in PAIRS
-        for form in (every_option, what_must_be_given, bfloat16, *(WALKS if takes(op, "order") else ()))
+        for form in (
+            every_option,
+            what_must_be_given,
+            bfloat16,
+            *(WALKS if takes(op, "order") else ()),
+            *((packed,) if op in SEQUENCE and serves(op, backend) else ()),
+        )
     ],
 )
 def test_outputs_states_and_gradients_equal_the_float64_reference(op, backend, form):

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medssm import dispatch, ops, orders
+from medssm import ops, orders
 from medssm.ops.op import OPS as DECLARED
 from tests.ops.calls import DEVICE, compare, flat
 from tests.ops.cases import available, tokens
-from tests.ops.packed import OPS, apart, initial_states, packed, single
-
-
-def serves(op, backend):
-    """Whether that kernel takes sequences."""
-    return backend == "reference" or not DECLARED[op].states or "sequences" in inspect.signature(dispatch.kernel(op, backend).forward).parameters
-
+from tests.ops.packed import OPS, apart, initial_states, packed, serves, single
 
 PAIRS = [(op, backend) for op, backend in available() if op in OPS and serves(op, backend)]
 every = pytest.mark.parametrize("op, backend", PAIRS)

@@ -54,8 +54,8 @@ def core(backend: str, **environment: str) -> None:
 
 
 def whole(backend: str, op: str, **environment: str) -> None:
-    """The whole contract of one op."""
-    suite(["-m", "", "-k", f"[{op}-{backend}"], "tests/ops/test_contract.py", at_least=15, **environment)
+    """The whole contract of one op, packed sequences too."""
+    suite(["-m", "", "-k", f"[{op}-{backend}"], "tests/ops/test_contract.py", "tests/ops/test_packed.py", at_least=15, **environment)
 
 
 @triton
