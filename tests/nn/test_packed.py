@@ -13,9 +13,9 @@ from medssm.orders import raster, snake
 BOTH = [raster(), raster(reverse=True)]
 
 
-@pytest.fixture(autouse=True)
-def backend():
-    with medssm.use_backend("reference", strict=True):
+@pytest.fixture(autouse=True, params=["reference", "native"])
+def backend(request):
+    with medssm.use_backend(request.param, strict=True):
         yield
 
 
