@@ -85,6 +85,19 @@ def test_token_by_token_is_all_at_once(installed, kind, options):
         assert list(memory) == [0, 1]
 
 
+def test_packed_prompts_go_on_as_each_alone(installed):
+    from mamba_ssm.utils.generation import InferenceParams
+
+    m, prompts = model("Mamba2"), [tokens(1, 9)[:, :n] for n in (9, 5, 7)]
+    packed, cu_seqlens = torch.cat([p[:, :-2] for p in prompts], 1), torch.tensor([0, 7, 10, 15], dtype=torch.int32)
+    params = InferenceParams(max_seqlen=9, max_batch_size=3)
+    logits = [m(packed, inference_params=params, cu_seqlens=cu_seqlens).logits[0, cu_seqlens[1:] - 1, None]]
+    for ahead in (-2, -1):
+        params.seqlen_offset += 1
+        logits.append(m(torch.cat([p[:, ahead, None] for p in prompts]), inference_params=params).logits)
+    same([torch.cat(logits, 1)], [torch.cat([m(p).logits[:, -3:] for p in prompts])], 1e-5)
+
+
 def test_the_mixer_model_is_its_blocks_and_a_norm(installed):
     from mamba_ssm.models.mixer_seq_simple import MixerModel
 
