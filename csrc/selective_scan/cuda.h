@@ -10,6 +10,9 @@
 // tokens and for most strides. The step size is computed once per token and channel. Then every thread reads s and s u of its channel, and B and C of
 // its states, from shared memory. Steps after the end and channels after the last one are zeros there: e^0 = 1 leaves their state unchanged, and
 // their results are not used.
+//
+// Packed sequences: where a sequence begins, its initial state takes the place of the state, and the state before is the final state of the sequence
+// before it. Backward, the gradients of these states likewise. Such steps are few, so what belongs to them is looked up there.
 #pragma once
 #include "arguments.h"
 #include "medssm/activation.h"
@@ -103,7 +106,7 @@ template <class S> struct Slot {
   __device__ int64_t in_chunks(const Problem& p, int64_t chunks, int64_t chunk, int i) const {
     return ((batch * chunks + chunk) * p.state + state + i) * p.channels + first + channel;
   }
-  __device__ int64_t in_state(const Problem& p, int i) const { return (batch * p.channels + first + channel) * p.state + state + i; }
+  __device__ int64_t in_state(const Problem& p, int64_t row, int i) const { return (row * p.channels + first + channel) * p.state + state + i; }
 
   __device__ void load_rates(const Problem& p, T* rates) const {
 #pragma unroll
@@ -117,34 +120,73 @@ MEDSSM_INLINE int64_t token_at(const Problem& p, int step) {
   return p.index ? p.index[at] : at;
 }
 
-// The steps at which the state is reset to zero. Used by one thread, which walks forward or backward.
+// The i-th step at which a segment begins, in the direction of the walk.
+MEDSSM_INLINE int64_t start_at(const Problem& p, int64_t i) { return p.reverse ? p.length - p.starts[p.start_count - 1 - i] : p.starts[i]; }
+
+// The first of the steps at which a segment begins that is not before `step`.
+MEDSSM_INLINE int64_t first_start(const Problem& p, int64_t step) {
+  int64_t low = 0, high = p.start_count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (start_at(p, middle) < step)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// The rows of a tensor of states that the walk begins and ends with.
+MEDSSM_INLINE int64_t first_row(const Problem& p, int64_t batch) { return p.sequences ? p.sequences[p.reverse ? p.start_count - 1 : 0] : batch; }
+MEDSSM_INLINE int64_t last_row(const Problem& p, int64_t batch) { return p.sequences ? p.sequences[p.reverse ? 0 : p.start_count - 1] : batch; }
+
+// The sequences of the segment that ends before a step and of the one that begins with it.
+struct Crossing {
+  int64_t before, after;
+  __device__ Crossing(const Problem& p, int step) : before(0), after(0) {
+    if (!p.sequences) return;
+    const int64_t i = first_start(p, step), last = p.start_count - 1;
+    before = p.sequences[p.reverse ? last - i : most<int64_t>(i - 1, 0)];
+    after = p.sequences[p.reverse ? most<int64_t>(last - 1 - i, 0) : i];
+  }
+  __device__ bool sequences() const { return before != after; }
+};
+
+// A thread's states of a row; zeros where there are none.
+template <class S> __device__ void load_row(const Problem& p, const Slot<S>& slot, const void* states, int64_t row, typename S::T* h) {
+  using T = typename S::T;
+#pragma unroll
+  for (int i = 0; i < S::kStates; ++i) h[i] = states && slot.has(p, i) ? static_cast<const T*>(states)[slot.in_state(p, row, i)] : T(0);
+}
+template <class S> __device__ void store_row(const Problem& p, const Slot<S>& slot, void* states, int64_t row, const typename S::T* h) {
+  if (!states) return;
+#pragma unroll
+  for (int i = 0; i < S::kStates; ++i)
+    if (slot.has(p, i)) static_cast<typename S::T*>(states)[slot.in_state(p, row, i)] = h[i];
+}
+
+// What takes the place of a state where a segment begins: `states` of the sequence that begins, or else zero; backward, of the one that ends.
+template <class S, bool kBack>
+__device__ void cross(const Problem& p, const Slot<S>& slot, const Crossing& crossing, const void* states, typename S::T* h) {
+  load_row<S>(p, slot, crossing.sequences() ? states : nullptr, kBack ? crossing.before : crossing.after, h);
+}
+
+// The steps at which a segment begins. Used by one thread, which walks forward or backward.
 class Starts {
  public:
-  // Bit t of the result is 1 if the state is reset before step from + t. Step 0 is never reset, because the initial state comes before it.
+  // Bit t of the result is 1 if a segment begins at step from + t. Step 0 does not count: an initial state comes before it.
   __device__ unsigned mask(const Problem& p, int from, int count) {
     if (p.start_count == 0) return 0;
-    if (next_ < 0) seek(p, from);
-    while (next_ > 0 && start(p, next_ - 1) >= from) --next_;
-    while (next_ < p.start_count && start(p, next_) < from) ++next_;
+    if (next_ < 0) next_ = first_start(p, from);
+    while (next_ > 0 && start_at(p, next_ - 1) >= from) --next_;
+    while (next_ < p.start_count && start_at(p, next_) < from) ++next_;
     unsigned bits = 0;
-    for (int64_t i = next_; i < p.start_count && start(p, i) < from + count; ++i)
-      if (start(p, i) > 0) bits |= 1u << (start(p, i) - from);
+    for (int64_t i = next_; i < p.start_count && start_at(p, i) < from + count; ++i)
+      if (start_at(p, i) > 0) bits |= 1u << (start_at(p, i) - from);
     return bits;
   }
 
  private:
-  __device__ int64_t start(const Problem& p, int64_t i) const { return p.reverse ? p.length - p.starts[p.start_count - 1 - i] : p.starts[i]; }
-  __device__ void seek(const Problem& p, int64_t from) {
-    int64_t low = 0, high = p.start_count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (start(p, middle) < from)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    next_ = low;
-  }
   int64_t next_ = -1;
 };
 
@@ -249,7 +291,7 @@ __device__ void stage_rows(const Problem& p, const Slot<S>& slot, int from, int 
 
 // Computes the state at the start of each chunk. `states` (b, chunks, n, d) has the state at the end of each chunk after a scan from zero; it is
 // overwritten with the results. A thread has one state of one channel. Each chunk depends on the one before it, so a thread loads kAhead chunks
-// before it uses them. sums (b, chunks, d): the sum of the step sizes of a chunk, or infinity if the state is reset inside the chunk, because then
+// before it uses them. sums (b, chunks, d): the sum of the step sizes of a chunk, or infinity if a segment begins inside the chunk, because then
 // nothing of the earlier state remains. kBack: from the last chunk to the first.
 template <class T, bool kBack> __global__ void __launch_bounds__(128) carry(Problem p, int64_t chunks, const T* initial, T* states, const T* sums) {
   constexpr int kAhead = 16;
@@ -257,7 +299,8 @@ template <class T, bool kBack> __global__ void __launch_bounds__(128) carry(Prob
   if (at >= p.batch * size) return;
   const int64_t batch = at / size, n = at % size / p.channels, channel = at % p.channels;
   const T rate = static_cast<const T*>(p.A)[channel * p.state + n] * static_cast<T>(kLog2E);
-  T h = initial ? initial[(batch * p.channels + channel) * p.state + n] : T(0);
+  const int64_t row = kBack ? last_row(p, batch) : first_row(p, batch);
+  T h = initial ? initial[(row * p.channels + channel) * p.state + n] : T(0);
   states += batch * chunks * size + n * p.channels + channel;
   sums += batch * chunks * p.channels + channel;
   for (int64_t done = 0; done < chunks; done += kAhead) {

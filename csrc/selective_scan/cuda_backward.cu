@@ -73,8 +73,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
       for (int i = 0; i < kStates; ++i) g[i] = exp2<T>(step * rates[i]) * fma(gradient, c.at[i], g[i]);
       if (resets >> t & 1) {
         reset_inside = true;
-#pragma unroll
-        for (int i = 0; i < kStates; ++i) g[i] = 0;
+        cross<S, true>(p, slot, Crossing(p, from + t), a.dstate, g);
       }
     }
     span += part;
@@ -122,16 +121,14 @@ template <class S> struct Tile {
   }
 };
 
-// Advances the state over a tile that is in shared memory.
-template <class S> __device__ void advance(const Slot<S>& slot, const Tile<S>& tile, const typename S::T* rates, typename S::T* h) {
+// Advances the state over a tile that is in shared memory and begins with step `from`.
+template <class S>
+__device__ void advance(const Problem& p, const Slot<S>& slot, const Tile<S>& tile, int from, const typename S::T* rates, typename S::T* h) {
   using T = typename S::T;
   const unsigned resets = *tile.reset_bits;
 #pragma unroll 2
   for (int t = 0; t < S::kBack; ++t) {
-    if (resets >> t & 1) {
-#pragma unroll
-      for (int i = 0; i < S::kStates; ++i) h[i] = 0;
-    }
+    if (resets >> t & 1) cross<S, false>(p, slot, Crossing(p, from + t), p.initial, h);
     const T step = tile.s[t * slot.channels + slot.channel], input = tile.su[t * slot.channels + slot.channel];
     const Pack<T, S::kStates> b = *reinterpret_cast<const Pack<T, S::kStates>*>(tile.B + t * slot.states + slot.state);
 #pragma unroll
@@ -141,24 +138,28 @@ template <class S> __device__ void advance(const Slot<S>& slot, const Tile<S>& t
 
 // Walks a tile in shared memory forward from the state h, then backward. Updates g from the end of the tile to its start, adds to dA, and writes
 // tile.along and tile.rows.
-template <class S> __device__ void backward_tile(const Slot<S>& slot, const Tile<S>& tile, bool with_y, const typename S::T* rates,
-                                                 const typename S::T* h, typename S::T* g, typename S::T* dA) {
+template <class S> __device__ void backward_tile(const Arguments& a, const Slot<S>& slot, const Tile<S>& tile, int first_step,
+                                                 const typename S::T* rates, const typename S::T* h, typename S::T* g, typename S::T* dA) {
   using T = typename S::T;
   constexpr int kBack = S::kBack, kStates = S::kStates;
+  const Problem& p = a.problem;
+  const bool with_y = p.z.data != nullptr;
   const unsigned resets = *tile.reset_bits;
   constexpr int kRecomputed = kBack / 2;                         // the first steps compute their exponentials twice: registers are too few
-  T e[kBack - kRecomputed][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, if it is not reset there
+  T e[kBack - kRecomputed][kStates], after[kBack + 1][kStates];  // after[t]: the state before step t, if no segment begins there
 #pragma unroll
   for (int t = 0; t < kBack; ++t) {
     const T step = tile.s[t * slot.channels + slot.channel], input = tile.su[t * slot.channels + slot.channel];
     const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * slot.states + slot.state);
     const bool begins = resets >> t & 1;
+    T entered[kStates] = {};
+    if (begins) cross<S, false>(p, slot, Crossing(p, first_step + t), p.initial, entered);
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       if (t == 0) after[0][i] = h[i];
       const T decay = exp2<T>(step * rates[i]);
       if (t >= kRecomputed) e[t - kRecomputed][i] = decay;
-      after[t + 1][i] = next_state<T>(decay, begins ? T(0) : after[t][i], input, b.at[i]);
+      after[t + 1][i] = next_state<T>(decay, begins ? entered[i] : after[t][i], input, b.at[i]);
     }
   }
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -170,16 +171,22 @@ template <class S> __device__ void backward_tile(const Slot<S>& slot, const Tile
     const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(tile.B + t * slot.states + slot.state);
     const Pack<T, kStates> c = *reinterpret_cast<const Pack<T, kStates>*>(tile.C + t * slot.states + slot.state);
     const bool begins = resets >> t & 1;
+    T entered[kStates] = {};
+    if (begins) cross<S, false>(p, slot, Crossing(p, first_step + t), p.initial, entered);
     T terms[2 * kStates], along[4] = {};  // y, along_A, along_B, and one unused: sum_across needs a power of two
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       if (with_y) along[0] = fma(c.at[i], after[t + 1][i], along[0]);
       const T decay = t >= kRecomputed ? e[t - kRecomputed][i] : exp2<T>(step * rates[i]);
-      const RowTerms<T> term = step_back<T>(decay, after[t + 1][i], begins ? T(0) : after[t][i], step, input, gradient, rates[i], b.at[i], c.at[i],
-                                            g[i], dA[i], along[1], along[2]);
+      const RowTerms<T> term = step_back<T>(decay, after[t + 1][i], begins ? entered[i] : after[t][i], step, input, gradient, rates[i], b.at[i],
+                                            c.at[i], g[i], dA[i], along[1], along[2]);
       terms[i] = term.dB;
       terms[kStates + i] = term.dC;
-      if (begins) g[i] = 0;
+    }
+    if (begins) {
+      const Crossing crossing(p, first_step + t);
+      if (crossing.sequences()) store_row<S>(p, slot, a.dinitial, crossing.after, g);
+      cross<S, true>(p, slot, crossing, a.dstate, g);
     }
     // Sum y, along_A and along_B over the threads of a channel. For each sum, one of the threads that hold it writes it.
     const int share = slot.share, first = sum_across<4>(along, 1, share);
@@ -301,10 +308,13 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
   Starts starts;
   T rates[kStates], g[kStates], dA[kStates] = {}, dD = 0, dbias = 0;
   slot.load_rates(p, rates);
-  const T* later = static_cast<const T*>(partition.chunks > 1 ? a.ends : a.dstate);
+  if (partition.chunks > 1) {
 #pragma unroll
-  for (int i = 0; i < kStates; ++i)
-    g[i] = later && slot.has(p, i) ? later[partition.chunks > 1 ? slot.in_chunks(p, partition.chunks, slot.chunk, i) : slot.in_state(p, i)] : T(0);
+    for (int i = 0; i < kStates; ++i)
+      g[i] = slot.has(p, i) ? static_cast<const T*>(a.ends)[slot.in_chunks(p, partition.chunks, slot.chunk, i)] : T(0);
+  } else {
+    load_row<S>(p, slot, a.dstate, last_row(p, slot.batch), g);
+  }
 
   const auto stage = [&](int from, int end, auto gradients) {
     constexpr bool kGradients = decltype(gradients)::value;
@@ -341,7 +351,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
           for (int i = 0; i < kStates; ++i) kept[(j - 1) * slot.channels * slot.share].at[i] = h[i];
         }
         stage(run + j * kBack, end, std::false_type{});
-        advance<S>(slot, tile, rates, h);
+        advance<S>(p, slot, tile, run + j * kBack, rates, h);
         __syncthreads();
       }
     };
@@ -358,7 +368,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
       }
       const int from = run + j * kBack, count = least(kBack, end - from);
       stage(from, end, std::true_type{});
-      backward_tile<S>(slot, tile, p.z.data != nullptr, rates, h, g, dA);
+      backward_tile<S>(a, slot, tile, from, rates, h, g, dA);
       __syncthreads();
       write_tokens<S>(a, slot, tile, from, count, &dD, &dbias);
       write_rows<S>(a, slot, tile, from, count);
@@ -371,10 +381,8 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare == 2
 
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    if (slot.has(p, i)) {
-      static_cast<T*>(a.dA)[slot.in_chunks(p, partition.chunks, slot.chunk, i)] = dA[i];
-      if (a.dinitial && slot.chunk == 0) static_cast<T*>(a.dinitial)[slot.in_state(p, i)] = g[i];
-    }
+    if (slot.has(p, i)) { static_cast<T*>(a.dA)[slot.in_chunks(p, partition.chunks, slot.chunk, i)] = dA[i]; }
+  if (slot.chunk == 0) store_row<S>(p, slot, a.dinitial, first_row(p, slot.batch), g);
   if (a.dD == nullptr && a.dbias == nullptr) return;
   // `rows` threads each have a part of the sum of one channel: add the parts through shared memory.
   T* parts = tile.s;

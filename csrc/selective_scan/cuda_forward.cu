@@ -53,8 +53,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kKeep ? 768
     for (int t = 0; t < kSteps; ++t) {
       if (resets >> t & 1) {
         reset_inside = true;
-#pragma unroll
-        for (int i = 0; i < kStates; ++i) h[i] = 0;
+        cross<S, false>(p, slot, Crossing(p, from + t), p.initial, h);
       }
       const T step = s[t * slot.channels + slot.channel], input = su[t * slot.channels + slot.channel];
       const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(B + t * slot.states + slot.state);
@@ -83,10 +82,13 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 57
   Starts starts;
   T rates[kStates], h[kStates];
   slot.load_rates(p, rates);
-  const T* before = static_cast<const T*>(partition.chunks > 1 ? a.ends : p.initial);
+  if (partition.chunks > 1) {
 #pragma unroll
-  for (int i = 0; i < kStates; ++i)
-    h[i] = before && slot.has(p, i) ? before[partition.chunks > 1 ? slot.in_chunks(p, partition.chunks, slot.chunk, i) : slot.in_state(p, i)] : T(0);
+    for (int i = 0; i < kStates; ++i)
+      h[i] = slot.has(p, i) ? static_cast<const T*>(a.ends)[slot.in_chunks(p, partition.chunks, slot.chunk, i)] : T(0);
+  } else {
+    load_row<S>(p, slot, p.initial, first_row(p, slot.batch), h);
+  }
   const int64_t column = slot.first + slot.column;
   const T D = p.D && slot.column < slot.live ? static_cast<const T*>(p.D)[column] : T(0);
 
@@ -111,8 +113,9 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 57
 #pragma unroll 2
     for (int t = 0; t < kSteps; ++t) {
       if (resets >> t & 1) {
-#pragma unroll
-        for (int i = 0; i < kStates; ++i) h[i] = 0;
+        const Crossing crossing(p, from + t);
+        if (crossing.sequences()) store_row<S>(p, slot, a.state, crossing.before, h);
+        cross<S, false>(p, slot, crossing, p.initial, h);
       }
       const T step = s[t * slot.channels + slot.channel], input = su[t * slot.channels + slot.channel];
       const Pack<T, kStates> b = *reinterpret_cast<const Pack<T, kStates>*>(B + t * slot.states + slot.state);
@@ -141,11 +144,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, S::kShare ? 57
       }
     }
   }
-  if (a.state && slot.chunk == partition.chunks - 1) {
-#pragma unroll
-    for (int i = 0; i < kStates; ++i)
-      if (slot.has(p, i)) static_cast<T*>(a.state)[slot.in_state(p, i)] = h[i];
-  }
+  if (slot.chunk == partition.chunks - 1) store_row<S>(p, slot, a.state, last_row(p, slot.batch), h);
 }
 
 }  // namespace

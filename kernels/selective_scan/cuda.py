@@ -105,12 +105,10 @@ def _scan(
     spacing=None,
 ):
     """spacing: steps between checkpoints, if not plan.chunk's."""
-    if sequences is not None:
-        raise ValueError("cu_seqlens: the cuda kernel of selective_scan takes no packed sequences, backend='triton' does")
     weights = _weights(dtype, A, D, delta_bias, delta_proj, initial_state)
     cut = _Cut(dtype, u, A, B.shape[2])
     ends, sums = cut.ends()
-    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, None, reverse, scale, 0)
+    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, sequences, reverse, scale, 0)
     _forward(
         u,
         *arguments,
@@ -178,7 +176,7 @@ def _scan_backward(
             index,
             starts,
             reverse,
-            None,
+            sequences,
             initial_state,
             1.0,
             None,
@@ -197,7 +195,7 @@ def _scan_backward(
     dlow_parts = dproj_parts = None
     if delta_proj is not None:
         dlow_parts, dproj_parts = cut.empty(cut.tiles, *delta.shape), cut.empty(*chunks, delta.shape[2], cut.channels)
-    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, None, reverse, scale, 0)
+    arguments = problem(dtype, u, delta, z, B, C, weights, softplus, index, starts, sequences, reverse, scale, 0)
     _backward(
         u,
         *arguments,
