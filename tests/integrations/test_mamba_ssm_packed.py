@@ -6,7 +6,6 @@ import types
 import pytest
 import torch
 
-import medssm
 from tests.integrations.compare import draw, gradients, same
 from tests.integrations.test_mamba_ssm_ssd import convolved, recurrence, scan_inputs
 
@@ -24,12 +23,6 @@ def rows_of(numbers):
 
 def lengths(row):
     return [len(list(run)) for _, run in itertools.groupby(row)]
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with medssm.use_backend("reference"):
-        yield
 
 
 # -- the convolution --------------------------------------------------------------------------------------------------------------
