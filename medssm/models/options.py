@@ -34,6 +34,14 @@ def per_stage(name: str, value: Any, stages: int) -> list[Any]:
     return entries
 
 
+def sides(name: str, value: int | Sequence[int], dims: int) -> list[int]:
+    """One number per axis, from a number or a list; ValueError for a list of another length."""
+    entries = [value] * dims if isinstance(value, int) else list(value)
+    if len(entries) != dims:
+        raise ValueError(f"{name}: expected {dims} values, one per axis, got {entries}")
+    return entries
+
+
 def per_axis(name: str, value: Any, stages: int, dims: int) -> list[tuple[int, ...]]:
     """One tuple per stage with one entry per axis, from a number, a list of numbers or a list of lists."""
     entries = [(v,) * dims if isinstance(v, int) else tuple(v) for v in per_stage(name, value, stages)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,19 +26,9 @@ from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, Mamba, UNet
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
 from medssm.nn.inner import weight_dtype
-from medssm.nn.residual import Layers, Upsample, maker, residual_stage
+from medssm.nn.residual import Layers, Stages, maker, residual_decoder, residual_encoder
 
 Layer = Callable[..., nn.Module] | str  # a class of layers, or the name of one of torch.nn
-
-
-class Shape(NamedTuple):
-    """The network's lists: one entry per stage, `decoder_blocks` one fewer and from coarse to fine."""
-
-    features: list[int]
-    strides: list[tuple[int, ...]]
-    kernels: list[tuple[int, ...]]
-    blocks: list[int]
-    decoder_blocks: list[int]
 
 
 def umamba(
@@ -75,7 +65,7 @@ def umamba(
     """
     check_dims(spatial_dims)
     n = len(features)
-    shape = Shape(
+    shape = Stages(
         list(features),
         per_axis("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims),
         per_axis("kernels", kernels, n, spatial_dims),
@@ -120,7 +110,7 @@ def upstream(
         raise ValueError(f"conv_op: expected Conv2d or Conv3d, got {conv_op!r}")
     if kind == "enc" and (input_size is None or len(input_size) != dims):
         raise ValueError(f"input_size: expected the {dims} sizes of the patch that the network was made for, got {input_size!r}")
-    shape = Shape(
+    shape = Stages(
         per_stage("features_per_stage", doubled(features_per_stage, n_stages), n_stages),
         per_axis("strides", strides, n_stages, dims),
         per_axis("kernel_sizes", kernel_sizes, n_stages, dims),
@@ -185,7 +175,7 @@ class UMambaEncoder(Encoder):
 
 def _network(
     layers: Layers,
-    shape: Shape,
+    shape: Stages,
     in_channels: int,
     out_channels: int,
     mamba: MambaLayer | list[nn.Module],
@@ -195,26 +185,17 @@ def _network(
     stem_channels: int | None,
 ) -> UNet:
     """The network; mamba is Bot's layer or the list of Enc's, all_heads makes those that only deep supervision uses in any case."""
-    features, n, stem_channels = shape.features, len(shape.features), stem_channels or shape.features[0]
-    level = partial(residual_stage, layers)
-    stem = level(in_channels, stem_channels, shape.kernels[0], 1, shape.blocks[0])
-    before = [stem_channels, *features]
-    stages = [level(before[s], features[s], shape.kernels[s], shape.strides[s], shape.blocks[s]) for s in range(n)]
-    parts, bottleneck = (stem, stages, features, shape.strides), None
+    parts, bottleneck = (*residual_encoder(layers, shape, in_channels, stem_channels), shape.features, shape.strides), None
     if isinstance(mamba, MambaLayer):
         encoder, bottleneck = Encoder(*parts), mamba
     else:
         encoder = UMambaEncoder(*parts, mamba_layers=mamba)
-    ups, up_stages, heads = [], [], []
-    joins = [len(shape.strides[0]) == 3 or s > 0 for s in range(n - 2, -1, -1)]
-    for s, join, count in zip(range(n - 2, -1, -1), joins, shape.decoder_blocks, strict=True):
-        ups.append(Upsample(layers, features[s + 1], features[s], shape.strides[s + 1]))
-        up_stages.append(level(features[s] * (2 if join else 1), features[s], shape.kernels[s], 1, count))
-        heads.append(layers.conv(features[s], out_channels, 1) if all_heads or s == 0 else None)
-    return UNet(encoder, Decoder(ups, up_stages, heads, joins, deep_supervision), bottleneck, size)
+    joins = [len(shape.strides[0]) == 3 or s > 0 for s in range(len(shape.features) - 2, -1, -1)]
+    decoder = residual_decoder(layers, shape, out_channels, joins, all_heads)
+    return UNet(encoder, Decoder(**decoder, deep_supervision=deep_supervision), bottleneck, size)
 
 
-def _mamba_layers(shape: Shape, size: Sequence[int] | None) -> list[nn.Module]:
+def _mamba_layers(shape: Stages, size: Sequence[int] | None) -> list[nn.Module]:
     """Enc's layer after each stage, for an input size; None is for any size, without channel tokens."""
     layers: list[nn.Module] = []
     dims, n = len(shape.strides[0]), len(shape.features)

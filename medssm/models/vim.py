@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from medssm.models.facts import Facts
-from medssm.models.options import only, preset
+from medssm.models.options import only, preset, sides
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn.vim import VimEncoder
@@ -74,7 +74,7 @@ class Vim(nn.Module):
             in_channels,
             width,
             depth,
-            [image_size] * spatial_dims if isinstance(image_size, int) else list(image_size),
+            sides("image_size", image_size, spatial_dims),
             patch,
             stride or patch,
             d_state=d_state,

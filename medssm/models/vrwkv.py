@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm.models.facts import Facts
-from medssm.models.options import only, preset
+from medssm.models.options import only, preset, sides
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import ChannelMix, Classifier, Encoder, SpatialMix
@@ -60,7 +60,7 @@ def vrwkv(
         mode: of ops.bi_wkv; "upstream" for weights that the published kernels trained. key_norm: of both mixes. drop_path: of the last layer.
     """
     width = features or preset(SIZES, size)
-    sizes = [image_size] * spatial_dims if isinstance(image_size, int) else list(image_size)
+    sizes = sides("image_size", image_size, spatial_dims)
     encoder = VRWKVEncoder(spatial_dims, in_channels, width, depth, sizes, patch, [depth - 1], mode=mode, drop_path=drop_path, key_norm=key_norm)
     return Classifier(encoder, out_channels, norm=False)
 
@@ -194,7 +194,7 @@ def upstream(
     """The backbone from the keywords of upstream's VRWKV: a list of feature maps. wkv_mode, which upstream has not, is bi_wkv's mode: "upstream", as
     the published weights were trained, or "exact", the paper's formula; init_mode and with_cp change no output of given weights."""
     only("shift_mode", shift_mode, "q_shift")
-    sizes = [img_size] * 2 if isinstance(img_size, int) else list(img_size)
+    sizes = sides("img_size", img_size, 2)
     taps = [i + depth if i < 0 else i for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
     return VRWKVEncoder(
         2,

@@ -1,4 +1,4 @@
-"""Blocks of nnU-Net's residual U-Net (Isensee et al., MICCAI 2024, arXiv 2404.09556), made of the caller's choice of layers."""
+"""Parts of nnU-Net's residual U-Net (Isensee et al., MICCAI 2024, arXiv 2404.09556), made of the caller's choice of layers."""
 
 from __future__ import annotations
 
@@ -91,6 +91,36 @@ def residual_stage(layers: Layers, channels_in: int, channels: int, kernel: Sequ
     """`count` blocks, the first a ResBlock with the stride, the others BasicBlocks."""
     more = [BasicBlock(layers, channels, kernel) for _ in range(count - 1)]
     return nn.Sequential(ResBlock(layers, channels_in, channels, kernel, stride), *more)
+
+
+class Stages(NamedTuple):
+    """The network's lists: one entry per stage, `decoder_blocks` one fewer and from coarse to fine."""
+
+    features: list[int]
+    strides: list[tuple[int, ...]]
+    kernels: list[tuple[int, ...]]
+    blocks: list[int]
+    decoder_blocks: list[int]
+
+
+def residual_encoder(layers: Layers, stages: Stages, in_channels: int, stem_channels: int | None = None) -> tuple[nn.Sequential, list[nn.Sequential]]:
+    """The stem, with stem_channels or features[0], and the stages."""
+    widths = [stem_channels or stages.features[0], *stages.features]
+    stem = residual_stage(layers, in_channels, widths[0], stages.kernels[0], 1, stages.blocks[0])
+    steps = zip(widths[:-1], stages.features, stages.kernels, stages.strides, stages.blocks, strict=True)
+    return stem, [residual_stage(layers, *step) for step in steps]
+
+
+def residual_decoder(layers: Layers, stages: Stages, out_channels: int, joins: Sequence[bool], all_heads: bool) -> dict[str, list[Any]]:
+    """Decoder's arguments: a level per stage but the coarsest, which takes its skip where `joins` says so, the coarsest first; all_heads: logits at
+    every level, else at the finest alone."""
+    features, levels = stages.features, range(len(stages.features) - 2, -1, -1)
+    ups, up_stages, heads = [], [], []
+    for s, join, count in zip(levels, joins, stages.decoder_blocks, strict=True):
+        ups.append(Upsample(layers, features[s + 1], features[s], stages.strides[s + 1]))
+        up_stages.append(residual_stage(layers, features[s] * (2 if join else 1), features[s], stages.kernels[s], 1, count))
+        heads.append(layers.conv(features[s], out_channels, 1) if all_heads or s == 0 else None)
+    return {"upsample_layers": ups, "stages": up_stages, "seg_layers": heads, "joins": list(joins)}
 
 
 def maker(kind: Callable[..., nn.Module] | None, kwargs: Mapping[str, Any] | None) -> Callable[..., nn.Module]:

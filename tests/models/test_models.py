@@ -370,3 +370,9 @@ def test_export(name):
     with torch.no_grad():
         program = torch.export.export(model, (x,))
         torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["vim", "vrwkv"])
+def test_an_image_size_of_other_dimensions_is_refused(name):
+    with pytest.raises(ValueError, match=r"image_size: expected 2 values, one per axis, got \[32, 32, 32\]"):
+        build(name, 2, image_size=(32, 32, 32))
