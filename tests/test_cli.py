@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import medssm
 from medssm import cli, doctor, options
 
 
@@ -95,6 +96,31 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it():
         "medssm train: needs the package jsonargparse: pip install . (in medssm's source folder)",
         "medssm train: needs the package monai: pip install '.[segment]' (in medssm's source folder)",
     ]
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{medssm.__version__}\n"
+
+
+def test_quiet_leaves_the_summary_out_and_failed_is_the_exit_status(monkeypatch, capsys):
+    def nothing():
+        """Nothing."""
+        return {"failed": ["one op"]}
+
+    monkeypatch.setattr(doctor, "doctor", nothing)
+    monkeypatch.setattr(doctor, "show", lambda result, options: print(f"{result} {dict(options)}"))
+    assert cli.main(["doctor", "--quiet"]) == 1
+    assert capsys.readouterr() == ("", "")
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr() == ("{'failed': ['one op']} {}\n", "")
+
+
+def test_commands_on_volumes_keep_freed_memory(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: kept.append("kept"))
+    assert cli.main(["models", "vim", "--quiet"]) == 0 and kept == []
+    assert cli.main(["evaluate", str(tmp_path / "none"), str(tmp_path), "--quiet"]) == 2 and kept == ["kept"]
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):

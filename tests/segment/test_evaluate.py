@@ -1,5 +1,6 @@
 """medssm evaluate: values computed by hand, empty classes, intervals over patients, and what is refused."""
 
+import contextlib
 import csv
 import json
 import re
@@ -13,6 +14,7 @@ from scipy import ndimage
 
 from medssm import cli
 from medssm.errors import UserError
+from medssm.segment import evaluate as evaluation
 from medssm.segment.evaluate import bootstrap, evaluate
 from medssm.segment.metrics import compare
 from tests.segment.synthetic import write
@@ -153,7 +155,7 @@ def test_the_interval_covers_the_mean_of_a_normal():
     values = dict(enumerate(np.random.default_rng(1).normal(0.8, 0.1, 200)))
     low, high = bootstrap(values, {i: i for i in values})
     mean, half = np.mean(list(values.values())), 1.96 * np.std(list(values.values())) / 200**0.5
-    assert low == pytest.approx(mean - half, abs=0.15 * half) and high == pytest.approx(mean + half, abs=0.15 * half)
+    assert low == pytest.approx(mean - half, abs=0.05 * half) and high == pytest.approx(mean + half, abs=0.05 * half)
 
 
 def test_the_command_prints_a_table_and_writes_json_and_csv(tmp_path, capsys):
@@ -187,9 +189,11 @@ def test_the_command_prints_a_table_and_writes_json_and_csv(tmp_path, capsys):
 
 
 def test_one_file_against_one_file_or_a_folder(tmp_path):
-    prediction, reference = files(tmp_path, a=(MOVED, A), b=(A, A))
+    prediction, reference = files(tmp_path, a=(MOVED, MOVED), b=(A, A))
     assert evaluate(prediction / "a.nii.gz", reference / "b.nii.gz", quiet=True)["cases"]["a"]["1"]["dice"] == 0.75
     assert evaluate(prediction / "b.nii.gz", reference, quiet=True)["cases"]["b"]["1"]["dice"] == 1.0
+    with pytest.raises(UserError, match=r"no reference for c\.nii\.gz"):
+        evaluate(write(tmp_path / "c.nii.gz", A, np.diag([*SPACING, 1])), reference, quiet=True)
 
 
 def test_predictions_without_a_reference_are_listed(tmp_path):
@@ -232,3 +236,42 @@ def test_what_cannot_be_compared_is_a_failed_case(tmp_path, data, affine, messag
 def test_bad_arguments_are_one_line(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         evaluate(*files(tmp_path, a=(A, A)), quiet=True, **options)
+
+
+def test_classes_without_names_are_in_the_order_of_their_values(tmp_path):
+    result = evaluate(*files(tmp_path, a=(A * 10, A * 10), b=(A * 2, A * 9)), quiet=True)
+    assert list(result["classes"]) == ["2", "9", "10"] == list(result["cases"]["a"])
+
+
+def test_the_seed_is_the_bootstraps(tmp_path):
+    folders = files(tmp_path, **{f"case-{i}": (box((2 + i, 6), (2, 6), (2, 6)), A) for i in range(5)})
+    first, again, other = (evaluate(*folders, quiet=True, **options)["mean"]["dice"] for options in ({}, {"seed": 0}, {"seed": 1}))
+    assert first == again and first["mean"] == other["mean"] and first["low"] != other["low"]
+
+
+def test_patients_are_a_group_of_the_expression_or_its_match(tmp_path):
+    folders = files(tmp_path, **{f"{hospital}-{i}_{scan}": (A, A) for hospital in "xy" for i in range(2) for scan in "ab"})
+    counts = {pattern: evaluate(*folders, patient=pattern, quiet=True)["patients"] for pattern in (None, "^[xy]-[01]", "^[xy]", "_(.)", "-(.)_.")}
+    assert counts == {None: 8, "^[xy]-[01]": 4, "^[xy]": 2, "_(.)": 2, "-(.)_.": 2}
+
+
+def test_five_patients_have_an_interval_and_every_column_a_heading(tmp_path, capsys):
+    prediction, reference = files(tmp_path, **{f"case-{i}": (A, A) for i in range(5)})
+    assert cli.main(["evaluate", str(prediction), str(reference), "--nsd-mm", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "no interval" not in shown and shown.count("[1.000,") == 4  # Dice and surface Dice of the class and of the mean
+    words = " ".join(shown.split())
+    assert all(heading in words for heading in ("class", "Dice", "HD95", "surface", "0.5", "cases", "empty"))
+
+
+def test_progress_is_told_after_each_case(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(evaluation, "progress", lambda title, quiet: contextlib.nullcontext(lambda *step: told.append(step)))
+    evaluate(*files(tmp_path, a=(A, A), b=(A, A)), quiet=True)
+    assert told == [(0.5, "a"), (1.0, "b")]
+
+
+def test_a_row_of_the_table_is_a_line_with_six_digits(tmp_path):
+    evaluate(*files(tmp_path, a=(box((2, 6), (2, 6), (2, 5)), A)), csv_file=tmp_path / "t.csv", nsd_mm=0, quiet=True)
+    first, second, end = (tmp_path / "t.csv").read_bytes().split(b"\n")
+    assert (first, second.rpartition(b",")[0], end) == (b"case,class,dice,hd95,nsd", b"a,1,0.857143,3", b"")
