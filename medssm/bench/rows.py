@@ -1,6 +1,6 @@
 """Every row of the benchmark, by name; QUICK are tiny ones that show it work."""
 
-from medssm.bench import attention, packed, scans
+from medssm.bench import attention, convolutions, packed, scans
 
-ROWS = {**scans.ROWS, **attention.ROWS, **packed.ROWS}
+ROWS = {**scans.ROWS, **attention.ROWS, **convolutions.ROWS, **packed.ROWS}
 QUICK = {**scans.QUICK, **attention.QUICK, **packed.QUICK}

@@ -93,7 +93,9 @@ def _refused(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence
     if min(out) < 1 or out[0] * out[1] * out[2] < _SMALL or (not last and list(stride) == list(weight.shape[2:])):
         return False
     flat = weight.shape[3] == weight.shape[4] == 1 and all(s == 1 for s in (*stride, *dilation))
-    return (flat and x.shape[0] < _BATCH and torch.get_num_threads() == 1) or _refused_by_size(x, weight, groups)
+    if flat and x.shape[0] < _BATCH and (torch.compiler.is_compiling() or torch.get_num_threads() == 1):
+        return True
+    return _refused_by_size(x, weight, groups)
 
 
 def _refused_by_size(x: Tensor, weight: Tensor, groups: int) -> bool:

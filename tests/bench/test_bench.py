@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medssm import cli, nn, ops
-from medssm.bench import goals, page, peers, scans
+from medssm.bench import convolutions, goals, page, peers, scans
 from medssm.nn.mixers import MIXERS
 
 
@@ -27,6 +27,13 @@ def test_the_sides_of_a_row_do_the_same_work(make):
     for other in others:
         other = other if other.shape == ours.shape else other.movedim(1, -1)
         torch.testing.assert_close(ours, other.reshape(ours.shape), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [lambda grad: convolutions._one(1, (4, 6), 3, 6, grad), lambda grad: convolutions._one(2, (4, 6), 1, 6, grad)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_both_sides_of_a_convolution_do_the_same_work(make, grad):
+    ours, theirs = (side() for side in make(grad).values())
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_goals_are_ratios_of_a_run():

@@ -93,6 +93,8 @@ def test_a_classifier_on_any_encoder_learns_with_every_parameter(name):
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", [*ALL, *(name for name, network in NETWORKS.items() if network.divisor)])  # MONAI's UNETR takes one size
 def test_an_axis_shorter_than_the_strides(name, dims, size):
+    if name in MONAIS and dims == 3 and size != (33, 2, 4):
+        pytest.skip("one size of MONAI's large networks")
     model = build(name, dims)
     y = model(torch.randn(2, 2, *size[:dims]))
     assert y.shape == ((2, 3) if name in CLASSIFIERS else (2, 3, *size[:dims]))
