@@ -124,7 +124,7 @@ def test_tiles_of_channels(channels, groups):
 
 
 def test_a_fixed_number_of_programs_takes_chunk_after_chunk(monkeypatch):
-    monkeypatch.setattr(kernel, "SHELVES", 2 * 4 * (RUN // kernel.HELD) * 2 * kernel.LANES)
+    monkeypatch.setattr(kernel, "SAVED_STATES", 2 * 4 * (RUN // kernel.HELD) * 2 * kernel.LANES)
     equals_the_reference(problem(batch=2, length=4 * RUN + 5, channels=3, state=2))
 
 
