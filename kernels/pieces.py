@@ -13,7 +13,7 @@ from medssm.kernels.walks import Sequences
 
 
 class Pieces(NamedTuple):
-    count: int
+    count: int  # type: ignore[assignment]  # it hides tuple.count, which nobody calls here
     segments: int
     sequences: int
     table: torch.Tensor  # (count, 3) int64: a piece's first step, the step after its last, its segment; steps and segments as they are walked

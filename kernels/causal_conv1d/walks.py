@@ -12,7 +12,7 @@ from medssm.kernels.walks import Sequences
 class Packed(NamedTuple):
     """Packed sequences; steps and segments as they are walked."""
 
-    count: int  # of sequences
+    count: int  # type: ignore[assignment]  # of sequences; it hides tuple.count, which nobody calls here
     segment: torch.Tensor  # (l,) int64: of each step
     table: torch.Tensor  # (segments, 4) int64: the first step, the step after the last, the sequence that begins and the one that ends there, or -1
 

@@ -94,6 +94,7 @@ def scan_of(
         begun = at_starts(starts, length, reverse, 1, torch.int32)
         segment = None if begun is None else begun.cumsum(0, dtype=torch.int32)
     else:
+        assert starts is not None  # each sequence begins at one
         states = sequences.count
         pieces = cut(starts, sequences, length, reverse, CHUNK) if length else None
     return Scan(q, k, v, g, float(scale), heads, index, segment, pieces, states, reverse, steps, skip, z)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 
 import torch
 from hypothesis import strategies as st
 
-from medssm import dispatch
 from medssm.ops.op import OPS as DECLARED
 from tests.ops.calls import DEVICE, Call, flat, normal, permutation
 from tests.ops.cases import calls, example, flattened, tokens
 
 OPS = tuple(name for name, op in DECLARED.items() if op.walk == "one")
-
-
-def serves(op, backend):
-    """Whether that kernel takes sequences."""
-    return backend == "reference" or not DECLARED[op].states or "sequences" in inspect.signature(dispatch.kernel(op, backend).forward).parameters
 
 
 @st.composite

@@ -11,9 +11,9 @@ from medssm import ops, orders
 from medssm.ops.op import OPS as DECLARED
 from tests.ops.calls import DEVICE, compare, flat
 from tests.ops.cases import available, tokens
-from tests.ops.packed import OPS, apart, initial_states, packed, serves, single
+from tests.ops.packed import OPS, apart, initial_states, packed, single
 
-PAIRS = [(op, backend) for op, backend in available() if op in OPS and serves(op, backend)]
+PAIRS = [(op, backend) for op, backend in available() if op in OPS]
 every = pytest.mark.parametrize("op, backend", PAIRS)
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -122,7 +122,5 @@ def test_the_compiled_call_takes_other_sequences(op):
 def test_vmap_over_packed_sequences_is_refused():
     q, g = torch.rand(3, 1, 4, 2, 5), -torch.rand(3, 1, 4, 2)
     bounds = torch.tensor([0, 1, 4])
-    if not serves("gated_linear_attention", "native"):
-        pytest.skip("not yet")
     with pytest.raises(ValueError, match="cu_seqlens: vmap over packed sequences is not supported"):
         torch.vmap(lambda q, g: ops.gated_linear_attention(q, q, q, g, cu_seqlens=bounds, backend="native"))(q, g)

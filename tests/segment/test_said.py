@@ -54,10 +54,11 @@ def test_a_name_that_does_not_fit_the_compression_is_read_and_said(tmp_path, cap
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 400, "PNG"),
         (b"NRRD0004\n" + b" " * 400, "NRRD"),
         (b"ObjectType = Image\n" + b" " * 400, "MetaImage"),
-        (gzip.compress(b"NRRD0004\n" + b" " * 400), "NRRD"),
+        (gzip.compress(b"NRRD0004\n" + b" " * 400, mtime=0), "NRRD"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, not the file itself"),
         (b"<!DOCTYPE html>" + b" " * 400, "XML or HTML"),
     ],
+    ids=["DICOM", "PNG", "NRRD", "MetaImage", "compressed NRRD", "LFS", "HTML"],
 )
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 def test_another_format_is_named(tmp_path, data, what, name):
