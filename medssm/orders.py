@@ -90,13 +90,13 @@ def dilated(step: int | Sequence[int], axes: Sequence[int] | None = None, revers
     return Order("dilated", reverse, step=_positive(step, "step"), axes=_axes(axes))
 
 
-def interleaved(n: int, reverse: bool = False) -> Order:
+def interleaved(n: int | None = None, reverse: bool = False) -> Order:
     """The row-major sequence cut in n chunks, visited in turn: the first token of each chunk, the second of each, and so on.
 
-    With n the number of slices of a volume this steps through the same in-slice position across slices (SegMamba). A length that n does
-    not divide has shorter last chunks: steps past their end are left out.
+    With n the number of slices of a volume, which None takes (the length of the first axis), this steps through the same in-slice position across
+    slices (SegMamba). A length that n does not divide has shorter last chunks: steps past their end are left out.
     """
-    return Order("interleaved", reverse, n=_positive(n, "n", scalar=True))
+    return Order("interleaved", reverse, n=None if n is None else _positive(n, "n", scalar=True))
 
 
 def zigzag(reverse: bool = False) -> Order:
@@ -115,8 +115,8 @@ def cross2d() -> list[Order]:
     return forward + [order.reversed() for order in forward]
 
 
-def tri3d(n: int) -> list[Order]:
-    """SegMamba's three: forward, reversed, and across n slices."""
+def tri3d(n: int | None = None) -> list[Order]:
+    """SegMamba's three: forward, reversed, and across n slices, those of the first axis for None."""
     return [raster(), raster(reverse=True), interleaved(n)]
 
 
@@ -198,9 +198,9 @@ def _dilated(shape: Shape, axes: Shape, step: int | Shape) -> Steps:
     return index, _ids(phase, index)
 
 
-def _interleaved(shape: Shape, _axes: Shape, n: int) -> Steps:
+def _interleaved(shape: Shape, _axes: Shape, n: int | None) -> Steps:
     length = math.prod(shape)
-    inside = -(-length // n)
+    inside = -(-length // (n or shape[0]))
     position = np.arange(length, dtype=np.int64)
     return _sorted([position % inside, position // inside]), None
 

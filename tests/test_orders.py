@@ -75,6 +75,7 @@ def test_interleaved_is_chunk_stack_flatten():
     tokens = torch.arange(24)
     assert torch.equal(orders.interleaved(4).index((2, 3, 4)), torch.stack(tokens.chunk(4), -1).flatten())
     assert sorted(orders.interleaved(4).index((7,)).tolist()) == list(range(7))
+    assert torch.equal(orders.interleaved().index((2, 3, 4)), orders.interleaved(2).index((2, 3, 4)))
 
 
 def test_presets():
@@ -82,6 +83,7 @@ def test_presets():
     rows, columns = x.flatten(), x.T.flatten()
     assert [o.index((3, 4)).tolist() for o in orders.cross2d()] == [t.tolist() for t in (rows, columns, rows.flip(0), columns.flip(0))]
     assert [o.spec for o in orders.tri3d(8)] == ["raster()", "raster(reverse=True)", "interleaved(n=8)"]
+    assert orders.tri3d()[2] == orders.parse("interleaved()")
     assert len(set(orders.axes3d())) == 6 and {o.parameters["axes"][-1] for o in orders.axes3d()} == {0, 1, 2}
 
 

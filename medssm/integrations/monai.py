@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import medssm
 from medssm.models.monai import NETWORKS as MONAIS_OWN
 from medssm.models.registry import Features
+from medssm.nn import sizes
 from medssm.nn.blocks import BATCH_NORM, CONV
-from medssm.nn.unet import pad_to
 
 _MOST = 5  # maps that FlexibleUNet takes
 
@@ -92,7 +92,7 @@ class Backbone(nn.Module, BaseEncoder):
         size = x.shape[2:]
         if any(n < d for n, d in zip(size, self.divisor, strict=True)):
             raise ValueError(f"x: expected at least {self.divisor} voxels, the coarsest map's stride, got {tuple(size)}")
-        x = pad_to(x, self.divisor)
+        x = sizes.pad_to(x, self.divisor)
         coarse, maps = self.encoder(x)[self.first :], []
         coarse[-1] = self.bottleneck(coarse[-1])
         for step in self.fine:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from medssm.models import weights
 from medssm.models.facts import Facts
+from medssm.nn import sizes
 from medssm.nn.convolution import fast_convolutions
-from medssm.nn.unet import Encoder, pad_to
+from medssm.nn.unet import Encoder
 
 Builder = Callable[..., nn.Module]
 B = TypeVar("B", bound=Builder)
@@ -156,7 +157,7 @@ class Features(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(b, c, *spatial) -> maps (b, channels[i], *(spatial / strides[i])), rounded up."""
-        maps: list[Tensor] = self.encoder(pad_to(x, self.strides[-1]))
+        maps: list[Tensor] = self.encoder(sizes.pad_to(x, self.strides[-1]))
         return maps
 
 

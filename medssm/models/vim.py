@@ -15,7 +15,7 @@ from medssm.models.facts import Facts
 from medssm.models.options import only, preset, sides
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
-from medssm.nn.vim import VimEncoder
+from medssm.nn.vim import VimEncoder, at_places
 
 SIZES = {"tiny": 192, "small": 384, "base": 768}
 
@@ -92,7 +92,7 @@ class Vim(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, *spatial) -> (b, out_channels)."""
         tokens, _, at = self.encoder.tokens(x)
-        pooled = tokens[:, at].mean(1) if at else tokens.mean(1) if self.pool == "mean" else tokens[:, -1]
+        pooled = at_places(tokens, at).mean(1) if at else tokens.mean(1) if self.pool == "mean" else tokens[:, -1]
         logits: Tensor = self.head(pooled)
         return logits
 

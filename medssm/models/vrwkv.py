@@ -16,10 +16,8 @@ from medssm.models.facts import Facts
 from medssm.models.options import only, preset, sides
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
-from medssm.nn import ChannelMix, Classifier, Encoder, SpatialMix
+from medssm.nn import ChannelMix, Classifier, Encoder, SpatialMix, positions, sizes
 from medssm.nn.blocks import CONV, CUBIC, check_dims, image, tokens
-from medssm.nn.positions import resize_positions
-from medssm.nn.unet import pad_to
 from medssm.nn.vss import DropPath
 
 SIZES = {"tiny": 192, "small": 384, "base": 768}
@@ -112,8 +110,8 @@ class VRWKVEncoder(Encoder):
 
     def maps(self, x: Tensor, taps: Collection[int]) -> tuple[Tensor, list[Tensor]]:
         """The last layer's map, normalised, and the maps behind the layers `taps` as they are."""
-        t = tokens(self.stem(pad_to(x, (self.patch,) * (x.dim() - 2))))
-        t = self.dropout(t + resize_positions(self.pos_embed.unflatten(1, self.grid), t.shape[1:-1], self.interpolation))
+        t = tokens(self.stem(sizes.pad_to(x, (self.patch,) * (x.dim() - 2))))
+        t = self.dropout(t + positions.resize_positions(self.pos_embed.unflatten(1, self.grid), t, self.interpolation))
         maps = []
         for i, layer in enumerate(self.stages):
             t = layer(t)

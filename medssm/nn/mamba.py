@@ -137,7 +137,7 @@ class TriMamba(Mamba):
         self.slices = slices
 
     def orders(self, x: Tensor) -> list[Order]:
-        return tri3d(self.slices or x.shape[1])
+        return tri3d(self.slices)
 
 
 def rates(channels: int, state: int) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor, nn
 
+from medssm.ops import modes
 
+
+@torch.fx.wrap
 def resize_positions(
     learned: Tensor,  # (1, *grid, c)
-    grid: Sequence[int],
+    tokens: Tensor,  # (b, *spatial, c)
     mode: str,
 ) -> Tensor:
-    """The positions (1, *grid, c) of another grid than they were learned for, by nn.functional.interpolate with that mode."""
-    if tuple(learned.shape[1:-1]) == tuple(grid):
-        return learned
-    return nn.functional.interpolate(learned.movedim(-1, 1), list(grid), mode=mode, align_corners=False).movedim(1, -1)
+    """The positions (1, *spatial, c) of the tokens' grid, interpolated (nn.functional.interpolate's `mode`) where it is another than was learned."""
+    if not modes.traced() and learned.shape[1:-1] == tokens.shape[1:-1]:
+        return learned  # while tracing the same program serves every size
+    return nn.functional.interpolate(learned.movedim(-1, 1), tokens.shape[1:-1], mode=mode, align_corners=False).movedim(1, -1)

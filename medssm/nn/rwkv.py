@@ -33,10 +33,8 @@ def q_shift(
     groups = []
     for i, (axis, forward) in enumerate((axis, forward) for axis in range(dims, 0, -1) for forward in (True, False)):
         group = x[..., i * width : (i + 1) * width]
-        by = min(pixels, x.shape[axis])
-        kept = group.narrow(axis, 0 if forward else by, x.shape[axis] - by)
-        ends = (by, 0) if forward else (0, by)
-        groups.append(nn.functional.pad(kept, (0, 0) * (dims + 1 - axis) + ends))
+        padded = nn.functional.pad(group, (0, 0) * (dims + 1 - axis) + ((pixels, 0) if forward else (0, pixels)))
+        groups.append(padded.narrow(axis, 0 if forward else pixels, x.shape[axis]))
     return torch.cat([*groups, x[..., 2 * dims * width :]], -1)
 
 

@@ -10,6 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from medssm.nn import sizes
+
 Strides = Sequence[Sequence[int]]
 
 
@@ -39,7 +41,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(b, c, *spatial) -> one map (b, output_channels[s], *(spatial / the strides so far)) per stage."""
-        x, skips = self.stem(pad_up(x, self.least)), []
+        x, skips = self.stem(sizes.pad_up(x, self.least)), []
         for s in range(len(self.stages)):
             x = self.stage(s, x)
             skips.append(x if self.outs is None else self.outs[s](x))
@@ -131,46 +133,16 @@ class AnySize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, c, *spatial) -> `whole`'s output for it, (b, classes, *spatial) or a list of coarser ones too."""
-        spatial = x.shape[2:]
-        padded = pad_to(x, self.size_divisor, self.size)
-        if self.size == "any" and self.instance_norms and padded.shape[2:] == self.size_divisor:
-            padded = pad_to(padded, (*self.size_divisor[:-1], 2 * self.size_divisor[-1]))
+        padded = sizes.pad_to(x, self.size_divisor, self.size, self.instance_norms)
         y = self.whole(padded)
         if padded is x:
             return y
-        return [_crop(o, padded.shape[2:], spatial) for o in y] if isinstance(y, list) else _crop(y, padded.shape[2:], spatial)
+        return [sizes.crop(o, padded, x) for o in y] if isinstance(y, list) else sizes.crop(y, padded, x)
 
 
 def has_instance_norms(network: nn.Module) -> bool:
     """Whether a layer of the network is an instance norm."""
     return any(isinstance(m, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for m in network.modules())
-
-
-def pad_up(x: Tensor, least: int) -> Tensor:
-    """(b, c, *spatial) with zeros behind it along each axis of less than `least` voxels."""
-    missing = [max(least - n, 0) for n in x.shape[2:]]
-    return nn.functional.pad(x, [p for m in reversed(missing) for p in (0, m)]) if any(missing) else x
-
-
-def pad_to(x: Tensor, divisor: Sequence[int], size: str = "any") -> Tensor:
-    """(b, c, *spatial) with zeros behind it, up to a multiple of `divisor` along each axis; ValueError where size is "strict" and some lack."""
-    if x.dim() != 2 + len(divisor):
-        raise ValueError(f"x: expected (b, c, *spatial) with {len(divisor)} spatial axes, got {tuple(x.shape)}")
-    missing = [-n % d for n, d in zip(x.shape[2:], divisor, strict=True)]
-    if not any(missing):
-        return x
-    if size == "strict":
-        axis = next(i for i, m in enumerate(missing) if m)
-        raise ValueError(f"x: expected spatial axis {axis} to be a multiple of {divisor[axis]}, got {tuple(x.shape[2:])}")
-    return nn.functional.pad(x, [p for m in reversed(missing) for p in (0, m)])
-
-
-def _crop(y: Tensor, padded: Sequence[int], wanted: Sequence[int]) -> Tensor:
-    """The part of an output (of any resolution) that lies over the unpadded input."""
-    kept = [-(-w * n // p) for n, p, w in zip(y.shape[2:], padded, wanted, strict=True)]
-    for axis, n in enumerate(kept):
-        y = y.narrow(2 + axis, 0, n)
-    return y
 
 
 class UNet(AnySize):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from medssm.kernels.dtypes import widened
+from medssm.nn import positions, sizes
 from medssm.nn.blocks import CONV, CUBIC, check_dims
+from medssm.nn.blocks import tokens as channels_last
 from medssm.nn.inner import weight_dtype
 from medssm.nn.mamba import BiMamba
-from medssm.nn.positions import resize_positions
-from medssm.nn.unet import Encoder, pad_up
+from medssm.nn.unet import Encoder
 from medssm.nn.vss import DropPath
 
 
@@ -64,16 +65,19 @@ class VimEncoder(Encoder):
     def maps(self, x: Tensor, taps: Collection[int]) -> tuple[Tensor, list[Tensor]]:
         """Tokens behind the last norm, the class tokens first, and the maps behind the layers `taps`, not normalised."""
         tokens, grid, at, sums = self._through(x, taps)
-        return torch.cat((tokens[:, at], _without(tokens, at)), 1), [_map(t, grid, at) for t in sums]
+        return torch.cat((at_places(tokens, at), _without(tokens, at)), 1), [_map(t, grid, at) for t in sums]
 
     def _through(self, x: Tensor, taps: Collection[int]) -> tuple[Tensor, tuple[int, ...], list[int], list[Tensor]]:
         """What `tokens` gives, and the tokens behind the layers `taps`: the sum of what all layers so far gave."""
-        patches = self.stem(pad_up(x, self.least))
-        grid = tuple(patches.shape[2:])
-        t, at = self._with_cls(patches.flatten(2).transpose(1, 2), [token.expand(len(x), -1, -1) for token in self.cls_token])
+        patches, cls = channels_last(self.stem(sizes.pad_up(x, self.least))), self.cls_token.transpose(0, 1)
         if self.pos_embed is not None:
-            t = t + self._positions(self.pos_embed, grid)
-        t = self.dropout(t)
+            known = self._places(math.prod(self.grid))
+            learned = _without(self.pos_embed, known).unflatten(1, self.grid)
+            patches = patches + positions.resize_positions(learned, patches, CUBIC[len(self.grid)])
+            cls = cls + at_places(self.pos_embed, known)
+        grid, t = patches.shape[1:-1], patches.flatten(1, -2)
+        at = self._places(t.shape[1])
+        t = self.dropout(self._joined(t, cls.expand(t.shape[0], -1, -1), at))
         residual, sums = None, []
         for i, layer in enumerate(self.stages):
             t, residual = layer(t, residual)
@@ -84,24 +88,15 @@ class VimEncoder(Encoder):
             sums.append(last)
         return self.norm(last), grid, at, sums
 
-    def _with_cls(self, t: Tensor, cls: list[Tensor]) -> tuple[Tensor, list[int]]:
-        """Tokens with the class tokens among them, and where those stand."""
-        n = t.shape[1]
-        if not cls:
-            return t, []
-        if self.cls == "both":
-            return torch.cat((cls[0], t, cls[1]), 1), [0, n + 1]
-        at = n // 2 if self.cls == "middle" else 0
-        return torch.cat((t[:, :at], cls[0], t[:, at:]), 1), [at]
+    def _places(self, n: int) -> list[int]:
+        """Where the class tokens stand among n others."""
+        return {"both": [0, n + 1], "middle": [n // 2], "first": [0], None: []}[self.cls]
 
-    def _positions(self, learned: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """The learned positions of patches and class tokens, those of patches interpolated to the grid."""
-        if grid == self.grid:
-            return learned
-        count = len(self.cls_token)
-        _, at = self._with_cls(learned[:, count:], [learned[:, :1]] * count)
-        fitted = resize_positions(_without(learned, at).unflatten(1, self.grid), grid, CUBIC[len(grid)]).flatten(1, -2)
-        return self._with_cls(fitted, [learned[:, i : i + 1] for i in at])[0]
+    def _joined(self, t: Tensor, cls: Tensor, at: list[int]) -> Tensor:
+        """Tokens with the class tokens (b, classes, features) at their places."""
+        if self.cls == "both":
+            return torch.cat((cls[:, :1], t, cls[:, 1:]), 1)
+        return torch.cat((t[:, : at[0]], cls, t[:, at[0] :]), 1) if at else t
 
 
 class VimLayer(nn.Module):
@@ -122,9 +117,15 @@ class VimLayer(nn.Module):
         return self.mixer(self.norm(residual.to(weight_dtype(self.norm, residual)))), residual
 
 
-def _without(tokens: Tensor, at: list[int]) -> Tensor:
-    """Tokens (b, l, c) but for those at these places."""
-    return tokens[:, [i for i in range(tokens.shape[1]) if i not in at]]
+def _without(tokens: Tensor, at: Sequence[int]) -> Tensor:
+    """Tokens (b, l, c) but for those at these places, which rise."""
+    ends = [0, *(i + 1 for i in at)]
+    return torch.cat([*(tokens[:, start:i] for start, i in zip(ends, at, strict=False)), tokens[:, ends[-1] :]], 1) if at else tokens
+
+
+def at_places(tokens: Tensor, at: Sequence[int]) -> Tensor:
+    """Those of the tokens (b, l, c) that stand at these places."""
+    return torch.cat([tokens[:, i : i + 1] for i in at], 1) if at else tokens[:, :0]
 
 
 def _map(tokens: Tensor, grid: tuple[int, ...], at: list[int]) -> Tensor:

@@ -4,11 +4,13 @@ gradient, vmap and operation counts. torch.compile, torch.export, autograd and v
     forward(tensors, walk, options, [save], backend) -> out, states, [saved]
     backward(dout, dstates, kept, tensors, walk, options, backend) -> the gradient of each tensor that has one
 
-An output or a gradient that a call does not have is an empty tensor, since operators cannot return None.
+An output or a gradient that a call does not have is an empty tensor, since operators cannot return None. What is saved has two axes, the batch
+and all others: PyTorch asks of every axis of a traced tensor whether its size is 1, and the answer for the chunks would tie the trace to a length.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +95,8 @@ class Operators:
         assert main is not None
         out, *others = op.forward(rest[-1], op.arguments(tensors, path, options), save=bool(op.saved) and rest[0])
         out = op.shaped(out, tensors, options)
+        if op.saved and others[-1] is not None:
+            others[-1] = others[-1].flatten(1)
         return (out, *(_absent(main) if t is None else t for t in others)) if others else out
 
     def _forward_shapes(self, *args: Any) -> Any:
@@ -103,7 +107,8 @@ class Operators:
         outputs = [main.new_empty(shapes.shape(op.out_axes(options), sizes))]
         outputs += [main.new_empty(shapes.shape(axes, sizes), dtype=main.dtype if op.states_like_main else dtype) for axes in states.values()]
         if op.saved:
-            outputs.append(main.new_empty(op.saved[1](**shapes.totals(sizes)), dtype=dtype) if rest[0] else _absent(main))
+            batch, *shape = op.saved[1](**shapes.totals(sizes))
+            outputs.append(main.new_empty((batch, math.prod(shape)), dtype=dtype) if rest[0] else _absent(main))
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _forward_operations(self, *args: Any, out_val: Any = None, **_: Any) -> int:
@@ -133,6 +138,8 @@ class Operators:
                 gradients[name] = None
             elif _is_absent(gradients[name]):
                 gradients[name] = op.forward(backend, arguments, save=True, final=False)[-1]
+            else:
+                gradients[name] = gradients[name].view(op.saved[1](**shapes.totals(self._sizes(tensors, path))))
         found = op.backward(backend, gradients, arguments)
         back = [_absent(main) if g is None else g.reshape(t.shape) for g, t in zip(found, self._with_gradient(tensors), strict=True)]
         return tuple(back) if len(back) > 1 else back[0]
