@@ -50,6 +50,10 @@ class Order:
     def __hash__(self) -> int:
         return hash(self.spec)
 
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """How torch.fx writes an order into a graph: as parse(spec)."""
+        return tracer.create_node("call_function", parse, (self.spec,), {})
+
     def reversed(self) -> Order:
         """The same walk from its end to its beginning."""
         return Order(self.kind, not self.reverse, **self.parameters)

@@ -19,6 +19,7 @@ from medssm.models.weights import Map
 from medssm.nn import Encoder
 from medssm.nn.blocks import CUBIC, LINEAR, ChannelsLast, ConvNorm, check_dims
 from medssm.nn.efficientvit import EfficientViTBlock, MBConv, Residual
+from medssm.nn.leaf import Leaf
 from medssm.nn.unet import AnySize
 
 _gelu = partial(nn.GELU, approximate="tanh")
@@ -104,7 +105,7 @@ class EfficientViTSeg(AnySize):
     def whole(self, x: Tensor) -> Tensor:
         """(b, in_channels, *spatial) -> (b, classes, *spatial), or at an eighth of the resolution."""
         logits: Tensor = self.seg_head(self.encoder(x)[:1:-1])
-        return nn.functional.interpolate(logits, x.shape[2:], mode=LINEAR[x.dim() - 2]) if self.enlarge else logits
+        return nn.functional.interpolate(logits, x.shape[2:], mode=LINEAR[len(self.size_divisor)]) if self.enlarge else logits
 
 
 class SegHead(nn.Module):
@@ -130,7 +131,7 @@ class SegHead(nn.Module):
         return logits
 
 
-class _Enlarge(nn.Module):
+class _Enlarge(Leaf):
     """Cubic (in 3D linear) interpolation by a factor."""
 
     def __init__(self, factor: int, dims: int) -> None:

@@ -107,7 +107,7 @@ class _Bridge(nn.Module):
         out = []
         for layer, s, t in zip(self.channels, seen, both, strict=True):
             scale = torch.sigmoid(layer(means) if self.attention == "linear" else layer(means.unsqueeze(-1)).squeeze(-1))
-            out.append(scale.view(*scale.shape, *[1] * (t.dim() - 2)) * t + s)
+            out.append(scale[(..., *[None] * len(self.spatial.kernel_size))] * t + s)
         return out
 
 

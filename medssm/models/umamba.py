@@ -27,6 +27,7 @@ from medssm.nn import Decoder, Encoder, Mamba, UNet
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
 from medssm.nn.inner import weight_dtype
 from medssm.nn.residual import Layers, Stages, maker, residual_decoder, residual_encoder
+from medssm.nn.leaf import Leaf
 
 Layer = Callable[..., nn.Module] | str  # a class of layers, or the name of one of torch.nn
 
@@ -132,7 +133,7 @@ def upstream(
     return _network(layers, shape, input_channels, num_classes, mamba, deep_supervision, True, "any", stem_channels)
 
 
-class MambaLayer(nn.Module):
+class MambaLayer(Leaf):
     """LayerNorm and Mamba over the voxels as tokens, or over the channels, on (b, c, *spatial). `dim` is the size of a token.
 
     It runs outside autocast, in its weights' type: half precision here is where upstream's users met NaN.

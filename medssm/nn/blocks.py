@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.nn.convolution import Conv3d, ConvTranspose3d
 from medssm.nn.inner import plain
+from medssm.nn.leaf import Leaf
 from medssm.orders import Order, raster
 
 Conv = nn.Conv2d | nn.Conv3d
@@ -192,7 +193,7 @@ class Down(nn.Sequential):
         super().__init__(ChannelNorm(channels_in), CONV[spatial_dims](channels_in, channels, tuple(stride), tuple(stride)))
 
 
-class Up(nn.Module):
+class Up(Leaf):
     """A linear layer from each voxel to the stride's block of voxels: a transposed convolution whose kernel is its stride, as one matrix
     product and one rearrangement."""
 

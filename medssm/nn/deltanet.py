@@ -11,12 +11,13 @@ from torch.nn import functional
 from medssm import ops
 from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import CONV, causal, check_packed, depthwise
+from medssm.nn.leaf import Leaf
 from medssm.nn.mamba import step_biases
 from medssm.nn.ssnd import orders_of
 from medssm.orders import Order
 
 
-class DeltaNet(nn.Module):
+class DeltaNet(Leaf):
     """The mixer of DeltaNet (Yang et al., arXiv 2406.06484) and gated DeltaNet (arXiv 2412.06464), with one set of weights for every order k:
 
         q, k, v = split(silu(conv(qkv_proj(x))));   q, k to unit length a head;   beta = sigmoid(b_proj(x))

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.kernels.dtypes import compute_dtype
 from medssm.nn.blocks import check_packed
+from medssm.nn.leaf import Leaf
 from medssm.nn.ssnd import orders_of
 from medssm.orders import Order
 
 
-class GatedLinearAttention(nn.Module):
+class GatedLinearAttention(Leaf):
     """One set of queries, keys and values, scanned in every order with that order's own decays, and summed:
 
         q, k, v, z = q_proj(x), k_proj(x), v_proj(x), g_proj(x);   log decay_j = logsigmoid(W_j decay_in(x) + b_j) / slowness

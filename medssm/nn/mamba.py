@@ -12,10 +12,11 @@ from medssm import ops
 from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import causal, check_packed
 from medssm.nn.inner import steps
+from medssm.nn.leaf import Leaf
 from medssm.orders import Order, raster, tri3d
 
 
-class Mamba(nn.Module):
+class Mamba(Leaf):
     """The Mamba mixer (Gu and Dao, arXiv 2312.00752, section 3.4): for one direction
 
         u, z = split(in_proj(x));   u = silu(conv1d(u));   dt, B, C = split(x_proj(u))

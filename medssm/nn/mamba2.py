@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import causal, check_packed
+from medssm.nn.leaf import Leaf
 from medssm.nn.mamba import step_biases
 from medssm.nn.norms import grouped_norm
 from medssm.orders import Order, axes3d, cross2d, raster
 
 
-class Mamba2(nn.Module):
+class Mamba2(Leaf):
     """The Mamba-2 mixer (Dao and Gu, arXiv 2405.21060, section 7), with one set of weights for every order k:
 
         z, u, dt = split(in_proj(x));   x_k, B_k, C_k = split(silu(conv1d(u)) in order k)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.kernels.dtypes import compute_dtype
 from medssm.nn.blocks import CONV, check_dims, depthwise
+from medssm.nn.leaf import Leaf
 from medssm.nn.vss import MLP, DropPath
 from medssm.ops import modes
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Leaf):
     """Non-causal linear attention with rotary positions in the numerator and a local encoding of v, on (b, *spatial, c):
 
         q, k = elu(qk(x)) + 1;   v = x;   o_t = R_t q_t (sum_i R_i k_i v_i^T) / (q_t . sum_i k_i + 1e-6 l);   out = o + lepe(v)
@@ -44,10 +45,14 @@ class LinearAttention(nn.Module):
         spatial, channels = x.shape[1:-1], x.shape[-1]
         q, k = self.qk(x).flatten(1, -2).unflatten(-1, (2, self.heads, -1)).unbind(2)
         v = x.flatten(1, -2).unflatten(-1, (self.heads, -1))
-        rotary = None
+        rotary, feature_map, length = None, "elu", math.prod(spatial)
+        eps = 1e-6 * length
         if self.rotary:
-            rotary = tuple(t.unflatten(-1, (self.heads, -1)) for t in rotations(tuple(spatial), channels, x.device, compute_dtype(x)))
-        o: Tensor = ops.linear_attention(q, k, v, feature_map="elu", rotary=rotary, eps=1e-6 * math.prod(spatial))
+            turns = torch.ops.medssm.rotations(x.detach()) if modes.traced() else rotations(spatial, channels, x.device, compute_dtype(x))
+            rotary = tuple(t.unflatten(-1, (self.heads, -1)) for t in turns)
+        if modes.traced():  # an operator's number would be that of the traced size: the same quotient by k / l
+            q, k, feature_map, eps = nn.functional.elu(q) + 1, (nn.functional.elu(k) + 1) / length, None, 1e-6
+        o: Tensor = ops.linear_attention(q, k, v, feature_map=feature_map, rotary=rotary, eps=eps)
         return o.flatten(-2).view_as(x) + depthwise(self.lepe, x)
 
 
@@ -110,8 +115,20 @@ def rotations(spatial: Sequence[int], channels: int, device: torch.device, dtype
     the next m with the second axis, and so on; channels that are left over do not turn. Made for the size at hand and kept for the last
     eight sizes, since each is as large as two of the maps.
     """
-    make = _rotations.__wrapped__ if modes.traced() else _rotations
-    return make(tuple(spatial), channels, str(device), dtype)
+    return _rotations(tuple(spatial), channels, str(device), dtype)
+
+
+@torch.library.custom_op("medssm::rotations", mutates_args=())
+def _traced_rotations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotations` for (b, *spatial, c), as an operator that looks at the size when it runs."""
+    cos, sin = rotations(x.shape[1:-1], x.shape[-1], x.device, compute_dtype(x))
+    return cos.clone(), sin.clone()
+
+
+@_traced_rotations.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (math.prod(x.shape[1:-1]), x.shape[-1])
+    return x.new_empty(shape, dtype=compute_dtype(x)), x.new_empty(shape, dtype=compute_dtype(x))
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
+from medssm.nn.leaf import Leaf
 from medssm.orders import Order
 
 
@@ -38,7 +39,7 @@ def q_shift(
     return torch.cat([*groups, x[..., 2 * dims * width :]], -1)
 
 
-class SpatialMix(nn.Module):
+class SpatialMix(Leaf):
     """RWKV's spatial mix, s = q_shift(x) and m a learned number for each channel:
 
         k, v, r = key(m_k x + (1 - m_k) s), value(m_v x + (1 - m_v) s), receptance(m_r x + (1 - m_r) s)
@@ -93,7 +94,7 @@ class SpatialMix(nn.Module):
         return out
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Leaf):
     """RWKV's channel mix: sigmoid(receptance(m_r x + (1 - m_r) s)) value(norm(relu(key(m_k x + (1 - m_k) s))^2)), s = q_shift(x).
 
     hidden: channels behind `key`, default 4 d_model. Further arguments, input and output as SpatialMix. Weights: spatial_mix_k, _r (1, 1, d),

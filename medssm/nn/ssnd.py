@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import depthwise
+from medssm.nn.leaf import Leaf
 from medssm.nn.mamba import rates, start_steps, step_rank
 from medssm.orders import Order, axes3d, cross2d
 
 
-class SSND(nn.Module):
+class SSND(Leaf):
     """Scan an image or a volume in several orders at once (SS2D of Liu et al., VMamba, arXiv 2401.10166, in n dimensions):
 
         u, z = split(in_proj(x));   u = silu(depthwise_conv(u));   dt_k, B_k, C_k = split(x_proj_k u)

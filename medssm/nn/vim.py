@@ -13,6 +13,7 @@ from medssm.nn import positions, sizes
 from medssm.nn.blocks import CONV, CUBIC, check_dims
 from medssm.nn.blocks import tokens as channels_last
 from medssm.nn.inner import weight_dtype
+from medssm.nn.leaf import Leaf
 from medssm.nn.mamba import BiMamba
 from medssm.nn.unet import Encoder
 from medssm.nn.vss import DropPath
@@ -99,7 +100,7 @@ class VimEncoder(Encoder):
         return torch.cat((t[:, : at[0]], cls, t[:, at[0] :]), 1) if at else t
 
 
-class VimLayer(nn.Module):
+class VimLayer(Leaf):
     """residual + y, its norm, the mixer: (y, residual) -> (mixer(norm(residual + y)), residual + y), the residual in float32 at least."""
 
     def __init__(self, features: int, d_state: int, drop_path: float, divide_out: bool, rms: bool, eps: float) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from medssm.nn.blocks import CONV, ChannelNorm, check_dims, image, spread, tokens
+from medssm.nn.leaf import Leaf
 from medssm.nn.ssnd import SSND
 from medssm.nn.unet import Encoder
 
 
-class DropPath(nn.Module):
+class DropPath(Leaf):
     """Stochastic depth (Huang et al., arXiv 1603.09382): in training a residual branch is left out for a sample with probability p, and
     divided by 1 - p where it is kept."""
 
@@ -87,7 +88,7 @@ class MLP(nn.Module):
         return y
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Leaf):
     """Each block of 2 x 2 (x 2) voxels becomes one: its voxels' channels side by side, the first axis fastest, a norm, a linear layer without
     bias to twice the channels. Of an odd axis the last voxel falls away, or, with pad, a voxel of zeros is added."""
 
@@ -111,7 +112,7 @@ class PatchMerging(nn.Module):
         return image(self.reduction(self.norm(t)))
 
 
-class PatchExpand(nn.Module):
+class PatchExpand(Leaf):
     """A linear layer without bias from each voxel to a block of scale^dims voxels with `channels` each, then a norm over channels."""
 
     def __init__(self, channels_in: int, channels: int, spatial_dims: int = 2, scale: int = 2) -> None:

@@ -1,5 +1,7 @@
 """The public functions: one file per op, the same contract on every backend."""
 
+from torch import fx as _fx
+
 from medssm.ops.bi_wkv import bi_wkv as bi_wkv
 from medssm.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from medssm.ops.causal_conv1d import causal_conv1d_step as causal_conv1d_step
@@ -15,3 +17,7 @@ from medssm.ops.selective_scan import selective_scan_step as selective_scan_step
 from medssm.ops.selective_scan_nd import selective_scan_nd as selective_scan_nd
 from medssm.ops.ssd import ssd as ssd
 from medssm.ops.ssd import ssd_step as ssd_step
+
+# torch.fx traces a call of medssm.ops.<op> as one node. It finds functions by the module that a call names them in.
+for _name in [name for name, value in globals().items() if callable(value) and not name.startswith("_")]:
+    _fx.wrap(_name)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from medssm.kernels.linear_attention import reference
@@ -33,7 +32,7 @@ _op = Op(
         "initial_state:initial_kv?": "b g dk dv",
         "initial_state:initial_k?": "b g dk",
     },
-    options={"feature_map": "str?", "causal": "bool", "normalize": "bool", "scale": "float", "eps": "Scalar"},
+    options={"feature_map": "str?", "causal": "bool", "normalize": "bool", "scale": "float", "eps": "float"},
     out="b *q h dv",
     main="v",
     states={"kv": "b g dk dv", "z": "b g dk"},
@@ -115,8 +114,7 @@ def linear_attention(
         walk.parse(order, sizes["*l"])
         order, reverse = None, False
     tensors = (q, k, v, cos, sin, kv, z)
-    eps = eps if isinstance(eps, torch.SymFloat) else float(eps)  # of a traced length it stays an expression
-    options = {"feature_map": feature_map, "causal": causal, "normalize": normalize, "scale": float(scale), "eps": eps}
+    options = {"feature_map": feature_map, "causal": causal, "normalize": normalize, "scale": float(scale), "eps": float(eps)}
     return _op(
         *tensors,
         options=options,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 Sizes = dict[str, Any]  # of every axis: a number, or of "*l" the tuple of its numbers
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -164,7 +165,8 @@ def floating(name: str, t: object, optional: bool = False) -> None:
     if t is None and optional:
         return
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {'None' if t is None else type(t).__name__}")
+        hint = " of torch.fx: call the op as medssm.ops.<op>, or give its name to torch.fx.wrap" if isinstance(t, Proxy) else ""
+        raise TypeError(f"{name}: expected a tensor, got {'None' if t is None else type(t).__name__}{hint}")
     if t.dtype not in FLOATS:
         raise ValueError(f"{name}: expected float32, float64, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}")
 

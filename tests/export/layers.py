@@ -65,13 +65,13 @@ class OpModule(torch.nn.Module):
 
     def __init__(self, name: str, rest: dict[str, Any], names: list[str]):
         super().__init__()
-        self.op, self.rest, self.names = getattr(medssm.ops, name), rest, names
+        self.name, self.rest, self.names = name, rest, names
 
     def forward(self, *tensors: Tensor) -> Any:
         given = dict(zip(self.names, tensors, strict=True))
         pair = [given.pop(name) for name in ("kv", "z of the state") if name in given]
         state = {"initial_state": tuple(pair)} if pair else {}
-        return self.op(**given, **state, **self.rest)
+        return getattr(medssm.ops, self.name)(**given, **state, **self.rest)
 
 
 def op(name: str) -> tuple[OpModule, list[tuple[Tensor, ...]], tuple[dict[int, Any], ...]]:
