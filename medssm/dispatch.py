@@ -15,8 +15,9 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from medssm import thresholds
@@ -89,6 +90,28 @@ class _Choice(threading.local):
 
 
 _choice = _Choice()
+
+
+def _keep_for_recomputation() -> None:
+    """torch.utils.checkpoint recomputes in backward, perhaps after a use_backend has ended or in a thread of autograd's: under the choice of now.
+
+    PyTorch gives a checkpoint no place for such a thing; its frame, which holds the function that recomputes, is known to the hook that is in force
+    for saved tensors. (Where there is no such hook, there is nothing to do; reentrant checkpoints do not compare and need none.)
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack: Any = hooks[0] if hooks else None
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint" or "frame" not in pack.__code__.co_freevars:
+        return
+    frame = pack.__closure__[pack.__code__.co_freevars.index("frame")].cell_contents
+    if getattr(frame.recompute_fn, "func", None) is not _under:
+        frame.recompute_fn = functools.partial(_under, (_choice.name, _choice.strict), frame.recompute_fn)
+
+
+def _under(choice: tuple[str, bool], function: Callable[..., Any], *args: Any) -> Any:
+    with use_backend(*choice):
+        return function(*args)
+
+
 _told: set[tuple[str, str, str]] = set()
 
 
@@ -103,6 +126,8 @@ class use_backend:
     """
 
     def __init__(self, name: str, strict: bool = False) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _keep_for_recomputation()
         self._before = (_choice.name, _choice.strict)
         _choice.name, _choice.strict = _check(name, "backend"), bool(strict)
 
@@ -123,6 +148,8 @@ def choose(op: str, backend: str | Question | None, main: Tensor, tensors: Seque
 
     main: the tensor whose size and device say which comes first.
     """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _keep_for_recomputation()
     if isinstance(backend, Question):
         raise Answer(_report(op, backend.named, main, tensors))
     wanted, forced = (_choice.name, _choice.strict) if backend is None else (_check(backend, "backend"), True)

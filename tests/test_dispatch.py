@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import medssm
 from medssm import dispatch, ops, thresholds
@@ -215,3 +216,49 @@ def _environment(**changes):
     import os
 
     return {**{k: v for k, v in os.environ.items() if not k.startswith("MEDSSM_")}, **changes}
+
+
+def _scan(x):
+    B = x[..., :2]
+    return medssm.ops.selective_scan(x, x.abs(), -torch.ones(3, 2), B, B)
+
+
+def _gradient(function, checkpointed, thread=False, **options):
+    x = torch.randn((1, 9, 3), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with medssm.use_backend("reference", strict=True):
+        y = checkpoint(function, x, **options) if checkpointed else function(x)
+    if thread:  # as autograd does for a GPU's tensors: its threads know nothing of this one's choice
+        worker = threading.Thread(target=y.sum().backward)
+        worker.start()
+        worker.join()
+    else:
+        y.sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_checkpoint_recomputes_under_the_choice_of_its_forward(thread, monkeypatch):
+    seen, real = [], OPS["selective_scan"].reference
+    monkeypatch.setattr(OPS["selective_scan"], "reference", lambda **given: seen.append(1) or real(**given))
+    want = _gradient(_scan, False)
+    assert torch.equal(_gradient(_scan, True, thread, use_reentrant=False), want) and len(seen) == 3
+    assert dispatch._choice.name == "auto"
+
+
+def test_a_choice_inside_a_checkpoint_holds_for_what_it_encloses():
+    def both(x):
+        with medssm.use_backend("native"):
+            y = _scan(x)
+        return _scan(y)
+
+    torch.testing.assert_close(_gradient(both, True, use_reentrant=False), _gradient(both, False))
+
+
+def test_a_reentrant_checkpoint_recomputes_under_the_choice_of_its_backward():
+    torch.testing.assert_close(_gradient(_scan, True, use_reentrant=True), _gradient(_scan, False))
+
+
+def test_a_checkpoint_in_a_compiled_function():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: checkpoint(_scan, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(_gradient(compiled, False), _gradient(_scan, False))
