@@ -42,7 +42,7 @@ def build(name: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
 
 
 def multiply_adds(model: nn.Module, x: torch.Tensor) -> int:
-    """Of convolutions and matrix products in one inference, counted without computing; the scans are left out. The model loses its values."""
+    """Of convolutions, matrix products and scans in one inference, counted without computing. The model loses its values."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model.eval().to("meta")(x.to("meta"))

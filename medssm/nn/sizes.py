@@ -55,9 +55,9 @@ def crop(y: Tensor, padded: Tensor, x: Tensor) -> Tensor:
 
 def _padded(sizes: Sequence[Any], divisor: Sequence[int], two: bool, least: int = 1) -> list[Any]:
     """The sizes, each a multiple of its divisor and at least `least`."""
-    counts = [(n + d - 1) // d for n, d in zip(sizes, divisor, strict=True)]
     if least > 1:
-        return [torch.sym_max(n, least) for n in counts]
+        sizes = [torch.sym_max(n, least) for n in sizes]
+    counts = [(n + d - 1) // d for n, d in zip(sizes, divisor, strict=True)]
     if two:
         counts[-1] = torch.sym_max(counts[-1], 3 - math.prod(counts))
     return [n * d for n, d in zip(counts, divisor, strict=True)]
@@ -97,7 +97,7 @@ _crop.register_fake(lambda y, padded, x: y.new_empty(y.shape[:2] + tuple(_kept(y
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.sizes, ctx.count = inputs[0].shape[2:], len(inputs)
+    ctx.sizes = inputs[0].shape[2:]
 
 
 _pad.register_autograd(lambda ctx, d: (_front(d, ctx.sizes), None, None, None), setup_context=_remember)

@@ -32,7 +32,8 @@ class Op:
         reference: the specification. It and the kernels' `forward` take tensors (tokens flattened to (b, l, …)), options and the walk by name.
         example: example(draw, tokens, width), the arguments of one small call with every option that all PyTorch features must carry; draw(*shape) is
             a normal sample. Doctor, the contract tests and the checks on a GPU run it.
-        operations: the multiplications and additions of a forward, from the sizes of the axes by name ("*l" is l); exponentials are not counted.
+        operations: the multiplications and additions of a forward, from the sizes of the axes by name ("*l" is l; an axis of Rules.without is 0
+            where its tensor is absent); exponentials are not counted.
         options: {"scale": "float"}: what else kernels take, with its type in PyTorch's operator schemas.
         defaults: {"scale": a function of the sizes}: what None stands for.
         backends: those beside the reference.

@@ -112,9 +112,12 @@ class Operators:
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _forward_operations(self, *args: Any, out_val: Any = None, **_: Any) -> int:
-        split = self._split(args)
-        sizes = self._sizes(*split[:2])
+        tensors, path, *_ = self._split(args)
+        sizes = self._sizes(tensors, path)
         sizes.pop(shapes.SEQUENCES, None)
+        for name, (axis, _) in self.op.rules.without.items():
+            if tensors[self.op.names.index(name)] is None:
+                sizes[axis] = 0
         return self.op.operations(**shapes.totals(sizes))
 
     # -- backward -----------------------------------------------------------------------------------------------------------------------

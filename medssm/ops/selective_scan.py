@@ -42,7 +42,7 @@ _op = Op(
     saved=("checkpoints", lambda b, l, d, n, **_: (b, plan.chunks(l, n), n, d)),
     reference=reference.selective_scan,
     example=_example,
-    operations=lambda b, l, d, n, **_: b * l * d * (6 * n + 4),
+    operations=lambda b, l, d, n, r, **_: b * l * d * (6 * n + 4 + 2 * r),
     backends=("native", "triton", "cuda"),
     rules=Rules(within={"n": (1, 256)}, divides={"g": "d"}, without={"delta_proj": ("r", "d")}),
 )

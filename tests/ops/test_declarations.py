@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import medssm
-from medssm import ops
+from medssm import nn, ops, orders
 from medssm.ops.op import OPS
 from tests.ops.cases import example, step_options
 
@@ -114,6 +114,29 @@ def test_the_count_of_a_selective_scan_is_that_of_its_recurrence():
     with FlopCounterMode(display=False) as counter:
         ops.selective_scan(u, u, A, B, B, backend="native")
     assert counter.get_total_flops() == 2 * 7 * 5 * (6 * 3 + 4)
+
+
+def test_the_projection_of_the_steps_inside_a_scan_is_counted_as_the_linear_layer_that_it_replaces():
+    u, A, B, low, project = torch.rand(2, 7, 5), -torch.rand(5, 3), torch.rand(2, 7, 3), torch.rand(2, 7, 4), torch.rand(5, 4)
+    with FlopCounterMode(display=False) as fused:
+        ops.selective_scan(u, low, A, B, B, delta_proj=project, backend="native")
+    with FlopCounterMode(display=False) as apart:
+        ops.selective_scan(u, torch.nn.functional.linear(low, project), A, B, B, backend="native")
+    assert fused.get_total_flops() == apart.get_total_flops()
+    nd = {"A": A[None], "B": B[:, :, None], "C": B[:, :, None], "orders": [orders.raster()], "backend": "native"}
+    with FlopCounterMode(display=False) as of_orders:
+        ops.selective_scan_nd(u, low[:, :, None], delta_proj=project[None], **nd)
+    assert of_orders.get_total_flops() == fused.get_total_flops()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_is_counted_once(device):
+    """Projections, the convolution and the scan of Mamba, each by its own formula."""
+    with torch.device(device), FlopCounterMode(display=False) as counter, torch.no_grad():
+        nn.Mamba(8, d_state=4)(torch.zeros(2, 9, 8))
+    tokens, d, n, rank, taps = 2 * 9, 16, 4, 1, 4
+    linear = 2 * tokens * (8 * 2 * d + d * (rank + 2 * n) + d * 8)
+    assert counter.get_total_flops() == linear + 2 * tokens * d * taps + tokens * d * (6 * n + 4 + 2 * rank)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are checked while tracing, and only then
