@@ -26,8 +26,8 @@ from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, Mamba, UNet
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
 from medssm.nn.inner import weight_dtype
-from medssm.nn.residual import Layers, Stages, maker, residual_decoder, residual_encoder
 from medssm.nn.leaf import Leaf
+from medssm.nn.residual import Layers, Stages, maker, residual_decoder, residual_encoder
 
 Layer = Callable[..., nn.Module] | str  # a class of layers, or the name of one of torch.nn
 

@@ -207,7 +207,7 @@ class Up(Leaf):
         return image(spread(self.linear(tokens(x)), self.stride))
 
 
-class ChannelsLast(nn.Module):
+class ChannelsLast(Leaf):
     """Give the memory of (b, c, *spatial) the channels-last format: the entrance of a network of these blocks."""
 
     def __init__(self, spatial_dims: int) -> None:

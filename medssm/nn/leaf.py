@@ -17,7 +17,7 @@ class Leaf(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "forward" in cls.__dict__:
-            cls.forward = _recorded(cls.forward)  # type: ignore[method-assign]
+            cls.forward = _recorded(cls.forward)
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script asks every module for what it should compile in its place."""
@@ -27,7 +27,7 @@ class Leaf(nn.Module):
 def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def recorded(self: Leaf, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else None
+        x = args if isinstance(args, Proxy) else args[0] if args else None  # of a root, fx replaces *args
         x = x[0] if isinstance(x, list) and x else x
         if isinstance(x, Proxy):
             tracer: Any = x.tracer

@@ -45,7 +45,8 @@ class LinearAttention(Leaf):
         spatial, channels = x.shape[1:-1], x.shape[-1]
         q, k = self.qk(x).flatten(1, -2).unflatten(-1, (2, self.heads, -1)).unbind(2)
         v = x.flatten(1, -2).unflatten(-1, (self.heads, -1))
-        rotary, feature_map, length = None, "elu", math.prod(spatial)
+        rotary, length = None, math.prod(spatial)
+        feature_map: str | None = "elu"
         eps = 1e-6 * length
         if self.rotary:
             turns = torch.ops.medssm.rotations(x.detach()) if modes.traced() else rotations(spatial, channels, x.device, compute_dtype(x))

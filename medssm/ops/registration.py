@@ -112,10 +112,10 @@ class Operators:
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _forward_operations(self, *args: Any, out_val: Any = None, **_: Any) -> int:
-        tensors, path, *_ = self._split(args)
-        sizes = self._sizes(tensors, path)
+        split = self._split(args)
+        tensors, sizes = split[0], self._sizes(*split[:2])
         sizes.pop(shapes.SEQUENCES, None)
-        for name, (axis, _) in self.op.rules.without.items():
+        for name, (axis, _of) in self.op.rules.without.items():
             if tensors[self.op.names.index(name)] is None:
                 sizes[axis] = 0
         return self.op.operations(**shapes.totals(sizes))

@@ -29,7 +29,7 @@ def check(program, module, inputs):
     weights = dict(module.named_parameters())
     got, want = program(*leaves), module(*leaves)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    learned = dict(program.named_parameters())
+    learned = {name.removeprefix("_orig_mod."): t for name, t in program.named_parameters()}
     found = gradients(got, [*leaves, *(learned[name] for name in weights)])
     torch.testing.assert_close(found, gradients(want, [*leaves, *weights.values()]), rtol=1e-3, atol=1e-4)
 
