@@ -202,7 +202,7 @@ def test_vmap_over_any_dimension_states_and_empty_sequences():
 def test_an_operator_refuses_a_mapped_order():
     x, weight, index = draw(2, 6, 4), draw(4, 3), torch.stack([torch.arange(6)] * 2)
     with pytest.raises(ValueError, match="order: vmap over weights is not supported"):
-        torch.vmap(lambda p: OPS["causal_conv1d"].operators.forward(x, weight, None, None, p, "", False, None, "native"))(index)
+        torch.vmap(lambda p: OPS["causal_conv1d"].operators.forward(x, weight, None, None, p, "", False, None, None, "native"))(index)
 
 
 @every
@@ -242,7 +242,7 @@ def test_the_reverse_of_a_reversed_raster_is_a_raster():
 
 def test_the_tables_of_an_order_are_those_of_the_device():
     for device in ("meta", "cpu"):
-        assert walk.resolve("snake()", (3, 5), None, False, torch.device(device)).index.device.type == device
+        assert walk.resolve("snake()", (3, 5), None, False, None, torch.device(device)).index.device.type == device
 
 
 def test_the_order_of_a_call_on_meta_tensors_is_checked():
