@@ -87,10 +87,10 @@ def test_whatever_fails_in_one_case_does_not_end_the_others(only, scan, tmp_path
     write(scan.parent / "a_bad_one.nii.gz", volume(8)[0][..., 0])
     real = module.read_image
 
-    def read(paths, channels):
+    def read(paths, channels, nan):
         if "a_bad_one" in str(paths[0]):
             raise error
-        return real(paths, channels)
+        return real(paths, channels, nan)
 
     monkeypatch.setattr(module, "read_image", read)
     status = cli.main(["predict", str(only), str(scan.parent), str(tmp_path / "out"), "--device", "cpu"])
