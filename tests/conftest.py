@@ -41,7 +41,6 @@ def pytest_collection_modifyitems(items):
         size = max(0, total * (worker + 1) // workers - len(items) - len(share))
         items += share + short[:size]
         del short[:size]
-    items += short
     assert len(items) == total
 
 

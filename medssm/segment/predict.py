@@ -175,7 +175,7 @@ def _predict_case(
     data, file = read_image(case.images, len(folds[0].fitted.channels), nan)
     if data.max() == data.min():
         raise UserError(f"{case.images[0]}: every voxel of the image is {data.flat[0]:g}")
-    _check_size(case, file, folds)
+    _check_size(case, file, folds, save_probabilities)
     original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine_mm(file)))
     grids = []  # folds on one grid are summed there, so that each grid is resampled back once
     for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
@@ -204,11 +204,11 @@ def _predict_case(
         write_nifti(_of_probabilities(target), np.stack(kept, -1).astype(np.float32), file)
 
 
-def _check_size(case: Case, file: nib.Nifti1Image, folds: Sequence[_Fold]) -> None:
+def _check_size(case: Case, file: nib.Nifti1Image, folds: Sequence[_Fold], save_probabilities: bool) -> None:
     """UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold the probabilities."""
     edges, shape = ras_grid(file)
     classes, grids = len(folds[0].fitted.classes), dict.fromkeys(fold.fitted.spacing for fold in folds)
-    needed = 4.0 * math.prod(shape) * 4
+    needed = 4.0 * math.prod(shape) * (4 + save_probabilities * 2 * classes)
     for spacing in grids:
         wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
         if far_apart(edges, wanted):
