@@ -94,7 +94,7 @@ class _Bridge(nn.Module):
     def __init__(self, features: Sequence[int], spatial_dims: int, attention: str) -> None:
         super().__init__()
         only("attention", attention, "linear", "convolution")
-        self.attention, total = attention, sum(features)
+        self.attention, self.spatial_dims, total = attention, spatial_dims, sum(features)
         self.spatial = CONV[spatial_dims](2, 1, 7, padding=9, dilation=3)
         self.means = nn.Conv1d(1, 1, 3, padding=1, bias=False)
         layers = [nn.Linear(total, c) if attention == "linear" else nn.Conv1d(total, c, 1) for c in features]
@@ -107,7 +107,7 @@ class _Bridge(nn.Module):
         out = []
         for layer, s, t in zip(self.channels, seen, both, strict=True):
             scale = torch.sigmoid(layer(means) if self.attention == "linear" else layer(means.unsqueeze(-1)).squeeze(-1))
-            out.append(scale[(..., *[None] * len(self.spatial.kernel_size))] * t + s)
+            out.append(scale[(..., *[None] * self.spatial_dims)] * t + s)
         return out
 
 
