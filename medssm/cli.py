@@ -36,7 +36,7 @@ COMMANDS: Table = {
     "models": Command("medssm.models.listing", "models", "show", "the models there are, with parameters"),
     "demo": {"structures": Command("medssm.segment.demo", "structures", "show", "train and test on a real brain MRI, with a report")},
     "train": Command("medssm.segment.train", "train", "show", "train a network on your data"),
-    "predict": Command("medssm.segment.predict", "predict", "show", "segment a NIfTI file or a folder of them"),
+    "predict": Command("medssm.segment.predict", "predict", "show", "segment NIfTI files, folders or lists of them"),
     "evaluate": Command("medssm.segment.evaluate", "evaluate", "show", "Dice, HD95 and surface Dice of predictions against references"),
     "export": {
         "bundle": Command("medssm.export.bundle", "export_bundle", "show", "a trained network as a MONAI bundle, run by python -m monai.bundle")

@@ -48,12 +48,14 @@ class Option:
         choices: the allowed words, where a table has them
         alone: the value where no word follows the option
         repeat: one word each time that the option is given, and all of them are kept
+        several: of a positional argument that may be a sequence: it takes all words that the other ones leave
     """
 
     flag: str | None = None
     choices: Iterable[str] | None = None
     alone: str | None = None
     repeat: bool = False
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,11 @@ def read(function: Callable[..., Any], prog: str, words: Sequence[str]) -> Given
         parser.print_help()
         raise SystemExit(0)
     open_places = [a for a in arguments if a.positional and not a.rest and a.name not in texts]
-    texts |= {argument.name: [word] for argument, word in zip(open_places, free, strict=False)}
-    left = free[len(open_places) :]
+    left = free
+    for after, argument in zip(reversed(range(len(open_places))), open_places, strict=True):
+        count = max(1, len(left) - after) if argument.option.several else 1
+        if left:
+            texts[argument.name], left = left[:count], left[count:]
     if left and not any(a.rest for a in arguments):
         raise UserError(f"expected {_usage(arguments) or 'options alone'}, got one more word: {left[0]!r}")
 
@@ -196,6 +201,8 @@ def _described(function: Callable[..., Any]) -> tuple[str, list[_Argument]]:
         if option.choices is not None:
             choices = Literal[tuple(option.choices)]  # type: ignore[valid-type]
             kind = list[choices] if typing.get_origin(kind) is list else choices  # type: ignore[valid-type]
+        if option.several:
+            kind = next(part for part in _union(kind) if typing.get_origin(part) is list)
         rest, required = parameter.kind is parameter.VAR_POSITIONAL, parameter.default is parameter.empty
         positional = rest or parameter.kind is parameter.POSITIONAL_ONLY or (required and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
         group, text = groups.get(name, ("Options", ""))
@@ -290,7 +297,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _invocation(argument: _Argument) -> str:
-    if argument.rest:
+    if argument.rest or argument.option.several:
         return f"{argument.name.upper()}..."
     if argument.positional:
         return argument.name.upper()

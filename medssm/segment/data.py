@@ -56,7 +56,8 @@ def load_dataset(path: Path | str) -> Dataset:
     else:
         cases = _folder_cases(root, len(channels), table.get("file_ending") or ".nii.gz")
     if not cases:
-        raise UserError(f"{description}: no training case found")
+        meant = [key for key in table if key != "training" and difflib.get_close_matches(key.lower(), ["training"], 1, 0.8)]
+        raise UserError(f"{description}: no training case found{f'; {meant[0]!r}: no such entry, training is one' if meant else ''}")
     _complain([line for case in cases for line in _check(case, len(channels) or None)])
     if not channels:
         first = open_nifti(cases[0].images[0])
@@ -148,11 +149,12 @@ def _folder_cases(root: Path, channels: int, ending: str) -> list[Case]:
 
 
 def _is_listed(root: Path, table: dict) -> bool:
-    """Whether the cases are those that the description lists: where the files of its first one are there, or no folder is to be searched."""
-    entries = table.get("training") or []
-    first = entries[0] if entries and isinstance(entries[0], dict) else {}
-    files = [root / file for key in ("image", "label") for file in _files(first.get(key))]
-    return (bool(files) and all(file.is_file() for file in files)) or not (root / "imagesTr").is_dir()
+    """Whether the cases are those that the description lists: where all files of one of them are there, or no folder is to be searched."""
+    for entry in table.get("training") or []:
+        files = [root / file for key in ("image", "label") for file in _files(entry.get(key))] if isinstance(entry, dict) else []
+        if files and all(file.is_file() for file in files):
+            return True
+    return not (root / "imagesTr").is_dir()
 
 
 def _files(value: Any) -> list[str]:

@@ -21,6 +21,7 @@ from medssm.files import first_line, protect, read_json, write_bytes, write_json
 from medssm.options import Option
 from medssm.segment.cases import Case, nifti_files, one_of_each_name
 from medssm.segment.data import load_classes
+from medssm.segment.inputs import folders_below
 from medssm.segment.metrics import compare
 from medssm.segment.nifti import different_grid, read_label, spacing_mm, strip_ending
 from medssm.segment.progress import progress
@@ -48,8 +49,8 @@ def evaluate(
     """Compare predicted label maps with references, class by class, in millimetres: Dice, HD95 and surface Dice.
 
     Args: Files
-        predictions: NIfTI file, or a folder of them
-        references: NIfTI file, or a folder with files of the same names
+        predictions: NIfTI file, or a folder with all that is below it
+        references: NIfTI file, or a folder with files of the same names and places
         classes: dataset.json or weights folder that names the classes, or {name: value} (default: every value in the files)
         json_file: file to write the result to as JSON
         csv_file: file to write a row to for each case and class
@@ -199,7 +200,9 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
-    cases = one_of_each_name([Case(strip_ending(file), (file,)) for file in nifti_files(folder)])
+    """{name: file} of a folder and those below it; a name is the path below the folder, without the ending."""
+    files = [file for place in folders_below(folder) for file in nifti_files(place)]
+    cases = one_of_each_name([Case((file.parent.relative_to(folder) / strip_ending(file)).as_posix(), (file,)) for file in files])
     return {case.name: case.images[0] for case in cases}
 
 

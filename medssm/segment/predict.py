@@ -6,13 +6,14 @@ probabilities are resampled back before the largest is taken. Several weight fol
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 from medssm import machine
 from medssm.errors import UserError
 from medssm.files import first_line, protect
+from medssm.options import Option
 from medssm.segment import networks
-from medssm.segment.cases import Case, cases_in
+from medssm.segment.cases import Case
 from medssm.segment.data import FITTED
 from medssm.segment.inference import probabilities
+from medssm.segment.inputs import cases_of
 from medssm.segment.nifti import (
     NIFTI_ENDINGS,
     affine_mm,
@@ -36,12 +39,14 @@ from medssm.segment.nifti import (
     lengths,
     ras_grid,
     read_image,
+    read_label,
     strip_ending,
     volume_shape,
     write_nifti,
 )
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
+from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, write_volumes
 
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
 _OTHER_FORMATS = {
@@ -67,10 +72,11 @@ _OTHER_FORMATS = {
 
 def predict(
     weights: Path | str | Sequence[Path | str],
-    inputs: Path | str,
+    inputs: Annotated[Path | str | Sequence[Path | str], Option(several=True)],
     out: Path | str,
     *,
     more_weights: Sequence[Path | str] = (),
+    section: str | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
     overlap: float = 0.5,
@@ -83,16 +89,17 @@ def predict(
     model: nn.Module | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Segment a NIfTI file or a folder of them; each label map lies on its image's own grid.
+    """Segment NIfTI files, folders or lists of them; each label map lies on its image's own grid.
 
     A file that is read is never written over. Nor is any other file that medssm predict did not write, without `overwrite`.
 
     Args: Files
         weights: folder written by medssm train, or a folder of such folders (fold_0, fold_1, ...); in Python also a list of them
-        inputs: NIfTI file, or a folder of them; an image's channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ... where all of them are there, or a
-            fourth axis
-        out: file (.nii.gz, .nii) for one case, else a folder for CASE.nii.gz
+        inputs: NIfTI files; folders, with all below them; datalists (.json) or text files of paths (.txt); an image's channels are CASE_0000.nii.gz,
+            CASE_0001.nii.gz, ... where all of them are there, or a fourth axis
+        out: file (.nii.gz, .nii) for one case, else a folder for CASE.nii.gz, in the folders that CASE has below the input, and for volumes.csv
         more_weights: further folders of weights; the probabilities of all are averaged
+        section: of a datalist (default: testing or test, or the only one)
         save_probabilities: also write CASE_probabilities.nii.gz, float32 with the classes on the last axis
         overwrite: write over files of other origin in `out`
         skip_existing: leave out the cases whose label map is in `out` already
@@ -106,8 +113,8 @@ def predict(
         model: the module to load the weights into, where `train` was given one
 
     Returns:
-        {"cases": {name: file}, "failed": {name: reason}, "skipped": [names], "seconds": ...}: in a folder one case that fails does not stop the
-        others.
+        {"cases": {name: file}, "volumes": {name: {class: {"voxels", "ml"}}}, "failed": {name: reason}, "skipped": [names], "seconds": ...}: of
+        several cases one that fails does not stop the others.
 
     Raises:
         UserError: where nothing can be predicted, or the only case is bad.
@@ -120,24 +127,28 @@ def predict(
     half = _half(precision, place)
     folds = [_load(folder, model, place) for folder in _weight_folders([*_listed(weights), *more_weights])]
     _check_alike(folds)
-    cases = cases_in(inputs, len(folds[0].fitted.channels))
+    cases = cases_of([Path(path) for path in _listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     targets = _targets(cases, Path(out))
+    table = None if Path(out) in targets.values() else Path(out) / VOLUMES
     skipped = [case.name for case in cases if skip_existing and targets[case.name].exists()]
     cases = [case for case in cases if case.name not in skipped]
     read = [file for case in cases for file in case.images]
     for case in cases:
         for target in (targets[case.name], *([_of_probabilities(targets[case.name])] if save_probabilities else [])):
             protect(target, reads=read, made=is_made_here, overwrite=overwrite)
+    if table:
+        protect(table, made=is_volumes, overwrite=overwrite)
     window = {"device": place, "half": half, "overlap": overlap, "mirror": mirror, "batch": batch}
-    written, failed = {}, {}
-    with progress("predicting", quiet) as show:
+    written: dict[str, str] = {}
+    measured, failed = _measured_before(skipped, targets, folds[0].fitted.classes)
+    with _written_at_the_end(table, measured), progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
 
             def show_case(part: float, i: int = i, case: Case = case) -> None:
                 show((i + part) / len(cases), case.name)
 
             try:
-                _predict_case(case, folds, targets[case.name], save_probabilities, nan, show=show_case, **window)
+                measured[case.name] = _predict_case(case, folds, targets[case.name], save_probabilities, nan, show=show_case, **window)
                 written[case.name] = str(targets[case.name])
             except UserError as error:
                 if len(cases) == 1 and not skipped:
@@ -145,7 +156,7 @@ def predict(
                 failed[case.name] = str(error)
             except (MemoryError, OSError, RuntimeError) as error:  # torch reports a lack of memory as RuntimeError
                 failed[case.name] = f"{case.images[0]}: {type(error).__name__}: {first_line(error)}"
-    return {"cases": written, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - begun, 2)}
+    return {"cases": written, "volumes": measured, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - begun, 2)}
 
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -171,7 +182,7 @@ def _predict_case(
     *,
     show: Callable[[float], None],
     **window: Any,  # keywords of `probabilities`
-) -> None:
+) -> Volumes:
     data, file = read_image(case.images, len(folds[0].fitted.channels), nan)
     if data.max() == data.min():
         raise UserError(f"{case.images[0]}: every voxel of the image is {data.flat[0]:g}")
@@ -199,9 +210,33 @@ def _predict_case(
         if save_probabilities:
             kept.append(back.numpy())
     values = np.array(list(classes.values()))
-    write_nifti(target, values[positions.numpy()].astype(_smallest(values)), file)
+    labels = values[positions.numpy()].astype(_smallest(values))
+    write_nifti(target, labels, file)
     if save_probabilities:
         write_nifti(_of_probabilities(target), np.stack(kept, -1).astype(np.float32), file)
+    return volumes(labels, file, classes)
+
+
+def _measured_before(skipped: Sequence[str], targets: Mapping[str, Path], classes: Mapping[str, int]) -> tuple[dict[str, Volumes], dict[str, str]]:
+    """The volumes in the label maps that are there already, and why one cannot be read."""
+    measured, failed = {}, {}
+    for name in skipped:
+        try:
+            measured[name] = volumes(*read_label(targets[name]), classes)
+        except UserError as error:
+            failed[name] = str(error)
+    return measured, failed
+
+
+@contextlib.contextmanager
+def _written_at_the_end(table: Path | None, measured: Mapping[str, Volumes]) -> Iterator[None]:
+    """Add what was measured to a table of volumes, also where an interrupt ends the block. Rows of label maps that are gone go too."""
+    try:
+        yield
+    finally:
+        if table and measured:
+            before = {name: rows for name, rows in read_volumes(table).items() if (table.parent / f"{name}.nii.gz").is_file()}
+            write_volumes(table, before | dict(measured))
 
 
 def _check_size(case: Case, file: nib.Nifti1Image, folds: Sequence[_Fold], save_probabilities: bool) -> None:
@@ -235,8 +270,8 @@ def _back(grid: Compose, image: MetaTensor, values: Tensor) -> Tensor:
     return grid.inverse(MetaTensor(values[None], affine=image.affine, applied_operations=applied)).as_tensor()[0]
 
 
-def _listed(weights: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
-    return [weights] if isinstance(weights, (str, Path)) else weights
+def _listed(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
+    return [paths] if isinstance(paths, (str, Path)) else paths
 
 
 def _weight_folders(weights: Sequence[Path | str]) -> list[Path]:

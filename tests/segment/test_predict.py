@@ -92,7 +92,7 @@ def test_a_folder_by_the_command(trained, folder, tmp_path, capsys):
     assert cli.main(["predict", str(trained), str(folder / "imagesTr"), str(tmp_path / "out"), "--device", "cpu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert sorted(result["cases"]) == [f"case_{i}" for i in range(4)] and not result["failed"]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [f"case_{i}.nii.gz" for i in range(4)]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [*(f"case_{i}.nii.gz" for i in range(4)), "volumes.csv"]
     assert min(dice(read_label(tmp_path / "out/case_0.nii.gz")[0], read_label(folder / "labelsTr/case_0.nii.gz")[0])) > 0.9
 
 
@@ -195,7 +195,7 @@ def test_one_bad_file_does_not_stop_the_others(only, folder, tmp_path, capsys):
     assert cli.main(["predict", str(only), str(tmp_path), str(tmp_path / "out"), "--device", "cpu", "--quiet"]) == 1
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "bad.nii.gz: truncated or corrupt" in shown
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["good.nii.gz", "volumes.csv"]
 
 
 def test_a_module_that_was_given_is_asked_for_again(tmp_path):

@@ -1,0 +1,123 @@
+"""What `medssm predict` is given, as cases with names for their label maps: files, folders with all below them, datalists, lists of paths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from medssm.errors import UserError
+from medssm.files import read_json
+from medssm.segment.cases import Case, cases_in, nifti_files, one_of_each_name
+from medssm.segment.data import DATASET
+
+DATALIST, LIST = ".json", ".txt"
+_TESTING = ("testing", "test")  # a datalist's sections of images to predict: MONAI's name and the Decathlon's
+
+
+def cases_of(inputs: Sequence[Path], channels: int, *, out: Path, section: str | None = None) -> list[Case]:
+    """The cases to predict. A case's name is the path of its label map in `out`, without the ending.
+
+    Args:
+        inputs: images; folders, whose cases are named by their paths below them; datalists (.json); text files (.txt) with a path in each line
+        channels: of an image; see `cases.cases_in`
+        out: nothing in it is an input, where it lies in a folder of inputs
+        section: of a datalist; by default testing or test, or the only one that it has
+
+    Raises:
+        UserError: there is no such file, no image, no such section, or two cases of one name.
+    """
+    if section and not any(path.suffix == DATALIST for path in inputs):
+        raise UserError(f"section: expected a datalist ({DATALIST}) as input, got {', '.join(map(str, inputs))}")
+    found: dict[Case, None] = {}  # in their order: a case whose channels are named one by one is found again by each of them
+    for path in inputs:
+        if path.is_dir():
+            cases = _below(path, channels, out)
+        elif path.suffix in (DATALIST, LIST) and path.is_file():
+            listed = _datalist(path, section) if path.suffix == DATALIST else _lines(path)
+            cases = [_listed(files, channels) for files in listed]
+        else:
+            cases = cases_in(path, channels)
+        found |= dict.fromkeys(cases)
+    cases = list(found)
+    if not cases:
+        raise UserError(f"{', '.join(map(str, inputs))}: no image in it")
+    if len({case.name for case in cases}) < len(cases):  # files of one name: by their paths below the folder that all of them share
+        folders = [case.images[0].resolve().parent for case in cases]
+        common = Path(os.path.commonpath(folders))
+        cases = [replace(case, name=_joined(folder.relative_to(common), case)) for case, folder in zip(cases, folders, strict=True)]
+    return one_of_each_name(cases)
+
+
+def _below(root: Path, channels: int, out: Path) -> list[Case]:
+    """The cases of a folder and of those below it, named by their paths below `root`."""
+    if (root / DATASET).is_file():
+        raise UserError(f"{root}: the folder of a data set, with images and labels: name the folder of its images, or its {DATASET}")
+    cases: list[Case] = []
+    for folder in folders_below(root, {out.resolve()} - {root.resolve()}):
+        if nifti_files(folder):
+            cases += [replace(case, name=_joined(folder.relative_to(root), case)) for case in cases_in(folder, channels)]
+    return cases or cases_in(root, channels)  # which says that there is none
+
+
+def folders_below(folder: Path, left_out: Set[Path] = frozenset()) -> Iterator[Path]:
+    """A folder and those below it, links to folders among them, but no hidden one, none of `left_out`, and none inside of itself."""
+    if folder.resolve() in left_out:
+        return
+    left_out = {*left_out, folder.resolve()}
+    yield folder
+    try:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    for path in inner:
+        yield from folders_below(path, left_out)
+
+
+def _joined(folder: Path, case: Case) -> str:
+    return (folder / case.name.rpartition("/")[2]).as_posix()
+
+
+def _datalist(path: Path, section: str | None) -> list[list[Path]]:
+    """The files of each case of a datalist: of a plain list, or of a section of a table. Paths begin at the datalist's folder."""
+    entries: Any = read_json(path)
+    if isinstance(entries, dict):
+        sections = [name for name, value in entries.items() if isinstance(value, list) and value]
+        wanted = [section] if section else [name for name in _TESTING if name in sections] or sections
+        if len(wanted) != 1 or wanted[0] not in sections:
+            raise UserError(
+                f"{path}: expected one section (--section) of {', '.join(sections) or 'cases, got none'}{f', got {section}' * bool(section)}"
+            )
+        entries = entries[wanted[0]]
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: expected a list of images, or a table of such lists, got {type(entries).__name__}")
+    found = []
+    for i, entry in enumerate(entries):
+        image: Any = entry.get("image") if isinstance(entry, dict) else entry
+        files: list[Any] = image if isinstance(image, list) else [image]
+        if not files or not all(isinstance(file, str) and file for file in files):
+            raise UserError(f'{path}: [{i}]: expected a path or {{"image": ...}}, got {entry!r}')
+        found.append([path.parent / file for file in files])
+    return found
+
+
+def _lines(path: Path) -> list[list[Path]]:
+    """The paths of a text file, one in each line. They begin at the file's folder; empty lines and those that begin with # are left out."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable text file ({error})") from error
+    return [[path.parent / line] for line in lines if line and not line.startswith("#")]
+
+
+def _listed(files: Sequence[Path], channels: int) -> Case:
+    """A case that a list names: all its files, or one of which the rules for a single file say the others."""
+    if len(files) > 1:
+        return replace(cases_in(files[0], channels)[0], images=tuple(files))
+    (file,) = files
+    if not file.exists():  # nnU-Net's first dataset.json lists NAME.nii.gz for NAME_0000.nii.gz, ...
+        first = file.with_name(file.name.replace(".nii", "_0000.nii"))
+        file = first if first.exists() else file
+    return cases_in(file, channels)[0]

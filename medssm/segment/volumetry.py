@@ -1,0 +1,58 @@
+"""Volumes of the segmented classes, and the table of them beside the label maps: volumes.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import nibabel as nib
+import numpy as np
+
+from medssm.files import write_text
+from medssm.segment.nifti import affine_mm
+
+VOLUMES = "volumes.csv"
+_COLUMNS = ("case", "class", "voxels", "ml")
+Volumes: TypeAlias = "dict[str, dict[str, float]]"  # {class: {"voxels": number, "ml": millilitres}}
+
+
+def volumes(labels: np.ndarray, image: nib.Nifti1Image, classes: Mapping[str, int]) -> Volumes:
+    """How large each class of a label map is; `image` has the map's geometry, and of `classes`, {name: value}, 0 is left out.
+
+    1 ml is 1000 mm^3. A voxel has the volume |det A| of the affine A in millimetres, so an oblique grid is measured right.
+    """
+    voxel = abs(float(np.linalg.det(affine_mm(image)[:3, :3]))) / 1000
+    counts = {name: int(np.count_nonzero(labels == value)) for name, value in classes.items() if value}
+    return {name: {"voxels": count, "ml": count * voxel} for name, count in counts.items()}
+
+
+def read_volumes(path: Path) -> dict[str, Volumes]:
+    """The table of a file that `write_volumes` wrote, {case: volumes}; {} where there is none."""
+    if not is_volumes(path):
+        return {}
+    found: dict[str, Volumes] = {}
+    with open(path, encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            found.setdefault(row["case"], {})[row["class"]] = {"voxels": int(row["voxels"]), "ml": float(row["ml"])}
+    return found
+
+
+def write_volumes(path: Path, cases: Mapping[str, Volumes]) -> None:
+    """Write a row for each case and class. Raises UserError where the file cannot be written."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(_COLUMNS)
+    rows.writerows((case, name, row["voxels"], f"{row['ml']:.6g}") for case, table in sorted(cases.items()) for name, row in table.items())
+    write_text(path, text.getvalue())
+
+
+def is_volumes(path: Path) -> bool:
+    """Whether a file is such a table."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            return lines.readline() == ",".join(_COLUMNS) + "\n"
+    except (OSError, UnicodeDecodeError):
+        return False
