@@ -35,6 +35,7 @@ COMMANDS: Table = {
     ),
     "models": Command("medssm.models.listing", "models", "show", "the models there are, with parameters"),
     "demo": {"structures": Command("medssm.segment.demo", "structures", "show", "train and test on a real brain MRI, with a report")},
+    "check": Command("medssm.segment.check", "check", "show", "look at a data set before training: a summary, and what is wrong with its files"),
     "train": Command("medssm.segment.train", "train", "show", "train a network on your data"),
     "predict": Command("medssm.segment.predict", "predict", "show", "segment NIfTI files, folders or lists of them"),
     "evaluate": Command("medssm.segment.evaluate", "evaluate", "show", "Dice, HD95 and surface Dice of predictions against references"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ def load_dataset(path: Path | str) -> Dataset:
 
     Raises UserError with one line for each bad file: missing, no NIfTI, a channel missing, label and image on different grids.
     """
+    dataset = described(path)
+    _complain([line for case in dataset.cases for line in faults(case, len(dataset.channels) or None)])
+    return replace(dataset, channels=dataset.channels or counted_channels(dataset.cases), classes=dataset.classes or _found_classes(dataset.cases))
+
+
+def described(path: Path | str) -> Dataset:
+    """What the description of a data set says, with no image looked at: `channels` or `classes` is empty where it names none.
+
+    Raises UserError where the description cannot be read or contradicts itself, or two cases are one.
+    """
     path = Path(path)
     description = path / DATASET if path.is_dir() else path
     if not description.is_file():
@@ -58,13 +69,17 @@ def load_dataset(path: Path | str) -> Dataset:
     if not cases:
         meant = [key for key in table if key != "training" and difflib.get_close_matches(key.lower(), ["training"], 1, 0.8)]
         raise UserError(f"{description}: no training case found{f'; {meant[0]!r}: no such entry, training is one' if meant else ''}")
-    _complain([line for case in cases for line in _check(case, len(channels) or None)])
-    if not channels:
-        first = open_nifti(cases[0].images[0])
-        count = first.shape[3] if first.ndim == 4 else len(cases[0].images)
-        channels = tuple(f"channel_{i}" for i in range(count))
     ignore = labels.pop("ignore", None) if labels else None
-    return Dataset(str(table.get("name") or root.name), channels, labels or _found_classes(cases), ignore, tuple(cases))
+    return Dataset(str(table.get("name") or root.name), channels, labels, ignore, tuple(cases))
+
+
+def counted_channels(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Names for the channels of a data set that names none, by the number that the first readable case has."""
+    for case in cases:
+        with contextlib.suppress(UserError):
+            first = open_nifti(case.images[0])
+            return tuple(f"channel_{i}" for i in range(first.shape[3] if first.ndim == 4 else len(case.images)))
+    return ("channel_0",)
 
 
 def load_classes(path: Path) -> tuple[dict[str, int], int | None]:
@@ -218,13 +233,23 @@ def _classes(labels: dict | None, description: Path) -> dict[str, int]:
 
 def _found_classes(cases: Sequence[Case]) -> dict[str, int]:
     """For a datalist that names no classes: every value in any label map."""
-    values = {0}
+    values: set[int] = set()
     for case in cases:
         values.update(np.unique(read_label(case.label_file)[0]).tolist())
-    return {"background" if value == 0 else f"class_{value}": int(value) for value in sorted(values)}
+    return unnamed_classes(values)
 
 
-def _check(case: Case, channels: int | None) -> list[str]:
+def unnamed_classes(values: Iterable[int]) -> dict[str, int]:
+    """The classes of a datalist that names none, by the values in its label maps."""
+    return {"background" if value == 0 else f"class_{value}": int(value) for value in sorted({0, *values})}
+
+
+def absent_classes(classes: Mapping[str, int], found: Collection[int]) -> list[str]:
+    """A line for each class but the background whose value is not `found` in any label map."""
+    return [f"classes: no training case has {name}" for name, value in classes.items() if value and value not in found]
+
+
+def faults(case: Case, channels: int | None) -> list[str]:
     """What is wrong with a case's files by their headers, one line each."""
     opened, lines = [], []
     for path in (*case.images, case.label_file):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ from lightning.fabric import Fabric
 from medssm import machine
 from medssm.errors import UserError
 from medssm.segment.cases import Case
-from medssm.segment.data import Dataset
+from medssm.segment.data import Dataset, absent_classes
 from medssm.segment.intensity import Intensities
 from medssm.segment.nifti import far_apart, lengths, open_nifti, ras_grid
-from medssm.segment.preprocess import Fitted
+from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
 from medssm.segment.sides import pairs, sided, unnamed
 from medssm.segment.volumes import Volume, load, prepare
@@ -73,10 +73,10 @@ def fit(
     first = fabric.rank_zero_first(local=True) if cache else contextlib.nullcontext()  # the first process fills the cache
     with progress("reading", quiet) as show, first:
         loaded = load(cases, table, spacing, cache, nan, show)
-    found = {value for _, label in loaded for value in label.unique().tolist()}
-    for i, name in enumerate(table.classes):
-        if i and i not in found and not quiet:
-            print(f"classes: no training case has {name}", file=sys.stderr)
+    values = list(table.classes.values())
+    found = {values[position] for _, label in loaded for position in label.unique().tolist() if position != IGNORE}
+    for line in () if quiet else absent_classes(table.classes, found):
+        print(line, file=sys.stderr)
     intensities = Intensities(table.channels, modality, seed)
     for case, (image, label) in zip(cases, loaded, strict=True):
         intensities.add(str(case.images[0]), image, label)
@@ -147,14 +147,20 @@ def fit_mirror(mirror: str | Sequence[int], classes: dict[str, int], axes: Seque
 
 def check_units(cases: Sequence[Case]) -> None:
     """UserError that names a case whose spacing is far from the others': its header has a wrong unit of length."""
-    edges = np.array([ras_grid(open_nifti(case.images[0]))[0] for case in cases])
-    middle = np.exp(np.median(np.log(edges), axis=0))
-    for case, edge in zip(cases, edges, strict=True):
-        if far_apart(edge, middle):
-            raise UserError(
-                f"{case.images[0]}: voxels of {lengths(edge)} mm, where the median of the cases is {lengths(middle)} mm: "
-                "one of the two has a wrong unit of length in its header"
-            )
+    edges = {case.images[0]: ras_grid(open_nifti(case.images[0]))[0] for case in cases}
+    for line in wrong_units(edges).values():
+        raise UserError(line)
+
+
+def wrong_units(edges: Mapping[Path, np.ndarray]) -> dict[Path, str]:
+    """{file: what is wrong} for the files whose spacing is so far from the median of all that one of the two has a wrong unit of length."""
+    middle = np.exp(np.median(np.log(list(edges.values())), axis=0))
+    return {
+        file: f"{file}: voxels of {lengths(edge)} mm, where the median of the cases is {lengths(middle)} mm: "
+        "one of the two has a wrong unit of length in its header"
+        for file, edge in edges.items()
+        if far_apart(edge, middle)
+    }
 
 
 def _resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.ndarray:

@@ -22,6 +22,7 @@ import torch
 from medssm.errors import UserError
 
 MODALITIES = {"ct": "ct", "mri": "zscore", "other": "zscore", "none": "none"}
+SCHEMES = {"ct": "as CT, by the foreground of all cases", "zscore": "by its own mean and deviation", "none": "unchanged"}
 _CT = {"ct", "cta", "ctp", "cect", "ncct", "hrct", "ldct", "cbct", "hu", "houndsfield", "hounsfield"}
 _OTHER = {"mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2s", "flair", "adc", "dwi", "swi", "pd", "pdw", "cine", "pet", "suv", "us"}
 _OTHER |= {"ultrasound", "xray", "oct", "rgb", "red", "green", "blue", "histology", "microscopy", "fluorescence"}
@@ -73,14 +74,8 @@ class Intensities:
 
         Raises UserError where a channel without a scheme looks like CT, or where all voxels of the image are equal.
         """
-        if all(channel.amin() == channel.amax() for channel in image):
-            raise UserError(f"{name}: every voxel of the image is {image.flatten()[0].item():g}")
-        for channel, scheme, values in zip(self.channels, self.schemes, image, strict=True):
-            if scheme is None and looks_like_ct(values):
-                raise UserError(
-                    f"{name}: the channel {channel!r} has values as of CT in Hounsfield units, and its name does not say what it is: "
-                    "pass --modality ct, or --modality other to scale each image by its own values"
-                )
+        for fault in faults(name, image, self.channels, self.schemes):
+            raise UserError(fault)
         if "ct" not in self.schemes:
             return
         foreground = np.flatnonzero((label > 0).numpy())
@@ -101,6 +96,18 @@ class Intensities:
         low, high = np.percentile(values, (0.5, 99.5))
         mean, deviation = float(values.mean()), float(values.std()) or 1.0
         return {"scheme": "ct", "low": float(low), "high": float(high), "mean": mean, "deviation": deviation}
+
+
+def faults(name: str, image: torch.Tensor, channels: Sequence[str], how: Sequence[str | None]) -> list[str]:
+    """Why an image (c, x, y, z) cannot be trained on as it is: all voxels are equal, or a channel without a scheme in `how` looks like CT."""
+    if all(channel.amin() == channel.amax() for channel in image):
+        return [f"{name}: every voxel of the image is {image.flatten()[0].item():g}"]
+    return [
+        f"{name}: the channel {channel!r} has values as of CT in Hounsfield units, and its name does not say what it is: "
+        "pass --modality ct, or --modality other to scale each image by its own values"
+        for channel, scheme, values in zip(channels, how, image, strict=True)
+        if scheme is None and looks_like_ct(values)
+    ]
 
 
 def looks_like_ct(values: torch.Tensor) -> bool:

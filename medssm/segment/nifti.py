@@ -91,10 +91,15 @@ def read_image(paths: Sequence[Path], channels: int | None = None, nan: float | 
         raise UserError(f"{paths[0]}: expected {channels} channel(s), got {len(data)}")
     bad = int(data.size - np.isfinite(data).sum())
     if bad and nan is None:
-        raise UserError(f"{paths[0]}: {bad} voxel(s) are not finite (NaN or infinite): --nan VALUE puts a number in their place")
+        raise UserError(not_finite(paths[0], bad))
     if bad:
         data[~np.isfinite(data)] = nan
     return data.reshape(len(data), *volume_shape(first)), first
+
+
+def not_finite(path: Path, count: int) -> str:
+    """The line about a file with `count` voxels that are NaN or infinite."""
+    return f"{path}: {count} voxel(s) are not finite (NaN or infinite): --nan VALUE puts a number in their place"
 
 
 def read_label(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:

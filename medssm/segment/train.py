@@ -28,6 +28,7 @@ from medssm.segment.cases import Case
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.fit import fit
 from medssm.segment.inference import probabilities
+from medssm.segment.intensity import SCHEMES
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
 from medssm.segment.losses import SegmentationLoss
 from medssm.segment.patches import Patches
@@ -37,7 +38,6 @@ from medssm.segment.volumes import load
 
 ARGUMENTS, CASES, CURVES = "train.yaml", "cases.json", "curves.png"
 _STEPS = 1000
-_SCHEMES = {"ct": "as CT, by the foreground of all cases", "zscore": "by its own mean and deviation", "none": "unchanged"}
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 _PATHS = ("dataset", "out", "splits", "cache")  # arguments that are paths
 
@@ -369,7 +369,7 @@ def _plan(
     swapped = "".join(f"; {names[a]} and {names[b]} change places" for a, b in fitted.sides)
     held_out = f"{len(validation)} held out, validated {validations} times" if validation and validations else "no validation"
     budget = " or ".join([*([f"{max_steps:,} steps"] if max_steps else []), *([f"{max_seconds:g} s"] if max_seconds else [])])
-    scaled = ", ".join(f"{name} {_SCHEMES[how['scheme']]}" for name, how in zip(fitted.channels, fitted.intensity, strict=True))
+    scaled = ", ".join(f"{name} {SCHEMES[how['scheme']]}" for name, how in zip(fitted.channels, fitted.intensity, strict=True))
     lines = {
         "device": f"{fabric.device}, {fabric.world_size} process(es)",
         "cases": f"{len(training)} to train on, {held_out}",

@@ -16,16 +16,8 @@ from matplotlib.patheffects import withStroke
 
 from medssm.files import atomic, read_json_lines
 from medssm.segment.demo.data import Brain, whole
+from medssm.segment.pages import COLOURS
 
-COLOURS = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)  # Okabe and Ito's colours, which colour-blind readers can tell apart
 MARKERS = ("o", "s", "^", "D", "v", "P", "x")
 NETWORKS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # of curves and marks; the first is ours
 _INK, _DARK = "#1c2733", "#0b0f14"

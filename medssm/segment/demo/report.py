@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from medssm.files import write_text
+from medssm.segment.pages import inline, write_page
 
 
 class _Metric(NamedTuple):
@@ -36,12 +33,12 @@ def write_report(path: Path, metrics: Mapping[str, Any], figures: Mapping[str, P
         metrics: what metrics.json holds (see `pipeline.structures`)
         figures: the PNG files "found", "overlays", "split", "dice" and "curves"
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     columns, split = [*metrics["classes"], "mean"], metrics["split"]
-    page = environment.get_template("report.html").render(
-        {row["key"]: row for row in metrics["rows"] if row["key"] in ("ours", "monai", "mirrored", "look_up")},
+    write_page(
+        path,
+        Path(__file__).with_name("report.html"),
+        "medssm demo",
+        **{row["key"]: row for row in metrics["rows"] if row["key"] in ("ours", "monai", "mirrored", "look_up")},
         m=metrics,
         trained=split["trained"],
         tested=split["tested"],
@@ -50,9 +47,8 @@ def write_report(path: Path, metrics: Mapping[str, Any], figures: Mapping[str, P
         tables=[_table(name, metric, metrics, columns) for name, metric in _METRICS.items()],
         about={row["title"]: _about(row) for row in metrics["rows"]},
         method=_method(metrics),
-        image={name: _inline(file) for name, file in figures.items()},
+        image={name: inline(file.read_bytes()) for name, file in figures.items()},
     )
-    write_text(path, page)
 
 
 def _table(name: str, metric: _Metric, metrics: Mapping[str, Any], columns: list[str]) -> dict[str, Any]:
@@ -93,7 +89,3 @@ def _method(metrics: Mapping[str, Any]) -> dict[str, str]:
         "their edge. All this was chosen with the sides exchanged: trained on the left one, tested on the right one.",
         "Metrics": "By medssm evaluate, in millimetres. If nothing of a class was found, its HD95 is the image's diagonal.",
     }
-
-
-def _inline(file: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
