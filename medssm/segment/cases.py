@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medssm.errors import UserError
-from medssm.segment.nifti import NIFTI_ENDINGS, open_nifti, strip_ending
+from medssm.segment.images import ending_of, image_files, open_image, strip_ending
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's channel files end in _0000, _0001, ...
 
@@ -30,29 +30,18 @@ class Case:
         return self.label
 
 
-def nifti_files(folder: Path) -> list[Path]:
-    """The NIfTI files of a folder, by name. Hidden ones are left out: a name with a leading dot is a file that is still being written.
-
-    Raises UserError if the folder cannot be read.
-    """
-    try:
-        return sorted(file for file in folder.iterdir() if file.name.endswith(NIFTI_ENDINGS) and not file.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
-
-
 def cases_in(path: Path | str, channels: int) -> list[Case]:
     """The cases to predict: those of a folder (see `grouped`), or the file itself, with the other channels beside it if the network takes several.
 
-    Raises UserError if there is no such path, no NIfTI file in the folder, or two files that would give one label map.
+    Raises UserError if there is no such path, no image in the folder, or two files that would give one label map.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_dir():
-        files = nifti_files(path)
+        files = image_files(path)
         if not files:
-            raise UserError(f"{path}: no .nii or .nii.gz file in this folder")
+            raise UserError(f"{path}: no image in this folder")
         return grouped(files, channels)
     name, number = _channel(path)
     if number is None or number >= channels or _has_all_channels(path, channels):
@@ -77,7 +66,7 @@ def grouped(files: Iterable[Path], channels: int) -> list[Case]:
         if number is None or _has_all_channels(file, channels):
             cases.append(Case(strip_ending(file), (file,)))
         else:
-            parts.setdefault((name, file.name[len(strip_ending(file)) :]), {})[number] = file
+            parts.setdefault((name, ending_of(file)), {})[number] = file
     for (name, _), found in parts.items():
         wanted = set(range(channels))
         if wanted <= found.keys():
@@ -136,16 +125,14 @@ def _channel(file: Path) -> tuple[str, int | None]:
 
 
 def _channel_files(beside: Path, name: str, channels: int) -> tuple[Path, ...]:
-    ending = beside.name[len(strip_ending(beside)) :]
-    return tuple(beside.with_name(f"{name}_{i:04d}{ending}") for i in range(channels))
+    return tuple(beside.with_name(f"{name}_{i:04d}{ending_of(beside)}") for i in range(channels))
 
 
 def _has_all_channels(file: Path, channels: int) -> bool:
-    """Whether a file has the image's several channels on a fourth axis: its ending is then no channel's number."""
+    """Whether a file has the image's several channels: its ending is then no channel's number."""
     if channels == 1:
         return False
     try:
-        image = open_nifti(file)
+        return open_image(file).channels == channels
     except UserError:
         return False
-    return image.ndim == 4 and image.shape[3] == channels

@@ -23,7 +23,7 @@ from medssm.segment import intensity, pages
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset, absent_classes, check_values, counted_channels, described, faults, split, unnamed_classes
 from medssm.segment.fit import fit_mirror, fit_slice_axis, wrong_units
-from medssm.segment.nifti import affine_mm, lengths, not_finite, ras_grid, read_image, read_label
+from medssm.segment.images import Image, lengths, not_finite, ras_grid, read_image, read_label
 from medssm.segment.progress import progress
 from medssm.segment.sides import pairs, sided, unnamed
 
@@ -158,13 +158,17 @@ def _look(
     def found(level: Literal["error", "warning", "note"], kind: str, text: str, file: Path = case.images[0]) -> None:
         findings.append(Finding(level, kind, str(file), text if text.startswith(str(file)) else f"{file}: {text}"))
 
-    lines = faults(case, len(table.channels))
+    files: list[Image] = []
+    lines = faults(case, len(table.channels), files)
     for line in lines:
         findings.append(Finding("error", "files", next((str(f) for f in (*case.images, case.label_file) if line.startswith(f"{f}:")), ""), line))
     if lines:
         return None
+    for one in files:
+        for note in one.notes:
+            found("note", "files", note, one.path)
     data, file = read_image(case.images, len(table.channels), np.nan if nan is None else nan)
-    label, _ = read_label(case.label_file)
+    label, _ = read_label(case.label_file, file)
     edges, shape = ras_grid(file)
 
     finite = np.isfinite(data)
@@ -202,14 +206,14 @@ def _look(
         "files": [str(path) for path in (*case.images, case.label_file)],
         "shape": shape.tolist(),
         "spacing": [float(f"{edge:.6g}") for edge in edges],
-        "orientation": "".join(nib.aff2axcodes(affine_mm(file))),
+        "orientation": "".join(nib.aff2axcodes(file.affine)),
         "channels": dict(zip(table.channels, channels, strict=True)),
         "voxels": voxels,
         "ml": {value: float(f"{count * ml:.6g}") for value, count in voxels.items()},
         "digest": hashlib.blake2b(np.ascontiguousarray(data).data, digest_size=16).hexdigest(),
     }
     if picture:
-        turn = nib.io_orientation(affine_mm(file))
+        turn = nib.io_orientation(file.affine)
         grey, drawn = (nib.orientations.apply_orientation(array, turn) for array in (data[0], label))
         drawn = np.where(drawn == (table.ignore if table.ignore is not None else 0), 0, drawn)
         window = _CT_WINDOW if schemes[0] == "ct" else (channels[0]["low"], channels[0]["high"])

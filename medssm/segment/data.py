@@ -15,8 +15,8 @@ import numpy as np
 
 from medssm.errors import UserError
 from medssm.files import read_json
-from medssm.segment.cases import Case, distinct, grouped, nifti_files
-from medssm.segment.nifti import NIFTI_ENDINGS, different_grid, open_nifti, read_label, strip_ending
+from medssm.segment.cases import Case, distinct, grouped
+from medssm.segment.images import ENDINGS, Image, aligned, ending_of, image_files, open_image, read_label, say, strip_ending
 
 DATASET, FITTED = "dataset.json", "fitted.json"  # what describes a data set, and a trained network's data
 _KEYS = {"image", "label", "fold"}  # of a case in a datalist
@@ -40,10 +40,12 @@ class Dataset:
 def load_dataset(path: Path | str) -> Dataset:
     """The data set of a folder with dataset.json (nnU-Net v1 and v2, Medical Segmentation Decathlon) or of a MONAI datalist's JSON file.
 
-    Raises UserError with one line for each bad file: missing, no NIfTI, a channel missing, label and image on different grids.
+    Raises UserError with one line for each bad file: missing, no image, a channel missing, label and image on different grids.
     """
     dataset = described(path)
-    _complain([line for case in dataset.cases for line in faults(case, len(dataset.channels) or None)])
+    files: list[Image] = []
+    _complain([line for case in dataset.cases for line in faults(case, len(dataset.channels) or None, files)])
+    say(files)
     return replace(dataset, channels=dataset.channels or counted_channels(dataset.cases), classes=dataset.classes or _found_classes(dataset.cases))
 
 
@@ -77,8 +79,7 @@ def counted_channels(cases: Sequence[Case]) -> tuple[str, ...]:
     """Names for the channels of a data set that names none, by the number that the first readable case has."""
     for case in cases:
         with contextlib.suppress(UserError):
-            first = open_nifti(case.images[0])
-            return tuple(f"channel_{i}" for i in range(first.shape[3] if first.ndim == 4 else len(case.images)))
+            return tuple(f"channel_{i}" for i in range(sum(open_image(file).channels for file in case.images)))
     return ("channel_0",)
 
 
@@ -151,11 +152,11 @@ def check_values(case: Case, values: np.ndarray, classes: dict[str, int], ignore
 
 def _folder_cases(root: Path, channels: int, ending: str) -> list[Case]:
     """imagesTr/CASE_0000.nii.gz, ... with labelsTr/CASE.nii.gz."""
-    if ending not in NIFTI_ENDINGS:
-        raise UserError(f"{root / DATASET}: file_ending: expected .nii.gz or .nii, got {ending!r}")
+    if ending not in ENDINGS:
+        raise UserError(f"{root / DATASET}: file_ending: expected one of {', '.join(ENDINGS)}, got {ending!r}")
     if not channels:
         raise UserError(f'{root / DATASET}: channel_names: expected {{"0": name, ...}}, got none')
-    images, labels = ([file for file in nifti_files(root / part) if file.name.endswith(ending)] for part in ("imagesTr", "labelsTr"))
+    images, labels = ([file for file in image_files(root / part) if ending_of(file) == ending] for part in ("imagesTr", "labelsTr"))
     cases = {case.name: replace(case, label=root / "labelsTr" / f"{case.name}{ending}") for case in grouped(images, channels)}
     for label in labels:  # one without an image: its own line says so
         name = strip_ending(label)
@@ -249,23 +250,25 @@ def absent_classes(classes: Mapping[str, int], found: Collection[int]) -> list[s
     return [f"classes: no training case has {name}" for name, value in classes.items() if value and value not in found]
 
 
-def faults(case: Case, channels: int | None) -> list[str]:
-    """What is wrong with a case's files by their headers, one line each."""
+def faults(case: Case, channels: int | None, files: list[Image]) -> list[str]:
+    """What is wrong with a case's files by their headers, one line each. Those that are right are added to `files`."""
     opened, lines = [], []
     for path in (*case.images, case.label_file):
         try:
-            opened.append(open_nifti(path))
+            opened.append(open_image(path))
         except UserError as error:
             lines.append(str(error))
     if lines:
         return lines
     *images, label = opened
-    if channels is not None and len(images) == 1 and channels != (images[0].shape[3] if images[0].ndim == 4 else 1):
-        lines.append(f"{case.images[0]}: expected {channels} channel(s), got the shape {images[0].shape}")
-    for path, image in zip((*case.images[1:], case.label_file), (*images[1:], label), strict=True):
-        difference = different_grid(image, images[0])
-        if difference:
-            lines.append(f"{path}: not on the grid of {case.images[0]}: {difference}")
+    if channels is not None and len(images) == 1 and channels != images[0].channels:
+        lines.append(f"{case.images[0]}: expected {channels} channel(s), got {images[0].channels}")
+    files.append(images[0])
+    for image in (*images[1:], label):
+        try:
+            files.append(aligned(image, images[0]))
+        except UserError as error:
+            lines.append(str(error))
     return lines
 
 

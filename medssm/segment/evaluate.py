@@ -19,11 +19,11 @@ from scipy import ndimage
 from medssm.errors import UserError
 from medssm.files import first_line, protect, read_json, write_bytes, write_json
 from medssm.options import Option
-from medssm.segment.cases import Case, nifti_files, one_of_each_name
+from medssm.segment.cases import Case, one_of_each_name
 from medssm.segment.data import load_classes
+from medssm.segment.images import Image, image_files, read_label, say, strip_ending
 from medssm.segment.inputs import folders_below
 from medssm.segment.metrics import compare
-from medssm.segment.nifti import different_grid, read_label, spacing_mm, strip_ending
 from medssm.segment.progress import progress
 
 METRICS = ("dice", "hd95", "nsd")
@@ -49,8 +49,8 @@ def evaluate(
     """Compare predicted label maps with references, class by class, in millimetres: Dice, HD95 and surface Dice.
 
     Args: Files
-        predictions: NIfTI file, or a folder with all that is below it
-        references: NIfTI file, or a folder with files of the same names and places
+        predictions: image file, or a folder with all that is below it
+        references: image file, or a folder with files of the same names and places
         classes: dataset.json or weights folder that names the classes, or {name: value} (default: every value in the files)
         json_file: file to write the result to as JSON
         csv_file: file to write a row to for each case and class
@@ -80,15 +80,17 @@ def evaluate(
         if file:
             protect(Path(file), reads=read, made=made, overwrite=overwrite, argument=argument)
     cases, failed = {}, dict(missing)
+    files: list[Image] = []
     with progress("evaluating", quiet) as show:
         for i, (name, (prediction, reference)) in enumerate(pairs.items()):
             try:
-                cases[name] = _compare_case(prediction, reference, names, ignore, nsd_mm)
+                cases[name] = _compare_case(prediction, reference, names, ignore, nsd_mm, files)
             except UserError as error:
                 failed[name] = str(error)
             except (MemoryError, OSError) as error:
                 failed[name] = f"{prediction}: {type(error).__name__}: {first_line(error)}"
             show((i + 1) / len(pairs), name)
+    say(files)
     if not cases:
         raise UserError("\n".join(failed.values()))
     found = dict.fromkeys(label for case in cases.values() for label in case)
@@ -146,13 +148,12 @@ def bootstrap(values: Mapping[str, float], patients: Mapping[str, str], seed: in
 
 
 def _compare_case(
-    prediction: Path, reference: Path, names: Mapping[str, int] | None, ignore: int | None, nsd_mm: float
+    prediction: Path, reference: Path, names: Mapping[str, int] | None, ignore: int | None, nsd_mm: float, files: list[Image]
 ) -> dict[str, dict[str, float] | None]:
-    """{class: its metrics, or None where it is in neither file}."""
-    (found, found_file), (truth, truth_file) = read_label(prediction), read_label(reference)
-    difference = different_grid(found_file, truth_file)
-    if difference:
-        raise UserError(f"{prediction}: not on the grid of {reference}: {difference}")
+    """{class: its metrics, or None where it is in neither file}. The prediction is added to `files`."""
+    truth, file = read_label(reference)
+    found, found_file = read_label(prediction, file)
+    files.append(found_file)
     if ignore is not None:
         found, truth = (np.where(truth == ignore, 0, data) for data in (found, truth))
     boxes = _boxes(found), _boxes(truth)
@@ -161,7 +162,7 @@ def _compare_case(
             raise UserError(f"{path}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(names.values())}")
     wanted = names or {str(value): value for value in boxes[0] | boxes[1]}
     result: dict[str, dict[str, float] | None] = {name: None for name, value in wanted.items() if value != 0}
-    spacing = spacing_mm(truth_file).tolist()
+    spacing = file.spacing.tolist()
     for name in result:
         value = wanted[name]
         parts = [table[value] for table in boxes if value in table]
@@ -194,14 +195,14 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
         raise UserError(f"references: expected a folder as the predictions are, got the file {references}")
     found, wanted = _by_name(predictions), _by_name(references)
     if not wanted:
-        raise UserError(f"{references}: no .nii or .nii.gz file in this folder")
+        raise UserError(f"{references}: no image in this folder")
     missing = {name: f"{predictions}: no prediction for {name}" for name in sorted(wanted.keys() - found.keys())}
     return {name: (found[name], wanted[name]) for name in sorted(wanted) if name in found}, missing, sorted(found.keys() - wanted.keys())
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
     """{name: file} of a folder and those below it; a name is the path below the folder, without the ending."""
-    files = [file for place in folders_below(folder) for file in nifti_files(place)]
+    files = [file for place in folders_below(folder) for file in image_files(place)]
     cases = one_of_each_name([Case((file.parent.relative_to(folder) / strip_ending(file)).as_posix(), (file,)) for file in files])
     return {case.name: case.images[0] for case in cases}
 
@@ -225,7 +226,7 @@ def _is_table(file: Path) -> bool:
 
 
 def _named_like(prediction: Path, folder: Path) -> Path:
-    for file in nifti_files(folder):
+    for file in image_files(folder):
         if strip_ending(file) == strip_ending(prediction):
             return file
     raise UserError(f"{folder}: no reference for {prediction.name}")

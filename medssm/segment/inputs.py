@@ -10,8 +10,9 @@ from typing import Any
 
 from medssm.errors import UserError
 from medssm.files import read_json
-from medssm.segment.cases import Case, cases_in, nifti_files, one_of_each_name
+from medssm.segment.cases import Case, cases_in, one_of_each_name
 from medssm.segment.data import DATASET
+from medssm.segment.images import ending_of, image_files, strip_ending
 
 DATALIST, LIST = ".json", ".txt"
 _TESTING = ("testing", "test")  # a datalist's sections of images to predict: MONAI's name and the Decathlon's
@@ -57,7 +58,7 @@ def _below(root: Path, channels: int, out: Path) -> list[Case]:
         raise UserError(f"{root}: the folder of a data set, with images and labels: name the folder of its images, or its {DATASET}")
     cases: list[Case] = []
     for folder in folders_below(root, {out.resolve()} - {root.resolve()}):
-        if nifti_files(folder):
+        if image_files(folder):
             cases += [replace(case, name=_joined(folder.relative_to(root), case)) for case in cases_in(folder, channels)]
     return cases or cases_in(root, channels)  # which says that there is none
 
@@ -118,6 +119,6 @@ def _listed(files: Sequence[Path], channels: int) -> Case:
         return replace(cases_in(files[0], channels)[0], images=tuple(files))
     (file,) = files
     if not file.exists():  # nnU-Net's first dataset.json lists NAME.nii.gz for NAME_0000.nii.gz, ...
-        first = file.with_name(file.name.replace(".nii", "_0000.nii"))
+        first = file.with_name(f"{strip_ending(file)}_0000{ending_of(file)}")
         file = first if first.exists() else file
     return cases_in(file, channels)[0]

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -29,21 +28,9 @@ from medssm.options import Option
 from medssm.segment import networks
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED
+from medssm.segment.images import Image, far_apart, is_made_here, lengths, nifti, ras_grid, read_image, read_label, strip_ending, write_image
 from medssm.segment.inference import probabilities
 from medssm.segment.inputs import cases_of
-from medssm.segment.nifti import (
-    NIFTI_ENDINGS,
-    affine_mm,
-    far_apart,
-    is_made_here,
-    lengths,
-    ras_grid,
-    read_image,
-    read_label,
-    strip_ending,
-    volume_shape,
-    write_nifti,
-)
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, write_volumes
@@ -187,7 +174,7 @@ def _predict_case(
     if data.max() == data.min():
         raise UserError(f"{case.images[0]}: every voxel of the image is {data.flat[0]:g}")
     _check_size(case, file, folds, save_probabilities)
-    original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine_mm(file)))
+    original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine))
     grids = []  # folds on one grid are summed there, so that each grid is resampled back once
     for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
         grid, total = geometry(spacing), torch.zeros(())
@@ -202,7 +189,7 @@ def _predict_case(
             total = total + probabilities(fold.network, image.as_tensor(), fold.fitted, show=show_fold, **window)
         grids.append((grid, image, total / len(folds)))
     classes = folds[0].fitted.classes
-    best, positions, kept = torch.full(volume_shape(file), -1.0), torch.zeros(volume_shape(file), dtype=torch.int64), []
+    best, positions, kept = torch.full(file.shape, -1.0), torch.zeros(file.shape, dtype=torch.int64), []
     for i in range(len(classes)):  # class after class: all of them on the input's grid may not fit into memory
         back = sum((_back(grid, image, total[i]) for grid, image, total in grids), torch.zeros(()))
         better = back > best
@@ -211,9 +198,9 @@ def _predict_case(
             kept.append(back.numpy())
     values = np.array(list(classes.values()))
     labels = values[positions.numpy()].astype(_smallest(values))
-    write_nifti(target, labels, file)
+    write_image(target, labels, file)
     if save_probabilities:
-        write_nifti(_of_probabilities(target), np.stack(kept, -1).astype(np.float32), file)
+        nifti.write(_of_probabilities(target), np.stack(kept, -1).astype(np.float32), file)
     return volumes(labels, file, classes)
 
 
@@ -239,7 +226,7 @@ def _written_at_the_end(table: Path | None, measured: Mapping[str, Volumes]) -> 
             write_volumes(table, before | dict(measured))
 
 
-def _check_size(case: Case, file: nib.Nifti1Image, folds: Sequence[_Fold], save_probabilities: bool) -> None:
+def _check_size(case: Case, file: Image, folds: Sequence[_Fold], save_probabilities: bool) -> None:
     """UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold the probabilities."""
     edges, shape = ras_grid(file)
     classes, grids = len(folds[0].fitted.classes), dict.fromkeys(fold.fitted.spacing for fold in folds)
@@ -304,12 +291,12 @@ def _check_alike(folds: Sequence[_Fold]) -> None:
 
 
 def _targets(cases: Sequence[Case], out: Path) -> dict[str, Path]:
-    if len(cases) == 1 and out.name.endswith(NIFTI_ENDINGS):
+    if len(cases) == 1 and out.name.endswith(nifti.ENDINGS):
         return {cases[0].name: out}
-    if out.name.endswith(NIFTI_ENDINGS) or out.is_file():
+    if out.name.endswith(nifti.ENDINGS) or out.is_file():
         raise UserError(f"out: expected a folder for {len(cases)} case(s), got the file {out}")
     if out.suffix.lower() in _OTHER_FORMATS and not out.is_dir():
-        raise UserError(f"out: expected a file that ends in {' or '.join(NIFTI_ENDINGS)}, or a folder, got {out}")
+        raise UserError(f"out: expected a file that ends in {' or '.join(nifti.ENDINGS)}, or a folder, got {out}")
     return {case.name: out / f"{case.name}.nii.gz" for case in cases}
 
 

@@ -21,7 +21,7 @@ from medssm.errors import UserError
 from medssm.files import read_json, write_json
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset, check_values
-from medssm.segment.nifti import affine_mm, different_grid, open_nifti, read_image, read_label
+from medssm.segment.images import open_image, read_image, read_label
 
 IGNORE = -1  # in a label map for training: a voxel without a label, which counts in no loss
 
@@ -89,7 +89,7 @@ def geometry(spacing: Sequence[float], mode: str = "bilinear") -> Compose:
 def load_image(case: Case, channels: int, spacing: Sequence[float], nan: float | None = None) -> MetaTensor:
     """A case's channels (c, x, y, z) in RAS at `spacing`, not yet scaled. Raises UserError for what `read_image` refuses."""
     data, file = read_image(case.images, channels, nan)
-    return geometry(spacing)(MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine_mm(file))))
+    return geometry(spacing)(MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine)))
 
 
 def load_label(case: Case, dataset: Dataset, spacing: Sequence[float]) -> torch.Tensor:
@@ -97,15 +97,12 @@ def load_label(case: Case, dataset: Dataset, spacing: Sequence[float]) -> torch.
 
     Raises UserError if it cannot be read, holds a value that is no class, or lies on another grid than the image.
     """
-    values, file = read_label(case.label_file)
-    difference = different_grid(file, open_nifti(case.images[0]))
-    if difference:
-        raise UserError(f"{case.label}: not on the grid of {case.images[0]}: {difference}")
+    values, file = read_label(case.label_file, open_image(case.images[0]))
     found, inverse = np.unique(values, return_inverse=True)
     check_values(case, found, dataset.classes, dataset.ignore)
     position = {value: i for i, value in enumerate(dataset.classes.values())} | ({} if dataset.ignore is None else {dataset.ignore: IGNORE})
     positions = np.array([position[value] for value in found.tolist()], np.float32)[inverse].reshape(1, *values.shape)
-    moved = geometry(spacing, mode="nearest")(MetaTensor(torch.from_numpy(positions), affine=torch.from_numpy(affine_mm(file))))
+    moved = geometry(spacing, mode="nearest")(MetaTensor(torch.from_numpy(positions), affine=torch.from_numpy(file.affine)))
     return moved.as_tensor()[0].round().to(torch.int16)
 
 

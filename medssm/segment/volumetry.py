@@ -8,23 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-import nibabel as nib
 import numpy as np
 
 from medssm.files import write_text
-from medssm.segment.nifti import affine_mm
+from medssm.segment.images import Image
 
 VOLUMES = "volumes.csv"
 _COLUMNS = ("case", "class", "voxels", "ml")
 Volumes: TypeAlias = "dict[str, dict[str, float]]"  # {class: {"voxels": number, "ml": millilitres}}
 
 
-def volumes(labels: np.ndarray, image: nib.Nifti1Image, classes: Mapping[str, int]) -> Volumes:
+def volumes(labels: np.ndarray, image: Image, classes: Mapping[str, int]) -> Volumes:
     """How large each class of a label map is; `image` has the map's geometry, and of `classes`, {name: value}, 0 is left out.
 
     1 ml is 1000 mm^3. A voxel has the volume |det A| of the affine A in millimetres, so an oblique grid is measured right.
     """
-    voxel = abs(float(np.linalg.det(affine_mm(image)[:3, :3]))) / 1000
+    voxel = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
     counts = {name: int(np.count_nonzero(labels == value)) for name, value in classes.items() if value}
     return {name: {"voxels": count, "ml": count * voxel} for name, count in counts.items()}
 

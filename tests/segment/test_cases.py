@@ -10,7 +10,7 @@ from medssm.errors import UserError
 from medssm.segment.cases import cases_in, grouped
 from medssm.segment.data import load_dataset, split
 from medssm.segment.evaluate import evaluate
-from medssm.segment.nifti import affine_mm, different_grid, open_nifti, spacing_mm
+from medssm.segment.images import different_grid, open_image
 from medssm.segment.train import CASES, train
 from tests.segment.synthetic import UNET, nnunet_folder, volume, write
 
@@ -201,15 +201,15 @@ def unit(path, code, affine=None):
     image = nib.Nifti1Image(ZEROS, np.eye(4) if affine is None else affine)
     image.header["xyzt_units"] = code
     nib.save(image, path)
-    return open_nifti(path)
+    return open_image(path)
 
 
 @pytest.mark.parametrize(("code", "factor"), [(0, 1), (1, 1000), (2, 1), (3, 0.001), (7, 1), (10, 1)])
 def test_one_function_reads_a_headers_geometry(tmp_path, code, factor):
     """Metres, millimetres and microns, no unit, a code that NIfTI does not have, and millimetres with seconds."""
     image = unit(tmp_path / "a.nii.gz", code, np.diag([2, 3, 4, 1.0]))
-    np.testing.assert_allclose(spacing_mm(image), np.array([2, 3, 4]) * factor)
-    np.testing.assert_allclose(affine_mm(image), np.diag([2 * factor, 3 * factor, 4 * factor, 1]))
+    np.testing.assert_allclose(image.spacing, np.array([2, 3, 4]) * factor)
+    np.testing.assert_allclose(image.affine, np.diag([2 * factor, 3 * factor, 4 * factor, 1]))
 
 
 def test_one_grid_in_two_units_is_one_grid(tmp_path):

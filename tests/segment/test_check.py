@@ -9,7 +9,7 @@ import pytest
 from medssm import cli
 from medssm.errors import UserError
 from medssm.segment.check import check
-from medssm.segment.nifti import write_nifti
+from medssm.segment.images import open_image, write_image
 from medssm.segment.train import train
 from tests.segment.synthetic import nnunet_folder, write
 from tests.segment.test_files_of_cases import datalist, pair
@@ -152,18 +152,12 @@ def test_spacings_and_units(tmp_path):
     folder = nnunet_folder(tmp_path, cases=5, shape=SHAPE)
     for name, edge in (("case_3", (1, 1, 4)), ("case_4", (1000, 1000, 1000))):
         for file in (folder / "imagesTr" / f"{name}_0000.nii.gz", folder / "labelsTr" / f"{name}.nii.gz"):
-            write(file, np.asarray(read(file).dataobj), np.diag([*edge, 1]))
+            write(file, np.asarray(open_image(file).own.dataobj), np.diag([*edge, 1]))
     assert found(folder) == {
         ("warning", "spacing", "case_3_0000.nii.gz"),
         ("error", "units", "case_4_0000.nii.gz"),
         ("warning", "units", "case_4_0000.nii.gz"),
     }
-
-
-def read(file):
-    from medssm.segment.nifti import open_nifti
-
-    return open_nifti(file)
 
 
 def test_ct_under_another_name_and_the_other_way_round(tmp_path):
@@ -187,8 +181,8 @@ def test_one_constant_channel_of_two(tmp_path):
 
 def test_equal_images_under_two_names(tmp_path):
     folder = nnunet_folder(tmp_path, cases=3, shape=SHAPE)
-    first = read(folder / "imagesTr" / "case_0_0000.nii.gz")
-    write_nifti(folder / "imagesTr" / "case_2_0000.nii.gz", np.asarray(first.dataobj), first)
+    first = open_image(folder / "imagesTr" / "case_0_0000.nii.gz")
+    write_image(folder / "imagesTr" / "case_2_0000.nii.gz", first.voxels()[0], first)
     text = [f["text"] for f in check(folder, quiet=True)["findings"]]
     assert len(text) == 1 and re.fullmatch(r"\S+case_0_0000.nii.gz and \S+case_2_0000.nii.gz: equal images", text[0])
 
@@ -218,7 +212,7 @@ def test_planes(tmp_path):
     flat = nnunet_folder(tmp_path / "a", cases=2, shape=(20, 18, 1), labels={"background": 0, "box": 2})
     assert found(flat) == {("note", "planes", "")}
     mixed = nnunet_folder(tmp_path / "b", cases=2, shape=SHAPE)
-    image, label = (np.asarray(read(mixed / part).dataobj)[..., 3:4] for part in ("imagesTr/case_1_0000.nii.gz", "labelsTr/case_1.nii.gz"))
+    image, label = (np.asarray(open_image(mixed / part).own.dataobj)[..., 3:4] for part in ("imagesTr/case_1_0000.nii.gz", "labelsTr/case_1.nii.gz"))
     write(mixed / "imagesTr" / "case_1_0000.nii.gz", image)
     write(mixed / "labelsTr" / "case_1.nii.gz", label)
     assert ("warning", "planes", "case_1_0000.nii.gz") in found(mixed)

@@ -11,7 +11,7 @@ import pytest
 from medssm.errors import UserError
 from medssm.segment.data import load_dataset
 from medssm.segment.demo import baselines, data
-from medssm.segment.nifti import read_image, read_label
+from medssm.segment.images import read_image, read_label
 from tests.segment.brain import BALL, BOX, install
 
 

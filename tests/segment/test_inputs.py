@@ -11,6 +11,7 @@ from medssm import cli, options
 from medssm.errors import UserError
 from medssm.segment.data import load_dataset
 from medssm.segment.evaluate import evaluate
+from medssm.segment.images import nifti
 from medssm.segment.inputs import cases_of
 from medssm.segment.predict import predict
 from medssm.segment.volumetry import read_volumes, volumes
@@ -84,7 +85,7 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
 
 def test_what_is_not_there_is_one_line(tmp_path):
     (tmp_path / "x").mkdir()
-    with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz file in this folder"):
+    with pytest.raises(UserError, match=r"no image in this folder"):
         found(tmp_path)
     with pytest.raises(UserError, match=r"none\.nii: no such file"):
         found(tmp_path / "none.nii")
@@ -201,13 +202,13 @@ def test_millilitres_of_any_grid():
     turned[:2, :2] = np.array([[0, -2.0], [3.0, 0]])  # 2 x 3 x 1 mm, turned by a quarter
     image = nib.Nifti1Image(label, turned)
     classes = {"background": 0, "a": 2, "b": 5, "c": 6}
-    assert volumes(label, image, classes) == {
+    assert volumes(label, nifti.record(image), classes) == {
         "a": {"voxels": 2, "ml": pytest.approx(0.012)},
         "b": {"voxels": 12, "ml": pytest.approx(0.072)},
         "c": {"voxels": 0, "ml": 0},
     }
     image.header.set_xyzt_units("micron")
-    assert volumes(label, image, classes)["a"]["ml"] == pytest.approx(1.2e-11)
+    assert volumes(label, nifti.record(image), classes)["a"]["ml"] == pytest.approx(1.2e-11)
 
 
 # -- a data set's own list

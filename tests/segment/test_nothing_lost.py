@@ -12,7 +12,7 @@ from medssm import cli
 from medssm.errors import UserError
 from medssm.segment import predict as module
 from medssm.segment.evaluate import evaluate
-from medssm.segment.nifti import is_made_here
+from medssm.segment.images import is_made_here
 from medssm.segment.predict import predict
 from tests.segment.synthetic import volume, write
 
@@ -101,7 +101,7 @@ def test_whatever_fails_in_one_case_does_not_end_the_others(only, scan, tmp_path
 
 @pytest.mark.parametrize("name", ["labels.nrrd", "labels.mha", "labels.png"])
 def test_another_format_is_no_folder(only, scan, tmp_path, name):
-    with pytest.raises(UserError, match=r"out: expected a file that ends in \.nii\.gz or \.nii, or a folder, got .*labels"):
+    with pytest.raises(UserError, match=r"out: expected a file that ends in \.nii\.gz or .*, or a folder, got .*labels"):
         predict(only, scan, tmp_path / name, device="cpu", quiet=True)
     assert not (tmp_path / name).exists()
 

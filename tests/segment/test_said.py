@@ -12,8 +12,8 @@ from medssm import cli
 from medssm.errors import UserError
 from medssm.segment import predict as module
 from medssm.segment.data import load_dataset
-from medssm.segment.formats import kind_of
-from medssm.segment.nifti import open_nifti, read_image
+from medssm.segment.images import open_image, read_image
+from medssm.segment.images.formats import kind_of
 from medssm.segment.predict import predict
 from medssm.segment.train import train
 from tests.segment.synthetic import UNET, nnunet_folder, volume, write
@@ -41,8 +41,8 @@ def test_a_name_that_does_not_fit_the_compression_is_read_and_said(tmp_path, cap
         data = gzip.compress(data)
     (tmp_path / name).write_bytes(data)
     with caplog.at_level(logging.WARNING, "medssm"):
-        found = open_nifti(tmp_path / name)
-    np.testing.assert_array_equal(np.asarray(found.dataobj), np.arange(24).reshape(4, 3, 2))
+        found = open_image(tmp_path / name)
+    np.testing.assert_array_equal(found.voxels()[0], np.arange(24).reshape(4, 3, 2))
     np.testing.assert_array_equal(found.affine, image.affine)
     assert " in ".join(["NIfTI", *["gzip"] * layers]) in caplog.text and "which its name does not say" in caplog.text
 
@@ -64,14 +64,14 @@ def test_a_name_that_does_not_fit_the_compression_is_read_and_said(tmp_path, cap
 def test_another_format_is_named(tmp_path, data, what, name):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}: not a readable NIfTI file: its content is {what} \("):
-        open_nifti(tmp_path / name)
+        open_image(tmp_path / name)
 
 
 def test_bytes_of_no_format(tmp_path):
     assert kind_of(b"\1\2\3" * 200) is None and kind_of(b"") is None
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(b"\1\2\3" * 200)[:-8])
     with pytest.raises(UserError, match=r"a\.nii\.gz: not a readable NIfTI file"):
-        open_nifti(tmp_path / "a.nii.gz")
+        open_image(tmp_path / "a.nii.gz")
 
 
 # -- voxels that are not finite

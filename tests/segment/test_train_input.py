@@ -17,9 +17,9 @@ from medssm.errors import UserError
 from medssm.files import write_bytes
 from medssm.segment.data import load_dataset
 from medssm.segment.fit import fit, fit_patch, fit_slice_axis, fit_spacing
+from medssm.segment.images import read_image, read_label
 from medssm.segment.intensity import scaling
 from medssm.segment.losses import SegmentationLoss
-from medssm.segment.nifti import read_image, read_label
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import IGNORE, Fitted, load_image, load_label, pad
 from tests.segment.synthetic import nnunet_folder, write

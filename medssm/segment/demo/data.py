@@ -16,7 +16,7 @@ from nibabel.processing import resample_from_to
 
 from medssm.errors import UserError
 from medssm.files import write_json
-from medssm.segment.nifti import different_grid, open_nifti, write_nifti
+from medssm.segment.images import different_grid, nifti, open_image
 
 SIDES = ("left", "right")
 GAP_MM = 6.0  # width around the midline that is neither trained nor tested on
@@ -91,7 +91,7 @@ def load_brain(name: str, trained: str = "right", gap_mm: float = GAP_MM) -> Bra
     """
     source = SOURCES[name]
     image, drawn, brain = (_open(source, file) for file in (source.image, source.labels, source.brain))
-    if different_grid(drawn, image):
+    if different_grid(nifti.record(drawn), nifti.record(image)):
         drawn = resample_from_to(drawn, (image.shape, image.affine), order=0)
     values = np.asanyarray(drawn.dataobj).round().astype(np.int32)
     labels = np.zeros(image.shape, np.uint8)
@@ -109,8 +109,8 @@ def write_dataset(brain: Brain, folder: Path) -> None:
     """Write the two halves in nnU-Net's layout: imagesTr and labelsTr hold the trained side, imagesTs and labelsTs the other one."""
     for half, section in ((brain.trained, "Tr"), (brain.tested, "Ts")):
         part = brain.image.slicer[half.box]
-        write_nifti(folder / f"images{section}" / f"{half.side}_0000.nii.gz", np.asanyarray(part.dataobj), part)
-        write_nifti(folder / f"labels{section}" / f"{half.side}.nii.gz", brain.labels[half.box], part)
+        nifti.write(folder / f"images{section}" / f"{half.side}_0000.nii.gz", np.asanyarray(part.dataobj), nifti.record(part))
+        nifti.write(folder / f"labels{section}" / f"{half.side}.nii.gz", brain.labels[half.box], nifti.record(part))
     write_json(
         folder / "dataset.json",
         {"name": brain.source.title, "channel_names": {"0": "T1"}, "labels": brain.classes, "numTraining": 1, "file_ending": ".nii.gz"},
@@ -128,7 +128,7 @@ def _open(source: Source, file: str) -> nib.Nifti1Image:
     folder = source.folder()
     if folder is None or not (folder / file).is_file():
         raise UserError(f"data: {source.title} is not installed: {source.missing}")
-    return open_nifti(folder / file)
+    return open_image(folder / file).own
 
 
 def _left_right(affine: np.ndarray, shape: tuple[int, ...]) -> tuple[int, np.ndarray]:

@@ -26,8 +26,8 @@ from medssm.segment.demo.baselines import looked_up_labels, mirrored_labels
 from medssm.segment.demo.data import GAP_MM, SIDES, SOURCES, Brain, load_brain, whole, write_dataset
 from medssm.segment.demo.report import write_report
 from medssm.segment.evaluate import METRICS, evaluate
+from medssm.segment.images import nifti, read_label
 from medssm.segment.loop import LOG
-from medssm.segment.nifti import read_label, write_nifti
 from medssm.segment.predict import predict
 from medssm.segment.train import train
 
@@ -123,7 +123,7 @@ def structures(
         _say(f"network {i + 1} of {len(nets)}: {_title(key, *net)}, {shared['max_steps']:,} training steps", quiet)
         rows.append(_network_row(out, brain, key, *net, recipes[key], seed=seed, device=device, overwrite=overwrite, quiet=quiet))
     for key, title, about, labels in _baselines(brain):
-        write_nifti(_prediction(out, brain, key), labels, brain.image.slicer[brain.tested.box])
+        nifti.write(_prediction(out, brain, key), labels, nifti.record(brain.image.slicer[brain.tested.box]))
         rows.append({"key": key, "title": title, "about": about, **_scores(out, brain, key)})
     metrics = {
         "version": medssm.__version__,
@@ -142,7 +142,7 @@ def structures(
     }
     _say("figures and report", quiet)
     pictures = _draw(out, brain, rows)
-    write_nifti(out / "labels.nii.gz", whole(brain, _labels(out, brain, "ours"), brain.tested), brain.image)
+    nifti.write(out / "labels.nii.gz", whole(brain, _labels(out, brain, "ours"), brain.tested), nifti.record(brain.image))
     write_json(out / "metrics.json", metrics)
     write_report(out / "report.html", metrics, pictures)
     return metrics

@@ -1,0 +1,201 @@
+"""One image, whatever file it came from: its grid in millimetres, and a way to read its voxels."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import DTypeLike
+
+from medssm import __version__, machine
+from medssm.errors import UserError, install_command
+from medssm.files import first_line
+
+logger = logging.getLogger("medssm")
+
+MADE_BY = f"medssm {__version__}"  # in each file that is written
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the axes of DICOM and ITK, in RAS
+_APART = 50  # times: cases whose spacings differ by more were not measured in one unit
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image file (or the folder of a DICOM series) with its header checked and its voxels not yet read.
+
+    format     as people call it: NIfTI, NRRD, MetaImage, DICOM, PNG, JPEG or TIFF
+    shape      (x, y, z), the axes in the file's own order; z is 1 for a plane
+    channels   numbers in a voxel
+    affine     (4, 4), from voxels to millimetres in RAS
+    load       reads the voxels (channels, x, y, z); its argument is the wanted type, None for the file's own
+    indices    reads them as a label map where that is another thing than the image: the indices of a palette
+    measured   False where the file does not say how large a pixel is, so that it counts as 1 mm
+    notes      what was assumed or left out, for the user
+    own        what the writer of this format needs beside the grid
+    """
+
+    path: Path
+    format: str
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    load: Callable[[DTypeLike | None], np.ndarray]
+    channels: int = 1
+    indices: Callable[[], np.ndarray] | None = None
+    measured: bool = True
+    notes: tuple[str, ...] = ()
+    own: Any = None
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1 or self.channels < 1:
+            raise UserError(f"{self.path}: expected voxels along every axis, got the shape {self.shape} with {self.channels} channel(s)")
+        if not np.isfinite(self.affine).all() or abs(np.linalg.det(self.affine[:3, :3])) < 1e-12:
+            raise UserError(f"{self.path}: the affine cannot be inverted: {np.round(self.affine[:3, :3], 4).tolist()}")
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """A voxel's edges in millimetres, (3,), along the file's axes."""
+        edges: np.ndarray = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return edges
+
+    def voxels(self, dtype: DTypeLike | None = None, *, labels: bool = False) -> np.ndarray:
+        """The voxels (channels, x, y, z) as `dtype`, by default in the type of the file.
+
+        Raises UserError if the file is damaged, or memory cannot hold what its header says.
+        """
+        needed, free = 4.0 * self.channels * math.prod(self.shape), machine.free_memory()
+        if needed > free:
+            raise UserError(
+                f"{self.path}: {' x '.join(map(str, self.shape))} voxels, {self.channels} channel(s), need {needed / 2**30:.1f} GiB of memory, "
+                f"{free / 2**30:.1f} are free"
+            )
+        try:
+            with quiet_libraries():
+                data = self.indices() if labels and self.indices else self.load(dtype)
+        except UserError:
+            raise
+        except Exception as error:  # each library raises what its readers raise: OSError, zlib.error, RuntimeError, struct.error, ...
+            raise UserError(f"{self.path}: truncated or corrupt ({reason(error)})") from error
+        if data.dtype.kind not in "iufb":
+            raise UserError(f"{self.path}: expected numbers, got voxels of the type {data.dtype}")
+        return data if dtype is None else data.astype(dtype, copy=False)
+
+
+def ras_grid(image: Image) -> tuple[np.ndarray, np.ndarray]:
+    """An image's spacing in millimetres and its shape along the RAS axes."""
+    orientation = nib.io_orientation(image.affine)  # entry i: which RAS axis the file's axis i runs along
+    order = np.argsort(orientation[:, 0])
+    return image.spacing[order], np.array(image.shape)[order]
+
+
+def lengths(edges: np.ndarray) -> str:
+    """Lengths for a message: "1 x 1 x 2.5"."""
+    return " x ".join(f"{edge:.3g}" for edge in edges)
+
+
+def far_apart(edges: np.ndarray, others: np.ndarray) -> bool:
+    """Whether two spacings differ, along every axis, by more than two images of one kind do: they were not measured in one unit of length."""
+    return bool((edges > _APART * others).all() or (others > _APART * edges).all())
+
+
+def different_grid(image: Image, other: Image) -> str | None:
+    """Why two images do not lie on the same grid, or None if they do: the same shape, and each corner within a tenth of a voxel.
+
+    Of pictures that do not say how large a pixel is, only the shapes are compared.
+    """
+    if image.shape != other.shape:
+        return f"shape {image.shape}, expected {other.shape}"
+    if _is_picture(image) and _is_picture(other) and not (image.measured and other.measured):
+        return None
+    corners = np.array([[*(np.array(corner) * (np.array(image.shape) - 1)), 1] for corner in np.ndindex(2, 2, 2)], float)
+    apart = np.linalg.norm((corners @ (image.affine - other.affine).T)[:, :3], axis=1).max()
+    smallest = other.spacing.min()
+    if apart > 0.1 * smallest:
+        return f"the affine puts a corner {apart:.3g} mm away (at most {0.1 * smallest:.3g} mm)"
+    return None
+
+
+def aligned(image: Image, other: Image) -> Image:
+    """`image` with the axes of `other`. Its voxels must lie where those of `other` lie; only the order and the direction of the axes may differ.
+
+    Raises UserError if they lie elsewhere.
+    """
+    difference = different_grid(image, other)
+    if difference is None:
+        return image if image.measured else replace(image, affine=other.affine)
+    turned = _turned(image, other)
+    if turned is None or different_grid(turned, other):
+        raise UserError(f"{image.path}: not on the grid of {other.path}: {difference}")
+    return turned
+
+
+def _turned(image: Image, other: Image) -> Image | None:
+    """`image` with its axes exchanged and flipped to those of `other`; None where they are not the same axes."""
+    steps = np.rint(np.linalg.solve(other.affine, image.affine)[:3, :3])  # column i: where axis i of `image` goes, in voxels of `other`
+    if not ((abs(steps).sum(0) == 1).all() and (abs(steps).sum(1) == 1).all()):
+        return None
+    axes = abs(steps).argmax(0)
+    turn = np.stack([axes, steps[axes, range(3)]], 1)
+    with_channels = np.vstack([[0, 1], np.add(turn, [1, 0])])
+    order = np.argsort(axes)
+    x, y, z = (image.shape[axis] for axis in order)
+    indices = image.indices
+    return replace(
+        image,
+        shape=(x, y, z),
+        affine=image.affine @ nib.orientations.inv_ornt_aff(turn, image.shape),
+        load=lambda dtype: nib.apply_orientation(image.load(dtype), with_channels),
+        indices=None if indices is None else lambda: nib.apply_orientation(indices(), with_channels),
+        notes=(*image.notes, "its axes are turned to those of its image"),
+    )
+
+
+def say(images: Iterable[Image]) -> None:
+    """Log what was assumed or left out, one line for each note, with the first file that it is about."""
+    about: dict[str, list[Path]] = {}
+    for image in images:
+        for note in image.notes:
+            about.setdefault(note, []).append(image.path)
+    for note, (first, *others) in about.items():
+        logger.warning("%s%s: %s", first, f" and {len(others)} other(s)" if others else "", note)
+
+
+def _is_picture(image: Image) -> bool:
+    return image.format in ("PNG", "JPEG", "TIFF")
+
+
+def needed(package: str, path: Path, what: str) -> Any:
+    """A package of the extra `io`. Raises UserError that says how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: {what} needs the package {package.partition('.')[0]}: {install_command('io')}") from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the warnings of the libraries that read files: what matters is in our own lines."""
+    loggers = [logging.getLogger(name) for name in ("tifffile", "pydicom", "nibabel")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
+
+
+def reason(error: BaseException) -> str:
+    """One line from a library's error. SimpleITK's own reason stands in its last line."""
+    text = str(error)
+    return text.splitlines()[-1].removeprefix("sitk::ERROR: ").strip() if "sitk::ERROR" in text else first_line(error)
