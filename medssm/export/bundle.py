@@ -152,21 +152,24 @@ def _inference(model: str, kwargs: dict, fitted: Fitted) -> dict:
         {"_target_": "SlidingWindowInfererAdapt"} if fitted.slice_axis is None else {"_target_": "SliceInferer", "spatial_dim": fitted.slice_axis}
     )
     values = list(fitted.classes.values())
-    renamed = (
-        []
-        if values == list(range(len(values)))
-        else [{"_target_": "MapLabelValued", "keys": "pred", "orig_labels": list(range(len(values))), "target_labels": values}]
-    )
+    decision: list[dict[str, Any]] = [{"_target_": "AsDiscreted", "keys": "pred", "argmax": True}]
+    if fitted.regions:  # a later region is written over an earlier one
+        over = "torch.where(pair[0] > 0.5, pair[1], label)"
+        written = f"zip(x.split(1), {list(fitted.regions.written)})"
+        decision = [{"_target_": "Lambdad", "keys": "pred", "func": f"$lambda x: functools.reduce(lambda label, pair: {over}, {written}, x[:1] * 0)"}]
+    elif values != list(range(len(values))):
+        decision.append({"_target_": "MapLabelValued", "keys": "pred", "orig_labels": list(range(len(values))), "target_labels": values})
+    last = "Sigmoid()" if fitted.regions else "Softmax(1)"
     memory = str(networks.memory_format(len(fitted.patch)))
     return {
-        "imports": ["$import glob"],
+        "imports": ["$import glob", "$import functools"],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/data'",
         "output_dir": "$@bundle_root + '/eval'",
         "datalist": f"$[{files}]",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "network_def": {**target, **kwargs},
-        "network": f"$torch.nn.Sequential(@network_def, torch.nn.Softmax(1)).to(@device, memory_format={memory})",
+        "network": f"$torch.nn.Sequential(@network_def, torch.nn.{last}).to(@device, memory_format={memory})",
         "intensity": [_intensity(how) for how in fitted.intensity],
         "preprocessing": {
             "_target_": "Compose",
@@ -199,8 +202,7 @@ def _inference(model: str, kwargs: dict, fitted: Fitted) -> dict:
             "_target_": "Compose",
             "transforms": [
                 {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False},
-                {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
-                *renamed,
+                *decision,
                 {
                     "_target_": "SaveImaged",
                     "keys": "pred",
@@ -242,7 +244,7 @@ def _intensity(how: dict) -> dict:
 
 def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str, requires: dict) -> dict:
     """configs/metadata.json, by MONAI's schema."""
-    classes, ct = list(fitted.classes), all(how["scheme"] == "ct" for how in fitted.intensity)
+    names, ct = list(fitted.structures), all(how["scheme"] == "ct" for how in fitted.intensity)
     tensor = {"type": "image", "spatial_shape": list(fitted.patch), "dtype": "float32", "value_range": [], "is_patch_data": True}
     return {
         "schema": SCHEMA,
@@ -253,8 +255,8 @@ def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str,
         "numpy_version": _number(np.__version__),
         "required_packages_version": requires,
         "name": name,
-        "task": f"Segmentation of {', '.join(classes[1:])}",
-        "description": f"{model}, trained by medssm on {', '.join(fitted.channels)} to segment {', '.join(classes[1:])}",
+        "task": f"Segmentation of {', '.join(names)}",
+        "description": f"{model}, trained by medssm on {', '.join(fitted.channels)} to segment {', '.join(names)}",
         "authors": authors,
         "copyright": f"Copyright (c) {authors}" if authors != "not stated" else "not stated",
         "data_type": "nibabel",
@@ -270,7 +272,7 @@ def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str,
                     "channel_def": _numbered(fitted.channels),
                 }
             },
-            "outputs": {"pred": {**tensor, "format": "labels", "num_channels": len(classes), "channel_def": _numbered(classes)}},
+            "outputs": {"pred": {**tensor, "format": "labels", "num_channels": len(fitted.outputs), "channel_def": _numbered(fitted.outputs)}},
         },
     }
 
@@ -293,7 +295,7 @@ def _readme(name: str, model: str, fitted: Fitted, requires: dict) -> str:
         window += f", slice by slice across axis {fitted.slice_axis}"
     return f"""# {name}
 
-{model}, trained by medssm. Segments {", ".join(list(fitted.classes)[1:])}. For research; not a medical device.
+{model}, trained by medssm. Segments {", ".join(fitted.structures)}. For research; not a medical device.
 
 ## Run
 Needs MONAI with fire, {", ".join(f"{package} {number}" for package, number in requires.items())}. In this folder:

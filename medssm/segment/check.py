@@ -25,6 +25,7 @@ from medssm.segment.data import Dataset, absent_classes, check_values, counted_c
 from medssm.segment.fit import fit_mirror, fit_slice_axis, wrong_units
 from medssm.segment.images import Image, lengths, not_finite, ras_grid, read_image, read_label
 from medssm.segment.progress import progress
+from medssm.segment.regions import structures
 from medssm.segment.sides import pairs, sided, unnamed
 
 REPORT = "check.html"
@@ -101,7 +102,7 @@ def check(
     classes = table.classes or unnamed_classes(values - {table.ignore})
     findings += _of_all(table, seen, classes, values)
     findings.sort(key=lambda finding: ("error", "warning", "note").index(finding.level))
-    result = _summary(table.name, channels, schemes, classes, seen) | {
+    result = _summary(table.name, channels, schemes, classes, list(structures(classes, table.regions)), seen) | {
         "listed": len(table.cases),
         "cases": {name: {key: value for key, value in case.items() if key not in ("picture", "digest")} for name, case in seen.items()},
         "findings": [asdict(finding) for finding in findings],
@@ -253,7 +254,7 @@ def _of_all(table: Dataset, seen: Mapping[str, Mapping[str, Any]], classes: Mapp
     elif flat:
         axis = "xyz"[fit_slice_axis(read)]
         findings.append(Finding("note", "planes", "", f"all cases are planes across {axis}: train with --spatial-dims 2"))
-    names = [name for name, value in classes.items() if value]
+    names = list(structures(classes, table.regions))
     alone = [name for name in sided(names) if not any(name in pair for pair in pairs(names))]
     if alone:
         findings.append(Finding("note", "sides", "", f"classes: {', '.join(alone)} has a side and no partner, so --mirror swap is not possible"))
@@ -263,7 +264,12 @@ def _of_all(table: Dataset, seen: Mapping[str, Mapping[str, Any]], classes: Mapp
 
 
 def _summary(
-    name: str, channels: Sequence[str], schemes: Sequence[str | None], classes: Mapping[str, int], seen: Mapping[str, Mapping[str, Any]]
+    name: str,
+    channels: Sequence[str],
+    schemes: Sequence[str | None],
+    classes: Mapping[str, int],
+    names: Sequence[str],
+    seen: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     cases = list(seen.values())
     rows = {}
@@ -283,7 +289,7 @@ def _summary(
         "spacing": _spread([case["spacing"] for case in cases]),
         "orientations": dict(Counter(case["orientation"] for case in cases).most_common()),
         "sides": {"classes": sided(names), "pairs": [list(pair) for pair in pairs(names)]},
-        "mirror": list(fit_mirror("auto", dict(classes), (0, 1, 2))[0]),
+        "mirror": list(fit_mirror("auto", ["background", *names], (0, 1, 2))[0]),
     }
 
 

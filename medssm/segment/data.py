@@ -7,7 +7,7 @@ import difflib
 import itertools
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from medssm.errors import UserError
 from medssm.files import read_json
 from medssm.segment.cases import Case, distinct, grouped
 from medssm.segment.images import ENDINGS, Image, aligned, ending_of, image_files, open_image, read_label, say, strip_ending
+from medssm.segment.regions import Regions, take_apart
 
 DATASET, FITTED = "dataset.json", "fitted.json"  # what describes a data set, and a trained network's data
 _KEYS = {"image", "label", "fold"}  # of a case in a datalist
@@ -27,7 +28,7 @@ _SHOWN = 20
 class Dataset:
     """Labelled cases, the names of their channels, and their classes ({name: value in the files}, background first).
 
-    Voxels of the value `ignore` have no label; None if there is no such value.
+    Voxels of the value `ignore` have no label; None if there is no such value. `regions` are made of classes; most data sets have none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Dataset:
     classes: dict[str, int]
     ignore: int | None
     cases: tuple[Case, ...]
+    regions: Regions = field(default_factory=Regions)
 
 
 def load_dataset(path: Path | str) -> Dataset:
@@ -63,7 +65,8 @@ def described(path: Path | str) -> Dataset:
         raise UserError(f"{description}: expected a JSON object, got {type(table).__name__}")
     root = description.parent
     channels = _channels(table, description)
-    labels = _classes(table.get("labels"), description)
+    plain, regions = take_apart(table.get("labels"), table.get("regions_class_order"), description)
+    labels = _classes(plain, description)
     if description.name != DATASET or _is_listed(root, table):
         cases = _listed_cases(root, table, description)
     else:
@@ -72,7 +75,7 @@ def described(path: Path | str) -> Dataset:
         meant = [key for key in table if key != "training" and difflib.get_close_matches(key.lower(), ["training"], 1, 0.8)]
         raise UserError(f"{description}: no training case found{f'; {meant[0]!r}: no such entry, training is one' if meant else ''}")
     ignore = labels.pop("ignore", None) if labels else None
-    return Dataset(str(table.get("name") or root.name), channels, labels, ignore, tuple(cases))
+    return Dataset(str(table.get("name") or root.name), channels, labels, ignore, tuple(cases), regions)
 
 
 def counted_channels(cases: Sequence[Case]) -> tuple[str, ...]:
@@ -83,16 +86,21 @@ def counted_channels(cases: Sequence[Case]) -> tuple[str, ...]:
     return ("channel_0",)
 
 
-def load_classes(path: Path) -> tuple[dict[str, int], int | None]:
-    """{name: value} and the ignored value, from a dataset.json, a fitted.json, or a folder with one of them. UserError if it names no classes."""
+def load_classes(path: Path) -> tuple[dict[str, int] | dict[str, tuple[int, ...]], int | None]:
+    """{class: value} or {region: values}, and the ignored value, from a dataset.json, a fitted.json, or a folder with one of them.
+
+    Raises UserError if it names no classes.
+    """
     files = [path / name for name in (FITTED, DATASET)] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file()), files[-1])
     table = read_json(file)
-    classes = dict(table.get("classes") or _classes(table.get("labels"), file))
+    plain, regions = take_apart(table.get("labels"), table.get("regions_class_order"), file)
+    classes = dict(table.get("classes") or _classes(plain, file))
     if not classes:
         raise UserError(f"{file}: names no classes")
     ignore = classes.pop("ignore", None)
-    return classes, table.get("ignore", ignore)
+    values = (table.get("regions") or {}).get("values") or regions.values
+    return {name: tuple(region) for name, region in values.items()} or classes, table.get("ignore", ignore)
 
 
 def split(
@@ -217,7 +225,7 @@ def _classes(labels: dict | None, description: Path) -> dict[str, int]:
     try:
         table = {str(name): int(value) for name, value in labels.items()}
     except TypeError as error:
-        raise UserError(f"{description}: labels: expected one value for each class, got {labels} (regions are not supported)") from error
+        raise UserError(f"{description}: labels: expected one value for each class, got {labels}") from error
     except ValueError:
         try:
             table = {str(name): int(value) for value, name in labels.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,7 @@ def evaluate(
     predictions: Path | str,
     references: Path | str,
     *,
-    classes: Mapping[str, int] | Path | str | None = None,
+    classes: Mapping[str, int | Sequence[int]] | Path | str | None = None,
     nsd_mm: float = 2.0,
     ignore: int | None = None,
     patient: str | None = None,
@@ -51,7 +51,7 @@ def evaluate(
     Args: Files
         predictions: image file, or a folder with all that is below it
         references: image file, or a folder with files of the same names and places
-        classes: dataset.json or weights folder that names the classes, or {name: value} (default: every value in the files)
+        classes: dataset.json or weights folder that names the classes or regions, or {name: value or values} (default: every value in the files)
         json_file: file to write the result to as JSON
         csv_file: file to write a row to for each case and class
         overwrite: write over files of other origin with `json_file` and `csv_file`
@@ -148,7 +148,7 @@ def bootstrap(values: Mapping[str, float], patients: Mapping[str, str], seed: in
 
 
 def _compare_case(
-    prediction: Path, reference: Path, names: Mapping[str, int] | None, ignore: int | None, nsd_mm: float, files: list[Image]
+    prediction: Path, reference: Path, names: Mapping[str, tuple[int, ...]] | None, ignore: int | None, nsd_mm: float, files: list[Image]
 ) -> dict[str, dict[str, float] | None]:
     """{class: its metrics, or None where it is in neither file}. The prediction is added to `files`."""
     truth, file = read_label(reference)
@@ -157,19 +157,20 @@ def _compare_case(
     if ignore is not None:
         found, truth = (np.where(truth == ignore, 0, data) for data in (found, truth))
     boxes = _boxes(found), _boxes(truth)
-    for path, values in zip((prediction, reference), boxes, strict=True):
-        if names is not None and (strange := sorted(values.keys() - set(names.values()))):
-            raise UserError(f"{path}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(names.values())}")
-    wanted = names or {str(value): value for value in boxes[0] | boxes[1]}
-    result: dict[str, dict[str, float] | None] = {name: None for name, value in wanted.items() if value != 0}
+    known = {0, *(value for values in (names or {}).values() for value in values)}
+    for path, table in zip((prediction, reference), boxes, strict=True):
+        if names is not None and (strange := sorted(table.keys() - known)):
+            raise UserError(f"{path}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(known)}")
+    wanted = names or {str(value): (value,) for value in boxes[0] | boxes[1]}
+    result: dict[str, dict[str, float] | None] = {name: None for name, values in wanted.items() if values != (0,)}
     spacing = file.spacing.tolist()
     for name in result:
-        value = wanted[name]
-        parts = [table[value] for table in boxes if value in table]
+        values = wanted[name]
+        parts = [table[value] for table in boxes for value in values if value in table]
         if not parts:
             continue
         box = tuple(slice(min(part.start for part in axis), max(part.stop for part in axis)) for axis in zip(*parts, strict=True))
-        result[name] = compare(found[box] == value, truth[box] == value, spacing, nsd_mm, truth.shape)
+        result[name] = compare(np.isin(found[box], values), np.isin(truth[box], values), spacing, nsd_mm, truth.shape)
     return result
 
 
@@ -179,8 +180,10 @@ def _boxes(data: np.ndarray) -> dict[int, tuple[slice, ...]]:
     return dict(zip(values.tolist(), ndimage.find_objects(positions.reshape(data.shape) + 1), strict=True))
 
 
-def _named(classes: Mapping[str, int] | Path | str) -> tuple[dict[str, int], int | None]:
-    return (dict(classes), None) if isinstance(classes, Mapping) else load_classes(Path(classes))
+def _named(classes: Mapping[str, int | Sequence[int]] | Path | str) -> tuple[dict[str, tuple[int, ...]], int | None]:
+    """{class or region: its values}, and the ignored value."""
+    table, ignore = (classes, None) if isinstance(classes, Mapping) else load_classes(Path(classes))
+    return {name: (values,) if isinstance(values, int) else tuple(values) for name, values in table.items()}, ignore
 
 
 def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, str], list[str]]:

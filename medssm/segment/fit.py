@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,9 @@ def fit(
     slice_axis = fit_slice_axis(cases) if spatial_dims == 2 else None
     spacing = tuple(0.0 if axis == slice_axis else float(edge) for axis, edge in enumerate(spacing or fit_spacing(cases)))
     axes = [axis for axis in range(3) if axis != slice_axis]
-    mirror, sides = fit_mirror(mirror, table.classes, axes)
+    mirror, sides = fit_mirror(mirror, ["background", *table.regions.values] if table.regions else table.classes, axes)
+    if sides and table.regions:
+        raise UserError("mirror: swap exchanges classes of one voxel each, and regions overlap: name the axes to mirror")
     if cache is None:
         _check_memory(cases, len(table.channels), spacing)
     first = fabric.rank_zero_first(local=True) if cache else contextlib.nullcontext()  # the first process fills the cache
@@ -84,7 +86,7 @@ def fit(
         shape = np.median([image.shape[1:] for image, _ in loaded], axis=0)
         voxels = _PATCH_VOXELS["cpu" if fabric.device.type == "cpu" else "gpu", spatial_dims]
         patch = fit_patch([shape[axis] for axis in axes], [spacing[axis] for axis in axes], voxels)
-    fitted = Fitted(table.channels, spacing, intensities.fit(), table.classes, table.ignore, tuple(patch), slice_axis, mirror, sides)
+    fitted = Fitted(table.channels, spacing, intensities.fit(), table.classes, table.ignore, tuple(patch), slice_axis, mirror, sides, table.regions)
     return fitted, [prepare(case.name, *arrays, fitted, seed) for case, arrays in zip(cases, loaded, strict=True)]
 
 
@@ -118,13 +120,13 @@ def fit_patch(shape: Sequence[int], spacing: Sequence[float], voxels: int, multi
     return tuple(patch)
 
 
-def fit_mirror(mirror: str | Sequence[int], classes: dict[str, int], axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def fit_mirror(mirror: str | Sequence[int], classes: Collection[str], axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """(the axes to mirror, the pairs of classes that change places with left and right). Axis 0 is left-right.
 
     Args:
         mirror: axes; "auto", which leaves left-right out where a class has a side or no name; or "swap", which mirrors it too and exchanges the two
             classes of each pair
-        classes: {name: value}
+        classes: names of the classes or regions, background first
         axes: those of a patch
 
     Raises:

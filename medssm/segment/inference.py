@@ -32,7 +32,7 @@ def probabilities(
     batch: int = 1,
     show: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
-    """Class probabilities (classes, x, y, z) of an image; the softmax is taken in every window.
+    """Probabilities (outputs, x, y, z) of an image; the softmax, of regions the sigmoid, is taken in every window.
 
     Args:
         network: gives logits (b, classes, *patch), or a list of them with the finest first
@@ -46,7 +46,7 @@ def probabilities(
         show: is called with the part of the windows that is done, 0 to 1
     """
     scaled, inside = pad(scaling(image, fitted.intensity)(image), fitted.volume_patch)
-    small = scaled[0].numel() * 4 * len(fitted.classes) <= _ON_DEVICE
+    small = scaled[0].numel() * 4 * len(fitted.outputs) <= _ON_DEVICE
     options: dict[str, Any] = {
         "roi_size": fitted.patch,
         "sw_batch_size": batch,
@@ -80,7 +80,8 @@ def _predictor(network: nn.Module, fitted: Fitted, mirror: bool) -> Callable[[Te
         total = torch.zeros(())
         for flip in flips:
             x = windows.as_subclass(Tensor).flip(flip).contiguous(memory_format=memory_format(windows.ndim - 2))
-            found = finest_first(network(x), windows.ndim)[0].float().softmax(1).flip(flip)
+            logits = finest_first(network(x), windows.ndim)[0].float()
+            found = (logits.sigmoid() if fitted.regions else logits.softmax(1)).flip(flip)
             total = total + (found[:, exchanged] if left_right in flip and fitted.sides else found)
         return total / len(flips)
 

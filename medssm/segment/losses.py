@@ -1,4 +1,4 @@
-"""The training loss: soft Dice over the foreground classes plus cross-entropy, with ignored voxels and deep supervision."""
+"""The training losses: soft Dice plus cross-entropy over classes or over regions, with ignored voxels and deep supervision."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class SegmentationLoss(nn.Module):
     def _head(self, logits: Tensor, label: Tensor) -> Tensor:
         if logits.shape[2:] != label.shape[2:]:
             label = F.interpolate(label.float(), logits.shape[2:], mode="nearest").long()
+        return self._loss(logits, label)
+
+    def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
         return self._masked(logits, label) if self.ignore else self.dice_and_entropy(logits, label)
 
     def _masked(self, logits: Tensor, label: Tensor) -> Tensor:
@@ -45,6 +48,31 @@ class SegmentationLoss(nn.Module):
         dice = self.dice(logits.softmax(1) * kept, onehot * kept)
         entropy = F.cross_entropy(logits, label[:, 0], ignore_index=IGNORE, reduction="sum") / kept.sum().clamp(min=1)
         return (dice + entropy) * kept.any()
+
+
+class RegionLoss(SegmentationLoss):
+    """The same with overlapping regions in place of classes: Dice(p, y) + BCE(p, y), p the sigmoid of a region's logits, y 1 inside of it.
+
+    Each is taken over all regions; voxels of the value IGNORE count in neither.
+
+    Args:
+        regions: for each region the classes that it is made of, by position
+        classes: their number
+    """
+
+    def __init__(self, regions: Sequence[Sequence[int]], classes: int):
+        super().__init__()
+        self.dice = DiceLoss(batch=True)
+        self.inside = torch.zeros(len(regions), classes)
+        for row, positions in zip(self.inside, regions, strict=True):
+            row[list(positions)] = 1
+
+    def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        kept = label != IGNORE
+        wanted = self.inside.to(logits.device)[:, label[:, 0].clamp(min=0)].movedim(0, 1) * kept
+        dice = self.dice(logits.sigmoid() * kept, wanted)
+        entropy = F.binary_cross_entropy_with_logits(logits, wanted, kept.expand_as(logits).float(), reduction="sum")
+        return (dice + entropy / (kept.sum() * logits.shape[1]).clamp(min=1)) * kept.any()
 
 
 def finest_first(output: Tensor | Sequence[Tensor], ndim: int) -> Sequence[Tensor]:

@@ -33,6 +33,7 @@ from medssm.segment.inference import probabilities
 from medssm.segment.inputs import cases_of
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
+from medssm.segment.regions import decided, structures
 from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, write_volumes
 
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
@@ -127,7 +128,7 @@ def predict(
         protect(table, made=is_volumes, overwrite=overwrite)
     window = {"device": place, "half": half, "overlap": overlap, "mirror": mirror, "batch": batch}
     written: dict[str, str] = {}
-    measured, failed = _measured_before(skipped, targets, folds[0].fitted.classes)
+    measured, failed = _measured_before(skipped, targets, structures(folds[0].fitted.classes, folds[0].fitted.regions))
     with _written_at_the_end(table, measured), progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
 
@@ -188,23 +189,27 @@ def _predict_case(
 
             total = total + probabilities(fold.network, image.as_tensor(), fold.fitted, show=show_fold, **window)
         grids.append((grid, image, total / len(folds)))
-    classes = folds[0].fitted.classes
-    best, positions, kept = torch.full(file.shape, -1.0), torch.zeros(file.shape, dtype=torch.int64), []
-    for i in range(len(classes)):  # class after class: all of them on the input's grid may not fit into memory
-        back = sum((_back(grid, image, total[i]) for grid, image, total in grids), torch.zeros(()))
-        better = back > best
-        best, positions = torch.where(better, back, best), torch.where(better, i, positions)
-        if save_probabilities:
-            kept.append(back.numpy())
-    values = np.array(list(classes.values()))
+    fitted, kept = folds[0].fitted, []
+
+    def back() -> Iterator[Tensor]:
+        for i in range(len(fitted.outputs)):  # one after the other: all of them on the input's grid may not fit into memory
+            found = sum((_back(grid, image, total[i]) for grid, image, total in grids), torch.zeros(()))
+            if save_probabilities:
+                kept.append(found.numpy())
+            yield found
+
+    values = np.array(list(fitted.classes.values()))
+    positions = decided(back(), values.tolist(), fitted.regions)
     labels = values[positions.numpy()].astype(_smallest(values))
     write_image(target, labels, file)
     if save_probabilities:
         nifti.write(_of_probabilities(target), np.stack(kept, -1).astype(np.float32), file)
-    return volumes(labels, file, classes)
+    return volumes(labels, file, structures(fitted.classes, fitted.regions))
 
 
-def _measured_before(skipped: Sequence[str], targets: Mapping[str, Path], classes: Mapping[str, int]) -> tuple[dict[str, Volumes], dict[str, str]]:
+def _measured_before(
+    skipped: Sequence[str], targets: Mapping[str, Path], classes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Volumes], dict[str, str]]:
     """The volumes in the label maps that are there already, and why one cannot be read."""
     measured, failed = {}, {}
     for name in skipped:
@@ -229,7 +234,7 @@ def _written_at_the_end(table: Path | None, measured: Mapping[str, Volumes]) -> 
 def _check_size(case: Case, file: Image, folds: Sequence[_Fold], save_probabilities: bool) -> None:
     """UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold the probabilities."""
     edges, shape = ras_grid(file)
-    classes, grids = len(folds[0].fitted.classes), dict.fromkeys(fold.fitted.spacing for fold in folds)
+    classes, grids = len(folds[0].fitted.outputs), dict.fromkeys(fold.fitted.spacing for fold in folds)
     needed = 4.0 * math.prod(shape) * (4 + save_probabilities * 2 * classes)
     for spacing in grids:
         wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
@@ -284,7 +289,7 @@ def _load(folder: Path, model: nn.Module | None, device: torch.device) -> _Fold:
 
 def _check_alike(folds: Sequence[_Fold]) -> None:
     for fold in folds[1:]:
-        for what in ("channels", "classes"):
+        for what in ("channels", "classes", "regions"):
             first, other = getattr(folds[0].fitted, what), getattr(fold.fitted, what)
             if first != other:
                 raise UserError(f"weights: {fold.folder} has the {what} {other}, {folds[0].folder} has {first}")

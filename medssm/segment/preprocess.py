@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from medssm.files import read_json, write_json
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset, check_values
 from medssm.segment.images import open_image, read_image, read_label
+from medssm.segment.regions import Regions, structures
 
 IGNORE = -1  # in a label map for training: a voxel without a label, which counts in no loss
 
@@ -32,11 +33,12 @@ class Fitted:
 
     spacing      millimetres (0 keeps an axis as it is: the one across a 2D network's slices)
     intensity    for each channel {"scheme": "ct", "low", "high", "mean", "deviation"}, {"scheme": "zscore"} or {"scheme": "none"}
-    classes      {name: value in the label files}, background first; a network's output channel is the position in this table
+    classes      {name: value in the label files}, background first; without regions a network's output channel is the position in this table
     patch        voxels, an entry for each of the network's axes
     slice_axis   the axis across a 2D network's slices, None in 3D
     mirror       the axes that training mirrored, and that mirroring in `predict` averages over
     sides        pairs of classes, by position, that change places when left and right are mirrored
+    regions      overlapping classes made of these; the network then has an output, with a sigmoid, for each region
     """
 
     channels: tuple[str, ...]
@@ -48,6 +50,7 @@ class Fitted:
     slice_axis: int | None = None
     mirror: tuple[int, ...] = ()
     sides: tuple[tuple[int, int], ...] = ()
+    regions: Regions = field(default_factory=Regions)
 
     def save(self, path: Path) -> None:
         """Write it as JSON. Raises UserError if the file cannot be written."""
@@ -58,7 +61,8 @@ class Fitted:
         """Read what `save` wrote. Raises UserError if the file cannot be read or was written by another version."""
         table = read_json(path)
         try:
-            return cls(**{key: _tuples(value) for key, value in table.items()})
+            regions = Regions(**_tuples(table.pop("regions", {})))
+            return cls(**{key: _tuples(value) for key, value in table.items()}, regions=regions)
         except TypeError as error:
             raise UserError(f"{path}: not written by this version of medssm train ({error})") from error
 
@@ -70,12 +74,25 @@ class Fitted:
         return found
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the network's output channels."""
+        return tuple(self.regions.values or self.classes)
+
+    @property
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """{name: positions of its classes} of all that is scored: regions, or classes without the background."""
+        positions = {value: i for i, value in enumerate(self.classes.values())}
+        return {name: tuple(positions[value] for value in values) for name, values in structures(self.classes, self.regions).items()}
+
+    @property
     def volume_patch(self) -> tuple[int, ...]:
         """The patch in the volume: (x, y, z), one slice thick for a 2D network."""
         return self.patch if self.slice_axis is None else (*self.patch[: self.slice_axis], 1, *self.patch[self.slice_axis :])
 
 
 def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 

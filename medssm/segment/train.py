@@ -30,10 +30,11 @@ from medssm.segment.fit import fit
 from medssm.segment.inference import probabilities
 from medssm.segment.intensity import SCHEMES
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
-from medssm.segment.losses import SegmentationLoss
+from medssm.segment.losses import RegionLoss, SegmentationLoss
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
+from medssm.segment.regions import decided
 from medssm.segment.volumes import load
 
 ARGUMENTS, CASES, CURVES = "train.yaml", "cases.json", "curves.png"
@@ -175,7 +176,7 @@ def train(
     held_out = load(validation[fabric.global_rank :: fabric.world_size], table, fitted.spacing, cache, nan)
 
     torch.manual_seed(seed)
-    sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.classes)}
+    sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.outputs)}
     kwargs = {"spatial_dims": spatial_dims, **sizes, **(model_kwargs or {}), **_given(size=size, mixer=mixer)}
     network, config = model if isinstance(model, nn.Module) else networks.build(model, **kwargs), networks.describe(model, kwargs)
     network = networks.placed(network, fabric.device, spatial_dims)
@@ -197,7 +198,9 @@ def train(
     if not quiet:
         print(_plan(fitted, fabric, training, validation, max_steps, max_seconds, batch, validations), file=sys.stderr)
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
-    criterion = SegmentationLoss(ignore=fitted.ignore is not None)
+    criterion = (
+        SegmentationLoss(fitted.ignore is not None) if not fitted.regions else RegionLoss(list(fitted.structures.values()), len(fitted.classes))
+    )
     loop = Loop(
         fabric,
         network,
@@ -325,19 +328,19 @@ def _workers(workers: int | None, device: torch.device) -> int:
 
 
 def _validate(network: nn.Module, fitted: Fitted, volumes: Sequence[tuple[torch.Tensor, torch.Tensor]], fabric: Fabric) -> dict[str, float]:
-    """Mean Dice of each class over the held-out cases at the network's spacing; a class absent from label and prediction is left out."""
-    sums = torch.zeros(2, len(fitted.classes), dtype=torch.float64)
+    """Mean Dice of each class or region over the held-out cases at the network's spacing; one absent from label and prediction is left out."""
+    sums = torch.zeros(2, len(fitted.structures), dtype=torch.float64)
     for image, label in volumes:
         half = torch.float16 if fabric.device.type == "cuda" else None
-        predicted = probabilities(network, image, fitted, device=fabric.device, half=half).argmax(0)
-        for i in range(1, len(fitted.classes)):
-            truth, found = label == i, (predicted == i) & (label != IGNORE)
+        predicted = decided(probabilities(network, image, fitted, device=fabric.device, half=half), list(fitted.classes.values()), fitted.regions)
+        for i, positions in enumerate(map(torch.tensor, fitted.structures.values())):
+            truth, found = torch.isin(label, positions), torch.isin(predicted, positions) & (label != IGNORE)
             size = int(truth.sum() + found.sum())
             if size:
                 sums[:, i] += torch.tensor([2 * int((truth & found).sum()) / size, 1.0], dtype=torch.float64)
     if fabric.world_size > 1:
         sums = cast(torch.Tensor, fabric.all_reduce(sums, reduce_op="sum"))
-    dice = {name: (sums[0, i] / sums[1, i]).item() for i, name in enumerate(fitted.classes) if sums[1, i] > 0}
+    dice = {name: (sums[0, i] / sums[1, i]).item() for i, name in enumerate(fitted.structures) if sums[1, i] > 0}
     return {**dice, "mean": sum(dice.values()) / len(dice) if dice else 0.0}
 
 
@@ -374,6 +377,9 @@ def _plan(
         "device": f"{fabric.device}, {fabric.world_size} process(es)",
         "cases": f"{len(training)} to train on, {held_out}",
         "classes": ", ".join(f"{name} {value}" for name, value in fitted.classes.items()),
+        **(
+            {"regions": ", ".join(f"{name} {'+'.join(map(str, values))}" for name, values in fitted.regions.values.items())} if fitted.regions else {}
+        ),
         "intensities": scaled,
         "spacing": f"{' x '.join(f'{edge:.3g}' if edge else 'own' for edge in fitted.spacing)} mm",
         "patch": f"{' x '.join(map(str, fitted.patch))} voxels, {batch} in a step",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,13 +18,14 @@ _COLUMNS = ("case", "class", "voxels", "ml")
 Volumes: TypeAlias = "dict[str, dict[str, float]]"  # {class: {"voxels": number, "ml": millilitres}}
 
 
-def volumes(labels: np.ndarray, image: Image, classes: Mapping[str, int]) -> Volumes:
-    """How large each class of a label map is; `image` has the map's geometry, and of `classes`, {name: value}, 0 is left out.
+def volumes(labels: np.ndarray, image: Image, structures: Mapping[str, Sequence[int]]) -> Volumes:
+    """How large each class of a label map is; `image` has the map's geometry, `structures` is {name: values}, as of regions.
 
     1 ml is 1000 mm^3. A voxel has the volume |det A| of the affine A in millimetres, so an oblique grid is measured right.
     """
     voxel = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
-    counts = {name: int(np.count_nonzero(labels == value)) for name, value in classes.items() if value}
+    numbers = dict(zip(*np.unique(labels, return_counts=True), strict=True))
+    counts = {name: int(sum(numbers.get(value, 0) for value in values)) for name, values in structures.items()}
     return {name: {"voxels": count, "ml": count * voxel} for name, count in counts.items()}
 
 

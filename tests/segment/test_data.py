@@ -125,7 +125,10 @@ def test_a_missing_channel(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"labels": {"background": 0, "tumour": [1, 2]}, "channel_names": {"0": "MR"}}, "regions are not supported"),
+        (
+            {"labels": {"background": 0, "tumour": [1, 2]}, "channel_names": {"0": "MR"}},
+            r"regions_class_order: expected for each of tumour one of its values, .* got None",
+        ),
         ({"labels": {"background": 0}, "channel_names": {"0": "MR"}, "file_ending": ".bmp"}, "file_ending: expected one of .nii.gz,"),
         ({"labels": {"background": 0}}, "channel_names: expected"),
         ([1], "expected a JSON object, got list"),

@@ -201,11 +201,12 @@ def test_millilitres_of_any_grid():
     turned = np.eye(4)
     turned[:2, :2] = np.array([[0, -2.0], [3.0, 0]])  # 2 x 3 x 1 mm, turned by a quarter
     image = nib.Nifti1Image(label, turned)
-    classes = {"background": 0, "a": 2, "b": 5, "c": 6}
+    classes = {"a": (2,), "b": (5,), "c": (6,), "region": (2, 5)}
     assert volumes(label, nifti.record(image), classes) == {
         "a": {"voxels": 2, "ml": pytest.approx(0.012)},
         "b": {"voxels": 12, "ml": pytest.approx(0.072)},
         "c": {"voxels": 0, "ml": 0},
+        "region": {"voxels": 14, "ml": pytest.approx(0.084)},
     }
     image.header.set_xyzt_units("micron")
     assert volumes(label, nifti.record(image), classes)["a"]["ml"] == pytest.approx(1.2e-11)
