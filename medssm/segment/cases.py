@@ -15,12 +15,13 @@ _CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's channel files end in _0000, 
 
 @dataclass(frozen=True)
 class Case:
-    """One image (a file for each channel, or one file), its label map if it has one, and the fold that it was given."""
+    """One image (a file for each channel, or one file), its label map if it has one, and its fold and patient where they are given."""
 
     name: str
     images: tuple[Path, ...]
     label: Path | None = None
     fold: int | str | None = None  # a datalist's number, or "validation" for its validation section
+    patient: str | None = None
 
     @property
     def label_file(self) -> Path:

@@ -17,10 +17,11 @@ from medssm.errors import UserError
 from medssm.files import read_json
 from medssm.segment.cases import Case, distinct, grouped
 from medssm.segment.images import ENDINGS, Image, aligned, ending_of, image_files, open_image, read_label, say, strip_ending
+from medssm.segment.patients import check_apart, units, with_patients
 from medssm.segment.regions import Regions, take_apart
 
 DATASET, FITTED = "dataset.json", "fitted.json"  # what describes a data set, and a trained network's data
-_KEYS = {"image", "label", "fold"}  # of a case in a datalist
+_KEYS = {"image", "label", "fold", "patient"}  # of a case in a datalist
 _SHOWN = 20
 
 
@@ -104,7 +105,7 @@ def load_classes(path: Path) -> tuple[dict[str, int] | dict[str, tuple[int, ...]
 
 
 def split(
-    dataset: Dataset, fold: int | None, *, folds: int = 5, splits: Path | str | None = None, seed: int = 0
+    dataset: Dataset, fold: int | None, *, folds: int = 5, splits: Path | str | None = None, group: str | None = None, seed: int = 0
 ) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """Training and validation cases.
 
@@ -113,12 +114,14 @@ def split(
         fold: the part to validate on; None trains on every case outside a datalist's validation section
         folds: the number of parts, if neither `splits` nor the datalist gives the folds
         splits: nnU-Net's splits_final.json; it comes before the datalist's own fold numbers
+        group: regular expression that finds the patient in a case's name; see `patients.with_patients`
         seed: of the shuffling into parts
 
     Raises:
-        UserError: there is no such fold, the splits file does not fit the data set, or an image is on both sides.
+        UserError: there is no such fold, the splits file does not fit the data set, or an image or a patient is on both sides.
     """
-    training, validation = _split(dataset, fold, folds, splits, seed)
+    training, validation = _split(replace(dataset, cases=with_patients(dataset.cases, group)), fold, folds, splits, seed)
+    check_apart(training, validation)
     shared = {file.resolve() for case in training for file in case.images} & {file.resolve() for case in validation for file in case.images}
     if shared:
         raise UserError(f"{min(shared)}: an image of a training case and of a validation case")
@@ -135,15 +138,16 @@ def _split(dataset: Dataset, fold: int | None, folds: int, splits: Path | str | 
     if any(case.fold is not None for case in cases):
         numbers = [case.fold for case in cases]
     else:
-        if len(cases) < 2:
-            raise UserError(f"fold: expected at least 2 cases to hold one out, got {len(cases)}")
-        if not 2 <= folds <= len(cases):
-            raise UserError(f"folds: expected 2 to {len(cases)} (the number of cases), got {folds}")
-        shuffled = sorted(range(len(cases)), key=lambda i: cases[i].name)
+        shuffled, what = units(cases), "cases" if cases[0].patient is None else "patients"
+        if len(shuffled) < 2:
+            raise UserError(f"fold: expected at least 2 {what} to hold one out, got {len(shuffled)}")
+        if not 2 <= folds <= len(shuffled):
+            raise UserError(f"folds: expected 2 to {len(shuffled)} (the number of {what}), got {folds}")
         random.Random(seed).shuffle(shuffled)
         numbers = [0] * len(cases)
-        for i, position in enumerate(shuffled):
-            numbers[position] = i % folds
+        for i, unit in enumerate(shuffled):
+            for position in unit:
+                numbers[position] = i % folds
     validation = tuple(case for case, number in zip(cases, numbers, strict=True) if number == fold)
     training = tuple(case for case, number in zip(cases, numbers, strict=True) if number != fold)
     if not validation or not training:
@@ -186,7 +190,7 @@ def _files(value: Any) -> list[str]:
 
 
 def _listed_cases(root: Path, table: dict, description: Path) -> list[Case]:
-    """{"training": [{"image": file or [files], "label": file, "fold": number}, ...], "validation": [...]}."""
+    """{"training": [{"image": file or [files], "label": file, "fold": number, "patient": name}, ...], "validation": [...]}."""
     cases = []
     for section in ("training", "validation"):
         for i, entry in enumerate(table.get(section) or []):
@@ -204,6 +208,7 @@ def _listed_cases(root: Path, table: dict, description: Path) -> list[Case]:
                     tuple(root / file for file in images),
                     root / entry["label"],
                     "validation" if section == "validation" else entry.get("fold"),
+                    None if entry.get("patient") is None else str(entry["patient"]),
                 )
             )
     return distinct(cases)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from medssm.segment.data import load_classes
 from medssm.segment.images import Image, image_files, read_label, say, strip_ending
 from medssm.segment.inputs import folders_below
 from medssm.segment.metrics import compare
+from medssm.segment.patients import patient_of
 from medssm.segment.progress import progress
 
 METRICS = ("dice", "hd95", "nsd")
@@ -58,7 +58,7 @@ def evaluate(
     Args: Metrics
         nsd_mm: tolerance of the surface Dice in millimetres
         ignore: value in the references whose voxels count for nothing (default: the ignore label of `classes`)
-        patient: regular expression whose first match in a case's name is the patient, as in '^sub-[0-9]+' (default: every case is one)
+        patient: regular expression whose first group in a case's name is the patient, as in '(sub-[0-9]+)' (default: every case is one)
         seed: of the bootstrap
 
     Returns:
@@ -74,7 +74,7 @@ def evaluate(
     names, ignored = (None, None) if classes is None else _named(classes)
     ignore = ignored if ignore is None else ignore
     pairs, missing, unused = _pairs(Path(predictions), Path(references))
-    patients = {name: _patient(name, patient) for name in pairs}
+    patients = {name: patient_of(name, patient, "patient") if patient is not None else name for name in pairs}
     read = [file for pair in pairs.values() for file in pair] + ([] if classes is None or isinstance(classes, Mapping) else [Path(classes)])
     for argument, file, made in (("json_file", json_file, _is_result), ("csv_file", csv_file, _is_table)):
         if file:
@@ -233,18 +233,6 @@ def _named_like(prediction: Path, folder: Path) -> Path:
         if strip_ending(file) == strip_ending(prediction):
             return file
     raise UserError(f"{folder}: no reference for {prediction.name}")
-
-
-def _patient(case: str, pattern: str | None) -> str:
-    if pattern is None:
-        return case
-    try:
-        match = re.search(pattern, case)
-    except re.error as error:
-        raise UserError(f"patient: {pattern!r} is no regular expression ({error})") from error
-    if not match:
-        raise UserError(f"patient: {pattern!r} is not in the name {case}")
-    return match.group(1) if match.groups() else match.group()
 
 
 def _over_classes(case: Mapping[str, dict | None]) -> dict | None:

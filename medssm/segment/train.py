@@ -55,6 +55,7 @@ def train(
     fold: int | None = None,
     folds: int = 5,
     splits: Path | str | None = None,
+    group: str | None = None,
     spacing: Sequence[float] | None = None,
     patch: Sequence[int] | None = None,
     mirror: str | Sequence[int] = "auto",
@@ -93,6 +94,8 @@ def train(
         fold: the part of the cases to hold out and validate on (default: train on all)
         folds: number of parts, where neither `splits` nor a datalist names them
         splits: nnU-Net's splits_final.json
+        group: regular expression whose first group in a case's name is the patient, as in '(sub-[0-9]+)': all cases of a patient are on one side of a
+            fold (default: the entry patient of a datalist, or every case is one)
         spacing: millimetres along the RAS axes (default: the training cases' median)
         patch: voxels along each axis (default: shaped like the median case, at most 64^3 on a CPU, 112^3 on a GPU)
         mirror: axes to mirror at random: auto, none, swap, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1; auto is all, without 0
@@ -154,7 +157,7 @@ def train(
     batch = batch or (2 if spatial_dims == 3 else 12)
     lr = lr or _LEARNING_RATES[optimizer]
     table = load_dataset(dataset)
-    training, validation = split(table, fold, folds=folds, splits=splits, seed=seed)
+    training, validation = split(table, fold, folds=folds, splits=splits, group=group, seed=seed)
     fabric = _fabric(device, devices, strategy, precision)
     fabric.launch()
     quiet = quiet or not fabric.is_global_zero
@@ -370,12 +373,12 @@ def _plan(
     mirrored = ", ".join(axes[axis] for axis in fitted.mirror) or "none"
     names = list(fitted.classes)
     swapped = "".join(f"; {names[a]} and {names[b]} change places" for a, b in fitted.sides)
-    held_out = f"{len(validation)} held out, validated {validations} times" if validation and validations else "no validation"
+    held_out = f"{_counted(validation)} held out, validated {validations} times" if validation and validations else "no validation"
     budget = " or ".join([*([f"{max_steps:,} steps"] if max_steps else []), *([f"{max_seconds:g} s"] if max_seconds else [])])
     scaled = ", ".join(f"{name} {SCHEMES[how['scheme']]}" for name, how in zip(fitted.channels, fitted.intensity, strict=True))
     lines = {
         "device": f"{fabric.device}, {fabric.world_size} process(es)",
-        "cases": f"{len(training)} to train on, {held_out}",
+        "cases": f"{_counted(training)} to train on, {held_out}",
         "classes": ", ".join(f"{name} {value}" for name, value in fitted.classes.items()),
         **(
             {"regions": ", ".join(f"{name} {'+'.join(map(str, values))}" for name, values in fitted.regions.values.items())} if fitted.regions else {}
@@ -389,9 +392,19 @@ def _plan(
     return "\n".join(f"{name + ':':<12} {text}" for name, text in lines.items())
 
 
+def _counted(cases: Sequence[Case]) -> str:
+    """The number of cases, with that of their patients where these are known."""
+    patients = {case.patient for case in cases} - {None}
+    return f"{len(cases)} (of {len(patients)} patients)" if patients else str(len(cases))
+
+
 def _files(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Each case by its files, which no two cases share."""
-    return [{"name": case.name, "images": [str(file.resolve()) for file in case.images], "label": str(case.label_file.resolve())} for case in cases]
+    """Each case by its files, which no two cases share, and its patient, where that is known."""
+    return [
+        {"name": case.name, "images": [str(file.resolve()) for file in case.images], "label": str(case.label_file.resolve())}
+        | ({} if case.patient is None else {"patient": case.patient})
+        for case in cases
+    ]
 
 
 def _save_arguments(path: Path, arguments: Mapping[str, Any]) -> None:
