@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import cpuinfo
 import psutil
@@ -38,8 +42,37 @@ def cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can be had without swapping."""
-    return psutil.virtual_memory().available
+    """Bytes of memory that can be had without swapping, also by the limits of this process and of its control group (a container, a job)."""
+    return max(0, min([psutil.virtual_memory().available, *_limits_of_process(), *_limits_of_group(Path("/"))]))
+
+
+def _limits_of_process() -> Iterator[int]:
+    """What `ulimit -v` and `ulimit -d` leave."""
+    if importlib.util.find_spec("resource"):  # not on Windows
+        import resource
+
+        used = psutil.Process().memory_info()
+        for limit, taken in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, getattr(used, "data", 0))):
+            if resource.getrlimit(limit)[0] != resource.RLIM_INFINITY:
+                yield resource.getrlimit(limit)[0] - taken
+
+
+def _limits_of_group(root: Path) -> Iterator[int]:
+    """What the control groups of this process leave, of both of Linux's versions; files that are only cached count as free."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                base, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+            elif "memory" in controllers.split(","):
+                base, limit, usage, cached = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            else:
+                continue
+            inside = Path(path.lstrip("/"))
+            for folder in (root / base / part for part in (inside, *inside.parents)):
+                with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, "max", another system's
+                    stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                    yield int((folder / limit).read_text()) - int((folder / usage).read_text()) + int(stat[cached])
 
 
 def _version(package: str) -> str:

@@ -47,3 +47,36 @@ def test_the_core_does_not_need_what_describes_the_machine():
 
     code = "import sys, medssm; sys.exit(bool({'psutil', 'cpuinfo', 'jinja2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/jobs/a", "sys/fs/cgroup/jobs/a", ("memory.max", "memory.current", "inactive_file")),
+        ("0::/jobs/a", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        ("4:cpu,memory:/b", "sys/fs/cgroup/memory/b", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ],
+)
+def test_a_control_group_limits_the_free_memory(tmp_path, line, folder, names):
+    for path in ("proc/self", folder):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"7:cpu:/x\n{line}\n")
+    for name, text in ((names[0], "1000"), (names[1], "900"), ("memory.stat", f"anon 5\n{names[2]} 300\n")):
+        (tmp_path / folder / name).write_text(text)
+    assert list(machine._limits_of_group(tmp_path)) == [400]
+    (tmp_path / folder / names[0]).write_text("max")
+    assert not list(machine._limits_of_group(tmp_path))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_a_limit_of_the_process_limits_the_free_memory():
+    import resource
+
+    import psutil
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28, limits[1]))
+        assert 2**27 < machine.free_memory() <= 2**28
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -1,16 +1,18 @@
-"""Class probabilities of a whole volume: MONAI's sliding window with gaussian weights, in 3D or slice by slice."""
+"""Class probabilities of a whole volume: MONAI's windows with gaussian weights, in 3D or slice by slice, summed in memory or in a file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
-from monai.inferers import SliceInferer, SlidingWindowInferer
+from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor, nn
 
+from medssm.scratch import Scratch, Store
 from medssm.segment.intensity import scaling
 from medssm.segment.losses import finest_first
 from medssm.segment.networks import memory_format
@@ -20,10 +22,19 @@ _ON_DEVICE = 2 * 2**30  # up to so many bytes of probabilities are summed on the
 
 
 @torch.inference_mode()
-def probabilities(
+def probabilities(network: nn.Module, image: Tensor, fitted: Fitted, *, device: torch.device, **options: Any) -> Tensor:
+    """Probabilities (outputs, x, y, z) of an image in memory; arguments as `stored_probabilities`."""
+    with Scratch(math.inf, Path(), "") as scratch:
+        found = stored_probabilities(network, image, fitted, scratch, device=device, **options)
+        return found[:, : len(fitted.outputs)].movedim(1, 0).cpu()
+
+
+@torch.inference_mode()
+def stored_probabilities(
     network: nn.Module,
     image: Tensor,
     fitted: Fitted,
+    scratch: Scratch,
     *,
     device: torch.device,
     half: torch.dtype | None = None,
@@ -31,13 +42,15 @@ def probabilities(
     mirror: bool = False,
     batch: int = 1,
     show: Callable[[float], None] = lambda fraction: None,
-) -> Tensor:
-    """Probabilities (outputs, x, y, z) of an image; the softmax, of regions the sigmoid, is taken in every window.
+) -> Store:
+    """Probabilities of an image, (x, outputs + 1, y, z) with the sum of the windows' weights last; the softmax, of regions the sigmoid, is taken in
+    every window.
 
     Args:
         network: gives logits (b, classes, *patch), or a list of them with the finest first
         image: (c, x, y, z) in RAS at the network's spacing, not yet scaled
         fitted: what was fitted to the training cases
+        scratch: room for the result
         device: where the network is
         half: the type that the network runs in under autocast; None is float32
         overlap: of neighbouring windows, 0 to less than 1
@@ -45,28 +58,32 @@ def probabilities(
         batch: windows at a time
         show: is called with the part of the windows that is done, 0 to 1
     """
-    scaled, inside = pad(scaling(image, fitted.intensity)(image), fitted.volume_patch)
-    small = scaled[0].numel() * 4 * len(fitted.outputs) <= _ON_DEVICE
-    options: dict[str, Any] = {
-        "roi_size": fitted.patch,
-        "sw_batch_size": batch,
-        "overlap": overlap,
-        "mode": "gaussian",
-        "sw_device": device,
-        "device": device if small else torch.device("cpu"),
-    }
-    window = SlidingWindowInferer(**options) if fitted.slice_axis is None else SliceInferer(spatial_dim=fitted.slice_axis, **options)
-    calls = math.ceil(_windows(scaled.shape[1:], fitted.volume_patch, overlap) / batch)
-    predict, done = _predictor(network, fitted, mirror), 0
-
-    def predict_and_show(windows: Tensor) -> Tensor:
-        nonlocal done
-        done += 1
-        show(done / calls)
+    scale, patch, outputs = scaling(image, fitted.intensity), fitted.volume_patch, len(fitted.outputs)
+    padded, inside = pad(image, patch)
+    x, y, z = image.shape[1:]
+    small = 4 * (outputs + 1) * x * y * z <= _ON_DEVICE
+    sums = scratch.store(x, outputs + 1, y, z, device=device if small else None)
+    predict = _predictor(network, fitted, mirror)
+    weights = compute_importance_map(fitted.patch, "gaussian", device=device)[None, None]
+    windows = dense_patch_slices(padded.shape[1:], patch, [max(1, int(wanted * (1 - overlap))) for wanted in patch])
+    calls = math.ceil(len(windows) / batch)
+    for call in range(calls):
+        chosen = windows[call * batch : (call + 1) * batch]
+        parts = torch.stack([_without(scale(padded[(slice(None), *window)]), fitted.slice_axis) for window in chosen]).to(device)
         with torch.autocast(device.type, dtype=half, enabled=half is not None):
-            return predict(windows)
-
-    return window(scaled[None], predict_and_show)[0][(slice(None), *inside)].cpu()
+            found = predict(parts)
+        found *= weights
+        for window, part in zip(chosen, found, strict=True):
+            kept, (first, *others) = _over(window, inside)
+            for values, channels in ((part, slice(outputs)), (weights[0], slice(outputs, outputs + 1))):
+                values = values if fitted.slice_axis is None else values.unsqueeze(1 + fitted.slice_axis)
+                sums.add((first, channels, *others), values[(slice(None), *kept)].movedim(0, 1))
+        show((call + 1) / calls)
+    for rows in sums.slabs():
+        part = sums[rows]
+        part[:, :-1] /= part[:, -1:]
+        sums[rows] = part
+    return sums
 
 
 def _predictor(network: nn.Module, fitted: Fitted, mirror: bool) -> Callable[[Tensor], Tensor]:
@@ -88,7 +105,14 @@ def _predictor(network: nn.Module, fitted: Fitted, mirror: bool) -> Callable[[Te
     return predict
 
 
-def _windows(shape: torch.Size, patch: tuple[int, ...], overlap: float) -> int:
-    """How many windows MONAI lays over a volume: steps of patch * (1 - overlap) along each axis."""
-    steps = (max(1, int(wanted * (1 - overlap))) for wanted in patch)
-    return math.prod(1 + math.ceil((size - wanted) / step) for size, wanted, step in zip(shape, patch, steps, strict=True))
+def _over(window: Sequence[slice], inside: Sequence[slice]) -> tuple[list[slice], list[slice]]:
+    """The part of a window that lies over `inside`: as slices of the window, and of what lies inside."""
+    both = [(max(w.start, i.start), min(w.stop, i.stop)) for w, i in zip(window, inside, strict=True)]
+    return [slice(a - w.start, b - w.start) for (a, b), w in zip(both, window, strict=True)], [
+        slice(a - i.start, b - i.start) for (a, b), i in zip(both, inside, strict=True)
+    ]
+
+
+def _without(part: Tensor, axis: int | None) -> Tensor:
+    """(c, x, y, z) without the axis across a 2D network's slices."""
+    return part if axis is None else part.squeeze(1 + axis)

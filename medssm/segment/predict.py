@@ -18,24 +18,26 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose
 from torch import Tensor, nn
 
 from medssm import machine
 from medssm.errors import UserError
 from medssm.files import first_line, protect
 from medssm.options import Option
+from medssm.scratch import Scratch, Store, slabs
 from medssm.segment import networks
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED
 from medssm.segment.images import Image, far_apart, is_made_here, lengths, nifti, ras_grid, read_image, read_label, strip_ending, write_image
-from medssm.segment.inference import probabilities
+from medssm.segment.inference import stored_probabilities
 from medssm.segment.inputs import cases_of
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 from medssm.segment.regions import decided, structures
+from medssm.segment.resample import Grid, from_ras, ras, resampled
 from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, write_volumes
 
+_RESAMPLING = 24  # bytes for each voxel, beside the voxel itself, while an image is resampled
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
 _OTHER_FORMATS = {
     ".nrrd",
@@ -71,6 +73,7 @@ def predict(
     mirror: bool = False,
     batch: int = 1,
     nan: float | None = None,
+    scratch: Path | str | None = None,
     save_probabilities: bool = False,
     overwrite: bool = False,
     skip_existing: bool = False,
@@ -95,6 +98,7 @@ def predict(
         overlap: of neighbouring windows, 0 to less than 1
         mirror: average over the mirrorings that the network was trained with
         batch: windows at a time
+        scratch: folder for temporary files, where memory cannot hold the probabilities (default: the folder of the output)
         nan: number that takes the place of voxels that are not finite (default: such an image is an error)
         device: auto, cpu, cuda, cuda:1 or mps
         precision: auto is 16-mixed on CUDA, else 32-true
@@ -136,8 +140,10 @@ def predict(
                 show((i + part) / len(cases), case.name)
 
             try:
-                measured[case.name] = _predict_case(case, folds, targets[case.name], save_probabilities, nan, show=show_case, **window)
-                written[case.name] = str(targets[case.name])
+                target = targets[case.name]
+                room = target.parent if scratch is None else Path(scratch)
+                measured[case.name] = _predict_case(case, folds, target, save_probabilities, nan, room, show=show_case, **window)
+                written[case.name] = str(target)
             except UserError as error:
                 if len(cases) == 1 and not skipped:
                     raise
@@ -167,44 +173,44 @@ def _predict_case(
     target: Path,
     save_probabilities: bool,
     nan: float | None,
+    scratch: Path,
     *,
     show: Callable[[float], None],
-    **window: Any,  # keywords of `probabilities`
+    **window: Any,  # keywords of `stored_probabilities`
 ) -> Volumes:
     data, file = read_image(case.images, len(folds[0].fitted.channels), nan)
     if data.max() == data.min():
         raise UserError(f"{case.images[0]}: every voxel of the image is {data.flat[0]:g}")
-    _check_size(case, file, folds, save_probabilities)
     original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine))
-    grids = []  # folds on one grid are summed there, so that each grid is resampled back once
-    for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
-        grid, total = geometry(spacing), torch.zeros(())
-        image = grid(original)
-        for i, fold in enumerate(folds):
-            if fold.fitted.spacing != spacing:
-                continue
+    fitted, onto = folds[0].fitted, ras(file.affine, file.shape)
+    values, outputs = np.array(list(fitted.classes.values())), len(fitted.outputs)
+    with Scratch(_room(case, file, folds), scratch, str(case.images[0])) as stores:
+        grids = []  # folds on one grid are summed there, so that each grid is resampled back once
+        for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
+            image, totals = geometry(spacing)(original), []
+            for i, fold in enumerate(folds):
+                if fold.fitted.spacing != spacing:
+                    continue
 
-            def show_fold(part: float, i: int = i) -> None:
-                show((i + part) / len(folds))
+                def show_fold(part: float, i: int = i) -> None:
+                    show((i + part) / len(folds))
 
-            total = total + probabilities(fold.network, image.as_tensor(), fold.fitted, show=show_fold, **window)
-        grids.append((grid, image, total / len(folds)))
-    fitted, kept = folds[0].fitted, []
-
-    def back() -> Iterator[Tensor]:
-        for i in range(len(fitted.outputs)):  # one after the other: all of them on the input's grid may not fit into memory
-            found = sum((_back(grid, image, total[i]) for grid, image, total in grids), torch.zeros(()))
-            if save_probabilities:
-                kept.append(found.numpy())
-            yield found
-
-    values = np.array(list(fitted.classes.values()))
-    positions = decided(back(), values.tolist(), fitted.regions)
-    labels = values[positions.numpy()].astype(_smallest(values))
-    write_image(target, labels, file)
-    if save_probabilities:
-        nifti.write(_of_probabilities(target), np.stack(kept, -1).astype(np.float32), file)
-    return volumes(labels, file, structures(fitted.classes, fitted.regions))
+                totals.append(stored_probabilities(fold.network, image.as_tensor(), fold.fitted, stores, show=show_fold, **window))
+                if len(totals) == 2:
+                    _take_in(totals[0], totals.pop())
+            grids.append((Grid(image.affine.numpy(), tuple(image.shape[1:])), totals[0]))
+        labels = np.empty(onto.shape, _smallest(values))
+        kept = stores.store(*onto.shape, outputs) if save_probabilities else None
+        for rows in slabs(onto.shape[0], 4 * outputs * math.prod(onto.shape[1:])):
+            back = sum((resampled(_reader(total), grid, onto, rows) for grid, total in grids), torch.zeros(())) / len(folds)
+            labels[rows] = values[decided(back, values.tolist(), fitted.regions).numpy()]
+            if kept is not None:
+                kept[rows] = back.movedim(0, -1)
+        labels = from_ras(labels, file.affine)
+        write_image(target, labels, file)
+        if kept is not None:
+            nifti.write(_of_probabilities(target), from_ras(kept.array(), file.affine), file)
+        return volumes(labels, file, structures(fitted.classes, fitted.regions))
 
 
 def _measured_before(
@@ -231,35 +237,45 @@ def _written_at_the_end(table: Path | None, measured: Mapping[str, Volumes]) -> 
             write_volumes(table, before | dict(measured))
 
 
-def _check_size(case: Case, file: Image, folds: Sequence[_Fold], save_probabilities: bool) -> None:
-    """UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold the probabilities."""
+def _take_in(total: Store, other: Store) -> None:
+    """Add another store, and give it back."""
+    for rows in total.slabs():
+        total.add((rows,), other[rows])
+    other.close()
+
+
+def _reader(total: Store) -> Callable[[slice], Tensor]:
+    """Rows (outputs, rows, y, z) of what `stored_probabilities` gave."""
+    return lambda rows: total[rows][:, :-1].movedim(1, 0).cpu()
+
+
+def _room(case: Case, file: Image, folds: Sequence[_Fold]) -> float:
+    """Bytes of memory for the sums of probabilities: half of what the image and its resampling leave, since the network needs some too.
+
+    UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold the image.
+    """
     edges, shape = ras_grid(file)
-    classes, grids = len(folds[0].fitted.outputs), dict.fromkeys(fold.fitted.spacing for fold in folds)
-    needed = 4.0 * math.prod(shape) * (4 + save_probabilities * 2 * classes)
-    for spacing in grids:
+    channels, needed = len(folds[0].fitted.channels), 0.0
+    for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
         wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
         if far_apart(edges, wanted):
             raise UserError(
                 f"{case.images[0]}: voxels of {lengths(edges)} mm, where the network was trained at {lengths(wanted)} mm: "
                 "a wrong unit of length in its header, or another kind of image"
             )
-        voxels = float(np.prod(np.maximum(1, np.rint(shape * edges / wanted))))
-        needed += 4 * voxels * (2 * classes + 2 + len(folds[0].fitted.channels))  # sums and the newest fold's probabilities, weights, the image
+        each = 4 * channels + (0 if np.allclose(edges, wanted) else _RESAMPLING)
+        needed = max(needed, each * float(np.prod(np.maximum(1, np.rint(shape * edges / wanted)))))
+    needed += 4.0 * math.prod(shape) * (channels + 1)  # the image as it came, and the labels
     free = machine.free_memory()
-    if needed > 0.95 * free:
+    if needed > free:
         raise UserError(
-            f"{case.images[0]}: {classes} classes at the network's spacing need some {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+            f"{case.images[0]}: the image at the network's spacing needs some {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
         )
+    return (free - needed) / 2
 
 
 def _of_probabilities(target: Path) -> Path:
     return target.with_name(f"{strip_ending(target)}_probabilities.nii.gz")
-
-
-def _back(grid: Compose, image: MetaTensor, values: Tensor) -> Tensor:
-    """Values (x, y, z) on the grid of `image` resampled to the grid that it came from."""
-    applied = copy.deepcopy(image.applied_operations)  # MONAI's inverse takes them apart
-    return grid.inverse(MetaTensor(values[None], affine=image.affine, applied_operations=applied)).as_tensor()[0]
 
 
 def _listed(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:

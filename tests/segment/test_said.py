@@ -116,7 +116,7 @@ def test_a_scan_that_memory_cannot_hold_is_refused_and_the_others_go_on(only, tm
     write(tmp_path / "scans" / "small.nii.gz", volume(8)[0][..., 0])
     monkeypatch.setattr(module.machine, "free_memory", lambda: 5_000_000)
     assert cli.main(["predict", str(only), str(tmp_path / "scans"), str(tmp_path / "out"), "--device", "cpu"]) == 1
-    assert "large.nii.gz: 3 classes at the network's spacing need some 0.0 GiB of memory, 0.0 are free" in capsys.readouterr().err
+    assert "large.nii.gz: the image at the network's spacing needs some 0.0 GiB of memory, 0.0 are free" in capsys.readouterr().err
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["small.nii.gz", "volumes.csv"]
 
 

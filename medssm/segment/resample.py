@@ -1,0 +1,63 @@
+"""A volume on another grid, a few rows at a time, so that only these rows are in memory; and a file's axes turned to RAS and back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.networks.layers import AffineTransform
+from torch import Tensor
+
+_MARGIN = 2  # rows around those that are asked for: neighbours of an interpolated voxel, and rounding
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a volume lie: affine (4, 4), and shape (x, y, z)."""
+
+    affine: np.ndarray
+    shape: tuple[int, ...]
+
+
+def resampled(read: Callable[[slice], Tensor], grid: Grid, onto: Grid, rows: slice) -> Tensor:
+    """The rows of `onto`, (c, rows, y, z), of a volume on `grid`: trilinear, and beyond the border the border's values, as `preprocess.geometry`.
+
+    read: gives rows (c, rows, y, z) of the volume
+    """
+    if grid.shape == onto.shape and np.allclose(grid.affine, onto.affine):
+        return read(rows)
+    across = np.linalg.solve(grid.affine, onto.affine)  # from a voxel of `onto` to one of `grid`
+    corners = itertools.product((rows.start, rows.stop - 1), *((0, n - 1) for n in onto.shape[1:]))
+    seen = across[0] @ np.array([[*corner, 1.0] for corner in corners]).T
+    last = grid.shape[0] - 1
+    first = min(max(0, math.floor(seen.min()) - _MARGIN), last)
+    end = min(max(first, math.ceil(seen.max()) + _MARGIN), last) + 1
+    part = read(slice(first, end))
+    theta = torch.from_numpy(_shifted(-first) @ across @ _shifted(rows.start)).to(part)
+    interpolate = AffineTransform(normalized=False, mode="bilinear", padding_mode="border", align_corners=False, reverse_indexing=True)
+    found: Tensor = interpolate(part[None], theta, (rows.stop - rows.start, *onto.shape[1:]))
+    return found[0]
+
+
+def ras(affine: np.ndarray, shape: tuple[int, ...]) -> Grid:
+    """The grid of a volume whose axes are turned to RAS, as `preprocess.geometry` turns them."""
+    orientation = nib.io_orientation(affine)
+    turned = tuple(shape[axis] for axis in np.argsort(orientation[:, 0]))
+    return Grid(affine @ nib.orientations.inv_ornt_aff(orientation, shape), turned)
+
+
+def from_ras(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Values (x, y, z) or (x, y, z, c) along RAS axes turned to the axes that `affine` has, a view."""
+    along = nib.orientations.axcodes2ornt("RAS")
+    return np.asarray(nib.orientations.apply_orientation(values, nib.orientations.ornt_transform(along, nib.io_orientation(affine))))
+
+
+def _shifted(row: int) -> np.ndarray:
+    """The matrix that adds `row` to a voxel's first index."""
+    matrix = np.eye(4)
+    matrix[0, 3] = row
+    return matrix
