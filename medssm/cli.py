@@ -39,6 +39,7 @@ COMMANDS: Table = {
     "train": Command("medssm.segment.train", "train", "show", "train a network on your data"),
     "predict": Command("medssm.segment.predict", "predict", "show", "segment NIfTI files, folders or lists of them"),
     "evaluate": Command("medssm.segment.evaluate", "evaluate", "show", "Dice, HD95 and surface Dice of predictions against references"),
+    "view": Command("medssm.segment.view", "view", "show", "a scan with label maps over it as one page for a browser, offline"),
     "export": {
         "bundle": Command("medssm.export.bundle", "export_bundle", "show", "a trained network as a MONAI bundle, run by python -m monai.bundle")
     },

@@ -45,6 +45,7 @@ class Option:
 
     Args:
         flag: the name on the command line, where it is not the argument's own
+        short: one letter that stands for it, as "-o"
         choices: the allowed words, where a table has them
         alone: the value where no word follows the option
         repeat: one word each time that the option is given, and all of them are kept
@@ -52,6 +53,7 @@ class Option:
     """
 
     flag: str | None = None
+    short: str | None = None
     choices: Iterable[str] | None = None
     alone: str | None = None
     repeat: bool = False
@@ -130,7 +132,8 @@ class _Argument:
 
 
 def _common(name: str, kind: Any, text: str) -> _Argument:
-    return _Argument(name, kind, None, False, False, Option(repeat=name == "config"), "Configuration and output", text)
+    option = Option(repeat=name == "config", short="-h" if name == "help" else None)
+    return _Argument(name, kind, None, False, False, option, "Configuration and output", text)
 
 
 _COMMON = (
@@ -232,7 +235,7 @@ def _split(words: Sequence[str], arguments: Sequence[_Argument]) -> tuple[dict[s
     """{argument: what follows its option}, and the words that belong to no option."""
     flags = {argument.flag: argument for argument in arguments if not argument.rest}
     off = {f"--no-{a.flag[2:]}": a for a in arguments if a.kind is bool and a not in _COMMON}
-    known = flags | off | {"-h": flags["--help"]}
+    known = flags | off | {a.option.short: a for a in arguments if a.option.short}
     texts: dict[str, list[Any]] = {}
     free: list[str] = []
     queue = list(words)
@@ -301,7 +304,8 @@ def _invocation(argument: _Argument) -> str:
         return f"{argument.name.upper()}..."
     if argument.positional:
         return argument.name.upper()
-    return f"{argument.flag}, --no-{argument.flag[2:]}" if argument.default is True else argument.flag
+    flags = [*filter(None, [argument.option.short]), argument.flag, *([f"--no-{argument.flag[2:]}"] if argument.default is True else [])]
+    return ", ".join(flags)
 
 
 def _usage(arguments: Sequence[_Argument]) -> str:

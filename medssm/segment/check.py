@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from medssm.errors import UserError
-from medssm.files import first_line, protect
+from medssm.files import first_line, protect, write_text
 from medssm.segment import intensity, pages
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset, absent_classes, check_values, counted_channels, described, faults, split, unnamed_classes
@@ -32,7 +32,6 @@ REPORT = "check.html"
 _GENERATOR = "medssm check"
 _APART = 3.0  # times: a spacing further from the cases' median is worth a look
 _LARGE_MM = 20.0  # no scanner has voxels with larger edges
-_CT_WINDOW = (-160.0, 240.0)  # Hounsfield units shown as black and as white
 _PIXELS = 110  # of a thumbnail's longer edge
 _LISTED = 5  # lines of one kind that are printed; the page and the JSON have all
 _SAMPLES = 2**20  # voxels of an image that percentiles are taken from
@@ -79,10 +78,10 @@ def check(
         UserError: the description of the data set cannot be read or contradicts itself.
     """
     table = described(dataset)
-    page = None if out is None else Path(out) if str(out).endswith(".html") else Path(out) / REPORT
-    if page:
+    report = None if out is None else Path(out) if str(out).endswith(".html") else Path(out) / REPORT
+    if report:
         files = [file for case in table.cases for file in (*case.images, case.label_file)]
-        protect(page, reads=files, made=lambda path: pages.is_made_by(_GENERATOR, path), overwrite=overwrite)
+        protect(report, reads=files, made=lambda path: pages.is_made_by(_GENERATOR, path), overwrite=overwrite)
     channels = table.channels or counted_channels(table.cases)
     table, schemes = replace(table, channels=channels), intensity.schemes(channels, modality)
     findings: list[Finding] = []
@@ -90,7 +89,7 @@ def check(
     with progress("checking", quiet) as show:
         for i, case in enumerate(table.cases):
             try:
-                found = _look(case, table, schemes, nan, findings, picture=page is not None)
+                found = _look(case, table, schemes, nan, findings, picture=report is not None)
                 if found:
                     seen[case.name] = found
             except UserError as error:
@@ -106,13 +105,12 @@ def check(
         "listed": len(table.cases),
         "cases": {name: {key: value for key, value in case.items() if key not in ("picture", "digest")} for name, case in seen.items()},
         "findings": [asdict(finding) for finding in findings],
-        "report": str(page) if page else None,
+        "report": str(report) if report else None,
         "failed": dict(enumerate(finding.text for finding in findings if finding.level == "error" or (strict and finding.level == "warning"))),
     }
-    if page:
-        pages.write_page(
-            page,
-            pages.template("check.html"),
+    if report:
+        page = pages.page(
+            "check.html",
             _GENERATOR,
             result=result,
             facts=_facts(result),
@@ -121,6 +119,7 @@ def check(
             of_case={name: [f for f in findings if f.file in case["files"]] for name, case in seen.items()},
             colours=dict(zip((name for name, value in classes.items() if value), _colours(classes.values()), strict=True)),
         )
+        write_text(report, page)
     return result
 
 
@@ -171,6 +170,8 @@ def _look(
     data, file = read_image(case.images, len(table.channels), np.nan if nan is None else nan)
     label, _ = read_label(case.label_file, file)
     edges, shape = ras_grid(file)
+    for note in file.notes:
+        found("note", "assumed", note)
 
     finite = np.isfinite(data)
     if not finite.all():
@@ -217,7 +218,7 @@ def _look(
         turn = nib.io_orientation(file.affine)
         grey, drawn = (nib.orientations.apply_orientation(array, turn) for array in (data[0], label))
         drawn = np.where(drawn == (table.ignore if table.ignore is not None else 0), 0, drawn)
-        window = _CT_WINDOW if schemes[0] == "ct" else (channels[0]["low"], channels[0]["high"])
+        window = pages.CT_WINDOWS["soft tissue"] if schemes[0] == "ct" else (channels[0]["low"], channels[0]["high"])
         result["picture"] = pages.slices(grey, [drawn], edges, window, _PIXELS)
     return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import importlib.util
 import itertools
 import json
 import re
@@ -111,6 +113,9 @@ def test_labels_come_back_in_the_geometry_of_the_brain(demo):
 def test_the_report_needs_no_other_file_and_says_what_it_is_worth(demo):
     text = (demo[0] / "report.html").read_text()
     assert set(re.findall(r'(?:src|href)="(.{11})', text)) == {"data:image/"}
+    if importlib.util.find_spec("ipyniivue"):
+        shown = html.unescape(re.search(r'<iframe title="[^"]*" srcdoc="([^"]*)"', text)[1])
+        assert "NiiVue (BSD 2-Clause licence)" in shown and "differences: " in shown and "left_0000.nii.gz" in shown
     assert "one volume" in text and "hemispheres are similar" in text and "not how accurate" in text
     assert "the 6 mm around the midline" in text and "mirrored left to right" in text
     for row in demo[1]["rows"]:
@@ -122,7 +127,7 @@ def test_names_are_escaped_in_the_report(demo, tmp_path):
     metrics = json.loads(json.dumps(demo[1]))
     metrics["rows"][0]["title"] = "<script>"
     pictures = {name: demo[0] / f"{name}.png" for name in ("found", "overlays", "split", "dice", "curves")}
-    report.write_report(tmp_path / "report.html", metrics, pictures)
+    report.write_report(tmp_path / "report.html", metrics, pictures, None)
     assert "<script>" not in (tmp_path / "report.html").read_text()
 
 

@@ -30,6 +30,7 @@ from medssm.segment.images import nifti, read_label
 from medssm.segment.loop import LOG
 from medssm.segment.predict import predict
 from medssm.segment.train import train
+from medssm.segment.view import NotInstalled, contents, viewer
 
 # On two quiet cores (see the report for the processor) a step of both networks together takes about 0.7 seconds.
 STEPS, FAST_STEPS, NSD_MM = 550, 200, 2.0
@@ -144,7 +145,7 @@ def structures(
     pictures = _draw(out, brain, rows)
     nifti.write(out / "labels.nii.gz", whole(brain, _labels(out, brain, "ours"), brain.tested), nifti.record(brain.image))
     write_json(out / "metrics.json", metrics)
-    write_report(out / "report.html", metrics, pictures)
+    write_report(out / "report.html", metrics, pictures, _viewer(out, brain))
     return metrics
 
 
@@ -241,6 +242,18 @@ def _draw(out: Path, brain: Brain, rows: list[dict]) -> dict[str, Path]:
     figures.draw_dice({row["title"]: row["dice"] for row in rows}, pictures["dice"])
     figures.draw_curves({row["title"]: out / "networks" / row["key"] / LOG for row in rows if "steps" in row}, pictures["curves"])
     return pictures
+
+
+def _viewer(out: Path, brain: Brain) -> str | None:
+    """A page to look through the tested side with what the first network found and what was drawn; None where NiiVue is not installed."""
+    scan, drawn = (
+        out / "data" / folder / name
+        for folder, name in (("imagesTs", f"{brain.tested.side}_0000.nii.gz"), ("labelsTs", f"{brain.tested.side}.nii.gz"))
+    )
+    try:
+        return viewer(contents(scan, [_prediction(out, brain, "ours"), drawn], brain.classes))
+    except NotInstalled:
+        return None
 
 
 def _commands(brain: Brain, data: str, nets: Mapping, mixers: Sequence[str], recipes: Mapping, seed: int, fast: bool) -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medssm.segment.pages import inline, write_page
+from medssm.files import write_text
+from medssm.segment.pages import inline, page
 
 
 class _Metric(NamedTuple):
@@ -25,21 +26,22 @@ _METRICS = {
 }
 
 
-def write_report(path: Path, metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
+def write_report(path: Path, metrics: Mapping[str, Any], figures: Mapping[str, Path], viewer: str | None) -> None:
     """Write the report as one HTML file that needs no other.
 
     Args:
         path: the file to write
         metrics: what metrics.json holds (see `pipeline.structures`)
         figures: the PNG files "found", "overlays", "split", "dice" and "curves"
+        viewer: a page that shows the tested side, None for a report without it
     """
     columns, split = [*metrics["classes"], "mean"], metrics["split"]
-    write_page(
-        path,
+    text = page(
         Path(__file__).with_name("report.html"),
         "medssm demo",
         **{row["key"]: row for row in metrics["rows"] if row["key"] in ("ours", "monai", "mirrored", "look_up")},
         m=metrics,
+        viewer=viewer,
         trained=split["trained"],
         tested=split["tested"],
         gap=f"{split['gap_mm']:g}",
@@ -49,6 +51,7 @@ def write_report(path: Path, metrics: Mapping[str, Any], figures: Mapping[str, P
         method=_method(metrics),
         image={name: inline(file.read_bytes()) for name, file in figures.items()},
     )
+    write_text(path, text)
 
 
 def _table(name: str, metric: _Metric, metrics: Mapping[str, Any], columns: list[str]) -> dict[str, Any]:

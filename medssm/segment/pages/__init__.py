@@ -12,33 +12,24 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from medssm.files import write_text
-
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's, which colour-blind readers tell apart
+CT_WINDOWS = {"soft tissue": (-160.0, 240.0), "lung": (-1350.0, 150.0), "bone": (-500.0, 1300.0), "brain": (0.0, 80.0)}  # black, white in HU
 _HERE = Path(__file__).parent
 
 
-def write_page(path: Path, template: Path, generator: str, **values: Any) -> None:
-    """Write a page: `template` filled with `values`.
+def page(template: Path | str, generator: str, **values: Any) -> str:
+    """A page's text: a template filled with `values`.
 
     Args:
-        path: the file to write
-        template: a file that extends base.html
+        template: a file that extends base.html, or the name of one of this folder
         generator: the command that makes the page; `is_made_by` finds it there
         values: what the template names
-
-    Raises:
-        UserError: the page cannot be written.
     """
+    template = _HERE / template
     environment = Environment(
         loader=FileSystemLoader([_HERE, template.parent]), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    write_text(path, environment.get_template(template.name).render(generator=generator, **values))
-
-
-def template(name: str) -> Path:
-    """The template of this folder that has a name."""
-    return _HERE / name
+    return environment.get_template(template.name).render(generator=generator, **values)
 
 
 def is_made_by(generator: str, path: Path) -> bool:
