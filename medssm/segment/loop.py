@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medssm.errors import UserError
 from medssm.files import write_at, write_bytes
+from medssm.segment.averaging import WeightAverage
 from medssm.segment.losses import finest_first
-from medssm.segment.networks import memory_format
+from medssm.segment.networks import BEST, memory_format, save_weights
 
 CHECKPOINT, LOG = "checkpoint.pt", "metrics.jsonl"
 _WARMUP = 20  # steps from a twentieth of the learning rate to all of it
@@ -83,6 +84,7 @@ class Loop:
         seed: of dropout
         workers: processes that cut patches; 0 cuts them in this one
         save_seconds: seconds of steps between checkpoints
+        ema: decay of the moving average of the weights, which is then what is validated and kept; None averages nothing
         settings: what a checkpoint must have been trained with to be resumed
     """
 
@@ -102,13 +104,21 @@ class Loop:
         seed: int,
         workers: int,
         save_seconds: float,
+        ema: float | None,
         settings: dict[str, Any],
     ):
         self.fabric, self.network, self.out, self.settings = fabric, network, out, settings
         self.batch, self.lr, self.clip, self.budget, self.seed, self.workers = batch, lr, clip, budget, seed, workers
         self.patches, self.save_seconds, self.criterion = patches, save_seconds, criterion
+        self.average = None if ema is None else WeightAverage(network, ema)
         self.model, self.optimizer = fabric.setup(network, optimizer)
         self.done, self.log_bytes = Progress(), 0
+        self.best: dict[str, float] = {}  # of the validations: the step and the mean Dice
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network with the weights that are validated and kept: the moving average's, where there is one."""
+        return self.network if self.average is None else self.average.module
 
     def run(self, show: Callable[[float, str], None], validate: Callable[[], dict[str, float]], validations: int) -> dict[str, float]:
         """Train to the end of the budget.
@@ -170,6 +180,8 @@ class Loop:
                     "step": self.done.step,
                     "seconds": self.done.seconds,
                     "log_bytes": self.log_bytes,
+                    "best": self.best,
+                    "average": self.average.state_dict() if self.average else None,
                     "network": self.network.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": scaler.state_dict() if scaler else None,
@@ -194,9 +206,11 @@ class Loop:
             raise UserError(f"resume: {path} was trained with {'; '.join(other)}")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         if state["scaler"]:
             self._scaler().load_state_dict(state["scaler"])
-        self.done, self.log_bytes = Progress(state["step"], state["seconds"]), state["log_bytes"]
+        self.done, self.log_bytes, self.best = Progress(state["step"], state["seconds"]), state["log_bytes"], state["best"]
 
     def _scaler(self) -> Any:
         """The GradScaler of half precision; None without one."""
@@ -221,6 +235,8 @@ class Loop:
         if not math.isfinite(norm.item()) and not self._scaler():  # a scaler skips such a step itself
             raise self._not_finite("gradient's norm", norm.item(), output, batch)
         self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.network)
         return value
 
     def _not_finite(self, what: str, value: float, output: Tensor | Sequence[Tensor], batch: dict[str, Any]) -> UserError:
@@ -237,10 +253,14 @@ class Loop:
         return bool(stop)
 
     def _validate(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        self.model.eval()
+        self.trained.eval()
         result = validate()
         self.model.train()
         self.log({"validation": result})
+        if not self.best or result["mean"] > self.best["mean"]:
+            self.best = {"step": self.done.step, "mean": result["mean"]}
+            if self.fabric.is_global_zero:
+                save_weights(self.out / BEST, self.trained)
         return result
 
     def _loader(self) -> DataLoader[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Networks by name, and the folder that a trained one is kept in: model.safetensors with config.json."""
+"""Networks by name, and the folder that a trained one is kept in: config.json, model.safetensors and, where it was validated, the best weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medssm.nn.convolution import fast_convolutions
 from medssm.segment.losses import finest_first
 
 MONAI = "monai.networks.nets."
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, BEST, CONFIG = "model.safetensors", "model_best.safetensors", "config.json"
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
@@ -58,26 +58,31 @@ def placed(network: nn.Module, device: torch.device, spatial_dims: int) -> nn.Mo
 def save(folder: Path, network: nn.Module, config: Mapping[str, Any]) -> None:
     """Write the weights and how to build the network; the weights last, so that a folder that has them is whole."""
     write_json(folder / CONFIG, config)
+    save_weights(folder / WEIGHTS, network)
+
+
+def save_weights(path: Path, network: nn.Module) -> None:
+    """Write the weights alone, whole or not at all."""
     # clone: safetensors refuses tensors that share memory, as tied weights do
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
-    write_bytes(folder / WEIGHTS, safetensors.torch.save(weights))
+    write_bytes(path, safetensors.torch.save(weights))
 
 
-def load(folder: Path, network: nn.Module | None = None) -> nn.Module:
-    """The network of a folder with its weights; `network` is needed for one that was given to `train` as a module."""
+def load(folder: Path, network: nn.Module | None = None, name: str = WEIGHTS) -> nn.Module:
+    """The network of a folder with its weights, of the file `name`; `network` is needed for one that was given to `train` as a module."""
     config = read_json(folder / CONFIG)
     if network is None:
         if not config.get("model"):
             raise UserError(f"{folder}: trained from a {config.get('class')} given as a module: pass it as model")
         network = build(config["model"], **config["kwargs"])
     try:
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
+        weights = safetensors.torch.load_file(folder / name)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from error
+        raise UserError(f"{folder / name}: not a readable safetensors file ({error})") from error
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{folder / WEIGHTS}: does not fit the network: {' '.join(str(error).split())[:400]}") from error
+        raise UserError(f"{folder / name}: does not fit the network: {' '.join(str(error).split())[:400]}") from error
     return network
 
 

@@ -61,11 +61,12 @@ _OTHER_FORMATS = {
 
 
 def predict(
-    weights: Path | str | Sequence[Path | str],
+    run: Path | str | Sequence[Path | str],
     inputs: Annotated[Path | str | Sequence[Path | str], Option(several=True)],
     out: Path | str,
     *,
-    more_weights: Sequence[Path | str] = (),
+    more_runs: Sequence[Path | str] = (),
+    weights: Literal["best", "last"] = "last",
     section: str | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
@@ -85,11 +86,12 @@ def predict(
     A file that is read is never written over. Nor is any other file that medssm predict did not write, without `overwrite`.
 
     Args: Files
-        weights: folder written by medssm train, or a folder of such folders (fold_0, fold_1, ...); in Python also a list of them
+        run: folder written by medssm train, or a folder of such folders (fold_0, fold_1, ...); in Python also a list of them
         inputs: NIfTI files; folders, with all below them; datalists (.json) or text files of paths (.txt); an image's channels are CASE_0000.nii.gz,
             CASE_0001.nii.gz, ... where all of them are there, or a fourth axis
         out: file (.nii.gz, .nii) for one case, else a folder for CASE.nii.gz, in the folders that CASE has below the input, and for volumes.csv
-        more_weights: further folders of weights; the probabilities of all are averaged
+        more_runs: further folders written by medssm train; the probabilities of all are averaged
+        weights: those of the end of the training, or those with the best validation
         section: of a datalist (default: testing or test, or the only one)
         save_probabilities: also write CASE_probabilities.nii.gz, float32 with the classes on the last axis
         overwrite: write over files of other origin in `out`
@@ -117,7 +119,7 @@ def predict(
         raise UserError(f"batch: expected 1 or more, got {batch}")
     place, begun = _device(device), time.perf_counter()
     half = _half(precision, place)
-    folds = [_load(folder, model, place) for folder in _weight_folders([*_listed(weights), *more_weights])]
+    folds = [_load(folder, model, weights, place) for folder in _folders([*_listed(run), *more_runs])]
     _check_alike(folds)
     cases = cases_of([Path(path) for path in _listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     targets = _targets(cases, Path(out))
@@ -282,24 +284,29 @@ def _listed(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
     return [paths] if isinstance(paths, (str, Path)) else paths
 
 
-def _weight_folders(weights: Sequence[Path | str]) -> list[Path]:
+def _folders(runs: Sequence[Path | str]) -> list[Path]:
     """The folders that hold weights; a folder without any stands for those in it."""
     folders: list[Path] = []
-    for folder in map(Path, weights):
+    for folder in map(Path, runs):
         if not folder.is_dir():
-            raise UserError(f"weights: {folder}: no such folder")
+            raise UserError(f"run: {folder}: no such folder")
         inner = [folder] if (folder / FITTED).exists() else sorted(file.parent for file in folder.glob(f"*/{FITTED}"))
         if not inner:
-            raise UserError(f"weights: {folder}: no {FITTED} in it: not written by medssm train")
+            raise UserError(f"run: {folder}: no {FITTED} in it: not written by medssm train")
         folders += inner
     return folders
 
 
-def _load(folder: Path, model: nn.Module | None, device: torch.device) -> _Fold:
+def _load(folder: Path, model: nn.Module | None, weights: str, device: torch.device) -> _Fold:
+    if weights not in ("best", "last"):
+        raise UserError(f"weights: expected best or last, got {weights!r}")
     if not (folder / networks.WEIGHTS).is_file():
-        raise UserError(f"weights: {folder / networks.WEIGHTS}: no such file (the training is not finished: go on with --resume)")
+        raise UserError(f"run: {folder / networks.WEIGHTS}: no such file (the training is not finished: go on with --resume)")
+    name = networks.BEST if weights == "best" else networks.WEIGHTS
+    if not (folder / name).is_file():
+        raise UserError(f"weights: {folder / name}: no such file (it was trained without validation)")
     fitted = Fitted.load(folder / FITTED)
-    network = networks.load(folder, copy.deepcopy(model))  # copied: every fold has weights of its own
+    network = networks.load(folder, copy.deepcopy(model), name)  # copied: every fold has weights of its own
     return _Fold(folder, networks.placed(network, device, len(fitted.patch)).eval(), fitted)
 
 
@@ -308,7 +315,7 @@ def _check_alike(folds: Sequence[_Fold]) -> None:
         for what in ("channels", "classes", "regions"):
             first, other = getattr(folds[0].fitted, what), getattr(fold.fitted, what)
             if first != other:
-                raise UserError(f"weights: {fold.folder} has the {what} {other}, {folds[0].folder} has {first}")
+                raise UserError(f"run: {fold.folder} has the {what} {other}, {folds[0].folder} has {first}")
 
 
 def _targets(cases: Sequence[Case], out: Path) -> dict[str, Path]:

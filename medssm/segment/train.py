@@ -71,6 +71,7 @@ def train(
     optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: float = 1e-2,
     clip: float = 12.0,
+    ema: float | None = None,
     validations: int = 4,
     seed: int = 0,
     device: str = "auto",
@@ -85,8 +86,9 @@ def train(
 ) -> dict[str, Any]:
     """Train a network on a data set, and write the weights and all that belongs to them into a folder.
 
-    The folder gets model.safetensors and config.json (the network), fitted.json (what was fitted to the data), train.yaml (these arguments, for
-    `medssm train --config`), cases.json (the files that were trained on and held out), metrics.jsonl and curves.png.
+    The folder gets config.json and model.safetensors (the network), model_best.safetensors (the weights with the best validation, where cases are
+    held out), fitted.json (what was fitted to the data), train.yaml (these arguments, for `medssm train --config`), cases.json (the files that were
+    trained on and held out), metrics.jsonl and curves.png.
 
     Args: Data
         dataset: folder with dataset.json (nnU-Net), or a MONAI datalist's JSON file
@@ -120,6 +122,7 @@ def train(
         optimizer: AdamW, or SGD with Nesterov momentum 0.99
         weight_decay: of weights; biases and norms have none
         clip: largest norm of the gradients
+        ema: decay of an exponential moving average of the weights, as 0.999, which is then what is validated and kept (default: no average)
         validations: how often the held-out cases are segmented, evenly over the training
         seed: of the random numbers
     Args: Machine
@@ -151,7 +154,7 @@ def train(
                 file=sys.stderr,
             )
         return finished
-    _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, patch, spacing, lr, foreground)
+    _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, patch, spacing, lr, foreground, ema)
     if max_steps is None and max_seconds is None:
         max_steps = _STEPS
     batch = batch or (2 if spatial_dims == 3 else 12)
@@ -193,13 +196,14 @@ def train(
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "clip": clip,
+        "ema": ema,
         "foreground": foreground,
         "augment": augment,
         "seed": seed,
         "processes": fabric.world_size,
     }
     if not quiet:
-        print(_plan(fitted, fabric, training, validation, max_steps, max_seconds, batch, validations), file=sys.stderr)
+        print(_plan(fitted, fabric, training, validation, max_steps, max_seconds, batch, validations, ema), file=sys.stderr)
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
     criterion = (
         SegmentationLoss(fitted.ignore is not None) if not fitted.regions else RegionLoss(list(fitted.structures.values()), len(fitted.classes))
@@ -218,12 +222,13 @@ def train(
         seed=seed,
         workers=_workers(workers, fabric.device),
         save_seconds=save_seconds,
+        ema=ema,
         settings=settings,
     )
     if resume:
         loop.resume()
     elif fabric.is_global_zero:
-        for name in (networks.WEIGHTS, CHECKPOINT):
+        for name in (networks.WEIGHTS, networks.BEST, CHECKPOINT):
             (out / name).unlink(missing_ok=True)  # of the training that is to be overwritten
     name = config["model"] or config["class"]
     if fabric.is_global_zero:
@@ -232,7 +237,7 @@ def train(
         _save_arguments(out / ARGUMENTS, arguments | {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr})
 
     with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
-        dice = loop.run(show, lambda: _validate(network, fitted, held_out, fabric), validations if validation else 0)
+        dice = loop.run(show, lambda: _validate(loop.trained, fitted, held_out, fabric), validations if validation else 0)
     result = {
         "out": str(out),
         "model": name,
@@ -245,10 +250,11 @@ def train(
         "spacing": list(fitted.spacing),
         "patch": list(fitted.patch),
         "validation": dice,
+        "best": loop.best,
     }
     if fabric.is_global_zero:
         loop.log({"finished": result})
-        networks.save(out, network, config)
+        networks.save(out, loop.trained, config)
         (out / CHECKPOINT).unlink(missing_ok=True)
         curves.draw(out / LOG, out / CURVES)
     return result
@@ -258,6 +264,8 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Print what was trained."""
     held_out, dice = result["validation_cases"], result["validation"]
     found = f", mean Dice {dice['mean']:.3f} on {held_out} held-out case(s)" if dice else ""
+    if dice and result["best"]["step"] < result["steps"]:
+        found += f"; the best one was {result['best']['mean']:.3f} at step {result['best']['step']:,} (predict --weights best)"
     print(f"{result['model']}: {result['parameters']:,} parameters, {result['steps']} steps in {result['seconds']:.0f} s{found}")
     print(f"written: {result['out']}")
 
@@ -287,6 +295,7 @@ def _check_arguments(
     spacing: Sequence[float] | None,
     lr: float | None,
     foreground: float,
+    ema: float | None,
 ) -> None:
     if spatial_dims not in (2, 3):
         raise UserError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
@@ -301,6 +310,8 @@ def _check_arguments(
             raise UserError(f"{name}: expected more than 0, got {value}")
     if not 0 <= foreground <= 1:
         raise UserError(f"foreground: expected 0 to 1, got {foreground}")
+    if ema is not None and not 0 < ema < 1:
+        raise UserError(f"ema: expected more than 0 and less than 1, got {ema}")
 
 
 def _fabric(device: str, devices: int | str, strategy: str, precision: str) -> Fabric:
@@ -367,6 +378,7 @@ def _plan(
     max_seconds: float | None,
     batch: int,
     validations: int,
+    ema: float | None,
 ) -> str:
     """What will be trained, a line each: what was found, fitted or chosen."""
     axes = ("left-right", "front-back", "up-down")
@@ -388,6 +400,7 @@ def _plan(
         "patch": f"{' x '.join(map(str, fitted.patch))} voxels, {batch} in a step",
         "mirrored": f"{mirrored}{swapped}",
         "budget": budget,
+        **({} if ema is None else {"weights": f"validated and kept is their moving average, with the decay {ema:g}"}),
     }
     return "\n".join(f"{name + ':':<12} {text}" for name, text in lines.items())
 

@@ -149,7 +149,7 @@ def test_a_text_file_has_a_path_in_each_line(tmp_path):
 
 def test_the_last_word_is_the_output(tmp_path):
     given = options.read(predict, "medssm predict", ["run", "a.nii.gz", "b.nii.gz", "--quiet", "c.nii.gz", "out"])
-    assert (given.values["weights"], given.values["inputs"], given.values["out"]) == (
+    assert (given.values["run"], given.values["inputs"], given.values["out"]) == (
         Path("run"),
         list(map(Path, ("a.nii.gz", "b.nii.gz", "c.nii.gz"))),
         Path("out"),

@@ -250,13 +250,13 @@ def test_bad_weights_are_one_line(only, folder, tmp_path, spoiled, message):
         ({"overlap": 1.0}, "overlap: expected 0 to less than 1"),
         ({"device": "cuda:99"}, "device: cuda:99"),
         ({"out": "x.nii.gz"}, r"out: expected a folder for 4 case\(s\)"),
-        ({"weights": "nowhere"}, "weights: nowhere: no such folder"),
+        ({"run": "nowhere"}, "run: nowhere: no such folder"),
     ],
 )
 def test_bad_arguments_are_one_line(only, folder, tmp_path, options, message):
-    options = {"weights": only, "inputs": folder / "imagesTr", "out": tmp_path / "out", "device": "cpu", "quiet": True, **options}
+    options = {"run": only, "inputs": folder / "imagesTr", "out": tmp_path / "out", "device": "cpu", "quiet": True, **options}
     with pytest.raises(UserError, match=message):
-        predict(options.pop("weights"), options.pop("inputs"), options.pop("out"), **options)
+        predict(options.pop("run"), options.pop("inputs"), options.pop("out"), **options)
 
 
 def test_folds_of_different_classes_are_refused(trained, folder, tmp_path):

@@ -60,6 +60,7 @@ def test_the_command_writes_what_it_says(trained):
     out = trained / "fold_0"
     assert {file.name for file in out.iterdir()} == {
         "model.safetensors",
+        "model_best.safetensors",
         "config.json",
         "fitted.json",
         "cases.json",
