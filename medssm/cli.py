@@ -37,7 +37,7 @@ COMMANDS: Table = {
     "demo": {"structures": Command("medssm.segment.demo", "structures", "show", "train and test on a real brain MRI, with a report")},
     "check": Command("medssm.segment.check", "check", "show", "look at a data set before training: a summary, and what is wrong with its files"),
     "train": Command("medssm.segment.train", "train", "show", "train a network on your data"),
-    "predict": Command("medssm.segment.predict", "predict", "show", "segment NIfTI files, folders or lists of them"),
+    "predict": Command("medssm.segment.predict", "predict", "show", "segment images, folders or lists of them"),
     "evaluate": Command("medssm.segment.evaluate", "evaluate", "show", "Dice, HD95 and surface Dice of predictions against references"),
     "view": Command("medssm.segment.view", "view", "show", "a scan with label maps over it as one page for a browser, offline"),
     "export": {

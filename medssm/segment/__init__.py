@@ -1,4 +1,4 @@
-"""Train, predict and evaluate on real files: MONAI transforms and losses, a Lightning Fabric loop, NIfTI in and out.
+"""Train, predict and evaluate on real files: MONAI transforms and losses, a Lightning Fabric loop, image files in and out.
 
     from medssm.segment.train import train
     from medssm.segment.predict import predict

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medssm.errors import UserError
-from medssm.segment.images import ending_of, image_files, open_image, strip_ending
+from medssm.segment.images import PICTURE_ENDINGS, ending_of, image_files, is_series, open_image, strip_ending
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's channel files end in _0000, _0001, ...
 
@@ -32,15 +33,20 @@ class Case:
 
 
 def cases_in(path: Path | str, channels: int) -> list[Case]:
-    """The cases to predict: those of a folder (see `grouped`), or the file itself, with the other channels beside it if the network takes several.
+    """The cases to predict: those of a folder (see `grouped`); the folder itself, where it holds a DICOM series; or the file itself, with the other
+    channels beside it if the network takes several.
 
-    Raises UserError if there is no such path, no image in the folder, or two files that would give one label map.
+    Raises UserError if there is no such path, no image in the folder, DICOM beside other images, or two files that would give one label map.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_dir():
-        files = image_files(path)
+        files, series = image_files(path), is_series(path)
+        if files and series:
+            raise UserError(f"{path}: a DICOM series, and {files[0].name} beside it: name one of them, or give each a folder of its own")
+        if series:
+            return [Case(path.resolve().name, (path,))]
         if not files:
             raise UserError(f"{path}: no image in this folder")
         return grouped(files, channels)
@@ -60,12 +66,17 @@ def grouped(files: Iterable[Path], channels: int) -> list[Case]:
     Raises:
         UserError: there is a channel too many, or two files have one name.
     """
+    files = list(files)
+    named = Counter(_channel(file)[0] for file in files)
     parts: dict[tuple[str, str], dict[int, Path]] = {}  # by the name and the ending
     cases = []
     for file in files:
         name, number = _channel(file)
-        if number is None or _has_all_channels(file, channels):
-            cases.append(Case(strip_ending(file), (file,)))
+        if number is None:
+            cases.append(Case(name, (file,)))
+        elif _has_all_channels(file, channels):
+            nnunets = number == 0 and named[name] == 1 and ending_of(file).lower() in PICTURE_ENDINGS  # its name for a picture in colour
+            cases.append(Case(name if nnunets else strip_ending(file), (file,)))
         else:
             parts.setdefault((name, ending_of(file)), {})[number] = file
     for (name, _), found in parts.items():

@@ -16,7 +16,8 @@ import numpy as np
 from medssm.errors import UserError
 from medssm.files import read_json
 from medssm.segment.cases import Case, distinct, grouped
-from medssm.segment.images import ENDINGS, Image, aligned, ending_of, image_files, open_image, read_label, say, strip_ending
+from medssm.segment.folders import is_paired, paired_cases
+from medssm.segment.images import ENDINGS, PICTURES, Image, aligned, ending_of, image_files, open_image, open_label, read_label, say, strip_ending
 from medssm.segment.patients import check_apart, units, with_patients
 from medssm.segment.regions import Regions, take_apart
 
@@ -41,7 +42,8 @@ class Dataset:
 
 
 def load_dataset(path: Path | str) -> Dataset:
-    """The data set of a folder with dataset.json (nnU-Net v1 and v2, Medical Segmentation Decathlon) or of a MONAI datalist's JSON file.
+    """The data set of a folder with dataset.json (nnU-Net v1 and v2, Medical Segmentation Decathlon) or with images/ and masks/, or of a MONAI
+    datalist's JSON file.
 
     Raises UserError with one line for each bad file: missing, no image, a channel missing, label and image on different grids.
     """
@@ -60,7 +62,9 @@ def described(path: Path | str) -> Dataset:
     path = Path(path)
     description = path / DATASET if path.is_dir() else path
     if not description.is_file():
-        raise UserError(f"{description}: no such file (expected nnU-Net's dataset.json or a MONAI datalist)")
+        if path.is_dir() and is_paired(path):
+            return Dataset(path.resolve().name, (), {}, None, tuple(paired_cases(path)))
+        raise UserError(f"{description}: no such file (expected nnU-Net's dataset.json, a MONAI datalist, or the folders images and masks)")
     table = read_json(description)
     if not isinstance(table, dict):
         raise UserError(f"{description}: expected a JSON object, got {type(table).__name__}")
@@ -83,7 +87,9 @@ def counted_channels(cases: Sequence[Case]) -> tuple[str, ...]:
     """Names for the channels of a data set that names none, by the number that the first readable case has."""
     for case in cases:
         with contextlib.suppress(UserError):
-            return tuple(f"channel_{i}" for i in range(sum(open_image(file).channels for file in case.images)))
+            files = [open_image(file) for file in case.images]
+            count = sum(file.channels for file in files)
+            return ("red", "green", "blue") if count == 3 and files[0].format in PICTURES else tuple(f"channel_{i}" for i in range(count))
     return ("channel_0",)
 
 
@@ -180,7 +186,7 @@ def _is_listed(root: Path, table: dict) -> bool:
     """Whether the cases are those that the description lists: where all files of one of them are there, or no folder is to be searched."""
     for entry in table.get("training") or []:
         files = [root / file for key in ("image", "label") for file in _files(entry.get(key))] if isinstance(entry, dict) else []
-        if files and all(file.is_file() for file in files):
+        if files and all(file.exists() for file in files):
             return True
     return not (root / "imagesTr").is_dir()
 
@@ -266,9 +272,9 @@ def absent_classes(classes: Mapping[str, int], found: Collection[int]) -> list[s
 def faults(case: Case, channels: int | None, files: list[Image]) -> list[str]:
     """What is wrong with a case's files by their headers, one line each. Those that are right are added to `files`."""
     opened, lines = [], []
-    for path in (*case.images, case.label_file):
+    for path, open_file in (*((image, open_image) for image in case.images), (case.label_file, open_label)):
         try:
-            opened.append(open_image(path))
+            opened.append(open_file(path))
         except UserError as error:
             lines.append(str(error))
     if lines:

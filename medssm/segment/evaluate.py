@@ -20,7 +20,7 @@ from medssm.files import first_line, protect, read_json, write_bytes, write_json
 from medssm.options import Option
 from medssm.segment.cases import Case, one_of_each_name
 from medssm.segment.data import load_classes
-from medssm.segment.images import Image, image_files, read_label, say, strip_ending
+from medssm.segment.images import Image, label_files, read_label, say, strip_ending
 from medssm.segment.inputs import folders_below
 from medssm.segment.metrics import compare
 from medssm.segment.patients import patient_of
@@ -205,7 +205,7 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
 
 def _by_name(folder: Path) -> dict[str, Path]:
     """{name: file} of a folder and those below it; a name is the path below the folder, without the ending."""
-    files = [file for place in folders_below(folder) for file in image_files(place)]
+    files = [file for place in folders_below(folder) for file in label_files(place)]
     cases = one_of_each_name([Case((file.parent.relative_to(folder) / strip_ending(file)).as_posix(), (file,)) for file in files])
     return {case.name: case.images[0] for case in cases}
 
@@ -229,7 +229,7 @@ def _is_table(file: Path) -> bool:
 
 
 def _named_like(prediction: Path, folder: Path) -> Path:
-    for file in image_files(folder):
+    for file in label_files(folder):
         if strip_ending(file) == strip_ending(prediction):
             return file
     raise UserError(f"{folder}: no reference for {prediction.name}")

@@ -12,7 +12,7 @@ from medssm.errors import UserError
 from medssm.files import read_json
 from medssm.segment.cases import Case, cases_in, one_of_each_name
 from medssm.segment.data import DATASET
-from medssm.segment.images import ending_of, image_files, strip_ending
+from medssm.segment.images import ending_of, image_files, is_series, strip_ending
 
 DATALIST, LIST = ".json", ".txt"
 _TESTING = ("testing", "test")  # a datalist's sections of images to predict: MONAI's name and the Decathlon's
@@ -58,7 +58,9 @@ def _below(root: Path, channels: int, out: Path) -> list[Case]:
         raise UserError(f"{root}: the folder of a data set, with images and labels: name the folder of its images, or its {DATASET}")
     cases: list[Case] = []
     for folder in folders_below(root, {out.resolve()} - {root.resolve()}):
-        if image_files(folder):
+        if is_series(folder):
+            cases += [replace(case, name=_joined(folder.relative_to(root).parent, case)) for case in cases_in(folder, channels)]
+        elif image_files(folder):
             cases += [replace(case, name=_joined(folder.relative_to(root), case)) for case in cases_in(folder, channels)]
     return cases or cases_in(root, channels)  # which says that there is none
 

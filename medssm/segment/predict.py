@@ -1,4 +1,4 @@
-"""medssm predict: segment NIfTI files with trained weights; the label map comes back on the input's own grid.
+"""medssm predict: segment images with trained weights; the label map comes back on the input's own grid.
 
 Each image is read as in training (its orientation, spacing and intensities are in fitted.json), segmented by a sliding window, and the
 probabilities are resampled back before the largest is taken. Several weight folders, the folds of one training, are averaged.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,36 +29,32 @@ from medssm.scratch import Scratch, Store, slabs
 from medssm.segment import networks
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED
-from medssm.segment.images import Image, far_apart, is_made_here, lengths, nifti, ras_grid, read_image, read_label, strip_ending, write_image
+from medssm.segment.images import (
+    Image,
+    check_output,
+    far_apart,
+    files_of,
+    is_made_here,
+    lengths,
+    nifti,
+    ras_grid,
+    read_image,
+    read_label,
+    strip_ending,
+    write_image,
+)
 from medssm.segment.inference import stored_probabilities
 from medssm.segment.inputs import cases_of
 from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 from medssm.segment.regions import decided, structures
 from medssm.segment.resample import Grid, from_ras, ras, resampled
+from medssm.segment.targets import has_label_map
+from medssm.segment.targets import targets as targets_of
 from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, write_volumes
 
 _RESAMPLING = 24  # bytes for each voxel, beside the voxel itself, while an image is resampled
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
-_OTHER_FORMATS = {
-    ".nrrd",
-    ".nhdr",
-    ".mha",
-    ".mhd",
-    ".dcm",
-    ".hdr",
-    ".img",
-    ".mgz",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".tif",
-    ".tiff",
-    ".npy",
-    ".npz",
-    ".gz",
-    ".zst",
-}
 
 
 def predict(
@@ -68,6 +65,7 @@ def predict(
     more_runs: Sequence[Path | str] = (),
     weights: Literal["best", "last"] = "last",
     section: str | None = None,
+    format: Literal["nifti", "nrrd", "mha", "png", "tiff", "dicom-seg"] | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
     overlap: float = 0.5,
@@ -81,18 +79,21 @@ def predict(
     model: nn.Module | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Segment NIfTI files, folders or lists of them; each label map lies on its image's own grid.
+    """Segment images, folders or lists of them; each label map lies on its image's own grid.
 
     A file that is read is never written over. Nor is any other file that medssm predict did not write, without `overwrite`.
 
     Args: Files
         run: folder written by medssm train, or a folder of such folders (fold_0, fold_1, ...); in Python also a list of them
-        inputs: NIfTI files; folders, with all below them; datalists (.json) or text files of paths (.txt); an image's channels are CASE_0000.nii.gz,
-            CASE_0001.nii.gz, ... where all of them are there, or a fourth axis
-        out: file (.nii.gz, .nii) for one case, else a folder for CASE.nii.gz, in the folders that CASE has below the input, and for volumes.csv
+        inputs: image files (NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF, DICOM); folders, with all below them, of images or of DICOM series; datalists
+            (.json) or text files of paths (.txt); an image's channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ... where all of them are there, or
+            in one file
+        out: file for one case, whose ending says the format; else a folder for CASE.nii.gz, in the folders that CASE has below the input, and for
+            volumes.csv
         more_runs: further folders written by medssm train; the probabilities of all are averaged
         weights: those of the end of the training, or those with the best validation
         section: of a datalist (default: testing or test, or the only one)
+        format: of the label maps in a folder (default: NIfTI; that of the image where it is NRRD, MetaImage or a picture, with PNG for JPEG)
         save_probabilities: also write CASE_probabilities.nii.gz, float32 with the classes on the last axis
         overwrite: write over files of other origin in `out`
         skip_existing: leave out the cases whose label map is in `out` already
@@ -122,11 +123,11 @@ def predict(
     folds = [_load(folder, model, weights, place) for folder in _folders([*_listed(run), *more_runs])]
     _check_alike(folds)
     cases = cases_of([Path(path) for path in _listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
-    targets = _targets(cases, Path(out))
+    targets = targets_of(cases, Path(out), format)
     table = None if Path(out) in targets.values() else Path(out) / VOLUMES
     skipped = [case.name for case in cases if skip_existing and targets[case.name].exists()]
     cases = [case for case in cases if case.name not in skipped]
-    read = [file for case in cases for file in case.images]
+    read = [file for case in cases for image in case.images for file in files_of(image)]
     for case in cases:
         for target in (targets[case.name], *([_of_probabilities(targets[case.name])] if save_probabilities else [])):
             protect(target, reads=read, made=is_made_here, overwrite=overwrite)
@@ -134,6 +135,15 @@ def predict(
         protect(table, made=is_volumes, overwrite=overwrite)
     window = {"device": place, "half": half, "overlap": overlap, "mirror": mirror, "batch": batch}
     written: dict[str, str] = {}
+    said: set[tuple[str, ...]] = set()
+
+    def say(file: Image) -> None:
+        """What was read, once for each format and each thing that was assumed."""
+        if not quiet and (file.format, *file.notes) not in said:
+            said.add((file.format, *file.notes))
+            about = f"{file.format}, {' x '.join(map(str, file.shape))} voxels of {lengths(file.spacing)} mm"
+            print("; ".join([f"{file.path}: {about}", *file.notes]), file=sys.stderr)
+
     measured, failed = _measured_before(skipped, targets, structures(folds[0].fitted.classes, folds[0].fitted.regions))
     with _written_at_the_end(table, measured), progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
@@ -144,7 +154,7 @@ def predict(
             try:
                 target = targets[case.name]
                 room = target.parent if scratch is None else Path(scratch)
-                measured[case.name] = _predict_case(case, folds, target, save_probabilities, nan, room, show=show_case, **window)
+                measured[case.name] = _predict_case(case, folds, target, save_probabilities, nan, room, say, show=show_case, **window)
                 written[case.name] = str(target)
             except UserError as error:
                 if len(cases) == 1 and not skipped:
@@ -176,11 +186,14 @@ def _predict_case(
     save_probabilities: bool,
     nan: float | None,
     scratch: Path,
+    say: Callable[[Image], None],
     *,
     show: Callable[[float], None],
     **window: Any,  # keywords of `stored_probabilities`
 ) -> Volumes:
     data, file = read_image(case.images, len(folds[0].fitted.channels), nan)
+    say(file)
+    check_output(target, file)
     if data.max() == data.min():
         raise UserError(f"{case.images[0]}: every voxel of the image is {data.flat[0]:g}")
     original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine))
@@ -209,7 +222,7 @@ def _predict_case(
             if kept is not None:
                 kept[rows] = back.movedim(0, -1)
         labels = from_ras(labels, file.affine)
-        write_image(target, labels, file)
+        write_image(target, labels, file, fitted.classes)
         if kept is not None:
             nifti.write(_of_probabilities(target), from_ras(kept.array(), file.affine), file)
         return volumes(labels, file, structures(fitted.classes, fitted.regions))
@@ -235,7 +248,7 @@ def _written_at_the_end(table: Path | None, measured: Mapping[str, Volumes]) -> 
         yield
     finally:
         if table and measured:
-            before = {name: rows for name, rows in read_volumes(table).items() if (table.parent / f"{name}.nii.gz").is_file()}
+            before = {name: rows for name, rows in read_volumes(table).items() if has_label_map(table.parent, name)}
             write_volumes(table, before | dict(measured))
 
 
@@ -316,16 +329,6 @@ def _check_alike(folds: Sequence[_Fold]) -> None:
             first, other = getattr(folds[0].fitted, what), getattr(fold.fitted, what)
             if first != other:
                 raise UserError(f"run: {fold.folder} has the {what} {other}, {folds[0].folder} has {first}")
-
-
-def _targets(cases: Sequence[Case], out: Path) -> dict[str, Path]:
-    if len(cases) == 1 and out.name.endswith(nifti.ENDINGS):
-        return {cases[0].name: out}
-    if out.name.endswith(nifti.ENDINGS) or out.is_file():
-        raise UserError(f"out: expected a folder for {len(cases)} case(s), got the file {out}")
-    if out.suffix.lower() in _OTHER_FORMATS and not out.is_dir():
-        raise UserError(f"out: expected a file that ends in {' or '.join(nifti.ENDINGS)}, or a folder, got {out}")
-    return {case.name: out / f"{case.name}.nii.gz" for case in cases}
 
 
 def _device(name: str) -> torch.device:

@@ -99,9 +99,9 @@ def test_whatever_fails_in_one_case_does_not_end_the_others(only, scan, tmp_path
     assert f"a_bad_one.nii.gz: {type(error).__name__}: {error}" in said.err and "1 case(s) in" in said.out and ", 1 failed" in said.out
 
 
-@pytest.mark.parametrize("name", ["labels.nrrd", "labels.mha", "labels.png"])
+@pytest.mark.parametrize("name", ["labels.bmp", "labels.npz", "labels.mgz"])
 def test_another_format_is_no_folder(only, scan, tmp_path, name):
-    with pytest.raises(UserError, match=r"out: expected a file that ends in \.nii\.gz or .*, or a folder, got .*labels"):
+    with pytest.raises(UserError, match=r"out: expected a file that ends in \.nii\.gz, .*, or a folder, got .*labels"):
         predict(only, scan, tmp_path / name, device="cpu", quiet=True)
     assert not (tmp_path / name).exists()
 

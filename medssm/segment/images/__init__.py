@@ -5,19 +5,21 @@
     data, image = read_label(path)    a label map (x, y, z)
     write_image(path, data, image)    on the grid of `image`, in the format that the name of `path` says
 
-A format is a module here, with the endings of its files, `open_file`, `write`, `check_output` and `made_here`.
+A format is a module here, with the endings of its files, `open_file`, `write`, `check_output` and `made_here`. The packages of the extra `io` are
+imported when they are needed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from medssm.errors import UserError
-from medssm.segment.images import nifti
+from medssm.segment.images import dicom, dicom_seg, formats, itk, nifti, pictures
+from medssm.segment.images.image import PICTURES as PICTURES
 from medssm.segment.images.image import Image as Image
 from medssm.segment.images.image import aligned as aligned
 from medssm.segment.images.image import different_grid as different_grid
@@ -26,7 +28,12 @@ from medssm.segment.images.image import lengths as lengths
 from medssm.segment.images.image import ras_grid as ras_grid
 from medssm.segment.images.image import say as say
 
-_FORMATS = (nifti,)
+_FORMATS = (nifti, itk, pictures, dicom_seg)
+PICTURE_ENDINGS = pictures.ENDINGS
+OUTPUTS = {"nifti": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "png": ".png", "tiff": ".tif", "dicom-seg": ".dcm"}
+_LIKE = {".nhdr": ".nrrd", ".mhd": ".mha", ".jpg": ".png", ".jpeg": ".png", ".tiff": ".tif"} | dict.fromkeys(
+    (".nii", ".nii.zst", ".dcm", ""), ".nii.gz"
+)
 ENDINGS = tuple(ending for module in _FORMATS for ending in module.ENDINGS)
 
 
@@ -36,10 +43,10 @@ def open_image(path: Path) -> Image:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if path.is_dir():
-        raise UserError(f"{path}: expected an image file, got a folder")
-    module = _format(path)
+        return dicom.open_folder(path)
+    module = _format(path) or (dicom_seg if dicom.is_dicom(path) else None)
     if module is None:
-        raise UserError(f"{path}: no format that is read ({', '.join(ENDINGS)})")
+        raise UserError(f"{path}: no format that is read{_content(path)} ({', '.join(ENDINGS)}, or a folder of DICOM)")
     return module.open_file(path)
 
 
@@ -76,12 +83,20 @@ def not_finite(path: Path, count: int) -> str:
     return f"{path}: {count} voxel(s) are not finite (NaN or infinite): --nan VALUE puts a number in their place"
 
 
+def open_label(path: Path) -> Image:
+    """`open_image` for a label map. Raises UserError for JPEG too."""
+    image = open_image(path)
+    if image.format == "JPEG":
+        raise UserError(f"{path}: JPEG changes values, so a label map in it cannot be trusted: save it as PNG, from its source")
+    return image
+
+
 def read_label(path: Path, like: Image | None = None) -> tuple[np.ndarray, Image]:
     """A label map as integers (x, y, z), with the axes of `like` where that is given.
 
     Raises UserError if it cannot be read, its values are no integers, or its voxels do not lie where those of `like` lie.
     """
-    image = open_image(path)
+    image = open_label(path)
     if like is not None:
         image = aligned(image, like)
     data = image.voxels(labels=True)
@@ -97,15 +112,21 @@ def read_label(path: Path, like: Image | None = None) -> tuple[np.ndarray, Image
     return rounded[0].astype(np.int32), image
 
 
-def write_image(path: Path, data: np.ndarray, like: Image) -> None:
-    """Write `data` (x, y, z), or (x, y, z, c) as NIfTI, on the grid of `like`. Nothing but the grid is copied from `like`.
+def write_image(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int] | None = None) -> None:
+    """Write a label map (x, y, z) on the grid of `like`. No description of `like` is copied; `dicom_seg` says what DICOM-SEG demands.
+
+    Args:
+        path: its ending says the format
+        data: the label map
+        like: the image that it belongs to
+        classes: {name: value}, for a format that keeps names (default: the values are the names)
 
     Raises UserError if the format that the name says cannot hold it, or the file cannot be written; nothing half written is left.
     """
     check_output(path, like)
     module = _format(path)
     assert module is not None
-    module.write(path, data, like)
+    module.write(path, data, like, {str(value): value for value in np.unique(data).tolist()} if classes is None else classes)
 
 
 def check_output(path: Path, like: Image) -> None:
@@ -125,14 +146,36 @@ def is_made_here(path: Path) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder, by name. Hidden ones are left out: a name with a leading dot is a file that is still being written.
+    """The image files of a folder, by name, without DICOM, of which the folder is the image.
+
+    Hidden ones are left out: a name with a leading dot is a file that is still being written.
 
     Raises UserError if the folder cannot be read.
     """
     try:
-        return sorted(file for file in folder.iterdir() if ending_of(file) and not file.name.startswith("."))
+        return sorted(file for file in folder.iterdir() if ending_of(file).lower() not in ("", *dicom_seg.ENDINGS) and not file.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def is_series(folder: Path) -> bool:
+    """Whether a folder holds DICOM files, so that it is itself an image. UserError if it cannot be read."""
+    return bool(dicom.files_in(folder))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that an image is read from: itself, or all that is in the folder of a series."""
+    return [path] if not path.is_dir() else [file for file in path.iterdir() if file.is_file()]
+
+
+def output_ending(image: Path, format: str | None = None) -> str:
+    """The ending of the label map of an image: of `format`, a key of OUTPUTS, or by default of the image's own kind."""
+    return OUTPUTS[format] if format else _LIKE.get(ending_of(image).lower(), ending_of(image).lower())
+
+
+def label_files(folder: Path) -> list[Path]:
+    """`image_files` and DICOM files: each DICOM-SEG is a label map of its own."""
+    return sorted([*image_files(folder), *(file for file in dicom.files_in(folder) if ending_of(file).lower() in dicom_seg.ENDINGS)])
 
 
 def ending_of(path: Path) -> str:
@@ -144,6 +187,15 @@ def ending_of(path: Path) -> str:
 def strip_ending(path: Path) -> str:
     """The file's name without .nii.gz, .png, ..."""
     return Path(path).name.removesuffix(ending_of(path))
+
+
+def _content(path: Path) -> str:
+    """What a file is, for a message."""
+    try:
+        found = formats.layers(path)[-1]
+    except OSError:
+        return ""
+    return f": its content is {found}" if found else ""
 
 
 def _format(path: Path):

@@ -24,6 +24,7 @@ logger = logging.getLogger("medssm")
 
 MADE_BY = f"medssm {__version__}"  # in each file that is written
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the axes of DICOM and ITK, in RAS
+PICTURES = ("PNG", "JPEG", "TIFF")
 _APART = 50  # times: cases whose spacings differ by more were not measured in one unit
 
 
@@ -112,7 +113,7 @@ def different_grid(image: Image, other: Image) -> str | None:
     """
     if image.shape != other.shape:
         return f"shape {image.shape}, expected {other.shape}"
-    if _is_picture(image) and _is_picture(other) and not (image.measured and other.measured):
+    if image.format in PICTURES and other.format in PICTURES and not (image.measured and other.measured):
         return None
     corners = np.array([[*(np.array(corner) * (np.array(image.shape) - 1)), 1] for corner in np.ndindex(2, 2, 2)], float)
     apart = np.linalg.norm((corners @ (image.affine - other.affine).T)[:, :3], axis=1).max()
@@ -165,10 +166,6 @@ def say(images: Iterable[Image]) -> None:
             about.setdefault(note, []).append(image.path)
     for note, (first, *others) in about.items():
         logger.warning("%s%s: %s", first, f" and {len(others)} other(s)" if others else "", note)
-
-
-def _is_picture(image: Image) -> bool:
-    return image.format in ("PNG", "JPEG", "TIFF")
 
 
 def needed(package: str, path: Path, what: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import nibabel as nib
@@ -62,7 +63,7 @@ def record(file: nib.Nifti1Image, path: Path | None = None) -> Image:
     return Image(path, "NIfTI", (x, y, z), _affine_mm(file), load, channels, notes=notes, own=file)
 
 
-def write(path: Path, data: np.ndarray, like: Image) -> None:
+def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int] | None = None) -> None:
     """Write `data` (x, y, z) or (x, y, z, c) on the grid of `like`; of a NIfTI also with its codes and units. If that is a plane, a plane is written.
 
     No description and no extension of `like` is copied. Raises UserError if the file cannot be written; nothing half written is left.
