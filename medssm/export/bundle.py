@@ -5,7 +5,7 @@
 
 The bundle repeats `medssm predict` in MONAI's transforms: RAS, spacing, intensities by channel, padding to the patch, a gaussian sliding window over
 probabilities, probabilities back to the scan's grid, the largest of them. It does not mirror, takes every header's unit of length for the millimetre,
-and does not tell padding such as -3024 from tissue. The weights are a PyTorch state dict.
+does not tell padding such as -3024 from tissue, and leaves post-processing out. The weights are a PyTorch state dict.
 Networks of MONAI run without medssm; medssm's are built by `medssm.create_model`.
 """
 

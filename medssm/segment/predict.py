@@ -26,7 +26,7 @@ from medssm.errors import UserError
 from medssm.files import first_line, protect
 from medssm.options import Option
 from medssm.scratch import Scratch, Store, slabs
-from medssm.segment import networks
+from medssm.segment import networks, postprocess
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED
 from medssm.segment.images import (
@@ -73,6 +73,7 @@ def predict(
     batch: int = 1,
     nan: float | None = None,
     scratch: Path | str | None = None,
+    postprocessing: Literal["auto", "none"] = "auto",
     save_probabilities: bool = False,
     overwrite: bool = False,
     skip_existing: bool = False,
@@ -102,6 +103,7 @@ def predict(
         mirror: average over the mirrorings that the network was trained with
         batch: windows at a time
         scratch: folder for temporary files, where memory cannot hold the probabilities (default: the folder of the output)
+        postprocessing: auto does what raised the Dice of the held-out cases in training (postprocessing.json; of several runs, what did so in each)
         nan: number that takes the place of voxels that are not finite (default: such an image is an error)
         device: auto, cpu, cuda, cuda:1 or mps
         precision: auto is 16-mixed on CUDA, else 32-true
@@ -122,6 +124,9 @@ def predict(
     half = _half(precision, place)
     folds = [_load(folder, model, weights, place) for folder in _folders([*_listed(run), *more_runs])]
     _check_alike(folds)
+    steps = _postprocessing(folds, postprocessing)
+    if not quiet and any(steps.values()):
+        print(f"post-processing: {postprocess.described(steps)}", file=sys.stderr)
     cases = cases_of([Path(path) for path in _listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     targets = targets_of(cases, Path(out), format)
     table = None if Path(out) in targets.values() else Path(out) / VOLUMES
@@ -154,7 +159,7 @@ def predict(
             try:
                 target = targets[case.name]
                 room = target.parent if scratch is None else Path(scratch)
-                measured[case.name] = _predict_case(case, folds, target, save_probabilities, nan, room, say, show=show_case, **window)
+                measured[case.name] = _predict_case(case, folds, target, save_probabilities, nan, room, steps, say, show=show_case, **window)
                 written[case.name] = str(target)
             except UserError as error:
                 if len(cases) == 1 and not skipped:
@@ -186,6 +191,7 @@ def _predict_case(
     save_probabilities: bool,
     nan: float | None,
     scratch: Path,
+    steps: postprocess.Steps,
     say: Callable[[Image], None],
     *,
     show: Callable[[float], None],
@@ -221,11 +227,23 @@ def _predict_case(
             labels[rows] = values[decided(back, values.tolist(), fitted.regions).numpy()]
             if kept is not None:
                 kept[rows] = back.movedim(0, -1)
-        labels = from_ras(labels, file.affine)
+        labels = postprocess.processed(from_ras(labels, file.affine), steps, _by_value(fitted), abs(float(np.linalg.det(file.affine[:3, :3]))) / 1000)
         write_image(target, labels, file, fitted.classes)
         if kept is not None:
             nifti.write(_of_probabilities(target), from_ras(kept.array(), file.affine), file)
         return volumes(labels, file, structures(fitted.classes, fitted.regions))
+
+
+def _postprocessing(folds: Sequence[_Fold], wanted: str) -> postprocess.Steps:
+    if wanted not in ("auto", "none"):
+        raise UserError(f"postprocessing: expected auto or none, got {wanted!r}")
+    return postprocess.load([fold.folder for fold in folds], list(folds[0].fitted.structures)) if wanted == "auto" else {}
+
+
+def _by_value(fitted: Fitted) -> dict[str, tuple[tuple[int, ...], int]]:
+    """`Fitted.to_process` for a label map as it is written."""
+    values = list(fitted.classes.values())
+    return {name: (tuple(values[i] for i in positions), values[written]) for name, (positions, written) in fitted.to_process.items()}
 
 
 def _measured_before(

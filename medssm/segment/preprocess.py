@@ -85,6 +85,13 @@ class Fitted:
         return {name: tuple(positions[value] for value in values) for name, values in structures(self.classes, self.regions).items()}
 
     @property
+    def to_process(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """For each structure the positions of its classes, and the one that is written for it: what `postprocess` takes."""
+        values = list(self.classes.values())
+        written = map(values.index, self.regions.written) if self.regions else (positions[0] for positions in self.structures.values())
+        return {name: (positions, position) for (name, positions), position in zip(self.structures.items(), written, strict=True)}
+
+    @property
     def volume_patch(self) -> tuple[int, ...]:
         """The patch in the volume: (x, y, z), one slice thick for a 2D network."""
         return self.patch if self.slice_axis is None else (*self.patch[: self.slice_axis], 1, *self.patch[self.slice_axis :])

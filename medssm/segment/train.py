@@ -23,18 +23,17 @@ from torch import nn
 from medssm.errors import UserError
 from medssm.files import make_folder, read_json_lines, write_bytes, write_json
 from medssm.options import as_yaml
-from medssm.segment import curves, networks
+from medssm.segment import curves, networks, postprocess
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.fit import fit
-from medssm.segment.inference import probabilities
 from medssm.segment.intensity import SCHEMES
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
 from medssm.segment.losses import RegionLoss, SegmentationLoss
 from medssm.segment.patches import Patches
-from medssm.segment.preprocess import IGNORE, Fitted
+from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
-from medssm.segment.regions import decided
+from medssm.segment.validation import Validation
 from medssm.segment.volumes import load
 
 ARGUMENTS, CASES, CURVES = "train.yaml", "cases.json", "curves.png"
@@ -86,9 +85,9 @@ def train(
 ) -> dict[str, Any]:
     """Train a network on a data set, and write the weights and all that belongs to them into a folder.
 
-    The folder gets config.json and model.safetensors (the network), model_best.safetensors (the weights with the best validation, where cases are
-    held out), fitted.json (what was fitted to the data), train.yaml (these arguments, for `medssm train --config`), cases.json (the files that were
-    trained on and held out), metrics.jsonl and curves.png.
+    The folder gets config.json and model.safetensors (the network), fitted.json (what was fitted to the data), train.yaml (these arguments, for
+    `medssm train --config`), cases.json (the files that were trained on and held out), metrics.jsonl and curves.png; where cases are held out also
+    model_best.safetensors (the weights with the best validation) and postprocessing.json (what raised the Dice on these cases).
 
     Args: Data
         dataset: folder with dataset.json (nnU-Net), or a MONAI datalist's JSON file
@@ -179,7 +178,8 @@ def train(
         fabric=fabric,
         quiet=quiet,
     )
-    held_out = load(validation[fabric.global_rank :: fabric.world_size], table, fitted.spacing, cache, nan)
+    held_out = validation[fabric.global_rank :: fabric.world_size]
+    validate = Validation(held_out, load(held_out, table, fitted.spacing, cache, nan), fitted, fabric)
 
     torch.manual_seed(seed)
     sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.outputs)}
@@ -228,7 +228,7 @@ def train(
     if resume:
         loop.resume()
     elif fabric.is_global_zero:
-        for name in (networks.WEIGHTS, networks.BEST, CHECKPOINT):
+        for name in (networks.WEIGHTS, networks.BEST, postprocess.POSTPROCESSING, CHECKPOINT):
             (out / name).unlink(missing_ok=True)  # of the training that is to be overwritten
     name = config["model"] or config["class"]
     if fabric.is_global_zero:
@@ -237,7 +237,8 @@ def train(
         _save_arguments(out / ARGUMENTS, arguments | {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr})
 
     with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
-        dice = loop.run(show, lambda: _validate(loop.trained, fitted, held_out, fabric), validations if validation else 0)
+        dice = loop.run(show, lambda: validate(loop.trained), validations if validation else 0)
+    steps, gain = validate.postprocessing() if dice else ({}, {})
     result = {
         "out": str(out),
         "model": name,
@@ -251,8 +252,11 @@ def train(
         "patch": list(fitted.patch),
         "validation": dice,
         "best": loop.best,
+        "postprocessing": steps,
     }
     if fabric.is_global_zero:
+        if dice:
+            postprocess.save(out / postprocess.POSTPROCESSING, steps, gain)
         loop.log({"finished": result})
         networks.save(out, loop.trained, config)
         (out / CHECKPOINT).unlink(missing_ok=True)
@@ -267,6 +271,8 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     if dice and result["best"]["step"] < result["steps"]:
         found += f"; the best one was {result['best']['mean']:.3f} at step {result['best']['step']:,} (predict --weights best)"
     print(f"{result['model']}: {result['parameters']:,} parameters, {result['steps']} steps in {result['seconds']:.0f} s{found}")
+    if dice:
+        print(f"post-processing that raises it: {postprocess.described(result['postprocessing'])}")
     print(f"written: {result['out']}")
 
 
@@ -339,23 +345,6 @@ def _optimizer(name: str, network: nn.Module, lr: float, weight_decay: float) ->
 def _workers(workers: int | None, device: torch.device) -> int:
     """None on a CPU: cutting patches takes a few hundredths of a step there, and a worker would take the network's cores."""
     return workers if workers is not None else 0 if device.type == "cpu" else 4
-
-
-def _validate(network: nn.Module, fitted: Fitted, volumes: Sequence[tuple[torch.Tensor, torch.Tensor]], fabric: Fabric) -> dict[str, float]:
-    """Mean Dice of each class or region over the held-out cases at the network's spacing; one absent from label and prediction is left out."""
-    sums = torch.zeros(2, len(fitted.structures), dtype=torch.float64)
-    for image, label in volumes:
-        half = torch.float16 if fabric.device.type == "cuda" else None
-        predicted = decided(probabilities(network, image, fitted, device=fabric.device, half=half), list(fitted.classes.values()), fitted.regions)
-        for i, positions in enumerate(map(torch.tensor, fitted.structures.values())):
-            truth, found = torch.isin(label, positions), torch.isin(predicted, positions) & (label != IGNORE)
-            size = int(truth.sum() + found.sum())
-            if size:
-                sums[:, i] += torch.tensor([2 * int((truth & found).sum()) / size, 1.0], dtype=torch.float64)
-    if fabric.world_size > 1:
-        sums = cast(torch.Tensor, fabric.all_reduce(sums, reduce_op="sum"))
-    dice = {name: (sums[0, i] / sums[1, i]).item() for i, name in enumerate(fitted.structures) if sums[1, i] > 0}
-    return {**dice, "mean": sum(dice.values()) / len(dice) if dice else 0.0}
 
 
 def _axes(mirror: str | Sequence[int]) -> str | tuple[int, ...]:

@@ -61,6 +61,7 @@ def test_the_command_writes_what_it_says(trained):
     assert {file.name for file in out.iterdir()} == {
         "model.safetensors",
         "model_best.safetensors",
+        "postprocessing.json",
         "config.json",
         "fitted.json",
         "cases.json",
