@@ -19,3 +19,9 @@ def keep_freed_memory() -> None:
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_TOP_PAD, 2**26)
+
+
+def give_memory_back() -> None:
+    """Return to the system what glibc's malloc keeps of freed memory; without effect on other systems."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

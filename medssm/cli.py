@@ -36,6 +36,9 @@ COMMANDS: Table = {
     "models": Command("medssm.models.listing", "models", "show", "the models there are, with parameters"),
     "demo": {"structures": Command("medssm.segment.demo", "structures", "show", "train and test on a real brain MRI, with a report")},
     "check": Command("medssm.segment.check", "check", "show", "look at a data set before training: a summary, and what is wrong with its files"),
+    "plan": Command(
+        "medssm.segment.plan", "plan", "show", "choose spacing, patch, batch and strides for a data set and this machine, as a file for train"
+    ),
     "train": Command("medssm.segment.train", "train", "show", "train a network on your data"),
     "predict": Command("medssm.segment.predict", "predict", "show", "segment images, folders or lists of them"),
     "evaluate": Command("medssm.segment.evaluate", "evaluate", "show", "Dice, HD95 and surface Dice of predictions against references"),

@@ -12,7 +12,7 @@ from medssm.models.facts import Facts, Plan
 from medssm.models.options import per_axis, per_stage, preset
 from medssm.models.registry import register_model
 from medssm.nn import Decoder, Encoder, UNet
-from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up, check_dims
+from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up, check_dims, half
 from medssm.nn.mixers import MIXERS, make_mixer
 
 _SCANS_FROM = 2  # the first stage whose blocks mix
@@ -36,10 +36,11 @@ SIZES = {
 
 
 def _from_plan(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    steps = {} if "strides" in given else {"strides": plan.strides, "kernels": plan.kernels}
     if "size" in given:
-        return {"strides": plan.strides}
+        return steps
     n = len(given.get("features", plan.features))
-    return {"strides": plan.strides, "features": plan.features, "depths": [1, 1, *[2] * n][:n], "decoder_depths": [1] * (n - 1)}
+    return steps | {"features": plan.features, "depths": [1, 1, *[2] * n][:n], "decoder_depths": [1] * (n - 1)}
 
 
 @register_model(
@@ -57,6 +58,7 @@ def medssm_unet(
     depths: Sequence[int] | None = None,
     decoder_depths: Sequence[int] | None = None,
     strides: Sequence[int | Sequence[int]] | None = None,
+    kernels: int | Sequence[int | Sequence[int]] = 3,
     scans_from: int | None = None,
     expand: float | None = None,
     d_state: int | None = None,
@@ -71,6 +73,7 @@ def medssm_unet(
             attention), "delta" (gated DeltaNet), "mamba2" or "rwkv" (the spatial mix); docs/mixers.md says which to take when.
         features, depths: channels and blocks per stage, from full resolution down; decoder_depths: one entry fewer, from coarse to fine.
         strides: per stage, an int or one per axis (anisotropic spacing); default 1, then 2.
+        kernels: of the convolutions, one odd number, or per stage an int or one per axis (1 along an axis of coarse spacing).
         scans_from: the first stage whose blocks have mixers, in the encoder; the stages above are convolutional, as is the decoder.
         expand, d_state: inner channels over outer, and the state, of mixers that have them (medssm.nn.mixers).
         deep_supervision: a list of logits, the highest resolution first.
@@ -88,6 +91,9 @@ def medssm_unet(
     depths = per_stage("depths", depths or chosen.depths, n)
     decoder_depths = per_stage("decoder_depths", decoder_depths or chosen.decoder_depths, n - 1)
     steps = per_axis("strides", strides or [1] + [2] * (n - 1), n, spatial_dims)
+    sizes = per_axis("kernels", kernels, n, spatial_dims)
+    if not all(length % 2 for one in sizes for length in one):
+        raise ValueError(f"kernels: expected odd numbers, got {kernels}")
     first_scans = _SCANS_FROM if scans_from is None else scans_from
     if expand is None and "expand" in MIXERS[mixer].options:
         expand = chosen.expand
@@ -95,19 +101,19 @@ def medssm_unet(
     def stage(s: int, count: int, scans: bool) -> list[nn.Module]:
         if scans:
             make = partial(make_mixer, mixer, widths[s], spatial_dims, expand=expand, d_state=d_state)
-            return [MixerBlock(widths[s], spatial_dims, make()) for _ in range(count)]
+            return [MixerBlock(widths[s], spatial_dims, make(), sizes[s]) for _ in range(count)]
         if s <= 1:
-            return [DenseBlock(widths[s], widths[s], spatial_dims) for _ in range(count)]
-        return [ConvBlock(widths[s], spatial_dims) for _ in range(count)]
+            return [DenseBlock(widths[s], widths[s], spatial_dims, sizes[s]) for _ in range(count)]
+        return [ConvBlock(widths[s], spatial_dims, sizes[s]) for _ in range(count)]
 
     convolution = CONV[spatial_dims]
     bare = depths[0] == 0
-    stem = [ChannelsLast(spatial_dims)] + ([] if bare else [convolution(in_channels, widths[0], 3, padding=1)])
+    stem = [ChannelsLast(spatial_dims)] + ([] if bare else [convolution(in_channels, widths[0], sizes[0], padding=half(sizes[0]))])
     stages: list[nn.Module] = [nn.Sequential(*stage(0, depths[0], first_scans <= 0))]
     for s in range(1, n):
         down: nn.Module = Down(widths[s - 1], widths[s], spatial_dims, steps[s])
         if s == 1 and bare:
-            down = convolution(in_channels, widths[1], 3, steps[1], padding=1)
+            down = convolution(in_channels, widths[1], sizes[1], steps[1], padding=half(sizes[1]))
         stages.append(nn.Sequential(down, *stage(s, depths[s], s >= first_scans)))
     skips = [in_channels if bare else widths[0], *widths[1:]]
     ups, up_stages = [], []
@@ -118,14 +124,14 @@ def medssm_unet(
         depth, width = decoder_depths[i], widths[s]
         blocks: list[nn.Module]
         if s <= 1 and depth:
-            blocks = [DenseBlock(joined, width, spatial_dims), *stage(s, depth - 1, False)]
+            blocks = [DenseBlock(joined, width, spatial_dims, sizes[s]), *stage(s, depth - 1, False)]
         elif s == 0:
             blocks, width = [], joined
         else:
             blocks = [convolution(joined, width, 1), *stage(s, depth, False)]
         up_stages.append(nn.Sequential(*blocks))
         # Full kernels in the heads too: of many inputs, logits learn fast.
-        head = convolution(width, out_channels, 3, padding=1)
+        head = convolution(width, out_channels, sizes[s], padding=half(sizes[s]))
         heads.append(head if deep_supervision or s == 0 else None)
     return UNet(
         Encoder(nn.Sequential(*stem), stages, skips, steps), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size

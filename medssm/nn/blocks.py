@@ -35,6 +35,11 @@ def check_dims(spatial_dims: int) -> None:
         raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}")
 
 
+def half(kernel: int | Sequence[int]) -> int | tuple[int, ...]:
+    """The padding that keeps the size, of an odd kernel with one length or one per axis."""
+    return kernel // 2 if isinstance(kernel, int) else tuple(length // 2 for length in kernel)
+
+
 def tokens(x: Tensor) -> Tensor:
     """(b, c, *spatial) -> (b, *spatial, c), contiguous where x has channels-last memory."""
     return x.movedim(1, -1)
@@ -140,11 +145,11 @@ class DenseBlock(nn.Module):
     """silu(norm(conv(silu(norm(conv(x))))) + x): full kernels, where maps are large and channels few. The norm is a batch norm: at inference a
     scale and a shift of each voxel."""
 
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int, kernel: int = 3) -> None:
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, kernel: int | Sequence[int] = 3) -> None:
         super().__init__()
-        self.conv1 = CONV[spatial_dims](channels_in, channels, kernel, padding=kernel // 2, bias=False)
+        self.conv1 = CONV[spatial_dims](channels_in, channels, kernel, padding=half(kernel), bias=False)
         self.norm1 = BATCH_NORM[spatial_dims](channels)
-        self.conv2 = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, bias=False)
+        self.conv2 = CONV[spatial_dims](channels, channels, kernel, padding=half(kernel), bias=False)
         self.norm2 = BATCH_NORM[spatial_dims](channels)
         self.skip = nn.Identity() if channels_in == channels else CONV[spatial_dims](channels_in, channels, 1)
 
@@ -157,9 +162,9 @@ class DenseBlock(nn.Module):
 class ConvBlock(nn.Module):
     """x + W2 silu(W1 norm(depthwise_conv(x))): spatial mixing by a depthwise kernel, channels by two linear layers (ConvNeXt's order)."""
 
-    def __init__(self, channels: int, spatial_dims: int, kernel: int = 3, expand: float = 2) -> None:
+    def __init__(self, channels: int, spatial_dims: int, kernel: int | Sequence[int] = 3, expand: float = 2) -> None:
         super().__init__()
-        self.conv = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.conv = CONV[spatial_dims](channels, channels, kernel, padding=half(kernel), groups=channels)
         self.norm = nn.LayerNorm(channels)
         self.up = nn.Linear(channels, int(expand * channels))
         self.down = nn.Linear(int(expand * channels), channels)
@@ -174,7 +179,7 @@ class ConvBlock(nn.Module):
 class MixerBlock(nn.Module):
     """x + mixer(norm(x)), then a ConvBlock. `mixer` works on (b, *spatial, c)."""
 
-    def __init__(self, channels: int, spatial_dims: int, mixer: nn.Module, kernel: int = 3, expand: float = 2) -> None:
+    def __init__(self, channels: int, spatial_dims: int, mixer: nn.Module, kernel: int | Sequence[int] = 3, expand: float = 2) -> None:
         super().__init__()
         self.norm, self.mixer = nn.LayerNorm(channels), mixer
         self.local = ConvBlock(channels, spatial_dims, kernel, expand)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -109,15 +109,23 @@ def fit_slice_axis(cases: Sequence[Case]) -> int:
     return int(2 - np.argmax(median[::-1] >= median.max() * 0.999))
 
 
-def fit_patch(shape: Sequence[int], spacing: Sequence[float], voxels: int, multiple: int = 16) -> tuple[int, ...]:
-    """A patch of at most `voxels`: the median shape, each axis rounded up to `multiple`; then the axis longest in millimetres is shortened
-    again and again until it fits. No axis is shorter than `multiple`.
+def fit_patch(shape: Sequence[float], spacing: Sequence[float], voxels: int, multiple: int = 16) -> tuple[int, ...]:
+    """A patch of at most `voxels`: the first of `shrinking_patches` that is small enough, else their last one."""
+    *larger, smallest = shrinking_patches(shape, spacing, [multiple] * len(shape))
+    return next((patch for patch in larger if math.prod(patch) <= voxels), smallest)
+
+
+def shrinking_patches(shape: Sequence[float], spacing: Sequence[float], multiples: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Patches from the median shape down, each axis rounded up to its multiple.
+
+    The axis longest in millimetres is shortened by its multiple again and again. No axis is shorter than its multiple.
     """
-    patch = [max(multiple, math.ceil(size / multiple) * multiple) for size in shape]
-    while math.prod(patch) > voxels and max(patch) > multiple:
-        longest = max((i for i in range(len(patch)) if patch[i] > multiple), key=lambda i: patch[i] * spacing[i])
-        patch[longest] -= multiple
-    return tuple(patch)
+    patch = [max(multiple, math.ceil(size / multiple) * multiple) for size, multiple in zip(shape, multiples, strict=True)]
+    yield tuple(patch)
+    while any(size > multiple for size, multiple in zip(patch, multiples, strict=True)):
+        longest = max((i for i in range(len(patch)) if patch[i] > multiples[i]), key=lambda i: patch[i] * spacing[i])
+        patch[longest] -= multiples[longest]
+        yield tuple(patch)
 
 
 def fit_mirror(mirror: str | Sequence[int], classes: Collection[str], axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
@@ -165,7 +173,7 @@ def wrong_units(edges: Mapping[Path, np.ndarray]) -> dict[Path, str]:
     }
 
 
-def _resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.ndarray:
+def resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.ndarray:
     """(cases, 3): the shapes the cases will have at `spacing`, from their headers."""
     edges, shapes = (np.array(column) for column in zip(*(ras_grid(open_image(case.images[0])) for case in cases), strict=True))
     wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
@@ -174,7 +182,7 @@ def _resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.nda
 
 def _check_memory(cases: Sequence[Case], channels: int, spacing: Sequence[float]) -> None:
     """UserError if the resampled cases would fill more than three quarters of the free memory."""
-    needed = float(_resampled_shapes(cases, spacing).prod(1, dtype=float).sum() * (4 * channels + 2))
+    needed = float(resampled_shapes(cases, spacing).prod(1, dtype=float).sum() * (4 * channels + 2))
     free = machine.free_memory()
     if needed > 0.75 * free:
         raise UserError(

@@ -160,7 +160,7 @@ def train(
     lr = lr or _LEARNING_RATES[optimizer]
     table = load_dataset(dataset)
     training, validation = split(table, fold, folds=folds, splits=splits, group=group, seed=seed)
-    fabric = _fabric(device, devices, strategy, precision)
+    fabric = fabric_for(device, devices, strategy, precision)
     fabric.launch()
     quiet = quiet or not fabric.is_global_zero
 
@@ -205,13 +205,11 @@ def train(
     if not quiet:
         print(_plan(fitted, fabric, training, validation, max_steps, max_seconds, batch, validations, ema), file=sys.stderr)
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
-    criterion = (
-        SegmentationLoss(fitted.ignore is not None) if not fitted.regions else RegionLoss(list(fitted.structures.values()), len(fitted.classes))
-    )
+    criterion = criterion_for(fitted)
     loop = Loop(
         fabric,
         network,
-        _optimizer(optimizer, network, lr, weight_decay),
+        optimizer_for(optimizer, network, lr, weight_decay),
         patches,
         criterion,
         out,
@@ -320,7 +318,15 @@ def _check_arguments(
         raise UserError(f"ema: expected more than 0 and less than 1, got {ema}")
 
 
-def _fabric(device: str, devices: int | str, strategy: str, precision: str) -> Fabric:
+def criterion_for(fitted: Fitted) -> nn.Module:
+    """The loss of a network's outputs for classes, or for regions."""
+    if fitted.regions:
+        return RegionLoss(list(fitted.structures.values()), len(fitted.classes))
+    return SegmentationLoss(fitted.ignore is not None)
+
+
+def fabric_for(device: str, devices: int | str, strategy: str, precision: str) -> Fabric:
+    """Lightning's Fabric for a device and a precision; `auto` is half precision on a GPU. Raises UserError for what it refuses."""
     accelerator, _, number = device.partition(":")
     chosen: list[int] | int | str = [int(number)] if number.isdigit() else number or devices
     if precision == "auto":
@@ -332,7 +338,7 @@ def _fabric(device: str, devices: int | str, strategy: str, precision: str) -> F
         raise UserError(f"device: {device}, devices {chosen}, strategy {strategy}, precision {precision}: {error}") from error
 
 
-def _optimizer(name: str, network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def optimizer_for(name: str, network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov's momentum 0.99 as in nnU-Net; no decay on biases, norms and other vectors."""
     groups = [
         {"params": [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == decayed], "weight_decay": weight_decay if decayed else 0.0}

@@ -279,7 +279,7 @@ def test_a_scaler_skips_what_overflows_and_goes_on_after_a_stop(small, tmp_path,
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**34)
         return Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
 
-    monkeypatch.setattr("medssm.segment.train._fabric", fp16)
+    monkeypatch.setattr("medssm.segment.train.fabric_for", fp16)
     train(small, tmp_path / "whole", max_steps=20, **FAST)
     with monkeypatch.context() as patched:
         patched.setattr("medssm.segment.train.Patches", Stop)

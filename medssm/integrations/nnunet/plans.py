@@ -24,10 +24,9 @@ from medssm.files import read_json, write_json
 from medssm.integrations.nnunet.networks import Network, output_resolutions, resolutions
 from medssm.models import create_model, list_models
 from medssm.models.facts import Plan
-from medssm.models.registry import model_facts, model_options
+from medssm.models.plans import OURS, inherited, options_from_plan, read_plan
 from medssm.nn import UNet
 
-_CLASS = "medssm.integrations.nnunet.Network"
 _OLD_KEYS = (
     "UNet_class_name",
     "UNet_base_num_features",
@@ -86,7 +85,7 @@ def rewrite(
     result = {"plans": str(out), "name": name, "dataset": content.get("dataset_name"), "model": model, "configurations": {}}
     written = copy.deepcopy(content)
     for configuration in configurations or [key for key, own in known.items() if {"architecture", "UNet_class_name", "patch_size"} & set(own)]:
-        plan = _plan(f"{plans}: {configuration}", _inherited(known, configuration))
+        plan = read_plan(f"{plans}: {configuration}", inherited(known, configuration))
         try:
             arguments, network = _arguments(model, plan, dict(options or {}))
         except ValueError as error:
@@ -102,7 +101,7 @@ def rewrite(
         entry = written["configurations"][configuration]
         for key in _OLD_KEYS:
             entry.pop(key, None)
-        entry["architecture"] = {"network_class_name": _CLASS, "arch_kwargs": arguments, "_kw_requires_import": []}
+        entry["architecture"] = {"network_class_name": OURS, "arch_kwargs": arguments, "_kw_requires_import": []}
     if not result["configurations"]:
         raise UserError(f"{plans}: expected a configuration with a network of its own, got {', '.join(known) or 'none'}")
     written["plans_name"] = name
@@ -110,74 +109,14 @@ def rewrite(
     return result
 
 
-def _inherited(configurations: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """A configuration with what it inherits."""
-    entry, seen = dict(configurations[name]), [name]
-    while "inherits_from" in entry:
-        parent = entry.pop("inherits_from")
-        if parent not in configurations or parent in seen:
-            raise UserError(f"configuration: {name}: expected to inherit from another one of {', '.join(configurations)}, got {parent!r}")
-        seen.append(parent)
-        entry = {**configurations[parent], **entry}
-    return entry
-
-
-def _plan(where: str, entry: Mapping[str, Any]) -> Plan:
-    """The U-Net of a configuration, of either generation."""
-    try:
-        if "architecture" in entry:
-            own = entry["architecture"]
-            if own["network_class_name"] == _CLASS:
-                raise UserError(f"{where}: expected nnU-Net's own network, got {_CLASS}: start from the plans that nnU-Net wrote")
-            unet = own["arch_kwargs"]
-            features, strides, kernels = unet["features_per_stage"], unet["strides"], unet["kernel_sizes"]
-            blocks = unet["n_blocks_per_stage"] if "n_blocks_per_stage" in unet else unet["n_conv_per_stage"]
-            decoder_blocks = unet["n_conv_per_stage_decoder"]
-        else:
-            strides, kernels = entry["pool_op_kernel_sizes"], entry["conv_kernel_sizes"]
-            blocks, decoder_blocks = entry["n_conv_per_stage_encoder"], entry["n_conv_per_stage_decoder"]
-            features = [min(entry["UNet_base_num_features"] * 2**s, entry["unet_max_num_features"]) for s in range(len(strides))]
-        plan = Plan(list(entry["patch_size"]), int(entry["batch_size"]), *map(list, (features, strides, kernels, blocks, decoder_blocks)))
-        dims, stages = len(plan.patch), len(plan.features)
-        fits = dims in (2, 3) and all(len(step) == dims for step in (*plan.strides, *plan.kernels))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: expected the lists of nnU-Net's U-Net and a patch size, got none or a wrong one ({error!r})") from error
-    if not fits or [len(plan.strides), len(plan.kernels), len(plan.blocks), len(plan.decoder_blocks)] != [stages, stages, stages, stages - 1]:
-        raise UserError(
-            f"{where}: expected one entry of each list per stage and per axis, got {stages} features, {plan.strides} as strides and "
-            f"{plan.kernels} as kernels, {plan.blocks} and {plan.decoder_blocks} blocks for the patch {plan.patch}"
-        )
-    return plan
-
-
 def _arguments(model: str, plan: Plan, options: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
     """What the plans tell Network, and the network that it makes of that."""
     dims = len(plan.patch)
-    options = _from_plans(model, plan, options) | options
+    options = options_from_plan(model, plan, options) | options
     arguments: dict[str, Any] = {"model": model, "spatial_dims": dims, "strides": _strides(model, plan.patch, options), "options": options}
     network = Network(1, 2, **arguments, deep_supervision=True)
     _check(network, arguments, plan)
     return arguments, network
-
-
-def _from_plans(model: str, plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a model takes from the plans, as its facts say.
-
-    `features` and `size`, given among the options, settle the number of stages; strides and kernels are then the plans' first ones.
-    """
-    from_plan, stages = model_facts(model).from_plan, len(plan.features)
-    if from_plan is None:
-        return {}
-    known = model_options(model)
-    if "features" in known and "features" in options:
-        if not isinstance(options["features"], Sequence) or isinstance(options["features"], str):
-            raise ValueError(f"features: expected a list with one entry per stage, got {options['features']!r}")
-        stages = len(options["features"])
-    elif "size" in known and "size" in options:
-        stages = len(cast(UNet, create_model(model, len(plan.patch), **options)).encoder.strides)
-    if stages > len(plan.features) and "strides" not in options:
-        raise ValueError(f"strides: expected {stages} entries, one per stage of the network, got the {len(plan.features)} of the plans")
-    return from_plan(plan.first(stages), options)
 
 
 def _strides(model: str, patch: Sequence[int], options: Mapping[str, Any]) -> list[list[int]]:
