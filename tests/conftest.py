@@ -2,8 +2,10 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: bound threads would share the first core, and waiting ones take the others' time
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes: bound threads would all share the first core, and more threads than cores wait for each other at every parallel region.
     os.environ |= {"OMP_PROC_BIND": "false", "OMP_WAIT_POLICY": "passive"}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 else:
     os.environ.setdefault("OMP_PROC_BIND", "true")
 

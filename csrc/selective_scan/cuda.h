@@ -34,7 +34,7 @@ template <class T_, int kStates_, int kShare_, int kThreads_, int kSteps_, int k
 // Calls body(Shape) with the shape for a problem.
 template <class Body> void with_shape(const Problem& p, Body&& body) {
   if (p.wide)
-    body(Shape<double, 8, 0, 64, 4, 2, false>{});
+    body(Shape<double, 8, 0, 64, 4, 1, false>{});
   else if (p.state == 1)
     body(Shape<float, 1, 1, 64, 8, 8, true>{});
   else if (p.state > 4 && p.state <= 8)
