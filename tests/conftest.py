@@ -31,6 +31,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes many seconds, so it starts first")
 
 
+@pytest.hookimpl(trylast=True)  # when tests that `-m` leaves out are gone
 def pytest_collection_modifyitems(items):
     """Long tests start first. Under xdist each worker begins with an equal part of the list, so each part gets its share of them."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
