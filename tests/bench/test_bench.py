@@ -70,6 +70,7 @@ def test_an_unknown_row_is_one_line(capsys):
     assert "--rows: expected a pattern of scan" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_network_on_every_way(tmp_path, capsys):
     assert cli.main(["bench", "--networks", "ultralight*", "--quick", "--out", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "networks.json").read_text())["networks"]["ultralight_vmunet"]

@@ -95,13 +95,13 @@ def run_without_engine(bundle, scans, out):
             post({**item, "pred": inferer(item["image"][None], network.eval())[0]})
 
 
-@pytest.mark.parametrize("name", ["3d", "2d"])
+@pytest.mark.parametrize("name", [pytest.param("3d", marks=pytest.mark.thorough), "2d"])
 def test_monais_parts_give_predicts_labels(runs, bundles, scans, tmp_path, name):
     run_without_engine(bundles / name, scans / name, tmp_path / "found")
     compare_with_predict(runs / name, scans / name, tmp_path, "_0000" if name == "2d" else "")
 
 
-@pytest.mark.parametrize("name", ["3d", "2d"])
+@pytest.mark.parametrize("name", ["3d", pytest.param("2d", marks=pytest.mark.thorough)])
 def test_monais_runner_gives_predicts_labels(runs, bundles, scans, tmp_path, name):
     pytest.importorskip("ignite")
     pytest.importorskip("fire")

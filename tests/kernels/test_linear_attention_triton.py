@@ -37,7 +37,7 @@ def test_half_storage_computes_in_float32(call, dtype):
     compare(got, want, torch.finfo(dtype).eps + 1e-5, 0.0)
 
 
-@pytest.mark.parametrize("lengths", [(150, 300), (33, 7)])
+@pytest.mark.parametrize("lengths", [pytest.param((150, 300), marks=pytest.mark.thorough), (33, 7)])
 def test_several_segments_tiles_and_another_number_of_queries(lengths):
     generator = torch.Generator().manual_seed(0)
     tensors = {"v": (1, lengths[1], 2, 37), "q": (1, lengths[0], 4, 40), "k": (1, lengths[1], 2, 40)}

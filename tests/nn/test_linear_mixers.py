@@ -42,7 +42,7 @@ def test_every_voxel_sees_every_other(name):
         assert (seen.abs().sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name != "ss_nd"])
+@pytest.mark.parametrize("name", ["gla", *(pytest.param(name, marks=pytest.mark.thorough) for name in MIXERS if name not in ("ss_nd", "gla"))])
 def test_every_mixer_compiles_whole(name):
     torch.manual_seed(0)
     mixer, x = make_mixer(name, 12, 2).eval(), torch.randn(1, 4, 5, 12)

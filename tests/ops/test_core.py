@@ -15,6 +15,9 @@ from tests.ops.calls import DEVICE, Call, compare, normal, permutation
 from tests.ops.cases import SEQUENCE, available, example, flattened, tokens
 
 PAIRS = available()
+# Forms that take Triton's interpreter long: for `make test-all`.
+LONG = {("bi_wkv", "triton", form) for form in ("bfloat16", "begun_anew", "longer")}
+LONG |= {("selective_scan_nd", "triton", "bfloat16"), ("gated_linear_attention", "triton", "bfloat16")}
 
 
 def every_option(op: str) -> Call:
@@ -78,7 +81,7 @@ WALKS = (permuted, begun_anew, longer)  # of ops with one walk
 @pytest.mark.parametrize(
     "op, backend, form",
     [
-        pytest.param(op, backend, form, id=f"{op}-{backend}-{form.__name__}")
+        pytest.param(op, backend, form, id=f"{op}-{backend}-{form.__name__}", marks=[pytest.mark.thorough] * ((op, backend, form.__name__) in LONG))
         for op, backend in PAIRS
         for form in (every_option, what_must_be_given, bfloat16, *(WALKS if takes(op, "order") else ()), *((packed,) if op in SEQUENCE else ()))
     ],

@@ -49,8 +49,8 @@ def special(backend: str) -> list[str]:
 
 
 def core(backend: str, **environment: str) -> None:
-    """The core of the contract of every op with such kernels, strictly on them, and the short tests of what is special about them."""
-    suite(["-k", backend], "tests/ops/test_core.py", *special(backend), at_least=3 * len(having(backend)), **environment)
+    """The core of the contract of every op with such kernels, strictly on them."""
+    suite(["-k", backend], "tests/ops/test_core.py", at_least=3 * len(having(backend)), **environment)
 
 
 def whole(backend: str, op: str, **environment: str) -> None:
@@ -62,6 +62,12 @@ def whole(backend: str, op: str, **environment: str) -> None:
 @pytest.mark.long
 def test_the_core_in_tritons_interpreter():
     core("triton", **INTERPRETED)
+
+
+@triton
+@pytest.mark.long
+def test_what_is_special_in_tritons_interpreter():
+    suite([], *special("triton"), at_least=60, **INTERPRETED)
 
 
 @triton
@@ -80,6 +86,10 @@ def test_every_configuration_in_tritons_interpreter(file):
 
 def test_the_core_of_emulated_cuda(emulated):
     core("cuda", MEDSSM_CUDA_LIBRARY=str(emulated))
+
+
+def test_what_is_special_in_emulated_cuda(emulated):
+    suite([], *special("cuda"), at_least=10, MEDSSM_CUDA_LIBRARY=str(emulated))
 
 
 @pytest.mark.thorough

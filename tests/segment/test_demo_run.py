@@ -58,6 +58,7 @@ def test_both_networks_see_as_many_patches_as_was_asked_for(demo):
     assert 1.1e6 < demo[1]["rows"][1]["parameters"] < 1.3e6
 
 
+@pytest.mark.thorough
 def test_a_slow_machine_takes_longer_and_finds_the_same(demo, tmp_path, monkeypatch):
     """Steps that seem to take an hour each change neither their number, nor the learning rate, nor the result."""
     clock = itertools.count(0, 3600)
@@ -231,6 +232,7 @@ def test_found_structures_are_coloured_and_none_is_no_error(demo, tmp_path):
     assert empty < 0.1 < full  # grey, coloured
 
 
+@pytest.mark.thorough
 def test_several_networks_side_by_side(monkeypatch, tmp_path, capsys):
     (tmp_path / "source").mkdir()
     install(monkeypatch, tmp_path / "source")
@@ -247,6 +249,7 @@ def test_several_networks_side_by_side(monkeypatch, tmp_path, capsys):
         structures(out=tmp_path / "out", **{**SHORT, "model": ["lightm_unet", "lightm_unet"]})
 
 
+@pytest.mark.thorough
 def test_mixers_beside_the_default(monkeypatch, tmp_path, capsys):
     (tmp_path / "source").mkdir()
     install(monkeypatch, tmp_path / "source")
