@@ -17,6 +17,7 @@ from medssm.kernels import cuda, native, triton
 from medssm.ops.op import OPS
 
 REINSTALL = install_command(again=True)
+IO = ("SimpleITK", "pydicom", "highdicom", "tifffile", "PIL", "zstandard")
 EXTRAS = {"monai": "segment", "nibabel": "segment", "lightning": "segment", "scipy": "segment", "rich": "segment", "matplotlib": "segment"}
 
 
@@ -63,6 +64,9 @@ def _missing() -> list[str]:
     absent = sorted({name for name in EXTRAS if importlib.util.find_spec(name) is None})
     if absent:
         lines.append(f"for train, predict, evaluate and demo ({', '.join(absent)}): {install_command('segment')}")
+    absent = [name for name in IO if importlib.util.find_spec(name) is None]
+    if absent:
+        lines.append(f"for DICOM, NRRD, MetaImage and pictures ({', '.join(absent)}): {install_command('io')}")
     return lines
 
 

@@ -20,6 +20,7 @@ from medssm.errors import UserError
 from medssm.files import disk_error, first_line, make_folder
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset
+from medssm.segment.images import files_of
 from medssm.segment.intensity import Scaling, scaling
 from medssm.segment.preprocess import IGNORE, Fitted, load_image, load_label, pad
 
@@ -105,7 +106,8 @@ def _load_cached(case: Case, dataset: Dataset, spacing: Sequence[float], cache: 
 
     A damaged entry is made again. The entry is written in `cache` under another name first, so a second process never sees half of one.
     """
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*case.images, case.label) if path]
+    paths = [path for file in (*case.images, case.label) if file for path in files_of(file)]
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = {
         "medssm": medssm.__version__,
         "files": files,

@@ -285,7 +285,7 @@ def test_labels_may_be_off_by_a_thousandth(tmp_path):
     data = np.array([[[0.0, 1.0009, 2.0, -1.0]]], np.float32)
     values, _ = read_label(write(tmp_path / "a.nii", data))
     assert values.dtype == np.int32 and values.tolist() == [[[0, 1, 2, -1]]]
-    for bad, shown in ((1.0011, "1.0011"), (np.inf, "inf"), (np.nan, "nan")):
+    for bad, shown in ((1.0011, "1.0011"), (np.inf, "inf"), (np.nan, "nan"), (3e9, r"3e\+09")):
         data[0, 0, 1] = bad
         with pytest.raises(UserError, match=rf"expected integers as labels, got values such as {shown}"):
             read_label(write(tmp_path / "a.nii", data))

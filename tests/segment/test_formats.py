@@ -13,7 +13,8 @@ from PIL import Image as Pillow
 from medssm.errors import UserError
 from medssm.segment.cases import cases_in
 from medssm.segment.data import load_dataset
-from medssm.segment.images import image, is_made_here, open_image, read_image, read_label, write_image
+from medssm.segment.images import files_of, image, is_made_here, open_image, read_image, read_label, write_image
+from medssm.segment.volumes import load
 from tests.segment.synthetic import write
 
 RANDOM = np.random.default_rng(0)
@@ -368,3 +369,26 @@ def test_nnunets_layout_of_pictures(tmp_path, colours):
 def test_numbered_pictures_in_colour_are_pictures(tmp_path):
     pictures(tmp_path, "frame_0000.png", "frame_0001.png")
     assert [case.name for case in cases_in(tmp_path, 3)] == ["frame_0000", "frame_0001"]
+
+
+def test_what_belongs_to_an_image_is_part_of_it(tmp_path):
+    """It is never written over, and a cache depends on it."""
+    pictures(tmp_path, "a_0000.png")
+    (tmp_path / "a.json").write_text("{}")
+    assert files_of(tmp_path / "a_0000.png") == [tmp_path / "a_0000.png", tmp_path / "a.json"]
+    for name, data in (("b.mhd", "b.raw"), ("c.nhdr", "c.raw")):
+        sitk.WriteImage(itk_image(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / name))
+        assert files_of(tmp_path / name) == [tmp_path / name, tmp_path / data]
+    sitk.WriteImage(itk_image(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / "d.mha"))
+    assert files_of(tmp_path / "d.mha") == [tmp_path / "d.mha"]
+
+
+def test_a_cache_is_made_anew_where_the_size_of_a_pixel_changed(tmp_path):
+    pictures(tmp_path / "data", "images/a.png", "images/b.png")
+    pictures(tmp_path / "data", "masks/a.png", "masks/b.png", labels=1)
+    (case, _), spacing = load_dataset(tmp_path / "data").cases, (1.0, 1.0, 0.0)
+    shapes = []
+    for edge in (1.0, 2.0):
+        (tmp_path / "data" / "images" / "a.json").write_text(json.dumps({"spacing": [edge, edge]}))
+        shapes.append(tuple(load([case], load_dataset(tmp_path / "data"), spacing, tmp_path / "cache")[0][0].shape))
+    assert shapes[0] == (3, 6, 8, 1) and shapes[1] == (3, 11, 15, 1)

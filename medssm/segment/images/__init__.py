@@ -5,8 +5,8 @@
     data, image = read_label(path)    a label map (x, y, z)
     write_image(path, data, image)    on the grid of `image`, in the format that the name of `path` says
 
-A format is a module here, with the endings of its files, `open_file`, `write`, `check_output` and `made_here`. The packages of the extra `io` are
-imported when they are needed.
+A format is a module here, with the endings of its files, `open_file`, `beside`, `write`, `check_output` and `made_here`. The packages of the extra `io`
+are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def read_label(path: Path, like: Image | None = None) -> tuple[np.ndarray, Image
         return data[0], image
     rounded = np.rint(data)
     with np.errstate(invalid="ignore"):
-        wrong = ~(np.abs(data - rounded) <= 1e-3)  # integers stored with a scale have rounding errors
+        wrong = ~((np.abs(data - rounded) <= 1e-3) & (np.abs(rounded) < 2**31))  # integers stored with a scale have rounding errors
     if wrong.any():
         raise UserError(f"{path}: expected integers as labels, got values such as {data[wrong][0]:g}")
     return rounded[0].astype(np.int32), image
@@ -164,8 +164,10 @@ def is_series(folder: Path) -> bool:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that an image is read from: itself, or all that is in the folder of a series."""
-    return [path] if not path.is_dir() else [file for file in path.iterdir() if file.is_file()]
+    """The files that an image is read from: itself with what belongs to it, or all that is in the folder of a series."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return [path, *(_format(path) or nifti).beside(path)]
 
 
 def output_ending(image: Path, format: str | None = None) -> str:

@@ -86,6 +86,17 @@ def open_file(path: Path) -> Image:
     return _open(path, [path])
 
 
+def sop_class(path: Path) -> str:
+    """What kind of object a file holds, as SEG. Raises UserError if it cannot be read."""
+    try:
+        with quiet_libraries():
+            return str(header(path, "SOPClassUID").get("SOPClassUID"))
+    except UserError:
+        raise
+    except Exception as error:  # a damaged value: pydicom reads it when it is asked for
+        raise UserError(f"{path}: a damaged DICOM header ({first_line(error)})") from error
+
+
 def header(path: Path, tags: str) -> Any:
     """pydicom's data set of a file with these tags alone. Raises UserError if it cannot be read."""
     pydicom = needed("pydicom", path, "DICOM")

@@ -33,7 +33,7 @@ _TAGS = (
 
 def open_file(path: Path) -> Image:
     """The image or the label map of a DICOM file. Raises UserError if it is none, or is no volume."""
-    if dicom.header(path, "SOPClassUID").get("SOPClassUID") != dicom.SEG:
+    if dicom.sop_class(path) != dicom.SEG:
         return dicom.open_file(path)
     try:
         with quiet_libraries():
@@ -112,6 +112,11 @@ def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int])
         raise UserError(f"{path}: cannot be written as DICOM-SEG ({first_line(error)})") from error
 
 
+def beside(path: Path) -> list[Path]:
+    """A DICOM file is read alone."""
+    return []
+
+
 def check_output(path: Path, like: Image) -> None:
     """UserError for images that are no DICOM, or have no place in a patient: a DICOM-SEG belongs to such images."""
     if like.format != "DICOM" or not like.own.placed:
@@ -120,9 +125,8 @@ def check_output(path: Path, like: Image) -> None:
 
 def made_here(path: Path) -> bool:
     """Whether a file was written by `write`."""
-    with contextlib.suppress(UserError):
-        table = dicom.header(path, "SOPClassUID Manufacturer")
-        return bool(table.get("SOPClassUID") == dicom.SEG and table.get("Manufacturer") == "medssm")
+    with contextlib.suppress(Exception), quiet_libraries():  # of pydicom, for whatever is no such file
+        return dicom.sop_class(path) == dicom.SEG and bool(dicom.header(path, "Manufacturer").get("Manufacturer") == "medssm")
     return False
 
 

@@ -22,12 +22,17 @@ _ALONE = {".nhdr": ".nrrd", ".mhd": ".mha"}  # a header beside its data, and the
 _MILLIMETRES = {"m": 1000.0, "cm": 10.0, "mm": 1.0, "um": 0.001, "µm": 0.001, "micron": 0.001, "microns": 0.001}
 _UNITS = (re.compile(rb'^space units:\s*"([^"]*)"', re.M), re.compile(rb"^DistanceUnits\s*=\s*(\S+)", re.M))
 _MARK = re.compile(rb"^MadeBy\s*:?=\s*medssm ", re.M)
+_DATA = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*([^\r\n\0]+)", re.M)
 _HEADER = 65536  # bytes that a header's text is looked for in
 
 
 def open_file(path: Path) -> Image:
     """The NRRD or MetaImage file at `path`. Raises UserError if it is none, or has other axes or voxels than an image has."""
-    name, sitk = _NAMES[path.suffix.lower()], needed("SimpleITK", path, _NAMES[path.suffix.lower()])
+    name = _NAMES[path.suffix.lower()]
+    for line in re.findall(rb"NDims[^\r\n]*", _header(path)):
+        if not re.fullmatch(rb"NDims\s*=\s*[234]\s*", line):  # ITK ends the process on numbers that are no dimension
+            raise UserError(f"{path}: not a readable {name} file (expected NDims = 2, 3 or 4, got {line[:40].decode(errors='replace')})")
+    sitk = needed("SimpleITK", path, name)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(_READERS[name])
@@ -77,6 +82,13 @@ def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int])
             raise UserError(f"{path}: cannot be written ({reason(error)})") from error
 
 
+def beside(path: Path) -> list[Path]:
+    """The file of the data, where the header stands in another one."""
+    match = path.suffix.lower() in _ALONE and path.is_file() and _DATA.search(_header(path, whole=True))
+    file = path.parent / match[1].decode(errors="replace").strip() if match else path
+    return [file] if file != path and file.is_file() else []
+
+
 def check_output(path: Path, like: Image) -> None:
     """UserError for a format of two files, and for axes that are not perpendicular: ITK has no place for those."""
     ending = path.suffix.lower()
@@ -108,14 +120,14 @@ def _array(sitk: Any, image: Any, shape: tuple[int, int, int], channels: int) ->
     return np.ascontiguousarray(data.reshape(channels, *shape[::-1]).transpose(0, 3, 2, 1))
 
 
-def _header(path: Path) -> bytes:
-    """The text at the beginning of a file: NRRD's ends with an empty line, MetaImage's with the place of the data."""
+def _header(path: Path, whole: bool = False) -> bytes:
+    """The text at the beginning of a file: NRRD's ends with an empty line, MetaImage's with the place of the data, which is part of the `whole`."""
     try:
         with open(path, "rb") as file:
             begin = file.read(_HEADER)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return re.split(rb"\r?\n\r?\n|^ElementDataFile", begin, maxsplit=1, flags=re.M)[0]
+    return begin if whole else re.split(rb"\r?\n\r?\n|^ElementDataFile", begin, maxsplit=1, flags=re.M)[0]
 
 
 def _unit(path: Path) -> float:

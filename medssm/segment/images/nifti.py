@@ -93,6 +93,11 @@ def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int] 
             nib.save(image, temporary)
 
 
+def beside(path: Path) -> list[Path]:
+    """A NIfTI file is read alone."""
+    return []
+
+
 def check_output(path: Path, like: Image) -> None:
     """NIfTI has a place for every grid."""
 

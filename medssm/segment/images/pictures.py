@@ -58,6 +58,11 @@ def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int])
             pillow.fromarray(pages[0]).save(temporary, format="PNG", pnginfo=text)
 
 
+def beside(path: Path) -> list[Path]:
+    """The JSON files that may say how large a pixel is."""
+    return [file for file in _tables(path) if file.is_file()]
+
+
 def check_output(path: Path, like: Image) -> None:
     """UserError for JPEG, for a geometry that a picture has no place for, and for the slices of a volume in PNG."""
     if path.suffix.lower() in LOSSY:
@@ -173,8 +178,7 @@ def _placed(
 
 def _spacing(path: Path) -> tuple[float, float, float] | None:
     """(x, y, z) in millimetres from the JSON file beside a picture, of the same name or of that without the channel's number."""
-    for stem in dict.fromkeys((path.stem, re.sub(r"_\d{4}$", "", path.stem))):
-        file = path.with_name(f"{stem}.json")
+    for file in _tables(path):
         table: Any = read_json(file) if file.is_file() else None
         if isinstance(table, dict) and "spacing" in table:
             found = table["spacing"]
@@ -183,6 +187,10 @@ def _spacing(path: Path) -> tuple[float, float, float] | None:
             x, y, z = (*map(float, reversed(found)), 1.0)[:3]
             return x, y, z
     return None
+
+
+def _tables(path: Path) -> list[Path]:
+    return [path.with_name(f"{stem}.json") for stem in dict.fromkeys((path.stem, re.sub(r"_\d{4}$", "", path.stem)))]
 
 
 def _one_channel(path: Path, data: np.ndarray) -> np.ndarray:
