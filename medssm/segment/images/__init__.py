@@ -5,8 +5,8 @@
     data, image = read_label(path)    a label map (x, y, z)
     write_image(path, data, image)    on the grid of `image`, in the format that the name of `path` says
 
-A format is a module here, with the endings of its files, `open_file`, `beside`, `write`, `check_output` and `made_here`. The packages of the extra `io`
-are imported when they are needed.
+A format is a module here, with the endings of its files, `open_file`, `beside`, `write`, `check_output` and `made_here`. The packages of the
+extra `io` are imported when they are needed.
 """
 
 from __future__ import annotations
