@@ -14,7 +14,7 @@ from medssm.segment.images import dicom_seg, is_made_here, open_image, read_imag
 from medssm.segment.inputs import cases_of
 from tests.segment.dicom import ACROSS, DOWN, FIRST, NORMAL, PIXEL, STEP, series, slice_of, study
 from tests.segment.synthetic import write
-from tests.segment.test_formats import LPS, same_places
+from tests.segment.test_formats import same_places
 
 DATA = np.random.default_rng(0).integers(-500, 500, (4, 6, 5)).astype(np.int16)  # z, rows, columns
 CLASSES = {"background": 0, "liver": 10, "tumour": 300}
@@ -62,6 +62,29 @@ def test_what_is_no_volume_is_refused_with_numbers(tmp_path, edit, message):
     with pytest.raises(UserError, match=message) as error:
         open_image(folder)
     assert str(error.value).startswith(f"{folder}: ")
+
+
+@pytest.mark.parametrize("name", ["CT_small", "MR_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_jp2klossless", "JPGExtended", "693_J2KI"])
+def test_scanners_files_are_read_as_itk_reads_them(name):
+    """Files of scanners and other programs that pydicom carries; SimpleITK reads them by GDCM."""
+    path = pydicom.data.get_testdata_file(f"{name}.dcm", download=False)
+    if path is None:
+        pytest.skip(f"this pydicom carries no {name}.dcm")
+    (found, file), other = read_image([path]), sitk.ReadImage(path)
+    np.testing.assert_array_equal(found[0].T, sitk.GetArrayFromImage(other))
+    same_places(file, other)
+
+
+def test_each_slice_has_its_own_slope(tmp_path):
+    """As in PET."""
+    folder = series(tmp_path / "pet", DATA, lambda i: {"RescaleSlope": 1.0 + i, "RescaleIntercept": 0.0})
+    np.testing.assert_array_equal(read_image([folder])[0][0], DATA.T * (1.0 + np.arange(4)))
+
+
+def test_mosaics_are_refused(tmp_path):
+    folder = series(tmp_path / "fmri", DATA, lambda i: {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]})
+    with pytest.raises(UserError, match=r"4 mosaic\(s\) of slices in one picture, as IM000: convert them to NIfTI first"):
+        open_image(folder)
 
 
 def test_a_folder_without_an_image(tmp_path):
@@ -158,7 +181,7 @@ def test_frames_of_one_file_are_a_volume(tmp_path):
 
 
 def test_frames_without_places_are_refused(tmp_path):
-    table = slice_of(DATA[0], 0, study(), NumberOfFrames=4, PixelData=DATA.astype("<i2").tobytes(), ImagePositionPatient=None)
+    table = slice_of(DATA[0], 0, study(), NumberOfFrames=4, PixelData=DATA.astype("<i2").tobytes())
     table.save_as(tmp_path / "film.dcm", enforce_file_format=True)
     with pytest.raises(UserError, match=r"4 of 4 slices have no position, as film\.dcm: no volume can be made of them"):
         open_image(tmp_path / "film.dcm")
@@ -197,10 +220,17 @@ def test_a_dicom_seg_is_read_in_place_by_others(tmp_path, several):
     table = pydicom.dcmread(tmp_path / "out.dcm")
     assert table.Modality == "SEG" and table.pixel_array.shape == (8, 6, 5)
     assert [segment.SegmentLabel for segment in table.SegmentSequence] == ["liver", "tumour"]
-    volume = highdicom.seg.segread(tmp_path / "out.dcm").get_volume(combine_segments=True)
-    places = volume.affine @ np.stack([*np.indices(volume.array.shape), np.ones(volume.array.shape)]).reshape(4, -1)
-    x, y, z, _ = np.rint(np.linalg.solve(LPS @ like.affine, places)).astype(int)
-    np.testing.assert_array_equal(volume.array.ravel(), np.searchsorted([0, 10, 300], LABELS)[x, y, z])
+    seen = set()
+    for frame, pixels in zip(table.PerFrameFunctionalGroupsSequence, table.pixel_array, strict=True):
+        place = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
+        z, number = round(float((place - FIRST) @ NORMAL / STEP)), frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        np.testing.assert_allclose(place, FIRST + z * STEP * NORMAL, atol=1e-6)
+        np.testing.assert_array_equal(pixels, [0, 10, 300][number] == LABELS[:, :, z].T)
+        seen.add((z, number))
+    assert len(seen) == 8
+    shared = table.SharedFunctionalGroupsSequence[0]
+    assert list(shared.PixelMeasuresSequence[0].PixelSpacing) == list(PIXEL)
+    np.testing.assert_allclose(np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float), [*ACROSS, *DOWN], atol=1e-6)
     np.testing.assert_array_equal(read_label(tmp_path / "out.dcm", like)[0], LABELS)
     assert is_made_here(tmp_path / "out.dcm") and not is_made_here(source if not several else source / "IM000")
     referenced = {item.ReferencedSOPInstanceUID for item in table.ReferencedSeriesSequence[0].ReferencedInstanceSequence}

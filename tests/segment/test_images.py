@@ -76,6 +76,14 @@ def test_capital_letters_in_an_ending(tmp_path, name):
     assert read_image([path])[0].shape == (1, *SHAPE) and [case.name for case in cases_in(tmp_path, 1)] == [name.partition(".")[0]]
 
 
+def test_capital_letters_in_the_name_of_an_output(tmp_path):
+    like = open_image(write(tmp_path / "a.nii", RANDOM[..., 0]))
+    for name in ("B.Nii", "B.NII.GZ", "B.NRRD", "B.MHA", "B.PNG"):
+        with pytest.raises(UserError, match=rf"{name}: expected an ending in small letters, {name[1:].lower()}"):
+            write_image(tmp_path / name, np.ones(SHAPE, np.uint8), like)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.nii"]
+
+
 def test_a_header_that_promises_more_than_memory_holds(tmp_path):
     header = nib.Nifti1Header()
     header.set_data_shape((30000, 30000, 30000))

@@ -109,6 +109,8 @@ def test_a_series_gives_nifti_or_dicom_seg_in_place(deep, tmp_path, capsys, form
     assert f"{folder}: DICOM, 18 x 17 x 16 voxels of 0.5 x 0.7 x 2 mm\n" in capsys.readouterr().err
     file = tmp_path / "out" / ("ct.dcm" if format else "ct.nii.gz")
     assert read_label(file, open_image(folder))[0].shape == (18, 17, 16)
+    if not format:
+        same_places(open_image(folder), sitk.ReadImage(str(file)))
     if format:
         assert [segment.SegmentLabel for segment in pydicom.dcmread(file).SegmentSequence] == ["ball", "box"]
         assert evaluate(tmp_path / "out", tmp_path / "out", quiet=True)["mean"]["dice"]["mean"] in (1, None)

@@ -134,6 +134,8 @@ def check_output(path: Path, like: Image) -> None:
     module = _format(path)
     if module is None:
         raise UserError(f"{path}: no format that is written ({', '.join(ENDINGS)})")
+    if ending_of(path) != ending_of(path).lower():  # libraries write other names for some of these, or two files
+        raise UserError(f"{path}: expected an ending in small letters, {ending_of(path).lower()}")
     module.check_output(path, like)
 
 
@@ -152,15 +154,12 @@ def image_files(folder: Path) -> list[Path]:
 
     Raises UserError if the folder cannot be read.
     """
-    try:
-        return sorted(file for file in folder.iterdir() if ending_of(file).lower() not in ("", *dicom_seg.ENDINGS) and not file.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    return [file for file in _visible(folder) if ending_of(file).lower() not in ("", *dicom_seg.ENDINGS)]
 
 
 def is_series(folder: Path) -> bool:
     """Whether a folder holds DICOM files, so that it is itself an image. UserError if it cannot be read."""
-    return bool(dicom.files_in(folder))
+    return any(dicom.is_dicom(file) for file in _visible(folder) if ending_of(file).lower() in ("", *dicom_seg.ENDINGS))
 
 
 def files_of(path: Path) -> list[Path]:
@@ -177,7 +176,7 @@ def output_ending(image: Path, format: str | None = None) -> str:
 
 def label_files(folder: Path) -> list[Path]:
     """`image_files` and DICOM files: each DICOM-SEG is a label map of its own."""
-    return sorted([*image_files(folder), *(file for file in dicom.files_in(folder) if ending_of(file).lower() in dicom_seg.ENDINGS)])
+    return [file for file in _visible(folder) if ending_of(file)]
 
 
 def ending_of(path: Path) -> str:
@@ -189,6 +188,13 @@ def ending_of(path: Path) -> str:
 def strip_ending(path: Path) -> str:
     """The file's name without .nii.gz, .png, ..."""
     return Path(path).name.removesuffix(ending_of(path))
+
+
+def _visible(folder: Path) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if not file.name.startswith(".") and file.name != "DICOMDIR")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 def _content(path: Path) -> str:

@@ -27,7 +27,7 @@ _TILT = 0.1  # degrees
 _TAGS = (
     "SOPClassUID SeriesInstanceUID Modality Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation ImagePositionPatient "
     "ImageOrientationPatient PixelSpacing ImagerPixelSpacing SliceThickness SpacingBetweenSlices FrameOfReferenceUID "
-    "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
+    "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence ImageType"
 )
 
 
@@ -123,6 +123,9 @@ def _image(path: Path, headers: Sequence[tuple[Path, Any]]) -> Image:
     if not images:
         raise UserError(f"{path}: no DICOM image in it")
     _one_series(path, images)
+    tiled = [file for file, table in images if "MOSAIC" in (table.get("ImageType") or ())]
+    if tiled:
+        raise UserError(f"{path}: {len(tiled)} mosaic(s) of slices in one picture, as {tiled[0].name}: convert them to NIfTI first")
     colours = collections.Counter(str(table.get("PhotometricInterpretation")) for _, table in images)
     if colours.keys() - {"MONOCHROME1", "MONOCHROME2"}:
         raise UserError(f"{path}: expected grey values, got {_counted(colours)}")
@@ -166,7 +169,8 @@ def _frames(file: Path, table: Any) -> list[Frame]:
     """The slices of a file, with their places from its own header or, for several frames, from the functional groups."""
     count = int(table.get("NumberOfFrames") or 1)
     shared = (table.get("SharedFunctionalGroupsSequence") or [None])[0]
-    each = table.get("PerFrameFunctionalGroupsSequence") or [None] * count
+    groups = table.get("PerFrameFunctionalGroupsSequence")
+    each = groups or [None] * count
     if count > 1 and len(each) != count:
         raise UserError(f"{file}: {count} frames, and {len(each)} places for them")
 
@@ -182,7 +186,7 @@ def _frames(file: Path, table: Any) -> list[Frame]:
             number,
             int(table.Rows),
             int(table.Columns),
-            found("PlanePositionSequence", "ImagePositionPatient", own),
+            found("PlanePositionSequence", "ImagePositionPatient", own) if groups or count == 1 else None,
             found("PlaneOrientationSequence", "ImageOrientationPatient", own) or (1, 0, 0, 0, 1, 0),
             found("PixelMeasuresSequence", "PixelSpacing", own) or _floats(table.get("ImagerPixelSpacing")),
         )

@@ -25,6 +25,7 @@ logger = logging.getLogger("medssm")
 MADE_BY = f"medssm {__version__}"  # in each file that is written
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the axes of DICOM and ITK, in RAS
 PICTURES = ("PNG", "JPEG", "TIFF")
+_LONGEST = 200  # letters of a library's error
 _APART = 50  # times: cases whose spacings differ by more were not measured in one unit
 
 
@@ -193,6 +194,8 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """One line from a library's error. SimpleITK's own reason stands in its last line."""
+    """One line from a library's error. SimpleITK's begins with a place in its source."""
     text = str(error)
-    return text.splitlines()[-1].removeprefix("sitk::ERROR: ").strip() if "sitk::ERROR" in text else first_line(error)
+    if not text.startswith("Exception thrown in SimpleITK"):
+        return first_line(error)
+    return " ".join(text.split("\n", 1)[-1].split()).rpartition("ERROR: ")[2][:_LONGEST]
