@@ -1,7 +1,8 @@
-"""Learning curves of one training as a picture."""
+"""Learning curves of one training as a picture, also while it runs."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from medssm.files import atomic, read_json_lines
@@ -27,3 +28,22 @@ def draw(log: Path, picture: Path) -> None:
         right.set_ylim(0, 1)
     with atomic(picture) as temporary:
         figure.savefig(temporary)
+
+
+class Live:
+    """Call it as often as you like: it draws the curves anew where the last time is a minute ago.
+
+    Args:
+        log: metrics.jsonl
+        picture: the PNG to write
+        every: seconds between two drawings
+    """
+
+    def __init__(self, log: Path, picture: Path, every: float = 60.0):
+        self.log, self.picture, self.every, self.last = log, picture, every, time.monotonic()
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self.last >= self.every and self.log.exists():
+            draw(self.log, self.picture)
+            self.last = now

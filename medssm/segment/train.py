@@ -23,7 +23,7 @@ from torch import nn
 from medssm.errors import UserError
 from medssm.files import make_folder, read_json_lines, write_bytes, write_json
 from medssm.options import as_yaml
-from medssm.segment import curves, networks, postprocess
+from medssm.segment import curves, networks, postprocess, report
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.fit import fit
@@ -36,7 +36,7 @@ from medssm.segment.progress import progress
 from medssm.segment.validation import Validation
 from medssm.segment.volumes import load
 
-ARGUMENTS, CASES, CURVES = "train.yaml", "cases.json", "curves.png"
+ARGUMENTS, CASES, CURVES, REPORT = "train.yaml", "cases.json", "curves.png", "report.html"
 _STEPS = 1000
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 _PATHS = ("dataset", "out", "splits", "cache")  # arguments that are paths
@@ -86,8 +86,9 @@ def train(
     """Train a network on a data set, and write the weights and all that belongs to them into a folder.
 
     The folder gets config.json and model.safetensors (the network), fitted.json (what was fitted to the data), train.yaml (these arguments, for
-    `medssm train --config`), cases.json (the files that were trained on and held out), metrics.jsonl and curves.png; where cases are held out also
-    model_best.safetensors (the weights with the best validation) and postprocessing.json (what raised the Dice on these cases).
+    `medssm train --config`), cases.json (the files that were trained on and held out), metrics.jsonl, curves.png, drawn anew every minute, and at the
+    end report.html; where cases are held out also model_best.safetensors (the weights with the best validation) and postprocessing.json (what raised
+    the Dice on these cases).
 
     Args: Data
         dataset: folder with dataset.json (nnU-Net), or a MONAI datalist's JSON file
@@ -202,8 +203,9 @@ def train(
         "seed": seed,
         "processes": fabric.world_size,
     }
+    chosen = _chosen(fitted, fabric, training, validation, max_steps, max_seconds, batch, validations, ema)
     if not quiet:
-        print(_plan(fitted, fabric, training, validation, max_steps, max_seconds, batch, validations, ema), file=sys.stderr)
+        print("\n".join(f"{what + ':':<12} {text}" for what, text in chosen.items()), file=sys.stderr)
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
     criterion = criterion_for(fitted)
     loop = Loop(
@@ -232,11 +234,20 @@ def train(
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
         write_json(out / CASES, {"training": _files(training), "validation": _files(validation)})
-        _save_arguments(out / ARGUMENTS, arguments | {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr})
+        arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
+        _save_arguments(out / ARGUMENTS, arguments)
 
+    live = curves.Live(out / LOG, out / CURVES)
     with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
-        dice = loop.run(show, lambda: validate(loop.trained), validations if validation else 0)
+
+        def tell(fraction: float, text: str) -> None:
+            show(fraction, text)
+            if fabric.is_global_zero:
+                live()
+
+        dice = loop.run(tell, lambda: validate(loop.trained), validations if validation else 0)
     steps, gain = validate.postprocessing() if dice else ({}, {})
+    rows = validate.rows() if dice else []
     result = {
         "out": str(out),
         "model": name,
@@ -259,6 +270,7 @@ def train(
         networks.save(out, loop.trained, config)
         (out / CHECKPOINT).unlink(missing_ok=True)
         curves.draw(out / LOG, out / CURVES)
+        report.write(out / REPORT, result, chosen, _kept(arguments), out / CURVES, rows, training)
     return result
 
 
@@ -364,7 +376,7 @@ def _axes(mirror: str | Sequence[int]) -> str | tuple[int, ...]:
     return tuple(int(axis) for axis in mirror.split(","))
 
 
-def _plan(
+def _chosen(
     fitted: Fitted,
     fabric: Fabric,
     training: Sequence[Case],
@@ -374,7 +386,7 @@ def _plan(
     batch: int,
     validations: int,
     ema: float | None,
-) -> str:
+) -> dict[str, str]:
     """What will be trained, a line each: what was found, fitted or chosen."""
     axes = ("left-right", "front-back", "up-down")
     mirrored = ", ".join(axes[axis] for axis in fitted.mirror) or "none"
@@ -383,7 +395,7 @@ def _plan(
     held_out = f"{_counted(validation)} held out, validated {validations} times" if validation and validations else "no validation"
     budget = " or ".join([*([f"{max_steps:,} steps"] if max_steps else []), *([f"{max_seconds:g} s"] if max_seconds else [])])
     scaled = ", ".join(f"{name} {SCHEMES[how['scheme']]}" for name, how in zip(fitted.channels, fitted.intensity, strict=True))
-    lines = {
+    return {
         "device": f"{fabric.device}, {fabric.world_size} process(es)",
         "cases": f"{_counted(training)} to train on, {held_out}",
         "classes": ", ".join(f"{name} {value}" for name, value in fitted.classes.items()),
@@ -397,7 +409,6 @@ def _plan(
         "budget": budget,
         **({} if ema is None else {"weights": f"validated and kept is their moving average, with the decay {ema:g}"}),
     }
-    return "\n".join(f"{name + ':':<12} {text}" for name, text in lines.items())
 
 
 def _counted(cases: Sequence[Case]) -> str:
@@ -417,5 +428,9 @@ def _files(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 def _save_arguments(path: Path, arguments: Mapping[str, Any]) -> None:
     """Write what `medssm train --config` takes to repeat the training, from whatever folder it is called in."""
-    found = {name: Path(value).resolve() if name in _PATHS and value is not None else value for name, value in arguments.items()}
-    write_bytes(path, f"# medssm train --config THIS_FILE --overwrite trains again\n{as_yaml(found)}".encode())
+    write_bytes(path, f"# medssm train --config THIS_FILE --overwrite trains again\n{_kept(arguments)}".encode())
+
+
+def _kept(arguments: Mapping[str, Any]) -> str:
+    """The arguments as YAML, with whole paths."""
+    return as_yaml({name: Path(value).resolve() if name in _PATHS and value is not None else value for name, value in arguments.items()})

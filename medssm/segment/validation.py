@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from medssm.segment import postprocess
+from medssm.segment import pages, postprocess
 from medssm.segment.cases import Case
 from medssm.segment.images import open_image, ras_grid
 from medssm.segment.inference import probabilities
@@ -23,7 +23,7 @@ class Validation:
     """Call it with a network for the mean Dice of each class or region, and of all of them as "mean".
 
     Dice is taken at the network's spacing; a class that is in neither label nor prediction of a case is left out there. `found` keeps the last label
-    maps, as positions in the classes.
+    maps, as positions in the classes, and `dice` each case's Dice.
 
     Args:
         cases: those that this process segments
@@ -35,19 +35,23 @@ class Validation:
     def __init__(self, cases: Sequence[Case], arrays: Sequence[Arrays], fitted: Fitted, fabric: Fabric):
         self.cases, self.arrays, self.fitted, self.fabric = cases, arrays, fitted, fabric
         self.found: list[np.ndarray] = []
+        self.dice: list[dict[str, float]] = []
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
         fitted, device = self.fitted, self.fabric.device
         half = torch.float16 if device.type == "cuda" else None
-        sums, self.found = torch.zeros(2, len(fitted.structures), dtype=torch.float64), []
+        sums, self.found, self.dice = torch.zeros(2, len(fitted.structures), dtype=torch.float64), [], []
         for image, label in self.arrays:
             predicted = decided(probabilities(network, image, fitted, device=device, half=half), list(fitted.classes.values()), fitted.regions)
             self.found.append(predicted.to(torch.int16).numpy())
-            for i, positions in enumerate(map(torch.tensor, fitted.structures.values())):
+            self.dice.append({})
+            for i, (name, values) in enumerate(fitted.structures.items()):
+                positions = torch.tensor(values)
                 truth, found = torch.isin(label, positions), torch.isin(predicted, positions) & (label != IGNORE)
                 size = int(truth.sum() + found.sum())
                 if size:
-                    sums[:, i] += torch.tensor([2 * int((truth & found).sum()) / size, 1.0], dtype=torch.float64)
+                    self.dice[-1][name] = 2 * int((truth & found).sum()) / size
+                    sums[:, i] += torch.tensor([self.dice[-1][name], 1.0], dtype=torch.float64)
         sums = self._reduced(sums, "sum")
         dice = {name: (sums[0, i] / sums[1, i]).item() for i, name in enumerate(fitted.structures) if sums[1, i] > 0}
         return {**dice, "mean": sum(dice.values()) / len(dice) if dice else 0.0}
@@ -60,6 +64,35 @@ class Validation:
             voxel = float(np.prod(np.where(np.array(self.fitted.spacing) > 0, self.fitted.spacing, own))) / 1000
             held.append(postprocess.Held(found, label.numpy(), voxel, len(self.fitted.classes)))
         return postprocess.choose(held, self.fitted.to_process, lambda values, how: self._reduced(torch.from_numpy(values), how).numpy())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The cases of all processes as the last call found them, the best first: name, file, Dice of each class, their mean, and a picture.
+
+        A case without any class, in the label and as found, has no mean and comes last.
+        """
+        rows = [
+            {
+                "name": case.name,
+                "file": str(case.images[0]),
+                "dice": dice,
+                "mean": sum(dice.values()) / len(dice) if dice else None,
+                "picture": self._picture(case, image, label.numpy().clip(0), found),
+            }
+            for case, (image, label), found, dice in zip(self.cases, self.arrays, self.found, self.dice, strict=True)
+        ]
+        if self.fabric.world_size > 1:
+            parts: list[Any] = [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(parts, rows)
+            rows = [row for part in parts for row in part]
+        return sorted(rows, key=lambda row: -1.0 if row["mean"] is None else row["mean"], reverse=True)
+
+    def _picture(self, case: Case, image: torch.Tensor, label: np.ndarray, found: np.ndarray) -> str:
+        """Slices where the label has most: what was found in colour, the label's outlines in white."""
+        own, wanted = ras_grid(open_image(case.images[0]))[0], np.array(self.fitted.spacing)
+        grey = image[0].numpy()
+        ct = self.fitted.intensity[0]["scheme"] == "ct"
+        low, high = pages.CT_WINDOWS["soft tissue"] if ct else np.percentile(grey.reshape(-1)[:: max(1, grey.size // 2**20)], (0.5, 99.5)).tolist()
+        return pages.slices(grey, [found, label], np.where(wanted > 0, wanted, own), (low, high), 150, at=pages.richest(label))
 
     def _reduced(self, values: torch.Tensor, how: Any) -> torch.Tensor:
         return values if self.fabric.world_size == 1 else cast(torch.Tensor, self.fabric.all_reduce(values, reduce_op=how))
