@@ -116,14 +116,22 @@ class Scratch:
         self._stores.append(made)
         return made
 
+    def check(self, size: int) -> None:
+        """UserError where so many bytes fit neither into memory nor on the folder's disk."""
+        if size > self.memory:
+            self._check_disk(size)
+
+    def _check_disk(self, size: int) -> None:
+        make_folder(self.folder)
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise UserError(f"{self.folder}: expected {size} bytes free for temporary files, got {free}: name a folder on another disk (--scratch)")
+
     def _file(self, size: int) -> Any:
         """A temporary file of so many zeros, whose place on the disk is taken: a mapped file that has none ends the process."""
         if not any(store.in_file for store in self._stores):
             logger.warning("%s: %d bytes do not fit into memory: temporary files in %s", self.name, size, self.folder)
-        make_folder(self.folder)
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            raise UserError(f"{self.folder}: expected {size} bytes free for a temporary file, got {free}: name a folder on another disk (--scratch)")
+        self._check_disk(size)
         try:
             file = tempfile.TemporaryFile(dir=self.folder, prefix=".medssm-")  # noqa: SIM115  # the store closes it
             with contextlib.ExitStack() as failed:

@@ -69,7 +69,7 @@ def test_a_file_takes_no_memory_of_the_process(tmp_path):
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda folder: usage(1000, 1, 999))
-    with Scratch(0, tmp_path, "a") as stores, pytest.raises(UserError, match=r"expected 1000 bytes free for a temporary file, got 999: .*--scratch"):
+    with Scratch(0, tmp_path, "a") as stores, pytest.raises(UserError, match=r"expected 1000 bytes free for temporary files, got 999: .*--scratch"):
         stores.store(250)
     assert not list(tmp_path.iterdir())
 

@@ -134,13 +134,19 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def _rotations(spatial: tuple[int, ...], channels: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return turned_from(0, spatial, channels, device, dtype)
+
+
+def turned_from(row: int, spatial: Sequence[int], channels: int, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`rotations` of a slab (*spatial) that begins at `row` of its volume's first axis; not kept."""
     with torch.inference_mode(False), torch.no_grad():
         pairs = channels // (2 * len(spatial))
         rates = 10000.0 ** (-torch.arange(pairs, device=device, dtype=torch.float64) / max(pairs, 1))
         cos = torch.ones(*spatial, channels, device=device, dtype=dtype)
         sin = torch.zeros_like(cos)
         for axis, size in enumerate(spatial):
-            angles = (torch.arange(size, device=device, dtype=torch.float64)[:, None] * rates).repeat_interleave(2, -1)
+            at = torch.arange(size, device=device, dtype=torch.float64) + (row if axis == 0 else 0)
+            angles = (at[:, None] * rates).repeat_interleave(2, -1)
             shape = [size if i == axis else 1 for i in range(len(spatial))]
             part = slice(2 * pairs * axis, 2 * pairs * (axis + 1))
             cos[..., part], sin[..., part] = angles.cos().to(dtype).view(*shape, -1), angles.sin().to(dtype).view(*shape, -1)

@@ -88,21 +88,29 @@ def stored_probabilities(
 
 def _predictor(network: nn.Module, fitted: Fitted, mirror: bool) -> Callable[[Tensor], Tensor]:
     kept = [axis for axis in range(3) if axis != fitted.slice_axis]
-    axes = [kept.index(axis) + 2 for axis in fitted.mirror if axis in kept] if mirror else []
-    flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
-    left_right = kept.index(0) + 2 if 0 in kept else None
-    exchanged = fitted.mirrored_classes()
+    mirrored = mirrorings(fitted, mirror)
 
     def predict(windows: Tensor) -> Tensor:
         total = torch.zeros(())
-        for flip in flips:
+        for axes, order in mirrored:
+            flip = [kept.index(axis) + 2 for axis in axes]
             x = windows.as_subclass(Tensor).flip(flip).contiguous(memory_format=memory_format(windows.ndim - 2))
-            logits = finest_first(network(x), windows.ndim)[0].float()
-            found = (logits.sigmoid() if fitted.regions else logits.softmax(1)).flip(flip)
-            total = total + (found[:, exchanged] if left_right in flip and fitted.sides else found)
-        return total / len(flips)
+            total = total + activated(finest_first(network(x), windows.ndim)[0].float(), fitted, 1).flip(flip)[:, order]
+        return total / len(mirrored)
 
     return predict
+
+
+def activated(logits: Tensor, fitted: Fitted, axis: int) -> Tensor:
+    """Probabilities of logits with the outputs along `axis`."""
+    return logits.sigmoid() if fitted.regions else logits.softmax(axis)
+
+
+def mirrorings(fitted: Fitted, mirror: bool) -> list[tuple[tuple[int, ...], list[int] | slice]]:
+    """The axes (0 to 2) of each mirroring that is averaged over, the first of none, and what it makes of the outputs: sides change places."""
+    axes = [axis for axis in fitted.mirror if axis != fitted.slice_axis] if mirror else []
+    chosen = [some for count in range(len(axes) + 1) for some in combinations(axes, count)]
+    return [(some, fitted.mirrored_classes() if 0 in some and fitted.sides else slice(None)) for some in chosen]
 
 
 def _over(window: Sequence[slice], inside: Sequence[slice]) -> tuple[list[slice], list[slice]]:

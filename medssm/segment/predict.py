@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -49,9 +50,12 @@ from medssm.segment.preprocess import Fitted, geometry
 from medssm.segment.progress import progress
 from medssm.segment.regions import decided, structures
 from medssm.segment.resample import Grid, from_ras, ras, resampled
+from medssm.segment.stream import check_streamed, streamed_probabilities
 from medssm.segment.targets import has_label_map
 from medssm.segment.targets import targets as targets_of
 from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, write_volumes
+
+Infer: TypeAlias = "Callable[..., Store]"  # (network, image, fitted, scratch, show=...) -> probabilities (x, outputs or more, y, z)
 
 _RESAMPLING = 24  # bytes for each voxel, beside the voxel itself, while an image is resampled
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
@@ -72,6 +76,7 @@ def predict(
     mirror: bool = False,
     batch: int = 1,
     nan: float | None = None,
+    stream: bool = False,
     scratch: Path | str | None = None,
     postprocessing: Literal["auto", "none"] = "auto",
     save_probabilities: bool = False,
@@ -102,7 +107,8 @@ def predict(
         overlap: of neighbouring windows, 0 to less than 1
         mirror: average over the mirrorings that the network was trained with
         batch: windows at a time
-        scratch: folder for temporary files, where memory cannot hold the probabilities (default: the folder of the output)
+        stream: run the network over the whole volume at once, in slabs that bound the memory, instead of windows; for medssm_unet in 3D
+        scratch: folder for temporary files, where memory cannot hold probabilities or maps (default: the folder of the output)
         postprocessing: auto does what raised the Dice of the held-out cases in training (postprocessing.json; of several runs, what did so in each)
         nan: number that takes the place of voxels that are not finite (default: such an image is an error)
         device: auto, cpu, cuda, cuda:1 or mps
@@ -138,7 +144,12 @@ def predict(
             protect(target, reads=read, made=is_made_here, overwrite=overwrite)
     if table:
         protect(table, made=is_volumes, overwrite=overwrite)
-    window = {"device": place, "half": half, "overlap": overlap, "mirror": mirror, "batch": batch}
+    if stream:
+        for fold in folds:
+            check_streamed(fold.network, fold.fitted, fold.fitted.patch)
+        infer: Infer = partial(streamed_probabilities, device=place, half=half, mirror=mirror, say=_silent if quiet else _said)
+    else:
+        infer = partial(stored_probabilities, device=place, half=half, overlap=overlap, mirror=mirror, batch=batch)
     written: dict[str, str] = {}
     said: set[tuple[str, ...]] = set()
 
@@ -159,7 +170,7 @@ def predict(
             try:
                 target = targets[case.name]
                 room = target.parent if scratch is None else Path(scratch)
-                measured[case.name] = _predict_case(case, folds, target, save_probabilities, nan, room, steps, say, show=show_case, **window)
+                measured[case.name] = _predict_case(case, folds, target, save_probabilities, nan, room, steps, say, infer, show_case)
                 written[case.name] = str(target)
             except UserError as error:
                 if len(cases) == 1 and not skipped:
@@ -193,9 +204,8 @@ def _predict_case(
     scratch: Path,
     steps: postprocess.Steps,
     say: Callable[[Image], None],
-    *,
+    infer: Infer,
     show: Callable[[float], None],
-    **window: Any,  # keywords of `stored_probabilities`
 ) -> Volumes:
     data, file = read_image(case.images, len(folds[0].fitted.channels), nan)
     say(file)
@@ -216,14 +226,14 @@ def _predict_case(
                 def show_fold(part: float, i: int = i) -> None:
                     show((i + part) / len(folds))
 
-                totals.append(stored_probabilities(fold.network, image.as_tensor(), fold.fitted, stores, show=show_fold, **window))
+                totals.append(infer(fold.network, image.as_tensor(), fold.fitted, stores, show=show_fold))
                 if len(totals) == 2:
                     _take_in(totals[0], totals.pop())
             grids.append((Grid(image.affine.numpy(), tuple(image.shape[1:])), totals[0]))
         labels = np.empty(onto.shape, _smallest(values))
         kept = stores.store(*onto.shape, outputs) if save_probabilities else None
         for rows in slabs(onto.shape[0], 4 * outputs * math.prod(onto.shape[1:])):
-            back = sum((resampled(_reader(total), grid, onto, rows) for grid, total in grids), torch.zeros(())) / len(folds)
+            back = sum((resampled(_reader(total, outputs), grid, onto, rows) for grid, total in grids), torch.zeros(())) / len(folds)
             labels[rows] = values[decided(back, values.tolist(), fitted.regions).numpy()]
             if kept is not None:
                 kept[rows] = back.movedim(0, -1)
@@ -277,9 +287,9 @@ def _take_in(total: Store, other: Store) -> None:
     other.close()
 
 
-def _reader(total: Store) -> Callable[[slice], Tensor]:
-    """Rows (outputs, rows, y, z) of what `stored_probabilities` gave."""
-    return lambda rows: total[rows][:, :-1].movedim(1, 0).cpu()
+def _reader(total: Store, outputs: int) -> Callable[[slice], Tensor]:
+    """Rows (outputs, rows, y, z) of what `stored_probabilities` or `streamed_probabilities` gave."""
+    return lambda rows: total[rows][:, :outputs].movedim(1, 0).cpu()
 
 
 def _room(case: Case, file: Image, folds: Sequence[_Fold]) -> float:
@@ -305,6 +315,14 @@ def _room(case: Case, file: Image, folds: Sequence[_Fold]) -> float:
             f"{case.images[0]}: the image at the network's spacing needs some {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
         )
     return (free - needed) / 2
+
+
+def _said(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def _of_probabilities(target: Path) -> Path:

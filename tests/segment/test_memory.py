@@ -47,7 +47,7 @@ def test_a_disk_too_small_fails_that_case_alone(trained, scan, tmp_path, monkeyp
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda folder: usage(0, 0, 200_000))
     monkeypatch.setattr(module, "_room", lambda *_: 0)
     assert cli.main(["predict", str(trained / "fold_0"), str(scan.parent), str(tmp_path / "out"), "--device", "cpu", "--quiet"]) == 1
-    assert "out: expected 1105920 bytes free for a temporary file, got 200000" in capsys.readouterr().err
+    assert "out: expected 1105920 bytes free for temporary files, got 200000" in capsys.readouterr().err
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["b.nii.gz", "volumes.csv"]
 
 

@@ -1,0 +1,194 @@
+"""Mixers over a volume in slabs: what they compute voxel by voxel, and how their scans carry a state from one slab to the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medssm import ops
+from medssm.kernels.dtypes import compute_dtype, widened
+from medssm.kernels.linear_attention.reference import feature, rotate
+from medssm.nn.blocks import depthwise
+from medssm.nn.deltanet import DeltaNet
+from medssm.nn.gla import GatedLinearAttention
+from medssm.nn.inner import plain
+from medssm.nn.mamba2 import Mamba2
+from medssm.nn.mlla import MLLA, turned_from
+from medssm.nn.ssnd import SSND
+from medssm.orders import Order
+
+Scan = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
+
+
+class Carried(NamedTuple):
+    """A mixer in parts, all of them on slabs (1, *spatial, c):
+
+        u = before(x);   y = sum over scans of y_k, with (y_k, state) = scan_k(u, x, state) slab after slab along order k;   out = after(y, u, x, row)
+
+    halo        rows on both sides that `before` needs, and that `after` needs
+    before      None where u is x itself
+    scans       (order, scan), the state None at first; an order is a raster, so its slabs are cut along its slowest axis
+    after       `row` is the slab's first one in the volume
+    width       channels of u and of y
+    totals      instead of scans: state = totals(u, row, state) slab after slab, and `after` is given the last one in the place of y
+    """
+
+    halo: tuple[int, int]
+    before: Callable[[Tensor], Tensor] | None
+    scans: Sequence[tuple[Order, Scan]]
+    after: Callable[..., Tensor]
+    width: tuple[int, int]
+    totals: Callable[[Tensor, int, Any], Any] | None = None
+
+
+def carried(mixer: nn.Module, spatial: Sequence[int]) -> Carried | None:
+    """The parts of a mixer for a volume (*spatial); None for a mixer that needs the whole volume at once."""
+    parts = _KINDS[type(mixer)](mixer, spatial) if type(mixer) in _KINDS else None
+    return None if parts is None or any(order.kind != "raster" for order, _ in parts.scans) else parts
+
+
+def _ssnd(m: SSND, spatial: Sequence[int]) -> Carried:
+    k, inner = len(m.orders), m.out_proj.in_features
+    convolution: nn.Module | None = getattr(m, f"conv{m.spatial_dims}d", None)
+
+    def gates(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        u, z = m.in_proj(x).chunk(2, dim=-1) if m.gate else (m.in_proj(x), None)
+        return u, z
+
+    def before(x: Tensor) -> Tensor:
+        u = gates(x)[0]
+        return functional.silu(u) if convolution is None else depthwise(convolution, u, "silu")
+
+    def scan(u: Tensor, x: Tensor, state: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
+        dt, B, C = functional.linear(u, m.x_proj_weight[i]).split([m.dt_rank, m.d_state, m.d_state], dim=-1)
+        A, D = -torch.exp(widened(m.A_logs.unflatten(0, (k, -1))[i])), m.Ds.unflatten(0, (k, -1))[i]
+        steps: dict[str, Any] = {"delta_bias": m.dt_projs_bias[i], "delta_softplus": True, "delta_proj": m.dt_projs_weight[i]}
+        y, state = ops.selective_scan(u, dt, A, B, C, D, **steps, order=m.orders[i], initial_state=state, return_final_state=True)
+        return y, state
+
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int) -> Tensor:
+        y, z = m.out_norm(y), gates(x)[1]
+        if z is not None:
+            y = y * (functional.silu(z) if m.gate == "silu" else z)
+        out: Tensor = m.dropout(m.out_proj(y))
+        return out
+
+    scans = [(order, partial(scan, i=i)) for i, order in enumerate(m.orders)]
+    return Carried((0 if convolution is None else _reach(convolution), 0), before, scans, after, (inner, inner))
+
+
+def _gla(m: GatedLinearAttention, spatial: Sequence[int]) -> Carried:
+    def scan(u: Tensor, x: Tensor, state: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
+        q, k, v = (project(x).unflatten(-1, (m.heads, -1)) for project in (m.q_proj, m.k_proj, m.v_proj))
+        g = functional.linear(m.decay_in(x), m.decay_weight[i], m.decay_bias[i]).to(compute_dtype(v))
+        g = functional.logsigmoid(g) / m.slowness
+        g = g.unflatten(-1, (m.heads, -1)) if m.decay_by == "key" else g
+        y, state = ops.gated_linear_attention(q, k, v, g, order=m.orders[i], initial_state=state, return_final_state=True)
+        return y.flatten(-2), state
+
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int) -> Tensor:
+        y = m.o_norm(y.unflatten(-1, (m.heads, -1))).flatten(-2)
+        out: Tensor = m.o_proj(y if m.g_proj is None else y * functional.silu(m.g_proj(x)))
+        return out
+
+    return Carried((0, 0), None, [(order, partial(scan, i=i)) for i, order in enumerate(m.orders)], after, (0, m.o_proj.in_features))
+
+
+def _delta(m: DeltaNet, spatial: Sequence[int]) -> Carried | None:
+    if m.conv == "order":
+        return None
+
+    def before(x: Tensor) -> Tensor:
+        u = m.qkv_proj(x)
+        return depthwise(m.convolution, u, "silu") if m.conv == "space" else functional.silu(u)
+
+    def scan(u: Tensor, x: Tensor, state: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
+        beta, g = torch.sigmoid(widened(m.b_proj(x))), None
+        if m.a_proj is not None:
+            g = -torch.exp(widened(m.A_log)) * functional.softplus(widened(m.a_proj(x)) + m.dt_bias)
+        y, state = ops.delta_rule(*m._heads(u), beta, g=g, order=m.orders[i], initial_state=state, return_final_state=True)
+        return y.flatten(-2), state
+
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int) -> Tensor:
+        y = m.o_norm((y / len(m.orders)).unflatten(-1, (m.heads, -1))).flatten(-2)
+        out: Tensor = m.o_proj(y if m.g_proj is None else y * functional.silu(m.g_proj(x)))
+        return out
+
+    halo = _reach(m.convolution) if m.conv == "space" else 0
+    scans = [(order, partial(scan, i=i)) for i, order in enumerate(m.orders)]
+    return Carried((halo, 0), before, scans, after, (sum(m.split), m.split[-1]))
+
+
+def _mamba2(m: Mamba2, spatial: Sequence[int]) -> Carried | None:
+    if not plain(m.conv1d):
+        return None
+
+    def scan(u: Tensor, x: Tensor, state: tuple[Tensor, Tensor] | None, i: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        _, t, dt = m.in_proj(x).split(m.split, dim=-1)
+        taps, sums = state or (None, None)
+        along: dict[str, Any] = {"order": m.orders[i], "return_final_state": True}
+        t, taps = ops.causal_conv1d(t, m.conv1d.weight.squeeze(1), m.conv1d.bias, "silu", initial_state=taps, **along)
+        y, sums = ops.ssd(*m._operands(t, dt), dt_limit=m.dt_limit, initial_state=sums, **along)
+        return y.flatten(-2), (taps, sums)
+
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int) -> Tensor:
+        out: Tensor = m.out_proj(m._gate(y / len(m.orders), m.in_proj(x).split(m.split, dim=-1)[0]))
+        return out
+
+    return Carried((0, 0), None, [(order, partial(scan, i=i)) for i, order in enumerate(m.orders)], after, (0, m.split[0]))
+
+
+def _mlla(m: MLLA, spatial: Sequence[int]) -> Carried:
+    """Not causal: a first walk sums keys times values, a second one gives each query the sums."""
+    attention = m.attn
+    heads, length = attention.heads, math.prod(spatial)
+
+    def before(x: Tensor) -> Tensor:
+        return depthwise(m.dwc, m.in_proj(x), "silu")
+
+    def turned(x: Tensor, row: int) -> tuple[Tensor, Tensor] | None:
+        if not attention.rotary:
+            return None
+        cos, sin = (t.unflatten(-1, (heads, -1)) for t in turned_from(row, x.shape[1:-1], x.shape[-1], x.device, compute_dtype(x)))
+        return cos, sin
+
+    def rows(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = attention.qk(u).flatten(1, -2).unflatten(-1, (2, heads, -1)).unbind(2)
+        return q, k, u.flatten(1, -2).unflatten(-1, (heads, -1))
+
+    def totals(u: Tensor, row: int, state: Any) -> Any:
+        q, k, v = rows(u)
+        return ops.linear_attention(q, k, v, feature_map="elu", rotary=turned(u, row), initial_state=state, return_final_state=True)[1]
+
+    def after(state: Any, u: Tensor, x: Tensor, row: int) -> Tensor:
+        kv, z = state
+        q: Tensor = feature(rows(u)[0].to(kv.dtype), "elu")  # type: ignore[no-untyped-call]
+        rotated: Tensor = rotate(q, *(turned(u, row) or (None, None)))  # type: ignore[no-untyped-call]
+        num = torch.einsum("blhk,bhkv->blhv", rotated, kv)
+        o = num / (torch.einsum("blhk,bhk->blh", q, z) + 1e-6 * length).unsqueeze(-1)
+        o = o.flatten(-2).to(u.dtype).view_as(u) + depthwise(attention.lepe, u)
+        out: Tensor = m.out_proj(o * functional.silu(m.act_proj(x)))
+        return out
+
+    return Carried((_reach(m.dwc), _reach(attention.lepe)), before, [], after, (m.in_proj.out_features, 0), totals)
+
+
+def _reach(convolution: Any) -> int:
+    """Rows that a depthwise convolution sees on both sides."""
+    size: int = convolution.kernel_size[0] // 2
+    return size
+
+
+_KINDS: dict[type[nn.Module], Callable[[Any, Sequence[int]], Carried | None]] = {
+    SSND: _ssnd,
+    GatedLinearAttention: _gla,
+    DeltaNet: _delta,
+    Mamba2: _mamba2,
+    MLLA: _mlla,
+}
