@@ -109,8 +109,8 @@ def _note(measured: Row) -> str:
     if not where:
         return "Nothing was measured for this release: medssm bench --networks."
     return (
-        "Parameters, multiply-adds of convolutions and matrix products, memory above the network's own and median time of one inference, float32 "
-        "and under bf16 autocast, for one input of channels x spatial size; "
+        "Parameters, multiply-adds of convolutions, matrix products and scans, memory above the network's own and median time of one inference, "
+        "float32 and under bf16 autocast, for one input of channels x spatial size; "
         f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {measured['date']}. "
         "Parity: against values recorded from the source's own classes; no released checkpoint has been loaded."
     )

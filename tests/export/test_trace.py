@@ -42,9 +42,10 @@ def test_positions_of_a_traced_layer_are_those_of_the_size_at_hand():
 @pytest.mark.parametrize("name", [name if name == "medssm_unet" else pytest.param(name, marks=pytest.mark.thorough) for name in NETS])
 def test_a_network_under_monais_conversion(name, dims):
     convert_to_torchscript = pytest.importorskip("monai.networks").convert_to_torchscript
-    model = network(name, dims)
-    traced = convert_to_torchscript(model, inputs=[images(dims)[0]], use_trace=True, check_trace=False)
-    check(traced, model, images(dims))
+    dtype = torch.float32 if name == "medssm_unet" else torch.float64  # norms over few voxels enlarge what convolutions round in float32
+    model, inputs = network(name, dims).to(dtype), [x.to(dtype) for x in images(dims)]
+    traced = convert_to_torchscript(model, inputs=inputs[:1], use_trace=True, check_trace=False)
+    check(traced, model, inputs)
 
 
 @pytest.mark.parametrize("name", NETS)
