@@ -81,6 +81,13 @@ def test_each_slice_has_its_own_slope(tmp_path):
     np.testing.assert_array_equal(read_image([folder])[0][0], DATA.T * (1.0 + np.arange(4)))
 
 
+def test_a_series_is_read_anew_where_a_file_changed(tmp_path):
+    folder = series(tmp_path / "ct", DATA)
+    assert open_image(folder) is open_image(folder)
+    (folder / "IM000").unlink()
+    assert open_image(folder).shape == (5, 6, 3)
+
+
 def test_mosaics_are_refused(tmp_path):
     folder = series(tmp_path / "fmri", DATA, lambda i: {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]})
     with pytest.raises(UserError, match=r"4 mosaic\(s\) of slices in one picture, as IM000: convert them to NIfTI first"):
@@ -241,7 +248,7 @@ def test_a_dicom_seg_is_read_in_place_by_others(tmp_path, several):
 def test_of_the_person_only_what_the_standard_demands_is_copied(tmp_path):
     source = series(tmp_path / "ct", DATA)
     write_image(tmp_path / "out.dcm", LABELS, open_image(source), CLASSES)
-    write_image(tmp_path / "out.nii", LABELS.astype(np.int16), open_image(source))
+    write_image(tmp_path / "out.nii", LABELS, open_image(source))
     table, first = pydicom.dcmread(tmp_path / "out.dcm"), pydicom.dcmread(source / "IM000")
     kept = "PatientName PatientID PatientBirthDate PatientSex StudyInstanceUID StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName"
     assert all(table.get(name) == first.get(name) for name in kept.split())

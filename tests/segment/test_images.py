@@ -46,6 +46,8 @@ def test_colours_are_channels(tmp_path, names):
     found, image = read_image([write(tmp_path / "a.nii.gz", data)], 3)
     np.testing.assert_array_equal(found, np.arange(60).reshape(SHAPE) + np.arange(3).reshape(3, 1, 1, 1))
     assert image.notes == (() if names == "RGB" else ("the alpha channel is left out",))
+    write_image(tmp_path / "b.nii.gz", np.full(SHAPE, 3, np.int64), image)
+    assert nib.load(tmp_path / "b.nii.gz").get_data_dtype() == np.int64 and (read_label(tmp_path / "b.nii.gz", image)[0] == 3).all()
 
 
 def test_nifti_in_zstandard_is_read_and_written(tmp_path):
@@ -89,7 +91,7 @@ def test_a_header_that_promises_more_than_memory_holds(tmp_path):
     header.set_data_shape((30000, 30000, 30000))
     header.set_data_dtype(np.float32)
     (tmp_path / "a.nii").write_bytes(header.binaryblock + b"\0" * 100)
-    with pytest.raises(UserError, match=r"a\.nii: 30000 x 30000 x 30000 voxels, 1 channel\(s\), need 100582\.8 GiB of memory"):
+    with pytest.raises(UserError, match=r"a\.nii: 30000 x 30000 x 30000 voxels, 1 channel\(s\), need 100582\.8 GiB of memory, more than is free"):
         read_image([tmp_path / "a.nii"])
 
 

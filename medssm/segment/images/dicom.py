@@ -7,6 +7,7 @@ place, several series, sizes or orientations, a gantry tilt, colours.
 from __future__ import annotations
 
 import collections
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,14 @@ def open_folder(folder: Path) -> Image:
     files = files_in(folder)
     if not files:
         raise UserError(f"{folder}: expected an image file, got a folder without DICOM in it")
-    return _open(folder, files)
+    stamps = [file.stat() for file in files]
+    return _opened(folder, tuple((file, stamp.st_size, stamp.st_mtime_ns) for file, stamp in zip(files, stamps, strict=True)))
+
+
+@functools.lru_cache(maxsize=512)
+def _opened(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> Image:
+    """The headers of a series are hundreds of files, which are read once as long as they stay as they are."""
+    return _open(folder, [file for file, _, _ in files])
 
 
 def open_file(path: Path) -> Image:

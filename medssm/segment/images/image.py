@@ -25,6 +25,7 @@ logger = logging.getLogger("medssm")
 MADE_BY = f"medssm {__version__}"  # in each file that is written
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the axes of DICOM and ITK, in RAS
 PICTURES = ("PNG", "JPEG", "TIFF")
+_LARGE = 2**28  # bytes; for less than that nobody asks how much memory is free
 _LONGEST = 200  # letters of a library's error
 _APART = 50  # times: cases whose spacings differ by more were not measured in one unit
 
@@ -72,17 +73,17 @@ class Image:
 
         Raises UserError if the file is damaged, or memory cannot hold what its header says.
         """
-        needed, free = 4.0 * self.channels * math.prod(self.shape), machine.free_memory()
-        if needed > free:
-            raise UserError(
-                f"{self.path}: {' x '.join(map(str, self.shape))} voxels, {self.channels} channel(s), need {needed / 2**30:.1f} GiB of memory, "
-                f"{free / 2**30:.1f} are free"
-            )
+        size, shape = 4.0 * self.channels * math.prod(self.shape), " x ".join(map(str, self.shape))
+        too_large = f"{self.path}: {shape} voxels, {self.channels} channel(s), need {size / 2**30:.1f} GiB of memory, more than is free"
+        if size > _LARGE and size > machine.free_memory():
+            raise UserError(too_large)
         try:
             with quiet_libraries():
                 data = self.indices() if labels and self.indices else self.load(dtype)
         except UserError:
             raise
+        except MemoryError as error:
+            raise UserError(too_large) from error
         except Exception as error:  # each library raises what its readers raise: OSError, zlib.error, RuntimeError, struct.error, ...
             raise UserError(f"{self.path}: truncated or corrupt ({reason(error)})") from error
         if data.dtype.kind not in "iufb":

@@ -70,7 +70,7 @@ def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int] 
     """
     file = like.own if like.format == "NIfTI" else None
     if file is None:
-        image = nib.Nifti1Image(data, like.affine)
+        image = nib.Nifti1Image(data, like.affine, dtype=data.dtype)
         image.header.set_xyzt_units("mm")
         image.header["descrip"] = MADE_BY.encode()
     else:
