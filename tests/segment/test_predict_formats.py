@@ -85,7 +85,7 @@ def test_the_name_or_an_option_says_the_format(flat, photographs, tmp_path, out,
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_predicted(flat, photographs, tmp_path, monkeypatch, name, format, message):
-    monkeypatch.setattr("medssm.segment.predict.stored_probabilities", None)
+    monkeypatch.setattr("medssm.segment.predict.stored_probabilities", lambda *arguments, **options: pytest.fail("predicted"))
     with pytest.raises(UserError, match=message):
         predict(flat, photographs / "images" / "p0.png", tmp_path / name, format=format, device="cpu", quiet=True)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
