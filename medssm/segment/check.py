@@ -170,8 +170,6 @@ def _look(
     data, file = read_image(case.images, len(table.channels), np.nan if nan is None else nan)
     label, _ = read_label(case.label_file, file)
     edges, shape = ras_grid(file)
-    for note in file.notes:
-        found("note", "assumed", note)
 
     finite = np.isfinite(data)
     if not finite.all():
@@ -279,6 +277,7 @@ def _summary(
         volumes = _spread([case["ml"][value] for case in having])
         rows[label] = {"value": value, "cases": len(having), "voxels": sum(case["voxels"][value] for case in having), "ml": volumes}
     names = [label for label, value in classes.items() if value]
+    flat = {axis for axis in range(3) if cases and all(case["shape"][axis] == 1 for case in cases)}
     return {
         "name": name,
         "channels": {
@@ -290,7 +289,7 @@ def _summary(
         "spacing": _spread([case["spacing"] for case in cases]),
         "orientations": dict(Counter(case["orientation"] for case in cases).most_common()),
         "sides": {"classes": sided(names), "pairs": [list(pair) for pair in pairs(names)]},
-        "mirror": list(fit_mirror("auto", ["background", *names], (0, 1, 2))[0]),
+        "mirror": list(fit_mirror("auto", ["background", *names], sorted({0, 1, 2} - flat))[0]),
     }
 
 

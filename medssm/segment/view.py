@@ -104,7 +104,7 @@ def contents(
         differs = (drawn[0] != other).astype(np.uint8)
         volumes.append({"name": f"differences: {int(differs.sum()):,} voxels", "data": _nifti(differs, affine), "opacity": 0, "labels": False})
     colours = {name: pages.COLOURS[(i - 1) % len(pages.COLOURS)] for i, name in enumerate(table) if i}
-    at = _inside(drawn[0]) if drawn else [size // 2 for size in grey[every].shape]
+    at = _inside(nib.orientations.apply_orientation(drawn[0] if drawn else grey[every] * 0, nib.io_orientation(affine)))
     shown = {"at": at, "volumes": volumes, "classes": table, "colours": colours, "windows": windows, "steps": list(steps), "plane": 1 in grey.shape}
     return {"title": scan.name, "shown": shown, "library": library, "licence": licence, "version": version}
 
@@ -153,7 +153,7 @@ def _steps(shape: Sequence[int], edges: np.ndarray) -> tuple[int, int, int]:
 
 
 def _inside(label: np.ndarray) -> list[int]:
-    """A voxel of a class: in the row that has most, of the slice that has most; the middle where there are none."""
+    """A voxel of a class, in the row that has most of the slice that has most; the middle where there are none. NiiVue counts along the RAS axes."""
     inside = label > 0
     if not inside.any():
         return [size // 2 for size in label.shape]

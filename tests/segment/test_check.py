@@ -210,7 +210,7 @@ def test_a_datalist_that_names_nothing(tmp_path):
 
 def test_planes(tmp_path):
     flat = nnunet_folder(tmp_path / "a", cases=2, shape=(20, 18, 1), labels={"background": 0, "box": 2})
-    assert found(flat) == {("note", "planes", "")}
+    assert found(flat) == {("note", "planes", "")} and check(flat, quiet=True)["mirror"] == [0, 1]
     mixed = nnunet_folder(tmp_path / "b", cases=2, shape=SHAPE)
     image, label = (np.asarray(open_image(mixed / part).own.dataobj)[..., 3:4] for part in ("imagesTr/case_1_0000.nii.gz", "labelsTr/case_1.nii.gz"))
     write(mixed / "imagesTr" / "case_1_0000.nii.gz", image)

@@ -51,6 +51,8 @@ def test_the_page_has_the_files_and_their_differences(files, tmp_path):
     assert result["overlays"] == ["predicted", "drawn", "differences: 60 voxels"] and result["steps"] == [1, 1, 1]
     assert list(table["classes"].items()) == [("background", 0), ("ball", 1), ("box", 2), ("ghost", 9)]
     scan, predicted, drawn, differs = (one["image"] for one in table["volumes"])
+    x, y, z = table["at"]
+    assert np.asarray(predicted.dataobj)[::-1][x, y, z] > 0  # counted along the RAS axes, where the file's first one runs to the left
     np.testing.assert_allclose(scan.get_fdata(), nib.load(files[0]).get_fdata(), atol=0.01)
     np.testing.assert_array_equal(predicted.dataobj, nib.load(files[1]).dataobj)
     assert int(np.asarray(differs.dataobj).sum()) == 60 and np.asarray(drawn.dataobj).max() == 2
