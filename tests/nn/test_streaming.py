@@ -73,6 +73,7 @@ def test_scans_carry_their_states(tmp_path, mixer, monkeypatch):
     [
         {"size": "small", "features": (8, 8, 16)},
         {"strides": (1, (1, 2, 2), (2, 1, 2), 2, 2), "deep_supervision": True},
+        {"strides": (1, (1, 2, 2), (1, 2, 2), 2, 2), "kernels": ((1, 3, 3), (1, 3, 3), 3, (5, 3, 3), 3)},
         {"size": "small", "features": (8, 12, 16), "depths": (1, 1, 1), "decoder_depths": (1, 2), "strides": (1, 2, 3)},
         {"in_channels": 2, "mixer": "delta"},
     ],
