@@ -98,7 +98,7 @@ def _datalist(path: Path, section: str | None) -> list[list[Path]]:
         raise UserError(f"{path}: expected a list of images, or a table of such lists, got {type(entries).__name__}")
     found = []
     for i, entry in enumerate(entries):
-        image: Any = entry.get("image") if isinstance(entry, dict) else entry
+        image: Any = entry.get("image", entry.get("images")) if isinstance(entry, dict) else entry  # images: as train's cases.json has it
         files: list[Any] = image if isinstance(image, list) else [image]
         if not files or not all(isinstance(file, str) and file for file in files):
             raise UserError(f'{path}: [{i}]: expected a path or {{"image": ...}}, got {entry!r}')

@@ -245,7 +245,10 @@ def train(
             if fabric.is_global_zero:
                 live()
 
-        dice = loop.run(tell, lambda: validate(loop.trained), validations if validation else 0)
+        def validated() -> dict[str, float]:
+            return validate(loop.trained, lambda text: tell(loop.budget.fraction(loop.done), text))
+
+        dice = loop.run(tell, validated, validations if validation else 0)
     steps, gain = validate.postprocessing() if dice else ({}, {})
     rows = validate.rows() if dice else []
     result = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +20,7 @@ from medssm.segment.volumes import Arrays
 
 
 class Validation:
-    """Call it with a network for the mean Dice of each class or region, and of all of them as "mean".
+    """Call it with a network, and with what shows a line of text, for the mean Dice of each class or region, and of all of them as "mean".
 
     Dice is taken at the network's spacing; a class that is in neither label nor prediction of a case is left out there. `found` keeps the last label
     maps, as positions in the classes, and `dice` each case's Dice.
@@ -37,11 +37,12 @@ class Validation:
         self.found: list[np.ndarray] = []
         self.dice: list[dict[str, float]] = []
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
+    def __call__(self, network: nn.Module, show: Callable[[str], None] = lambda text: None) -> dict[str, float]:
         fitted, device = self.fitted, self.fabric.device
         half = torch.float16 if device.type == "cuda" else None
         sums, self.found, self.dice = torch.zeros(2, len(fitted.structures), dtype=torch.float64), [], []
-        for image, label in self.arrays:
+        for number, (image, label) in enumerate(self.arrays, 1):
+            show(f"validating, case {number} of {len(self.arrays)}")
             predicted = decided(probabilities(network, image, fitted, device=device, half=half), list(fitted.classes.values()), fitted.regions)
             self.found.append(predicted.to(torch.int16).numpy())
             self.dice.append({})

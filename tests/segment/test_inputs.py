@@ -104,6 +104,11 @@ def test_a_datalist_is_a_list_or_a_table_of_them(tmp_path):
     table = listed(tmp_path / "l.json", {"name": "x", "training": [{"image": "a.nii.gz"}], "test": ["b.nii.gz", "d.nii.gz"]})
     assert list(found(table)) == ["b", "d"]  # the second as nnU-Net's first dataset.json has it
     assert list(found(table, section="training")) == ["a"]
+    kept = {
+        "training": [{"name": "x", "images": ["a.nii.gz"]}],
+        "validation": [{"name": "c", "images": ["c/t1.nii.gz", "c/t2.nii.gz"], "label": "l"}],
+    }
+    assert found(listed(tmp_path / "cases.json", kept), channels=2, section="validation") == {"t1": ["c/t1.nii.gz", "c/t2.nii.gz"]}
     assert list(found(listed(tmp_path / "l.json", {"validation": ["b.nii.gz"], "test": []}))) == ["b"]
 
 
