@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,15 +56,21 @@ def cases_in(path: Path | str, channels: int) -> list[Case]:
     return [Case(name, _channel_files(path, name, channels))]  # one that is missing is named when the case is read
 
 
-def grouped(files: Iterable[Path], channels: int) -> list[Case]:
+def refuse(line: str) -> None:
+    """Raise UserError with this line: what a function does with a fault that it could go on after."""
+    raise UserError(line)
+
+
+def grouped(files: Iterable[Path], channels: int, complain: Callable[[str], None] = refuse) -> list[Case]:
     """Files as cases: NAME_0000, NAME_0001, … are the channels of NAME where all of them are there; every other file is a case of its own.
 
     Args:
         files: of one folder
         channels: of an image
+        complain: gets the line about a channel too many, which is then left out
 
     Raises:
-        UserError: there is a channel too many, or two files have one name.
+        UserError: two files have one name.
     """
     files = list(files)
     named = Counter(_channel(file)[0] for file in files)
@@ -84,7 +90,7 @@ def grouped(files: Iterable[Path], channels: int) -> list[Case]:
         if wanted <= found.keys():
             surplus = sorted(found.keys() - wanted)
             if surplus:
-                raise UserError(
+                complain(
                     f"{found[surplus[0]]}: expected {channels} channel(s) as of {found[0].name}, got one more. "
                     "If these files are images of their own, rename them: an ending such as _0000 is a channel"
                 )

@@ -77,14 +77,14 @@ def check(
     Raises:
         UserError: the description of the data set cannot be read or contradicts itself.
     """
-    table = described(dataset)
+    findings: list[Finding] = []
+    table = described(dataset, lambda line: findings.append(Finding("error", "description", line.partition(": ")[0], line)))
     report = None if out is None else Path(out) if str(out).endswith(".html") else Path(out) / REPORT
     if report:
         files = [file for case in table.cases for file in (*case.images, case.label_file)]
         protect(report, reads=files, made=lambda path: pages.is_made_by(_GENERATOR, path), overwrite=overwrite)
     channels = table.channels or counted_channels(table.cases)
     table, schemes = replace(table, channels=channels), intensity.schemes(channels, modality)
-    findings: list[Finding] = []
     seen: dict[str, dict[str, Any]] = {}
     with progress("checking", quiet) as show:
         for i, case in enumerate(table.cases):

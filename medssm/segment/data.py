@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import itertools
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from medssm.errors import UserError
 from medssm.files import read_json
-from medssm.segment.cases import Case, distinct, grouped
+from medssm.segment.cases import Case, distinct, grouped, refuse
 from medssm.segment.folders import is_paired, paired_cases
 from medssm.segment.images import ENDINGS, PICTURES, Image, aligned, ending_of, image_files, open_image, open_label, read_label, say, strip_ending
 from medssm.segment.patients import check_apart, units, with_patients
@@ -54,8 +54,10 @@ def load_dataset(path: Path | str) -> Dataset:
     return replace(dataset, channels=dataset.channels or counted_channels(dataset.cases), classes=dataset.classes or _found_classes(dataset.cases))
 
 
-def described(path: Path | str) -> Dataset:
+def described(path: Path | str, complain: Callable[[str], None] = refuse) -> Dataset:
     """What the description of a data set says, with no image looked at: `channels` or `classes` is empty where it names none.
+
+    `complain` gets the line about a channel too many and about two classes of one value; the second one is then left out.
 
     Raises UserError where the description cannot be read or contradicts itself, or two cases are one.
     """
@@ -71,11 +73,11 @@ def described(path: Path | str) -> Dataset:
     root = description.parent
     channels = _channels(table, description)
     plain, regions = take_apart(table.get("labels"), table.get("regions_class_order"), description)
-    labels = _classes(plain, description)
+    labels = _classes(plain, description, complain)
     if description.name != DATASET or _is_listed(root, table):
         cases = _listed_cases(root, table, description)
     else:
-        cases = _folder_cases(root, len(channels), table.get("file_ending") or ".nii.gz")
+        cases = _folder_cases(root, len(channels), table.get("file_ending") or ".nii.gz", complain)
     if not cases:
         meant = [key for key in table if key != "training" and difflib.get_close_matches(key.lower(), ["training"], 1, 0.8)]
         raise UserError(f"{description}: no training case found{f'; {meant[0]!r}: no such entry, training is one' if meant else ''}")
@@ -168,14 +170,14 @@ def check_values(case: Case, values: np.ndarray, classes: dict[str, int], ignore
         raise UserError(f"{case.label}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(classes.values())}")
 
 
-def _folder_cases(root: Path, channels: int, ending: str) -> list[Case]:
+def _folder_cases(root: Path, channels: int, ending: str, complain: Callable[[str], None]) -> list[Case]:
     """imagesTr/CASE_0000.nii.gz, ... with labelsTr/CASE.nii.gz."""
     if ending not in ENDINGS:
         raise UserError(f"{root / DATASET}: file_ending: expected one of {', '.join(ENDINGS)}, got {ending!r}")
     if not channels:
         raise UserError(f'{root / DATASET}: channel_names: expected {{"0": name, ...}}, got none')
     images, labels = ([file for file in image_files(root / part) if ending_of(file) == ending] for part in ("imagesTr", "labelsTr"))
-    cases = {case.name: replace(case, label=root / "labelsTr" / f"{case.name}{ending}") for case in grouped(images, channels)}
+    cases = {case.name: replace(case, label=root / "labelsTr" / f"{case.name}{ending}") for case in grouped(images, channels, complain)}
     for label in labels:  # one without an image: its own line says so
         name = strip_ending(label)
         cases.setdefault(name, Case(name, tuple(root / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(channels)), label))
@@ -229,7 +231,7 @@ def _channels(table: dict, description: Path) -> tuple[str, ...]:
         raise UserError(f'{description}: channel_names: expected {{"0": name, ...}}, got {names!r}') from error
 
 
-def _classes(labels: dict | None, description: Path) -> dict[str, int]:
+def _classes(labels: dict | None, description: Path, complain: Callable[[str], None] = refuse) -> dict[str, int]:
     """{name: value}, by value, from nnU-Net v2's {"liver": 1} or the older {"1": "liver"}; empty if the file names none."""
     if not labels:
         return {}
@@ -243,9 +245,10 @@ def _classes(labels: dict | None, description: Path) -> dict[str, int]:
         except ValueError as error:
             raise UserError(f"{description}: labels: expected {{name: value}} or {{value: name}}, got {labels}") from error
     table = dict(sorted(table.items(), key=lambda item: item[1]))
-    for (name, value), (other, again) in itertools.pairwise(table.items()):
+    for (name, value), (other, again) in itertools.pairwise(list(table.items())):
         if value == again:
-            raise UserError(f"{description}: labels: {name} and {other} have one value, {value}")
+            complain(f"{description}: labels: {name} and {other} have one value, {value}")
+            del table[other]
     if 0 not in table.values():
         table = {"background": 0, **table}
     return table

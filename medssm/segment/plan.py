@@ -180,7 +180,7 @@ def _ruled(
     model: str,
     given: Mapping[str, Any],
     spatial_dims: int,
-    memory: float | None,
+    asked: float | None,
     device: str,
     precision: str,
     steps: list[dict[str, Any]],
@@ -195,8 +195,7 @@ def _ruled(
     shapes = resampled_shapes(cases, spacing)
     median = np.median(shapes, axis=0)
     free = 0.9 * (torch.cuda.mem_get_info(fabric.device)[0] if fabric.device.type == "cuda" else machine.free_memory())
-    if memory is None or (memory > free and fabric.device.type == "cpu"):
-        memory = free
+    memory = free if asked is None or (asked > free and fabric.device.type == "cpu") else asked
 
     near, size = [spacing[axis] for axis in axes], [median[axis] for axis in axes]
     multiples = np.prod(strides_and_kernels([math.ceil(length) for length in size], near, _stages(model, given, spatial_dims))[0], axis=0).tolist()
@@ -233,8 +232,9 @@ def _ruled(
         if tuple(patch) == tuple(patches[-1]) and most > batch:
             batch = largest(range(batch, most + 1), float, lambda batch: measure(patch, batch), memory) or batch
     took = next(step for step in reversed(steps) if (step["patch"], step["batch"]) == (list(patch), batch))
+    less = f" ({_gigabytes(asked)} are not free)" if asked is not None and asked > memory else ""
     whole = ", the whole of a median case" if tuple(patch) == tuple(patches[-1]) else ""
-    why = f"a step takes {_gigabytes(took['bytes'])} of {_gigabytes(memory)} on {fabric.device} and {took['seconds']:.3g} s"
+    why = f"a step takes {_gigabytes(took['bytes'])} of {_gigabytes(memory)}{less} on {fabric.device} and {took['seconds']:.3g} s"
     reasons = {
         "spacing": f"{reason}; mm along the RAS axes",
         "patch": f"the largest that fits: {why}{whole}",

@@ -139,13 +139,20 @@ def test_faults_of_headers_and_names(tmp_path):
     assert list(result["cases"]) == ["case_6"] and len(result["failed"]) == 6
 
 
-def test_a_surplus_channel_and_two_classes_of_one_value_are_train_s_own_errors(tmp_path):
-    folder = nnunet_folder(tmp_path / "a", cases=2, shape=SHAPE)
+def test_a_surplus_channel_and_two_classes_of_one_value_do_not_hide_the_rest(tmp_path):
+    labels = {"background": 0, "ball": 1, "box": 1, "other": 2}
+    folder = nnunet_folder(tmp_path / "a", cases=3, shape=SHAPE, labels=labels, edit=changed(2, nan))
     write(folder / "imagesTr" / "case_0_0001.nii.gz", np.zeros(SHAPE, np.float32))
-    with pytest.raises(UserError, match=r"case_0_0001.nii.gz: expected 1 channel\(s\)"):
-        check(folder, quiet=True)
-    with pytest.raises(UserError, match=r"labels: ball and box have one value, 1"):
-        check(nnunet_folder(tmp_path / "b", cases=1, shape=SHAPE, labels={"background": 0, "ball": 1, "box": 1}), quiet=True)
+    result = check(folder, quiet=True)
+    assert [f["text"].removeprefix(str(folder)) for f in result["findings"]] == [
+        "/dataset.json: labels: ball and box have one value, 1",
+        "/imagesTr/case_0_0001.nii.gz: expected 1 channel(s) as of case_0_0000.nii.gz, got one more. If these files are images of their own, rename "
+        "them: an ending such as _0000 is a channel",
+        "/imagesTr/case_2_0000.nii.gz: 1 voxel(s) are not finite (NaN or infinite): --nan VALUE puts a number in their place",
+    ]
+    assert list(result["cases"]) == ["case_0", "case_1", "case_2"] and list(result["classes"]) == ["background", "ball", "other"]
+    with pytest.raises(UserError, match="ball and box have one value"):
+        train(folder, tmp_path / "run", device="cpu", quiet=True)
 
 
 def test_spacings_and_units(tmp_path):
@@ -252,6 +259,13 @@ def test_few_of_many_are_printed(tmp_path, capsys):
     assert cli.main(["check", str(folder)]) == 0
     said = capsys.readouterr().out
     assert said.count("a label map without any class") == 5 and "warning: 2 more of the kind 'no class'" in said
+
+
+def test_no_file_is_changed_or_added(tmp_path):
+    folder = nnunet_folder(tmp_path / "data", cases=2, shape=SHAPE, edit=changed(1, nan))
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    check(folder, out=tmp_path / "report", quiet=True)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
 # -- the page

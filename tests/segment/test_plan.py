@@ -161,6 +161,9 @@ def test_the_patch_and_the_batch_are_the_largest_that_fit(tmp_path, monkeypatch)
     assert small["options"]["patch"] == [24, 32, 32] and small["options"]["batch"] == 2  # 491,520 bytes; with the next one 655,360
     large = plan(folder, out=tmp_path / "b.yaml", memory="2.7MB", device="cpu", size="tiny", quiet=True)
     assert large["options"]["patch"] == [40, 40, 40] and large["options"]["batch"] == 2
+    monkeypatch.setattr(module.machine, "free_memory", lambda: 3_000_000)
+    reasons = plan(folder, out=tmp_path / "d.yaml", memory="8GB", device="cpu", size="tiny", quiet=True)["reasons"]
+    assert "of 0.0027 GB (8 GB are not free) on cpu" in reasons["patch"]
     with pytest.raises(UserError, match=r"memory: a step with 2 patches of 8 x 8 x 8 voxels takes 0.00101 GB, expected at most 0.001 GB"):
         plan(folder, out=tmp_path / "c.yaml", memory="1MB", device="cpu", size="tiny", quiet=True)
     assert not (tmp_path / "c.yaml").exists()
