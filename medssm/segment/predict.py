@@ -38,6 +38,7 @@ from medssm.segment.images import (
     is_made_here,
     lengths,
     nifti,
+    open_image,
     ras_grid,
     read_image,
     read_label,
@@ -136,8 +137,9 @@ def predict(
     cases = cases_of([Path(path) for path in _listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     targets = targets_of(cases, Path(out), format)
     table = None if Path(out) in targets.values() else Path(out) / VOLUMES
-    skipped = [case.name for case in cases if skip_existing and targets[case.name].exists()]
-    cases = [case for case in cases if case.name not in skipped]
+    there = [case for case in cases if skip_existing and targets[case.name].exists()]
+    skipped = [case.name for case in there]
+    cases = [case for case in cases if case not in there]
     read = [file for case in cases for image in case.images for file in files_of(image)]
     for case in cases:
         for target in (targets[case.name], *([_of_probabilities(targets[case.name])] if save_probabilities else [])):
@@ -160,7 +162,7 @@ def predict(
             about = f"{file.format}, {' x '.join(map(str, file.shape))} voxels of {lengths(file.spacing)} mm"
             print("; ".join([f"{file.path}: {about}", *file.notes]), file=sys.stderr)
 
-    measured, failed = _measured_before(skipped, targets, structures(folds[0].fitted.classes, folds[0].fitted.regions))
+    measured, failed = _measured_before(there, targets, structures(folds[0].fitted.classes, folds[0].fitted.regions))
     with _written_at_the_end(table, measured), progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
 
@@ -257,15 +259,15 @@ def _by_value(fitted: Fitted) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def _measured_before(
-    skipped: Sequence[str], targets: Mapping[str, Path], classes: Mapping[str, Sequence[int]]
+    there: Sequence[Case], targets: Mapping[str, Path], classes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, Volumes], dict[str, str]]:
-    """The volumes in the label maps that are there already, and why one cannot be read."""
+    """The volumes in the label maps that are there already, on the grids of their images, and why one cannot be read."""
     measured, failed = {}, {}
-    for name in skipped:
+    for case in there:
         try:
-            measured[name] = volumes(*read_label(targets[name]), classes)
+            measured[case.name] = volumes(*read_label(targets[case.name], open_image(case.images[0])), classes)
         except UserError as error:
-            failed[name] = str(error)
+            failed[case.name] = str(error)
     return measured, failed
 
 

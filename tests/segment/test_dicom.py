@@ -110,6 +110,12 @@ def test_other_objects_beside_a_series_are_left_out_and_said(tmp_path):
     assert file.shape == (5, 6, 4) and file.notes == ("2 DICOM file(s) beside the series hold no image",)
 
 
+def test_a_dose_beside_a_series_is_no_image(tmp_path):
+    folder = series(tmp_path / "ct", DATA)
+    slice_of(DATA[0], 0, study(), SOPClassUID="1.2.840.10008.5.1.4.1.1.481.2").save_as(folder / "dose.dcm", enforce_file_format=True)
+    assert open_image(folder).shape == (5, 6, 4) and open_image(folder).notes == ("1 DICOM file(s) beside the series hold no image",)
+
+
 def test_one_plane_with_and_without_a_place(tmp_path):
     plane = slice_of(DATA[0], 0, study())
     plane.save_as(tmp_path / "a.dcm", enforce_file_format=True)

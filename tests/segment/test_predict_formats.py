@@ -1,6 +1,7 @@
 """Pictures, NRRD and DICOM through train, predict and evaluate: each label map in the format of its image or in the one that is asked for."""
 
 import hashlib
+import json
 
 import numpy as np
 import pydicom
@@ -10,8 +11,9 @@ from PIL import Image as Pillow
 
 from medssm import cli
 from medssm.errors import UserError
+from medssm.segment.data import load_dataset
 from medssm.segment.evaluate import evaluate
-from medssm.segment.images import open_image, read_label
+from medssm.segment.images import open_image, read_label, write_image
 from medssm.segment.predict import predict
 from medssm.segment.train import train
 from tests.segment.dicom import series
@@ -64,6 +66,16 @@ def test_a_picture_gives_a_png_of_its_size(flat, photographs, tmp_path, capsys):
     result = evaluate(tmp_path / "out", photographs / "masks", quiet=True)
     assert result["mean"]["dice"]["mean"] > 0.7 and not result["failed"]
     assert before == {path: hashlib.sha256(path.read_bytes()).digest() for path in photographs.rglob("*.*")}
+
+
+def test_a_label_map_that_is_there_is_measured_by_the_pixels_of_its_picture(flat, photographs, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "p0.png").write_bytes((photographs / "images" / "p0.png").read_bytes())
+    (tmp_path / "in" / "p0.json").write_text(json.dumps({"spacing": [2.0, 2.0]}))
+    predict(flat, tmp_path / "in", tmp_path / "out", device="cpu", quiet=True)
+    Pillow.fromarray(np.full((40, 30), 255, np.uint8)).save(tmp_path / "out" / "p0.png")
+    result = predict(flat, tmp_path / "in", tmp_path / "out", device="cpu", skip_existing=True, quiet=True)
+    assert result["skipped"] == ["p0"] and result["volumes"]["p0"]["class_255"] == {"voxels": 1200, "ml": pytest.approx(4.8)}
 
 
 @pytest.mark.parametrize(("out", "format"), [("a.png", None), ("a.tif", None), ("a.nii.gz", None), ("a", "nifti")])
@@ -131,11 +143,6 @@ def test_nothing_is_written_into_a_series(deep, tmp_path, overwrite):
 
 def test_a_datalist_may_name_series_and_label_maps_in_dicom(tmp_path):
     """Trained on a folder of DICOM with a NIfTI label map, and on one with a DICOM-SEG."""
-    import json
-
-    from medssm.segment.data import load_dataset
-    from medssm.segment.images import write_image
-
     entries = []
     for name, ending in (("a", "nii.gz"), ("b", "dcm")):
         folder = series(tmp_path / name, SCAN.astype(np.int16))

@@ -22,6 +22,7 @@ from medssm.segment.images import formats, itk
 from medssm.segment.images.image import LPS, Image, needed, quiet_libraries
 
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"  # the class of DICOM-SEG
+_NO_IMAGES = (SEG, "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.481.2")  # label maps, and doses of radiotherapy
 _SHOWN = 5  # series that a message names
 _SAME_MM = 1e-3  # slices closer than that lie in one place
 _TILT = 0.1  # degrees
@@ -127,7 +128,7 @@ def _open(path: Path, files: Sequence[Path]) -> Image:
 
 
 def _image(path: Path, headers: Sequence[tuple[Path, Any]]) -> Image:
-    images = [(file, table) for file, table in headers if "Rows" in table and "Columns" in table and table.get("SOPClassUID") != SEG]
+    images = [(file, table) for file, table in headers if "Rows" in table and "Columns" in table and table.get("SOPClassUID") not in _NO_IMAGES]
     if not images:
         raise UserError(f"{path}: no DICOM image in it")
     _one_series(path, images)
