@@ -37,6 +37,13 @@ class Store:
         with torch.inference_mode(False):  # so that it may be changed in any mode
             self._tensor = torch.zeros(shape, device=device) if file is None else None
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Store:
+        """A tensor in memory as a store; it is not copied."""
+        made = cls.__new__(cls)
+        made.shape, made._file, made._tensor = tuple(tensor.shape), None, tensor
+        return made
+
     @property
     def in_file(self) -> bool:
         """Whether it is a file."""
@@ -130,7 +137,7 @@ class Scratch:
     def _file(self, size: int) -> Any:
         """A temporary file of so many zeros, whose place on the disk is taken: a mapped file that has none ends the process."""
         if not any(store.in_file for store in self._stores):
-            logger.warning("%s: %d bytes do not fit into memory: temporary files in %s", self.name, size, self.folder)
+            logger.warning("%s: what does not fit into memory goes to temporary files in %s", self.name, self.folder)
         self._check_disk(size)
         try:
             file = tempfile.TemporaryFile(dir=self.folder, prefix=".medssm-")  # noqa: SIM115  # the store closes it

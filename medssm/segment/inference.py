@@ -13,26 +13,26 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor, nn
 
 from medssm.scratch import Scratch, Store
-from medssm.segment.intensity import scaling
+from medssm.segment.intensity import Scaling, scaling_of_parts
 from medssm.segment.losses import finest_first
 from medssm.segment.networks import memory_format
-from medssm.segment.preprocess import Fitted, pad
+from medssm.segment.preprocess import Fitted
 
 _ON_DEVICE = 2 * 2**30  # up to so many bytes of probabilities are summed on the device, more in main memory
 
 
 @torch.inference_mode()
 def probabilities(network: nn.Module, image: Tensor, fitted: Fitted, *, device: torch.device, **options: Any) -> Tensor:
-    """Probabilities (outputs, x, y, z) of an image in memory; arguments as `stored_probabilities`."""
+    """Probabilities (outputs, x, y, z) of an image (c, x, y, z) in memory; arguments as `stored_probabilities`."""
     with Scratch(math.inf, Path(), "") as scratch:
-        found = stored_probabilities(network, image, fitted, scratch, device=device, **options)
+        found = stored_probabilities(network, Store.of(image.movedim(1, 0)), fitted, scratch, device=device, **options)
         return found[:, : len(fitted.outputs)].movedim(1, 0).cpu()
 
 
 @torch.inference_mode()
 def stored_probabilities(
     network: nn.Module,
-    image: Tensor,
+    image: Store,
     fitted: Fitted,
     scratch: Scratch,
     *,
@@ -48,7 +48,7 @@ def stored_probabilities(
 
     Args:
         network: gives logits (b, classes, *patch), or a list of them with the finest first
-        image: (c, x, y, z) in RAS at the network's spacing, not yet scaled
+        image: (x, c, y, z) in RAS at the network's spacing, not yet scaled
         fitted: what was fitted to the training cases
         scratch: room for the result
         device: where the network is
@@ -58,18 +58,20 @@ def stored_probabilities(
         batch: windows at a time
         show: is called with the part of the windows that is done, 0 to 1
     """
-    scale, patch, outputs = scaling(image, fitted.intensity), fitted.volume_patch, len(fitted.outputs)
-    padded, inside = pad(image, patch)
-    x, y, z = image.shape[1:]
+    scale, patch, outputs = stored_scaling(image, fitted), fitted.volume_patch, len(fitted.outputs)
+    x, _, y, z = image.shape
+    padded = [max(size, wanted) for size, wanted in zip((x, y, z), patch, strict=True)]
+    inside = [slice((n - size) // 2, (n - size) // 2 + size) for n, size in zip(padded, (x, y, z), strict=True)]
+    margin = None if padded == [x, y, z] else torch.stack([image[rows].amin((0, 2, 3)) for rows in image.slabs()]).amin(0)
     small = 4 * (outputs + 1) * x * y * z <= _ON_DEVICE
     sums = scratch.store(x, outputs + 1, y, z, device=device if small else None)
     predict = _predictor(network, fitted, mirror)
     weights = compute_importance_map(fitted.patch, "gaussian", device=device)[None, None]
-    windows = dense_patch_slices(padded.shape[1:], patch, [max(1, int(wanted * (1 - overlap))) for wanted in patch])
+    windows = dense_patch_slices(padded, patch, [max(1, int(wanted * (1 - overlap))) for wanted in patch])
     calls = math.ceil(len(windows) / batch)
     for call in range(calls):
         chosen = windows[call * batch : (call + 1) * batch]
-        parts = torch.stack([_without(scale(padded[(slice(None), *window)]), fitted.slice_axis) for window in chosen]).to(device)
+        parts = torch.stack([_without(scale(_cut(image, window, inside, margin)), fitted.slice_axis) for window in chosen]).to(device)
         with torch.autocast(device.type, dtype=half, enabled=half is not None):
             found = predict(parts)
         found *= weights
@@ -119,6 +121,23 @@ def _over(window: Sequence[slice], inside: Sequence[slice]) -> tuple[list[slice]
     return [slice(a - w.start, b - w.start) for (a, b), w in zip(both, window, strict=True)], [
         slice(a - i.start, b - i.start) for (a, b), i in zip(both, inside, strict=True)
     ]
+
+
+def _cut(image: Store, window: Sequence[slice], inside: Sequence[slice], margin: Tensor | None) -> Tensor:
+    """The window (c, x, y, z) of an image that lies at `inside`, with the margin's values (c,) around it."""
+    kept, (first, *others) = _over(window, inside)
+    part = image[(first, slice(None), *others)].movedim(1, 0)
+    if margin is None:
+        return part
+    grown = margin.reshape(-1, 1, 1, 1).repeat(1, *(w.stop - w.start for w in window))
+    grown[(slice(None), *kept)] = part
+    return grown
+
+
+def stored_scaling(image: Store, fitted: Fitted) -> Scaling:
+    """How an image (x, c, y, z) is scaled."""
+    x, _, y, z = image.shape
+    return scaling_of_parts(lambda c: (image[rows, c : c + 1].flatten() for rows in image.slabs()), x * y * z, fitted.intensity)
 
 
 def _without(part: Tensor, axis: int | None) -> Tensor:

@@ -10,9 +10,10 @@ The scheme follows from the channel's name, or from the modality that the user n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ _CT = {"ct", "cta", "ctp", "cect", "ncct", "hrct", "ldct", "cbct", "hu", "hounds
 _OTHER = {"mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2s", "flair", "adc", "dwi", "swi", "pd", "pdw", "cine", "pet", "suv", "us"}
 _OTHER |= {"ultrasound", "xray", "oct", "rgb", "red", "green", "blue", "histology", "microscopy", "fluorescence"}
 _SAMPLES = 20_000  # foreground voxels of each case that the percentiles are taken from
+_PART = 2**22  # voxels that are looked at together
 _LOOKED_AT = 2**20  # voxels of an image that quantiles are taken from
 
 
@@ -150,20 +152,47 @@ class Scaling:
 
 def scaling(image: torch.Tensor, intensity: Sequence[Mapping[str, Any]]) -> Scaling:
     """How the channels of one image (c, x, y, z) are scaled; `intensity` is that of `Fitted`. Padding becomes as dark as the darkest tissue."""
+    channels = [channel.as_subclass(torch.Tensor).flatten() for channel in image]
+    return scaling_of_parts(lambda c: channels[c].split(_PART), channels[0].numel(), intensity)
+
+
+def scaling_of_parts(parts: Callable[[int], Iterable[torch.Tensor]], length: int, intensity: Sequence[Mapping[str, Any]]) -> Scaling:
+    """`scaling` of an image that is not in memory as a whole: parts(c) gives the values of a channel piece after piece, `length` in all."""
     rows = []
-    for channel, how in zip(image, intensity, strict=True):
+    for c, how in enumerate(intensity):
         if how["scheme"] == "ct":
             rows.append((how["low"], how["high"], how["mean"], how["deviation"]))
         elif how["scheme"] == "none":
             rows.append((-math.inf, math.inf, 0.0, 1.0))
         else:
-            bound = padding_below(channel)
-            inside = channel[channel != 0] if bound is None else channel[(channel != 0) & (channel >= bound)]
-            low = -math.inf if bound is None else inside.min().item()
-            inside = inside.double()
-            mean, deviation = (inside.mean().item(), inside.std(correction=0).item()) if len(inside) else (0.0, 1.0)
-            rows.append((low, math.inf, mean, deviation or 1.0))
+            bound = padding_below(_some_of_parts(parts(c), length))
+            smallest, mean, deviation = _moments(functools.partial(parts, c), -math.inf if bound is None else bound)
+            rows.append((-math.inf if bound is None else smallest, math.inf, mean, deviation or 1.0))
     return Scaling(*torch.tensor(rows, dtype=torch.float32).T)
+
+
+def _moments(parts: Callable[[], Iterable[torch.Tensor]], bound: float) -> tuple[float, float, float]:
+    """The smallest value, the mean and the standard deviation of all values that are at least `bound` and not zero; 0 and 1 where there are none."""
+
+    def inside() -> Iterator[torch.Tensor]:
+        return (part[(part != 0) & (part >= bound)].double() for part in parts())
+
+    sums = [(len(part), part.sum().item(), part.min().item()) for part in inside() if len(part)]
+    if not sums:
+        return bound, 0.0, 1.0
+    count = sum(number for number, _, _ in sums)
+    mean = sum(total for _, total, _ in sums) / count
+    squares = sum((part - mean).square_().sum().item() for part in inside())
+    return min(low for _, _, low in sums), mean, math.sqrt(squares / count)
+
+
+def _some_of_parts(parts: Iterable[torch.Tensor], length: int) -> torch.Tensor:
+    """`_some` of the values in pieces."""
+    step, passed, found = max(1, -(-length // _LOOKED_AT)), 0, []
+    for part in parts:
+        found.append(part[-passed % step :: step])
+        passed += len(part)
+    return torch.cat(found)
 
 
 def _some(values: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medssm import machine
@@ -47,10 +46,10 @@ from medssm.segment.images import (
 )
 from medssm.segment.inference import stored_probabilities
 from medssm.segment.inputs import cases_of
-from medssm.segment.preprocess import Fitted, geometry
+from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
 from medssm.segment.regions import decided, structures
-from medssm.segment.resample import Grid, from_ras, ras, resampled
+from medssm.segment.resample import from_ras, on_spacing, ras, resampled
 from medssm.segment.stream import check_streamed, streamed_probabilities
 from medssm.segment.targets import has_label_map
 from medssm.segment.targets import targets as targets_of
@@ -58,7 +57,6 @@ from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes,
 
 Infer: TypeAlias = "Callable[..., Store]"  # (network, image, fitted, scratch, show=...) -> probabilities (x, outputs or more, y, z)
 
-_RESAMPLING = 24  # bytes for each voxel, beside the voxel itself, while an image is resampled
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names, as in train
 
 
@@ -214,13 +212,15 @@ def _predict_case(
     check_output(target, file)
     if data.max() == data.min():
         raise UserError(f"{case.images[0]}: every voxel of the image is {data.flat[0]:g}")
-    original = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(file.affine))
     fitted, onto = folds[0].fitted, ras(file.affine, file.shape)
     values, outputs = np.array(list(fitted.classes.values())), len(fitted.outputs)
     with Scratch(_room(case, file, folds), scratch, str(case.images[0])) as stores:
         grids = []  # folds on one grid are summed there, so that each grid is resampled back once
-        for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
-            image, totals = geometry(spacing)(original), []
+        spacings = dict.fromkeys(fold.fitted.spacing for fold in folds)
+        images = {spacing: on_spacing(torch.from_numpy(data), file.affine, spacing, stores) for spacing in spacings}
+        del data
+        for spacing, (grid, image) in images.items():
+            totals: list[Store] = []
             for i, fold in enumerate(folds):
                 if fold.fitted.spacing != spacing:
                     continue
@@ -228,10 +228,11 @@ def _predict_case(
                 def show_fold(part: float, i: int = i) -> None:
                     show((i + part) / len(folds))
 
-                totals.append(infer(fold.network, image.as_tensor(), fold.fitted, stores, show=show_fold))
+                totals.append(infer(fold.network, image, fold.fitted, stores, show=show_fold))
                 if len(totals) == 2:
                     _take_in(totals[0], totals.pop())
-            grids.append((Grid(image.affine.numpy(), tuple(image.shape[1:])), totals[0]))
+            grids.append((grid, totals[0]))
+            image.close()
         labels = np.empty(onto.shape, _smallest(values))
         kept = stores.store(*onto.shape, outputs) if save_probabilities else None
         for rows in slabs(onto.shape[0], 4 * outputs * math.prod(onto.shape[1:])):
@@ -295,12 +296,11 @@ def _reader(total: Store, outputs: int) -> Callable[[slice], Tensor]:
 
 
 def _room(case: Case, file: Image, folds: Sequence[_Fold]) -> float:
-    """Bytes of memory for the sums of probabilities: half of what the image and its resampling leave, since the network needs some too.
+    """Bytes of memory for what is stored: half of what the image leaves, since the network needs some too.
 
     UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold the image.
     """
     edges, shape = ras_grid(file)
-    channels, needed = len(folds[0].fitted.channels), 0.0
     for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
         wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
         if far_apart(edges, wanted):
@@ -308,14 +308,9 @@ def _room(case: Case, file: Image, folds: Sequence[_Fold]) -> float:
                 f"{case.images[0]}: voxels of {lengths(edges)} mm, where the network was trained at {lengths(wanted)} mm: "
                 "a wrong unit of length in its header, or another kind of image"
             )
-        each = 4 * channels + (0 if np.allclose(edges, wanted) else _RESAMPLING)
-        needed = max(needed, each * float(np.prod(np.maximum(1, np.rint(shape * edges / wanted)))))
-    needed += 4.0 * math.prod(shape) * (channels + 1)  # the image as it came, and the labels
-    free = machine.free_memory()
+    needed, free = 4.0 * math.prod(shape) * (file.channels * len(case.images) + 1), machine.free_memory()  # the image and its labels
     if needed > free:
-        raise UserError(
-            f"{case.images[0]}: the image at the network's spacing needs some {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
-        )
+        raise UserError(f"{case.images[0]}: the image needs some {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
     return (free - needed) / 2
 
 

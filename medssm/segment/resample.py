@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.networks.layers import AffineTransform
 from torch import Tensor
 
+from medssm.scratch import Scratch, Store
+from medssm.segment.preprocess import geometry
+
+RESAMPLING = 24  # bytes for each voxel, beside the voxel itself, while an image is resampled at once
 _MARGIN = 2  # rows around those that are asked for: neighbours of an interpolated voxel, and rounding
 
 
@@ -41,6 +46,22 @@ def resampled(read: Callable[[slice], Tensor], grid: Grid, onto: Grid, rows: sli
     interpolate = AffineTransform(normalized=False, mode="bilinear", padding_mode="border", align_corners=False, reverse_indexing=True)
     found: Tensor = interpolate(part[None], theta, (rows.stop - rows.start, *onto.shape[1:]))
     return found[0]
+
+
+def on_spacing(data: Tensor, affine: np.ndarray, spacing: Sequence[float], scratch: Scratch) -> tuple[Grid, Store]:
+    """A file's image (c, x, y, z) along RAS axes at `spacing`, (x, c, y, z): at once, where half of the scratch's memory holds that, else by rows."""
+    transform, pending = geometry(spacing), MetaTensor(torch.zeros(1).expand(1, *data.shape[1:]), affine=torch.from_numpy(affine))
+    for step in transform.transforms:
+        pending = step(pending, lazy=True)
+    onto = Grid(pending.peek_pending_affine().numpy(), tuple(int(n) for n in pending.peek_pending_shape()))
+    if (4 * len(data) + RESAMPLING) * math.prod(onto.shape) <= scratch.memory / 2:
+        image = transform(MetaTensor(data, affine=torch.from_numpy(affine)))
+        return Grid(image.affine.numpy(), tuple(image.shape[1:])), Store.of(image.as_tensor().movedim(1, 0))
+    x, y, z = onto.shape
+    store = scratch.store(x, len(data), y, z)
+    for rows in store.slabs():
+        store[rows] = resampled(lambda part: data[:, part], Grid(affine, tuple(data.shape[1:])), onto, rows).movedim(1, 0)
+    return onto, store
 
 
 def ras(affine: np.ndarray, shape: tuple[int, ...]) -> Grid:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from medssm.errors import UserError
 from medssm.nn.streaming import WORK, Needs, View, needs, streamed
 from medssm.scratch import Scratch, Store
-from medssm.segment.inference import activated, mirrorings
-from medssm.segment.intensity import scaling
+from medssm.segment.inference import activated, mirrorings, stored_scaling
 from medssm.segment.preprocess import Fitted
 
 _SLAB = (2**16, 2**25)  # the fewest and the most bytes of a slab
@@ -20,7 +19,7 @@ _SLAB = (2**16, 2**25)  # the fewest and the most bytes of a slab
 @torch.inference_mode()
 def streamed_probabilities(
     network: nn.Module,
-    image: Tensor,
+    image: Store,
     fitted: Fitted,
     scratch: Scratch,
     *,
@@ -36,21 +35,20 @@ def streamed_probabilities(
 
     Raises UserError where the network cannot be streamed, or where memory and the disk have no room for its maps.
     """
-    channels, *spatial = image.shape
+    x, channels, y, z = image.shape
     slab = int(min(max(scratch.memory / WORK, _SLAB[0]), _SLAB[1]))
-    needed = check_streamed(network, fitted, tuple(spatial), slab)
+    needed = check_streamed(network, fitted, (x, y, z), slab)
     mirrored, outputs = mirrorings(fitted, mirror), len(fitted.outputs)
-    x, y, z = spatial
     room = needed.maps + 4 * outputs * x * y * z
     scratch.check(room)
     where = "memory" if room <= scratch.memory else f"memory and files in {scratch.folder}"
     size = f"{x} x {y} x {z} voxels"
     say(f"{scratch.name}: streams {size}: {room / 2**30:.2g} GiB of maps in {where}, beside them at most {needed.memory / 2**30:.2g} GiB of memory")
-    scale, sums = scaling(image, fitted.intensity), scratch.store(x, outputs, y, z)
+    scale, sums = stored_scaling(image, fitted), scratch.store(x, outputs, y, z)
     for i, (axes, order) in enumerate(mirrored):
 
         def read(rows: slice, axes: tuple[int, ...] = axes) -> Tensor:
-            return scale(image[:, _turned(rows, x, axes)].flip([1 + axis for axis in axes])).movedim(0, -1)
+            return scale(image[_turned(rows, x, axes)].movedim(1, 0).flip([1 + axis for axis in axes])).movedim(0, -1)
 
         def show_written(written: int, i: int = i) -> None:
             show((i + written / needed.written) / len(mirrored))

@@ -1,5 +1,6 @@
 """Schemes by name, by modality and by what the values look like; padding that must not count."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from medssm import cli
 from medssm.errors import UserError
-from medssm.segment.intensity import looks_like_ct, padding_below, scaling, scheme_of, schemes
+from medssm.segment.intensity import looks_like_ct, padding_below, scaling, scaling_of_parts, scheme_of, schemes
 from medssm.segment.preprocess import Fitted
 from tests.segment.synthetic import UNET, nnunet_folder, write
 from tests.segment.test_train_input import read
@@ -217,3 +218,17 @@ def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
     with progress.progress("predicting", quiet=True) as show:
         show(0.5, "case_1")
     assert not capsys.readouterr().err
+
+
+def test_an_image_in_pieces_is_scaled_as_one_in_memory():
+    image = torch.randn(2, 40, 50, 60) * 100 + 30
+    image[:, :10] = -3024
+    image[1, 20:25] = 0
+    intensity = [{"scheme": "zscore"}, {"scheme": "zscore"}]
+    inside = image[1][(image[1] != 0) & (image[1] > -3024)].double()
+    whole = scaling(image, intensity)
+    assert whole.mean[1].item() == pytest.approx(inside.mean().item(), rel=1e-6)
+    assert whole.deviation[1].item() == pytest.approx(inside.std(correction=0).item(), rel=1e-6)
+    pieces = scaling_of_parts(lambda c: image[c].flatten().split(777), image[0].numel(), intensity)
+    for one, other in zip(dataclasses.astuple(whole), dataclasses.astuple(pieces), strict=True):
+        torch.testing.assert_close(one, other)

@@ -16,7 +16,7 @@ from medssm.segment import networks
 from medssm.segment import predict as module
 from medssm.segment.predict import predict
 from medssm.segment.preprocess import Fitted, geometry
-from medssm.segment.resample import Grid, from_ras, ras, resampled
+from medssm.segment.resample import Grid, from_ras, on_spacing, ras, resampled
 from tests.segment.synthetic import volume, write
 from tests.segment.test_predict import AFFINES
 
@@ -27,17 +27,18 @@ def scan(tmp_path):
 
 
 def saved(folder):
-    return [np.asanyarray(nib.load(folder / f"{name}.nii.gz").dataobj) for name in ("a", "a_probabilities")]
+    return [np.asanyarray(nib.load(file).dataobj) for file in sorted(folder.glob("*.nii.gz"))]
 
 
-def test_sums_in_a_file_give_the_same_bits(trained, scan, tmp_path, monkeypatch, caplog):
+def test_sums_in_a_file_give_the_same_bits(trained, tmp_path, monkeypatch, caplog):
+    scan = write(tmp_path / "b.nii.gz", volume(7)[0][..., 0])
     options = {"device": "cpu", "save_probabilities": True, "quiet": True}
     predict(trained, scan, tmp_path / "memory", **options)
     monkeypatch.setattr(module, "_room", lambda *_: 0)
     predict(trained, scan, tmp_path / "file", **options, scratch=tmp_path / "scratch")
     for one, other in zip(saved(tmp_path / "memory"), saved(tmp_path / "file"), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert caplog.text.count(f"a.nii.gz: {4 * 4 * 40 * 54 * 32} bytes do not fit into memory: temporary files in {tmp_path / 'scratch'}") == 1
+    assert caplog.text.count(f"b.nii.gz: what does not fit into memory goes to temporary files in {tmp_path / 'scratch'}") == 1
     assert not list((tmp_path / "scratch").iterdir())
 
 
@@ -47,17 +48,22 @@ def test_a_disk_too_small_fails_that_case_alone(trained, scan, tmp_path, monkeyp
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda folder: usage(0, 0, 200_000))
     monkeypatch.setattr(module, "_room", lambda *_: 0)
     assert cli.main(["predict", str(trained / "fold_0"), str(scan.parent), str(tmp_path / "out"), "--device", "cpu", "--quiet"]) == 1
-    assert "out: expected 1105920 bytes free for temporary files, got 200000" in capsys.readouterr().err
+    assert "out: expected 276480 bytes free for temporary files, got 200000" in capsys.readouterr().err
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["b.nii.gz", "volumes.csv"]
 
 
-def test_memory_is_shared_between_the_image_and_the_sums(trained, scan, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module.machine, "free_memory", lambda: 2_800_000)
-    predict(trained / "fold_0", scan, tmp_path / "out", device="cpu", quiet=True)
-    assert "do not fit into memory" in caplog.text
-    monkeypatch.setattr(module.machine, "free_memory", lambda: 1_000_000)
-    with pytest.raises(UserError, match=r"a.nii.gz: the image at the network's spacing needs some 0.0 GiB of memory, 0.0 are free"):
-        predict(trained / "fold_0", scan, tmp_path / "out", device="cpu", quiet=True, overwrite=True)
+def test_memory_is_shared_between_the_image_and_the_rest(trained, scan, tmp_path, monkeypatch, caplog):
+    options = {"device": "cpu", "save_probabilities": True, "quiet": True}
+    predict(trained / "fold_0", scan, tmp_path / "memory", **options)
+    assert not caplog.text
+    monkeypatch.setattr(module.machine, "free_memory", lambda: 700_000)  # the image at 1 mm has 276480 bytes, the sums four times as many
+    predict(trained / "fold_0", scan, tmp_path / "file", **options)
+    assert "does not fit into memory" in caplog.text
+    for one, other in zip(saved(tmp_path / "memory"), saved(tmp_path / "file"), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    monkeypatch.setattr(module.machine, "free_memory", lambda: 300_000)
+    with pytest.raises(UserError, match=r"a.nii.gz: the image needs some 0.0 GiB of memory, 0.0 are free"):
+        predict(trained / "fold_0", scan, tmp_path / "out", **options)
 
 
 @pytest.mark.thorough
@@ -82,19 +88,29 @@ sys.exit(cli.main(["predict", *sys.argv[1:], "--device", "cpu", "--overlap", "0"
     words = [weights, tmp_path / "a.nii", tmp_path / "out.nii"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert 4 * 81 * 96**3 > 250_000_000 and "do not fit into memory" in done.stderr
+    assert 4 * 81 * 96**3 > 250_000_000 and "does not fit into memory" in done.stderr
     assert nib.load(tmp_path / "out.nii").shape == (96, 96, 96)
 
 
 @pytest.mark.parametrize("spacing", [(1, 1, 1), (0.7, 1.9, 1.2), (0, 2, 0)])
 @pytest.mark.parametrize("name", [*AFFINES, "sheared"])
-def test_rows_are_those_of_monais_inverse(name, spacing):
+def test_rows_are_those_that_monai_gives_at_once(name, spacing, tmp_path):
     affine = {**AFFINES, "sheared": np.array([[1, 0.2, 0, 1], [0, 1, 0.1, 2], [0.1, 0, 1.5, 3], [0, 0, 0, 1.0]])}[name]
     grid, shape = geometry(spacing), (17, 14, 11)
     image = grid(MetaTensor(torch.rand(2, *shape), affine=torch.from_numpy(affine)))
     wanted = grid.inverse(image).as_tensor()
     onto = ras(affine, shape)
-    read = lambda rows: image.as_tensor()[:, rows]  # noqa: E731
+    data = MetaTensor(torch.rand(2, *shape), affine=torch.from_numpy(affine))
+    with scratch.Scratch(0, tmp_path, "a") as stores:
+        found_grid, stored = on_spacing(data.as_tensor(), affine, spacing, stores)
+        at_once = grid(data)
+        np.testing.assert_allclose(stored[:].movedim(1, 0), at_once.as_tensor(), atol=2e-5)
+        np.testing.assert_allclose(found_grid.affine, at_once.affine)
+        assert stored.in_file and found_grid.shape == tuple(at_once.shape[1:])
+
+    def read(rows):
+        return image.as_tensor()[:, rows]
+
     parts = [resampled(read, Grid(image.affine.numpy(), tuple(image.shape[1:])), onto, rows) for rows in scratch.slabs(onto.shape[0], 1, 5)]
     found = from_ras(torch.cat(parts, 1).movedim(0, -1).numpy(), affine)
     np.testing.assert_allclose(found, wanted.movedim(0, -1), atol=2e-5)
