@@ -150,10 +150,10 @@ def bootstrap(values: Mapping[str, float], patients: Mapping[str, str], seed: in
 def _compare_case(
     prediction: Path, reference: Path, names: Mapping[str, tuple[int, ...]] | None, ignore: int | None, nsd_mm: float, files: list[Image]
 ) -> dict[str, dict[str, float] | None]:
-    """{class: its metrics, or None where it is in neither file}. The prediction is added to `files`."""
+    """{class: its metrics, or None where it is in neither file}. Both are added to `files`."""
     truth, file = read_label(reference)
     found, found_file = read_label(prediction, file)
-    files.append(found_file)
+    files += [file, found_file]
     if ignore is not None:
         found, truth = (np.where(truth == ignore, 0, data) for data in (found, truth))
     boxes = _boxes(found), _boxes(truth)

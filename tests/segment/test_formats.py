@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 from medssm.errors import UserError
 from medssm.segment.cases import cases_in
 from medssm.segment.data import load_dataset
+from medssm.segment.evaluate import evaluate
 from medssm.segment.images import files_of, image, is_made_here, open_image, read_image, read_label, write_image
 from medssm.segment.volumes import load
 from tests.segment.synthetic import write
@@ -264,6 +265,22 @@ def test_the_size_of_a_pixel_stands_beside_a_picture_as_in_nnunet(tmp_path, spac
         (tmp_path / beside).write_text(json.dumps({"spacing": bad}))
         with pytest.raises(UserError, match=rf"{beside}: spacing: expected 2 or 3 lengths in millimetres, z y x, got"):
             open_image(tmp_path / "a_0000.tif")
+
+
+def test_a_mask_has_the_pixels_of_its_picture(tmp_path, caplog):
+    """One line, where neither says how large they are; none, where the picture does."""
+    pictures(tmp_path, "images/a.png", "images/b.png"), pictures(tmp_path, "masks/a.png", "masks/b.png", labels=1)
+    load_dataset(tmp_path)
+    assert caplog.text.count("how large a pixel is") == 1 and "images/a.png and 3 other(s): the file does not say" in caplog.text
+    for name in "ab":
+        (tmp_path / "images" / f"{name}.json").write_text(json.dumps({"spacing": [0.5, 0.25]}))
+    caplog.clear()
+    load_dataset(tmp_path)
+    assert not caplog.text
+    label, file = read_label(tmp_path / "masks" / "a.png", open_image(tmp_path / "images" / "a.png"))
+    assert file.spacing.tolist() == [0.25, 0.5, 1] and label.shape == (6, 8, 1)
+    result = evaluate(tmp_path / "masks", tmp_path / "masks", quiet=True)
+    assert result["mean"]["dice"]["mean"] == 1 and caplog.text.count("how large a pixel is") == 1
 
 
 @pytest.mark.parametrize(("largest", "bits"), [(3, 8), (255, 8), (256, 16), (65535, 16)])

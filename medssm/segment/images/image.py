@@ -24,6 +24,7 @@ logger = logging.getLogger("medssm")
 
 MADE_BY = f"medssm {__version__}"  # in each file that is written
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the axes of DICOM and ITK, in RAS
+NO_SIZE = 'the file does not say how large a pixel is: 1 x 1 mm (NAME.json beside it may say {"spacing": [z, y, x]})'
 PICTURES = ("PNG", "JPEG", "TIFF")
 _LARGE = 2**28  # bytes; for less than that nobody asks how much memory is free
 _LONGEST = 200  # letters of a library's error
@@ -126,13 +127,17 @@ def different_grid(image: Image, other: Image) -> str | None:
 
 
 def aligned(image: Image, other: Image) -> Image:
-    """`image` with the axes of `other`. Its voxels must lie where those of `other` lie; only the order and the direction of the axes may differ.
+    """`image` with the axes of `other`, and the size of its pixels where `image` does not say it.
+
+    The voxels of both lie in the same places; only the order and the direction of the axes may differ.
 
     Raises UserError if they lie elsewhere.
     """
     difference = different_grid(image, other)
     if difference is None:
-        return image if image.measured else replace(image, affine=other.affine)
+        if image.measured or not other.measured:
+            return image
+        return replace(image, affine=other.affine, measured=True, notes=tuple(note for note in image.notes if note != NO_SIZE))
     turned = _turned(image, other)
     if turned is None or different_grid(turned, other):
         raise UserError(f"{image.path}: not on the grid of {other.path}: {difference}")

@@ -19,13 +19,12 @@ from numpy.typing import DTypeLike
 from medssm.errors import UserError
 from medssm.files import atomic, first_line, read_json
 from medssm.segment.images import itk
-from medssm.segment.images.image import LPS, MADE_BY, PICTURES, Image, needed, quiet_libraries
+from medssm.segment.images.image import LPS, MADE_BY, NO_SIZE, PICTURES, Image, needed, quiet_libraries
 
 TIFF = (".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg")
 ENDINGS = (".png", *LOSSY, *TIFF)
 _MODES = {"1": 1, "L": 1, "I;16": 1, "I": 1, "LA": 1, "RGB": 3, "RGBA": 3}  # Pillow's, with the channels that are not alpha
-_NO_SIZE = 'the file does not say how large a pixel is: 1 x 1 mm (NAME.json beside it may say {"spacing": [z, y, x]})'
 
 
 def open_file(path: Path) -> Image:
@@ -173,7 +172,7 @@ def _placed(
 ) -> Image:
     spacing = _spacing(path)
     affine = LPS @ np.diag([*(spacing or (1.0, 1.0, 1.0)), 1.0])
-    return Image(path, name, shape, affine, load, channels, indices, spacing is not None, (*notes, *([] if spacing else [_NO_SIZE])))
+    return Image(path, name, shape, affine, load, channels, indices, spacing is not None, (*notes, *([] if spacing else [NO_SIZE])))
 
 
 def _spacing(path: Path) -> tuple[float, float, float] | None:
