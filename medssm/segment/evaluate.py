@@ -21,7 +21,7 @@ from medssm.options import Option
 from medssm.segment.cases import Case, one_of_each_name
 from medssm.segment.data import load_classes
 from medssm.segment.images import Image, label_files, read_label, say, strip_ending
-from medssm.segment.inputs import folders_below
+from medssm.segment.inputs import DATALIST, folders_below, references_of
 from medssm.segment.metrics import compare
 from medssm.segment.patients import patient_of
 from medssm.segment.progress import progress
@@ -37,6 +37,7 @@ def evaluate(
     references: Path | str,
     *,
     classes: Mapping[str, int | Sequence[int]] | Path | str | None = None,
+    section: str | None = None,
     nsd_mm: float = 2.0,
     ignore: int | None = None,
     patient: str | None = None,
@@ -50,15 +51,17 @@ def evaluate(
 
     Args: Files
         predictions: image file, or a folder with all that is below it
-        references: image file, or a folder with files of the same names and places
+        references: image file, a folder with files of the same names and places, or a datalist (.json) with labels, such as train's cases.json
         classes: dataset.json or weights folder that names the classes or regions, or {name: value or values} (default: every value in the files)
+        section: of a datalist (default: testing or test, or the only one)
         json_file: file to write the result to as JSON
         csv_file: file to write a row to for each case and class
         overwrite: write over files of other origin with `json_file` and `csv_file`
     Args: Metrics
         nsd_mm: tolerance of the surface Dice in millimetres
         ignore: value in the references whose voxels count for nothing (default: the ignore label of `classes`)
-        patient: regular expression whose first group in a case's name is the patient, as in '(sub-[0-9]+)' (default: every case is one)
+        patient: regular expression whose first group in a case's name is the patient, as in '(sub-[0-9]+)' (default: the entry patient of a datalist,
+            or every case is one)
         seed: of the bootstrap
 
     Returns:
@@ -73,8 +76,8 @@ def evaluate(
         raise UserError(f"nsd_mm: expected 0 or more millimetres, got {nsd_mm}")
     names, ignored = (None, None) if classes is None else _named(classes)
     ignore = ignored if ignore is None else ignore
-    pairs, missing, unused = _pairs(Path(predictions), Path(references))
-    patients = {name: patient_of(name, patient, "patient") if patient is not None else name for name in pairs}
+    pairs, missing, unused, listed = _pairs(Path(predictions), Path(references), section)
+    patients = {name: patient_of(name, patient, "patient") if patient is not None else listed.get(name, name) for name in pairs}
     read = [file for pair in pairs.values() for file in pair] + ([] if classes is None or isinstance(classes, Mapping) else [Path(classes)])
     for argument, file, made in (("json_file", json_file, _is_result), ("csv_file", csv_file, _is_table)):
         if file:
@@ -186,21 +189,29 @@ def _named(classes: Mapping[str, int | Sequence[int]] | Path | str) -> tuple[dic
     return {name: (values,) if isinstance(values, int) else tuple(values) for name, values in table.items()}, ignore
 
 
-def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, str], list[str]]:
-    """{case: (prediction, reference)}, {case: that its prediction is missing}, and the predictions that have no reference."""
+def _pairs(
+    predictions: Path, references: Path, section: str | None
+) -> tuple[dict[str, tuple[Path, Path]], dict[str, str], list[str], dict[str, str]]:
+    """{case: (prediction, reference)}, {case: that its prediction is missing}, predictions without a reference, and {case: its listed patient}."""
     for path in (predictions, references):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-    if predictions.is_file():
+    listed = references.suffix == DATALIST
+    if section and not listed:
+        raise UserError(f"section: expected a datalist ({DATALIST}) as references, got {references}")
+    if predictions.is_file() and not listed:
         reference = references if references.is_file() else _named_like(predictions, references)
-        return {strip_ending(predictions): (predictions, reference)}, {}, []
-    if references.is_file():
+        return {strip_ending(predictions): (predictions, reference)}, {}, [], {}
+    if predictions.is_file():
+        raise UserError(f"predictions: expected a folder, as the references are a list, got the file {predictions}")
+    if references.is_file() and not listed:
         raise UserError(f"references: expected a folder as the predictions are, got the file {references}")
-    found, wanted = _by_name(predictions), _by_name(references)
+    found = _by_name(predictions)
+    wanted, patients = references_of(references, section) if listed else (_by_name(references), {})
     if not wanted:
         raise UserError(f"{references}: no image in this folder")
     missing = {name: f"{predictions}: no prediction for {name}" for name in sorted(wanted.keys() - found.keys())}
-    return {name: (found[name], wanted[name]) for name in sorted(wanted) if name in found}, missing, sorted(found.keys() - wanted.keys())
+    return {name: (found[name], wanted[name]) for name in sorted(wanted) if name in found}, missing, sorted(found.keys() - wanted.keys()), patients
 
 
 def _by_name(folder: Path) -> dict[str, Path]:

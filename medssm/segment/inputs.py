@@ -38,7 +38,7 @@ def cases_of(inputs: Sequence[Path], channels: int, *, out: Path, section: str |
             cases = _below(path, channels, out)
         elif path.suffix in (DATALIST, LIST) and path.is_file():
             listed = _datalist(path, section) if path.suffix == DATALIST else _lines(path)
-            cases = [_listed(files, channels) for files in listed]
+            cases = [_listed(name, files, channels) for name, files in listed]
         else:
             cases = cases_in(path, channels)
         found |= dict.fromkeys(cases)
@@ -83,8 +83,44 @@ def _joined(folder: Path, case: Case) -> str:
     return (folder / case.name.rpartition("/")[2]).as_posix()
 
 
-def _datalist(path: Path, section: str | None) -> list[list[Path]]:
-    """The files of each case of a datalist: of a plain list, or of a section of a table. Paths begin at the datalist's folder."""
+def references_of(path: Path, section: str | None) -> tuple[dict[str, Path], dict[str, str]]:
+    """{case: its label map} and {case: its patient, where that is named} of a section of a datalist, such as train's cases.json.
+
+    Raises UserError where an entry has no label, or two cases have one name.
+    """
+    labels: dict[str, Path] = {}
+    patients: dict[str, str] = {}
+    for i, entry in enumerate(_section(path, section)):
+        label = entry.get("label") if isinstance(entry, dict) else None
+        if not isinstance(label, str):
+            raise UserError(f'{path}: [{i}]: expected {{"label": ...}}, got {entry!r}')
+        name = str(entry.get("name") or strip_ending(Path(label)))
+        if name in labels:
+            raise UserError(f"{labels[name]} and {label}: two labels for the case {name}")
+        labels[name] = path.parent / label
+        if entry.get("patient") is not None:
+            patients[name] = str(entry["patient"])
+    return labels, patients
+
+
+def _datalist(path: Path, section: str | None) -> list[tuple[str | None, list[Path]]]:
+    """(name, where one is given, files) of each case of a datalist. Paths begin at the datalist's folder."""
+    found = []
+    for i, entry in enumerate(_section(path, section)):
+        table = entry if isinstance(entry, dict) else {"image": entry}
+        image: Any = table.get("image", table.get("images"))  # images: as train's cases.json has it
+        files: list[Any] = image if isinstance(image, list) else [image]
+        if not files or not all(isinstance(file, str) and file for file in files):
+            raise UserError(f'{path}: [{i}]: expected a path or {{"image": ...}}, got {entry!r}')
+        name = table.get("name")
+        if name is not None and (not isinstance(name, str) or Path(name).is_absolute() or {"..", ""} & {*name.split("/")}):
+            raise UserError(f"{path}: [{i}]: name: expected the name of a file, got {name!r}")
+        found.append((name, [path.parent / file for file in files]))
+    return found
+
+
+def _section(path: Path, section: str | None) -> list[Any]:
+    """The entries of a datalist: of a plain list, or of a section of a table."""
     entries: Any = read_json(path)
     if isinstance(entries, dict):
         sections = [name for name, value in entries.items() if isinstance(value, list) and value]
@@ -96,31 +132,23 @@ def _datalist(path: Path, section: str | None) -> list[list[Path]]:
         entries = entries[wanted[0]]
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of images, or a table of such lists, got {type(entries).__name__}")
-    found = []
-    for i, entry in enumerate(entries):
-        image: Any = entry.get("image", entry.get("images")) if isinstance(entry, dict) else entry  # images: as train's cases.json has it
-        files: list[Any] = image if isinstance(image, list) else [image]
-        if not files or not all(isinstance(file, str) and file for file in files):
-            raise UserError(f'{path}: [{i}]: expected a path or {{"image": ...}}, got {entry!r}')
-        found.append([path.parent / file for file in files])
-    return found
+    return entries
 
 
-def _lines(path: Path) -> list[list[Path]]:
+def _lines(path: Path) -> list[tuple[None, list[Path]]]:
     """The paths of a text file, one in each line. They begin at the file's folder; empty lines and those that begin with # are left out."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable text file ({error})") from error
-    return [[path.parent / line] for line in lines if line and not line.startswith("#")]
+    return [(None, [path.parent / line]) for line in lines if line and not line.startswith("#")]
 
 
-def _listed(files: Sequence[Path], channels: int) -> Case:
+def _listed(name: str | None, files: Sequence[Path], channels: int) -> Case:
     """A case that a list names: all its files, or one of which the rules for a single file say the others."""
-    if len(files) > 1:
-        return replace(cases_in(files[0], channels)[0], images=tuple(files))
-    (file,) = files
-    if not file.exists():  # nnU-Net's first dataset.json lists NAME.nii.gz for NAME_0000.nii.gz, ...
+    file = files[0]
+    if len(files) == 1 and not file.exists():  # nnU-Net's first dataset.json lists NAME.nii.gz for NAME_0000.nii.gz, ...
         first = file.with_name(f"{strip_ending(file)}_0000{ending_of(file)}")
         file = first if first.exists() else file
-    return cases_in(file, channels)[0]
+    case = cases_in(file, channels)[0]
+    return replace(case, name=name or case.name, images=tuple(files) if len(files) > 1 else case.images)

@@ -108,7 +108,7 @@ def test_a_datalist_is_a_list_or_a_table_of_them(tmp_path):
         "training": [{"name": "x", "images": ["a.nii.gz"]}],
         "validation": [{"name": "c", "images": ["c/t1.nii.gz", "c/t2.nii.gz"], "label": "l"}],
     }
-    assert found(listed(tmp_path / "cases.json", kept), channels=2, section="validation") == {"t1": ["c/t1.nii.gz", "c/t2.nii.gz"]}
+    assert found(listed(tmp_path / "cases.json", kept), channels=2, section="validation") == {"c": ["c/t1.nii.gz", "c/t2.nii.gz"]}
     assert list(found(listed(tmp_path / "l.json", {"validation": ["b.nii.gz"], "test": []}))) == ["b"]
 
 
@@ -119,6 +119,10 @@ def test_a_datalist_is_a_list_or_a_table_of_them(tmp_path):
         ({"numTraining": 3}, r"expected one section \(--section\) of cases, got none"),
         ([{"label": "a"}], r"\[0\]: expected a path or"),
         (["a.nii.gz", 3], r"\[1\]: expected a path or"),
+        ([{"image": "a.nii.gz", "name": "../a"}], r"\[0\]: name: expected the name of a file, got '../a'"),
+        ([{"image": "a.nii.gz", "name": "/a"}], "name: expected the name of a file"),
+        ([{"image": "a.nii.gz", "name": ""}], "name: expected the name of a file"),
+        ([{"image": "a.nii.gz", "name": 3}], "name: expected the name of a file"),
         ("3", "expected a list of images"),
         ([], "no image in it"),
         (["none.nii.gz"], r"none\.nii\.gz: no such file"),
@@ -128,6 +132,27 @@ def test_bad_datalists(tmp_path, content, message):
     scans(tmp_path, "a.nii.gz")
     with pytest.raises(UserError, match=message):
         found(listed(tmp_path / "l.json", content))
+
+
+def test_labels_of_a_list_are_references(tmp_path):
+    for name, value in (("one", 1), ("two", 2)):
+        write(tmp_path / "found" / f"{name}.nii.gz", np.full(SHAPE, 1, np.uint8))
+        write(tmp_path / "labels" / name / "seg.nii.gz", np.full(SHAPE, value, np.uint8))
+    entries = [{"name": name, "label": f"labels/{name}/seg.nii.gz", "patient": 7} for name in ("one", "two")]
+    table = listed(tmp_path / "cases.json", {"training": [{"label": "unread"}], "validation": entries})
+    result = evaluate(tmp_path / "found", table, section="validation", quiet=True)
+    assert result["patients"] == 1 and not result["failed"]
+    assert (result["cases"]["one"]["1"]["dice"], result["cases"]["two"]["1"]["dice"]) == (1.0, 0.0)
+    assert evaluate(tmp_path / "found", table, section="validation", patient=".*", quiet=True)["patients"] == 2
+    with pytest.raises(UserError, match="section: expected a datalist"):
+        evaluate(tmp_path / "found", tmp_path / "labels", section="validation", quiet=True)
+    with pytest.raises(UserError, match="predictions: expected a folder, as the references are a list"):
+        evaluate(tmp_path / "found" / "one.nii.gz", table, section="validation", quiet=True)
+    with pytest.raises(UserError, match=r'\[0\]: expected \{"label": ...\}'):
+        evaluate(tmp_path / "found", listed(tmp_path / "l.json", ["one.nii.gz"]), quiet=True)
+    again = [{"label": "labels/one/seg.nii.gz"}, {"label": "labels/two/seg.nii.gz"}]
+    with pytest.raises(UserError, match="two labels for the case seg"):
+        evaluate(tmp_path / "found", listed(tmp_path / "l.json", again), quiet=True)
 
 
 def test_a_section_needs_a_datalist_that_has_it(tmp_path):

@@ -34,6 +34,8 @@ def test_real_scans_by_the_commands(data, tmp_path_factory, capsys, monkeypatch)
     kept = {file.name for file in Path("run").iterdir()}
     assert kept >= {"model.safetensors", "model_best.safetensors", "postprocessing.json", "cases.json", "fitted.json"}
     assert cli.main(["predict", "run", str(data / "imagesTr"), str(data / "imagesTs"), "predictions", "--device", "cpu", "--quiet"]) == 0
+    for words in (["predict", "run", "run/cases.json", "held_out"], ["evaluate", "held_out", "run/cases.json", "--classes", "run"]):
+        assert cli.main([*words, "--section", "validation", "--quiet"]) == 0
     capsys.readouterr()
     assert cli.main(["evaluate", "predictions", str(DATA / "labelsTr"), "--classes", "run", "--json", "--quiet"]) == 1  # the others are not predicted
     result = json.loads(capsys.readouterr().out)
