@@ -62,12 +62,8 @@ def view(
     protect(Path(out), reads=[Path(scan), *map(Path, labels)], made=lambda path: pages.is_made_by(_GENERATOR, path), overwrite=overwrite)
     content = contents(Path(scan), [Path(file) for file in labels], classes, modality)
     write_text(out, viewer(content))
-    shown = content["shown"]
-    return {
-        "page": str(out),
-        "overlays": [volume["name"] for volume in shown["volumes"][1:]],
-        **{key: shown[key] for key in ("classes", "windows", "steps")},
-    }
+    names = [volume["name"] for volume in content["shown"]["volumes"][1:]]
+    return {"page": str(out), "overlays": names, **{key: content[key] for key in ("classes", "windows", "steps")}}
 
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -103,10 +99,20 @@ def contents(
     for other in drawn[1:]:
         differs = (drawn[0] != other).astype(np.uint8)
         volumes.append({"name": f"differences: {int(differs.sum()):,} voxels", "data": _nifti(differs, affine), "opacity": 0, "labels": False})
-    colours = {name: pages.COLOURS[(i - 1) % len(pages.COLOURS)] for i, name in enumerate(table) if i}
+    colours = ["#000000", *(pages.COLOURS[i % len(pages.COLOURS)] for i in range(len(table) - 1))]
+    cross = float((np.array(grey.shape) * file.spacing).max()) / 300
     at = _inside(nib.orientations.apply_orientation(drawn[0] if drawn else grey[every] * 0, nib.io_orientation(affine)))
-    shown = {"at": at, "volumes": volumes, "classes": table, "colours": colours, "windows": windows, "steps": list(steps), "plane": 1 in grey.shape}
-    return {"title": scan.name, "shown": shown, "library": library, "licence": licence, "version": version}
+    shown = {"volumes": volumes, "names": list(table), "colours": colours, "at": at, "cross": cross, "plane": 1 in grey.shape}
+    return {
+        "title": scan.name,
+        "shown": shown,
+        "classes": table,
+        "windows": windows,
+        "steps": list(steps),
+        "library": library,
+        "licence": licence,
+        "version": version,
+    }
 
 
 def _niivue() -> tuple[str, str, str]:
@@ -157,10 +163,15 @@ def _inside(label: np.ndarray) -> list[int]:
     inside = label > 0
     if not inside.any():
         return [size // 2 for size in label.shape]
-    z = int(inside.sum((0, 1)).argmax())
-    y = int(inside[:, :, z].sum(0).argmax())
-    row = np.flatnonzero(inside[:, y, z])
-    return [int(row[len(row) // 2]), y, z]
+    z = _most(inside.sum((0, 1)))
+    y = _most(inside[:, :, z].sum(0))
+    return [_most(inside[:, y, z]), y, z]
+
+
+def _most(counts: np.ndarray) -> int:
+    """The middle one of the places where there is most."""
+    places = np.flatnonzero(counts == counts.max())
+    return int(places[len(places) // 2])
 
 
 def _integers(grey: np.ndarray) -> np.ndarray:

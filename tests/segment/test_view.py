@@ -46,10 +46,11 @@ def shown(page) -> dict:
 
 
 def test_the_page_has_the_files_and_their_differences(files, tmp_path):
-    result = view(*files, out=tmp_path / "page.html", classes={"background": 0, "ball": 1, "box": 2, "ghost": 9})
+    result = view(*files, out=tmp_path / "page.html", classes={"background": 0, "zebra": 1, "box": 2, "9": 9})
     table = shown(tmp_path / "page.html")
     assert result["overlays"] == ["predicted", "drawn", "differences: 60 voxels"] and result["steps"] == [1, 1, 1]
-    assert list(table["classes"].items()) == [("background", 0), ("ball", 1), ("box", 2), ("ghost", 9)]
+    assert result["classes"] == {"background": 0, "zebra": 1, "box": 2, "9": 9}
+    assert table["names"] == ["background", "zebra", "box", "9"] and table["colours"][1:] == list(COLOURS[:3])  # in the order of the values
     scan, predicted, drawn, differs = (one["image"] for one in table["volumes"])
     x, y, z = table["at"]
     assert np.asarray(predicted.dataobj)[::-1][x, y, z] > 0  # counted along the RAS axes, where the file's first one runs to the left
@@ -122,7 +123,7 @@ def test_names_cannot_run_in_the_page(tmp_path):
 
 @needs_browser
 def test_a_browser_shows_four_panes(files, tmp_path):
-    view(*files, out=tmp_path / "page.html")
+    view(*files, out=tmp_path / "page.html", classes={"background": 0, "zebra": 1, "box": 2})
     picture = screenshot(tmp_path / "page.html", tmp_path).astype(int)
     assert picture.shape == (700, 900, 3)
     colour = picture - picture.min(-1, keepdims=True)  # without the grey below
@@ -135,5 +136,6 @@ def test_a_browser_shows_four_panes(files, tmp_path):
         where[name] = [int(part.sum()) for rows in np.array_split(found[66:], [374]) for part in np.array_split(rows, [461], axis=1)]
     assert all(ball + box > 1000 for ball, box in zip(where["ball"], where["box"], strict=True)), where  # the cross is in a class
     assert min(where["ball"][3], where["box"][3]) > 1000, where  # the rendering has both
+    assert sum(where["ball"]) > 1.3 * sum(where["box"]), where  # each has its own colour: the ball is the larger one
     for pane in (picture[100:430, 240:450], picture[100:430, 470:660], picture[450:640, 240:450]):
         assert (pane.min(-1) > 30).mean() > 0.5  # the scan itself
