@@ -20,23 +20,25 @@ from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.inner import plain
 from medssm.nn.mamba2 import Mamba2
 from medssm.nn.mlla import MLLA, turned_from
+from medssm.nn.rwkv import SpatialMix, mixed
 from medssm.nn.ssnd import SSND
-from medssm.orders import Order
+from medssm.orders import Order, raster
 
-Scan = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
+_STEEPEST = -60.0  # a decay below this, which makes weights grow, takes them out of float32 over the length of a volume
+Scan = Callable[[Tensor, Tensor, Any, Any], tuple[Tensor, Any]]
 
 
 class Carried(NamedTuple):
-    """A mixer in parts, all of them on slabs (1, *spatial, c):
+    """A mixer in parts, all of them on slabs (1, *spatial, c); `row` is the slab's first one in the volume:
 
-        u = before(x);   y = sum over scans of y_k, with (y_k, state) = scan_k(u, x, state) slab after slab along order k;   out = after(y, u, x, row)
+        u = before(x);   total = totals(u, row, total) slab after slab
+        y = sum over scans of y_k, with (y_k, state) = scan_k(u, x, state, total) slab after slab along order k;   out = after(y, u, x, row, total)
 
     halo        rows on both sides that `before` needs, and that `after` needs
     before      None where u is x itself
-    scans       (order, scan), the state None at first; an order is a raster, so its slabs are cut along its slowest axis
-    after       `row` is the slab's first one in the volume
+    scans       (order, scan), the state None at first; an order is a raster, so its slabs are cut along its slowest axis. Without scans y is None
     width       channels of u and of y
-    totals      instead of scans: state = totals(u, row, state) slab after slab, and `after` is given the last one in the place of y
+    totals      what is known only once all voxels were seen, None at first; without it the total stays None
     """
 
     halo: tuple[int, int]
@@ -65,14 +67,14 @@ def _ssnd(m: SSND, spatial: Sequence[int]) -> Carried:
         u = gates(x)[0]
         return functional.silu(u) if convolution is None else depthwise(convolution, u, "silu")
 
-    def scan(u: Tensor, x: Tensor, state: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
+    def scan(u: Tensor, x: Tensor, state: Tensor | None, total: Any, i: int) -> tuple[Tensor, Tensor]:
         dt, B, C = functional.linear(u, m.x_proj_weight[i]).split([m.dt_rank, m.d_state, m.d_state], dim=-1)
         A, D = -torch.exp(widened(m.A_logs.unflatten(0, (k, -1))[i])), m.Ds.unflatten(0, (k, -1))[i]
         steps: dict[str, Any] = {"delta_bias": m.dt_projs_bias[i], "delta_softplus": True, "delta_proj": m.dt_projs_weight[i]}
         y, state = ops.selective_scan(u, dt, A, B, C, D, **steps, order=m.orders[i], initial_state=state, return_final_state=True)
         return y, state
 
-    def after(y: Tensor, u: Tensor, x: Tensor, row: int) -> Tensor:
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int, total: Any) -> Tensor:
         y, z = m.out_norm(y), gates(x)[1]
         if z is not None:
             y = y * (functional.silu(z) if m.gate == "silu" else z)
@@ -84,7 +86,7 @@ def _ssnd(m: SSND, spatial: Sequence[int]) -> Carried:
 
 
 def _gla(m: GatedLinearAttention, spatial: Sequence[int]) -> Carried:
-    def scan(u: Tensor, x: Tensor, state: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
+    def scan(u: Tensor, x: Tensor, state: Tensor | None, total: Any, i: int) -> tuple[Tensor, Tensor]:
         q, k, v = (project(x).unflatten(-1, (m.heads, -1)) for project in (m.q_proj, m.k_proj, m.v_proj))
         g = functional.linear(m.decay_in(x), m.decay_weight[i], m.decay_bias[i]).to(compute_dtype(v))
         g = functional.logsigmoid(g) / m.slowness
@@ -92,7 +94,7 @@ def _gla(m: GatedLinearAttention, spatial: Sequence[int]) -> Carried:
         y, state = ops.gated_linear_attention(q, k, v, g, order=m.orders[i], initial_state=state, return_final_state=True)
         return y.flatten(-2), state
 
-    def after(y: Tensor, u: Tensor, x: Tensor, row: int) -> Tensor:
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int, total: Any) -> Tensor:
         y = m.o_norm(y.unflatten(-1, (m.heads, -1))).flatten(-2)
         out: Tensor = m.o_proj(y if m.g_proj is None else y * functional.silu(m.g_proj(x)))
         return out
@@ -108,14 +110,14 @@ def _delta(m: DeltaNet, spatial: Sequence[int]) -> Carried | None:
         u = m.qkv_proj(x)
         return depthwise(m.convolution, u, "silu") if m.conv == "space" else functional.silu(u)
 
-    def scan(u: Tensor, x: Tensor, state: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
+    def scan(u: Tensor, x: Tensor, state: Tensor | None, total: Any, i: int) -> tuple[Tensor, Tensor]:
         beta, g = torch.sigmoid(widened(m.b_proj(x))), None
         if m.a_proj is not None:
             g = -torch.exp(widened(m.A_log)) * functional.softplus(widened(m.a_proj(x)) + m.dt_bias)
         y, state = ops.delta_rule(*m._heads(u), beta, g=g, order=m.orders[i], initial_state=state, return_final_state=True)
         return y.flatten(-2), state
 
-    def after(y: Tensor, u: Tensor, x: Tensor, row: int) -> Tensor:
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int, total: Any) -> Tensor:
         y = m.o_norm((y / len(m.orders)).unflatten(-1, (m.heads, -1))).flatten(-2)
         out: Tensor = m.o_proj(y if m.g_proj is None else y * functional.silu(m.g_proj(x)))
         return out
@@ -129,7 +131,7 @@ def _mamba2(m: Mamba2, spatial: Sequence[int]) -> Carried | None:
     if not plain(m.conv1d):
         return None
 
-    def scan(u: Tensor, x: Tensor, state: tuple[Tensor, Tensor] | None, i: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def scan(u: Tensor, x: Tensor, state: tuple[Tensor, Tensor] | None, total: Any, i: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         _, t, dt = m.in_proj(x).split(m.split, dim=-1)
         taps, sums = state or (None, None)
         along: dict[str, Any] = {"order": m.orders[i], "return_final_state": True}
@@ -137,7 +139,7 @@ def _mamba2(m: Mamba2, spatial: Sequence[int]) -> Carried | None:
         y, sums = ops.ssd(*m._operands(t, dt), dt_limit=m.dt_limit, initial_state=sums, **along)
         return y.flatten(-2), (taps, sums)
 
-    def after(y: Tensor, u: Tensor, x: Tensor, row: int) -> Tensor:
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int, total: Any) -> Tensor:
         out: Tensor = m.out_proj(m._gate(y / len(m.orders), m.in_proj(x).split(m.split, dim=-1)[0]))
         return out
 
@@ -162,12 +164,12 @@ def _mlla(m: MLLA, spatial: Sequence[int]) -> Carried:
         q, k = attention.qk(u).flatten(1, -2).unflatten(-1, (2, heads, -1)).unbind(2)
         return q, k, u.flatten(1, -2).unflatten(-1, (heads, -1))
 
-    def totals(u: Tensor, row: int, state: Any) -> Any:
+    def totals(u: Tensor, row: int, total: Any) -> Any:
         q, k, v = rows(u)
-        return ops.linear_attention(q, k, v, feature_map="elu", rotary=turned(u, row), initial_state=state, return_final_state=True)[1]
+        return ops.linear_attention(q, k, v, feature_map="elu", rotary=turned(u, row), initial_state=total, return_final_state=True)[1]
 
-    def after(state: Any, u: Tensor, x: Tensor, row: int) -> Tensor:
-        kv, z = state
+    def after(y: None, u: Tensor, x: Tensor, row: int, total: Any) -> Tensor:
+        kv, z = total
         q: Tensor = feature(rows(u)[0].to(kv.dtype), "elu")  # type: ignore[no-untyped-call]
         rotated: Tensor = rotate(q, *(turned(u, row) or (None, None)))  # type: ignore[no-untyped-call]
         num = torch.einsum("blhk,bhkv->blhv", rotated, kv)
@@ -177,6 +179,45 @@ def _mlla(m: MLLA, spatial: Sequence[int]) -> Carried:
         return out
 
     return Carried((_reach(m.dwc), _reach(attention.lepe)), before, [], after, (m.in_proj.out_features, 0), totals)
+
+
+def _rwkv(m: SpatialMix, spatial: Sequence[int]) -> Carried | None:
+    """Both directions are scans that see the voxel itself too; `after` takes it out of them. Keys are shifted by each channel's largest one."""
+    length, walk = max(math.prod(spatial), 1), m.order or raster()
+    if m.mode != "exact" or (not m.spatial_decay.is_meta and m.spatial_decay.min() < _STEEPEST):
+        return None
+    w, bonus = widened(m.spatial_decay) / length, widened(m.spatial_first) / length
+
+    def before(x: Tensor) -> Tensor:
+        k, v, r = mixed(m, x, "kvr")
+        return torch.cat([m.key(k), m.value(v), m.receptance(r)], -1)
+
+    def totals(u: Tensor, row: int, total: Tensor | None) -> Tensor:
+        largest = widened(u.chunk(3, -1)[0]).flatten(1, -2).amax(1)
+        return largest if total is None else torch.maximum(total, largest)
+
+    def own(u: Tensor, total: Tensor) -> Tensor:
+        k, v, _ = u.chunk(3, -1)
+        weight = torch.exp(widened(k) - total)
+        return torch.cat([weight * v, weight], -1)
+
+    def scan(u: Tensor, x: Tensor, state: Tensor | None, total: Any, order: Order) -> tuple[Tensor, Tensor]:
+        t = own(u, total)
+        A, ones = -torch.cat([w, w])[:, None], torch.ones_like(t)
+        y, state = ops.selective_scan(t, ones, A, ones[..., :1], ones[..., :1], order=order, initial_state=state, return_final_state=True)
+        return y, state
+
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int, total: Any) -> Tensor:
+        t = own(u, total)
+        over, under = (torch.exp(torch.cat([w, w])) * (y - 2 * t) + torch.exp(torch.cat([bonus, bonus])) * t).chunk(2, -1)
+        o = (over / under).to(u.dtype)
+        out: Tensor = m.output(torch.sigmoid(u.chunk(3, -1)[2]) * (o if m.key_norm is None else m.key_norm(o)))
+        return out
+
+    width = m.key.out_features
+    return Carried(
+        (m.pixels, 0), before, [(order, partial(scan, order=order)) for order in (walk, walk.reversed())], after, (3 * width, 2 * width), totals
+    )
 
 
 def _reach(convolution: Any) -> int:
@@ -191,4 +232,5 @@ _KINDS: dict[type[nn.Module], Callable[[Any, Sequence[int]], Carried | None]] = 
     DeltaNet: _delta,
     Mamba2: _mamba2,
     MLLA: _mlla,
+    SpatialMix: _rwkv,
 }

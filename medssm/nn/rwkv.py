@@ -81,7 +81,7 @@ class SpatialMix(Leaf):
     def forward(self, x: Tensor) -> Tensor:
         """(b, *spatial, d_model) -> the same shape."""
         length = math.prod(x.shape[1:-1])
-        xk, xv, xr = _mixed(self, x, "kvr")
+        xk, xv, xr = mixed(self, x, "kvr")
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
         w, u = self.spatial_decay / max(length, 1), self.spatial_first / max(length, 1)
         if self.order is None:
@@ -124,7 +124,7 @@ class ChannelMix(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, *spatial, d_model) -> the same shape."""
-        xk, xr = _mixed(self, x, "kr")
+        xk, xr = mixed(self, x, "kr")
         k = torch.relu(self.key(xk)).square()
         if self.key_norm is not None:
             k = self.key_norm(k)
@@ -132,7 +132,7 @@ class ChannelMix(Leaf):
         return out
 
 
-def _mixed(module: SpatialMix | ChannelMix, x: Tensor, names: str) -> list[Tensor]:
+def mixed(module: SpatialMix | ChannelMix, x: Tensor, names: str) -> list[Tensor]:
     """x mixed with its shifted self, once for each of the module's spatial_mix parameters."""
     if not module.pixels:
         return [x] * len(names)

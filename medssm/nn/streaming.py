@@ -219,26 +219,28 @@ class _Run:
                 low = max(0, begin - before)
                 found = parts.before(self._read(normed, slice(low, min(length, end + before))))[0]
                 self._write(u, slice(begin, end), found[begin - low : end - low])
-        y: Any = self.scratch.store(*x.shape[:-1], parts.width[1]) if parts.scans else None
+        total: Any = None
+        if parts.totals is not None:
+            for begin, end in self._steps(length, row):
+                total = parts.totals(self._read(u, slice(begin, end)), begin, total)
+        y = self.scratch.store(*x.shape[:-1], parts.width[1]) if parts.scans else None
         for order, scan in parts.scans:
+            assert y is not None
             axis = (order.parameters["axes"] or range(len(x.shape)))[0]
             steps = list(self._steps(x.shape[axis], row * length // x.shape[axis]))
             state: Any = None
             for begin, end in reversed(steps) if order.reverse else steps:
                 key = (*[slice(None)] * axis, slice(begin, end))
-                found, state = scan(self._read(u, key), self._read(normed, key), state)
+                found, state = scan(self._read(u, key), self._read(normed, key), state, total)
                 y.add(key, found[0])
-        if parts.totals is not None:
-            for begin, end in self._steps(length, row):
-                y = parts.totals(self._read(u, slice(begin, end)), begin, y)
         for begin, end in self._steps(length, row, after):
             low = max(0, begin - after)
             rows = slice(low, min(length, end + after))
-            sums = self._read(y, rows) if isinstance(y, Store) else y
-            found = parts.after(sums, self._read(u, rows), self._read(normed, rows), low)[0, begin - low : end - low]
+            sums = None if y is None else self._read(y, rows)
+            found = parts.after(sums, self._read(u, rows), self._read(normed, rows), low, total)[0, begin - low : end - low]
             self._write(out, slice(begin, end), x[slice(begin, end)].to(self.device) + found)
         u.close()
-        if isinstance(y, Store):
+        if y is not None:
             y.close()
 
     def _must_fit(self, module: nn.Module, x: Map, name: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def streamed_probabilities(
         def show_written(written: int, i: int = i) -> None:
             show((i + written / needed.written) / len(mirrored))
 
-        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+        with _refused_by_name(), torch.autocast(device.type, dtype=half, enabled=half is not None):
             logits = streamed(network, View((x, y, z, channels), read), scratch, slab=slab, show=show_written)
         for rows in sums.slabs():
             found = activated(logits[_turned(rows, x, axes)].float(), fitted, -1).flip(axes)
@@ -66,8 +67,14 @@ def check_streamed(network: nn.Module, fitted: Fitted, spatial: tuple[int, ...],
     """What streaming a volume needs. Raises UserError where the network cannot be streamed."""
     if fitted.slice_axis is not None:
         raise UserError("stream: a network in two dimensions sees one slice at a time: leave --stream out")
-    try:
+    with _refused_by_name():
         return needs(network, spatial, len(fitted.channels), slab)
+
+
+@contextlib.contextmanager
+def _refused_by_name() -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise UserError(f"stream: {error}: leave --stream out") from error
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from medssm import cli
-from medssm.errors import UserError
 from medssm.segment import networks
 from medssm.segment import predict as module
 from medssm.segment.predict import predict
@@ -85,11 +84,3 @@ def test_other_networks_are_refused_before_a_scan_is_read(tmp_path, capsys):
         assert cli.main(["predict", str(tmp_path / run), str(scan), str(tmp_path / "out.nii.gz"), "--stream", "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert message in error and "leave --stream out" in error and error.count("\n") == 1
-
-
-def test_a_mixer_without_states_is_refused_where_its_map_is_large(scan, tmp_path, monkeypatch):
-    weights(tmp_path / "run", size="tiny", mixer="rwkv")
-    saved(tmp_path / "run", scan, tmp_path / "out")
-    monkeypatch.setattr(module, "_room", lambda *_: 0)
-    with pytest.raises(UserError, match=r"stream: encoder\.stages\.2\.1\.mixer \(SpatialMix\) cannot be streamed: it needs its whole map at once"):
-        saved(tmp_path / "run", scan, tmp_path / "out", overwrite=True)
