@@ -88,6 +88,22 @@ def test_a_series_is_read_anew_where_a_file_changed(tmp_path):
     assert open_image(folder).shape == (5, 6, 3)
 
 
+def test_a_slice_that_cannot_be_read_is_named(tmp_path):
+    """At the end of a series nothing else would tell that it is missing."""
+    folder = series(tmp_path / "ct", DATA)
+    (folder / "IM021").rename(tmp_path / "last")
+    (folder / "IM021").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"IM021: cannot be read \(No such file or directory\)"):
+        open_image(folder)
+    (folder / "IM021").unlink()
+    (folder / "IM021").write_bytes(b"")
+    with pytest.raises(UserError, match=r"IM021: an empty file beside the slices of a series, as of a copy that broke off"):
+        open_image(folder)
+    (folder / "IM021").write_bytes((tmp_path / "last").read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"IM021: truncated or corrupt"):
+        read_image([folder])
+
+
 def test_mosaics_are_refused(tmp_path):
     folder = series(tmp_path / "fmri", DATA, lambda i: {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]})
     with pytest.raises(UserError, match=r"4 mosaic\(s\) of slices in one picture, as IM000: convert them to NIfTI first"):

@@ -159,7 +159,12 @@ def image_files(folder: Path) -> list[Path]:
 
 def is_series(folder: Path) -> bool:
     """Whether a folder holds DICOM files, so that it is itself an image. UserError if it cannot be read."""
-    return any(dicom.is_dicom(file) for file in _visible(folder) if ending_of(file).lower() in ("", *dicom_seg.ENDINGS))
+    for file in _visible(folder):
+        if ending_of(file).lower() in ("", *dicom_seg.ENDINGS) and file.is_file():
+            with contextlib.suppress(UserError):  # of a file that cannot be read and may be anything
+                if dicom.is_dicom(file):
+                    return True
+    return False
 
 
 def files_of(path: Path) -> list[Path]:

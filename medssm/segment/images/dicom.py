@@ -19,7 +19,7 @@ import numpy as np
 from medssm.errors import UserError
 from medssm.files import first_line
 from medssm.segment.images import formats, itk
-from medssm.segment.images.image import LPS, Image, needed, quiet_libraries
+from medssm.segment.images.image import LPS, Image, needed, quiet_libraries, reason
 
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"  # the class of DICOM-SEG
 _NO_IMAGES = (SEG, "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.481.2")  # label maps, and doses of radiotherapy
@@ -58,18 +58,18 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its first bytes, or by its name for an old one that lacks them."""
+    """Whether a file is DICOM, by its first bytes, or by its name for an old one that lacks them. UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return formats.kind_of(file.read(400)) == formats.DICOM or path.suffix.lower() == ".dcm"
-    except OSError:
-        return False
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def files_in(folder: Path) -> list[Path]:
     """The DICOM files of a folder by name, but the hidden ones and the directory of a disk. UserError if the folder cannot be read."""
     try:
-        files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".") and file.name != "DICOMDIR")
+        files = sorted(file for file in folder.iterdir() if not file.is_dir() and not file.name.startswith(".") and file.name != "DICOMDIR")
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
     return [file for file in files if is_dicom(file)]
@@ -80,6 +80,9 @@ def open_folder(folder: Path) -> Image:
     files = files_in(folder)
     if not files:
         raise UserError(f"{folder}: expected an image file, got a folder without DICOM in it")
+    empty = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".") and not file.stat().st_size]
+    if empty:
+        raise UserError(f"{min(empty)}: an empty file beside the slices of a series, as of a copy that broke off")
     stamps = [file.stat() for file in files]
     return _opened(folder, tuple((file, stamp.st_size, stamp.st_mtime_ns) for file, stamp in zip(files, stamps, strict=True)))
 
@@ -270,7 +273,10 @@ def _pixels(frames: Sequence[Frame]) -> np.ndarray:
     for z, frame in enumerate(frames):
         by_file.setdefault(frame.file, []).append((z, frame))
     for file, found in by_file.items():
-        values = _values(file, found[0][1], len(found))
+        try:
+            values = _values(file, found[0][1], len(found))
+        except Exception as error:  # pydicom and its decoders raise what they like
+            raise UserError(f"{file}: truncated or corrupt ({reason(error)})") from error
         for z, frame in found:
             data[0, :, :, z] = values[frame.number].T
     return data
