@@ -12,7 +12,7 @@ from medssm.errors import UserError
 from medssm.files import read_json
 from medssm.segment.cases import Case, cases_in, one_of_each_name
 from medssm.segment.data import DATASET
-from medssm.segment.images import ending_of, image_files, is_series, strip_ending
+from medssm.segment.images import check_slices, ending_of, image_files, is_series, strip_ending
 
 DATALIST, LIST = ".json", ".txt"
 _TESTING = ("testing", "test")  # a datalist's sections of images to predict: MONAI's name and the Decathlon's
@@ -28,7 +28,7 @@ def cases_of(inputs: Sequence[Path], channels: int, *, out: Path, section: str |
         section: of a datalist; by default testing or test, or the only one that it has
 
     Raises:
-        UserError: there is no such file, no image, no such section, or two cases of one name.
+        UserError: there is no such file, no image, no such section, two cases of one name, or slices of one series.
     """
     if section and not any(path.suffix == DATALIST for path in inputs):
         raise UserError(f"section: expected a datalist ({DATALIST}) as input, got {', '.join(map(str, inputs))}")
@@ -45,6 +45,7 @@ def cases_of(inputs: Sequence[Path], channels: int, *, out: Path, section: str |
     cases = list(found)
     if not cases:
         raise UserError(f"{', '.join(map(str, inputs))}: no image in it")
+    check_slices([case.images[0] for case in cases])
     if len({case.name for case in cases}) < len(cases):  # files of one name: by their paths below the folder that all of them share
         folders = [case.images[0].resolve().parent for case in cases]
         common = Path(os.path.commonpath(folders))

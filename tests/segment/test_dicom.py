@@ -231,6 +231,25 @@ def test_a_series_is_a_case_with_the_name_of_its_folder(tmp_path):
     }
 
 
+def test_slices_of_one_series_are_one_image(tmp_path):
+    """As of a shell's ct/*; pictures without a place, as X-rays of one series, are images of their own."""
+    folder = series(tmp_path / "ct", DATA)
+    with pytest.raises(UserError, match=r"IM007 and .*IM000: slices of one DICOM series: name their folder, which is one image"):
+        cases_of(sorted(folder.iterdir()), 1, out=tmp_path / "out")
+    assert len(cases_of([folder / "IM007"], 1, out=tmp_path / "out")) == 1
+    (folder / "IM007").write_bytes((folder / "IM007").read_bytes()[:200])
+    assert len(cases_of([folder / "IM007", folder / "IM000"], 1, out=tmp_path / "out")) == 2  # a damaged one does not end the others
+    bare = series(tmp_path / "xray", DATA, lambda i: {"ImagePositionPatient": None})
+    assert len(cases_of(sorted(bare.iterdir()), 1, out=tmp_path / "out")) == 4
+
+
+def test_a_list_may_name_series(tmp_path):
+    series(tmp_path / "p1" / "ct", DATA), series(tmp_path / "p2" / "ct", DATA)
+    (tmp_path / "list.txt").write_text("p1/ct\np2/ct\n")
+    found = cases_of([tmp_path / "list.txt"], 1, out=tmp_path / "out")
+    assert [(case.name, case.images[0]) for case in found] == [(f"p{i}/ct", tmp_path / f"p{i}" / "ct") for i in (1, 2)]
+
+
 def test_a_series_and_other_images_in_one_folder_are_refused(tmp_path):
     folder = series(tmp_path / "ct", DATA)
     write(folder / "b.nii.gz", np.zeros((3, 3, 3), np.float32))

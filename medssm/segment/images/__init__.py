@@ -167,6 +167,19 @@ def is_series(folder: Path) -> bool:
     return False
 
 
+def check_slices(paths: Sequence[Path]) -> None:
+    """UserError where several files are slices of one DICOM series: they are one image, which is their folder."""
+    first: dict[str, Path] = {}
+    for path in paths:
+        series = None
+        if ending_of(path).lower() in ("", *dicom_seg.ENDINGS) and path.is_file():
+            with contextlib.suppress(UserError):  # a file that cannot be read has its own line, when its turn comes
+                series = dicom.series_of_slice(path)
+        other = first.setdefault(series, path) if series else path
+        if other is not path:
+            raise UserError(f"{path} and {other}: slices of one DICOM series: name their folder, which is one image")
+
+
 def files_of(path: Path) -> list[Path]:
     """The files that an image is read from: itself with what belongs to it, or all that is in the folder of a series."""
     if path.is_dir():

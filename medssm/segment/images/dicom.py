@@ -98,11 +98,19 @@ def open_file(path: Path) -> Image:
     return _open(path, [path])
 
 
-def sop_class(path: Path) -> str:
-    """What kind of object a file holds, as SEG. Raises UserError if it cannot be read."""
+def series_of_slice(path: Path) -> str | None:
+    """The identifier of the series that a file is one slice of; None for another file. Raises UserError if it cannot be read."""
+    if path.is_dir() or not is_dicom(path) or value(path, "ImagePositionPatient") is None:
+        return None
+    return value(path, "SeriesInstanceUID")
+
+
+def value(path: Path, tag: str) -> str | None:
+    """A tag of a file as text, None where it has none. Raises UserError if it cannot be read."""
     try:
         with quiet_libraries():
-            return str(header(path, "SOPClassUID").get("SOPClassUID"))
+            found = header(path, tag).get(tag)
+            return None if found is None else str(found)
     except UserError:
         raise
     except Exception as error:  # a damaged value: pydicom reads it when it is asked for

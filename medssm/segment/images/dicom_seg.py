@@ -33,7 +33,7 @@ _TAGS = (
 
 def open_file(path: Path) -> Image:
     """The image or the label map of a DICOM file. Raises UserError if it is none, or is no volume."""
-    if dicom.sop_class(path) != dicom.SEG:
+    if dicom.value(path, "SOPClassUID") != dicom.SEG:
         return dicom.open_file(path)
     try:
         with quiet_libraries():
@@ -125,8 +125,8 @@ def check_output(path: Path, like: Image) -> None:
 
 def made_here(path: Path) -> bool:
     """Whether a file was written by `write`."""
-    with contextlib.suppress(Exception), quiet_libraries():  # of pydicom, for whatever is no such file
-        return dicom.sop_class(path) == dicom.SEG and bool(dicom.header(path, "Manufacturer").get("Manufacturer") == "medssm")
+    with contextlib.suppress(UserError):
+        return dicom.value(path, "SOPClassUID") == dicom.SEG and dicom.value(path, "Manufacturer") == "medssm"
     return False
 
 
