@@ -114,6 +114,7 @@ class Loop:
         self.model, self.optimizer = fabric.setup(network, optimizer)
         self.done, self.log_bytes = Progress(), 0
         self.best: dict[str, float] = {}  # of the validations: the step and the mean Dice
+        self.due = False  # whether a stop came before the validation of its step
 
     @property
     def trained(self) -> nn.Module:
@@ -138,6 +139,8 @@ class Loop:
         marks = [(i + 1) / validations for i in range(validations)]
         marks = [mark for mark in marks if mark > self.budget.fraction(self.done)] or marks[-1:]
         self.model.train()
+        if self.due and validations:
+            self._validate(validate)
         losses: list[float] = []
         saved = logged = self.done.seconds  # times that all processes agree on
         with _stop_signals() as stop:
@@ -151,10 +154,11 @@ class Loop:
                 if self.done.seconds - logged >= _LOG_SECONDS or fraction >= 1 or stopped:
                     self.log({"loss": sum(losses) / len(losses), "lr": self.optimizer.param_groups[0]["lr"]})
                     losses, logged = [], self.done.seconds
+                self.due = bool(marks) and marks[0] <= fraction < 1
                 if stopped:
                     self.save()
                     raise Interrupted(f"saved after {self.done.step} steps: go on with --resume")
-                if marks and marks[0] <= fraction < 1:
+                if self.due:
                     marks = [mark for mark in marks if mark > fraction]
                     self._validate(validate)
                 if self.done.seconds - saved >= self.save_seconds:
@@ -181,6 +185,7 @@ class Loop:
                     "seconds": self.done.seconds,
                     "log_bytes": self.log_bytes,
                     "best": self.best,
+                    "due": self.due,
                     "average": self.average.state_dict() if self.average else None,
                     "network": self.network.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -211,6 +216,7 @@ class Loop:
         if state["scaler"]:
             self._scaler().load_state_dict(state["scaler"])
         self.done, self.log_bytes, self.best = Progress(state["step"], state["seconds"]), state["log_bytes"], state["best"]
+        self.due = state["due"]
 
     def _scaler(self) -> Any:
         """The GradScaler of half precision; None without one."""
@@ -256,6 +262,7 @@ class Loop:
         self.trained.eval()
         result = validate()
         self.model.train()
+        self.due = False
         self.log({"validation": result})
         if not self.best or result["mean"] > self.best["mean"]:
             self.best = {"step": self.done.step, "mean": result["mean"]}

@@ -27,20 +27,29 @@ Structures: TypeAlias = "Mapping[str, tuple[Sequence[int], int]]"  # {name: (its
 
 
 def processed(labels: np.ndarray, steps: Steps, structures: Structures, voxel_ml: float) -> np.ndarray:
-    """A label map (x, y, z) after the steps of each structure, one structure after the other."""
-    labels = labels.copy()
-    for name, how in steps.items():
+    """A label map (x, y, z) after the steps of each structure, one structure after the other. Without any step it is the map itself."""
+    chosen = {name: how for name, how in steps.items() if how}
+    labels = labels.copy() if chosen else labels
+    for name, how in chosen.items():
         values, written = structures[name]
-        for box in ndimage.find_objects(np.isin(labels, values).astype(np.uint8)) if how else ():
+        for box in ndimage.find_objects(_mask(labels, values).view(np.uint8)):
             labels[box] = _changed(labels[box], values, written, how, voxel_ml)
     return labels
 
 
 def _changed(labels: np.ndarray, values: Sequence[int], written: int, how: Mapping[str, float], voxel_ml: float) -> np.ndarray:
     """The part of a label map that holds all of a structure, after the structure's steps."""
-    mask = np.isin(labels, values)
+    mask = _mask(labels, values)
     kept = _cleaned(mask, how, voxel_ml)
     return np.where(mask & ~kept, 0, np.where(kept & ~mask & (labels == 0), written, labels)).astype(labels.dtype)
+
+
+def _mask(labels: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Where a label map has one of the values: as np.isin, in a tenth of the memory."""
+    mask: np.ndarray = labels == values[0]
+    for value in values[1:]:
+        mask |= labels == value
+    return mask
 
 
 def _cleaned(mask: np.ndarray, how: Mapping[str, float], voxel_ml: float) -> np.ndarray:

@@ -24,8 +24,8 @@ def volumes(labels: np.ndarray, image: Image, structures: Mapping[str, Sequence[
     1 ml is 1000 mm^3. A voxel has the volume |det A| of the affine A in millimetres, so an oblique grid is measured right.
     """
     voxel = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
-    numbers = dict(zip(*np.unique(labels, return_counts=True), strict=True))
-    counts = {name: int(sum(numbers.get(value, 0) for value in values)) for name, values in structures.items()}
+    numbers = {value: int(np.count_nonzero(labels == value)) for value in {value for values in structures.values() for value in values}}
+    counts = {name: sum(numbers[value] for value in values) for name, values in structures.items()}
     return {name: {"voxels": count, "ml": count * voxel} for name, count in counts.items()}
 
 

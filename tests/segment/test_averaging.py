@@ -105,7 +105,7 @@ def test_a_decay_lies_between_zero_and_one(small, tmp_path, ema):
         train(small, tmp_path / "a", ema=ema, **FAST)
 
 
-@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("stop", [None, 9, 11])  # in step 5, or in step 6, after which a validation is due
 def test_the_best_weights_are_those_of_the_best_validation(small, tmp_path, monkeypatch, capsys, stop):
     dice, validated = iter([0.5, 0.9, 0.9, 0.6]), []
 
@@ -120,9 +120,9 @@ def test_the_best_weights_are_those_of_the_best_validation(small, tmp_path, monk
     if stop:
         with monkeypatch.context() as patched:
             patched.setattr("medssm.segment.train.Patches", Stop)
-            patched.setattr(Stop, "at", 9)
+            patched.setattr(Stop, "at", stop)
             with pytest.raises(loop.Interrupted):
-                train(small, out, **options)  # after step 5
+                train(small, out, **options)
         assert len(validated) == 2  # the better one of the two is known after the stop
     result = train(small, out, resume=True, **options)
     assert result["best"] == {"step": 4, "mean": 0.9} and result["validation"]["mean"] == 0.6 and len(validated) == 4

@@ -73,6 +73,7 @@ def test_a_region_goes_with_all_in_it_and_is_filled_with_its_own_value():
 def test_a_structure_that_is_not_there_stays_so():
     empty = map_of()
     np.testing.assert_array_equal(processed(empty, {name: dict.fromkeys(STEPS, 1.0) for name in CLASSES}, CLASSES, 1.0), empty)
+    assert processed(empty, {"a": {}, "b": {}}, CLASSES, 1.0) is empty  # no copy of a large map for nothing
 
 
 # -- what is chosen
