@@ -41,6 +41,7 @@ _STAGES = 8  # more than any network has
 _SMALLEST = 4  # voxels along an axis of the coarsest map
 _SHARE = 0.05  # of the data set's voxels that a step sees at most, where it has more than the smallest batch
 _LARGEST_BATCH = 64
+_MULTIPLE = 32  # of a patch's edges, for a network that does not tell its strides
 _BATCH = {2: 12, 3: 2}
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -52,6 +53,7 @@ def plan(
     memory: str | None = None,
     plans: Annotated[Path | str | None, Option(flag="--from")] = None,
     model: str = "medssm_unet",
+    model_kwargs: Mapping[str, Any] | None = None,
     size: str | None = None,
     mixer: str | None = None,
     spatial_dims: Literal[2, 3] = 3,
@@ -69,6 +71,7 @@ def plan(
         overwrite: write over a file of other origin
     Args: Network
         model: one of `medssm models`, or one of MONAI's as monai.networks.nets.NAME
+        model_kwargs: more keywords for the model's constructor, which win over the plan's
         size: the model's size, where it has several, as tiny, small or base (default: small for medssm_unet)
         mixer: the mixer of a model that has several
         spatial_dims: 2 plans for slices
@@ -91,16 +94,19 @@ def plan(
     table = load_dataset(dataset)
     protect(out, reads=[plans] if plans else [], made=_is_plan, overwrite=overwrite)  # type: ignore[list-item]
     check_units(table.cases)
-    given = {name: value for name, value in (("size", size), ("mixer", mixer)) if value is not None}
-    if model == "medssm_unet":
-        given.setdefault("size", "small")
+    named = {name: value for name, value in (("size", size), ("mixer", mixer)) if value is not None}
+    if model == "medssm_unet" and "features" not in (model_kwargs or {}):
+        named.setdefault("size", "small")
+    given = {**(model_kwargs or {}), **named}
     steps: list[dict[str, Any]] = []
     if plans is None:
         options, reasons = _ruled(table, model, given, spatial_dims, _bytes(memory), device, precision, steps, quiet)
     else:
         options, reasons = _taken(table, Path(plans), model, given, spatial_dims)
-    options = {"model": model, **given, "spatial_dims": spatial_dims, **options}
-    reasons = {"model": "as asked", "spatial_dims": "as asked", **dict.fromkeys(given, "as asked" if size or mixer else "the default"), **reasons}
+    if model_kwargs:
+        options["model_kwargs"] = {**options.get("model_kwargs", {}), **model_kwargs}
+    options = {"model": model, **named, "spatial_dims": spatial_dims, **options}
+    reasons = {**dict.fromkeys(options, "as asked"), **({} if size or "size" not in options else {"size": "the default"}), **reasons}
     heading = f"{_MADE} {Path(dataset).resolve()}\n# medssm train DATASET OUT --config THIS_FILE trains with it\n"
     write_text(out, heading + as_yaml(options, reasons))
     return {"plan": str(out), "options": options, "reasons": reasons, "steps": steps}
@@ -198,7 +204,9 @@ def _ruled(
     memory = free if asked is None or (asked > free and fabric.device.type == "cpu") else asked
 
     near, size = [spacing[axis] for axis in axes], [median[axis] for axis in axes]
-    multiples = np.prod(strides_and_kernels([math.ceil(length) for length in size], near, _stages(model, given, spatial_dims))[0], axis=0).tolist()
+    stages = _stages(model, given, spatial_dims)
+    whole = [math.ceil(length) for length in size]
+    multiples = [_MULTIPLE] * spatial_dims if stages is None else np.prod(strides_and_kernels(whole, near, stages)[0], axis=0).tolist()
     patches = list(shrinking_patches(size, near, multiples))[::-1]
     fitted = Fitted(table.channels, spacing, (), table.classes, table.ignore, tuple(patches[0]), regions=table.regions)
     criterion = criterion_for(fitted)
@@ -233,11 +241,11 @@ def _ruled(
             batch = largest(range(batch, most + 1), float, lambda batch: measure(patch, batch), memory) or batch
     took = next(step for step in reversed(steps) if (step["patch"], step["batch"]) == (list(patch), batch))
     less = f" ({_gigabytes(asked)} are not free)" if asked is not None and asked > memory else ""
-    whole = ", the whole of a median case" if tuple(patch) == tuple(patches[-1]) else ""
-    why = f"a step takes {_gigabytes(took['bytes'])} of {_gigabytes(memory)}{less} on {fabric.device} and {took['seconds']:.3g} s"
+    all_of_it = ", the whole of a median case" if tuple(patch) == tuple(patches[-1]) else ""
+    why = f"a step takes {_gigabytes(took['bytes'])} of {_gigabytes(memory)}{less} on {fabric.device} and {took['seconds']:.3g} s{all_of_it}"
     reasons = {
         "spacing": f"{reason}; mm along the RAS axes",
-        "patch": f"the largest that fits: {why}{whole}",
+        "patch": f"the largest that fits: {why}",
         "batch": f"{'as many as fit' if batch > _BATCH[spatial_dims] else 'the smallest that trains well'}; at most {_SHARE:.0%} of the voxels",
         "model_kwargs": "stride 2 and kernel 3 where voxels are less than twice as long as the shortest",
     }
@@ -307,11 +315,12 @@ def _network_options(model: str, given: Mapping[str, Any], plan: Plan, stages: i
         raise UserError(f"model: {model} with {dict(given)}: {error}") from error
 
 
-def _stages(model: str, given: Mapping[str, Any], dims: int) -> int:
-    """The number of a network's maps; six where the model does not tell."""
+def _stages(model: str, given: Mapping[str, Any], dims: int) -> int | None:
+    """The number of a network's maps; None where the model does not tell."""
     n = _STAGES
     longest = Plan([64] * dims, 2, _features(n), [[1] * dims] + [[2] * dims] * (n - 1), [[3] * dims] * n, [2] * n, [2] * (n - 1))
-    return len(_network_options(model, given, longest, 6).get("strides", range(6)))
+    strides = _network_options(model, given, longest, 6).get("strides")
+    return None if strides is None else len(strides)
 
 
 def _features(stages: int) -> list[int]:

@@ -169,6 +169,19 @@ def test_the_patch_and_the_batch_are_the_largest_that_fit(tmp_path, monkeypatch)
     assert not (tmp_path / "c.yaml").exists()
 
 
+def test_networks_that_take_their_keywords_from_the_command(tmp_path, monkeypatch):
+    folder = nnunet_folder(tmp_path / "data", cases=2, shape=SHAPE)
+    monkeypatch.setattr(module, "step_memory", lambda make, *_: (make() and 10**6, 0.1))
+    unet = {"channels": [4, 8], "strides": [2]}
+    found = plan(folder, out=tmp_path / "a.yaml", model="monai.networks.nets.UNet", model_kwargs=unet, device="cpu", quiet=True)
+    assert found["options"]["patch"] == [32, 32, 32] and found["options"]["model_kwargs"] == unet and found["reasons"]["model_kwargs"] == "as asked"
+    assert read_by_train(tmp_path / "a.yaml")["model_kwargs"] == unet
+    mamba = plan(folder, out=tmp_path / "b.yaml", model="umamba_bot", device="cpu", quiet=True)["options"]["model_kwargs"]
+    assert mamba["features"] == [32, 64, 128] and mamba["strides"] == [[1] * 3, [2] * 3, [2] * 3] and len(mamba["kernels"]) == 3
+    own = plan(folder, out=tmp_path / "c.yaml", model_kwargs={"features": [8, 16]}, device="cpu", quiet=True)["options"]
+    assert own["model_kwargs"]["features"] == [8, 16] and own["model_kwargs"]["strides"] == [[1] * 3, [2] * 3] and "size" not in own
+
+
 def test_slices(tmp_path):
     folder = nnunet_folder(tmp_path / "data", cases=2, shape=(32, 24, 1), affine=np.diag([0.5, 1, 5, 1]))
     found = plan(folder, out=tmp_path / "plan.yaml", device="cpu", spatial_dims=2, size="tiny", quiet=True)["options"]
