@@ -21,7 +21,7 @@ from medssm.errors import UserError
 from medssm.files import first_line, protect, write_text
 from medssm.segment import intensity, pages
 from medssm.segment.cases import Case
-from medssm.segment.data import Dataset, absent_classes, check_values, counted_channels, described, faults, split, unnamed_classes
+from medssm.segment.data import Dataset, absent_classes, check_values, counted_channels, described, faults, read_for, split, unnamed_classes
 from medssm.segment.fit import fit_mirror, fit_slice_axis, wrong_units
 from medssm.segment.images import Image, lengths, not_finite, ras_grid, read_image, read_label
 from medssm.segment.progress import progress
@@ -81,8 +81,7 @@ def check(
     table = described(dataset, lambda line: findings.append(Finding("error", "description", line.partition(": ")[0], line)))
     report = None if out is None else Path(out) if str(out).endswith(".html") else Path(out) / REPORT
     if report:
-        files = [file for case in table.cases for file in (*case.images, case.label_file)]
-        protect(report, reads=files, made=lambda path: pages.is_made_by(_GENERATOR, path), overwrite=overwrite)
+        protect(report, reads=read_for(dataset, table), made=lambda path: pages.is_made_by(_GENERATOR, path), overwrite=overwrite)
     channels = table.channels or counted_channels(table.cases)
     table, schemes = replace(table, channels=channels), intensity.schemes(channels, modality)
     seen: dict[str, dict[str, Any]] = {}

@@ -54,6 +54,16 @@ def load_dataset(path: Path | str) -> Dataset:
     return replace(dataset, channels=dataset.channels or counted_channels(dataset.cases), classes=dataset.classes or _found_classes(dataset.cases))
 
 
+def description_of(path: Path | str) -> Path:
+    """The file that describes a data set: dataset.json in a folder, or the file that was named."""
+    return Path(path) / DATASET if Path(path).is_dir() else Path(path)
+
+
+def read_for(path: Path | str, table: Dataset) -> list[Path]:
+    """The files of a data set, which no command writes over."""
+    return [description_of(path), *(file for case in table.cases for file in (*case.images, case.label_file))]
+
+
 def described(path: Path | str, complain: Callable[[str], None] = refuse) -> Dataset:
     """What the description of a data set says, with no image looked at: `channels` or `classes` is empty where it names none.
 
@@ -61,8 +71,7 @@ def described(path: Path | str, complain: Callable[[str], None] = refuse) -> Dat
 
     Raises UserError where the description cannot be read or contradicts itself, or two cases are one.
     """
-    path = Path(path)
-    description = path / DATASET if path.is_dir() else path
+    path, description = Path(path), description_of(path)
     if not description.is_file():
         if path.is_dir() and is_paired(path):
             return Dataset(path.resolve().name, (), {}, None, tuple(paired_cases(path)))

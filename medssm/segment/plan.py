@@ -27,7 +27,7 @@ from medssm.models.registry import model_options
 from medssm.options import Option, as_yaml
 from medssm.segment import networks
 from medssm.segment.cases import Case
-from medssm.segment.data import Dataset, load_dataset
+from medssm.segment.data import Dataset, load_dataset, read_for
 from medssm.segment.fit import check_units, fit_slice_axis, resampled_shapes, shrinking_patches
 from medssm.segment.images import open_image, ras_grid
 from medssm.segment.preprocess import Fitted
@@ -92,7 +92,7 @@ def plan(
     if plans is not None and memory is not None:
         raise UserError("memory: --from takes the patch from nnU-Net's plans, and nothing is measured: name one of the two")
     table = load_dataset(dataset)
-    protect(out, reads=[plans] if plans else [], made=_is_plan, overwrite=overwrite)  # type: ignore[list-item]
+    protect(out, reads=[*read_for(dataset, table), *([Path(plans)] if plans else [])], made=_is_plan, overwrite=overwrite)
     check_units(table.cases)
     named = {name: value for name, value in (("size", size), ("mixer", mixer)) if value is not None}
     if model == "medssm_unet" and "features" not in (model_kwargs or {}):

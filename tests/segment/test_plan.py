@@ -222,6 +222,8 @@ def test_errors(tmp_path):
         plan(folder, out=tmp_path / "plan.yaml", plans=folder / "dataset.json", quiet=True)
     with pytest.raises(UserError, match="name one of the two"):
         plan(folder, out=tmp_path / "plan.yaml", plans=NNUNET / "plans_new.json", memory="1GB", quiet=True)
+    with pytest.raises(UserError, match=r"dataset.json is a file that is read"):
+        plan(folder, out=folder / "dataset.json", plans=NNUNET / "plans_new.json", overwrite=True, quiet=True)
     (tmp_path / "mine.yaml").write_text("mine: 1\n")
     with pytest.raises(UserError, match="is there already"):
         plan(folder, out=tmp_path / "mine.yaml", plans=NNUNET / "plans_new.json", quiet=True)
