@@ -301,6 +301,16 @@ def test_of_the_person_only_what_the_standard_demands_is_copied(tmp_path):
     assert set(kept.split()) <= set(dicom_seg.__doc__.replace(",", " ").replace(".", " ").replace(":", " ").split())
 
 
+def test_an_error_shows_no_bytes_of_the_file(tmp_path):
+    """pydicom's may show what stands around the damaged place, as a name."""
+    (tmp_path / "a.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x02\0\0\0UL\x13\0Doe^Jane 1970 42 F")
+    with pytest.raises(pydicom.errors.BytesLengthException, match=r"Doe\^Jane"):
+        pydicom.dcmread(tmp_path / "a.dcm")
+    with pytest.raises(UserError, match=r"a\.dcm: not a readable DICOM file \(.* received … with length") as error:
+        open_image(tmp_path / "a.dcm")
+    assert "Jane" not in str(error.value)
+
+
 def test_nothing_half_written_where_a_dicom_seg_fails(tmp_path, monkeypatch):
     like = open_image(series(tmp_path / "ct", DATA))
     monkeypatch.setattr(highdicom.seg.Segmentation, "save_as", lambda self, path: (path.write_bytes(b"half"), 1 / 0))

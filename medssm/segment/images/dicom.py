@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from medssm.errors import UserError
-from medssm.files import first_line
 from medssm.segment.images import formats, itk
 from medssm.segment.images.image import LPS, Image, needed, quiet_libraries, reason
 
@@ -114,7 +113,7 @@ def value(path: Path, tag: str) -> str | None:
     except UserError:
         raise
     except Exception as error:  # a damaged value: pydicom reads it when it is asked for
-        raise UserError(f"{path}: a damaged DICOM header ({first_line(error)})") from error
+        raise UserError(f"{path}: a damaged DICOM header ({reason(error)})") from error
 
 
 def header(path: Path, tags: str) -> Any:
@@ -124,7 +123,7 @@ def header(path: Path, tags: str) -> Any:
         with quiet_libraries():
             return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags.split()), force=True)
     except Exception as error:  # pydicom raises what its parser raises
-        raise UserError(f"{path}: not a readable DICOM file ({first_line(error)})") from error
+        raise UserError(f"{path}: not a readable DICOM file ({reason(error)})") from error
 
 
 def _open(path: Path, files: Sequence[Path]) -> Image:
@@ -135,7 +134,7 @@ def _open(path: Path, files: Sequence[Path]) -> Image:
     except UserError:
         raise
     except Exception as error:  # a value that is no number, an item that is missing: pydicom reads them when they are asked for
-        raise UserError(f"{path}: a damaged DICOM header ({first_line(error)})") from error
+        raise UserError(f"{path}: a damaged DICOM header ({reason(error)})") from error
 
 
 def _image(path: Path, headers: Sequence[tuple[Path, Any]]) -> Image:

@@ -17,9 +17,9 @@ from numpy.typing import DTypeLike
 
 from medssm import __version__
 from medssm.errors import UserError
-from medssm.files import atomic, first_line
+from medssm.files import atomic
 from medssm.segment.images import dicom
-from medssm.segment.images.image import LPS, Image, needed, quiet_libraries
+from medssm.segment.images.image import LPS, Image, needed, quiet_libraries, reason
 
 ENDINGS = (".dcm",)
 _SCHEME = "99MEDSSM"  # of the codes that name our classes: the code is the class's value, its meaning the name
@@ -42,7 +42,7 @@ def open_file(path: Path) -> Image:
     except UserError:
         raise
     except Exception as error:  # highdicom and pydicom raise what their checks raise
-        raise UserError(f"{path}: not a readable DICOM-SEG ({first_line(error)})") from error
+        raise UserError(f"{path}: not a readable DICOM-SEG ({reason(error)})") from error
     if geometry is None:
         raise UserError(f"{path}: the frames of this DICOM-SEG are no volume")
     z, y, x = geometry.spatial_shape
@@ -109,7 +109,7 @@ def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int])
     except UserError:
         raise
     except Exception as error:  # highdicom raises what its checks of the images raise
-        raise UserError(f"{path}: cannot be written as DICOM-SEG ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be written as DICOM-SEG ({reason(error)})") from error
 
 
 def beside(path: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from numpy.typing import DTypeLike
 
 from medssm import __version__, machine
 from medssm.errors import UserError, install_command
-from medssm.files import first_line
 
 logger = logging.getLogger("medssm")
 
@@ -200,8 +200,8 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """One line from a library's error. SimpleITK's begins with a place in its source."""
+    """One line from a library's error, without bytes of the file, which may hold a name. SimpleITK's begins with a place in its source."""
     text = str(error)
-    if not text.startswith("Exception thrown in SimpleITK"):
-        return first_line(error)
-    return " ".join(text.split("\n", 1)[-1].split()).rpartition("ERROR: ")[2][:_LONGEST]
+    if text.startswith("Exception thrown in SimpleITK"):
+        text = " ".join(text.split("\n", 1)[-1].split()).rpartition("ERROR: ")[2]
+    return re.sub(r"\bb(['\"]).*?\1", "…", text.split("\n", 1)[0])[:_LONGEST].strip() or type(error).__name__

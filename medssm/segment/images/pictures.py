@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from medssm.errors import UserError
-from medssm.files import atomic, first_line, read_json
+from medssm.files import atomic, read_json
 from medssm.segment.images import itk
-from medssm.segment.images.image import LPS, MADE_BY, NO_SIZE, PICTURES, Image, needed, quiet_libraries
+from medssm.segment.images.image import LPS, MADE_BY, NO_SIZE, PICTURES, Image, needed, quiet_libraries, reason
 
 TIFF = (".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg")
@@ -35,7 +35,7 @@ def open_file(path: Path) -> Image:
         except UserError:
             raise
         except Exception as error:  # the libraries raise what their parsers raise: SyntaxError, struct.error, DecompressionBombError, ...
-            raise UserError(f"{path}: not a readable picture ({first_line(error)})") from error
+            raise UserError(f"{path}: not a readable picture ({reason(error)})") from error
 
 
 def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int]) -> None:
