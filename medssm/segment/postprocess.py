@@ -99,6 +99,11 @@ class Held:
         new = _changed(old, values, written, how, self.voxel_ml)
         return where, new, self.table + self._count(new, truth) - self._count(old, truth)
 
+    def take(self, where: tuple[slice, ...], labels: np.ndarray, table: np.ndarray) -> None:
+        """Keep what `changed` gave."""
+        self.found[where], self.table = labels, table
+        self.boxes = ndimage.find_objects(self.found, self.classes)
+
 
 def _dice(table: np.ndarray, structures: Structures) -> np.ndarray:
     """The Dice of each structure, 1 where it is neither found nor there."""
@@ -148,7 +153,7 @@ def choose(
             steps[name][step], now = value, then
             for case, change in zip(cases, changes, strict=True):
                 if change:
-                    where, case.found[where], case.table = change
+                    case.take(*change)
     return steps, {name: [round(float(one), 6), round(float(other), 6)] for name, one, other in zip(structures, before, now, strict=True)}
 
 

@@ -128,6 +128,16 @@ def test_a_region_does_not_take_another_one_away():
     assert choose(held((found, truth)), REGIONS)[0] == {"whole": {}, "core": {}}
 
 
+def test_a_filled_hole_belongs_to_every_region_of_its_value():
+    """The hole of the first region is filled with the value 1, and the second region sees it: its own voxel is then not its largest part."""
+    shell, regions = {"body_2": BODY}, {"first": ((1, 2), 1), "second": ((1, 3), 3)}
+    truth = map_of(**shell, filled_1=(slice(3, 5),) * 3)
+    found = map_of(**shell, hole_0=(slice(3, 5),) * 3, lone_3=(slice(10, 11), slice(8, 9), slice(2, 3)))
+    steps, gain = choose(held((found, truth), classes=4), regions)
+    assert steps == {"first": {"fill_holes": True}, "second": {"largest_component": True}} and gain["second"] == [0.0, 1.0]
+    np.testing.assert_array_equal(processed(found, steps, regions, 0.001), truth)
+
+
 def test_voxels_without_a_label_do_not_count():
     truth, found = map_of(body_1=BODY).astype(np.int16), map_of(body_1=BODY, spot_1=SPOT)
     truth[SPOT] = -1
