@@ -22,7 +22,7 @@ from medssm.files import disk_error, make_folder
 
 logger = logging.getLogger("medssm")
 
-_SLAB = 2**24  # bytes of one piece of a store
+_SLAB = 2**22  # bytes of one piece of a store
 
 
 class Store:

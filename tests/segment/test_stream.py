@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -84,3 +86,26 @@ def test_other_networks_are_refused_before_a_scan_is_read(tmp_path, capsys):
         assert cli.main(["predict", str(tmp_path / run), str(scan), str(tmp_path / "out.nii.gz"), "--stream", "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert message in error and "leave --stream out" in error and error.count("\n") == 1
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_the_command_grows_with_the_image_alone(tmp_path):
+    weights(tmp_path / "run")
+    for length in (32, 128, 256):
+        write(tmp_path / f"{length}.nii", np.random.default_rng(0).normal(size=(length, 128, 128)).astype(np.float32))
+    code = """
+import pathlib, sys
+from medssm import cli, machine
+folder, peaks = pathlib.Path(sys.argv[1]), []
+for length in (32, 128, 256):
+    machine.free_memory = lambda: 8 * length * 128**2 + 40_000_000
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    words = [folder / "run", folder / f"{length}.nii", folder / "out.nii", "--stream", "--overwrite", "--device", "cpu", "--quiet"]
+    assert cli.main(["predict", *map(str, words)]) == 0
+    peaks.append(1024 * int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
+print(peaks[1], peaks[2])
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    short, long = map(int, done.stdout.split())
+    assert long - short < 30 * 128**3, done.stdout  # of 60 bytes a voxel that the maps have and 20 of the image, the label map and their files
