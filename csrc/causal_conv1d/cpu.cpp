@@ -59,7 +59,7 @@ template <class T> void forward(const Forward& a) {
     Input<T> input;
     Rows<T> rows;
   };
-  const int64_t threads = worthwhile(p.threads, plan.tasks(), plan.elements);
+  const int64_t threads = threads_for(p.threads, plan.tasks(), plan.elements);
   const PerThread<Own> own(threads, [&] { return Own{Input<T>(plan, walk, p), Rows<T>(plan, out)}; });
   parallel(threads, [&](const Team& team) {
     Input<T>& input = own[team.rank].input;
@@ -180,7 +180,7 @@ template <class T> void backward(const Backward& a) {
   pack(p.taps, false, taps.data());
   pack(p.taps, true, mirrored.data());
   const Tokens<T> dout(plan, walk, a.dout, p.x_type, a.dout_stride[0], a.dout_stride[1]), dx = new_output(plan, walk, p, a.dx);
-  const int64_t threads = worthwhile(p.threads, plan.tasks(), plan.elements);
+  const int64_t threads = threads_for(p.threads, plan.tasks(), plan.elements);
   const PerThread<Adjoint<T>> own(threads, [&] { return Adjoint<T>(a, plan, walk, dout, dx, taps.data(), mirrored.data()); });
   parallel(threads, [&](const Team& team) {
     each_task(plan, team, [&](const Task& task) { own[team.rank].run(task, sums.data() + (task.share * plan.vectors + task.first) * plan.packed); });

@@ -122,7 +122,7 @@ void values_pass(const Backward& a, const Walk& walk, const Intermediates<T>& in
     if (tile.begins_sequence()) {
       if (a.dinitial) state.get(a.dinitial, at_state(tile.sequence), p.values, item.lanes);
       state.set(a.dstate, at_state(tile.previous), p.values, 1, item.lanes);
-    } else if (tile.fresh) {
+    } else if (tile.begins_segment) {
       state.clear();
     }
   });
@@ -150,7 +150,7 @@ void queries_pass(const Backward& a, const Walk& walk, const Intermediates<T>& i
     const Tile tile = walk.tile(from, p.length);
     if (tile.begins_sequence())
       begin(tile.sequence);
-    else if (tile.fresh)
+    else if (tile.begins_segment)
       state.clear();
     each_block(tile, true, [&](const Block& block) {
       T e[kBlock];
@@ -213,7 +213,7 @@ void keys_pass(const Backward& a, const Walk& walk, const Intermediates<T>& inte
       });
       if (tile.begins_sequence())
         begin(tile.previous);
-      else if (tile.fresh)
+      else if (tile.begins_segment)
         state.clear();
     });
   }
@@ -249,7 +249,7 @@ template <class T> void add_shares(const Backward& a, const Walk& walk, const In
     const Tile tile = walk.tile(from, p.length);
     if (from == 0 || tile.begins_sequence())
       sum = initial_product<T>(a, item, tile.sequence);
-    else if (tile.fresh)
+    else if (tile.begins_segment)
       sum = T(0);
     else if (a.dg && from % kChunk == 0)
       sum = add(intermediates.inner, intermediates.by_keys, intermediates.chunks, from / kChunk - 1);

@@ -31,7 +31,7 @@ template <class T, int kVectors> void run(const Forward& a, const Walk& walk, co
     if (tile.begins_sequence()) {
       if (a.state) state.get(a.state, at_state(tile.previous), p.values, item.lanes);
       state.set(p.initial, at_state(tile.sequence), p.values, 1, item.lanes);
-    } else if (tile.fresh) {
+    } else if (tile.begins_segment) {
       state.clear();
     }
     each_block(tile, true, [&](const Block& block) {

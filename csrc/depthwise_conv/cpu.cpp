@@ -172,7 +172,7 @@ template <class T, class Body> void each_box(const Plan<T>& plan, int64_t thread
     Scratch<T> ring;
     Scratch<const T*> planes;
   };
-  threads = worthwhile(threads, plan.tasks(), plan.elements);
+  threads = threads_for(threads, plan.tasks(), plan.elements);
   const PerThread<Own> own(threads, [&] { return Own{Scratch<T>(plan.box_vectors * plan.ring), Scratch<const T*>(plan.side[0])}; });
   parallel(threads, [&](const Team& team) {
     const auto& [ring, planes] = own[team.rank];

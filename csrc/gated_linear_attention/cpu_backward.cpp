@@ -120,7 +120,7 @@ template <class T, Decay kDecay> class GradientQ : public Reader<T, Form<kDecay,
   static constexpr int64_t kCarry = most<int64_t>(kLanes<T>, sizeof(double) / sizeof(T));
 
   void begin_tile(const Slot<T>& slot, const Tile& tile) const {
-    const bool segment = tile.from == 0 || tile.fresh, sequence = tile.from == 0 || tile.begins_sequence();
+    const bool segment = tile.from == 0 || tile.begins_segment, sequence = tile.from == 0 || tile.begins_sequence();
     if (!segment && tile.from % kExactSteps) return;
     for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
       if (!segment)

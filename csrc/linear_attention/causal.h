@@ -54,7 +54,7 @@ template <class T> void sum_segment(const Plan<T>& plan, const Problem& p, const
   };
   begin(false, 0);
   each_tile(walk, task.begin, task.end, [&](const Tile& tile) {
-    if (tile.fresh) begin(tile.begins_sequence(), tile.sequence);
+    if (tile.begins_segment) begin(tile.begins_sequence(), tile.sequence);
     load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, tiles);
     load_tiles(p.v, kIdentity, task.n, tile, task.first, task.count, plan.dv, v_tiles);
     for (int64_t i = 0; i < task.count; ++i)

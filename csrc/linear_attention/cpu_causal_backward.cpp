@@ -84,9 +84,9 @@ template <class T> class Adjoint {
           if (!reset) add_final(task, g, tile.previous);
           set_states(g, sums_of(shared_.a.initial_kv, shared_.a.initial_z, task, tile.sequence, g));
         }
-      else if (tile.fresh)
+      else if (tile.begins_segment)
         clear(states_.data(), heads * state_);
-      reset |= tile.fresh;
+      reset |= tile.begins_segment;
       load(task, tile);
       for (int64_t i = 0; i < heads; ++i) query_head(task, tile, i, first + i, reset);
     });
@@ -112,7 +112,7 @@ template <class T> class Adjoint {
                         shared_.a.dkv, shared_.a.dz);
           set_states(g, sums_of(shared_.a.later_kv, shared_.a.later_z, task, tile.sequence, g));
         }
-      else if (tile.fresh)
+      else if (tile.begins_segment)
         clear(states_.data(), heads * state_);
       load(task, tile);
       for (int64_t g = 0; g < task.count; ++g) key_group(task, tile, g);

@@ -54,7 +54,7 @@ template <class T> void forward(const Forward& a) {
                 initial);
             set_states(g, initial);
           }
-        else if (tile.fresh)
+        else if (tile.begins_segment)
           clear(states.data(), heads * plan.sums);
         block.load_keys(task, tile);
         block.load_queries(task, tile);

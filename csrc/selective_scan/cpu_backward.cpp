@@ -172,7 +172,7 @@ template <class T> class Backward {
           const bool writes = !b_.halved_ || (tile.from - from + kTile) / kTile % 2 == slot.from;
           const Prefetch prefetch = lines(slot.channels.block, tile.from, writes);
           const T* start = slot.starts + (tile.from - chunk) / kTile * p_.state * W;
-          if (tile.fresh) slot.channels.begin_segment(p_, tile);
+          if (tile.begins_segment) slot.channels.begin_segment(p_, tile);
           for (int half = slot.from; half < slot.to; ++half) {
             T *y = buffers_.y[half], *along_A = buffers_.along_A[half], *along_B = buffers_.along_B[half];
             if (b_.halved_) {
@@ -188,7 +188,7 @@ template <class T> class Backward {
                               {shared.B.rows + n, shared.B.step},
                               {shared.C.rows + n, shared.C.step},
                               tile.count,
-                              (tile.fresh ? slot.channels.state : start) + n * W,
+                              (tile.begins_segment ? slot.channels.state : start) + n * W,
                               slot.carry + n * W,
                               sums(slot) + n * W,
                               p_.z.data ? y : nullptr,
@@ -203,7 +203,7 @@ template <class T> class Backward {
                              count, in.bounded);
           }
           if (tile.begins_sequence()) write_initial_gradient(slot, tile.sequence);
-          if (tile.fresh) slot.channels.load_state(p_, tile.begins_sequence() ? a_.dstate : nullptr, tile.previous, slot.carry);
+          if (tile.begins_segment) slot.channels.load_state(p_, tile.begins_sequence() ? a_.dstate : nullptr, tile.previous, slot.carry);
           if (!b_.halved_) {
             T* tile_sums = sums(slot) + p_.state * W;
             outputs(slot.channels, tile, in, shared.low, buffers_.y, buffers_.along_A, buffers_.along_B, row + 2 * p_.state, tile_sums, true);
@@ -227,13 +227,13 @@ template <class T> class Backward {
       std::memcpy(channels.state, slot.starts, sizeof(T) * p_.state * W);
       for (int64_t i = 0; i + 1 < tiles; ++i) {
         const Tile &tile = tiles_.data()[i], &next = tiles_.data()[i + 1];
-        if (tile.fresh) channels.begin_segment(p_, tile);
+        if (tile.begins_segment) channels.begin_segment(p_, tile);
         const Shared<T> shared = shared_rows<T>(p_, block, tile, buffers_);
         Inputs<T> in{{}, buffers_.s, buffers_.su, nullptr, true};
         prepare<T>(p_, channels, tile, shared.low, buffers_.u, &in);
         for (int half = slot.from; half < slot.to; ++half)
           if (first(half) < first(half + 1)) advance_half<T>(p_, channels, in, shared.B, shared.C, tile.count, half, buffers_.y[half], nullptr);
-        if (!next.fresh) std::memcpy(slot.starts + (next.from - chunk) / kTile * p_.state * W, channels.state, sizeof(T) * p_.state * W);
+        if (!next.begins_segment) std::memcpy(slot.starts + (next.from - chunk) / kTile * p_.state * W, channels.state, sizeof(T) * p_.state * W);
       }
     }
 

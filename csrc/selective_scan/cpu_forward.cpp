@@ -151,7 +151,7 @@ template <class T> class Forward {
   // checkpoint of states [low, high) if a chunk begins here.
   void begin(const Channels<T>& channels, const Tile& tile, int64_t low, int64_t high) const {
     if (a_.state && tile.begins_sequence()) store_state(channels, tile.previous, low, high);
-    if (tile.fresh) channels.begin_segment(p_, tile);
+    if (tile.begins_segment) channels.begin_segment(p_, tile);
     if (!a_.checkpoints || tile.from % chunk_) return;
     const Block& block = channels.block;
     T* to = static_cast<T*>(a_.checkpoints) + block.batch * a_.checkpoint_batch + tile.from / chunk_ * p_.state * p_.channels + block.channel;

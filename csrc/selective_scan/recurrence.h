@@ -47,7 +47,7 @@ template <class T> struct Channels {
     else
       std::memset(to, 0, sizeof(T) * kLanes<T> * p.state);
   }
-  // The state before the first step of a fresh tile.
+  // The state before the first step of a tile that begins a segment.
   void begin_segment(const Problem& p, const Tile& tile) const { load_state(p, tile.begins_sequence() ? p.initial : nullptr, tile.sequence, state); }
 };
 

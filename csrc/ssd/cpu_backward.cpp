@@ -137,7 +137,7 @@ template <class T> class GradientC : public Reader<T, false, true, true> {
   static constexpr int64_t kCarry = 64 / sizeof(T);  // a cache line, so that states stay aligned
 
   void begin_tile(const Slot<T>& slot, const Tile& tile) const {
-    const bool segment = tile.from == 0 || tile.fresh, sequence = tile.from == 0 || tile.begins_sequence();
+    const bool segment = tile.from == 0 || tile.begins_segment, sequence = tile.from == 0 || tile.begins_sequence();
     if (!segment && tile.from % shared_.every) return;
     for (int64_t block = slot.first_block; block < slot.end_block; ++block) {
       Vec<T> sum{};

@@ -105,10 +105,8 @@ class PatchMerging(Leaf):
             x = nn.functional.pad(x, [p for n in reversed(x.shape[2:]) for p in (0, n % 2)])
         t = tokens(x)
         for axis in range(1, 1 + dims):
-            t = t.narrow(axis, 0, t.shape[axis] // 2 * 2)
-        t = t.reshape(t.shape[0], *(size for n in t.shape[1:-1] for size in (n // 2, 2)), t.shape[-1])
-        coarse, inside = range(1, 1 + 2 * dims, 2), range(2 * dims, 1, -2)
-        t = t.permute(0, *coarse, *inside, 1 + 2 * dims).flatten(1 + dims)
+            t = t.unfold(axis, 2, 2)  # the two voxels of a block last; the last voxel of an odd axis is in none
+        t = t.permute(*range(1 + dims), *range(1 + 2 * dims, 1 + dims, -1), 1 + dims).flatten(1 + dims)
         return image(self.reduction(self.norm(t)))
 
 

@@ -169,7 +169,7 @@ template <class T, class Make> void scan(const MatrixShape& shape, const Walk& w
         const Tile tile = walk.tile(from, cuts.next(from, length));
         for (int64_t i = 0; i < count; ++i) {
           const Slot<T>& slot = slots.data()[i];
-          if (tile.fresh) {
+          if (tile.begins_segment) {
             if (tile.begins_sequence()) store_states(slot, final, tile.previous);
             std::memset(slot.states, 0, sizeof(T) * static_cast<std::size_t>((slot.end_block - slot.first_block) * per_block));
             if (tile.begins_sequence()) load_states(initial, tile.sequence, slot);

@@ -82,13 +82,13 @@ class PhasedTeam : public Team {
     team_barrier(gate_);
     // Another thread may already be in the next phase and fail there. That failure must not count here, because all threads must stop at the same
     // barrier.
-    if (shared_->failed.load() <= phase_++) throw Left();
+    if (shared_->failed.load() <= phase_++) throw Cancelled();
   }
 
   template <class Body> void run(const Body& body) noexcept {
     try {
       body(*this);
-    } catch (const Left&) { return; } catch (...) {
+    } catch (const Cancelled&) { return; } catch (...) {
       shared_->failure.keep();
       for (int64_t first = shared_->failed.load(); phase_ < first && !shared_->failed.compare_exchange_weak(first, phase_);) continue;
     }
@@ -96,7 +96,7 @@ class PhasedTeam : public Team {
   }
 
  private:
-  struct Left {};
+  struct Cancelled {};
   void* gate_;  // the argument of team_barrier
   Shared* shared_;
   int64_t phase_ = 0;

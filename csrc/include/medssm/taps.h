@@ -9,7 +9,9 @@ namespace medssm {
 namespace {
 
 // The number of threads for `elements` outputs in `tasks` tasks. Starting a thread takes as long as computing about ten thousand outputs.
-MEDSSM_INLINE int64_t worthwhile(int64_t threads, int64_t tasks, int64_t elements) { return least(threads, least(tasks, ceil_div(elements, 16384))); }
+MEDSSM_INLINE int64_t threads_for(int64_t threads, int64_t tasks, int64_t elements) {
+  return least(threads, least(tasks, ceil_div(elements, 16384)));
+}
 
 // Weights (d, z, y, x) and a bias (d,) or null, with any strides. For kernels with fewer axes the first sides are 1. All fields are 8 bytes (see
 // abi.h).

@@ -17,7 +17,7 @@ constexpr int64_t kTileSteps = 64;
 // index[first + t * direction].
 struct Tile {
   int64_t from, count;
-  bool fresh;  // a segment begins at step `from`: if a sequence begins with it, the state is its initial state, otherwise zero
+  bool begins_segment;  // a segment begins at step `from`: if a sequence begins with it, the state is its initial state, otherwise zero
   const int64_t* index;
   int64_t first, direction;
   int64_t sequence = 0, previous = 0;  // the sequence of these steps, and the one of the step before them
@@ -46,14 +46,14 @@ class Walk {
   Tile tile(int64_t from, int64_t end) const {
     end = least(least(end, length_), round_up(from + 1, kTileSteps));
     const int64_t next = first_start(from);
-    const bool fresh = from > 0 && next < start_count_ && start(next) == from;
-    if (next + fresh < start_count_) end = least(end, start(next + fresh));
+    const bool begins = from > 0 && next < start_count_ && start(next) == from;
+    if (next + begins < start_count_) end = least(end, start(next + begins));
     Tile tile = steps(from, end);
-    tile.fresh = fresh;
+    tile.begins_segment = begins;
     if (sequences_) {
-      const int64_t segment = reverse_ ? start_count_ - 1 - next - fresh : next + fresh - 1;
+      const int64_t segment = reverse_ ? start_count_ - 1 - next - begins : next + begins - 1;
       tile.sequence = sequence_of(segment);
-      tile.previous = sequence_of(fresh ? segment + (reverse_ ? 1 : -1) : segment);
+      tile.previous = sequence_of(begins ? segment + (reverse_ ? 1 : -1) : segment);
     }
     return tile;
   }
