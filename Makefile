@@ -8,11 +8,13 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 INTEGRATIONS := build/integrations
 RELEASE := build/release
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
-export OMP_PROC_BIND ?= true
 
 CPP := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: demo test test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel clean
+
+# Two threads that are not bound may share a core.
+demo bench: export OMP_PROC_BIND ?= true
 
 demo: $(VENV)/installed
 	$(BIN)/medssm demo structures --out demo-out

@@ -2,12 +2,11 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several processes: bound threads would all share the first core, and more threads than cores wait for each other at every parallel region.
-    os.environ |= {"OMP_PROC_BIND": "false", "OMP_WAIT_POLICY": "passive"}
+# No thread is bound to a core: whatever a bound one starts stays on its core, as all of pytest's workers would on the first.
+os.environ["OMP_PROC_BIND"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # more threads than cores would wait for each other at every parallel region
+    os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
-else:
-    os.environ.setdefault("OMP_PROC_BIND", "true")
 
 import pytest
 import torch

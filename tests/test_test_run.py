@@ -1,9 +1,11 @@
 """How the tests are run: the profiles of hypothesis that are named exist, and putting long tests first loses none."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.conftest import pytest_collection_modifyitems as order
@@ -20,6 +22,14 @@ def test_a_profile_that_is_named_exists(name):
 
 def test_profiles_are_found():
     assert {"brief", "deep", "few"} <= NAMED
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not tell which cores a process may use")
+def test_no_test_is_bound_to_a_core():
+    """A first thread that is bound binds all that it starts, also processes."""
+    torch.ones(2**20).sum()  # starts the threads
+    assert os.environ["OMP_PROC_BIND"] == "false"
+    assert len({frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}) == 1
 
 
 class Item:
