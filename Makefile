@@ -13,11 +13,9 @@ CPP := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.cu' -o -name 
 
 .PHONY: demo test test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel clean
 
-# Two threads that are not bound may share a core.
-demo bench: export OMP_PROC_BIND ?= true
-
+# Its threads are bound: two that are not may share a core.
 demo: $(VENV)/installed
-	$(BIN)/medssm demo structures --out demo-out
+	OMP_PROC_BIND=true $(BIN)/medssm demo structures --out demo-out
 
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
 
