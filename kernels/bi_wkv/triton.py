@@ -166,6 +166,7 @@ def _chunks(ends, length, rows, upstream, device):
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept, also for calls with gradients
 def _even(length, rows, upstream, device):
     """Chunks of one segment."""
     size = -(-length // CHUNKS) if upstream else _steps(length, rows)

@@ -32,6 +32,12 @@ class Walk(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
+def _kept_tables(spec: str, spatial: tuple[int, ...], device: str) -> Walk:
+    """Tables that later calls take, too: made outside of inference mode, whose tensors no call with gradients can save."""
+    with torch.inference_mode(False):
+        return _tables(spec, spatial, device)
+
+
 def _tables(spec: str, spatial: tuple[int, ...], device: str) -> Walk:
     order = orders.parse(spec)
     if order == orders.raster():
@@ -49,7 +55,7 @@ def resolve(
     if index is not None or not spec:
         found = Walk(index, None, reverse)
     else:
-        tables = _tables.__wrapped__ if modes.traced() else _tables
+        tables = _tables if modes.traced() else _kept_tables
         found = tables(spec, tuple(int(n) for n in spatial), str(device))
         found = found._replace(reverse=found.reverse != reverse)
     return found if cu_seqlens is None else packed(found, cu_seqlens, math.prod(spatial))

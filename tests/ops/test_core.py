@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from medssm import ops, orders
+from medssm.ops import walk
 from tests.ops.calls import DEVICE, Call, compare, normal, permutation
 from tests.ops.cases import SEQUENCE, available, example, flattened, tokens
 
@@ -93,6 +94,20 @@ def test_outputs_states_and_gradients_equal_the_float64_reference(op, backend, f
     assert got["output 0"].dtype is first
     ulp = torch.finfo(first).eps
     compare(got, want, *((ulp + 1e-5, 2 * ulp + 1e-4) if first is torch.bfloat16 else (1e-5, 5e-5)))
+
+
+@pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if takes(pair[0], "order") or takes(pair[0], "orders")])
+def test_what_a_call_in_inference_mode_keeps_serves_training(op, backend):
+    """As validation does before a training goes on: Lightning's is in inference mode."""
+    call = example(op)
+    if takes(op, "order"):
+        call = single(flattened(call))
+        image = {name: t[:, :12].unflatten(1, (3, 4)) for name, t in tokens(call).items()}
+        call = call.but(**image).with_options(order=orders.snake())
+    walk._kept_tables.cache_clear()
+    with torch.inference_mode():
+        call.run(backend)
+    assert all(g.isfinite().all() for g in call.results(backend).values())
 
 
 @pytest.mark.parametrize("size", [(9,), (2, 3, 4)])
