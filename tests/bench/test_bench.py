@@ -80,6 +80,7 @@ def test_a_network_on_every_way(tmp_path, capsys):
     assert "ultralight_vmunet: native" in capsys.readouterr().out and "| ultralight_vmunet |" in (tmp_path / "networks.md").read_text()
 
 
+@pytest.mark.thorough
 def test_a_mixer_measured_into_the_docs(tmp_path, capsys):
     before = f"text\n{page.BEGIN}\nold\n{page.END}\nmore\n"
     (tmp_path / "mixers.md").write_text(before)

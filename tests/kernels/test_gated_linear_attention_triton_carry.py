@@ -91,7 +91,10 @@ def test_decays_that_forget_everything(strongest, cut, monkeypatch):
 
 @pytest.mark.parametrize(
     "op, options",
-    [("ssd", {"reverse": True}), ("gated_linear_attention", {}), pytest.param("linear_attention", {"causal": True}, marks=pytest.mark.thorough)],
+    [
+        ("ssd", {"reverse": True}),
+        *(pytest.param(*of, marks=pytest.mark.thorough) for of in (("gated_linear_attention", {}), ("linear_attention", {"causal": True}))),
+    ],
 )
 def test_ops_whose_carry_is_cut_equal_the_reference(op, options, cut, monkeypatch):
     """With every option, the initial and final states' gradients too."""
