@@ -62,6 +62,16 @@ def protect(
         raise UserError(f"{argument}: {path} is there already, and this command did not write it: name another one, or pass --overwrite")
 
 
+def begins_with(path: Path, text: str) -> bool:
+    """Whether a file can be read and begins with a text, such as the heading that one of the commands writes."""
+    try:
+        with open(path, "rb") as file:
+            wanted = text.encode()
+            return file.read(len(wanted)) == wanted
+    except OSError:
+        return False
+
+
 def write_bytes(path: Path | str, data: bytes) -> None:
     """`data` as the whole of the file `path`. Raises UserError when it cannot be written; an old file then stays as it was."""
     with atomic(path) as temporary:

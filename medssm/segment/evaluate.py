@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from medssm.errors import UserError
-from medssm.files import first_line, protect, read_json, write_bytes, write_json
+from medssm.files import begins_with, first_line, protect, read_json, write_bytes, write_json
 from medssm.options import Option
 from medssm.segment.cases import Case, one_of_each_name
 from medssm.segment.data import load_classes
@@ -232,11 +232,7 @@ def _is_result(file: Path) -> bool:
 
 def _is_table(file: Path) -> bool:
     """Whether a file is this command's table."""
-    try:
-        with open(file, encoding="utf-8") as lines:
-            return lines.readline() == ",".join(_COLUMNS) + "\n"
-    except (OSError, UnicodeDecodeError):
-        return False
+    return begins_with(file, ",".join(_COLUMNS) + "\n")
 
 
 def _named_like(prediction: Path, folder: Path) -> Path:

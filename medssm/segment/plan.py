@@ -19,7 +19,7 @@ import torch
 
 from medssm import machine
 from medssm.errors import UserError
-from medssm.files import protect, read_json, write_text
+from medssm.files import begins_with, protect, read_json, write_text
 from medssm.models import list_models
 from medssm.models.facts import Plan
 from medssm.models.plans import inherited, options_from_plan, read_plan
@@ -350,8 +350,4 @@ def _gigabytes(size: float) -> str:
 
 
 def _is_plan(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(_MADE)) == _MADE.encode()
-    except OSError:
-        return False
+    return begins_with(path, _MADE)

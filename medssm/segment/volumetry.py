@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from medssm.files import write_text
+from medssm.files import begins_with, write_text
 from medssm.segment.images import Image
 
 VOLUMES = "volumes.csv"
@@ -51,8 +51,4 @@ def write_volumes(path: Path, cases: Mapping[str, Volumes]) -> None:
 
 def is_volumes(path: Path) -> bool:
     """Whether a file is such a table."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            return lines.readline() == ",".join(_COLUMNS) + "\n"
-    except (OSError, UnicodeDecodeError):
-        return False
+    return begins_with(path, ",".join(_COLUMNS) + "\n")

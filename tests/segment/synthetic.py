@@ -29,6 +29,10 @@ def write(path: Path, data: np.ndarray, affine=None) -> Path:
     return path
 
 
+# A small training by words of the command line.
+WORDS = ["--model", "monai.networks.nets.UNet", "--model-kwargs", json.dumps(UNET), "--patch", "16", "16", "16", "--device", "cpu"]
+
+
 def nnunet_folder(root: Path, cases: int = 4, shape=(40, 36, 32), affine=None, channels=("MR",), labels=None, edit=None) -> Path:
     """nnU-Net's layout with `cases` cases; `edit(seed, image, label)` may change each before it is written."""
     for seed in range(cases):

@@ -1,6 +1,5 @@
 """Which weights are kept: the last ones, those of the best validation, or their moving average."""
 
-import json
 import shutil
 
 import numpy as np
@@ -16,7 +15,7 @@ from medssm.segment.averaging import WeightAverage
 from medssm.segment.images import read_label
 from medssm.segment.predict import predict
 from medssm.segment.train import train
-from tests.segment.synthetic import UNET, nnunet_folder
+from tests.segment.synthetic import UNET, WORDS, nnunet_folder
 from tests.segment.test_train import FAST, Stop
 
 NORMED = {**FAST, "model_kwargs": {**UNET, "norm": "batch"}, "lr": 0.05}
@@ -64,20 +63,7 @@ def seen(monkeypatch):
 
 
 def test_what_is_kept_is_the_average(small, tmp_path, seen, capsys):
-    words = [
-        "--model",
-        "monai.networks.nets.UNet",
-        "--model-kwargs",
-        json.dumps(UNET),
-        "--patch",
-        "16",
-        "16",
-        "16",
-        "--device",
-        "cpu",
-        "--lr",
-        "0.05",
-    ]
+    words = [*WORDS, "--lr", "0.05"]
     assert cli.main(["train", str(small), str(tmp_path / "a"), *words, "--max-steps", "5", "--ema", "0.2"]) == 0
     assert "moving average, with the decay 0.2" in capsys.readouterr().err
     kept = load_file(tmp_path / "a" / networks.WEIGHTS)

@@ -1,7 +1,6 @@
 """Schemes by name, by modality and by what the values look like; padding that must not count."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from medssm import cli
 from medssm.errors import UserError
 from medssm.segment.intensity import looks_like_ct, padding_below, scaling, scaling_of_parts, scheme_of, schemes
 from medssm.segment.preprocess import Fitted
-from tests.segment.synthetic import UNET, nnunet_folder, write
+from tests.segment.synthetic import WORDS, nnunet_folder, write
 from tests.segment.test_train_input import read
 
 SHAPE = (20, 18, 16)
@@ -73,20 +72,7 @@ def test_ct_under_an_unknown_name_is_asked_about(tmp_path):
 
 def test_the_command_takes_modalities(tmp_path):
     folder = nnunet_folder(tmp_path / "data", cases=2, shape=SHAPE, channels=("scan",), edit=ct)
-    words = [
-        "--model",
-        "monai.networks.nets.UNet",
-        "--model-kwargs",
-        json.dumps(UNET),
-        "--patch",
-        "16",
-        "16",
-        "16",
-        "--max-steps",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    words = [*WORDS, "--max-steps", "1"]
     assert cli.main(["train", str(folder), str(tmp_path / "run"), *words, "--modality", "ct", "--quiet"]) == 0
     assert Fitted.load(tmp_path / "run" / "fitted.json").intensity[0]["scheme"] == "ct"
 
