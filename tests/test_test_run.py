@@ -40,6 +40,11 @@ class Item:
         return self.long if marker == "long" else None
 
 
+def test_the_order_is_made_when_tests_that_marks_leave_out_are_gone():
+    """Otherwise they count in each worker's part, and its long tests come late."""
+    assert order.pytest_impl["trylast"]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 @pytest.mark.parametrize(("long", "short"), [(0, 0), (0, 7), (1, 39), (5, 100), (9, 2), (4, 0)])
 def test_each_worker_begins_with_long_tests_and_no_test_is_lost(monkeypatch, workers, long, short):
