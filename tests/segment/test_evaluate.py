@@ -129,6 +129,8 @@ def test_ignored_voxels_count_for_nothing(tmp_path):
     assert evaluate(*folders, classes={"bg": 0, "ball": 1}, ignore=9, quiet=True)["mean"]["dice"]["mean"] == 1.0
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "ball": 1, "ignore": 9}}))
     assert evaluate(*folders, classes=tmp_path, quiet=True)["cases"]["a"]["ball"]["dice"] == 1.0
+    with pytest.raises(UserError, match=r"r/a\.nii\.gz: label value\(s\) 9 outside the classes \[0, 1\]"):  # the option comes before the file
+        evaluate(*folders, classes=tmp_path, ignore=8, quiet=True)
 
 
 def test_no_interval_below_five_patients():
@@ -231,7 +233,13 @@ def test_what_cannot_be_compared_is_a_failed_case(tmp_path, data, affine, messag
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"nsd_mm": -1}, "nsd_mm: expected 0 or more"), ({"patient": "("}, "is no regular expression"), ({"patient": "x+"}, "is not in the name a")],
+    [
+        ({"nsd_mm": -1}, "nsd_mm: expected 0 or more"),
+        ({"nsd_mm": float("nan")}, "nsd_mm: expected 0 or more"),
+        ({"patient": "("}, "is no regular expression"),
+        ({"patient": "x+"}, "is not in the name a"),
+        ({"patient": ""}, "is not in the name a"),
+    ],
 )
 def test_bad_arguments_are_one_line(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
