@@ -14,6 +14,7 @@ from medssm.models.registry import register_model
 from medssm.nn import Decoder, Encoder, UNet
 from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up, check_dims, half
 from medssm.nn.mixers import MIXERS, make_mixer
+from medssm.orders import Order, parse
 
 _SCANS_FROM = 2  # the first stage whose blocks mix
 
@@ -62,6 +63,7 @@ def medssm_unet(
     scans_from: int | None = None,
     expand: float | None = None,
     d_state: int | None = None,
+    orders: Sequence[str | Order] | None = None,
     deep_supervision: bool = False,
     input_size: str = "any",
 ) -> UNet:
@@ -76,6 +78,7 @@ def medssm_unet(
         kernels: of the convolutions, one odd number, or per stage an int or one per axis (1 along an axis of coarse spacing).
         scans_from: the first stage whose blocks have mixers, in the encoder; the stages above are convolutional, as is the decoder.
         expand, d_state: inner channels over outer, and the state, of mixers that have them (medssm.nn.mixers).
+        orders: of mixers that scan, also as text ("hilbert()", "raster(axes=(1, 0), reverse=True)"); default every axis, both ways.
         deep_supervision: a list of logits, the highest resolution first.
         input_size: "any" pads and crops inside, "strict" raises where strides do not divide the input.
 
@@ -95,12 +98,13 @@ def medssm_unet(
     if not all(length % 2 for one in sizes for length in one):
         raise ValueError(f"kernels: expected odd numbers, got {kernels}")
     first_scans = _SCANS_FROM if scans_from is None else scans_from
+    walks = None if orders is None else [parse(order) if isinstance(order, str) else order for order in orders]
     if expand is None and "expand" in MIXERS[mixer].options:
         expand = chosen.expand
 
     def stage(s: int, count: int, scans: bool) -> list[nn.Module]:
         if scans:
-            make = partial(make_mixer, mixer, widths[s], spatial_dims, expand=expand, d_state=d_state)
+            make = partial(make_mixer, mixer, widths[s], spatial_dims, expand=expand, d_state=d_state, orders=walks)
             return [MixerBlock(widths[s], spatial_dims, make(), sizes[s]) for _ in range(count)]
         if s <= 1:
             return [DenseBlock(widths[s], widths[s], spatial_dims, sizes[s]) for _ in range(count)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,11 +16,11 @@ from medssm.nn.ssnd import SSND
 
 
 class Kind(NamedTuple):
-    """make(channels, spatial_dims, **options). options: those of a network that it takes, `expand` (its inner channels over its outer ones) and
-    `d_state`, with what it takes for itself where none is given."""
+    """make(channels, spatial_dims, **options). options: those of a network that it takes, `expand` (its inner channels over its outer ones),
+    `d_state`, and `orders` of its scans, with what it takes for itself where none is given."""
 
     make: Callable[..., nn.Module]
-    options: dict[str, float]
+    options: dict[str, Any]
 
 
 def heads(channels: int, width: int) -> int:
@@ -30,19 +30,29 @@ def heads(channels: int, width: int) -> int:
 
 
 MIXERS: dict[str, Kind] = {
-    "ss_nd": Kind(lambda c, dims, expand, d_state: SSND(c, int(d_state), expand=expand, spatial_dims=dims), {"expand": 2, "d_state": 8}),
+    "ss_nd": Kind(
+        lambda c, dims, expand, d_state, orders: SSND(c, int(d_state), expand=expand, spatial_dims=dims, orders=orders),
+        {"expand": 2, "d_state": 8, "orders": None},
+    ),
     "linear_attention": Kind(lambda c, dims: MLLA(c, heads(c, 16), dims), {}),
     "gla": Kind(
-        lambda c, dims, expand: GatedLinearAttention(c, heads(c, 32), expand_k=expand / 2, expand_v=expand, spatial_dims=dims), {"expand": 1}
+        lambda c, dims, expand, orders: GatedLinearAttention(c, heads(c, 32), expand_k=expand / 2, expand_v=expand, spatial_dims=dims, orders=orders),
+        {"expand": 1, "orders": None},
     ),
-    "delta": Kind(lambda c, dims, expand: DeltaNet(c, heads(c, 32), expand_k=expand, expand_v=expand, spatial_dims=dims), {"expand": 1}),
-    "mamba2": Kind(lambda c, dims, expand, d_state: Mamba2(c, int(d_state), expand=expand, spatial_dims=dims), {"expand": 2, "d_state": 64}),
+    "delta": Kind(
+        lambda c, dims, expand, orders: DeltaNet(c, heads(c, 32), expand_k=expand, expand_v=expand, spatial_dims=dims, orders=orders),
+        {"expand": 1, "orders": None},
+    ),
+    "mamba2": Kind(
+        lambda c, dims, expand, d_state, orders: Mamba2(c, int(d_state), expand=expand, spatial_dims=dims, orders=orders),
+        {"expand": 2, "d_state": 64, "orders": None},
+    ),
     "rwkv": Kind(lambda c, dims: SpatialMix(c), {}),
 }
 
 
-def make_mixer(name: str, channels: int, spatial_dims: int, **options: float | None) -> nn.Module:
-    """The mixer of MIXERS with this name. Of the options expand and d_state, None is the mixer's own; ValueError for one that it has not."""
+def make_mixer(name: str, channels: int, spatial_dims: int, **options: Any) -> nn.Module:
+    """The mixer of MIXERS with this name. Of the options expand, d_state and orders, None is the mixer's own; ValueError for one that it has not."""
     if name not in MIXERS:
         raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {name!r}")
     kind = MIXERS[name]

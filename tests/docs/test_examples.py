@@ -4,6 +4,7 @@ import json
 import runpy
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ pytest.importorskip("monai")
 from medssm.segment.data import load_dataset, split
 from medssm.segment.images import open_image
 from medssm.segment.train import train
+from tests.segment.brain import install
 from tests.segment.synthetic import UNET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,3 +75,22 @@ def check_splits(out: Path, patients: int):
         held_out += validation
     assert len(held_out) == len(set(held_out)) == patients
     return table
+
+
+def test_the_mirrored_brain_has_its_sides_exchanged(tmp_path, monkeypatch):
+    install(monkeypatch, tmp_path)
+    classes = runpy.run_path(str(ROOT / "docs/examples/sides.py"))["write"](tmp_path / "sides", "synthetic")
+    assert classes == {"background": 0, "left ball": 1, "right ball": 2, "left box": 3, "right box": 4}
+    table = load_dataset(tmp_path / "sides")
+    assert table.classes == classes and [case.name for case in table.cases] == ["brain"]
+    images, labels = ({name: nib.load(tmp_path / "sides" / f"{kind}{name}.nii.gz") for name in names} for kind, names in FILES)
+    for label in labels.values():
+        values = np.asanyarray(label.dataobj)
+        x = {value: nib.affines.apply_affine(label.affine, np.argwhere(values == value)).mean(0)[0] for value in classes.values() if value}
+        assert x[1] < -10 and x[2] > 10 and x[3] < -10 and x[4] > 10  # left is left in both
+    for files in (images, labels):
+        brain, mirrored = (np.asanyarray(file.dataobj) for file in files.values())
+        assert np.array_equal(np.flip(brain, 0) > 0, mirrored > 0) and not np.array_equal(brain, mirrored)
+
+
+FILES = (("images", ("Tr/brain_0000", "Ts/mirrored_0000")), ("labels", ("Tr/brain", "Ts/mirrored")))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import medssm
-from medssm import models
+from medssm import models, orders
 from medssm.integrations.nnunet.networks import output_resolutions
 from medssm.models.monai import NETWORKS
 from medssm.nn.mixers import MIXERS
@@ -330,7 +330,25 @@ def test_every_mixer_in_medssm_unet(mixer, dims):
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
 
 
+def test_orders_of_medssm_unet_are_walked_by_its_mixers():
+    options = {"features": (4, 6, 16), "depths": (0, 1, 1), "decoder_depths": (1, 0)}
+    torch.manual_seed(0)
+    text = build("medssm_unet", 2, orders=["hilbert()", "raster(axes=(1, 0), reverse=True)"], **options).eval()
+    torch.manual_seed(0)
+    same = build("medssm_unet", 2, orders=[orders.hilbert(), orders.raster((1, 0), reverse=True)], **options).eval()
+    x = torch.randn(1, 2, 16, 16)
+    assert torch.equal(text(x), same(x))
+    walked = [part.orders for part in text.modules() if isinstance(part, medssm.nn.SSND)]
+    assert walked == [[orders.hilbert(), orders.raster((1, 0), reverse=True)]]
+    for mixer in ("gla", "delta", "mamba2"):
+        assert build("medssm_unet", 2, mixer=mixer, orders=["snake()"], **options)(x).shape == text(x).shape
+
+
 def test_options_that_a_mixer_has_not_are_named():
+    with pytest.raises(ValueError, match="orders: expected None, which mixer='rwkv' has not, got"):
+        build("medssm_unet", 2, mixer="rwkv", orders=["raster()"])
+    with pytest.raises(ValueError, match=r"spec: expected one of raster, .*, got 'spiral'"):
+        build("medssm_unet", 2, orders=["spiral"])
     with pytest.raises(ValueError, match=r"mixer: expected one of ss_nd, linear_attention, gla, .*, got 'mamba'"):
         build("medssm_unet", 2, mixer="mamba")
     with pytest.raises(ValueError, match="expand: expected None, which mixer='linear_attention' has not, got 2"):
