@@ -3,16 +3,15 @@
     python docs/examples/context.py results --networks ss_nd conv --seeds 0 1
     python docs/examples/context_results.py results --plot context.png
 
-Each picture is noise with one bright disc, the structure, and small squares. A marker is a square with stripes along one axis or another; that alone
-decides whether the disc is of class 1 or 2. Its centre lies at a given distance from the disc's.
+Each picture is noise with one bright disc, the structure, and small squares. A marker is a square that is bright or dark; that alone decides whether
+the disc is of class 1 or 2. Its centre lies at a given distance from the disc's.
 
-- task "kind": one marker, in a random direction. Its stripes give the class.
-- task "side": a marker of either kind on each side of the disc along the last axis. The stripes of the first one give the class: what a picture holds
-  says nothing, only where it is.
+- task "kind": one marker, in a random direction. Whether it is bright or dark gives the class.
+- task "side": a bright marker on one side of the disc and a dark one on the other, along the last axis. The class is that of the first one: what a
+  picture holds says nothing, only where it is.
 
-Chequered squares at random places mean nothing. All squares have the same mean and mean square. No voxel outside the markers depends on the class: a
-network that does not see them names half of the discs rightly. Dice of a class is 2 |found and true| / (|found| + |true|) over all test pictures; the
-mean of both classes is then 0.5 at most.
+Chequered squares at random places mean nothing. No voxel outside the markers depends on the class: a network that does not see them names half of the
+discs rightly. Dice of a class is 2 |found and true| / (|found| + |true|) over all test pictures; the mean of both classes is then 0.5 at most.
 
 A network is trained on pictures of all distances, each seen once, and tested on the same pictures as every other. A run is one JSON file. One that is
 there is left as it is, and one that was stopped goes on from its last save.
@@ -69,8 +68,8 @@ def draw(task: str, distance: float, kind: int, random: np.random.Generator, dim
     picture = random.normal(0, NOISE, shape).astype(np.float32)
     inside = sum((c - at) ** 2 for c, at in zip(np.indices(shape), disc, strict=True)) <= RADIUS**2
     picture[inside] += 1.5
-    for at, stripes in zip(markers, (kind, 3 - kind), strict=False):
-        picture[_box(at)] += square(stripes, dims)
+    for at, one in zip(markers, (kind, 3 - kind), strict=False):
+        picture[_box(at)] += square(one, dims)
     taken = [disc, *markers]
     while len(taken) < 1 + len(markers) + DISTRACTORS:
         at = random.integers(EDGE, np.array(shape) - EDGE)
@@ -81,10 +80,9 @@ def draw(task: str, distance: float, kind: int, random: np.random.Generator, dim
 
 
 def square(kind: int, dims: int) -> np.ndarray:
-    """A square or a cube: stripes that alternate along the first axis (1) or the second (2), or chequered (0)."""
-    at = np.indices((SQUARE,) * dims)
-    pattern = 1.0 - 2 * ((at[kind - 1] if kind else at.sum(0)) % 2)
-    return ((pattern - pattern.mean()) / pattern.std()).astype(np.float32)
+    """A square or a cube: bright (1), dark (2) or chequered (0)."""
+    chequered = 1 - 2 * (np.indices((SQUARE,) * dims).sum(0) % 2)
+    return {0: chequered, 1: np.abs(chequered), 2: -np.abs(chequered)}[kind].astype(np.float32)
 
 
 def _places(task: str, distance: float, random: np.random.Generator, shape: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
