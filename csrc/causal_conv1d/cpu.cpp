@@ -136,7 +136,7 @@ template <class T> class Adjoint {
       window_.data()[i] = at >= readers.begin && at < readers.end ? g_.data() + (at - readers.begin) * plan_.row : zeros_.data();
     }
     const int64_t channels = plan_.width(task), first_kept = segment.end - plan_.past;
-    const bool kept = segment.ends_sequence && readers.end == segment.end && step + steps > first_kept;
+    const bool kept = dstate_.data && segment.ends_sequence && readers.end == segment.end && step + steps > first_kept;
     const auto convolve_into = [&](T* const* rows, bool stream) {
       tile_.convolve(window_.data(), mirrored_ + task.first * plan_.packed, plan_.past + 1, channels, false, steps, rows, stream);
     };

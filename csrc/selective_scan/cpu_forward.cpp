@@ -74,7 +74,7 @@ template <class T> class Forward {
       channels[i].load_state(p_, p_.initial, walk_.first_sequence(), channels[i].state);
     }
     for (int64_t from = 0; from < p_.length;) {
-      const Tile tile = walk_.tile(from, p_.length), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
+      const Tile tile = tile_at(from, p_.length), next = ahead(tile);
       Shared<T> rows{};
       for (int64_t i = 0; i < count; ++i) {
         Channels<T>& mine = channels[i];
@@ -116,7 +116,7 @@ template <class T> class Forward {
           Channels<T>& one = channels.data()[slot];
           int64_t number = 0;
           for (int64_t from = begin_at; from < end; ++number) {
-            const Tile tile = walk_.tile(from, end), next = walk_.steps(from + tile.count, least(p_.length, from + tile.count + kTile));
+            const Tile tile = tile_at(from, end), next = ahead(tile);
             const Prefetch prefetch = lines(one.block, next, from + tile.count < end ? number % 2 != half : half == 0);
             const Shared<T> rows = shared_rows<T>(p_, one.block, tile, buffers);
             begin(one, tile, half ? first_half(p_.state) : 0, half ? p_.state : first_half(p_.state));
@@ -131,7 +131,7 @@ template <class T> class Forward {
           const Channels<T>& one = channels.data()[slot];
           int64_t number = 0;
           for (int64_t from = begin_at; from < end; ++number) {
-            const Tile tile = walk_.tile(from, end);
+            const Tile tile = tile_at(from, end);
             if (number % 2 == slot % 2) {
               const T *first = round_sums + (slot / 2 * 2 * kRound + from - begin_at) * W, *second = first + kRound * W;
               for (int64_t t = 0; t < tile.count; ++t) store(buffers.y[0] + t * W, load<T>(first + t * W) + load<T>(second + t * W));
@@ -145,6 +145,14 @@ template <class T> class Forward {
         for (int64_t slot = mine.begin; slot < mine.end; ++slot)
           store_state(channels.data()[slot], walk_.last_sequence(), slot % 2 ? first_half(p_.state) : 0, slot % 2 ? p_.state : first_half(p_.state));
     });
+  }
+
+  // The tile that begins at `from`. Checkpoints are stored between tiles.
+  Tile tile_at(int64_t from, int64_t end) const { return walk_.longest_tile(from, a_.checkpoints ? least(end, round_up(from + 1, chunk_)) : end); }
+  // As many steps as the tile has, kTile steps later. If all tiles request these steps, a tile after a short one has been requested as a whole too.
+  Tile ahead(const Tile& tile) const {
+    const int64_t from = least(p_.length, tile.from + kTile);
+    return walk_.steps(from, least(p_.length, from + tile.count));
   }
 
   // Prepares the state for a tile: if a segment begins here, sets it, and stores the final states [low, high) if a sequence has ended; stores a

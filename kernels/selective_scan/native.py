@@ -39,8 +39,9 @@ def forward_usual(
     delta_bias: torch.Tensor | None,  # (d,)
     softplus: bool,
     reverse: bool,
+    segments: tuple[torch.Tensor, torch.Tensor, int] | None = None,  # of packed sequences: (starts, their sequences, how many), int64
 ) -> torch.Tensor | None:
-    """`forward` of a plain sequence on the CPU in float32, its shapes checked here; None where anything is not as usual.
+    """`forward` of plain or packed sequences on the CPU in float32, shapes checked here; None where anything is not as usual.
 
     Of a call that takes microseconds, finding out what the tensors are is the larger part: so this looks at each of them once.
     """
@@ -53,7 +54,10 @@ def forward_usual(
         return None
     if not (isinstance(u, _Float) and isinstance(delta, _Float) and isinstance(A, _Float) and isinstance(B, _Float) and isinstance(C, _Float)):
         return None
-    at_D = at_bias = at_z = z_batch = z_token = z_channel = 0
+    at_D = at_bias = at_z = z_batch = z_token = z_channel = at_starts = at_sequences = start_count = 0
+    if segments is not None:
+        starts, of_segments, start_count = segments
+        at_starts, at_sequences = starts.data_ptr(), of_segments.data_ptr()
     if D is not None:
         if D.shape != (channels,) or not isinstance(D, _Float) or not D.is_contiguous():
             return None
@@ -109,9 +113,9 @@ def forward_usual(
             0,
             0,
             0,
-            0,
-            0,
-            0,
+            at_starts,
+            at_sequences,
+            start_count,
             reverse,
             batch,
             length,

@@ -79,7 +79,7 @@ def _rows(length: int, sequences: int) -> dict[str, Row]:
         for grad in (False, True):
             what = "forward and backward" if grad else "forward"
             text = f"{sequences} packed sequences of {length:,} tokens together: {title}, {what}"
-            rows[f"packed-{name}" + "-train" * grad] = Row(text, partial(_sides, op, make, length, sequences, grad), limit=1.0)
+            rows[f"packed-{name}" + "-train" * grad] = Row(text, partial(_sides, op, make, length, sequences, grad), limit=1.0, kept=True)
     return rows
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from medssm import dispatch
 from medssm.kernels import native as library
 from medssm.kernels.selective_scan import native, plan, reference
-from medssm.ops import modes
+from medssm.ops import modes, walk
 from medssm.ops.op import Draw, Op
 from medssm.ops.shapes import Rules
 from medssm.ops.walk import AnyOrder
@@ -99,12 +99,16 @@ def selective_scan(
     Source: Gu and Dao, Mamba, arXiv 2312.00752.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, delta_proj, initial_state)
-    plain = order is None and initial_state is None and delta_proj is None and cu_seqlens is None and not return_final_state and layout == "bld"
+    plain = order is None and initial_state is None and delta_proj is None and not return_final_state and layout == "bld"
     given = u is not None and delta is not None and A is not None and B is not None and C is not None
     if plain and given and dispatch.free(backend, "native") and not library.reason() and modes.direct(tensors):
-        out = native.forward_usual(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-        if out is not None:
-            return out
+        segments = None
+        if cu_seqlens is not None and u.dim() == 3 and u.shape[0] == 1:
+            segments = walk.packed_on_cpu(cu_seqlens, u.shape[1])
+        if cu_seqlens is None or segments is not None:
+            out = native.forward_usual(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, segments)
+            if out is not None:
+                return out
     options = {"delta_softplus": delta_softplus}
     return _op(
         *tensors,

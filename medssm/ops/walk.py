@@ -63,11 +63,35 @@ def resolve(
 
 def packed(path: Walk, cu_seqlens: torch.Tensor, length: int) -> Walk:
     """The walk of packed sequences: state and taps begin anew where a sequence does, too."""
-    bounds = cu_seqlens.to(torch.int64)
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    if path.starts is None and not modes.traced():
+        values = bounds.tolist()
+        if len(set(values)) == len(values):  # no empty sequences: each is one segment
+            return path._replace(starts=bounds[:-1], sequences=Sequences(len(values) - 1, _numbers(len(values) - 1, bounds.device)))
     filled = (bounds[1:] > bounds[:-1]).nonzero().flatten()
     begins = bounds[filled]
     starts = begins if path.starts is None or not length else torch.cat([path.starts, begins]).unique()
     return path._replace(starts=starts, sequences=Sequences(len(bounds) - 1, filled[torch.searchsorted(begins, starts, right=True) - 1]))
+
+
+def packed_on_cpu(cu_seqlens: object, length: int) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """(starts, their sequences, how many) for the CPU kernel, which may read less than all of them; None where `packed` has more to do.
+
+    After a call that went through memory every first use of something costs: so this uses little.
+    """
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype is not torch.int64 or cu_seqlens.dim() != 1 or not cu_seqlens.is_cpu:
+        return None
+    values = cu_seqlens.tolist()
+    sequences = len(values) - 1
+    if sequences < 1 or values[0] != 0 or values[-1] != length or sorted(set(values)) != values or not cu_seqlens.is_contiguous():
+        return None
+    return cu_seqlens, _numbers(sequences, cu_seqlens.device), sequences
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(count: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # later calls take them, too
+        return torch.arange(count, device=device)
 
 
 def count(cu_seqlens: object) -> int | None:
@@ -88,9 +112,9 @@ def check_bounds(cu_seqlens: torch.Tensor, length: int, device: torch.device) ->
         raise ValueError(f"cu_seqlens: expected device {device}, where the tokens are, got {cu_seqlens.device}")
     if torch.compiler.is_compiling() or cu_seqlens.is_meta:  # its values are not known then
         return
-    rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
-    if not rises:  # the one look at its values: on a GPU each look waits
-        first, *_, last = bounds = cu_seqlens.tolist()
+    bounds = cu_seqlens.tolist()  # the one look at its values: on a GPU each look waits
+    if bounds[0] != 0 or bounds[-1] != length or sorted(bounds) != bounds:
+        first, *_, last = bounds
         got = str(bounds) if len(bounds) <= 9 else f"{first} … {last}{', which falls on its way' if sorted(bounds) != bounds else ''}"
         raise ValueError(f"cu_seqlens: expected to rise from 0 to {length}, the number of tokens, got {got}")
 

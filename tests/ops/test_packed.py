@@ -42,6 +42,29 @@ def test_many_short_sequences(op, backend):
 
 
 @every
+@pytest.mark.parametrize("empty", [False, True])
+def test_bounds_of_any_type_and_stride(op, backend, empty):
+    bounds = torch.tensor([0, 64, 64 if empty else 65, 200], device=DEVICE)
+    call = single(op, 200, 3)
+    want = call.run(backend, cu_seqlens=bounds)
+    apart_in_memory = bounds.repeat_interleave(2)[::2]
+    for same in (bounds.int(), apart_in_memory, apart_in_memory.int()):
+        for got, value in zip(flat(call.run(backend, cu_seqlens=same)), flat(want), strict=True):
+            torch.testing.assert_close(got, value, atol=0, rtol=0)
+
+
+def test_the_shortest_way_of_the_scan_takes_packed_sequences(monkeypatch):
+    """A plain call on the CPU goes straight to the kernel, with the very bits of the long way."""
+    u, delta, z = (torch.randn(1, 200, 24) for _ in range(3))
+    B, C = (torch.randn(1, 200, 16) for _ in range(2))
+    A, bounds = -torch.rand(24, 16), torch.tensor([0, 64, 65, 200])
+    want = ops.selective_scan(u, delta, A, B, C, z=z, delta_softplus=True, cu_seqlens=bounds.int(), backend="native")
+    monkeypatch.setattr(DECLARED["selective_scan"], "_outputs", lambda *_: pytest.fail("it took the long way"))
+    got = ops.selective_scan(u, delta, A, B, C, z=z, delta_softplus=True, cu_seqlens=bounds, backend="native")
+    torch.testing.assert_close(got, want, atol=0, rtol=0)
+
+
+@every
 def test_an_order_that_begins_anew_does_so_within_each_sequence(op, backend):
     """Two stacked images of two windows each: four segments. States are those of a sequence, not of a segment."""
     call = single(op, 16, sequences=2)

@@ -43,8 +43,11 @@ class Walk {
   int64_t last_sequence() const { return sequences_ ? sequences_[reverse_ ? 0 : start_count_ - 1] : 0; }
 
   // The tile that begins at `from`. It ends at `end`, the next multiple of kTileSteps or the next segment start, whichever comes first.
-  Tile tile(int64_t from, int64_t end) const {
-    end = least(least(end, length_), round_up(from + 1, kTileSteps));
+  Tile tile(int64_t from, int64_t end) const { return longest_tile(from, least(end, round_up(from + 1, kTileSteps))); }
+
+  // The same, but multiples of kTileSteps do not end it: for callers that keep nothing per multiple.
+  Tile longest_tile(int64_t from, int64_t end) const {
+    end = least(least(end, length_), from + kTileSteps);
     const int64_t next = first_start(from);
     const bool begins = from > 0 && next < start_count_ && start(next) == from;
     if (next + begins < start_count_) end = least(end, start(next + begins));
