@@ -11,6 +11,7 @@ from pydicom.uid import EnhancedCTImageStorage, RLELossless, generate_uid
 from medssm.errors import UserError
 from medssm.segment.cases import cases_in
 from medssm.segment.images import dicom_seg, is_made_here, open_image, read_image, read_label, write_image
+from medssm.segment.images.dicom import is_dicom
 from medssm.segment.inputs import cases_of
 from tests.segment.dicom import ACROSS, DOWN, FIRST, NORMAL, PIXEL, STEP, series, slice_of, study
 from tests.segment.synthetic import write
@@ -73,6 +74,11 @@ def test_scanners_files_are_read_as_itk_reads_them(name):
     (found, file), other = read_image([path]), sitk.ReadImage(path)
     np.testing.assert_array_equal(found[0].T, sitk.GetArrayFromImage(other))
     same_places(file, other)
+
+
+def test_slices_may_be_as_close_as_a_microscope_has_them(tmp_path):
+    folder = series(tmp_path / "ct", DATA, lambda i: {"index": i / 100, "PixelSpacing": [0.02, 0.02]})
+    np.testing.assert_allclose(open_image(folder).spacing, [0.02, 0.02, 0.02])
 
 
 def test_each_slice_has_its_own_slope(tmp_path):
@@ -231,6 +237,22 @@ def test_a_series_is_a_case_with_the_name_of_its_folder(tmp_path):
     }
 
 
+def test_slices_with_an_ending_and_the_directory_of_a_disk(tmp_path):
+    """As on a disk from a hospital: DICOMDIR beside the folders of the series, and names that end in .dcm."""
+    folder = series(tmp_path / "ct", DATA)
+    for path in list(folder.iterdir()):
+        path.rename(path.with_suffix(".dcm"))
+    (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    assert [(case.name, case.images) for case in cases_of([tmp_path], 1, out=tmp_path / "out")] == [("ct", (folder,))]
+
+
+def test_an_old_file_is_known_by_its_name(tmp_path):
+    """One without the 128 bytes and DICM before its tags."""
+    for name, known in (("a.dcm", True), ("a.DCM", True), ("a.txt", False), ("a", False)):
+        (tmp_path / name).write_bytes(b"\x08\0\x05\0CS")
+        assert is_dicom(tmp_path / name) is known
+
+
 def test_slices_of_one_series_are_one_image(tmp_path):
     """As of a shell's ct/*; pictures without a place, as X-rays of one series, are images of their own."""
     folder = series(tmp_path / "ct", DATA)
@@ -317,6 +339,12 @@ def test_nothing_half_written_where_a_dicom_seg_fails(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"out\.dcm: cannot be written as DICOM-SEG \(division by zero\)"):
         write_image(tmp_path / "out.dcm", LABELS, like, CLASSES)
     assert [path.name for path in tmp_path.iterdir()] == ["ct"]
+
+
+def test_values_without_names_are_segments_too(tmp_path):
+    like = open_image(series(tmp_path / "ct", DATA))
+    write_image(tmp_path / "out.dcm", LABELS, like)
+    np.testing.assert_array_equal(read_label(tmp_path / "out.dcm", like)[0], LABELS)
 
 
 def test_an_empty_label_map_has_the_grid_of_its_image(tmp_path):

@@ -264,6 +264,9 @@ def test_channels_have_one_grid_and_none_of_them_four_axes(tmp_path):
     four = [write(tmp_path / f"{i}.nii", np.zeros((*SHAPE, 2), np.float32)) for i in range(2)]
     with pytest.raises(UserError, match=r"expected 1 channel beside the other channels' files, got 2"):
         read_image(four)
+    for channels in (1, 3):
+        with pytest.raises(UserError, match=rf"0\.nii: expected {channels} channel\(s\), got 2"):
+            read_image(four[:1], channels)
     two = [one, write(tmp_path / "c.nii", ZEROS + 1)]
     assert read_image(two, 2)[0][:, 0, 0, 0].tolist() == [0, 1] and read_image(two)[0].shape == (2, *SHAPE)
 
@@ -282,9 +285,9 @@ def test_a_plane_has_one_slice(tmp_path):
 
 
 def test_labels_may_be_off_by_a_thousandth(tmp_path):
-    data = np.array([[[0.0, 1.0009, 2.0, -1.0]]], np.float32)
+    data = np.array([[[0.0, 1.0009, 1.9991, -1.0, 70_000.0]]], np.float32)
     values, _ = read_label(write(tmp_path / "a.nii", data))
-    assert values.dtype == np.int32 and values.tolist() == [[[0, 1, 2, -1]]]
+    assert values.dtype == np.int32 and values.tolist() == [[[0, 1, 2, -1, 70_000]]]
     for bad, shown in ((1.0011, "1.0011"), (np.inf, "inf"), (np.nan, "nan"), (3e9, r"3e\+09")):
         data[0, 0, 1] = bad
         with pytest.raises(UserError, match=rf"expected integers as labels, got values such as {shown}"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,7 @@ from medssm.errors import UserError
 from medssm.segment.cases import cases_in
 from medssm.segment.data import load_dataset
 from medssm.segment.evaluate import evaluate
-from medssm.segment.images import files_of, image, is_made_here, open_image, read_image, read_label, write_image
+from medssm.segment.images import files_of, image, is_made_here, open_image, output_ending, read_image, read_label, write_image
 from medssm.segment.volumes import load
 from tests.segment.synthetic import write
 
@@ -386,6 +387,21 @@ def test_nnunets_layout_of_pictures(tmp_path, colours):
 def test_numbered_pictures_in_colour_are_pictures(tmp_path):
     pictures(tmp_path, "frame_0000.png", "frame_0001.png")
     assert [case.name for case in cases_in(tmp_path, 3)] == ["frame_0000", "frame_0001"]
+
+
+def test_a_label_map_has_the_format_of_its_image_or_one_that_holds_labels():
+    own = {
+        "a.nii.gz": ".nii.gz",
+        "a.nii": ".nii.gz",
+        "a.nii.zst": ".nii.gz",
+        "ct": ".nii.gz",
+        "a.dcm": ".nii.gz",
+        "a.nrrd": ".nrrd",
+        "a.nhdr": ".nrrd",
+    }
+    own |= {"a.mha": ".mha", "a.mhd": ".mha", "a.png": ".png", "a.jpg": ".png", "a.JPEG": ".png", "a.tif": ".tif", "a.tiff": ".tif"}
+    assert {name: output_ending(Path(name)) for name in own} == own
+    assert {output_ending(Path(name), "mha") for name in own} == {".mha"}
 
 
 def test_what_belongs_to_an_image_is_part_of_it(tmp_path):

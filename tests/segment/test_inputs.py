@@ -110,12 +110,14 @@ def test_a_datalist_is_a_list_or_a_table_of_them(tmp_path):
     }
     assert found(listed(tmp_path / "cases.json", kept), channels=2, section="validation") == {"c": ["c/t1.nii.gz", "c/t2.nii.gz"]}
     assert list(found(listed(tmp_path / "l.json", {"validation": ["b.nii.gz"], "test": []}))) == ["b"]
+    assert list(found(table, tmp_path / "c" / "t1.nii.gz", section="validation")) == ["b", "t1"]  # a file beside it has no sections
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"training": ["a"], "validation": ["b"]}, r"expected one section \(--section\) of training, validation"),
+        ({"testing": ["a.nii.gz"], "test": ["a.nii.gz"], "training": []}, r"expected one section \(--section\) of testing, test$"),
         ({"numTraining": 3}, r"expected one section \(--section\) of cases, got none"),
         ([{"label": "a"}], r"\[0\]: expected a path or"),
         (["a.nii.gz", 3], r"\[1\]: expected a path or"),
@@ -138,7 +140,7 @@ def test_labels_of_a_list_are_references(tmp_path):
     for name, value in (("one", 1), ("two", 2)):
         write(tmp_path / "found" / f"{name}.nii.gz", np.full(SHAPE, 1, np.uint8))
         write(tmp_path / "labels" / name / "seg.nii.gz", np.full(SHAPE, value, np.uint8))
-    entries = [{"name": name, "label": f"labels/{name}/seg.nii.gz", "patient": 7} for name in ("one", "two")]
+    entries = [{"name": name, "label": f"labels/{name}/seg.nii.gz", "patient": 0} for name in ("one", "two")]
     table = listed(tmp_path / "cases.json", {"training": [{"label": "unread"}], "validation": entries})
     result = evaluate(tmp_path / "found", table, section="validation", quiet=True)
     assert result["patients"] == 1 and not result["failed"]
