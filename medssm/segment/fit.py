@@ -20,8 +20,10 @@ from medssm.segment.intensity import Intensities
 from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
 from medssm.segment.sides import pairs, sided, unnamed
+from medssm.segment.stages import patch_multiples
 from medssm.segment.volumes import Volume, load, prepare
 
+_MULTIPLE = 16  # of a patch's edges, where the strides of the network are its own
 _PATCH_VOXELS = {("cpu", 3): 64**3, ("cpu", 2): 192**2, ("gpu", 3): 112**3, ("gpu", 2): 512**2}
 
 
@@ -39,6 +41,7 @@ def fit(
     seed: int,
     fabric: Fabric,
     quiet: bool,
+    stages: int | None = None,
 ) -> tuple[Fitted, list[Volume]]:
     """Read the training cases and fit to them what the caller leaves open.
 
@@ -55,6 +58,7 @@ def fit(
         seed: of what is drawn
         fabric: Lightning's, for the device and the processes
         quiet: without a progress bar
+        stages: of a network whose strides will be chosen for the patch; None where they are not to choose, and the patch has multiples of 16
 
     Returns:
         What was fitted, and the cases ready for cropping.
@@ -85,7 +89,8 @@ def fit(
     if patch is None:
         shape = np.median([image.shape[1:] for image, _ in loaded], axis=0)
         voxels = _PATCH_VOXELS["cpu" if fabric.device.type == "cpu" else "gpu", spatial_dims]
-        patch = fit_patch([shape[axis] for axis in axes], [spacing[axis] for axis in axes], voxels)
+        size, near = [shape[axis] for axis in axes], [spacing[axis] for axis in axes]
+        patch = fit_patch(size, near, voxels, [_MULTIPLE] * len(axes) if stages is None else patch_multiples(size, near, stages))
     fitted = Fitted(table.channels, spacing, intensities.fit(), table.classes, table.ignore, tuple(patch), slice_axis, mirror, sides, table.regions)
     return fitted, [prepare(case.name, *arrays, fitted, seed) for case, arrays in zip(cases, loaded, strict=True)]
 
@@ -109,9 +114,9 @@ def fit_slice_axis(cases: Sequence[Case]) -> int:
     return int(2 - np.argmax(median[::-1] >= median.max() * 0.999))
 
 
-def fit_patch(shape: Sequence[float], spacing: Sequence[float], voxels: int, multiple: int = 16) -> tuple[int, ...]:
+def fit_patch(shape: Sequence[float], spacing: Sequence[float], voxels: int, multiples: Sequence[int]) -> tuple[int, ...]:
     """A patch of at most `voxels`: the first of `shrinking_patches` that is small enough, else their last one."""
-    *larger, smallest = shrinking_patches(shape, spacing, [multiple] * len(shape))
+    *larger, smallest = shrinking_patches(shape, spacing, multiples)
     return next((patch for patch in larger if math.prod(patch) <= voxels), smallest)
 
 

@@ -33,12 +33,12 @@ from medssm.segment.images import open_image, ras_grid
 from medssm.segment.preprocess import Fitted
 from medssm.segment.probe import step_memory
 from medssm.segment.progress import progress
+from medssm.segment.stages import patch_multiples, strides_and_kernels
 from medssm.segment.train import criterion_for, fabric_for
 
 _MADE = "# medssm plan"  # the first words of the file
 _ANISOTROPIC = 3.0  # a coarse axis: its spacing is so many times the others'
 _STAGES = 8  # more than any network has
-_SMALLEST = 4  # voxels along an axis of the coarsest map
 _SHARE = 0.05  # of the data set's voxels that a step sees at most, where it has more than the smallest batch
 _LARGEST_BATCH = 64
 _MULTIPLE = 32  # of a patch's edges, for a network that does not tell its strides
@@ -131,24 +131,6 @@ def planned_spacing(edges: np.ndarray) -> tuple[tuple[float, ...], str]:
     return tuple(float(f"{edge:.6g}") for edge in spacing), reason
 
 
-def strides_and_kernels(patch: Sequence[int], spacing: Sequence[float], stages: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Per stage and axis: a stride of 2 and a kernel of 3 where the voxels, as the stage has them, are less than twice as long as the shortest.
-
-    Elsewhere both are 1. A stride of 2 leaves 4 voxels at least; a kernel stays 3 once it is.
-    """
-    size, edge = np.array(patch), np.array(spacing, float)
-    strides, kernels, wide = [[1] * len(patch)], [], np.zeros(len(patch), bool)
-    for stage in range(stages):
-        if stage:
-            large = size >= 2 * _SMALLEST
-            halved = large & (edge < 2 * edge[large].min()) if large.any() else large
-            size, edge = np.where(halved, -(-size // 2), size), np.where(halved, 2 * edge, edge)
-            strides.append(np.where(halved, 2, 1).tolist())
-        wide |= edge < 2 * edge.min()
-        kernels.append(np.where(wide, 3, 1).tolist())
-    return strides, kernels
-
-
 def largest(sizes: Sequence[Any], voxels: Callable[[Any], float], measure: Callable[[Any], int | None], memory: float, probes: int = 8) -> Any:
     """The last of growing `sizes` whose step fits in `memory`, None if the first one does not.
 
@@ -205,8 +187,7 @@ def _ruled(
 
     near, size = [spacing[axis] for axis in axes], [median[axis] for axis in axes]
     stages = _stages(model, given, spatial_dims)
-    whole = [math.ceil(length) for length in size]
-    multiples = [_MULTIPLE] * spatial_dims if stages is None else np.prod(strides_and_kernels(whole, near, stages)[0], axis=0).tolist()
+    multiples = [_MULTIPLE] * spatial_dims if stages is None else patch_multiples(size, near, stages)
     patches = list(shrinking_patches(size, near, multiples))[::-1]
     fitted = Fitted(table.channels, spacing, (), table.classes, table.ignore, tuple(patches[0]), regions=table.regions)
     criterion = criterion_for(fitted)

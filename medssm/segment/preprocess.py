@@ -92,6 +92,11 @@ class Fitted:
         return {name: (positions, position) for (name, positions), position in zip(self.structures.items(), written, strict=True)}
 
     @property
+    def patch_spacing(self) -> tuple[float, ...]:
+        """Millimetres along the patch's axes."""
+        return tuple(edge for axis, edge in enumerate(self.spacing) if axis != self.slice_axis)
+
+    @property
     def volume_patch(self) -> tuple[int, ...]:
         """The patch in the volume: (x, y, z), one slice thick for a 2D network."""
         return self.patch if self.slice_axis is None else (*self.patch[: self.slice_axis], 1, *self.patch[self.slice_axis :])

@@ -33,6 +33,7 @@ from medssm.segment.losses import RegionLoss, SegmentationLoss
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
+from medssm.segment.stages import open_stages, strides_and_kernels
 from medssm.segment.validation import Validation
 from medssm.segment.volumes import load
 
@@ -120,7 +121,7 @@ def train(
         batch: patches in a step, for each process (default: 2 in 3D, 12 in 2D)
         lr: the largest learning rate (default: 0.001 for adamw, 0.01 for sgd)
         optimizer: AdamW, or SGD with Nesterov momentum 0.99
-        weight_decay: of weights; biases and norms have none
+        weight_decay: of layers' weights; biases, norms, a scan's rates and embeddings of positions have none
         clip: largest norm of the gradients
         ema: decay of an exponential moving average of the weights, as 0.999, which is then what is validated and kept (default: no average)
         validations: how often the held-out cases are segmented, evenly over the training
@@ -164,6 +165,8 @@ def train(
     fabric = fabric_for(device, devices, strategy, precision)
     fabric.launch()
     quiet = quiet or not fabric.is_global_zero
+    asked = {"spatial_dims": spatial_dims, **(model_kwargs or {}), **_given(size=size, mixer=mixer)}
+    stages = open_stages(model, asked)
 
     fitted, volumes = fit(
         table,
@@ -178,13 +181,15 @@ def train(
         seed=seed,
         fabric=fabric,
         quiet=quiet,
+        stages=stages,
     )
     held_out = validation[fabric.global_rank :: fabric.world_size]
     validate = Validation(held_out, load(held_out, table, fitted.spacing, cache, nan), fitted, fabric)
 
     torch.manual_seed(seed)
     sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.outputs)}
-    kwargs = {"spatial_dims": spatial_dims, **sizes, **(model_kwargs or {}), **_given(size=size, mixer=mixer)}
+    strides = {} if stages is None else {"strides": strides_and_kernels(fitted.patch, fitted.patch_spacing, stages)[0]}
+    kwargs = {**sizes, **asked, **strides}
     network, config = model if isinstance(model, nn.Module) else networks.build(model, **kwargs), networks.describe(model, kwargs)
     network = networks.placed(network, fabric.device, spatial_dims)
     networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
@@ -354,13 +359,19 @@ def fabric_for(device: str, devices: int | str, strategy: str, precision: str) -
 
 
 def optimizer_for(name: str, network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov's momentum 0.99 as in nnU-Net; no decay on biases, norms and other vectors."""
+    """AdamW, or SGD with Nesterov's momentum 0.99 as in nnU-Net; `weight_decay` of the weights of layers alone."""
+    parameters = [(key, p) for key, p in network.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == decayed], "weight_decay": weight_decay if decayed else 0.0}
+        {"params": [p for key, p in parameters if _decays(key, p) == decayed], "weight_decay": weight_decay if decayed else 0.0}
         for decayed in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr) if name == "adamw" else torch.optim.SGD(groups, lr=lr, momentum=0.99, nesterov=True)
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether zero is a neutral value: not of biases and norms, nor of a scan's rates (A_logs) and an embedding of positions, which are matrices."""
+    return parameter.ndim > 1 and "weight" in name and not getattr(parameter, "_no_weight_decay", False)
 
 
 def _workers(workers: int | None, device: torch.device) -> int:

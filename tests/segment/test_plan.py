@@ -15,8 +15,9 @@ from medssm import cli, create_model, options
 from medssm.errors import UserError
 from medssm.segment import plan as module
 from medssm.segment.fit import fit_patch, shrinking_patches
-from medssm.segment.plan import largest, plan, planned_spacing, strides_and_kernels
+from medssm.segment.plan import largest, plan, planned_spacing
 from medssm.segment.probe import step_memory
+from medssm.segment.stages import open_stages, patch_multiples, strides_and_kernels
 from medssm.segment.train import train
 from tests.segment.synthetic import nnunet_folder
 
@@ -53,11 +54,24 @@ def test_strides_and_kernels_of_thick_slices():
     assert kernels == [[3, 3, 1], [3, 3, 1], [3, 3, 3], [3, 3, 3], [3, 3, 3]]
 
 
+def test_strides_are_open_where_the_network_takes_them_and_none_are_given():
+    assert open_stages("medssm_unet", {"size": "tiny"}) == 5
+    assert open_stages("medssm_unet", {"features": [4, 8, 8], "depths": 1, "decoder_depths": 1}) == 3
+    assert open_stages("medssm_unet", {"size": "tiny", "strides": [1, 2, 2, 2, 2]}) is None
+    assert open_stages("monai.networks.nets.UNet", {}) is None and open_stages(nn.Conv3d(1, 2, 1), {}) is None
+
+
+def test_a_small_volume_is_one_patch_whose_edges_the_strides_divide():
+    assert patch_multiples((35, 50, 36), (1, 1, 1), 5) == [8, 8, 8]
+    assert patch_multiples((200, 180, 20), (1, 1, 5), 5) == [16, 16, 4]
+    assert fit_patch((35, 50, 36), (1, 1, 1), 64**3, (8, 8, 8)) == (40, 56, 40)
+
+
 def test_patches_shrink_along_the_longest_axis():
     patches = list(shrinking_patches((30, 20, 9), (1, 1, 4), (8, 8, 4)))
     assert patches[0] == (32, 24, 12) and patches[1] == (32, 24, 8) and patches[-1] == (8, 8, 4)
     assert all(math.prod(a) > math.prod(b) for a, b in itertools.pairwise(patches))
-    assert fit_patch((30, 30, 30), (1, 1, 1), 20_000) == (16, 32, 32)
+    assert fit_patch((30, 30, 30), (1, 1, 1), 20_000, (16, 16, 16)) == (16, 32, 32)
 
 
 @pytest.mark.parametrize(("memory", "found"), [(9_990, None), (10_000, 1), (54_321, 45), (1e9, 60)])

@@ -22,9 +22,10 @@ from torch import nn
 
 from medssm import cli
 from medssm.errors import UserError
+from medssm.nn import SSND
 from medssm.segment.loop import Budget, Interrupted, Progress, learning_rate
 from medssm.segment.patches import Patches
-from medssm.segment.train import _workers, train
+from medssm.segment.train import _workers, optimizer_for, train
 from tests.segment.synthetic import UNET, nnunet_folder
 
 FAST = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET, "patch": (16, 16, 16), "device": "cpu", "quiet": True}
@@ -266,6 +267,27 @@ def test_deep_supervision_is_used_where_the_network_has_it(small, tmp_path):
     before = {name: value.clone() for name, value in network.named_parameters() if "deep_supervision_heads" in name}
     train(small, tmp_path / "a", **{**FAST, "model": network}, max_steps=2)
     assert before and all(not torch.equal(value, dict(network.named_parameters())[name]) for name, value in before.items())
+
+
+def test_the_networks_strides_suit_the_patch(tmp_path):
+    folder = nnunet_folder(tmp_path / "data", cases=2, shape=(18, 20, 17))
+    options = {"model_kwargs": {"features": [4, 4, 4, 4], "depths": 1, "decoder_depths": 1}, "device": "cpu", "quiet": True, "max_steps": 1}
+    assert train(folder, tmp_path / "a", **options)["patch"] == [20, 20, 20]
+    strides = json.loads((tmp_path / "a/config.json").read_text())["kwargs"]["strides"]
+    assert strides == [[1, 1, 1], [2, 2, 2], [2, 2, 2], [1, 1, 1]]
+
+
+def test_weights_decay_and_what_has_another_neutral_value_than_zero_does_not():
+    network = nn.ModuleDict({"mixer": SSND(4, 2, spatial_dims=3), "conv": nn.Conv3d(4, 4, 1), "norm": nn.BatchNorm3d(4)})
+    names = {id(p): name for name, p in network.named_parameters()}
+    decayed, others = optimizer_for("adamw", network, 1e-3, 0.1).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    layers = [
+        "conv.weight",
+        *(f"mixer.{name}" for name in ("conv3d.weight", "dt_projs_weight", "in_proj.weight", "out_proj.weight", "x_proj_weight")),
+    ]
+    assert sorted(names[id(p)] for p in decayed["params"]) == layers
+    assert {"mixer.A_logs", "mixer.Ds", "mixer.dt_projs_bias", "norm.weight", "conv.bias"} <= {names[id(p)] for p in others["params"]}
 
 
 def test_half_precision(small, tmp_path):

@@ -68,7 +68,7 @@ def test_spacing_is_the_median_along_the_ras_axes(tmp_path):
     ],
 )
 def test_a_patch_has_the_shape_of_the_median_case(shape, spacing, voxels, wanted):
-    assert fit_patch(shape, spacing, voxels) == wanted
+    assert fit_patch(shape, spacing, voxels, (16, 16, 16)) == wanted
 
 
 def test_geometry_is_ras_at_the_spacing_and_the_label_follows_the_image(tmp_path):
