@@ -110,12 +110,13 @@ def _nnunet_augmentation() -> Iterator[None]:
 
 
 LARGE, SMALL = {"patch": (48, 64, 48)}, {"patch": (40, 56, 40)}
+HALF = {"precision": "bf16-mixed"}
 BASIC = {"model": "monai.networks.nets.BasicUNet", "model_kwargs": {"features": (16, 32, 64, 128, 256, 16)}}
 
 
 def net(**kwargs: Any) -> dict[str, Any]:
-    """The small network with strides that divide the patch of 40 x 56 x 40 voxels."""
-    return {**SMALL, "model_kwargs": {"size": "small", "strides": (1, 2, 2, 2, 1), **kwargs}}
+    """The small network with strides that divide the patch of 40 x 56 x 40 voxels, in half precision."""
+    return {**SMALL, **HALF, "model_kwargs": {"size": "small", "strides": (1, 2, 2, 2, 1), **kwargs}}
 
 
 _instance = replaced(nn.BatchNorm3d, lambda norm: nn.InstanceNorm3d(norm.num_features, affine=True))
@@ -123,23 +124,24 @@ _dense = replaced(ConvBlock, lambda block: DenseBlock(block.conv.in_channels, bl
 NO_MIXER = net(scans_from=9)
 
 TRIALS: dict[str, Trial] = {
-    "start": Trial("AdamW at 0.001, patch 48 x 64 x 48", {**LARGE, "model_kwargs": {"size": "small"}}, against=""),
-    "patch": Trial("patch 40 x 56 x 40, the last stride 1 in place of 2", net(), against="start"),
-    "lr-4": Trial("learning rate 0.004", {**net(), "lr": 4e-3}, against="patch"),
-    "mirror-0": Trial("mirrored left-right alone", {**net(), "mirror": "0"}, against="patch"),
-    "no-mixer": Trial("no mixers", NO_MIXER, against="patch"),
-    "bf16": Trial("bfloat16 under autocast", {**net(), "precision": "bf16-mixed"}, against="patch"),
-    "deep": Trial("deep supervision", net(deep_supervision=True), against="patch"),
-    "augment-none": Trial("no augmentation but mirroring", {**net(), "augment": False}, against="patch"),
-    "augment-nnunet": Trial("augmentation as often and as strong as nnU-Net's", net(), patched=_nnunet_augmentation, against="patch"),
-    "instance": Trial("instance norms in place of batch norms", net(), _instance, against="patch"),
-    "ema": Trial("moving average of the weights, decay 0.99", {**net(), "ema": 0.99}, against="patch"),
-    "poly": Trial("learning rate falling as (1 - t)^0.9", net(), patched=lambda: mock.patch.object(loop, "learning_rate", _poly), against="patch"),
-    "sgd": Trial("SGD, Nesterov momentum 0.99, learning rate 0.01", {**net(), "optimizer": "sgd", "weight_decay": 3e-5}, against="patch"),
-    "batch-4": Trial("4 patches in a step, half the steps", {**net(), "batch": 4, "max_steps": STEPS // 2}, against="patch"),
-    "batch-1": Trial("1 patch in a step, twice the steps", {**net(), "batch": 1, "max_steps": STEPS * 2}, against="patch"),
+    "start": Trial("AdamW at 0.001, patch 48 x 64 x 48", {**LARGE, "model_kwargs": {"size": "small"}}),
+    "patch": Trial("patch 40 x 56 x 40, the last stride 1 in place of 2", {**net(), "precision": "32-true"}, against="start"),
+    "bf16": Trial("also bfloat16 under autocast", net(), against="patch"),
+    "lr-4": Trial("learning rate 0.004", {**net(), "lr": 4e-3}, against="bf16"),
+    "mirror-0": Trial("mirrored left-right alone", {**net(), "mirror": "0"}, against="bf16"),
+    "mirror-02": Trial("mirrored left-right and up-down", {**net(), "mirror": "0,2"}, against="bf16"),
+    "no-mixer": Trial("no mixers", NO_MIXER, against="bf16"),
+    "deep": Trial("deep supervision", net(deep_supervision=True), against="bf16"),
+    "augment-none": Trial("no augmentation but mirroring", {**net(), "augment": False}, against="bf16"),
+    "augment-nnunet": Trial("augmentation as often and as strong as nnU-Net's", net(), patched=_nnunet_augmentation, against="bf16"),
+    "instance": Trial("instance norms in place of batch norms", net(), _instance, against="bf16"),
+    "ema": Trial("moving average of the weights, decay 0.99", {**net(), "ema": 0.99}, against="bf16"),
+    "poly": Trial("learning rate falling as (1 - t)^0.9", net(), patched=lambda: mock.patch.object(loop, "learning_rate", _poly), against="bf16"),
+    "sgd": Trial("SGD, Nesterov momentum 0.99, learning rate 0.01", {**net(), "optimizer": "sgd", "weight_decay": 3e-5}, against="bf16"),
+    "batch-4": Trial("4 patches in a step, half the steps", {**net(), "batch": 4, "max_steps": STEPS // 2}, against="bf16"),
+    "batch-1": Trial("1 patch in a step, twice the steps", {**net(), "batch": 1, "max_steps": STEPS * 2}, against="bf16"),
     "dense": Trial("no mixers, full kernels in the coarse stages too", NO_MIXER, _dense, against="no-mixer"),
-    "basic": Trial("MONAI's BasicUNet", {**SMALL, **BASIC}, against="patch"),
+    "basic": Trial("MONAI's BasicUNet", {**SMALL, **HALF, **BASIC}, against="bf16"),
 }
 
 
