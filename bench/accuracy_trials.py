@@ -60,7 +60,7 @@ class Trial:
     options: Mapping[str, Any] = field(default_factory=dict)
     edit: Callable[[nn.Module], None] = lambda network: None
     patched: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    against: str = ""
+    against: str = "plain"
 
 
 def replaced(kind: type[nn.Module], make: Callable[[Any], nn.Module], only: Callable[[str], bool] = lambda name: True) -> Callable[[nn.Module], None]:
@@ -115,33 +115,33 @@ BASIC = {"model": "monai.networks.nets.BasicUNet", "model_kwargs": {"features": 
 
 
 def net(**kwargs: Any) -> dict[str, Any]:
-    """The small network with strides that divide the patch of 40 x 56 x 40 voxels, in half precision."""
-    return {**SMALL, **HALF, "model_kwargs": {"size": "small", "strides": (1, 2, 2, 2, 1), **kwargs}}
+    """The small network without mixers, with strides that divide the patch of 40 x 56 x 40 voxels, in half precision."""
+    return {**SMALL, **HALF, "model_kwargs": {"size": "small", "strides": (1, 2, 2, 2, 1), "scans_from": 9, **kwargs}}
 
 
 _instance = replaced(nn.BatchNorm3d, lambda norm: nn.InstanceNorm3d(norm.num_features, affine=True))
 _dense = replaced(ConvBlock, lambda block: DenseBlock(block.conv.in_channels, block.conv.in_channels, 3))
-NO_MIXER = net(scans_from=9)
 
 TRIALS: dict[str, Trial] = {
-    "start": Trial("AdamW at 0.001, patch 48 x 64 x 48", {**LARGE, "model_kwargs": {"size": "small"}}),
-    "patch": Trial("patch 40 x 56 x 40, the last stride 1 in place of 2", {**net(), "precision": "32-true"}, against="start"),
-    "bf16": Trial("also bfloat16 under autocast", net(), against="patch"),
-    "lr-4": Trial("learning rate 0.004", {**net(), "lr": 4e-3}, against="bf16"),
-    "mirror-0": Trial("mirrored left-right alone", {**net(), "mirror": "0"}, against="bf16"),
-    "mirror-02": Trial("mirrored left-right and up-down", {**net(), "mirror": "0,2"}, against="bf16"),
-    "no-mixer": Trial("no mixers", NO_MIXER, against="bf16"),
-    "deep": Trial("deep supervision", net(deep_supervision=True), against="bf16"),
-    "augment-none": Trial("no augmentation but mirroring", {**net(), "augment": False}, against="bf16"),
-    "augment-nnunet": Trial("augmentation as often and as strong as nnU-Net's", net(), patched=_nnunet_augmentation, against="bf16"),
-    "instance": Trial("instance norms in place of batch norms", net(), _instance, against="bf16"),
-    "ema": Trial("moving average of the weights, decay 0.99", {**net(), "ema": 0.99}, against="bf16"),
-    "poly": Trial("learning rate falling as (1 - t)^0.9", net(), patched=lambda: mock.patch.object(loop, "learning_rate", _poly), against="bf16"),
-    "sgd": Trial("SGD, Nesterov momentum 0.99, learning rate 0.01", {**net(), "optimizer": "sgd", "weight_decay": 3e-5}, against="bf16"),
-    "batch-4": Trial("4 patches in a step, half the steps", {**net(), "batch": 4, "max_steps": STEPS // 2}, against="bf16"),
-    "batch-1": Trial("1 patch in a step, twice the steps", {**net(), "batch": 1, "max_steps": STEPS * 2}, against="bf16"),
-    "dense": Trial("no mixers, full kernels in the coarse stages too", NO_MIXER, _dense, against="no-mixer"),
-    "basic": Trial("MONAI's BasicUNet", {**SMALL, **HALF, **BASIC}, against="bf16"),
+    "plain": Trial("no mixers, AdamW at 0.001, every axis mirrored, bfloat16", net()),
+    "lr-4": Trial("learning rate 0.004", {**net(), "lr": 4e-3}),
+    "mirror-0": Trial("mirrored left-right alone", {**net(), "mirror": "0"}),
+    "mirror-02": Trial("mirrored left-right and up-down", {**net(), "mirror": "0,2"}),
+    "mixers-2": Trial("mixers (ss_nd) from stage 2 on", net(scans_from=2)),
+    "mixers-3": Trial("mixers (ss_nd) from stage 3 on", net(scans_from=3)),
+    "deep": Trial("deep supervision", net(deep_supervision=True)),
+    "augment-none": Trial("no augmentation but mirroring", {**net(), "augment": False}),
+    "augment-nnunet": Trial("augmentation as often and as strong as nnU-Net's", net(), patched=_nnunet_augmentation),
+    "instance": Trial("instance norms in place of batch norms", net(), _instance),
+    "dense": Trial("full kernels in the coarse stages too", net(), _dense),
+    "ema": Trial("moving average of the weights, decay 0.99", {**net(), "ema": 0.99}),
+    "poly": Trial("learning rate falling as (1 - t)^0.9", net(), patched=lambda: mock.patch.object(loop, "learning_rate", _poly)),
+    "sgd": Trial("SGD, Nesterov momentum 0.99, learning rate 0.01", {**net(), "optimizer": "sgd", "weight_decay": 3e-5}),
+    "batch-4": Trial("4 patches in a step, half the steps", {**net(), "batch": 4, "max_steps": STEPS // 2}),
+    "batch-1": Trial("1 patch in a step, twice the steps", {**net(), "batch": 1, "max_steps": STEPS * 2}),
+    "basic": Trial("MONAI's BasicUNet", {**SMALL, **HALF, **BASIC}),
+    "float32": Trial("float32", {**net(), "precision": "32-true"}),
+    "large-patch": Trial("patch 48 x 64 x 48, the last stride 2", {**net(strides=(1, 2, 2, 2, 2)), **LARGE}),
 }
 
 
@@ -222,12 +222,12 @@ def found() -> dict[tuple[str, int], dict[str, Any]]:
 
 def line(one: Mapping[str, Any], results: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
     """A row of the table."""
-    base = results.get((one["against"], one["seed"]))
+    base = results.get((one["against"], one["seed"])) if one["against"] != one["trial"] else None
     difference = "{:+.4f} ({:+.4f} to {:+.4f})".format(*paired(one, base)) if base else ""
     cells = [
         f"`{one['trial']}`",
         one["change"],
-        f"`{one['against']}`" if one["against"] else "",
+        f"`{one['against']}`" if base else "",
         str(one["seed"]),
         *(f"{value:.4f}" for value in one["dice"].values()),
         difference,
