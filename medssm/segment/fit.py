@@ -19,7 +19,7 @@ from medssm.segment.images import far_apart, lengths, open_image, ras_grid
 from medssm.segment.intensity import Intensities
 from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
-from medssm.segment.sides import pairs, sided, unnamed
+from medssm.segment.sides import ordered_axes, pairs, sided, unnamed
 from medssm.segment.stages import patch_multiples
 from medssm.segment.volumes import Volume, load, prepare
 
@@ -137,8 +137,8 @@ def fit_mirror(mirror: str | Sequence[int], classes: Collection[str], axes: Sequ
     """(the axes to mirror, the pairs of classes that change places with left and right). Axis 0 is left-right.
 
     Args:
-        mirror: axes; "auto", which leaves left-right out where a class has a side or no name; or "swap", which mirrors it too and exchanges the two
-            classes of each pair
+        mirror: axes; "auto", which leaves out an axis along which names tell classes apart, and left-right where a class has a side or no name; or
+            "swap", which mirrors left-right all the same and exchanges the two classes of each pair
         classes: names of the classes or regions, background first
         axes: those of a patch
 
@@ -146,18 +146,19 @@ def fit_mirror(mirror: str | Sequence[int], classes: Collection[str], axes: Sequ
         UserError: there is no such axis, or "swap" meets a side without a partner.
     """
     names = list(classes)
-    if mirror == "swap":
-        found = pairs(names)
-        alone = [name for name in sided(names) if not any(name in pair for pair in found)]
-        if alone:
-            raise UserError(f"mirror: swap exchanges pairs of classes; {', '.join(alone)} has a side and no partner")
-        return tuple(axes), tuple((names.index(left), names.index(right)) for left, right in found)
-    if mirror == "auto":
-        keep = bool(sided(names)) or unnamed(names[1:])
-        return tuple(axis for axis in axes if axis != 0 or not keep), ()
-    if isinstance(mirror, str) or not set(mirror) <= set(axes):
+    if not isinstance(mirror, str) and set(mirror) <= set(axes):
+        return tuple(mirror), ()
+    if mirror not in ("auto", "swap"):
         raise UserError(f'mirror: expected "auto", "swap" or some of the axes {tuple(axes)}, got {mirror!r}')
-    return tuple(mirror), ()
+    kept = ordered_axes(names)
+    if mirror == "auto":
+        kept |= {0} if sided(names) or unnamed(names[1:]) else set()
+        return tuple(axis for axis in axes if axis not in kept), ()
+    found = pairs(names)
+    alone = [name for name in sided(names) if not any(name in pair for pair in found)]
+    if alone:
+        raise UserError(f"mirror: swap exchanges pairs of classes; {', '.join(alone)} has a side and no partner")
+    return tuple(axis for axis in axes if axis not in kept), tuple((names.index(left), names.index(right)) for left, right in found)
 
 
 def check_units(cases: Sequence[Case]) -> None:

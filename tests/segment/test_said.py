@@ -146,10 +146,10 @@ def test_a_class_that_no_case_has_is_said(tmp_path, capsys):
 
 def test_the_start_says_what_was_found_and_chosen(tmp_path, capsys):
     folder = nnunet_folder(tmp_path / "data", cases=4, shape=SHAPE, labels={"background": 0, "lkid": 1, "rkid": 2})
-    train(folder, tmp_path / "run", fold=0, folds=4, mirror="swap", **FAST)
+    train(folder, tmp_path / "run", fold=0, folds=4, mirror="swap", precision="32-true", **FAST)
     said = capsys.readouterr().err
     for line in (
-        "device:      cpu, 1 process(es)",
+        "device:      cpu, 1 process(es), 32-true",
         "cases:       3 to train on, 1 held out, validated 4 times",
         "classes:     background 0, lkid 1, rkid 2",
         "intensities: MR by its own mean and deviation",

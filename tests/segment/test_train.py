@@ -25,7 +25,7 @@ from medssm.errors import UserError
 from medssm.nn import SSND
 from medssm.segment.loop import Budget, Interrupted, Progress, learning_rate
 from medssm.segment.patches import Patches
-from medssm.segment.train import _workers, optimizer_for, train
+from medssm.segment.train import _fast_precision, _workers, optimizer_for, train
 from tests.segment.synthetic import UNET, nnunet_folder
 
 FAST = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET, "patch": (16, 16, 16), "device": "cpu", "quiet": True}
@@ -293,6 +293,32 @@ def test_weights_decay_and_what_has_another_neutral_value_than_zero_does_not():
 def test_half_precision(small, tmp_path):
     train(small, tmp_path / "a", precision="bf16-mixed", max_steps=3, **FAST)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gpu", "bf16", "amx", "precision"),
+    [
+        ("auto", True, True, False, "bf16-mixed"),
+        ("cuda", True, False, True, "16-mixed"),
+        ("auto", False, False, True, "bf16-mixed"),
+        ("cpu", True, True, True, "bf16-mixed"),
+        ("cpu", True, True, False, "32-true"),
+        ("mps", False, False, True, "32-true"),
+    ],
+)
+def test_half_precision_is_the_default_where_it_takes_less_time(monkeypatch, accelerator, gpu, bf16, amx, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert _fast_precision(accelerator) == precision
+
+
+def test_the_machine_changes_no_precision_in_the_middle(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("medssm.segment.train.Patches", Stop)
+    with pytest.raises(Interrupted):
+        train(small, tmp_path / "a", max_steps=10, precision="32-true", **FAST)
+    with pytest.raises(UserError, match="was trained with precision '32-true', now 'bf16-mixed'"):
+        train(small, tmp_path / "a", max_steps=10, resume=True, precision="bf16-mixed", **FAST)
 
 
 def test_a_scaler_skips_what_overflows_and_goes_on_after_a_stop(small, tmp_path, monkeypatch):
