@@ -22,7 +22,7 @@ from medssm.files import first_line, protect, write_text
 from medssm.segment import intensity, pages
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset, absent_classes, check_values, counted_channels, described, faults, read_for, split, unnamed_classes
-from medssm.segment.fit import fit_mirror, fit_slice_axis, wrong_units
+from medssm.segment.fit import fit_mirror, fit_slice_axis, is_oriented, wrong_units
 from medssm.segment.images import Image, lengths, not_finite, ras_grid, read_image, read_label
 from medssm.segment.progress import progress
 from medssm.segment.regions import structures
@@ -276,6 +276,7 @@ def _summary(
         volumes = _spread([case["ml"][value] for case in having])
         rows[label] = {"value": value, "cases": len(having), "voxels": sum(case["voxels"][value] for case in having), "ml": volumes}
     names = [label for label, value in classes.items() if value]
+    oriented = not cases or is_oriented(Path(cases[0]["files"][0]))
     flat = {axis for axis in range(3) if cases and all(case["shape"][axis] == 1 for case in cases)}
     return {
         "name": name,
@@ -288,7 +289,7 @@ def _summary(
         "spacing": _spread([case["spacing"] for case in cases]),
         "orientations": dict(Counter(case["orientation"] for case in cases).most_common()),
         "sides": {"classes": sided(names), "pairs": [list(pair) for pair in pairs(names)]},
-        "mirror": list(fit_mirror("auto", ["background", *names], sorted({0, 1, 2} - flat))[0]),
+        "mirror": list(fit_mirror("auto", ["background", *names], sorted({0, 1, 2} - flat), oriented)[0]),
     }
 
 
@@ -353,7 +354,7 @@ def _facts(result: Mapping[str, Any]) -> dict[str, str]:
             values = f"{row['smallest']['smallest']:g} to {row['largest']['largest']:g}, median {row['median']['median']:g}"
             facts[f"channel {name}"] = f"{values}; scaled {intensity.SCHEMES[row['scheme']]}"
     facts["sides"] = ", ".join([*paired, *(f"{name} alone" for name in alone)]) or "none by name"
-    facts["mirrored"] = ", ".join(axes[axis] for axis in result["mirror"])
+    facts["mirrored"] = ", ".join(axes[axis] for axis in result["mirror"]) or "none"
     return facts
 
 

@@ -15,11 +15,11 @@ from medssm import machine
 from medssm.errors import UserError
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset, absent_classes
-from medssm.segment.images import far_apart, lengths, open_image, ras_grid
+from medssm.segment.images import PICTURE_ENDINGS, ending_of, far_apart, lengths, open_image, ras_grid
 from medssm.segment.intensity import Intensities
 from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
-from medssm.segment.sides import ordered_axes, pairs, sided, unnamed
+from medssm.segment.sides import pairs, sided, unnamed
 from medssm.segment.stages import patch_multiples
 from medssm.segment.volumes import Volume, load, prepare
 
@@ -71,7 +71,8 @@ def fit(
     slice_axis = fit_slice_axis(cases) if spatial_dims == 2 else None
     spacing = tuple(0.0 if axis == slice_axis else float(edge) for axis, edge in enumerate(spacing or fit_spacing(cases)))
     axes = [axis for axis in range(3) if axis != slice_axis]
-    mirror, sides = fit_mirror(mirror, ["background", *table.regions.values] if table.regions else table.classes, axes)
+    oriented = is_oriented(cases[0].images[0])
+    mirror, sides = fit_mirror(mirror, ["background", *table.regions.values] if table.regions else table.classes, axes, oriented)
     if sides and table.regions:
         raise UserError("mirror: swap exchanges classes of one voxel each, and regions overlap: name the axes to mirror")
     if cache is None:
@@ -133,14 +134,17 @@ def shrinking_patches(shape: Sequence[float], spacing: Sequence[float], multiple
         yield tuple(patch)
 
 
-def fit_mirror(mirror: str | Sequence[int], classes: Collection[str], axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def fit_mirror(
+    mirror: str | Sequence[int], classes: Collection[str], axes: Sequence[int], oriented: bool
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """(the axes to mirror, the pairs of classes that change places with left and right). Axis 0 is left-right.
 
     Args:
-        mirror: axes; "auto", which leaves out an axis along which names tell classes apart, and left-right where a class has a side or no name; or
-            "swap", which mirrors left-right all the same and exchanges the two classes of each pair
+        mirror: axes; "auto", which is left-right, the one axis along which a body is nearly its own mirror image, or none where a class has a side or
+            no name; or "swap", which is left-right all the same and exchanges the two classes of each pair
         classes: names of the classes or regions, background first
         axes: those of a patch
+        oriented: whether the images are of a body; of pictures that say nothing of it, the other axes are mirrored too
 
     Raises:
         UserError: there is no such axis, or "swap" meets a side without a partner.
@@ -150,15 +154,19 @@ def fit_mirror(mirror: str | Sequence[int], classes: Collection[str], axes: Sequ
         return tuple(mirror), ()
     if mirror not in ("auto", "swap"):
         raise UserError(f'mirror: expected "auto", "swap" or some of the axes {tuple(axes)}, got {mirror!r}')
-    kept = ordered_axes(names)
+    found = tuple(axis for axis in axes if axis == 0 or not oriented)
     if mirror == "auto":
-        kept |= {0} if sided(names) or unnamed(names[1:]) else set()
-        return tuple(axis for axis in axes if axis not in kept), ()
-    found = pairs(names)
-    alone = [name for name in sided(names) if not any(name in pair for pair in found)]
+        return tuple(axis for axis in found if axis != 0 or not (sided(names) or unnamed(names[1:]))), ()
+    partners = pairs(names)
+    alone = [name for name in sided(names) if not any(name in pair for pair in partners)]
     if alone:
         raise UserError(f"mirror: swap exchanges pairs of classes; {', '.join(alone)} has a side and no partner")
-    return tuple(axis for axis in axes if axis not in kept), tuple((names.index(left), names.index(right)) for left, right in found)
+    return found, tuple((names.index(left), names.index(right)) for left, right in partners)
+
+
+def is_oriented(image: Path) -> bool:
+    """Whether the file says where left and right, front and back are: all do but pictures."""
+    return ending_of(image).lower() not in PICTURE_ENDINGS
 
 
 def check_units(cases: Sequence[Case]) -> None:

@@ -11,10 +11,6 @@ from collections.abc import Sequence
 
 _SWAPPED = {"left": "right", "l": "r", "lt": "rt", "lh": "rh", "lft": "rgt"}
 _SWAPPED |= {other: side for side, other in _SWAPPED.items()}
-_OPPOSITES = {
-    1: (("anterior", "posterior"), ("ant", "post"), ("front", "back"), ("ventral", "dorsal")),
-    2: (("superior", "inferior"), ("sup", "inf"), ("upper", "lower"), ("top", "bottom"), ("cranial", "caudal")),
-}
 _LETTER = {"l": "r", "r": "l"}
 _UNNAMED = re.compile(r"(class|label)?[ _-]*\d+", re.IGNORECASE)  # class_1 stands for a value that nobody named
 
@@ -37,19 +33,6 @@ def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
                 if partner is not None and (partner, name) not in found and (name, partner) not in found:
                     found.append((name, partner))
     return found
-
-
-def ordered_axes(names: Sequence[str]) -> set[int]:
-    """The axes, 1 (front-back) and 2 (up-down), along which one word alone tells two of the names apart."""
-    known = {_words(name) for name in names}
-    return {
-        axis
-        for axis, opposites in _OPPOSITES.items()
-        for words in known
-        for i, word in enumerate(words)
-        for one, other in opposites
-        if word == one and (*words[:i], other, *words[i + 1 :]) in known
-    }
 
 
 def unnamed(names: Sequence[str]) -> bool:

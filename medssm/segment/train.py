@@ -103,9 +103,8 @@ def train(
             fold (default: the entry patient of a datalist, or every case is one)
         spacing: millimetres along the RAS axes (default: the training cases' median)
         patch: voxels along each axis (default: shaped like the median case, at most 64^3 on a CPU, 112^3 on a GPU)
-        mirror: axes to mirror at random: auto, none, swap, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1; auto is all, without 0
-            where a class has a side or a number for a name, 1 where names differ as anterior and posterior, 2 as upper and lower; swap is auto with
-            0, and exchanges classes such as left and right kidney
+        mirror: axes to mirror at random: auto, none, swap, or some of 0 (left-right), 1 (front-back), 2 (up-down) as in 0,1; auto is 0, of pictures
+            all, without 0 where a class has a side or a number for a name; swap is auto with 0, and exchanges classes such as left and right kidney
         modality: of the images, one or one for each channel; it says how intensities are scaled (default: by the channel's name, as CT or T1)
         foreground: share of the patches that are centred on a class
         augment: rotate, zoom, blur patches, add noise, change brightness and contrast, at random

@@ -40,7 +40,7 @@ def test_a_good_data_set_in_numbers(tmp_path):
     assert result["shape"] == {part: list(SHAPE) for part in ("smallest", "median", "largest")}
     assert result["spacing"]["median"] == [2, 1, 3] and result["orientations"] == {"LAS": 3}
     assert result["sides"] == {"classes": ["kidney_left", "kidney_right"], "pairs": [["kidney_left", "kidney_right"]]}
-    assert result["mirror"] == [1, 2]
+    assert result["mirror"] == []
     box = result["classes"]["kidney_right"]  # 5 x 4 x 4 voxels of 6 cubic millimetres
     assert box == {"value": 2, "cases": 3, "voxels": 240, "ml": {"smallest": 0.48, "median": 0.48, "largest": 0.48}}
     assert sum(row["voxels"] for row in result["classes"].values()) == 3 * np.prod(SHAPE)
@@ -217,7 +217,7 @@ def test_a_datalist_that_names_nothing(tmp_path):
 
 def test_planes(tmp_path):
     flat = nnunet_folder(tmp_path / "a", cases=2, shape=(20, 18, 1), labels={"background": 0, "box": 2})
-    assert found(flat) == {("note", "planes", "")} and check(flat, quiet=True)["mirror"] == [0, 1]
+    assert found(flat) == {("note", "planes", "")} and check(flat, quiet=True)["mirror"] == [0]
     mixed = nnunet_folder(tmp_path / "b", cases=2, shape=SHAPE)
     image, label = (np.asarray(open_image(mixed / part).own.dataobj)[..., 3:4] for part in ("imagesTr/case_1_0000.nii.gz", "labelsTr/case_1.nii.gz"))
     write(mixed / "imagesTr" / "case_1_0000.nii.gz", image)

@@ -155,7 +155,7 @@ def test_the_start_says_what_was_found_and_chosen(tmp_path, capsys):
         "intensities: MR by its own mean and deviation",
         "spacing:     1 x 1 x 1 mm",
         "patch:       16 x 16 x 16 voxels, 2 in a step",
-        "mirrored:    left-right, front-back, up-down; lkid and rkid change places",
+        "mirrored:    left-right; lkid and rkid change places",
         "budget:      2 steps",
     ):
         assert line in said.splitlines(), line

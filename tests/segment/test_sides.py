@@ -2,8 +2,7 @@
 
 import pytest
 
-from medssm.segment.fit import fit_mirror
-from medssm.segment.sides import ordered_axes, pairs, sided, unnamed
+from medssm.segment.sides import pairs, sided, unnamed
 
 
 @pytest.mark.parametrize(
@@ -46,26 +45,3 @@ def test_each_pair_is_found_once_among_many():
 )
 def test_classes_without_a_name(names, expected):
     assert unnamed(names) is expected
-
-
-@pytest.mark.parametrize(
-    ("names", "axes"),
-    [
-        (("anterior", "posterior"), {1}),
-        (("Hippocampus_anterior", "Hippocampus_posterior"), {1}),
-        (("left lung upper lobe", "left lung lower lobe", "liver"), {2}),
-        (("upper jaw", "lower jaw", "ant horn", "post horn"), {1, 2}),
-        (("anterior horn", "posterior wall"), set()),
-        (("superior vena cava", "liver"), set()),
-        (("background", "front"), set()),
-    ],
-)
-def test_names_that_place_alone_tells_apart(names, axes):
-    assert ordered_axes(("background", *names)) == axes
-
-
-def test_an_axis_along_which_names_tell_classes_apart_is_not_mirrored():
-    hippocampus, lobes = ["background", "anterior", "posterior"], ["background", "left lobe upper", "left lobe lower", "right lobe upper"]
-    assert fit_mirror("auto", hippocampus, (0, 1, 2)) == ((0, 2), ()) and fit_mirror("swap", hippocampus, (0, 1, 2)) == ((0, 2), ())
-    assert fit_mirror("auto", lobes, (0, 1, 2)) == ((1,), ())
-    assert fit_mirror((0, 1), hippocampus, (0, 1, 2)) == ((0, 1), ())

@@ -16,7 +16,7 @@ import medssm.segment.volumes as volumes_module
 from medssm.errors import UserError
 from medssm.files import write_bytes
 from medssm.segment.data import load_dataset
-from medssm.segment.fit import fit, fit_patch, fit_slice_axis, fit_spacing
+from medssm.segment.fit import fit, fit_mirror, fit_patch, fit_slice_axis, fit_spacing
 from medssm.segment.images import read_image, read_label
 from medssm.segment.intensity import scaling
 from medssm.segment.losses import SegmentationLoss
@@ -358,15 +358,23 @@ def test_mirroring_keeps_to_its_axes(volumes):
 @pytest.mark.parametrize(
     ("mirror", "classes", "wanted"),
     [
-        ("auto", ("background", "liver"), (0, 1, 2)),
-        ("auto", ("background", "Hippocampus_L"), (1, 2)),
-        ("auto", ("background", "kidney left"), (1, 2)),
+        ("auto", ("background", "liver"), (0,)),
+        ("auto", ("background", "Hippocampus_L"), ()),
+        ("auto", ("background", "kidney left"), ()),
         ((), ("background", "liver"), ()),
+        ((1, 2), ("background", "liver"), (1, 2)),
     ],
 )
 def test_sides_are_not_mirrored_away(tmp_path, mirror, classes, wanted):
     folder = nnunet_folder(tmp_path, cases=1, shape=SHAPE, labels={**{name: i for i, name in enumerate(classes)}, "other": 2})
     assert read(folder, mirror=mirror)[0].mirror == wanted
+
+
+def test_pictures_are_mirrored_along_all_their_axes():
+    cells, eyes = ["background", "cell"], ["background", "left eye", "right eye"]
+    assert fit_mirror("auto", cells, (0, 1), oriented=False) == ((0, 1), ()) and fit_mirror("auto", cells, (0, 1), oriented=True) == ((0,), ())
+    assert fit_mirror("auto", eyes, (0, 1), oriented=False) == ((1,), ()) and fit_mirror("auto", cells, (1, 2), oriented=True) == ((), ())
+    assert fit_mirror("swap", eyes, (0, 1), oriented=False) == ((0, 1), ((1, 2),)) and fit_mirror("swap", eyes, (0, 1), oriented=True)[0] == (0,)
 
 
 def test_slices_of_a_2d_network(tmp_path):

@@ -39,7 +39,7 @@ UNET = "monai.networks.nets.UNet"
 UNET_KWARGS = {"channels": [16, 32, 64, 128], "strides": [2, 2, 2], "num_res_units": 2}  # 1.2 million parameters
 # Chosen with the sides exchanged, trained on the left and tested on the right: what all networks share, and the learning rate of two of them, from
 # 1e-3 to 8e-3. Any other network has the learning rate that `train` gives.
-RECIPE = {"spacing": [1.0, 1.0, 1.0], "patch": [64, 64, 64], "batch": 2, "foreground": 2 / 3, "mirror": [0]}
+RECIPE = {"spacing": [1.0, 1.0, 1.0], "patch": [64, 64, 64], "batch": 2, "foreground": 2 / 3, "mirror": [0], "precision": "32-true"}
 LEARNING_RATES = {OURS: 8e-3, UNET: 3e-3}
 OVERLAP = 0.625  # of the windows in prediction: a network is least sure near a window's border
 FAST = {"spacing": [3.0, 3.0, 3.0], "patch": [32, 32, 32]}
@@ -288,10 +288,10 @@ def _commands(brain: Brain, data: str, nets: Mapping, mixers: Sequence[str], rec
     return commands
 
 
-def _flag(name: str, value: int | float | list[int] | list[float]) -> list[str]:
+def _flag(name: str, value: int | float | str | list[int] | list[float]) -> list[str]:
     """A keyword of `train` as the command takes it."""
-    numbers = [str(number) if isinstance(number, int) else f"{number:g}" for number in (value if isinstance(value, list) else [value])]
-    return [f"--{name.replace('_', '-')}", *([",".join(numbers)] if name == "mirror" else numbers)]
+    words = [f"{word:g}" if isinstance(word, float) else str(word) for word in (value if isinstance(value, list) else [value])]
+    return [f"--{name.replace('_', '-')}", *([",".join(words)] if name == "mirror" else words)]
 
 
 def _keep_settings(path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
