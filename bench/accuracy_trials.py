@@ -136,6 +136,19 @@ TRIALS: dict[str, Trial] = {
     "mixers-3": Trial("mixers (ss_nd) from stage 3 on", net(scans_from=3), against=BASE),
     "dense": Trial("full kernels in the coarse stages too", net(), _dense, against=BASE),
     "instance": Trial("instance norms in place of batch norms", net(), _instance, against=BASE),
+    "all": Trial("learning rate 0.003, deep supervision, full kernels", {**net(deep_supervision=True), "lr": 3e-3}, _dense, against=BASE),
+    "all-6": Trial("learning rate 0.006", {**net(deep_supervision=True), "lr": 6e-3}, _dense, against="all"),
+    "all-mixers-3": Trial("mixers (ss_nd) from stage 3 on", {**net(deep_supervision=True, scans_from=3), "lr": 3e-3}, _dense, against="all"),
+    "all-light": Trial(
+        "one block in each stage, 128 channels in the last one",
+        {**net(deep_supervision=True, features=(16, 32, 64, 128, 128), depths=1, decoder_depths=1), "lr": 3e-3},
+        _dense,
+        against="all",
+    ),
+    "all-nnunet": Trial(
+        "augmentation as often and as strong as nnU-Net's", {**net(deep_supervision=True), "lr": 3e-3}, _dense, _nnunet_augmentation, against="all"
+    ),
+    "deep-3": Trial("learning rate 0.003, deep supervision", {**net(deep_supervision=True), "lr": 3e-3}, against=BASE),
     "augment-none": Trial("no augmentation but mirroring", {**net(), "augment": False}, against=BASE),
     "augment-nnunet": Trial("augmentation as often and as strong as nnU-Net's", net(), patched=_nnunet_augmentation, against=BASE),
     "ema": Trial("moving average of the weights, decay 0.99", {**net(), "ema": 0.99}, against=BASE),
