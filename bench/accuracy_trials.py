@@ -46,7 +46,7 @@ from medssm.segment.volumes import load
 
 RESULTS = Path(__file__).parent / "results" / "accuracy-trials"
 PAGE, BEGIN, END = Path(__file__).parents[1] / "docs" / "accuracy-trials.md", "<!-- begin: bench/accuracy_trials.py -->", "<!-- end -->"
-HEAD = """| trial | change | against | seed | anterior | posterior | mean Dice | less that of the other | multiply-adds, G | s a step |
+HEAD = """| trial | change | against | seed | anterior | posterior | mean Dice | difference | multiply-adds, G | parameters, M |
 |---|---|---|---:|---:|---:|---:|---|---:|---:|"""
 FOLD, FOLDS, STEPS = 0, 5, 300
 SHARED: dict[str, Any] = {"fold": FOLD, "folds": FOLDS, "max_steps": STEPS, "batch": 2, "device": "cpu", "validations": 0}
@@ -249,7 +249,7 @@ def line(one: Mapping[str, Any], results: Mapping[tuple[str, int], Mapping[str, 
         *(f"{value:.4f}" for value in one["dice"].values()),
         difference,
         f"{one['multiply_adds'] / 1e9:.2f}",
-        f"{one['seconds'] / one['steps']:.2f}",
+        f"{one['parameters'] / 1e6:.1f}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from medssm import cli, create_model, options
 from medssm.errors import UserError
+from medssm.models import list_models
+from medssm.models.registry import model_facts
 from medssm.segment import plan as module
 from medssm.segment.fit import fit_patch, shrinking_patches
 from medssm.segment.plan import largest, plan, planned_spacing
@@ -59,6 +61,20 @@ def test_strides_are_open_where_the_network_takes_them_and_none_are_given():
     assert open_stages("medssm_unet", {"features": [4, 8, 8], "depths": 1, "decoder_depths": 1}) == 3
     assert open_stages("medssm_unet", {"size": "tiny", "strides": [1, 2, 2, 2, 2]}) is None
     assert open_stages("monai.networks.nets.UNet", {}) is None and open_stages(nn.Conv3d(1, 2, 1), {}) is None
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_network_with_open_strides_takes_those_of_the_rule(dims):
+    found = set()
+    for name in list_models():
+        if dims in model_facts(name).dims and model_facts(name).task == "segment":
+            kwargs = {"spatial_dims": dims, **model_facts(name).small}
+            stages = open_stages(name, kwargs)
+            if stages is not None:
+                strides, _ = strides_and_kernels((40, 56, 40)[:dims], (1, 1, 3)[-dims:], stages)
+                assert create_model(name, **kwargs, strides=strides).encoder.strides == [tuple(step) for step in strides]
+                found.add(name)
+    assert {"medssm_unet", "umamba_bot", "umamba_enc"} <= found
 
 
 def test_a_small_volume_is_one_patch_whose_edges_the_strides_divide():
