@@ -42,9 +42,9 @@ from medssm.files import atomic, read_json, write_json
 from medssm.nn.blocks import CONV, MixerBlock, image, tokens
 from medssm.nn.mixers import MIXERS
 
-DISTANCES = {"kind": (8, 14, 20, 26, 32, 38, 44), "side": (8, 14, 20, 26, 32, 38)}
-SHAPES = {("kind", 2): (48, 48), ("side", 2): (28, 84), ("kind", 3): (16, 48, 48), ("side", 3): (16, 28, 84)}  # by task and number of axes
-RADIUS, SQUARE, DISTRACTORS, NOISE = 4, 5, 3, 0.3
+DISTANCES = {"kind": (7, 12, 17, 22, 27), "side": (7, 12, 17, 22, 27)}
+SHAPES = {("kind", 2): (32, 32), ("side", 2): (20, 64), ("kind", 3): (12, 32, 32), ("side", 3): (12, 20, 64)}  # by task and number of axes
+RADIUS, SQUARE, DISTRACTORS, NOISE = 3, 5, 2, 0.3
 EDGE = SQUARE // 2
 SAVE = 50  # steps between two saves
 
@@ -81,7 +81,7 @@ def draw(task: str, distance: float, kind: int, random: np.random.Generator, dim
 
 def square(kind: int, dims: int) -> np.ndarray:
     """A square or a cube: bright (1), dark (2) or chequered (0)."""
-    chequered = 1 - 2 * (np.indices((SQUARE,) * dims).sum(0) % 2)
+    chequered = 2 - 4 * (np.indices((SQUARE,) * dims).sum(0) % 2)
     return {0: chequered, 1: np.abs(chequered), 2: -np.abs(chequered)}[kind].astype(np.float32)
 
 
@@ -130,8 +130,8 @@ def _stacked(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
 
 # -- the networks -----------------------------------------------------------------------------------------------------------------
 
-SHALLOW = {"features": (6, 12, 32), "depths": (0, 1, 2), "decoder_depths": (1, 0)}  # mixers at a quarter of the resolution
-DEEP = {"features": (6, 12, 24, 32, 48), "depths": (0, 1, 1, 1, 1), "decoder_depths": (1, 1, 1, 0)}
+SHALLOW = {"features": (6, 12, 32), "depths": (0, 1, 1), "decoder_depths": (0, 0)}  # mixers at a quarter of the resolution
+DEEP = {"features": (6, 12, 24, 32), "depths": (0, 1, 1, 1), "decoder_depths": (0, 0, 0)}
 
 
 class Convolution(nn.Module):
@@ -187,18 +187,18 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "mamba2": partial(ours, mixer="mamba2", d_state=16),
     "none": partial(ours, scans_from=9),
     "conv": partial(replaced, make=Convolution, width=66),
-    "large_kernel": partial(replaced, make=LargeKernel, width=13),
+    "large_kernel": partial(replaced, make=LargeKernel, width=7),
     "raster": lambda dims: walked(dims, "raster()"),
     "one_way": lambda dims: ours(dims, orders=["raster()"]),
     "snake": lambda dims: walked(dims, "snake()"),
     "hilbert": lambda dims: walked(dims, "hilbert()"),
     "zigzag": lambda dims: walked(dims, "zigzag()"),
     "half_resolution": partial(ours, scans_from=1),
-    "one_block": partial(ours, depths=(0, 1, 1)),
+    "two_blocks": partial(ours, depths=(0, 1, 2)),
     "deep_ss_nd": partial(ours, **DEEP),
     "deep_none": partial(ours, scans_from=9, **DEEP),
-    "deep_coarsest": partial(ours, scans_from=4, **DEEP),
-    "basic_unet": lambda dims: BasicUNet(dims, 1, 3, (8, 8, 16, 16, 32, 8), norm="batch"),
+    "deep_coarsest": partial(ours, scans_from=3, **DEEP),
+    "basic_unet": lambda dims: BasicUNet(dims, 1, 3, (6, 6, 12, 12, 24, 6), norm="batch"),
 }
 
 
@@ -224,7 +224,7 @@ def run(
     *,
     dims: int = 2,
     patch: int | None = None,
-    steps: int = 500,
+    steps: int = 600,
     size: int = 16,
     lr: float = 6e-3,
     count: int = 100,
@@ -236,10 +236,10 @@ def run(
     model = NETWORKS[network](dims)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "multiply_adds_per_voxel": round(multiply_adds(NETWORKS[network](dims), torch.zeros(1, 1, *[48] * dims)) / 48**dims),
+        "multiply_adds_per_voxel": round(multiply_adds(NETWORKS[network](dims), torch.zeros(1, 1, *[32] * dims)) / 32**dims),
         "field": field(model, dims),
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--dims", type=int, default=2, choices=(2, 3))
     parser.add_argument("--patch", type=int, help="train on parts of this side instead of whole pictures")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     given = parser.parse_args()
     for seed, task, network in itertools.product(given.seeds, given.tasks, given.networks):
         form = f"{given.dims}d-{task}-{network}-{f'patch{given.patch}' if given.patch else 'whole'}-seed{seed}"

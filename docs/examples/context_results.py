@@ -48,8 +48,8 @@ TABLES: dict[str, tuple[str, tuple[Row, ...], Row]] = {
     "mixers": ("kind", _rows("ss_nd linear_attention gla delta mamba2 rwkv conv large_kernel none basic_unet"), Row("conv")),
     "side": ("side", _rows("ss_nd linear_attention gla delta mamba2 rwkv conv large_kernel none"), Row("conv")),
     "orders": ("kind", _rows("ss_nd one_way raster snake zigzag hilbert"), Row("ss_nd")),
-    "places": ("kind", _rows("ss_nd one_block half_resolution deep_ss_nd deep_coarsest deep_none"), Row("ss_nd")),
-    "patches": ("kind", (Row("ss_nd"), *(Row(name, 32, way) for name in ("ss_nd", "conv") for way in ("whole", "windows"))), Row("ss_nd")),
+    "places": ("kind", _rows("ss_nd two_blocks half_resolution deep_ss_nd deep_coarsest deep_none"), Row("ss_nd")),
+    "patches": ("kind", (Row("ss_nd"), *(Row(name, 16, way) for name in ("ss_nd", "conv") for way in ("whole", "windows"))), Row("ss_nd")),
 }
 
 

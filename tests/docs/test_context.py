@@ -12,7 +12,7 @@ pytest.importorskip("monai")
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "bench/results/accuracy-context", ROOT / "docs/context.md"
-EVERY = [(task, distance) for task, distances in (("kind", (8, 26, 44)), ("side", (8, 38))) for distance in distances]
+EVERY = [(task, distance) for task, distances in (("kind", (7, 17, 27)), ("side", (7, 27))) for distance in distances]
 
 
 def script(name: str):
@@ -46,24 +46,24 @@ def test_markers_are_as_far_as_asked(task, distance):
     for seed in range(20):
         one = context.draw(task, distance, 1, np.random.default_rng(seed))
         assert [np.linalg.norm(at - one.disc) for at in one.markers] == pytest.approx([distance] * len(one.markers), abs=0.75)
-        assert one.label[tuple(one.disc)] == 1 and (one.label > 0).sum() == 49
+        assert one.label[tuple(one.disc)] == 1 and (one.label > 0).sum() == 29
 
 
 def test_pictures_depend_on_the_seed_alone():
     for same, different in zip(context.batch("kind", 4, 0, 3), context.batch("kind", 4, 0, 4), strict=True):
-        assert same.shape == (4, 1, 48, 48) and not torch.equal(same, different)
-    first, again = context.batch("side", 4, 7, 3, patch=24), context.batch("side", 4, 7, 3, patch=24)
-    assert all(map(torch.equal, first, again)) and first[0].shape == (4, 1, 24, 24)
-    assert (first[1] > 0).flatten(1).sum(1).tolist() == [49] * 4  # the whole disc in every part
-    assert all(map(torch.equal, context.tests("kind", 8, 3), context.tests("kind", 8, 5))) is False
-    assert torch.equal(context.tests("kind", 8, 3)[0], context.tests("kind", 8, 5)[0][:3])
+        assert same.shape == (4, 1, 32, 32) and not torch.equal(same, different)
+    first, again = context.batch("side", 4, 7, 3, patch=16), context.batch("side", 4, 7, 3, patch=16)
+    assert all(map(torch.equal, first, again)) and first[0].shape == (4, 1, 16, 16)
+    assert (first[1] > 0).flatten(1).sum(1).tolist() == [29] * 4  # the whole disc in every part
+    assert all(map(torch.equal, context.tests("kind", 7, 3), context.tests("kind", 7, 5))) is False
+    assert torch.equal(context.tests("kind", 7, 3)[0], context.tests("kind", 7, 5)[0][:3])
 
 
 def test_the_class_is_that_of_the_first_marker():
     """On task "side" both pictures hold the same, a bright and a dark square; they have changed places."""
-    for one in both("side", 20, 5):
+    for one in both("side", 17, 5):
         brightness = [one.image[context._box(at)].mean() for at in one.markers]
-        assert brightness == pytest.approx([1, -1] if one.label.max() == 1 else [-1, 1], abs=0.3)
+        assert brightness == pytest.approx([2, -2] if one.label.max() == 1 else [-2, 2], abs=0.3)
         assert one.markers[0][1] < one.disc[1] < one.markers[1][1] and one.markers[0][0] == one.markers[1][0]
 
 
@@ -77,7 +77,7 @@ def right_by_least_squares(crops: np.ndarray, kinds: np.ndarray) -> float:
 
 def test_what_lies_about_the_disc_says_nothing_and_the_marker_all():
     kinds = np.arange(1200) % 2 + 1
-    drawn = [context.draw("kind", 16, kind, np.random.default_rng(i)) for i, kind in enumerate(kinds)]
+    drawn = [context.draw("kind", 17, kind, np.random.default_rng(i)) for i, kind in enumerate(kinds)]
 
     def crops(radius, centre):
         padded = [np.pad(one.image, 16) for one in drawn]
@@ -93,7 +93,7 @@ def test_a_network_sees_as_far_as_its_kernels_reach():
     """Two 3 x 3 convolutions are a reach of 2 pixels; the network's is by the gradient what its kernels and strides add up to."""
     two = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.Conv2d(2, 3, 3, padding=1))
     assert context.field(two, 2) == 2
-    assert context.field(context.NETWORKS["none"](2), 2) == 21 and context.field(context.NETWORKS["ss_nd"](2), 2) == 96
+    assert context.field(context.NETWORKS["none"](2), 2) == 13 and context.field(context.NETWORKS["ss_nd"](2), 2) == 96
 
 
 def test_convolutions_do_at_least_as_many_multiply_adds_as_any_mixer():
@@ -103,7 +103,7 @@ def test_convolutions_do_at_least_as_many_multiply_adds_as_any_mixer():
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     monkeypatch.setattr(context, "SAVE", 2)
-    monkeypatch.setitem(context.DISTANCES, "kind", (8, 16))
+    monkeypatch.setitem(context.DISTANCES, "kind", (7, 17))
     options = {"network": "none", "task": "kind", "seed": 3, "steps": 5, "size": 2, "count": 2}
     whole = context.run(tmp_path / "whole.json", **options)
     drawn = context.batch
