@@ -21,10 +21,11 @@ from medssm.options import Option
 from medssm.segment.cases import Case, one_of_each_name
 from medssm.segment.data import load_classes
 from medssm.segment.images import Image, label_files, read_label, say, strip_ending
-from medssm.segment.inputs import DATALIST, folders_below, references_of
+from medssm.segment.inputs import DATALIST, folders_below, references_of, scans_of
 from medssm.segment.metrics import compare
 from medssm.segment.patients import patient_of
 from medssm.segment.progress import progress
+from medssm.segment.uncertainty.sums import MAPS, PROBABILITIES
 
 METRICS = ("dice", "hd95", "nsd")
 _COLUMNS = ("case", "class", *METRICS)
@@ -42,6 +43,8 @@ def evaluate(
     ignore: int | None = None,
     patient: str | None = None,
     seed: int = 0,
+    uncertainty: Path | str | None = None,
+    images: Path | str | None = None,
     overwrite: bool = False,
     json_file: Path | str | None = None,
     csv_file: Annotated[Path | str | None, Option(flag="--csv")] = None,
@@ -56,7 +59,10 @@ def evaluate(
         section: of a datalist (default: testing or test, or the only one)
         json_file: file to write the result to as JSON
         csv_file: file to write a row to for each case and class
-        overwrite: write over files of other origin with `json_file` and `csv_file`
+        uncertainty: folder for uncertainty.html and uncertainty.json: whether the maps and intervals beside the predictions, as of medssm predict
+            --uncertainty, are of any use
+        images: folder or list of the scans, for that page's pictures (default: those of a datalist)
+        overwrite: write over files of other origin with `json_file`, `csv_file` and `uncertainty`
     Args: Metrics
         nsd_mm: tolerance of the surface Dice in millimetres
         ignore: value in the references whose voxels count for nothing (default: the ignore label of `classes`)
@@ -68,6 +74,7 @@ def evaluate(
         {"cases": {case: {class: {metric: value} or None}}, "classes": {class: {"n", "empty_in_both", metric: {"mean", "low", "high"}}},
         "mean": the same over the classes of each case, "patients", "nsd_mm", "unused", "failed": {case: reason}}; low and high are None below five
         patients. A case whose prediction is missing, lies on another grid or holds a value that is no class has failed; the others are compared.
+        With `uncertainty` also "uncertainty", as `uncertainty.worth.assess` gives it.
 
     Raises:
         UserError: where nothing can be compared.
@@ -82,6 +89,11 @@ def evaluate(
     for argument, file, made in (("json_file", json_file, _is_result), ("csv_file", csv_file, _is_table)):
         if file:
             protect(Path(file), reads=read, made=made, overwrite=overwrite, argument=argument)
+    if uncertainty is not None:
+        from medssm.segment.uncertainty import page, worth  # with matplotlib
+
+        page.check(Path(uncertainty), read, overwrite)
+        scans = scans_of(None if images is None else Path(images), Path(references), section)
     cases, failed = {}, dict(missing)
     files: list[Image] = []
     with progress("evaluating", quiet) as show:
@@ -99,7 +111,7 @@ def evaluate(
     found = dict.fromkeys(label for case in cases.values() for label in case)
     labels = list(found) if names else sorted(found, key=int)
     cases = {name: {label: case.get(label) for label in labels} for name, case in cases.items()}
-    result = {
+    result: dict[str, Any] = {
         "nsd_mm": nsd_mm,
         "patients": len({patients[name] for name in cases}),
         "unused": unused,
@@ -108,6 +120,12 @@ def evaluate(
         "classes": {label: _summary({name: case[label] for name, case in cases.items()}, patients, seed) for label in labels},
         "mean": _summary({name: _over_classes(case) for name, case in cases.items()}, patients, seed),
     }
+    if uncertainty is not None:
+        scored = {name: pairs[name] for name in cases}
+        with progress("uncertainty", quiet) as show:
+            result["uncertainty"] = worth.assess(scored, Path(predictions), names, ignore, lambda values: bootstrap(values, patients, seed), show)
+        dice = {name: (_over_classes(case) or {}).get("dice") for name, case in cases.items()}
+        page.write(Path(uncertainty), result["uncertainty"], scored, dice, names, ignore, scans)
     if json_file:
         write_json(Path(json_file), result)
     if csv_file:
@@ -135,6 +153,11 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     console.print(table)
     if result["patients"] < _FEWEST:
         console.print(f"no interval: {result['patients']} patient(s), at least {_FEWEST} are needed")
+    if "uncertainty" in result:
+        from medssm.segment.uncertainty.worth import said
+
+        console.print("\n".join(said(result["uncertainty"])))
+        console.print(f"written: {Path(options['uncertainty']) / 'uncertainty.html'}")
 
 
 def bootstrap(values: Mapping[str, float], patients: Mapping[str, str], seed: int = 0) -> tuple[float, float] | None:
@@ -210,8 +233,14 @@ def _pairs(
     wanted, patients = references_of(references, section) if listed else (_by_name(references), {})
     if not wanted:
         raise UserError(f"{references}: no image in this folder")
+    own = {f"{name}_{what}" for name in found for what in (*MAPS, PROBABILITIES)}  # what predict writes beside a label map
     missing = {name: f"{predictions}: no prediction for {name}" for name in sorted(wanted.keys() - found.keys())}
-    return {name: (found[name], wanted[name]) for name in sorted(wanted) if name in found}, missing, sorted(found.keys() - wanted.keys()), patients
+    return (
+        {name: (found[name], wanted[name]) for name in sorted(wanted) if name in found},
+        missing,
+        sorted(found.keys() - wanted.keys() - own),
+        patients,
+    )
 
 
 def _by_name(folder: Path) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from medssm.segment.losses import finest_first
 from medssm.segment.networks import memory_format
 from medssm.segment.preprocess import Fitted
 
+OVERLAP = 0.5  # of neighbouring windows
 _ON_DEVICE = 2 * 2**30  # up to so many bytes of probabilities are summed on the device, more in main memory
 
 
@@ -38,8 +39,8 @@ def stored_probabilities(
     *,
     device: torch.device,
     half: torch.dtype | None = None,
-    overlap: float = 0.5,
-    mirror: bool = False,
+    overlap: float = OVERLAP,
+    mirror: bool | tuple[int, ...] = False,
     batch: int = 1,
     show: Callable[[float], None] = lambda fraction: None,
 ) -> Store:
@@ -54,7 +55,7 @@ def stored_probabilities(
         device: where the network is
         half: the type that the network runs in under autocast; None is float32
         overlap: of neighbouring windows, 0 to less than 1
-        mirror: average over all mirrorings of the axes that training mirrored
+        mirror: average over all mirrorings of the axes that training mirrored; axes are that one mirroring alone
         batch: windows at a time
         show: is called with the part of the windows that is done, 0 to 1
     """
@@ -88,7 +89,7 @@ def stored_probabilities(
     return sums
 
 
-def _predictor(network: nn.Module, fitted: Fitted, mirror: bool) -> Callable[[Tensor], Tensor]:
+def _predictor(network: nn.Module, fitted: Fitted, mirror: bool | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     kept = [axis for axis in range(3) if axis != fitted.slice_axis]
     mirrored = mirrorings(fitted, mirror)
 
@@ -108,10 +109,14 @@ def activated(logits: Tensor, fitted: Fitted, axis: int) -> Tensor:
     return logits.sigmoid() if fitted.regions else logits.softmax(axis)
 
 
-def mirrorings(fitted: Fitted, mirror: bool) -> list[tuple[tuple[int, ...], list[int] | slice]]:
-    """The axes (0 to 2) of each mirroring that is averaged over, the first of none, and what it makes of the outputs: sides change places."""
+def mirrorings(fitted: Fitted, mirror: bool | tuple[int, ...]) -> list[tuple[tuple[int, ...], list[int] | slice]]:
+    """The axes (0 to 2) of each mirroring that is averaged over, and what it makes of the outputs: sides change places.
+
+    mirror: True is all mirrorings of the axes that training mirrored, the first of none; False is none; axes are the one of them
+    """
     axes = [axis for axis in fitted.mirror if axis != fitted.slice_axis] if mirror else []
-    chosen = [some for count in range(len(axes) + 1) for some in combinations(axes, count)]
+    every = [some for count in range(len(axes) + 1) for some in combinations(axes, count)]
+    chosen = [mirror] if isinstance(mirror, tuple) else every
     return [(some, fitted.mirrored_classes() if 0 in some and fitted.sides else slice(None)) for some in chosen]
 
 

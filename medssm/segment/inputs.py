@@ -104,6 +104,24 @@ def references_of(path: Path, section: str | None) -> tuple[dict[str, Path], dic
     return labels, patients
 
 
+def scans_of(images: Path | None, references: Path, section: str | None) -> dict[str, Path]:
+    """{case: its scan, the first channel's file}: of a folder or list of images, where NAME_0000 is the scan of NAME; else of a list of references.
+
+    Raises UserError where `images` cannot be read; a datalist that names no images has no scans.
+    """
+    path = images or references
+    listed = path.suffix == DATALIST
+    if images is None and not listed:
+        return {}
+    try:
+        cases = cases_of([path], 1, out=path, section=section if listed else None)
+    except UserError:
+        if images is None:
+            return {}
+        raise
+    return {case.name.removesuffix("_0000"): case.images[0] for case in cases}
+
+
 def _datalist(path: Path, section: str | None) -> list[tuple[str | None, list[Path]]]:
     """(name, where one is given, files) of each case of a datalist. Paths begin at the datalist's folder."""
     found = []

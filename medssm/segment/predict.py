@@ -11,6 +11,7 @@ import copy
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,10 +42,9 @@ from medssm.segment.images import (
     ras_grid,
     read_image,
     read_label,
-    strip_ending,
     write_image,
 )
-from medssm.segment.inference import stored_probabilities
+from medssm.segment.inference import OVERLAP, stored_probabilities
 from medssm.segment.inputs import cases_of
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
@@ -53,6 +53,9 @@ from medssm.segment.resample import from_ras, on_spacing, ras, resampled
 from medssm.segment.stream import check_streamed, streamed_probabilities
 from medssm.segment.targets import has_label_map
 from medssm.segment.targets import targets as targets_of
+from medssm.segment.uncertainty.ensemble import Ensemble
+from medssm.segment.uncertainty.members import Member, dropping
+from medssm.segment.uncertainty.sums import MAPS, PROBABILITIES, map_of
 from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, write_volumes
 
 Infer: TypeAlias = "Callable[..., Store]"  # (network, image, fitted, scratch, show=...) -> probabilities (x, outputs or more, y, z)
@@ -71,13 +74,15 @@ def predict(
     format: Literal["nifti", "nrrd", "mha", "png", "tiff", "dicom-seg"] | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
-    overlap: float = 0.5,
+    overlap: float = OVERLAP,
     mirror: bool = False,
     batch: int = 1,
     nan: float | None = None,
     stream: bool = False,
     scratch: Path | str | None = None,
     postprocessing: Literal["auto", "none"] = "auto",
+    uncertainty: Annotated[Literal["auto", "folds", "mirror", "dropout"] | None, Option(alone="auto")] = None,
+    level: float = 0.9,
     save_probabilities: bool = False,
     overwrite: bool = False,
     skip_existing: bool = False,
@@ -102,6 +107,11 @@ def predict(
         save_probabilities: also write CASE_probabilities.nii.gz, float32 with the classes on the last axis
         overwrite: write over files of other origin in `out`
         skip_existing: leave out the cases whose label map is in `out` already
+    Args: Uncertainty
+        uncertainty: also write CASE_entropy.nii.gz and CASE_mutual-information.nii.gz, and intervals into volumes.csv, from the spread of several
+            runs (folds), of the mirrorings that the network was trained with (mirror), or of ten passes with its dropout on (dropout); auto is the
+            first of these that there is
+        level: of the conformal intervals on volumes, more than 0 and less than 1
     Args: Inference
         overlap: of neighbouring windows, 0 to less than 1
         mirror: average over the mirrorings that the network was trained with
@@ -116,7 +126,9 @@ def predict(
 
     Returns:
         {"cases": {name: file}, "volumes": {name: {class: {"voxels", "ml"}}}, "failed": {name: reason}, "skipped": [names], "seconds": ...}: of
-        several cases one that fails does not stop the others.
+        several cases one that fails does not stop the others. With `uncertainty` a class also has "members_low_ml", "members_high_ml" (the smallest
+        and the largest volume that a member found) and, where there are bounds, "conformal_low_ml", "conformal_high_ml", "conformal_level"; and
+        "uncertainty" says what the members are, and what the bounds are from.
 
     Raises:
         UserError: where nothing can be predicted, or the only case is bad.
@@ -125,6 +137,8 @@ def predict(
         raise UserError(f"overlap: expected 0 to less than 1, got {overlap}")
     if batch < 1:
         raise UserError(f"batch: expected 1 or more, got {batch}")
+    if not 0 < level < 1:
+        raise UserError(f"level: expected more than 0 and less than 1, got {level}")
     place, begun = _device(device), time.perf_counter()
     half = _half(precision, place)
     folds = [_load(folder, model, weights, place) for folder in _folders([*_listed(run), *more_runs])]
@@ -132,6 +146,16 @@ def predict(
     steps = _postprocessing(folds, postprocessing)
     if not quiet and any(steps.values()):
         print(f"post-processing: {postprocess.described(steps)}", file=sys.stderr)
+    members, ensemble = [Member(i, mirror) for i in range(len(folds))], None
+    if uncertainty is not None:
+        options = {"--weights best": weights == "best", "--mirror": mirror, "--stream": stream, "--overlap": overlap != OVERLAP}
+        unlike = [name for name, given in (options | {"--postprocessing none": postprocessing == "none"}).items() if given]
+        ensemble = Ensemble.of(uncertainty, folds, mirror, level, unlike, postprocessing == "auto")
+        members = list(ensemble.members)
+        if stream and any(member.seed is not None for member in members):
+            raise UserError("stream: dropout is not streamed: leave --stream out")
+        if not quiet:
+            print(f"uncertainty: from {'; '.join(ensemble.said)}", file=sys.stderr)
     cases = cases_of([Path(path) for path in _listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     targets = targets_of(cases, Path(out), format)
     table = None if Path(out) in targets.values() else Path(out) / VOLUMES
@@ -139,17 +163,20 @@ def predict(
     skipped = [case.name for case in there]
     cases = [case for case in cases if case not in there]
     read = [file for case in cases for image in case.images for file in files_of(image)]
-    for case in cases:
-        for target in (targets[case.name], *([_of_probabilities(targets[case.name])] if save_probabilities else [])):
-            protect(target, reads=read, made=is_made_here, overwrite=overwrite)
+    beside = [*([PROBABILITIES] if save_probabilities else []), *(MAPS if ensemble else ())]
+    outputs = [file for case in cases for file in (targets[case.name], *(map_of(targets[case.name], what) for what in beside))]
+    for file, times in Counter(outputs).items():
+        if times > 1:  # of a case that has the name of another one's map
+            raise UserError(f"out: {file}: expected one file of that name, got two: name one of the images otherwise")
+        protect(file, reads=read, made=is_made_here, overwrite=overwrite)
     if table:
         protect(table, made=is_volumes, overwrite=overwrite)
     if stream:
         for fold in folds:
             check_streamed(fold.network, fold.fitted, fold.fitted.patch)
-        infer: Infer = partial(streamed_probabilities, device=place, half=half, mirror=mirror, say=_silent if quiet else _said)
+        infer: Infer = partial(streamed_probabilities, device=place, half=half, say=_silent if quiet else _said)
     else:
-        infer = partial(stored_probabilities, device=place, half=half, overlap=overlap, mirror=mirror, batch=batch)
+        infer = partial(stored_probabilities, device=place, half=half, overlap=overlap, batch=batch)
     written: dict[str, str] = {}
     said: set[tuple[str, ...]] = set()
 
@@ -160,7 +187,7 @@ def predict(
             about = f"{file.format}, {' x '.join(map(str, file.shape))} voxels of {lengths(file.spacing)} mm"
             print("; ".join([f"{file.path}: {about}", *file.notes]), file=sys.stderr)
 
-    measured, failed = _measured_before(there, targets, structures(folds[0].fitted.classes, folds[0].fitted.regions))
+    measured, failed = _measured_before(there, targets, structures(folds[0].fitted.classes, folds[0].fitted.regions), table)
     with _written_at_the_end(table, measured), progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
 
@@ -170,7 +197,9 @@ def predict(
             try:
                 target = targets[case.name]
                 room = target.parent if scratch is None else Path(scratch)
-                measured[case.name] = _predict_case(case, folds, target, save_probabilities, nan, room, steps, say, infer, show_case)
+                measured[case.name] = _predict_case(
+                    case, folds, ensemble, members, target, save_probabilities, nan, room, steps, say, infer, show_case
+                )
                 written[case.name] = str(target)
             except UserError as error:
                 if len(cases) == 1 and not skipped:
@@ -178,7 +207,8 @@ def predict(
                 failed[case.name] = str(error)
             except (MemoryError, OSError, RuntimeError) as error:  # torch reports a lack of memory as RuntimeError
                 failed[case.name] = f"{case.images[0]}: {type(error).__name__}: {first_line(error)}"
-    return {"cases": written, "volumes": measured, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - begun, 2)}
+    result = {"cases": written, "volumes": measured, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - begun, 2)}
+    return result | ({"uncertainty": dict(zip(("members", "intervals"), ensemble.said, strict=True))} if ensemble else {})
 
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -198,6 +228,8 @@ class _Fold:
 def _predict_case(
     case: Case,
     folds: Sequence[_Fold],
+    ensemble: Ensemble | None,
+    members: Sequence[Member],
     target: Path,
     save_probabilities: bool,
     nan: float | None,
@@ -219,32 +251,48 @@ def _predict_case(
         spacings = dict.fromkeys(fold.fitted.spacing for fold in folds)
         images = {spacing: on_spacing(torch.from_numpy(data), file.affine, spacing, stores) for spacing in spacings}
         del data
+        spread = ensemble.begin(file, onto, stores) if ensemble else None
         for spacing, (grid, image) in images.items():
             totals: list[Store] = []
-            for i, fold in enumerate(folds):
+            for i, member in enumerate(members):
+                fold = folds[member.run]
                 if fold.fitted.spacing != spacing:
                     continue
 
-                def show_fold(part: float, i: int = i) -> None:
-                    show((i + part) / len(folds))
+                def show_member(part: float, i: int = i) -> None:
+                    show((i + part) / len(members))
 
-                totals.append(infer(fold.network, image, fold.fitted, stores, show=show_fold))
+                with dropping(fold.network, member.seed):
+                    found = infer(fold.network, image, fold.fitted, stores, mirror=member.mirror, show=show_member)
+                if spread:
+                    spread.add(member, partial(resampled, _reader(found, outputs), grid, onto))
+                    found.close()
+                    continue
+                totals.append(found)
                 if len(totals) == 2:
                     _take_in(totals[0], totals.pop())
-            grids.append((grid, totals[0]))
+            grids += [(grid, total) for total in totals]
             image.close()
+
+        def averaged(rows: slice) -> Tensor:
+            return sum((resampled(_reader(total, outputs), grid, onto, rows) for grid, total in grids), torch.zeros(())) / len(folds)
+
+        mean = spread.sums.mean if spread else averaged
         labels = np.empty(onto.shape, _smallest(values))
         kept = stores.store(*onto.shape, outputs) if save_probabilities else None
         for rows in slabs(onto.shape[0], 4 * outputs * math.prod(onto.shape[1:])):
-            back = sum((resampled(_reader(total, outputs), grid, onto, rows) for grid, total in grids), torch.zeros(())) / len(folds)
+            back = mean(rows)
             labels[rows] = values[decided(back, values.tolist(), fitted.regions).numpy()]
             if kept is not None:
                 kept[rows] = back.movedim(0, -1)
         labels = postprocess.processed(from_ras(labels, file.affine), steps, _by_value(fitted), abs(float(np.linalg.det(file.affine[:3, :3]))) / 1000)
         write_image(target, labels, file, fitted.classes)
         if kept is not None:
-            nifti.write(_of_probabilities(target), from_ras(kept.array(), file.affine), file)
-        return volumes(labels, file, structures(fitted.classes, fitted.regions))
+            nifti.write(map_of(target, PROBABILITIES), from_ras(kept.array(), file.affine), file)
+        measured = volumes(labels, file, structures(fitted.classes, fitted.regions))
+        if spread:
+            spread.finish(target, measured)
+        return measured
 
 
 def _postprocessing(folds: Sequence[_Fold], wanted: str) -> postprocess.Steps:
@@ -260,13 +308,20 @@ def _by_value(fitted: Fitted) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def _measured_before(
-    there: Sequence[Case], targets: Mapping[str, Path], classes: Mapping[str, Sequence[int]]
+    there: Sequence[Case], targets: Mapping[str, Path], classes: Mapping[str, Sequence[int]], table: Path | None
 ) -> tuple[dict[str, Volumes], dict[str, str]]:
-    """The volumes in the label maps that are there already, on the grids of their images, and why one cannot be read."""
-    measured, failed = {}, {}
+    """The volumes in the label maps that are there already, on the grids of their images, and why one cannot be read.
+
+    The intervals in a row of the table stay where the label map still has as many voxels.
+    """
+    measured, failed, before = {}, {}, read_volumes(table) if table else {}
     for case in there:
         try:
-            measured[case.name] = volumes(*read_label(targets[case.name], open_image(case.images[0])), classes)
+            found = volumes(*read_label(targets[case.name], open_image(case.images[0])), classes)
+            rows = before.get(case.name, {})
+            measured[case.name] = {
+                name: rows[name] | row if rows.get(name, {}).get("voxels") == row["voxels"] else row for name, row in found.items()
+            }
         except UserError as error:
             failed[case.name] = str(error)
     return measured, failed
@@ -320,10 +375,6 @@ def _said(line: str) -> None:
 
 def _silent(line: str) -> None:
     pass
-
-
-def _of_probabilities(target: Path) -> Path:
-    return target.with_name(f"{strip_ending(target)}_probabilities.nii.gz")
 
 
 def _listed(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:

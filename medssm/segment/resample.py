@@ -50,18 +50,23 @@ def resampled(read: Callable[[slice], Tensor], grid: Grid, onto: Grid, rows: sli
 
 def on_spacing(data: Tensor, affine: np.ndarray, spacing: Sequence[float], scratch: Scratch) -> tuple[Grid, Store]:
     """A file's image (c, x, y, z) along RAS axes at `spacing`, (x, c, y, z): at once, where half of the scratch's memory holds that, else by rows."""
-    transform, pending = geometry(spacing), MetaTensor(torch.zeros(1).expand(1, *data.shape[1:]), affine=torch.from_numpy(affine))
-    for step in transform.transforms:
-        pending = step(pending, lazy=True)
-    onto = Grid(pending.peek_pending_affine().numpy(), tuple(int(n) for n in pending.peek_pending_shape()))
+    onto = at_spacing(affine, tuple(data.shape[1:]), spacing)
     if (4 * len(data) + RESAMPLING) * math.prod(onto.shape) <= scratch.memory / 2:
-        image = transform(MetaTensor(data, affine=torch.from_numpy(affine)))
+        image = geometry(spacing)(MetaTensor(data, affine=torch.from_numpy(affine)))
         return Grid(image.affine.numpy(), tuple(image.shape[1:])), Store.of(image.as_tensor().movedim(1, 0))
     x, y, z = onto.shape
     store = scratch.store(x, len(data), y, z)
     for rows in store.slabs():
         store[rows] = resampled(lambda part: data[:, part], Grid(affine, tuple(data.shape[1:])), onto, rows).movedim(1, 0)
     return onto, store
+
+
+def at_spacing(affine: np.ndarray, shape: tuple[int, ...], spacing: Sequence[float]) -> Grid:
+    """The grid that a volume has along RAS axes at `spacing`."""
+    pending = MetaTensor(torch.zeros(1).expand(1, *shape), affine=torch.from_numpy(affine))
+    for step in geometry(spacing).transforms:
+        pending = step(pending, lazy=True)
+    return Grid(pending.peek_pending_affine().numpy(), tuple(int(n) for n in pending.peek_pending_shape()))
 
 
 def ras(affine: np.ndarray, shape: tuple[int, ...]) -> Grid:

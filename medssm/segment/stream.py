@@ -26,7 +26,7 @@ def streamed_probabilities(
     *,
     device: torch.device,
     half: torch.dtype | None = None,
-    mirror: bool = False,
+    mirror: bool | tuple[int, ...] = False,
     say: Callable[[str], None] = lambda line: None,
     show: Callable[[float], None] = lambda fraction: None,
 ) -> Store:

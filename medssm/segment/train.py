@@ -35,6 +35,7 @@ from medssm.segment.patches import Patches
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
 from medssm.segment.stages import open_stages, strides_and_kernels
+from medssm.segment.uncertainty import conformal
 from medssm.segment.validation import Validation
 from medssm.segment.volumes import load
 
@@ -90,8 +91,8 @@ def train(
 
     The folder gets config.json and model.safetensors (the network), fitted.json (what was fitted to the data), train.yaml (these arguments, for
     `medssm train --config`), cases.json (the files that were trained on and held out), metrics.jsonl, curves.png, drawn anew every minute, and at the
-    end report.html; where cases are held out also model_best.safetensors (the weights with the best validation) and postprocessing.json (what raised
-    the Dice on these cases).
+    end report.html; where cases are held out also model_best.safetensors (the weights with the best validation), postprocessing.json (what raised
+    the Dice on these cases) and conformal.json (their volumes as found and in the references, for the intervals of predict).
 
     Args: Data
         dataset: folder with dataset.json (nnU-Net), or a MONAI datalist's JSON file
@@ -236,7 +237,7 @@ def train(
     if resume:
         loop.resume()
     elif fabric.is_global_zero:
-        for name in (networks.WEIGHTS, networks.BEST, postprocess.POSTPROCESSING, CHECKPOINT):
+        for name in (networks.WEIGHTS, networks.BEST, postprocess.POSTPROCESSING, conformal.CONFORMAL, CHECKPOINT):
             (out / name).unlink(missing_ok=True)  # of the training that is to be overwritten
     name = config["model"] or config["class"]
     if fabric.is_global_zero:
@@ -254,11 +255,13 @@ def train(
                 live()
 
         def validated() -> dict[str, float]:
-            return validate(loop.trained, lambda text: tell(loop.budget.fraction(loop.done), text))
+            part = loop.budget.fraction(loop.done)
+            return validate(loop.trained, lambda text: tell(part, text), last=part >= 1)
 
         dice = loop.run(tell, validated, validations if validation else 0)
     steps, gain = validate.postprocessing() if dice else ({}, {})
     rows = validate.rows() if dice else []
+    held_out_volumes = validate.volumes(steps) if dice and fitted.ignore is None else {}  # a volume with voxels of no label is not known
     result = {
         "out": str(out),
         "model": name,
@@ -277,6 +280,8 @@ def train(
     if fabric.is_global_zero:
         if dice:
             postprocess.save(out / postprocess.POSTPROCESSING, steps, gain)
+        if held_out_volumes:
+            conformal.save(out / conformal.CONFORMAL, held_out_volumes)
         loop.log({"finished": result})
         networks.save(out, loop.trained, config)
         (out / CHECKPOINT).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -10,12 +11,15 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
+from medssm.scratch import slabs
 from medssm.segment import pages, postprocess
 from medssm.segment.cases import Case
 from medssm.segment.images import open_image, ras_grid
 from medssm.segment.inference import probabilities
 from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.regions import decided
+from medssm.segment.resample import at_spacing, ras, resampled
+from medssm.segment.uncertainty import conformal
 from medssm.segment.volumes import Arrays
 
 
@@ -23,7 +27,8 @@ class Validation:
     """Call it with a network, and with what shows a line of text, for the mean Dice of each class or region, and of all of them as "mean".
 
     Dice is taken at the network's spacing; a class that is in neither label nor prediction of a case is left out there. `found` keeps the last label
-    maps, as positions in the classes, and `dice` each case's Dice.
+    maps, as positions in the classes, and `dice` each case's Dice. The call that is the `last` one also keeps the label maps on the grids of the
+    images, as predict writes them, for `volumes`.
 
     Args:
         cases: those that this process segments
@@ -36,15 +41,19 @@ class Validation:
         self.cases, self.arrays, self.fitted, self.fabric = cases, arrays, fitted, fabric
         self.found: list[np.ndarray] = []
         self.dice: list[dict[str, float]] = []
+        self.on_own_grid: list[np.ndarray] = []
 
-    def __call__(self, network: nn.Module, show: Callable[[str], None] = lambda text: None) -> dict[str, float]:
+    def __call__(self, network: nn.Module, show: Callable[[str], None] = lambda text: None, last: bool = False) -> dict[str, float]:
         fitted, device = self.fitted, self.fabric.device
         half = torch.float16 if device.type == "cuda" else None
-        sums, self.found, self.dice = torch.zeros(2, len(fitted.structures), dtype=torch.float64), [], []
+        sums, self.found, self.dice, self.on_own_grid = torch.zeros(2, len(fitted.structures), dtype=torch.float64), [], [], []
         for number, (image, label) in enumerate(self.arrays, 1):
             show(f"validating, case {number} of {len(self.arrays)}")
-            predicted = decided(probabilities(network, image, fitted, device=device, half=half), list(fitted.classes.values()), fitted.regions)
+            p = probabilities(network, image, fitted, device=device, half=half)
+            predicted = decided(p, list(fitted.classes.values()), fitted.regions)
             self.found.append(predicted.to(torch.int16).numpy())
+            if last:
+                self.on_own_grid.append(_on_own_grid(self.cases[number - 1], p, fitted))
             self.dice.append({})
             for i, (name, values) in enumerate(fitted.structures.items()):
                 positions = torch.tensor(values)
@@ -66,6 +75,10 @@ class Validation:
             held.append(postprocess.Held(found, label.numpy(), voxel, len(self.fitted.classes)))
         return postprocess.choose(held, self.fitted.to_process, lambda values, how: self._reduced(torch.from_numpy(values), how).numpy())
 
+    def volumes(self, steps: postprocess.Steps) -> conformal.Measured:
+        """The volumes in the held-out cases of all processes, as predict would measure them with this post-processing; see `conformal.measured`."""
+        return dict(self._gathered(list(conformal.measured(self.cases, self.on_own_grid, self.fitted, steps).items())))
+
     def rows(self) -> list[dict[str, Any]]:
         """The cases of all processes as the last call found them, the best first: name, file, Dice of each class, their mean, and a picture.
 
@@ -81,11 +94,7 @@ class Validation:
             }
             for case, (image, label), found, dice in zip(self.cases, self.arrays, self.found, self.dice, strict=True)
         ]
-        if self.fabric.world_size > 1:
-            parts: list[Any] = [None] * self.fabric.world_size
-            torch.distributed.all_gather_object(parts, rows)
-            rows = [row for part in parts for row in part]
-        return sorted(rows, key=lambda row: -1.0 if row["mean"] is None else row["mean"], reverse=True)
+        return sorted(self._gathered(rows), key=lambda row: -1.0 if row["mean"] is None else row["mean"], reverse=True)
 
     def _picture(self, case: Case, image: torch.Tensor, label: np.ndarray, found: np.ndarray) -> str:
         """Slices where the label has most: what was found in colour, the label's outlines in white."""
@@ -95,5 +104,24 @@ class Validation:
         low, high = pages.CT_WINDOWS["soft tissue"] if ct else np.percentile(grey.reshape(-1)[:: max(1, grey.size // 2**20)], (0.5, 99.5)).tolist()
         return pages.slices(grey, [found, label], np.where(wanted > 0, wanted, own), (low, high), 150, at=pages.richest(label))
 
+    def _gathered(self, rows: list[Any]) -> list[Any]:
+        """The rows of all processes."""
+        if self.fabric.world_size == 1:
+            return rows
+        parts: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
     def _reduced(self, values: torch.Tensor, how: Any) -> torch.Tensor:
         return values if self.fabric.world_size == 1 else cast(torch.Tensor, self.fabric.all_reduce(values, reduce_op=how))
+
+
+def _on_own_grid(case: Case, p: torch.Tensor, fitted: Fitted) -> np.ndarray:
+    """The label map of probabilities (outputs, x, y, z) on the grid of the case's image along RAS axes, decided as predict does."""
+    image = open_image(case.images[0])
+    grid, onto = at_spacing(image.affine, image.shape, fitted.spacing), ras(image.affine, image.shape)
+    values = list(fitted.classes.values())
+    labels = np.empty(onto.shape, np.min_scalar_type(len(values)))
+    for rows in slabs(onto.shape[0], 4 * len(p) * math.prod(onto.shape[1:])):
+        labels[rows] = decided(resampled(lambda part: p[:, part], grid, onto, rows), values, fitted.regions).numpy()
+    return labels

@@ -1,4 +1,4 @@
-"""Volumes of the segmented classes, and the table of them beside the label maps: volumes.csv."""
+"""Volumes of the segmented classes, and the table of them beside the label maps: volumes.csv; of an ensemble with intervals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from medssm.segment.images import Image
 
 VOLUMES = "volumes.csv"
 _COLUMNS = ("case", "class", "voxels", "ml")
-Volumes: TypeAlias = "dict[str, dict[str, float]]"  # {class: {"voxels": number, "ml": millilitres}}
+INTERVALS = ("members_low_ml", "members_high_ml", "conformal_low_ml", "conformal_high_ml", "conformal_level")
+Volumes: TypeAlias = "dict[str, dict[str, float]]"  # {class: {"voxels": number, "ml": millilitres}}, and some of INTERVALS
 
 
 def volumes(labels: np.ndarray, image: Image, structures: Mapping[str, Sequence[int]]) -> Volumes:
@@ -36,19 +37,24 @@ def read_volumes(path: Path) -> dict[str, Volumes]:
     found: dict[str, Volumes] = {}
     with open(path, encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
-            found.setdefault(row["case"], {})[row["class"]] = {"voxels": int(row["voxels"]), "ml": float(row["ml"])}
+            intervals = {column: float(row[column]) for column in INTERVALS if row.get(column)}
+            found.setdefault(row["case"], {})[row["class"]] = {"voxels": int(row["voxels"]), "ml": float(row["ml"]), **intervals}
     return found
 
 
 def write_volumes(path: Path, cases: Mapping[str, Volumes]) -> None:
-    """Write a row for each case and class. Raises UserError where the file cannot be written."""
+    """Write a row for each case and class, with the columns of INTERVALS where any row has one. Raises UserError where the file cannot be written."""
+    more = INTERVALS if any(column in row for table in cases.values() for row in table.values() for column in INTERVALS) else ()
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(_COLUMNS)
-    rows.writerows((case, name, row["voxels"], f"{row['ml']:.6g}") for case, table in sorted(cases.items()) for name, row in table.items())
+    rows.writerow((*_COLUMNS, *more))
+    for case, table in sorted(cases.items()):
+        for name, row in table.items():
+            intervals = (f"{row[column]:.6g}" if column in row else "" for column in more)
+            rows.writerow((case, name, row["voxels"], f"{row['ml']:.6g}", *intervals))
     write_text(path, text.getvalue())
 
 
 def is_volumes(path: Path) -> bool:
     """Whether a file is such a table."""
-    return begins_with(path, ",".join(_COLUMNS) + "\n")
+    return any(begins_with(path, ",".join(columns) + "\n") for columns in (_COLUMNS, (*_COLUMNS, *INTERVALS)))
