@@ -148,6 +148,8 @@ TRIALS: dict[str, Trial] = {
     "all-nnunet": Trial(
         "augmentation as often and as strong as nnU-Net's", {**net(deep_supervision=True), "lr": 3e-3}, _dense, _nnunet_augmentation, against="all"
     ),
+    "long": Trial("deep supervision, 1,500 steps", {**net(deep_supervision=True), "max_steps": 5 * STEPS}, against="deep"),
+    "long-3": Trial("learning rate 0.003", {**net(deep_supervision=True), "max_steps": 5 * STEPS, "lr": 3e-3}, against="long"),
     "deep-3": Trial("learning rate 0.003, deep supervision", {**net(deep_supervision=True), "lr": 3e-3}, against=BASE),
     "augment-none": Trial("no augmentation but mirroring", {**net(), "augment": False}, against=BASE),
     "augment-nnunet": Trial("augmentation as often and as strong as nnU-Net's", net(), patched=_nnunet_augmentation, against=BASE),
