@@ -33,7 +33,7 @@ from medssm.segment.images import open_image, ras_grid
 from medssm.segment.preprocess import Fitted
 from medssm.segment.probe import step_memory
 from medssm.segment.progress import progress
-from medssm.segment.stages import patch_multiples, strides_and_kernels
+from medssm.segment.stages import patch_multiples, strides_and_kernels, supervised
 from medssm.segment.train import criterion_for, fabric_for
 
 _MADE = "# medssm plan"  # the first words of the file
@@ -192,6 +192,7 @@ def _ruled(
     fitted = Fitted(table.channels, spacing, (), table.classes, table.ignore, tuple(patches[0]), regions=table.regions)
     criterion = criterion_for(fitted)
     sizes = {"spatial_dims": spatial_dims, "in_channels": len(table.channels), "out_channels": len(fitted.outputs)}
+    heads = supervised(model, given)
 
     def options_of(patch: Sequence[int]) -> dict[str, Any]:
         strides, kernels = strides_and_kernels(patch, near, _STAGES)
@@ -201,7 +202,7 @@ def _ruled(
 
         def measure(patch: Sequence[int], batch: int) -> int | None:
             show(0.0, f"patch {' x '.join(map(str, patch))}, batch {batch}")
-            shape, kwargs = (batch, len(table.channels), *patch), {**sizes, **given, **options_of(patch)}
+            shape, kwargs = (batch, len(table.channels), *patch), {**sizes, **heads, **given, **options_of(patch)}
             found, seconds = step_memory(lambda: networks.build(model, **kwargs), criterion, fabric, shape, len(table.classes))
             steps.append({"patch": list(patch), "batch": batch, "bytes": found, "seconds": round(seconds, 2)})
             return found

@@ -1,4 +1,4 @@
-"""The strides of a U-Net's stages, by nnU-Net's rules, for a patch of a shape and a spacing."""
+"""What training chooses for a network of this package: strides by nnU-Net's rules, for a patch of a shape and a spacing, and deep supervision."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def open_stages(model: object, kwargs: Mapping[str, Any]) -> int | None:
         return None
     network = networks.build(model, **kwargs)
     return len(network.encoder.strides) if isinstance(network, UNet) else None
+
+
+def supervised(model: object, kwargs: Mapping[str, Any]) -> dict[str, bool]:
+    """Keywords for logits at every level, where the network has them, is one of this package, and `kwargs` says nothing of them."""
+    ours = isinstance(model, str) and model in list_models() and not model.startswith("monai_")
+    return {"deep_supervision": True} if ours and "deep_supervision" in set(model_options(str(model))) - set(kwargs) else {}
 
 
 def patch_multiples(shape: Sequence[float], spacing: Sequence[float], stages: int) -> list[int]:

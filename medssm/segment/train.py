@@ -34,7 +34,7 @@ from medssm.segment.losses import RegionLoss, SegmentationLoss
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
-from medssm.segment.stages import open_stages, strides_and_kernels
+from medssm.segment.stages import open_stages, strides_and_kernels, supervised
 from medssm.segment.uncertainty import conformal
 from medssm.segment.validation import Validation
 from medssm.segment.volumes import load
@@ -43,7 +43,6 @@ ARGUMENTS, CASES, CURVES, REPORT = "train.yaml", "cases.json", "curves.png", "re
 _STEPS = 1000
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 _PATHS = ("dataset", "out", "splits", "cache")  # arguments that are paths
-logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its line about half precision: `_chosen` says it
 
 
 def train(
@@ -114,7 +113,7 @@ def train(
     Args: Network
         model: one of `medssm models`, or one of MONAI's as monai.networks.nets.NAME; in Python also a module that gives logits
             (b, classes, *spatial), or with deep supervision a list of them
-        model_kwargs: more keywords for the model's constructor
+        model_kwargs: more keywords for the model's constructor, as deep_supervision, which is true where a network of ours has it
         size: the model's size, where it has several, as tiny, small or base
         mixer: the mixer of a model that has several, as medssm_unet; docs/mixers.md compares them
         spatial_dims: 2 trains on slices
@@ -169,7 +168,7 @@ def train(
     fabric.launch()
     quiet = quiet or not fabric.is_global_zero
     asked = {"spatial_dims": spatial_dims, **(model_kwargs or {}), **_given(size=size, mixer=mixer)}
-    stages = open_stages(model, asked)
+    stages, heads = open_stages(model, asked), supervised(model, asked)
 
     fitted, volumes = fit(
         table,
@@ -192,7 +191,7 @@ def train(
     torch.manual_seed(seed)
     sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.outputs)}
     strides = {} if stages is None else {"strides": strides_and_kernels(fitted.patch, fitted.patch_spacing, stages)[0]}
-    kwargs = {**sizes, **asked, **strides}
+    kwargs = {**sizes, **asked, **strides, **heads}
     network, config = model if isinstance(model, nn.Module) else networks.build(model, **kwargs), networks.describe(model, kwargs)
     network = networks.placed(network, fabric.device, spatial_dims)
     networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
@@ -359,10 +358,14 @@ def fabric_for(device: str, devices: int | str, strategy: str, precision: str) -
     chosen: list[int] | int | str = [int(number)] if number.isdigit() else number or devices
     if precision == "auto":
         precision = _fast_precision(accelerator)
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # Lightning's line about half precision: `_chosen` says it
     try:
         return Fabric(accelerator=accelerator, devices=chosen, strategy=strategy, precision=cast(Any, precision))
     except (RuntimeError, ValueError, TypeError) as error:  # Lightning's MisconfigurationException is none of its public names
         raise UserError(f"device: {device}, devices {chosen}, strategy {strategy}, precision {precision}: {error}") from error
+    finally:
+        logging.disable(before)
 
 
 def _fast_precision(accelerator: str) -> str:

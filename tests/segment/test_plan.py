@@ -19,7 +19,7 @@ from medssm.segment import plan as module
 from medssm.segment.fit import fit_patch, shrinking_patches
 from medssm.segment.plan import largest, plan, planned_spacing
 from medssm.segment.probe import step_memory
-from medssm.segment.stages import open_stages, patch_multiples, strides_and_kernels
+from medssm.segment.stages import open_stages, patch_multiples, strides_and_kernels, supervised
 from medssm.segment.train import train
 from tests.segment.synthetic import nnunet_folder
 
@@ -61,6 +61,12 @@ def test_strides_are_open_where_the_network_takes_them_and_none_are_given():
     assert open_stages("medssm_unet", {"features": [4, 8, 8], "depths": 1, "decoder_depths": 1}) == 3
     assert open_stages("medssm_unet", {"size": "tiny", "strides": [1, 2, 2, 2, 2]}) is None
     assert open_stages("monai.networks.nets.UNet", {}) is None and open_stages(nn.Conv3d(1, 2, 1), {}) is None
+
+
+def test_networks_of_ours_learn_at_every_level_unless_told_otherwise():
+    assert supervised("medssm_unet", {}) == supervised("segmamba", {"features": (4, 8)}) == {"deep_supervision": True}
+    assert supervised("medssm_unet", {"deep_supervision": False}) == supervised("monai_dynunet", {}) == {}
+    assert supervised("monai.networks.nets.DynUNet", {}) == supervised(nn.Conv3d(1, 2, 1), {}) == supervised("monai_unet", {}) == {}
 
 
 @pytest.mark.parametrize("dims", [2, 3])

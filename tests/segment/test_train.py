@@ -269,12 +269,16 @@ def test_deep_supervision_is_used_where_the_network_has_it(small, tmp_path):
     assert before and all(not torch.equal(value, dict(network.named_parameters())[name]) for name, value in before.items())
 
 
-def test_the_networks_strides_suit_the_patch(tmp_path):
+def test_strides_suit_the_patch_and_every_level_learns(tmp_path):
     folder = nnunet_folder(tmp_path / "data", cases=2, shape=(18, 20, 17))
-    options = {"model_kwargs": {"features": [4, 4, 4, 4], "depths": 1, "decoder_depths": 1}, "device": "cpu", "quiet": True, "max_steps": 1}
-    assert train(folder, tmp_path / "a", **options)["patch"] == [20, 20, 20]
-    strides = json.loads((tmp_path / "a/config.json").read_text())["kwargs"]["strides"]
-    assert strides == [[1, 1, 1], [2, 2, 2], [2, 2, 2], [1, 1, 1]]
+    kwargs = {"features": [4, 4, 4, 4], "depths": 1, "decoder_depths": 1}
+    options = {"device": "cpu", "quiet": True, "max_steps": 1}
+    assert train(folder, tmp_path / "a", model_kwargs=kwargs, **options)["patch"] == [20, 20, 20]
+    chosen = json.loads((tmp_path / "a/config.json").read_text())["kwargs"]
+    assert chosen["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2], [1, 1, 1]] and chosen["deep_supervision"]
+    given = {**kwargs, "strides": [1, 2, 2, 2], "deep_supervision": False}
+    assert train(folder, tmp_path / "b", model_kwargs=given, **options)["patch"] == [32, 32, 32]
+    assert json.loads((tmp_path / "b/config.json").read_text())["kwargs"] == {**given, "spatial_dims": 3, "in_channels": 1, "out_channels": 3}
 
 
 def test_weights_decay_and_what_has_another_neutral_value_than_zero_does_not():
@@ -290,8 +294,9 @@ def test_weights_decay_and_what_has_another_neutral_value_than_zero_does_not():
     assert {"mixer.A_logs", "mixer.Ds", "mixer.dt_projs_bias", "norm.weight", "conv.bias"} <= {names[id(p)] for p in others["params"]}
 
 
-def test_half_precision(small, tmp_path):
+def test_half_precision(small, tmp_path, capfd, caplog):
     train(small, tmp_path / "a", precision="bf16-mixed", max_steps=3, **FAST)
+    assert "bfloat16" not in capfd.readouterr().err and not caplog.records  # Lightning has a line about it, in a quiet training too
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(tmp_path / "a").values())
 
 
