@@ -28,7 +28,7 @@ class Command(NamedTuple):
     about: str
 
 
-Table: TypeAlias = "Mapping[str, Command | Mapping[str, Command]]"
+Table: TypeAlias = "Mapping[str, Command | Mapping[str, Command]]"  # what has no name is meant where no further word is given
 COMMANDS: Table = {
     "doctor": Command(
         "medssm.doctor", "doctor", "show", "what this machine has, and one small case of every op on every backend against the reference"
@@ -42,6 +42,9 @@ COMMANDS: Table = {
     "train": Command("medssm.segment.train", "train", "show", "train a network on your data"),
     "predict": Command("medssm.segment.predict", "predict", "show", "segment images, folders or lists of them"),
     "evaluate": Command("medssm.segment.evaluate", "evaluate", "show", "Dice, HD95 and surface Dice of predictions against references"),
+    "compare": Command(
+        "medssm.compare", "compare", "show", "two or more sets of predictions, or runs, on the same cases: differences with intervals"
+    ),
     "view": Command("medssm.segment.view", "view", "show", "a scan with label maps over it as one page for a browser, offline"),
     "export": {
         "bundle": Command("medssm.export.bundle", "export_bundle", "show", "a trained network as a MONAI bundle, run by python -m monai.bundle")
@@ -50,8 +53,13 @@ COMMANDS: Table = {
         "plans": Command("medssm.integrations.nnunet.command", "plans", "show_plans", "nnU-Net's plans with a network of medssm's"),
         "path": Command("medssm.integrations.nnunet.command", "path", "show_path", "the folder of trainers for nnU-Net's nnUNet_extTrainer"),
     },
-    "bench": Command("medssm.bench", "bench", "show", "time the ops on this machine against what people use today"),
+    "bench": {
+        "": Command("medssm.bench", "bench", "show", "time the ops on this machine against what people use today"),
+        "accuracy": Command("medssm.bench.accuracy", "accuracy", "show", "networks x folds x seeds on a data set, compared on held-out patients"),
+    },
 }
+
+_VOLUMES = ("medssm.segment.", "medssm.compare", "medssm.bench.accuracy")  # modules of commands that work on volumes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     entry: Command | Table = COMMANDS
     try:
         while not isinstance(entry, Command):
+            if "" in entry and (not words or words[0].startswith("-")):
+                entry = entry[""]
+                continue
             if not words or words[0] in ("-h", "--help"):
                 print(_overview(name, entry))
                 return 0 if words else 2
@@ -98,7 +109,7 @@ def _run(name: str, command: Command, words: Sequence[str]) -> int:
     if "print_config" in given.flags:
         print(options.as_yaml(given.values, given.sources), end="")
         return 0
-    if command.module.startswith("medssm.segment."):
+    if command.module.startswith(_VOLUMES):
         keep_freed_memory()  # of volumes, for the next ones
     as_json = "json" in given.flags
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():  # standard output is the JSON alone
@@ -117,13 +128,13 @@ def _chosen(table: Table, word: str) -> Command | Mapping[str, Command]:
     if word in table:
         return table[word]
     close = difflib.get_close_matches(word, table, 1)
-    raise UserError(f"expected one of {', '.join(table)}, got {word!r}{f', did you mean {close[0]}?' if close else ''}")
+    raise UserError(f"expected one of {', '.join(filter(None, table))}, got {word!r}{f', did you mean {close[0]}?' if close else ''}")
 
 
 def _overview(name: str, table: Table) -> str:
     lines = [f"usage: {name} <command> [options]", "", "commands:"]
     for word, entry in table.items():
-        found = {word: entry} if isinstance(entry, Command) else {f"{word} {kind}": command for kind, command in entry.items()}
+        found = {word: entry} if isinstance(entry, Command) else {f"{word} {kind}".strip(): command for kind, command in entry.items()}
         lines += [f"  {words:<16} {command.about}" for words, command in found.items()]
     return "\n".join([*lines, "", f"`{name} <command> --help` lists a command's options."])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import platform
+import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,16 @@ def describe() -> dict[str, str]:
         "Python": platform.python_version(),
     }
     return table | {name: _version(name) for name in _PACKAGES}
+
+
+def commit() -> str:
+    """The checkout's commit, with "-dirty" if its code was changed since; the version if the package was installed."""
+    root = Path(medssm.__file__).resolve().parent.parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    if found.returncode:
+        return f"version {medssm.__version__}"
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "medssm", "kernels", "csrc"], cwd=root).returncode
+    return found.stdout.strip() + "-dirty" * changed
 
 
 def cores() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -174,7 +173,7 @@ def _earlier(out: Path | None, name: str, results: Mapping[str, Any]) -> dict[st
 
 
 def _about() -> dict[str, Any]:
-    return {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "machine": machine.describe()}
+    return {"date": time.strftime("%Y-%m-%d"), "commit": machine.commit(), "machine": machine.describe()}
 
 
 def _extra() -> dict[str, float]:
@@ -207,15 +206,3 @@ def _lengths(into: dict[str, list[tuple[int, float]]]) -> Iterator[str]:
             if name != OURS and taken > 4:
                 del live[name]
         yield f"{length} tokens: " + ", ".join(f"{name} {points[-1][1] * 1e3:.1f} ms" for name, points in into.items() if points[-1][0] == length)
-
-
-def _commit() -> str:
-    """The checkout's commit, with "-dirty" if its code was changed since; the version if the package was installed."""
-    import medssm
-
-    root = Path(medssm.__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    if commit.returncode:
-        return f"version {medssm.__version__}"
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "medssm", "kernels", "csrc"], cwd=root).returncode
-    return commit.stdout.strip() + "-dirty" * changed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ class Facts(NamedTuple):
     small: the options that make it as small as it goes; tests build it so. sizes: the presets that timm's names are made of.
     input: (channels, *spatial) that benchmarks give it, with so many `classes`.
     from_plan: the options that it takes from nnU-Net's plan, beside those that are given; None for a network that needs none.
+    of_width: (width, patch) -> the options that give it so many channels at full resolution, for the comparison of networks at equal multiply-adds;
+    the width need not be whole, as coarser stages have multiples of it. None for a network that is compared as it is.
     parity: how it was held to its source, where that is not by a parity card (outputs recorded from the source's own classes) alone.
     """
 
@@ -50,4 +52,20 @@ class Facts(NamedTuple):
     input: tuple[int, ...] = (1, 64, 64, 64)
     classes: int = 4
     from_plan: Callable[[Plan, Mapping[str, Any]], dict[str, Any]] | None = None
+    of_width: Callable[[float, Sequence[int]], dict[str, Any]] | None = None
     parity: str = ""
+
+
+def halvings(patch: Sequence[int], most: int) -> int:
+    """How often every edge of a patch can be halved, at most `most` times."""
+    return next(count for count in range(most, -1, -1) if all(edge % 2**count == 0 for edge in patch))
+
+
+def widths(width: float, times: Sequence[int]) -> list[int]:
+    """Channels of stages that are so many times as wide as the first one, rounded."""
+    return [max(1, round(width * each)) for each in times]
+
+
+def groups_of(width: int, most: int = 8) -> int:
+    """The largest number of groups, at most `most`, that divides a number of channels."""
+    return next(count for count in range(most, 0, -1) if width % count == 0)

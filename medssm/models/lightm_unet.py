@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from medssm.models.facts import Facts
+from medssm.models.facts import Facts, groups_of, widths
 from medssm.models.options import only, per_stage
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
@@ -31,6 +31,7 @@ _DROPOUT: dict[int, Callable[[float], nn.Module]] = {2: nn.Dropout2d, 3: nn.Drop
         "MrBlankness/LightM-UNet",
         "Apache-2.0",
         small={"features": 8, "depths": (1, 1, 1), "decoder_depths": (1, 1)},
+        of_width=lambda width, patch: {"features": widths(width, [1])[0], "groups": groups_of(widths(width, [1])[0])},
         parity="weight names; outputs to 0.1 of their deviation, see its tests",
     ),
 )

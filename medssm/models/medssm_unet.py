@@ -13,10 +13,11 @@ from medssm.models.options import per_axis, per_stage, preset
 from medssm.models.registry import register_model
 from medssm.nn import Decoder, Encoder, UNet
 from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up, check_dims, half
-from medssm.nn.mixers import MIXERS, make_mixer
+from medssm.nn.mixers import CONVOLUTIONS, MIXERS, make_mixer
 from medssm.orders import Order, parse
 
 _SCANS_FROM = 2  # the first stage whose blocks mix
+_NONE = "none"  # in the place of a mixer's name
 
 
 class Size(NamedTuple):
@@ -72,7 +73,8 @@ def medssm_unet(
     Args:
         size: "tiny" (0.9 M parameters in 3D), "small", "base": presets of what follows.
         mixer: of the coarser stages: "ss_nd" (selective scans along all axes, both ways), "linear_attention" (MLLA's), "gla" (gated linear
-            attention), "delta" (gated DeltaNet), "mamba2" or "rwkv" (the spatial mix); docs/mixers.md says which to take when.
+            attention), "delta" (gated DeltaNet), "mamba2" or "rwkv" (the spatial mix); docs/mixers.md says which to take when. To see what a mixer
+            is worth: "conv" has in its place convolutions of as many multiply-adds as "ss_nd", "none" has nothing.
         features, depths: channels and blocks per stage, from full resolution down; decoder_depths: one entry fewer, from coarse to fine.
         strides: per stage, an int or one per axis (anisotropic spacing); default 1, then 2.
         kernels: of the convolutions, one odd number, or per stage an int or one per axis (1 along an axis of coarse spacing).
@@ -87,8 +89,12 @@ def medssm_unet(
     """
     check_dims(spatial_dims)
     chosen = preset(SIZES, size)
-    if mixer not in MIXERS:
-        raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {mixer!r}")
+    kinds = MIXERS | CONVOLUTIONS
+    if mixer not in kinds and mixer != _NONE:
+        raise ValueError(f"mixer: expected one of {', '.join([*kinds, _NONE])}, got {mixer!r}")
+    for option, value in (("expand", expand), ("d_state", d_state), ("orders", orders)):
+        if mixer == _NONE and value is not None:
+            raise ValueError(f"{option}: expected None, as there is no mixer, got {value!r}")
     widths = list(features or chosen.features)
     n = len(widths)
     depths = per_stage("depths", depths or chosen.depths, n)
@@ -99,10 +105,12 @@ def medssm_unet(
         raise ValueError(f"kernels: expected odd numbers, got {kernels}")
     first_scans = _SCANS_FROM if scans_from is None else scans_from
     walks = None if orders is None else [parse(order) if isinstance(order, str) else order for order in orders]
-    if expand is None and "expand" in MIXERS[mixer].options:
+    if expand is None and mixer in kinds and "expand" in kinds[mixer].options:
         expand = chosen.expand
 
     def stage(s: int, count: int, scans: bool) -> list[nn.Module]:
+        if scans and mixer == _NONE:
+            return [ConvBlock(widths[s], spatial_dims, sizes[s]) for _ in range(count)]
         if scans:
             make = partial(make_mixer, mixer, widths[s], spatial_dims, expand=expand, d_state=d_state, orders=walks)
             return [MixerBlock(widths[s], spatial_dims, make(), sizes[s]) for _ in range(count)]

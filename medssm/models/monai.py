@@ -1,17 +1,18 @@
-"""MONAI's convolutional and transformer networks under create_model, for comparison: monai_segresnet, monai_dynunet, monai_mednext, monai_unetr,
-monai_swin_unetr. They need MONAI; their options are its constructors' keywords, with defaults of the usual size where MONAI gives none.
+"""MONAI's convolutional and transformer networks under create_model, for comparison: monai_basicunet, monai_segresnet, monai_dynunet, monai_mednext,
+monai_unetr, monai_swin_unetr. They need MONAI; their options are its constructors' keywords, with defaults of the usual size where MONAI gives none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from medssm.errors import install_command
-from medssm.models.facts import Facts, Plan
+from medssm.models.facts import Facts, Plan, groups_of, halvings, widths
 from medssm.models.registry import register_model
 from medssm.nn import AnySize
 from medssm.nn.blocks import check_dims
@@ -28,6 +29,21 @@ def _unetrs(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"img_size": plan.patch}
 
 
+def _basicunet_of(width: float, patch: Sequence[int]) -> dict[str, Any]:
+    return {"features": [max(2, each) for each in widths(width, (1, 1, 2, 4, 8, 1))]}  # it halves them on the way up
+
+
+def _segresnet_of(width: float, patch: Sequence[int]) -> dict[str, Any]:
+    filters = widths(width, [1])[0]
+    return {"init_filters": filters, "norm": ["GROUP", {"num_groups": groups_of(filters)}]}
+
+
+def _dynunet_of(width: float, patch: Sequence[int]) -> dict[str, Any]:
+    steps = halvings(patch, 5)
+    filters = widths(width, (1, 2, 4, 8, 10, 10)[: steps + 1])
+    return {"filters": filters, "strides": [1] + [2] * steps, "kernel_size": [3] * (steps + 1), "upsample_kernel_size": [2] * steps}
+
+
 class Network(NamedTuple):
     """constructor: a class of monai.networks.nets. divisor: what every side of an input must be a multiple of, None for the size that the
     network is built for alone. defaults: of its keywords."""
@@ -40,8 +56,11 @@ class Network(NamedTuple):
 
 _fact = partial(Facts, source="Project-MONAI/MONAI", licence="Apache-2.0", parity="MONAI's own code")
 NETWORKS = {
-    "monai_segresnet": Network("SegResNet", 8, {"init_filters": 32}, _fact("1810.11654", small={"init_filters": 8})),
-    "monai_dynunet": Network("DynUNet", 32, _DYNUNET, _fact("1904.08128", small={"filters": [4] * 6}, input=(4, 96, 96, 96), from_plan=_dynunets)),
+    "monai_basicunet": Network("BasicUNet", 16, {}, _fact("1505.04597", small={"features": [4] * 6}, of_width=_basicunet_of)),
+    "monai_segresnet": Network("SegResNet", 8, {"init_filters": 32}, _fact("1810.11654", small={"init_filters": 8}, of_width=_segresnet_of)),
+    "monai_dynunet": Network(
+        "DynUNet", 32, _DYNUNET, _fact("1904.08128", small={"filters": [4] * 6}, input=(4, 96, 96, 96), from_plan=_dynunets, of_width=_dynunet_of)
+    ),
     "monai_mednext": Network("MedNeXt", 16, {}, _fact("2303.09975", small={"init_filters": 4, "kernel_size": 3})),
     "monai_unetr": Network(
         "UNETR",
@@ -84,7 +103,14 @@ def _build(kind: str, *, spatial_dims: int = 3, in_channels: int = 1, out_channe
     except ImportError as error:  # MONAI imports einops when UNETR or SwinUNETR is built
         why = str(error).splitlines()[0]
         raise ValueError(f"name: {kind} needs a package that MONAI leaves optional: {install_command('segment')}: {why}") from error
-    return network if divisor is None else Padded(network, (divisor,) * spatial_dims)
+    if divisor is None:
+        return network
+    return Padded(network, _steps(options["strides"], spatial_dims) if "strides" in options else (divisor,) * spatial_dims)
+
+
+def _steps(strides: Sequence[int | Sequence[int]], dims: int) -> tuple[int, ...]:
+    """Along each axis the steps of all stages together."""
+    return tuple(math.prod(step if isinstance(step, int) else step[axis] for step in strides) for axis in range(dims))
 
 
 for _kind, _network in NETWORKS.items():

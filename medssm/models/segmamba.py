@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import instance_norm, relu
 
-from medssm.models.facts import Facts
+from medssm.models.facts import Facts, widths
 from medssm.models.options import only, per_stage
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
@@ -27,7 +27,12 @@ from medssm.nn.unetr import ResidualBlock, residual_decoder
 @register_model(
     "segmamba",
     facts=Facts(
-        "2401.13560", "ge-xing/SegMamba", "none given", small={"features": (4, 6, 8), "depths": (1, 1, 1), "hidden": 8}, input=(4, 96, 96, 96)
+        "2401.13560",
+        "ge-xing/SegMamba",
+        "none given",
+        small={"features": (4, 6, 8), "depths": (1, 1, 1), "hidden": 8},
+        input=(4, 96, 96, 96),
+        of_width=lambda width, patch: {"features": widths(width, (1, 2, 4, 8)), "hidden": widths(width, [16])[0]},
     ),
 )
 def segmamba(

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medssm.kernels.autocast import without_autocast
-from medssm.models.facts import Facts, Plan
+from medssm.models.facts import Facts, Plan, halvings, widths
 from medssm.models.options import doubled, per_axis, per_stage
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
@@ -231,7 +231,11 @@ def _from_plan(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     return lists if "features" in given else {**lists, "features": plan.features, "blocks": plan.blocks, "decoder_blocks": plan.decoder_blocks}
 
 
-_FACTS = Facts("2401.04722", "bowang-lab/U-Mamba", "Apache-2.0", small={"features": (4, 8, 16)}, from_plan=_from_plan)
+def _of_width(width: float, patch: Sequence[int]) -> dict[str, Any]:
+    return {"features": widths(width, (1, 2, 4, 8, 10, 10)[: halvings(patch, 5) + 1])}
+
+
+_FACTS = Facts("2401.04722", "bowang-lab/U-Mamba", "Apache-2.0", small={"features": (4, 8, 16)}, from_plan=_from_plan, of_width=_of_width)
 for _kind in ("bot", "enc"):
     register_model(f"umamba_{_kind}", partial(umamba, _kind), _FACTS)
     register_upstream(f"umamba_{_kind}", builder=partial(upstream, _kind), map=MAP)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from medssm.nn.bottleneck import as_costly_as
 from medssm.nn.deltanet import DeltaNet
 from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.mamba2 import Mamba2
@@ -49,13 +50,22 @@ MIXERS: dict[str, Kind] = {
     ),
     "rwkv": Kind(lambda c, dims: SpatialMix(c), {}),
 }
+# What a mixer is compared with: convolutions of as many multiply-adds as ss_nd with the same options.
+CONVOLUTIONS: dict[str, Kind] = {
+    "conv": Kind(
+        lambda c, dims, expand, d_state: as_costly_as(MIXERS["ss_nd"].make, c, dims, expand=expand, d_state=d_state, orders=None),
+        {"expand": 2, "d_state": 8},
+    )
+}
 
 
 def make_mixer(name: str, channels: int, spatial_dims: int, **options: Any) -> nn.Module:
-    """The mixer of MIXERS with this name. Of the options expand, d_state and orders, None is the mixer's own; ValueError for one that it has not."""
-    if name not in MIXERS:
-        raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {name!r}")
-    kind = MIXERS[name]
+    """The mixer of MIXERS or CONVOLUTIONS with this name. Of the options expand, d_state and orders, None is the mixer's own; ValueError for one that
+    it has not."""
+    kinds = MIXERS | CONVOLUTIONS
+    if name not in kinds:
+        raise ValueError(f"mixer: expected one of {', '.join(kinds)}, got {name!r}")
+    kind = kinds[name]
     given = {option: value for option, value in options.items() if value is not None}
     for option, value in given.items():
         if option not in kind.options:

@@ -81,7 +81,7 @@ def evaluate(
     """
     if not nsd_mm >= 0:
         raise UserError(f"nsd_mm: expected 0 or more millimetres, got {nsd_mm}")
-    names, ignored = (None, None) if classes is None else _named(classes)
+    names, ignored = (None, None) if classes is None else named(classes)
     ignore = ignored if ignore is None else ignore
     pairs, missing, unused, listed = _pairs(Path(predictions), Path(references), section)
     patients = {name: patient_of(name, patient, "patient") if patient is not None else listed.get(name, name) for name in pairs}
@@ -99,7 +99,8 @@ def evaluate(
     with progress("evaluating", quiet) as show:
         for i, (name, (prediction, reference)) in enumerate(pairs.items()):
             try:
-                cases[name] = _compare_case(prediction, reference, names, ignore, nsd_mm, files)
+                predicted, truth, grid = read_pair(prediction, reference, names, ignore, files)
+                cases[name] = scores(predicted, truth, grid.spacing.tolist(), names, nsd_mm)
             except UserError as error:
                 failed[name] = str(error)
             except (MemoryError, OSError) as error:
@@ -173,23 +174,32 @@ def bootstrap(values: Mapping[str, float], patients: Mapping[str, str], seed: in
     return float(low), float(high)
 
 
-def _compare_case(
-    prediction: Path, reference: Path, names: Mapping[str, tuple[int, ...]] | None, ignore: int | None, nsd_mm: float, files: list[Image]
-) -> dict[str, dict[str, float] | None]:
-    """{class: its metrics, or None where it is in neither file}. Both are added to `files`."""
+def read_pair(
+    prediction: Path, reference: Path, names: Mapping[str, tuple[int, ...]] | None, ignore: int | None, files: list[Image]
+) -> tuple[np.ndarray, np.ndarray, Image]:
+    """A prediction and its reference on the reference's grid, and the reference's file. Both files are added to `files`.
+
+    Raises UserError where one cannot be read, the prediction lies on another grid, or a value is none of the classes' `names`.
+    """
     truth, file = read_label(reference)
     found, found_file = read_label(prediction, file)
     files += [file, found_file]
     if ignore is not None:
         found, truth = (np.where(truth == ignore, 0, data) for data in (found, truth))
-    boxes = _boxes(found), _boxes(truth)
     known = {0, *(value for values in (names or {}).values() for value in values)}
-    for path, table in zip((prediction, reference), boxes, strict=True):
-        if names is not None and (strange := sorted(table.keys() - known)):
+    for path, data in ((prediction, found), (reference, truth)):
+        if names is not None and (strange := sorted(set(np.unique(data).tolist()) - known)):
             raise UserError(f"{path}: label value(s) {', '.join(map(str, strange[:8]))} outside the classes {sorted(known)}")
+    return found, truth, file
+
+
+def scores(
+    found: np.ndarray, truth: np.ndarray, spacing: Sequence[float], names: Mapping[str, tuple[int, ...]] | None, nsd_mm: float
+) -> dict[str, dict[str, float] | None]:
+    """{class: its metrics, or None where it is in neither label map}; without `names` every value of either is a class."""
+    boxes = _boxes(found), _boxes(truth)
     wanted = names or {str(value): (value,) for value in boxes[0] | boxes[1]}
     result: dict[str, dict[str, float] | None] = {name: None for name, values in wanted.items() if values != (0,)}
-    spacing = file.spacing.tolist()
     for name in result:
         values = wanted[name]
         parts = [table[value] for table in boxes for value in values if value in table]
@@ -206,7 +216,7 @@ def _boxes(data: np.ndarray) -> dict[int, tuple[slice, ...]]:
     return dict(zip(values.tolist(), ndimage.find_objects(positions.reshape(data.shape) + 1), strict=True))
 
 
-def _named(classes: Mapping[str, int | Sequence[int]] | Path | str) -> tuple[dict[str, tuple[int, ...]], int | None]:
+def named(classes: Mapping[str, int | Sequence[int]] | Path | str) -> tuple[dict[str, tuple[int, ...]], int | None]:
     """{class or region: its values}, and the ignored value."""
     table, ignore = (classes, None) if isinstance(classes, Mapping) else load_classes(Path(classes))
     return {name: (values,) if isinstance(values, int) else tuple(values) for name, values in table.items()}, ignore
@@ -229,8 +239,8 @@ def _pairs(
         raise UserError(f"predictions: expected a folder, as the references are a list, got the file {predictions}")
     if references.is_file() and not listed:
         raise UserError(f"references: expected a folder as the predictions are, got the file {references}")
-    found = _by_name(predictions)
-    wanted, patients = references_of(references, section) if listed else (_by_name(references), {})
+    found = by_name(predictions)
+    wanted, patients = references_of(references, section) if listed else (by_name(references), {})
     if not wanted:
         raise UserError(f"{references}: no image in this folder")
     own = {f"{name}_{what}" for name in found for what in (*MAPS, PROBABILITIES)}  # what predict writes beside a label map
@@ -243,7 +253,7 @@ def _pairs(
     )
 
 
-def _by_name(folder: Path) -> dict[str, Path]:
+def by_name(folder: Path) -> dict[str, Path]:
     """{name: file} of a folder and those below it; a name is the path below the folder, without the ending."""
     files = [file for place in folders_below(folder) for file in label_files(place)]
     cases = one_of_each_name([Case((file.parent.relative_to(folder) / strip_ending(file)).as_posix(), (file,)) for file in files])
