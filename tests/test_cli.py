@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -66,12 +67,13 @@ def test_what_a_command_prints_does_not_get_into_the_json(monkeypatch, capsys):
     def talk():
         """Talk."""
         print("a word")
-        return {"said": 1, "failed": {"case": "case.nii: bad"}}
+        return {"said": 1, "file": pathlib.Path("a"), "failed": {"case": "case.nii: bad"}}
 
     monkeypatch.setattr(doctor, "doctor", talk)
     assert cli.main(["doctor", "--json"]) == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["said"] == 1 and shown.err == "a word\nmedssm doctor: case.nii: bad\n"
+    result = json.loads(shown.out)
+    assert (result["said"], result["file"]) == (1, "a") and shown.err == "a word\nmedssm doctor: case.nii: bad\n"
 
 
 def test_print_config_runs_nothing_and_says_where_values_come_from(capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import resource
 import threading
 
@@ -46,6 +47,14 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     for thread in threads:
         thread.join()
     assert (tmp_path / "a").read_text() in texts and names(tmp_path) == ["a"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    write_text(tmp_path / "a", "1")
+    assert done == ["fsync", "replace"]
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):

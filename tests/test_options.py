@@ -75,6 +75,7 @@ def test_a_function_gets_what_the_line_says():
     result = read("a", "--steps", 5, "b", "--no-augment", "--axes", 0, 2, "--quiet").call(sample)
     assert result["data"] == Path("a") and result["out"] == Path("b") and result["steps"] == 5 and result["axes"] == [0, 2]
     assert result["augment"] is False and result["resume"] is False and result["quiet"] is True and result["rate"] == 1e-3
+    assert read("a", "b").call(sample)["quiet"] is False
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,7 @@ def test_a_function_gets_what_the_line_says():
         (["--kind", "wide"], "kind", "wide"),
         (["--names", "a", "b"], "names", ["a", "b"]),
         (["--names", "1"], "names", ["1"]),
+        (["--axes", "0", "1", "--axes", "2"], "axes", [2]),
         (["--part", "x", "--part", "y"], "parts", ["x", "y"]),
         (["--pattern"], "pattern", "*"),
         (["--pattern", "u*"], "pattern", "u*"),
@@ -191,6 +193,8 @@ def test_arguments_written_as_yaml_are_read_again(tmp_path):
     sources = {line.split(":")[0]: line.rpartition("# ")[2] for line in text.splitlines() if "#" in line}
     assert sources["rate"] == sources["keywords"] == "command line" and sources["dims"] == "default"
     assert yaml.safe_load(text)["axes"] == [0, 1]
+    long = read("a" * 200, "b", "--names", *["a name"] * 40)
+    assert len(options.as_yaml(long.values, long.sources).splitlines()) == len(long.values)
 
 
 def test_print_config_needs_no_argument():

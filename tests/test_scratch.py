@@ -33,6 +33,28 @@ def test_memory_is_given_back(tmp_path):
         assert stores.store(25).in_file
         first.close()
         assert not stores.store(25).in_file
+        last = stores.store(25)
+    assert first.memory == 0
+    with pytest.raises(ValueError, match="closed"):
+        last[:]
+
+
+def test_what_fits_nowhere_is_an_error(tmp_path, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda folder: usage(1000, 1, 150))
+    stores = Scratch(100, tmp_path / "new", "a")
+    stores.check(100)
+    assert not (tmp_path / "new").exists()
+    stores.check(150)
+    with pytest.raises(UserError, match="expected 151 bytes free for temporary files, got 150"):
+        stores.check(151)
+
+
+def test_a_store_of_inference_is_changed_outside_of_it(tmp_path):
+    with torch.inference_mode():
+        store = Scratch(100, tmp_path, "a").store(2)
+    store.add((slice(2),), torch.ones(2))
+    assert store[:].tolist() == [1, 1]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere a file has a name until it is closed")

@@ -1,5 +1,7 @@
 """DICOM in: series sorted by position, in place as SimpleITK has them, refused by name where they are no volume. DICOM-SEG out, read by others."""
 
+import os
+
 import highdicom
 import numpy as np
 import pydicom
@@ -42,8 +44,10 @@ def test_a_series_is_read_in_place_and_in_hounsfield_units(tmp_path):
     ("edit", "message"),
     [
         (lambda i: {} if i not in (2, 3) else None, r"some 2 slice\(s\) missing, 4 there: 6\.00 mm from IM007 to IM028, where .* 2\.00 mm apart"),
+        (lambda i: {} if i != 3 else None, r"some 1 slice\(s\) missing, 5 there: 4\.00 mm from IM014 to IM028, where .* 2\.00 mm apart"),
         (lambda i: {"index": min(i, 4)}, r"1 of 6 slices lie where another one lies, as IM028 and IM035 at 38\.00 mm: several times, echoes"),
         (lambda i: {"index": i + 0.3 * (i == 3)}, r"slices at uneven steps, from 1\.400 to 2\.600 mm, as at IM021"),
+        (lambda i: {"index": i + 0.03 * (i == 3)}, r"slices at uneven steps, from 1\.940 to 2\.060 mm, as at IM021"),
         (
             lambda i: {"ImagePositionPatient": (FIRST + i * STEP * NORMAL + i * 0.5 * DOWN).tolist()},
             r"slices shifted against each other by a gantry tilt of 14\.0 degrees",
@@ -56,7 +60,21 @@ def test_a_series_is_read_in_place_and_in_hounsfield_units(tmp_path):
         (lambda i: {"Rows": 3, "Columns": 10} if i == 2 else {}, r"slices of more than one size: 5 x 6 \(5\), 10 x 3 \(1\)"),
         (lambda i: {"ImagePositionPatient": None} if i == 2 else {}, r"1 of 6 slices have no position, as IM014"),
     ],
-    ids=["missing", "double", "uneven", "tilt", "colours", "monochrome", "series", "orientation", "pixels", "size", "position"],
+    ids=[
+        "missing",
+        "one missing",
+        "double",
+        "uneven",
+        "a little uneven",
+        "tilt",
+        "colours",
+        "monochrome",
+        "series",
+        "orientation",
+        "pixels",
+        "size",
+        "position",
+    ],
 )
 def test_what_is_no_volume_is_refused_with_numbers(tmp_path, edit, message):
     folder = series(tmp_path / "ct", np.concatenate([DATA, DATA[:2]]), edit)
@@ -76,6 +94,26 @@ def test_scanners_files_are_read_as_itk_reads_them(name):
     same_places(file, other)
 
 
+@pytest.mark.parametrize("down", [(0.0, 0, -1), (0.6, 0, -0.8)])
+def test_a_series_along_any_axis_is_sorted_along_it(tmp_path, down):
+    """Sagittal and oblique slices, whose places differ along the patient's left and right."""
+    across, down = np.array([0.0, 1, 0]), np.array(down)
+    normal = np.cross(across, down)
+    tags = {"ImageOrientationPatient": [*across.tolist(), *down.tolist()]}
+    folder = series(tmp_path / "mr", DATA, lambda i: {"ImagePositionPatient": (FIRST + i * STEP * normal).tolist(), **tags})
+    found, file = read_image([folder])
+    np.testing.assert_array_equal(found[0], DATA.T * 2.0 - 1000)
+    same_places(file, itk_series(folder))
+
+
+def test_places_may_be_rounded(tmp_path):
+    """To a hundredth of a millimetre, of few thin slices: more than a tenth of a degree, and no tilt."""
+    folder = series(
+        tmp_path / "ct", DATA[:2], lambda i: {"index": i / 4, "ImagePositionPatient": (FIRST + i * 0.5 * NORMAL + i * 0.01 * DOWN).tolist()}
+    )
+    assert open_image(folder).shape == (5, 6, 2)
+
+
 def test_slices_may_be_as_close_as_a_microscope_has_them(tmp_path):
     folder = series(tmp_path / "ct", DATA, lambda i: {"index": i / 100, "PixelSpacing": [0.02, 0.02]})
     np.testing.assert_allclose(open_image(folder).spacing, [0.02, 0.02, 0.02])
@@ -89,7 +127,10 @@ def test_each_slice_has_its_own_slope(tmp_path):
 
 def test_a_series_is_read_anew_where_a_file_changed(tmp_path):
     folder = series(tmp_path / "ct", DATA)
-    assert open_image(folder) is open_image(folder)
+    before = open_image(folder)
+    assert open_image(folder) is before
+    os.utime(folder / "IM000", ns=(0, 0))  # written anew, with the same size
+    assert open_image(folder) is not before
     (folder / "IM000").unlink()
     assert open_image(folder).shape == (5, 6, 3)
 
@@ -145,6 +186,10 @@ def test_one_plane_with_and_without_a_place(tmp_path):
     np.testing.assert_array_equal(found[0, ..., 0], DATA[0].T * 2.0 - 1000)
     np.testing.assert_allclose(file.spacing, [0.5, 0.7, 5.0])
     same_places(file, sitk.ReadImage(str(tmp_path / "a.dcm")))
+    slice_of(DATA[0], 0, study(), SpacingBetweenSlices=6.0).save_as(tmp_path / "c.dcm", enforce_file_format=True)
+    np.testing.assert_allclose(open_image(tmp_path / "c.dcm").spacing, [0.5, 0.7, 6.0])
+    slice_of(DATA[0], 0, study(), PixelSpacing=None, ImagerPixelSpacing=[0.2, 0.1]).save_as(tmp_path / "x.dcm", enforce_file_format=True)
+    np.testing.assert_allclose(open_image(tmp_path / "x.dcm").spacing, [0.1, 0.2, 5.0])
     bare = {"ImagePositionPatient": None, "ImageOrientationPatient": None, "PixelSpacing": None, "PhotometricInterpretation": "MONOCHROME1"}
     slice_of(DATA[0], 0, study(), **bare).save_as(tmp_path / "b.dcm", enforce_file_format=True)
     assert open_image(tmp_path / "b.dcm").notes == ("no pixel size in the file: 1 x 1 mm", "MONOCHROME1: small values are bright; they are kept")
@@ -213,6 +258,22 @@ def test_frames_of_one_file_are_a_volume(tmp_path):
     np.testing.assert_array_equal(found[0], DATA.T + np.arange(4))
     single = open_image(series(tmp_path / "ct", DATA))
     np.testing.assert_allclose(file.affine, single.affine, atol=1e-9)
+
+
+def test_frames_may_share_their_slope_and_each_has_a_place(tmp_path):
+    table = pydicom.dcmread(enhanced(tmp_path / "a.dcm"))
+    groups = table.PerFrameFunctionalGroupsSequence
+    for group in groups:
+        del group.PixelValueTransformationSequence
+    shared = Dataset()
+    shared.RescaleSlope, shared.RescaleIntercept, shared.RescaleType = 2.0, -7.0, "HU"
+    table.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence = [shared]
+    table.save_as(tmp_path / "b.dcm")
+    np.testing.assert_array_equal(read_image([tmp_path / "b.dcm"])[0][0], DATA.T * 2.0 - 7)
+    table.PerFrameFunctionalGroupsSequence = groups[:3]
+    table.save_as(tmp_path / "c.dcm")
+    with pytest.raises(UserError, match=r"c\.dcm: 4 frames, and 3 places for them"):
+        open_image(tmp_path / "c.dcm")
 
 
 def test_frames_without_places_are_refused(tmp_path):
@@ -339,6 +400,17 @@ def test_nothing_half_written_where_a_dicom_seg_fails(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"out\.dcm: cannot be written as DICOM-SEG \(division by zero\)"):
         write_image(tmp_path / "out.dcm", LABELS, like, CLASSES)
     assert [path.name for path in tmp_path.iterdir()] == ["ct"]
+
+
+def test_a_dicom_seg_of_others_is_not_ours(tmp_path):
+    """So it is not written over without being asked."""
+    like = open_image(series(tmp_path / "ct", DATA))
+    write_image(tmp_path / "out.dcm", LABELS, like, {"background": 0, "x" * 80: 10, "tumour": 300})  # a name longer than DICOM's
+    assert pydicom.dcmread(tmp_path / "out.dcm").SegmentSequence[0].SegmentLabel == "x" * 64
+    table = pydicom.dcmread(tmp_path / "out.dcm")
+    table.Manufacturer = "Acme"
+    table.save_as(tmp_path / "theirs.dcm")
+    assert is_made_here(tmp_path / "out.dcm") and not is_made_here(tmp_path / "theirs.dcm")
 
 
 def test_values_without_names_are_segments_too(tmp_path):

@@ -11,7 +11,19 @@ import pytest
 from medssm.errors import UserError
 from medssm.segment.cases import Case, cases_in
 from medssm.segment.data import Dataset, check_values, load_classes, load_dataset, split
-from medssm.segment.images import Image, different_grid, image_files, nifti, open_image, read_image, read_label, strip_ending, write_image
+from medssm.segment.images import (
+    Image,
+    different_grid,
+    far_apart,
+    image_files,
+    nifti,
+    open_image,
+    ras_grid,
+    read_image,
+    read_label,
+    strip_ending,
+    write_image,
+)
 from tests.segment.synthetic import nnunet_folder, write
 
 SHAPE = (5, 4, 3)
@@ -310,6 +322,20 @@ def test_edges_are_lengths_of_columns_in_millimetres(unit, factor):
     image = nib.Nifti1Image(ZEROS, np.array([[0, -2.0, 0, 9], [3.0, 0, 0, 9], [0, 0, 4.0, 9], [0, 0, 0, 1]]))
     image.header.set_xyzt_units(unit)
     np.testing.assert_allclose(nifti.record(image).spacing, np.array([3.0, 2.0, 4.0]) * factor)
+    np.testing.assert_allclose(nifti.record(image).affine[:3, 3], np.full(3, 9.0) * factor)
+
+
+def test_edges_and_shape_along_the_axes_of_ras():
+    edges, shape = ras_grid(grid([[0, 0, -4.0, 0], [2.0, 0, 0, 0], [0, 3.0, 0, 0], [0, 0, 0, 1]]))  # the file's axes: front, up, left
+    assert (edges.tolist(), shape.tolist()) == ([4, 2, 3], [3, 5, 4])
+
+
+def test_spacings_of_two_units_differ_along_every_axis():
+    one = np.ones(3)
+    assert [far_apart(one, one * np.array(factors)) for factors in ([51, 51, 51], [51, 51, 49], [0.019, 0.019, 0.019], [0.019, 1, 1])] == [
+        True,
+        False,
+    ] * 2
 
 
 def grid(affine, shape=SHAPE) -> Image:

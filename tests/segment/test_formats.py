@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from PIL import Image as Pillow
+from PIL import ImageOps
 
 from medssm.errors import UserError
 from medssm.segment.cases import cases_in
@@ -62,6 +63,11 @@ def test_itks_vectors_and_planes(tmp_path, name):
     data = RANDOM.normal(size=(3, 4, 5, 2)).astype(np.float32)
     sitk.WriteImage(itk_image(data, vector=True), str(tmp_path / name))
     np.testing.assert_array_equal(read_image([tmp_path / name], 2)[0], data.transpose(3, 2, 1, 0))
+    last = sitk.JoinSeries([itk_image(np.ascontiguousarray(data[..., i])) for i in range(2)])  # channels on a fourth axis
+    sitk.WriteImage(last, str(tmp_path / name))
+    found, file = read_image([tmp_path / name], 2)
+    np.testing.assert_array_equal(found, data.transpose(3, 2, 1, 0))
+    same_places(file, itk_image(data[..., 0]))
     plane = itk_image(data[0, :, :, 0])
     sitk.WriteImage(plane, str(tmp_path / name))
     found, file = read_image([tmp_path / name], 1)
@@ -93,14 +99,16 @@ def test_what_is_written_is_read_by_simpleitk_in_place(tmp_path, name, source):
 
 @pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("um", 0.001), ("cm", 10)])
 def test_units_of_length_of_nrrd_and_metaimage(tmp_path, unit, factor):
-    data = np.zeros((3, 4, 5), np.uint8)
-    sitk.WriteImage(sitk.GetImageFromArray(data), str(tmp_path / "a.nrrd"))
-    sitk.WriteImage(sitk.GetImageFromArray(data), str(tmp_path / "a.mha"))
+    image, moved = sitk.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), np.eye(4)
+    moved[:3, 3] = 7, 8, 9
+    image.SetOrigin([7.0, 8.0, 9.0])
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    sitk.WriteImage(image, str(tmp_path / "a.mha"))
     lines = {"a.nrrd": (f'space units: "{unit}" "{unit}" "{unit}"\n', b"kinds:"), "a.mha": (f"DistanceUnits = {unit}\n", b"DimSize")}
     for name, (line, before) in lines.items():
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content.replace(before, line.encode() + before, 1))
-        np.testing.assert_allclose(open_image(tmp_path / name).spacing, [factor] * 3)
+        np.testing.assert_allclose(open_image(tmp_path / name).affine, LPS @ np.diag([factor] * 3 + [1]) @ moved)
     (tmp_path / "a.mha").write_bytes((tmp_path / "a.mha").read_bytes().replace(f"Units = {unit}".encode(), b"Units = ell"))
     with pytest.raises(UserError, match=r"a\.mha: lengths in an unknown unit, 'ell'"):
         open_image(tmp_path / "a.mha")
@@ -108,7 +116,7 @@ def test_units_of_length_of_nrrd_and_metaimage(tmp_path, unit, factor):
 
 def test_what_itks_formats_cannot_hold(tmp_path):
     sheared = np.eye(4)
-    sheared[0, 1] = 0.5
+    sheared[0, 1] = 0.05
     like = open_image(write(tmp_path / "a.nii", np.zeros((5, 4, 3), np.float32), sheared))
     with pytest.raises(UserError, match=r"out\.nrrd: the axes of .*a\.nii are not perpendicular"):
         write_image(tmp_path / "out.nrrd", np.zeros((5, 4, 3), np.uint8), like)
@@ -222,6 +230,30 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     found, file = read_image([tmp_path / "a.jpg"], 1)
     assert file.shape == (8, 16, 1) and (found[0, :, 12:, 0] > 190).all() and (found[0, :, :12, 0] < 10).all()
     assert file.notes[0] == "turned as its EXIF says"
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_every_turn_of_exif(tmp_path, orientation):
+    data, exif = RANDOM.integers(0, 255, (4, 5)).astype(np.uint8), Pillow.Exif()
+    exif[0x0112] = orientation
+    Pillow.fromarray(data).save(tmp_path / "a.png", exif=exif)
+    found, file = read_image([tmp_path / "a.png"], 1)
+    with Pillow.open(tmp_path / "a.png") as picture:
+        wanted = np.asarray(ImageOps.exif_transpose(picture)).T
+    np.testing.assert_array_equal(found[0, ..., 0], wanted)
+    assert file.shape == (*wanted.shape, 1)
+
+
+def test_moving_pictures_and_grey_with_alpha(tmp_path):
+    pages = [Pillow.fromarray(np.full((4, 5), i, np.uint8)) for i in range(2)]
+    pages[0].save(tmp_path / "a.png", save_all=True, append_images=pages[1:])
+    with pytest.raises(UserError, match=r"a\.png: expected one picture, got 2"):
+        open_image(tmp_path / "a.png")
+    data = RANDOM.integers(0, 255, (4, 5, 2)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", data, photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"])
+    found, file = read_image([tmp_path / "a.tif"], 1)
+    np.testing.assert_array_equal(found[0, ..., 0], data[..., 0].T)
+    assert file.notes[0] == "the alpha channel is left out"
 
 
 @pytest.mark.parametrize("compression", [None, "zlib", "lzw", "packbits"])

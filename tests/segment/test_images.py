@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import zstandard
+from PIL import Image as Pillow
 
 from medssm.errors import UserError
 from medssm.segment.cases import cases_in
@@ -95,6 +96,16 @@ def test_a_header_that_promises_more_than_memory_holds(tmp_path):
         read_image([tmp_path / "a.nii"])
 
 
+def test_memory_is_asked_for_before_a_large_file_is_read(tmp_path, monkeypatch):
+    header = nib.Nifti1Header()
+    header.set_data_shape((512, 512, 512))
+    (tmp_path / "a.nii").write_bytes(header.binaryblock + b"\0" * 100)
+    for free, message in ((2**29 - 1, "need 0.5 GiB of memory, more than is free"), (2**29, "truncated or corrupt")):
+        monkeypatch.setattr("medssm.machine.free_memory", lambda free=free: free)
+        with pytest.raises(UserError, match=message):
+            open_image(tmp_path / "a.nii").voxels(np.float32)
+
+
 # -- the same places, other axes
 
 
@@ -108,6 +119,18 @@ def test_a_label_map_along_other_axes_is_turned_to_its_image(tmp_path, order, fl
     np.testing.assert_array_equal(found, labels)
     np.testing.assert_allclose(file.affine, image.affine, atol=1e-5)
     assert file.notes == ("its axes are turned to those of its image",)
+
+
+def test_a_palette_along_other_axes_is_turned_to_its_image(tmp_path):
+    """Its indices are the labels, not its colours."""
+    labels = np.random.default_rng(0).integers(0, 3, (5, 4)).astype(np.uint8)  # columns, rows
+    picture = Pillow.fromarray(np.ascontiguousarray(labels.T), "P")
+    picture.putpalette([0, 0, 0, 250, 10, 20, 30, 240, 40])
+    picture.save(tmp_path / "a.png")
+    image = open_image(
+        write(tmp_path / "a.nii", np.zeros((4, 5, 1), np.float32), np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]))
+    )
+    np.testing.assert_array_equal(read_label(tmp_path / "a.png", image)[0][..., 0], labels.T)
 
 
 def test_a_channel_along_other_axes_is_turned_to_the_first_one(tmp_path):

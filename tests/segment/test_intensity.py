@@ -8,7 +8,8 @@ import torch
 
 from medssm import cli
 from medssm.errors import UserError
-from medssm.segment.intensity import looks_like_ct, padding_below, scaling, scaling_of_parts, scheme_of, schemes
+from medssm.segment import intensity
+from medssm.segment.intensity import Intensities, looks_like_ct, padding_below, scaling, scaling_of_parts, scheme_of, schemes
 from medssm.segment.preprocess import Fitted
 from tests.segment.synthetic import WORDS, nnunet_folder, write
 from tests.segment.test_train_input import read
@@ -58,6 +59,50 @@ def test_what_looks_like_ct():
         assert not looks_like_ct(other)
 
 
+def mixture(length=10_000, **shares: int) -> torch.Tensor:
+    """Values 50 with `shares` of others: `m850=100` is a hundred times -850."""
+    values = torch.full((length,), 50.0)
+    for i, (name, count) in enumerate(shares.items()):
+        values[2000 * i : 2000 * i + count] = float(name.replace("m", "-").replace("p", ""))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ({"m1000": 101, "p200": 11}, True),  # a hundredth air and a thousandth bone
+        ({"m1000": 99, "p200": 11}, False),
+        ({"m1000": 101, "p200": 9}, False),
+        ({"m850": 101, "p200": 11}, False),  # no air
+        ({"m1150": 101, "p200": 11}, False),
+        ({"m850": 501, "p200": 11}, True),  # much lung
+        ({"m99": 1900, "p200": 11}, False),
+    ],
+)
+def test_shares_of_what_looks_like_ct(shares, expected):
+    assert looks_like_ct(mixture(**shares)) is expected
+
+
+def test_ct_is_fitted_to_the_foreground_of_each_channel():
+    """Ignored voxels (-1) are no foreground, and a channel of one value is not divided by zero."""
+    image, label = torch.zeros(2, 10, 10, 10), torch.zeros(10, 10, 10, dtype=torch.int16)
+    image[0, :2], image[1], label[:2] = torch.linspace(0, 199, 200).view(2, 10, 10), 7.0, 1
+    image[0, 2], label[2] = 5000.0, -1
+    looked = Intensities(("CT", "CT"), None, 0)
+    looked.add("a", image, label)
+    first, second = looked.fit()
+    assert first == {
+        "scheme": "ct",
+        "low": pytest.approx(0.5, abs=1),
+        "high": pytest.approx(198.5, abs=1),
+        "mean": pytest.approx(99.5, abs=1),
+        "deviation": pytest.approx(57.7, abs=0.5),
+    }
+    assert second == {"scheme": "ct", "low": 7.0, "high": 7.0, "mean": 7.0, "deviation": 1.0}
+    scaled = scaling(image, (first, second))(image)
+    assert scaled[0].max().item() == pytest.approx((first["high"] - first["mean"]) / first["deviation"], rel=1e-5) and not scaled[1].any()
+
+
 def test_ct_under_an_unknown_name_is_asked_about(tmp_path):
     folder = nnunet_folder(tmp_path, cases=2, shape=SHAPE, channels=("scan",), edit=ct)
     with pytest.raises(
@@ -97,6 +142,27 @@ def test_nothing_is_taken_for_padding_that_is_none():
     brain[:8] = 0
     for values in (brain, torch.from_numpy(hounsfield(1)), torch.from_numpy(hounsfield(1)).clamp(min=-1000), torch.zeros(SHAPE), torch.randn(SHAPE)):
         assert padding_below(values) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "bound"),
+    [
+        (torch.cat([torch.full((50,), -300.0), torch.linspace(0, 100, 9950)]), -48),  # a two-hundredth of all voxels
+        (torch.cat([torch.full((49,), -300.0), torch.linspace(0, 100, 9951)]), None),
+        (torch.cat([torch.full((500,), -47.0), torch.linspace(0, 100, 9500)]), None),  # near the others
+        (torch.cat([torch.full((500,), -49.0), torch.linspace(0, 100, 9500)]), -48),
+        (torch.cat([torch.full((500,), 10.0), torch.linspace(400, 500, 9500)]), None),  # not below zero
+        (torch.cat([torch.full((500,), -150.0), torch.zeros(9000), torch.linspace(100, 200, 500)]), 52),  # zeros are padding too, of another kind
+    ],
+)
+def test_padding_is_one_value_far_below_the_others(values, bound):
+    found = padding_below(values)
+    assert found is None if bound is None else found == pytest.approx(bound, abs=1.5)
+
+
+def test_a_channel_of_zeros_is_left_as_it_is():
+    image = torch.stack([torch.randn(4, 4, 4), torch.zeros(4, 4, 4)])
+    assert not scaling(image, [{"scheme": "zscore"}] * 2)(image)[1].any()
 
 
 def test_an_image_of_one_value_is_an_error(tmp_path):
@@ -206,15 +272,22 @@ def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
     assert not capsys.readouterr().err
 
 
+def test_quantiles_are_of_the_same_voxels_in_pieces(monkeypatch):
+    monkeypatch.setattr(intensity, "_LOOKED_AT", 100)
+    values = torch.arange(1003.0)
+    for size in (7, 11, 64, 1003):
+        assert intensity._some_of_parts(values.split(size), len(values)).tolist() == intensity._some(values).tolist() == values[::11].tolist()
+
+
 def test_an_image_in_pieces_is_scaled_as_one_in_memory():
     image = torch.randn(2, 40, 50, 60) * 100 + 30
     image[:, :10] = -3024
     image[1, 20:25] = 0
-    intensity = [{"scheme": "zscore"}, {"scheme": "zscore"}]
+    how = [{"scheme": "zscore"}, {"scheme": "zscore"}]
     inside = image[1][(image[1] != 0) & (image[1] > -3024)].double()
-    whole = scaling(image, intensity)
+    whole = scaling(image, how)
     assert whole.mean[1].item() == pytest.approx(inside.mean().item(), rel=1e-6)
     assert whole.deviation[1].item() == pytest.approx(inside.std(correction=0).item(), rel=1e-6)
-    pieces = scaling_of_parts(lambda c: image[c].flatten().split(777), image[0].numel(), intensity)
+    pieces = scaling_of_parts(lambda c: image[c].flatten().split(777), image[0].numel(), how)
     for one, other in zip(dataclasses.astuple(whole), dataclasses.astuple(pieces), strict=True):
         torch.testing.assert_close(one, other)

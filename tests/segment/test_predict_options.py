@@ -209,6 +209,15 @@ def test_an_interrupt_keeps_the_volumes_of_what_is_done(tmp_path, scan, data, mo
     assert list(read_volumes(tmp_path / "out" / "volumes.csv")) == ["a"]
 
 
+def test_a_table_of_other_origin_is_written_over_when_asked(tmp_path, scan):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "volumes.csv").write_text("patient,age\n")
+    with pytest.raises(UserError, match=r"volumes\.csv is there already"):
+        segment(run(tmp_path / "run"), scan, tmp_path / "out")
+    segment(tmp_path / "run", scan, tmp_path / "out", overwrite=True)
+    assert list(read_volumes(tmp_path / "out" / "volumes.csv")) == ["a"]
+
+
 def test_a_case_that_is_predicted_again_has_its_new_volumes(tmp_path, scan, data):
     segment(run(tmp_path / "one"), scan, tmp_path / "out")
     segment(run(tmp_path / "other", (0.0, -1.0, 1.0)), scan, tmp_path / "out")  # what was ball is box

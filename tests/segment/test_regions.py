@@ -30,6 +30,8 @@ CLASSES = {"background": 0, "value_1": 1, "value_2": 2, "enhancing": 3}
 def test_nnunets_description_is_classes_and_regions():
     assert take_apart(BRATS, [1, 2, 3], "d") == (CLASSES, REGIONS)
     assert take_apart({**BRATS, "ignore": 4}, [1, 2, 3], "d") == (CLASSES | {"ignore": 4}, REGIONS)
+    shared = take_apart({"background": 0, "whole": [1, 2], "part": [1, 3], "one": [2, 2]}, [1, 1, 2], "d")  # two regions may be written as one value
+    assert shared[1] == Regions({"whole": (1, 2), "part": (1, 3), "one": (2,)}, (1, 1, 2)) and shared[0]["one"] == 2
     assert structures(CLASSES, REGIONS) == REGIONS.values and structures(CLASSES, Regions())["value_2"] == (2,)
 
 

@@ -19,13 +19,14 @@ from medssm.segment.sides import pairs, sided, unnamed
         ("lung_lt", "lung_rt"),
         ("ctx-lh-insula", "ctx-rh-insula"),
         ("femur L", "femur R"),
+        ("kidl", "kidr"),
     ],
 )
 def test_sides_and_their_pairs_are_found(names):
     assert pairs(("background", *names)) == [names] and sided(("background", *names)) == list(names)
 
 
-@pytest.mark.parametrize("name", ["left atrium", "LeftAtrium", "atrium_L", "lh", "Right"])
+@pytest.mark.parametrize("name", ["left atrium", "LeftAtrium", "atrium_L", "lung_lt", "lh", "Right"])
 def test_one_side_alone_is_a_side(name):
     assert sided(("background", name)) == [name] and not pairs(("background", name))
 
@@ -41,7 +42,8 @@ def test_each_pair_is_found_once_among_many():
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"), [(("background", "class_1"), True), (("background", "3"), True), (("background", "label 2"), True), (("a", "b1"), False)]
+    ("names", "expected"),
+    [(("background", "class_1"), True), (("background", "3"), True), (("background", "label 2"), True), (("a", "b1", "3rd ventricle"), False)],
 )
 def test_classes_without_a_name(names, expected):
     assert unnamed(names) is expected

@@ -65,6 +65,13 @@ def test_mirrorings_and_folds_are_averaged(scan, tmp_path):
     np.testing.assert_allclose(saved(tmp_path / "runs", scan, tmp_path / "out", mirror=True), both, atol=1e-5)
 
 
+def test_half_precision_streams(scan, tmp_path):
+    network = weights(tmp_path / "run")
+    found = saved(tmp_path / "run", scan, tmp_path / "out", precision="bf16-mixed")
+    assert np.abs(found - wanted(network, scan)).max() < 0.1
+    assert np.abs(found - saved(tmp_path / "run", scan, tmp_path / "full")).max() > 1e-4
+
+
 def test_another_spacing_comes_back_on_the_scans_grid(tmp_path):
     weights(tmp_path / "run")
     path = write(tmp_path / "a.nii.gz", volume(7, (20, 18, 9))[0][..., 0], np.diag([-1.5, 1.2, 2, 1]))
