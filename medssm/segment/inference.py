@@ -59,25 +59,21 @@ def stored_probabilities(
         batch: windows at a time
         show: is called with the part of the windows that is done, 0 to 1
     """
-    scale, patch, outputs = stored_scaling(image, fitted), fitted.volume_patch, len(fitted.outputs)
+    outputs, windows = len(fitted.outputs), Windows(image, fitted, overlap)
     x, _, y, z = image.shape
-    padded = [max(size, wanted) for size, wanted in zip((x, y, z), patch, strict=True)]
-    inside = [slice((n - size) // 2, (n - size) // 2 + size) for n, size in zip(padded, (x, y, z), strict=True)]
-    margin = None if padded == [x, y, z] else torch.stack([image[rows].amin((0, 2, 3)) for rows in image.slabs()]).amin(0)
     small = 4 * (outputs + 1) * x * y * z <= _ON_DEVICE
     sums = scratch.store(x, outputs + 1, y, z, device=device if small else None)
     predict = _predictor(network, fitted, mirror)
-    weights = compute_importance_map(fitted.patch, "gaussian", device=device)[None, None]
-    windows = dense_patch_slices(padded, patch, [max(1, int(wanted * (1 - overlap))) for wanted in patch])
-    calls = math.ceil(len(windows) / batch)
+    weights = importance(fitted, device)[None, None]
+    calls = math.ceil(len(windows.places) / batch)
     for call in range(calls):
-        chosen = windows[call * batch : (call + 1) * batch]
-        parts = torch.stack([_without(scale(_cut(image, window, inside, margin)), fitted.slice_axis) for window in chosen]).to(device)
+        chosen = windows.places[call * batch : (call + 1) * batch]
+        parts = torch.stack([windows.cut(place) for place in chosen]).to(device)
         with torch.autocast(device.type, dtype=half, enabled=half is not None):
             found = predict(parts)
         found *= weights
-        for window, part in zip(chosen, found, strict=True):
-            kept, (first, *others) = _over(window, inside)
+        for place, part in zip(chosen, found, strict=True):
+            kept, (first, *others) = windows.over(place)
             for values, channels in ((part, slice(outputs)), (weights[0], slice(outputs, outputs + 1))):
                 values = values if fitted.slice_axis is None else values.unsqueeze(1 + fitted.slice_axis)
                 sums.add((first, channels, *others), values[(slice(None), *kept)].movedim(0, 1))
@@ -87,6 +83,52 @@ def stored_probabilities(
         part[:, :-1] /= part[:, -1:]
         sums[rows] = part
     return sums
+
+
+class Windows:
+    """The windows through which a network sees an image.
+
+    Args:
+        image: (x, c, y, z) in RAS at the network's spacing, not yet scaled
+        fitted: what was fitted to the training cases
+        overlap: of neighbouring windows, 0 to less than 1
+
+    places: each window's slices (x, y, z) of the image, padded on both sides to at least one window
+    """
+
+    def __init__(self, image: Store, fitted: Fitted, overlap: float) -> None:
+        self.image, self.scale, self.slice_axis, patch = image, stored_scaling(image, fitted), fitted.slice_axis, fitted.volume_patch
+        x, _, y, z = image.shape
+        padded = [max(size, wanted) for size, wanted in zip((x, y, z), patch, strict=True)]
+        self.inside = [slice((n - size) // 2, (n - size) // 2 + size) for n, size in zip(padded, (x, y, z), strict=True)]
+        self.margin = None if padded == [x, y, z] else torch.stack([image[rows].amin((0, 2, 3)) for rows in image.slabs()]).amin(0)
+        self.places = dense_patch_slices(padded, patch, [max(1, int(wanted * (1 - overlap))) for wanted in patch])
+
+    def cut(self, place: Sequence[slice]) -> Tensor:
+        """What the network sees at a place, (c, *patch), scaled: around the image lies each channel's smallest value."""
+        part = self.scale(self._cut(place))
+        return part if self.slice_axis is None else part.squeeze(1 + self.slice_axis)
+
+    def over(self, place: Sequence[slice]) -> tuple[list[slice], list[slice]]:
+        """The part of a window that lies over the image: as slices of the window, and of the image."""
+        both = [(max(w.start, i.start), min(w.stop, i.stop)) for w, i in zip(place, self.inside, strict=True)]
+        return [slice(a - w.start, b - w.start) for (a, b), w in zip(both, place, strict=True)], [
+            slice(a - i.start, b - i.start) for (a, b), i in zip(both, self.inside, strict=True)
+        ]
+
+    def _cut(self, place: Sequence[slice]) -> Tensor:
+        kept, (first, *others) = self.over(place)
+        part = self.image[(first, slice(None), *others)].movedim(1, 0)
+        if self.margin is None:
+            return part
+        grown = self.margin.reshape(-1, 1, 1, 1).repeat(1, *(w.stop - w.start for w in place))
+        grown[(slice(None), *kept)] = part
+        return grown
+
+
+def importance(fitted: Fitted, device: torch.device) -> Tensor:
+    """The weight (*patch) of each voxel of a window where windows overlap: a gaussian around its middle."""
+    return compute_importance_map(fitted.patch, "gaussian", device=device)
 
 
 def _predictor(network: nn.Module, fitted: Fitted, mirror: bool | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
@@ -120,31 +162,7 @@ def mirrorings(fitted: Fitted, mirror: bool | tuple[int, ...]) -> list[tuple[tup
     return [(some, fitted.mirrored_classes() if 0 in some and fitted.sides else slice(None)) for some in chosen]
 
 
-def _over(window: Sequence[slice], inside: Sequence[slice]) -> tuple[list[slice], list[slice]]:
-    """The part of a window that lies over `inside`: as slices of the window, and of what lies inside."""
-    both = [(max(w.start, i.start), min(w.stop, i.stop)) for w, i in zip(window, inside, strict=True)]
-    return [slice(a - w.start, b - w.start) for (a, b), w in zip(both, window, strict=True)], [
-        slice(a - i.start, b - i.start) for (a, b), i in zip(both, inside, strict=True)
-    ]
-
-
-def _cut(image: Store, window: Sequence[slice], inside: Sequence[slice], margin: Tensor | None) -> Tensor:
-    """The window (c, x, y, z) of an image that lies at `inside`, with the margin's values (c,) around it."""
-    kept, (first, *others) = _over(window, inside)
-    part = image[(first, slice(None), *others)].movedim(1, 0)
-    if margin is None:
-        return part
-    grown = margin.reshape(-1, 1, 1, 1).repeat(1, *(w.stop - w.start for w in window))
-    grown[(slice(None), *kept)] = part
-    return grown
-
-
 def stored_scaling(image: Store, fitted: Fitted) -> Scaling:
     """How an image (x, c, y, z) is scaled."""
     x, _, y, z = image.shape
     return scaling_of_parts(lambda c: (image[rows, c : c + 1].flatten() for rows in image.slabs()), x * y * z, fitted.intensity)
-
-
-def _without(part: Tensor, axis: int | None) -> Tensor:
-    """(c, x, y, z) without the axis across a 2D network's slices."""
-    return part if axis is None else part.squeeze(1 + axis)
