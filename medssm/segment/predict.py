@@ -30,6 +30,8 @@ from medssm.scratch import Scratch, Store, slabs
 from medssm.segment import networks, postprocess
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED
+from medssm.segment.explain.case import Explainer, summary
+from medssm.segment.explain.sight import Run
 from medssm.segment.images import (
     Image,
     check_output,
@@ -79,6 +81,8 @@ def predict(
     batch: int = 1,
     nan: float | None = None,
     stream: bool = False,
+    explain: str | int | None = None,
+    explain_at: tuple[float, float, float] | None = None,
     scratch: Path | str | None = None,
     postprocessing: Literal["auto", "none"] = "auto",
     uncertainty: Annotated[Literal["auto", "folds", "mirror", "dropout"] | None, Option(alone="auto")] = None,
@@ -112,6 +116,10 @@ def predict(
             runs (folds), of the mirrorings that the network was trained with (mirror), or of ten passes with its dropout on (dropout); auto is the
             first of these that there is
         level: of the conformal intervals on volumes, more than 0 and less than 1
+    Args: Explanation
+        explain: a class, by its name or its value: CASE_integrated-gradients.nii.gz and CASE_occlusion.nii.gz show what it depends on,
+            CASE_reach-LAYER.nii.gz what the scans of a layer see, and CASE_explained.html all of that; for it the package captum is needed
+        explain_at: the point that the scans are asked about, in millimetres of the image's own coordinates (default: the middle of the class)
     Args: Inference
         overlap: of neighbouring windows, 0 to less than 1
         mirror: average over the mirrorings that the network was trained with
@@ -128,7 +136,8 @@ def predict(
         {"cases": {name: file}, "volumes": {name: {class: {"voxels", "ml"}}}, "failed": {name: reason}, "skipped": [names], "seconds": ...}: of
         several cases one that fails does not stop the others. With `uncertainty` a class also has "members_low_ml", "members_high_ml" (the smallest
         and the largest volume that a member found) and, where there are bounds, "conformal_low_ml", "conformal_high_ml", "conformal_level"; and
-        "uncertainty" says what the members are, and what the bounds are from.
+        "uncertainty" says what the members are, and what the bounds are from. With `explain` also {"explained": {name: what docs/guides/explain.md
+        says}}.
 
     Raises:
         UserError: where nothing can be predicted, or the only case is bad.
@@ -143,6 +152,11 @@ def predict(
     half = _half(precision, place)
     folds = [_load(folder, model, weights, place) for folder in _folders([*_listed(run), *more_runs])]
     _check_alike(folds)
+    explainer = None
+    if explain is not None:
+        runs = [Run(fold.network, fold.fitted) for fold in folds]
+        where = None if scratch is None else Path(scratch)
+        explainer = Explainer(explain, runs, device=place, overlap=overlap, batch=batch, at=explain_at, nan=nan, scratch=where, overwrite=overwrite)
     steps = _postprocessing(folds, postprocessing)
     if not quiet and any(steps.values()):
         print(f"post-processing: {postprocess.described(steps)}", file=sys.stderr)
@@ -169,6 +183,8 @@ def predict(
         if times > 1:  # of a case that has the name of another one's map
             raise UserError(f"out: {file}: expected one file of that name, got two: name one of the images otherwise")
         protect(file, reads=read, made=is_made_here, overwrite=overwrite)
+    for case in cases if explainer else ():
+        explainer.protect(targets[case.name], read)
     if table:
         protect(table, made=is_volumes, overwrite=overwrite)
     if stream:
@@ -187,6 +203,7 @@ def predict(
             about = f"{file.format}, {' x '.join(map(str, file.shape))} voxels of {lengths(file.spacing)} mm"
             print("; ".join([f"{file.path}: {about}", *file.notes]), file=sys.stderr)
 
+    explained: dict[str, dict[str, Any]] = {}
     measured, failed = _measured_before(there, targets, structures(folds[0].fitted.classes, folds[0].fitted.regions), table)
     with _written_at_the_end(table, measured), progress("predicting", quiet) as show:
         for i, case in enumerate(cases):
@@ -201,6 +218,10 @@ def predict(
                     case, folds, ensemble, members, target, save_probabilities, nan, room, steps, say, infer, show_case
                 )
                 written[case.name] = str(target)
+                if explainer:
+                    explained[case.name] = explainer(case, target, show_case)
+                    if not quiet:
+                        print(summary(case.name, explained[case.name]), file=sys.stderr)
             except UserError as error:
                 if len(cases) == 1 and not skipped:
                     raise
@@ -208,7 +229,9 @@ def predict(
             except (MemoryError, OSError, RuntimeError) as error:  # torch reports a lack of memory as RuntimeError
                 failed[case.name] = f"{case.images[0]}: {type(error).__name__}: {first_line(error)}"
     result = {"cases": written, "volumes": measured, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - begun, 2)}
-    return result | ({"uncertainty": dict(zip(("members", "intervals"), ensemble.said, strict=True))} if ensemble else {})
+    if ensemble:
+        result["uncertainty"] = dict(zip(("members", "intervals"), ensemble.said, strict=True))
+    return {**result, "explained": explained} if explainer else result
 
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:

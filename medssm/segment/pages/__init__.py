@@ -14,6 +14,7 @@ from PIL import Image
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's, which colour-blind readers tell apart
 CT_WINDOWS = {"soft tissue": (-160.0, 240.0), "lung": (-1350.0, 150.0), "bone": (-500.0, 1300.0), "brain": (0.0, 80.0)}  # black, white in HU
+_WARM, _COLD = np.array([230.0, 40.0, 20.0]), np.array([30.0, 90.0, 240.0])  # of a heat of 1 and of -1
 _HERE = Path(__file__).parent
 
 
@@ -47,7 +48,13 @@ def inline(picture: bytes, kind: str = "png") -> str:
 
 
 def slices(
-    image: np.ndarray, labels: Sequence[np.ndarray], edges: np.ndarray, window: tuple[float, float], size: int, at: Sequence[int] | None = None
+    image: np.ndarray,
+    labels: Sequence[np.ndarray],
+    edges: np.ndarray,
+    window: tuple[float, float],
+    size: int,
+    at: Sequence[int] | None = None,
+    heat: np.ndarray | None = None,
 ) -> str:
     """Slices of a volume across its three axes, one beside the other, as the address of an image.
 
@@ -60,10 +67,11 @@ def slices(
         window: the intensities shown as black and as white
         size: of a slice's longer edge in pixels
         at: a voxel that the slices go through (default: where the first label map has most)
+        heat: a map of the same shape from -1 (blue) over 0 (the scan alone) to 1 (red); label maps are then outlines
     """
     at = richest(labels[0] if labels else np.zeros(image.shape, bool)) if at is None else at
     planar = [axis for axis in range(3) if image.shape[axis] == 1]
-    views = [_slice(image, labels, edges, window, size, axis, at[axis]) for axis in (planar[:1] or (2, 1, 0))]
+    views = [_slice(image, labels, edges, window, size, axis, at[axis], heat) for axis in (planar[:1] or (2, 1, 0))]
     strip = Image.new("RGB", (sum(view.width for view in views) + 2 * (len(views) - 1), max(view.height for view in views)))
     left = 0
     for view in views:
@@ -83,16 +91,28 @@ def richest(label: np.ndarray) -> tuple[int, ...]:
 
 
 def _slice(
-    image: np.ndarray, labels: Sequence[np.ndarray], edges: np.ndarray, window: tuple[float, float], size: int, axis: int, index: int
+    image: np.ndarray,
+    labels: Sequence[np.ndarray],
+    edges: np.ndarray,
+    window: tuple[float, float],
+    size: int,
+    axis: int,
+    index: int,
+    heat: np.ndarray | None,
 ) -> Image.Image:
     cut, (low, high) = image.take(index, axis), window
     grey = np.clip((cut.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1) * 255
     colour = np.repeat(grey[..., None], 3, axis=-1)
     drawn = [label.take(index, axis) for label in labels]
-    for value in np.unique(drawn[0][drawn[0] > 0]) if drawn else ():
-        rgb = [int(COLOURS[(int(value) - 1) % len(COLOURS)][i : i + 2], 16) for i in (1, 3, 5)]
-        colour[drawn[0] == value] = 0.5 * colour[drawn[0] == value] + 0.5 * np.array(rgb)
-    for label in drawn[1:2]:
+    if heat is not None:
+        strength = np.clip(heat.take(index, axis), -1, 1)[..., None]
+        colour += np.abs(strength) * (np.where(strength > 0, _WARM, _COLD) - colour)
+    filled, outlined = (drawn[:1], drawn[1:2]) if heat is None else ([], drawn)
+    for label in filled:
+        for value in np.unique(label[label > 0]):
+            rgb = [int(COLOURS[(int(value) - 1) % len(COLOURS)][i : i + 2], 16) for i in (1, 3, 5)]
+            colour[label == value] = 0.5 * colour[label == value] + 0.5 * np.array(rgb)
+    for label in outlined:
         colour[_outline(label)] = 255
     length = np.array(cut.shape) * np.delete(edges, axis)
     width, height = np.maximum(1, np.rint(size * length / length.max())).astype(int).tolist()
