@@ -63,7 +63,7 @@ def summary(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         layers.append({key: several[0][key] for key in ("layer", "op", "shape", "voxel_mm")} | {"orders": orders})
     checks = {
         method: {
-            "rank_correlation": spread(case["sanity"]["rank_correlation"][method] for case in cases),
+            "rank_correlation": {of: spread(case["sanity"]["rank_correlation"][method][of] for case in cases) for of in ("values", "sizes")},
             "area": spread(case["sanity"]["deletion"][method]["area"] for case in cases),
             "random_area": spread(case["sanity"]["deletion"][method]["random_area"] for case in cases),
             "faster_than_random": sum(c["sanity"]["deletion"][method]["area"] < c["sanity"]["deletion"][method]["random_area"] for c in cases),

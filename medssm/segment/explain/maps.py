@@ -14,7 +14,7 @@ from medssm.segment.explain.score import ClassScore, Seen, means, thick, without
 from medssm.segment.explain.sight import Sight
 
 METHODS = ("integrated gradients", "occlusion")
-_BOXES = 512  # that a window is occluded in, about
+_BOXES = 256  # that a window is occluded in, about
 
 
 class Maps:
@@ -56,7 +56,7 @@ def scenes(sight: Sight, device: torch.device) -> list[Callable[[], Scene]]:
 
 
 def box_of(patch: Sequence[int], spacing: Sequence[float]) -> list[int]:
-    """The voxels of a box along each axis: some 512 boxes fill the patch, their edges as equal in millimetres as voxels allow."""
+    """The voxels of a box along each axis: some 256 boxes fill the patch, their edges as equal in millimetres as voxels allow."""
     edge = (math.prod(patch) * math.prod(spacing) / _BOXES) ** (1 / len(patch))
     return [min(n, max(1, round(edge / mm))) for n, mm in zip(patch, spacing, strict=True)]
 

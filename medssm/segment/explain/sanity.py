@@ -31,13 +31,15 @@ def shuffled(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def rank_correlation(values: Tensor, others: Tensor, where: Tensor) -> float:
-    """Spearman's correlation of the sizes of two maps (c, *spatial) over the voxels in `where`: 1 where the ranks of all voxels are the same.
+    """Spearman's correlation of two maps (c, *spatial) over the voxels in `where`: 1 where the ranks of all voxels are the same; 0 of a map that is the
+    same everywhere.
 
     Adebayo et al., arXiv 1810.03292: a map that other weights do not change says nothing about the network.
     """
-    first, second = (part[:, where].abs().flatten().cpu().numpy() for part in (values, others))
-    found = float(spearmanr(first, second).statistic)
-    return found if np.isfinite(found) else 0.0
+    first, second = (part[:, where].flatten().cpu().numpy() for part in (values, others))
+    if not (np.ptp(first) and np.ptp(second)):  # there are no ranks
+        return 0.0
+    return float(spearmanr(first, second).statistic)
 
 
 def deletion(
@@ -92,7 +94,7 @@ def checked(scene: Scene, sight: Sight, maps: Mapping[str, Maps], batch: int) ->
     """The checks of each method, in the scene of the first window.
 
     Returns:
-        {"rank_correlation": {method: with the map of the shuffled network}, "deletion": {method: see `deletion`}}.
+        {"rank_correlation": {method: {"values", "sizes"}, both with the map of the shuffled network}, "deletion": {method: see `deletion`}}.
     """
     box = box_of(sight.run.fitted.patch, sight.spacing)
     score = scene.score
@@ -104,6 +106,10 @@ def checked(scene: Scene, sight: Sight, maps: Mapping[str, Maps], batch: int) ->
     correlations, falls = {}, {}
     for name, found in maps.items():
         assert found.first is not None
-        correlations[name] = rank_correlation(found.first, others[name].values.cpu(), scene.inside)
+        own, other_map = found.first, others[name].values.cpu()
+        correlations[name] = {
+            "values": rank_correlation(own, other_map, scene.inside),
+            "sizes": rank_correlation(own.abs(), other_map.abs(), scene.inside),
+        }
         falls[name] = deletion(score.probability, scene.x, scene.baseline, found.first, scene.inside, box)
     return {"rank_correlation": correlations, "deletion": falls}
