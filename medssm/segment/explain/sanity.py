@@ -31,8 +31,8 @@ def shuffled(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def rank_correlation(values: Tensor, others: Tensor, where: Tensor) -> float:
-    """Spearman's correlation of two maps (c, *spatial) over the voxels in `where`: 1 where the ranks of all voxels are the same; 0 of a map that is the
-    same everywhere.
+    """Spearman's correlation of two maps (c, *spatial) over the voxels in `where`: 1 where the ranks of all voxels are the same; 0 of a map that is
+    the same everywhere.
 
     Adebayo et al., arXiv 1810.03292: a map that other weights do not change says nothing about the network.
     """
