@@ -24,6 +24,7 @@ from tests.segment.test_predict import AFFINES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("captum") is None, reason="captum is not installed")
 METHODS = ("integrated-gradients", "occlusion")
+NETWORK = {"size": "tiny", "strides": [1, 2, 2, 2, 2]}
 SMALL = (30, 32, 28)  # one window of the networks
 
 
@@ -36,7 +37,7 @@ def few_boxes(monkeypatch):
 def scans(folder, tmp_path_factory):
     """A folder of medssm_unet's weights, hardly trained, and what it predicts for a scan with --explain."""
     root = tmp_path_factory.mktemp("scans")
-    train(folder, root / "run", size="tiny", patch=(32, 32, 32), max_steps=12, lr=0.01, device="cpu", quiet=True)
+    train(folder, root / "run", model_kwargs=NETWORK, patch=(32, 32, 32), max_steps=12, lr=0.01, device="cpu", quiet=True)
     return root / "run"
 
 
@@ -164,7 +165,7 @@ def test_slices_channels_and_regions(tmp_path):
     root = nnunet_folder(tmp_path / "data", 2, (20, 18, 6), channels=("T1", "T2"), labels=labels)
     table = json.loads((root / "dataset.json").read_text())
     (root / "dataset.json").write_text(json.dumps({**table, "regions_class_order": [1, 2]}))
-    options = {"model": "medssm_unet", "model_kwargs": {"size": "tiny"}, "spatial_dims": 2, "patch": (16, 16), "max_steps": 20, "lr": 0.01}
+    options = {"model": "medssm_unet", "model_kwargs": NETWORK, "spatial_dims": 2, "patch": (16, 16), "max_steps": 20, "lr": 0.01}
     train(root, tmp_path / "run", **options, device="cpu", quiet=True)
     found = explained(tmp_path / "run", root / "imagesTr/case_0_0000.nii.gz", tmp_path / "out", "whole")
     assert found["voxels"] == (read(tmp_path / "out/case_0.nii.gz") > 0).sum() > 0
