@@ -179,12 +179,14 @@ def predict(
     read = [file for case in cases for image in case.images for file in files_of(image)]
     beside = [*([PROBABILITIES] if save_probabilities else []), *(MAPS if ensemble else ())]
     outputs = [file for case in cases for file in (targets[case.name], *(map_of(targets[case.name], what) for what in beside))]
+    outputs += [file for case in cases if explainer for file in explainer.maps(targets[case.name])]
     for file, times in Counter(outputs).items():
         if times > 1:  # of a case that has the name of another one's map
             raise UserError(f"out: {file}: expected one file of that name, got two: name one of the images otherwise")
         protect(file, reads=read, made=is_made_here, overwrite=overwrite)
-    for case in cases if explainer else ():
-        explainer.protect(targets[case.name], read)
+    for case in cases:
+        if explainer:
+            explainer.protect(targets[case.name], read)
     if table:
         protect(table, made=is_volumes, overwrite=overwrite)
     if stream:

@@ -21,7 +21,7 @@ from medssm.segment.explain.maps import METHODS, Maps, attributed, scenes
 from medssm.segment.explain.sanity import checked
 from medssm.segment.explain.score import structure, thick
 from medssm.segment.explain.sight import Run, Sight, deepest, middle, sight
-from medssm.segment.images import files_of, is_made_here, read_image, read_label
+from medssm.segment.images import files_of, read_image, read_label
 from medssm.segment.resample import Grid, ras
 
 
@@ -63,10 +63,12 @@ class Explainer:
         for run in runs:
             run.network.requires_grad_(False)  # gradients of the inputs alone
 
+    def maps(self, target: Path) -> list[Path]:
+        """The maps that are written beside the label map `target`, but for those of layers."""
+        return [write.beside(target, name) for name in METHODS]
+
     def protect(self, target: Path, reads: Sequence[Path]) -> None:
-        """UserError where what is written beside the label map `target` would take the place of another file."""
-        for name in METHODS:
-            protect(write.beside(target, name), reads=reads, made=is_made_here, overwrite=self.overwrite)
+        """UserError where the page would take the place of another file."""
         protect(page.beside(target), reads=reads, made=page.is_made_here, overwrite=self.overwrite)
 
     def __call__(self, case: Case, target: Path, show: Callable[[float], None] = lambda fraction: None) -> dict[str, Any]:

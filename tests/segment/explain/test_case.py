@@ -203,6 +203,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(only, tmp_path, capsys, mo
         assert f"{name} is there already" in refused("--explain", "ball")
         assert (tmp_path / "out" / name).read_text() == "mine" and len(list((tmp_path / "out").iterdir())) == 1
         (tmp_path / "out" / name).unlink()
+    write(tmp_path / "a_occlusion.nii.gz", volume(7, SMALL)[0][..., 0])
+    assert cli.main(["predict", str(only), str(tmp_path), str(tmp_path / "out"), "--device", "cpu", "--quiet", "--explain", "ball"]) == 2
+    assert "a_occlusion.nii.gz: expected one file of that name, got two" in capsys.readouterr().err
     assert "expected a point in the image, got 99 0 0 mm" in refused("--explain", "ball", "--explain-at", "99", "0", "0")
 
 
