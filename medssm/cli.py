@@ -12,20 +12,27 @@ import difflib
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from medssm import tasks
 from medssm.allocator import keep_freed_memory
 from medssm.errors import UserError, install_command
 
 
 class Command(NamedTuple):
-    """Where a command's function and the one that prints its result are, and a line about it."""
+    """Where a command's function and the one that prints its result are, and a line about it.
+
+    `classify` is what serves it for the classification of images, which it is where `asks` (`medssm.tasks`) says so of its argument `argument`.
+    """
 
     module: str
     function: str
     show: str
     about: str
+    classify: Command | None = None
+    argument: str = ""
+    asks: Callable[[str], bool] = bool
 
 
 Table: TypeAlias = "Mapping[str, Command | Mapping[str, Command]]"  # what has no name is meant where no further word is given
@@ -39,9 +46,33 @@ COMMANDS: Table = {
     "plan": Command(
         "medssm.segment.plan", "plan", "show", "choose spacing, patch, batch and strides for a data set and this machine, as a file for train"
     ),
-    "train": Command("medssm.segment.train", "train", "show", "train a network on your data"),
-    "predict": Command("medssm.segment.predict", "predict", "show", "segment images, folders or lists of them"),
-    "evaluate": Command("medssm.segment.evaluate", "evaluate", "show", "Dice, HD95 and surface Dice of predictions against references"),
+    "train": Command(
+        "medssm.segment.train",
+        "train",
+        "show",
+        "train a network on your data: to segment, or to classify (--task classify)",
+        Command("medssm.classify.train", "train", "show", "train a classifier"),
+        "task",
+        tasks.named,
+    ),
+    "predict": Command(
+        "medssm.segment.predict",
+        "predict",
+        "show",
+        "segment or classify images, folders or lists of them",
+        Command("medssm.classify.predict", "predict", "show", "classify images"),
+        "run",
+        tasks.is_run,
+    ),
+    "evaluate": Command(
+        "medssm.segment.evaluate",
+        "evaluate",
+        "show",
+        "Dice, HD95 and surface Dice of predictions against references; accuracy, AUROC and calibration of a classifier's CSV",
+        Command("medssm.classify.evaluate", "evaluate", "show", "score a classifier's CSV"),
+        "predictions",
+        tasks.is_table,
+    ),
     "compare": Command(
         "medssm.compare", "compare", "show", "two or more sets of predictions, or runs, on the same cases: differences with intervals"
     ),
@@ -59,7 +90,7 @@ COMMANDS: Table = {
     },
 }
 
-_VOLUMES = ("medssm.segment.", "medssm.compare", "medssm.bench.accuracy")  # modules of commands that work on volumes
+_VOLUMES = ("medssm.segment.", "medssm.classify.", "medssm.compare", "medssm.bench.accuracy")  # modules of commands that work on volumes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(_overview(name, entry))
                 return 0 if words else 2
             name, entry = f"{name} {words[0]}", _chosen(entry, words.pop(0))
-        return _run(name, entry, words)
+        for_task = of_task(entry, words)
+        name = name if for_task is entry else f"{name} (classify)"
+        return _run(name, for_task, words)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -122,6 +155,17 @@ def _run(name: str, command: Command, words: Sequence[str]) -> int:
     for message in failed.values() if isinstance(failed, Mapping) else ():
         print(f"{name}: {message}", file=sys.stderr)
     return int(bool(failed))
+
+
+def of_task(command: Command, words: Sequence[str]) -> Command:
+    """The command itself, or what classifies in its place, where the words ask for that."""
+    if command.classify is None:
+        return command
+    from medssm import options
+
+    functions = [getattr(importlib.import_module(one.module), one.function) for one in (command, command.classify)]
+    text = options.text_of(command.argument, functions, words)
+    return command.classify if text is not None and command.asks(text) else command
 
 
 def _chosen(table: Table, word: str) -> Command | Mapping[str, Command]:

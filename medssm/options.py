@@ -181,6 +181,24 @@ def read(function: Callable[..., Any], prog: str, words: Sequence[str]) -> Given
     return Given({name: value for name, value in values.items() if value is not inspect.Parameter.empty}, tuple(left), sources, flags)
 
 
+def text_of(argument: str, functions: Sequence[Callable[..., Any]], words: Sequence[str]) -> str | None:
+    """What a command line gives for an argument before it is known which of `functions` is called; else what the last of its files gives.
+
+    None where it gives nothing. Raises UserError for an option that none of the functions has.
+    """
+    arguments = {a.flag: a for function in reversed(functions) for a in _described(function)[1]}
+    texts, free = _split(words, [*arguments.values(), *_COMMON])
+    places = [a.name for a in _described(functions[0])[1] if a.positional and a.name not in texts]
+    if argument in texts:
+        return str(texts[argument][-1])
+    if argument in places[: len(free)]:
+        return free[places.index(argument)]
+    for path in reversed(texts.get("config", [])):
+        if argument in (table := _table(path)):
+            return str(table[argument])
+    return None
+
+
 def as_yaml(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> str:
     """Arguments as a file that --config takes; with `sources`, where each value comes from as a comment beside it."""
     lines = []
@@ -357,6 +375,16 @@ def _typed(table: Mapping[str, Any], arguments: Sequence[_Argument], parser: jso
 
 def _load(path: str, arguments: Sequence[_Argument], prog: str) -> dict[str, Any]:
     """The table of a configuration file, with keys that are options of the command."""
+    table = _table(path)
+    names = [a.name for a in arguments if not a.rest]
+    for key in table:
+        if key not in names:
+            raise UserError(f"{path}: {key}: no such option of {prog}{_suggestion(str(key), names)}")
+    return table
+
+
+def _table(path: str) -> dict[str, Any]:
+    """What a configuration file holds."""
     try:
         table = jsonargparse.get_loader("yaml")(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -365,10 +393,6 @@ def _load(path: str, arguments: Sequence[_Argument], prog: str) -> dict[str, Any
         raise UserError(f"--config: {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(table, dict):
         raise UserError(f"--config: {path}: expected a mapping of options, got {type(table).__name__}")
-    names = [a.name for a in arguments if not a.rest]
-    for key in table:
-        if key not in names:
-            raise UserError(f"{path}: {key}: no such option of {prog}{_suggestion(str(key), names)}")
     return table
 
 

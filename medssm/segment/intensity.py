@@ -2,6 +2,7 @@
 
   ct      clipped to the 0.5 and 99.5 percentile of the training cases' foreground; minus its mean, divided by its standard deviation;
   none    unchanged;
+  picture minus the mean of all training images' pixels, divided by their standard deviation: colours keep their meaning (classifiers);
   zscore  minus the image's own mean, divided by its own standard deviation, both without padding and zeros (removed skulls are zero).
 
 The scheme follows from the channel's name, or from the modality that the user names.
@@ -22,12 +23,17 @@ import torch
 
 from medssm.errors import UserError
 
-MODALITIES = {"ct": "ct", "mri": "zscore", "other": "zscore", "none": "none"}
-SCHEMES = {"ct": "as CT, by the foreground of all cases", "zscore": "by its own mean and deviation", "none": "unchanged"}
+MODALITIES = {"ct": "ct", "mri": "zscore", "other": "zscore", "none": "none", "picture": "picture"}
+SCHEMES = {
+    "ct": "as CT, by the foreground of all cases",
+    "zscore": "by its own mean and deviation",
+    "none": "unchanged",
+    "picture": "by the mean and deviation of all training images",
+}
 _CT = {"ct", "cta", "ctp", "cect", "ncct", "hrct", "ldct", "cbct", "hu", "houndsfield", "hounsfield"}
 _OTHER = {"mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2s", "flair", "adc", "dwi", "swi", "pd", "pdw", "cine", "pet", "suv", "us"}
 _OTHER |= {"ultrasound", "xray", "oct", "rgb", "red", "green", "blue", "histology", "microscopy", "fluorescence"}
-_SAMPLES = 20_000  # foreground voxels of each case that the percentiles are taken from
+_SAMPLES = 20_000
 _PART = 2**22  # voxels that are looked at together
 _LOOKED_AT = 2**20  # voxels of an image that quantiles are taken from
 
@@ -65,9 +71,11 @@ class Intensities:
         channels: their names
         modality: see `schemes`
         seed: of the voxels that are drawn
+        samples: foreground voxels of each case that the percentiles are taken from
     """
 
-    def __init__(self, channels: Sequence[str], modality: Sequence[str] | None, seed: int):
+    def __init__(self, channels: Sequence[str], modality: Sequence[str] | None, seed: int, samples: int = _SAMPLES):
+        self.count = samples
         self.channels, self.schemes, self.random = channels, schemes(channels, modality), np.random.default_rng(seed)
         self.samples: list[np.ndarray] = []
 
@@ -78,11 +86,11 @@ class Intensities:
         """
         for fault in faults(name, image, self.channels, self.schemes):
             raise UserError(fault)
-        if "ct" not in self.schemes:
+        if not {"ct", "picture"} & {*self.schemes}:
             return
         foreground = np.flatnonzero((label > 0).numpy())
         if len(foreground):
-            chosen = self.random.choice(foreground, _SAMPLES, replace=len(foreground) < _SAMPLES)
+            chosen = self.random.choice(foreground, self.count, replace=len(foreground) < self.count)
             self.samples.append(image.flatten(1)[:, chosen].numpy())
 
     def fit(self) -> tuple[dict[str, Any], ...]:
@@ -90,14 +98,14 @@ class Intensities:
         return tuple(self._fit(i, scheme or "zscore") for i, scheme in enumerate(self.schemes))
 
     def _fit(self, channel: int, scheme: str) -> dict[str, Any]:
-        if scheme != "ct":
+        if scheme not in ("ct", "picture"):
             return {"scheme": scheme}
         if not self.samples:
             raise UserError("labels: a CT is scaled by its foreground, and no training case has any")
         values = np.concatenate([sample[channel] for sample in self.samples]).astype(np.float64)
-        low, high = np.percentile(values, (0.5, 99.5))
+        low, high = np.percentile(values, (0.5, 99.5) if scheme == "ct" else (0, 100))
         mean, deviation = float(values.mean()), float(values.std()) or 1.0
-        return {"scheme": "ct", "low": float(low), "high": float(high), "mean": mean, "deviation": deviation}
+        return {"scheme": scheme, "low": float(low), "high": float(high), "mean": mean, "deviation": deviation}
 
 
 def faults(name: str, image: torch.Tensor, channels: Sequence[str], how: Sequence[str | None]) -> list[str]:
@@ -160,7 +168,7 @@ def scaling_of_parts(parts: Callable[[int], Iterable[torch.Tensor]], length: int
     """`scaling` of an image that is not in memory as a whole: parts(c) gives the values of a channel piece after piece, `length` in all."""
     rows = []
     for c, how in enumerate(intensity):
-        if how["scheme"] == "ct":
+        if how["scheme"] in ("ct", "picture"):
             rows.append((how["low"], how["high"], how["mean"], how["deviation"]))
         elif how["scheme"] == "none":
             rows.append((-math.inf, math.inf, 0.0, 1.0))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -12,20 +13,29 @@ from torch import nn
 
 import medssm
 from medssm.errors import UserError
-from medssm.files import read_json, write_bytes, write_json
+from medssm.files import first_line, read_json, write_bytes, write_json
+from medssm.nn import Classifier, Encoder
 from medssm.nn.convolution import fast_convolutions
 from medssm.segment.losses import finest_first
 
-MONAI = "monai.networks.nets."
+MONAI, TIMM, ENCODER = "monai.networks.nets.", "timm:", "encoder:"
 WEIGHTS, BEST, CONFIG = "model.safetensors", "model_best.safetensors", "config.json"
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
-    """A medssm model by its registered name, or one of MONAI's by its full one, `monai.networks.nets.UNet`.
+    """A medssm model by its registered name; one of MONAI's by its full one, `monai.networks.nets.UNet`; for a classification one of timm's by
+    `timm:resnet18`, or the encoder of a medssm model that segments by `encoder:medssm_unet`, with a linear layer on the mean of its coarsest map.
 
-    Nothing else is ever imported by name: a weights folder comes from anyone.
+    Nothing else is ever imported by name, and nothing downloaded: a weights folder comes from anyone.
     """
     try:
+        if name.startswith(TIMM):
+            return _of_timm(name.removeprefix(TIMM), **kwargs)
+        if name.startswith(ENCODER):
+            segments = medssm.create_model(name.removeprefix(ENCODER), **kwargs)
+            if not hasattr(segments, "encoder"):
+                raise UserError(f"model: {name.removeprefix(ENCODER)} has no encoder of its own")
+            return fast_convolutions(Classifier(cast(Encoder, segments.encoder), kwargs["out_channels"]))
         if name.startswith(MONAI):
             from monai.networks import nets
 
@@ -36,6 +46,20 @@ def build(name: str, **kwargs: Any) -> nn.Module:
         return medssm.create_model(name, **kwargs)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"model: {name} with {kwargs}: {error}") from error
+
+
+def _of_timm(name: str, *, spatial_dims: int, in_channels: int, out_channels: int, **kwargs: Any) -> nn.Module:
+    """One of timm's classifiers with random weights. timm would fetch what a name such as hf-hub:... stands for, so only its own names are taken."""
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise UserError(f"model: {TIMM}{name} needs the package timm: pip install timm") from error
+    if spatial_dims != 2:
+        raise UserError(f"model: {TIMM}{name}: timm's networks take planes, and spatial_dims is {spatial_dims}")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 1, 0.7)
+        raise UserError(f"model: timm {timm.__version__} has no network {name!r}{f', did you mean {close[0]}?' if close else ''}")
+    return timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=out_channels, **kwargs)
 
 
 def describe(model: str | nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,25 +99,39 @@ def load(folder: Path, network: nn.Module | None = None, name: str = WEIGHTS) ->
         if not config.get("model"):
             raise UserError(f"{folder}: trained from a {config.get('class')} given as a module: pass it as model")
         network = build(config["model"], **config["kwargs"])
+    return load_weights(folder / name, network)
+
+
+def load_weights(path: Path, network: nn.Module) -> nn.Module:
+    """The network with the weights of a file. Raises UserError if it cannot be read or does not fit."""
     try:
-        weights = safetensors.torch.load_file(folder / name)
+        weights = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder / name}: not a readable safetensors file ({error})") from error
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{folder / name}: does not fit the network: {' '.join(str(error).split())[:400]}") from error
+        raise UserError(f"{path}: does not fit the network: {' '.join(str(error).split())[:400]}") from error
     return network
 
 
 def check_patch(network: nn.Module, patch: Sequence[int], in_channels: int, out_channels: int, device: torch.device) -> None:
     """One patch of zeros through the network: UserError for what does not fit, before any time is spent."""
-    training, wanted = network.training, (1, out_channels, *patch)
+    _check("patch", network, (in_channels, *patch), (out_channels, *patch), device)
+
+
+def check_classifier(network: nn.Module, shape: Sequence[int], in_channels: int, out_channels: int, device: torch.device) -> None:
+    """`check_patch` for a network that gives one logit for each class."""
+    _check("shape", network, (in_channels, *shape), (out_channels,), device)
+
+
+def _check(argument: str, network: nn.Module, given: tuple[int, ...], out: tuple[int, ...], device: torch.device) -> None:
+    training, wanted = network.training, (1, *out)
     try:
         with torch.no_grad():
-            output = network.eval()(torch.zeros(1, in_channels, *patch, device=device))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"patch: the model does not take {tuple(patch)}: {str(error).splitlines()[0]}") from error
+            output = network.eval()(torch.zeros(1, *given, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts
+        raise UserError(f"{argument}: the model does not take {given[1:]}: {first_line(error)}") from error
     finally:
         network.train(training)
     logits = finest_first(output, len(wanted))[0]

@@ -148,9 +148,9 @@ def predict(
         raise UserError(f"batch: expected 1 or more, got {batch}")
     if not 0 < level < 1:
         raise UserError(f"level: expected more than 0 and less than 1, got {level}")
-    place, begun = _device(device), time.perf_counter()
-    half = _half(precision, place)
-    folds = [_load(folder, model, weights, place) for folder in _folders([*_listed(run), *more_runs])]
+    place, begun = device_of(device), time.perf_counter()
+    half = half_of(precision, place)
+    folds = [_load(folder, model, weights, place) for folder in folders_of([*listed(run), *more_runs])]
     _check_alike(folds)
     explainer = None
     if explain is not None:
@@ -170,7 +170,8 @@ def predict(
             raise UserError("stream: dropout is not streamed: leave --stream out")
         if not quiet:
             print(f"uncertainty: from {'; '.join(ensemble.said)}", file=sys.stderr)
-    cases = cases_of([Path(path) for path in _listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
+    cases = cases_of([Path(path) for path in listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
+    cases = cases_of([Path(path) for path in listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     targets = targets_of(cases, Path(out), format)
     table = None if Path(out) in targets.values() else Path(out) / VOLUMES
     there = [case for case in cases if skip_existing and targets[case.name].exists()]
@@ -402,11 +403,11 @@ def _silent(line: str) -> None:
     pass
 
 
-def _listed(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
+def listed(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
     return [paths] if isinstance(paths, (str, Path)) else paths
 
 
-def _folders(runs: Sequence[Path | str]) -> list[Path]:
+def folders_of(runs: Sequence[Path | str]) -> list[Path]:
     """The folders that hold weights; a folder without any stands for those in it."""
     folders: list[Path] = []
     for folder in map(Path, runs):
@@ -419,7 +420,8 @@ def _folders(runs: Sequence[Path | str]) -> list[Path]:
     return folders
 
 
-def _load(folder: Path, model: nn.Module | None, weights: str, device: torch.device) -> _Fold:
+def weights_of(folder: Path, weights: str) -> str:
+    """The file of the "last" or the "best" weights of a finished training. Raises UserError where it is not there."""
     if weights not in ("best", "last"):
         raise UserError(f"weights: expected best or last, got {weights!r}")
     if not (folder / networks.WEIGHTS).is_file():
@@ -427,6 +429,11 @@ def _load(folder: Path, model: nn.Module | None, weights: str, device: torch.dev
     name = networks.BEST if weights == "best" else networks.WEIGHTS
     if not (folder / name).is_file():
         raise UserError(f"weights: {folder / name}: no such file (it was trained without validation)")
+    return name
+
+
+def _load(folder: Path, model: nn.Module | None, weights: str, device: torch.device) -> _Fold:
+    name = weights_of(folder, weights)
     fitted = Fitted.load(folder / FITTED)
     network = networks.load(folder, copy.deepcopy(model), name)  # copied: every fold has weights of its own
     return _Fold(folder, networks.placed(network, device, len(fitted.patch)).eval(), fitted)
@@ -440,7 +447,7 @@ def _check_alike(folds: Sequence[_Fold]) -> None:
                 raise UserError(f"run: {fold.folder} has the {what} {other}, {folds[0].folder} has {first}")
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -451,7 +458,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _half(precision: str, device: torch.device) -> torch.dtype | None:
+def half_of(precision: str, device: torch.device) -> torch.dtype | None:
     """The type that autocast takes, or None for float32."""
     if precision == "auto":
         return torch.float16 if device.type == "cuda" else None

@@ -17,6 +17,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, Spacing
 
+from medssm import tasks
 from medssm.errors import UserError
 from medssm.files import read_json, write_json
 from medssm.segment.cases import Case
@@ -60,6 +61,8 @@ class Fitted:
     def load(cls, path: Path) -> Fitted:
         """Read what `save` wrote. Raises UserError if the file cannot be read or was written by another version."""
         table = read_json(path)
+        if tasks.is_fitted(path):
+            raise UserError(f"{path}: of a classifier (medssm train --task classify), where a network that segments is expected")
         try:
             regions = Regions(**_tuples(table.pop("regions", {})))
             return cls(**{key: _tuples(value) for key, value in table.items()}, regions=regions)

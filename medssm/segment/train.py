@@ -22,9 +22,8 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from medssm.errors import UserError
-from medssm.files import make_folder, read_json_lines, write_bytes, write_json
-from medssm.options import as_yaml
-from medssm.segment import curves, networks, postprocess, report
+from medssm.files import write_json
+from medssm.segment import curves, networks, postprocess, report, runs
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.fit import fit
@@ -34,21 +33,21 @@ from medssm.segment.losses import RegionLoss, SegmentationLoss
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
+from medssm.segment.runs import ARGUMENTS, CASES, CURVES, REPORT
 from medssm.segment.stages import open_stages, strides_and_kernels, supervised
 from medssm.segment.uncertainty import conformal
 from medssm.segment.validation import Validation
 from medssm.segment.volumes import load
 
-ARGUMENTS, CASES, CURVES, REPORT = "train.yaml", "cases.json", "curves.png", "report.html"
 _STEPS = 1000
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
-_PATHS = ("dataset", "out", "splits", "cache")  # arguments that are paths
 
 
 def train(
     dataset: Path | str,
     out: Path | str,
     *,
+    task: Literal["segment", "classify"] = "segment",
     model: str | nn.Module = "medssm_unet",
     model_kwargs: Mapping[str, Any] | None = None,
     size: str | None = None,
@@ -96,6 +95,7 @@ def train(
     Args: Data
         dataset: folder with dataset.json (nnU-Net), or a MONAI datalist's JSON file
         out: folder for the weights
+        task: segment, or classify, which takes a folder of classes or a CSV and has options of its own: medssm train --task classify --help
         fold: the part of the cases to hold out and validate on (default: train on all)
         folds: number of parts, where neither `splits` nor a datalist names them
         splits: nnU-Net's splits_final.json
@@ -147,16 +147,11 @@ def train(
     """
     arguments = {name: value for name, value in locals().items() if name not in ("resume", "overwrite", "quiet")}
     out = Path(out)
-    finished = _finished(out, resume, overwrite)
-    if finished:
-        if not quiet:
-            more = max_steps is not None and max_steps > finished["steps"]
-            print(
-                f"nothing was trained: {out} has a finished training of {finished['steps']} steps"
-                + (": its optimizer is gone, so more steps need a training anew (--overwrite)" if more else ""),
-                file=sys.stderr,
-            )
-        return finished
+    before = runs.finished(out, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
+    if before:
+        return before
+    if task != "segment":
+        raise UserError(f"task: expected segment, got {task!r} (medssm.classify.train.train trains a classifier)")
     _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, patch, spacing, lr, foreground, ema)
     if max_steps is None and max_seconds is None:
         max_steps = _STEPS
@@ -176,7 +171,7 @@ def train(
         spatial_dims=spatial_dims,
         spacing=spacing,
         patch=patch,
-        mirror=_axes(mirror),
+        mirror=axes_to_mirror(mirror),
         modality=modality,
         nan=nan,
         cache=cache,
@@ -228,7 +223,7 @@ def train(
         clip=clip,
         budget=Budget(max_steps, max_seconds),
         seed=seed,
-        workers=_workers(workers, fabric.device),
+        workers=workers_for(workers, fabric.device),
         save_seconds=save_seconds,
         ema=ema,
         settings=settings,
@@ -243,7 +238,7 @@ def train(
         fitted.save(out / FITTED)
         write_json(out / CASES, {"training": _files(training), "validation": _files(validation)})
         arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
-        _save_arguments(out / ARGUMENTS, arguments)
+        runs.save_arguments(out / ARGUMENTS, arguments)
 
     live = curves.Live(out / LOG, out / CURVES)
     with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
@@ -285,7 +280,7 @@ def train(
         networks.save(out, loop.trained, config)
         (out / CHECKPOINT).unlink(missing_ok=True)
         curves.draw(out / LOG, out / CURVES)
-        report.write(out / REPORT, result, chosen, _kept(arguments), out / CURVES, rows, training)
+        report.write(out / REPORT, result, chosen, runs.kept(arguments), out / CURVES, rows, training)
     return result
 
 
@@ -303,17 +298,6 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _finished(out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """The result of the training in `out` where there is nothing left to do; UserError rather than write over one unasked."""
-    weights, checkpoint = out / networks.WEIGHTS, out / CHECKPOINT
-    if resume and weights.exists() and not checkpoint.exists():
-        return read_json_lines(out / LOG)[-1]["finished"]
-    if not (resume or overwrite) and (weights.exists() or checkpoint.exists()):
-        raise UserError(f"out: {out} has a training: pass resume to go on with it, or overwrite")
-    make_folder(out)
-    return None
 
 
 def _check_arguments(
@@ -391,12 +375,12 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and "weight" in name and not getattr(parameter, "_no_weight_decay", False)
 
 
-def _workers(workers: int | None, device: torch.device) -> int:
+def workers_for(workers: int | None, device: torch.device) -> int:
     """None on a CPU: cutting patches takes a few hundredths of a step there, and a worker would take the network's cores."""
     return workers if workers is not None else 0 if device.type == "cpu" else 4
 
 
-def _axes(mirror: str | Sequence[int]) -> str | tuple[int, ...]:
+def axes_to_mirror(mirror: str | Sequence[int]) -> str | tuple[int, ...]:
     """`mirror` as "auto", "swap" or the axes."""
     if not isinstance(mirror, str):
         return tuple(mirror)
@@ -455,13 +439,3 @@ def _files(cases: Sequence[Case]) -> list[dict[str, Any]]:
         | ({} if case.patient is None else {"patient": case.patient})
         for case in cases
     ]
-
-
-def _save_arguments(path: Path, arguments: Mapping[str, Any]) -> None:
-    """Write what `medssm train --config` takes to repeat the training, from whatever folder it is called in."""
-    write_bytes(path, f"# medssm train --config THIS_FILE --overwrite trains again\n{_kept(arguments)}".encode())
-
-
-def _kept(arguments: Mapping[str, Any]) -> str:
-    """The arguments as YAML, with whole paths."""
-    return as_yaml({name: Path(value).resolve() if name in _PATHS and value is not None else value for name, value in arguments.items()})

@@ -11,7 +11,8 @@ from medssm.segment.cases import cases_in, grouped
 from medssm.segment.data import load_dataset, split
 from medssm.segment.evaluate import evaluate
 from medssm.segment.images import different_grid, open_image
-from medssm.segment.train import CASES, train
+from medssm.segment.runs import CASES
+from medssm.segment.train import train
 from tests.segment.synthetic import UNET, nnunet_folder, volume, write
 
 SHAPE = (5, 4, 3)

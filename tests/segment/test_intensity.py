@@ -35,7 +35,7 @@ def test_the_modality_wins_over_names():
     assert schemes(("CT", "x"), ["other"]) == ["zscore", "zscore"]
     assert schemes(("CT", "x"), ["none", "ct"]) == ["none", "ct"]
     for wrong in (["ct", "ct", "ct"], ["xray"], []):
-        with pytest.raises(UserError, match=r"modality: expected ct, mri, other, none: one, or one for each of 2 channel\(s\)"):
+        with pytest.raises(UserError, match=r"modality: expected ct, mri, other, none, picture: one, or one for each of 2 channel\(s\)"):
             schemes(("CT", "x"), wrong)
 
 

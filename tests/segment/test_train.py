@@ -25,7 +25,7 @@ from medssm.errors import UserError
 from medssm.nn import SSND
 from medssm.segment.loop import Budget, Interrupted, Progress, learning_rate
 from medssm.segment.patches import Patches
-from medssm.segment.train import _fast_precision, _workers, optimizer_for, train
+from medssm.segment.train import _fast_precision, optimizer_for, train, workers_for
 from tests.segment.synthetic import UNET, nnunet_folder
 
 FAST = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET, "patch": (16, 16, 16), "device": "cpu", "quiet": True}
@@ -354,7 +354,7 @@ def test_workers_cut_the_same_patches(small, tmp_path):
 
 def test_workers_on_a_gpu_alone_unless_they_are_asked_for():
     devices = [torch.device(name) for name in ("cpu", "cuda")]
-    assert [_workers(None, device) for device in devices] == [0, 4] and [_workers(2, device) for device in devices] == [2, 2]
+    assert [workers_for(None, device) for device in devices] == [0, 4] and [workers_for(2, device) for device in devices] == [2, 2]
 
 
 def test_two_processes(small, tmp_path):
