@@ -68,16 +68,17 @@ def test_every_network_has_every_fold_and_seed(data, done):
 def test_networks_without_options_get_equal_multiply_adds(done):
     networks = done[1]["networks"]
     assert networks[UNET]["options"]["features"][0] >= 1
-    wanted = specs.cost(specs.parse([EQUAL])[0], (1, 1, 16, 16, 16), 3)
+    wanted = specs.cost(specs.strided(specs.parse([EQUAL])[0], (1, 1, 16, 16, 16), (1, 1, 1)), (1, 1, 16, 16, 16), 3)
     assert networks[UNET]["multiply_adds"] == pytest.approx(wanted, rel=0.3)  # a channel more or less is much here
-    assert networks[TINY]["options"] == {"features": [4, 6], "depths": [0, 1], "decoder_depths": [1], "scans_from": 1}
+    own = {"features": [4, 6], "depths": [0, 1], "decoder_depths": [1], "scans_from": 1}
+    assert networks[TINY]["options"] == {**own, "strides": [[1, 1, 1], [2, 2, 2]]}  # what train would choose
 
 
 @pytest.mark.parametrize("name", [UNET, *(pytest.param(name, marks=pytest.mark.thorough) for name in SIZED if name != UNET)])
 def test_baselines_can_have_the_multiply_adds_of_medssm_unet(name):
     shape = (1, 1, 48, 64, 48)
-    wanted = specs.cost(specs.parse(["medssm_unet"])[0], shape, 3)
-    net = specs.sized(specs.parse([name])[0], wanted, shape, 3)
+    wanted = specs.cost(specs.strided(specs.parse(["medssm_unet"])[0], shape, (1, 1, 1)), shape, 3)
+    net = specs.sized(specs.parse([name])[0], wanted, shape, (1, 1, 1), 3)
     assert specs.cost(net, shape, 3) == pytest.approx(wanted, rel=0.06)
 
 
@@ -85,6 +86,17 @@ def test_what_is_done_is_not_done_again(data, done, monkeypatch):
     monkeypatch.setattr(runs, "train", None)
     again = accuracy(data, models=[TINY, UNET], out=done[0], seeds=2, equal_to=EQUAL, **FEW)
     assert again["comparison"] == done[1]["comparison"]
+
+
+def test_the_tables_go_into_a_page(data, done, tmp_path):
+    page, table = tmp_path / "page.md", (done[0] / summary.TABLE).read_text()
+    page.write_text(f"# Mine\n{summary.BEGIN}\nold\n{summary.END}\nthe rest\n")
+    for _ in range(2):
+        accuracy(data, models=[TINY, UNET], out=done[0], seeds=2, equal_to=EQUAL, docs=page, **FEW)
+        assert page.read_text() == f"# Mine\n{summary.BEGIN}\n{table.split(chr(10), 2)[2]}{summary.END}\nthe rest\n"
+    page.write_text("# Mine\n")
+    with pytest.raises(UserError, match=r"docs: .*page.md: expected the lines <!-- begin: medssm bench accuracy --> and <!-- end -->"):
+        accuracy(data, models=[TINY], out=tmp_path, docs=page, **FEW)
 
 
 def test_a_stopped_comparison_goes_on_and_gives_the_same(data, done, tmp_path, monkeypatch):

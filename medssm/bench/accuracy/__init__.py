@@ -30,6 +30,7 @@ from medssm.segment.train import train
 
 SPLITS, SETTINGS, NETWORKS = "splits.json", "settings.json", "networks.json"
 _VOXELS = {2: 192**2, 3: 64**3}  # of a patch
+_MULTIPLE = 16  # of a patch's edges
 _BATCH = {2: 12, 3: 2}
 # Options of train that the comparison sets itself:
 _SET_HERE = (
@@ -53,6 +54,7 @@ def accuracy(
     equal_to: str = "medssm_unet",
     baseline: str | None = None,
     nsd_mm: float = 2.0,
+    docs: Path | str | None = None,
     device: str = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def accuracy(
         batch: patches in a step (default: 2 in 3D, 12 in 2D)
         recipe: more options of `medssm train` by their names, such as lr, patch, ema or spatial_dims: in JSON, or a table in a --config file
         nsd_mm: tolerance of the surface Dice in millimetres
+        docs: page that gets the tables between its two marks (docs/accuracy.md)
         device: auto, cpu, cuda, cuda:1 or mps
 
     Returns:
@@ -92,6 +95,8 @@ def accuracy(
         least = 2 if name == "folds" else 1
         if value < least:
             raise UserError(f"{name}: expected {least} or more, got {value}")
+    if docs is not None:
+        summary.check_page(Path(docs))
     recipe = _checked(dict(recipe or {}))
     nets = specs.parse(models)
     names = [net.text for net in nets]
@@ -128,6 +133,8 @@ def accuracy(
             done.append(result)
     patients = {case.name: case.patient or case.name for case in with_patients(table.cases, group)}
     results = summary.write(setting, nets, done, patients, baseline, failed, left)
+    if docs is not None:
+        summary.fill(Path(docs), results)
     return results
 
 
@@ -155,9 +162,10 @@ def _setting(dataset: Path, table: Dataset, out: Path, steps: int, batch: int | 
     spacing = [float(edge) for edge in recipe.pop("spacing", None) or fit_spacing(table.cases)]
     axes = [axis for axis in range(3) if axis != slice_axis]
     shape = np.median(resampled_shapes(table.cases, spacing), axis=0)
-    patch = recipe.pop("patch", None) or fit_patch([shape[axis] for axis in axes], [spacing[axis] for axis in axes], _VOXELS[dims])
+    near = [spacing[axis] for axis in axes]
+    patch = list(recipe.pop("patch", None) or fit_patch([shape[axis] for axis in axes], near, _VOXELS[dims], [_MULTIPLE] * dims))
     about: dict[str, Any] = {"commit": machine.commit(), "machine": machine.describe()}
-    return Setting(dataset, table, out, out / SPLITS, steps, batch or _BATCH[dims], dims, spacing, list(patch), recipe, device, nsd_mm, **about)
+    return Setting(dataset, table, out, out / SPLITS, steps, batch or _BATCH[dims], dims, spacing, patch, near, recipe, device, nsd_mm, **about)
 
 
 def _keep_splits(setting: Setting, folds: int, splits: Path | str | None, group: str | None) -> None:
@@ -217,7 +225,8 @@ def _ready(nets: Sequence[Net], setting: Setting, equal_to: str) -> list[Net]:
     """The networks with all their options: nnU-Net's from its plans, widths of equal multiply-adds; kept in a file. Each is built once."""
     classes, shape, file = setting.classes, setting.shape, setting.out / NETWORKS
     known: dict[str, Any] = read_json(file) if file.is_file() else {}
-    wanted = None if equal_to == "none" else specs.cost(specs.parse([equal_to])[0], shape, classes)
+    near = setting.patch_spacing
+    wanted = None if equal_to == "none" else specs.cost(specs.strided(specs.parse([equal_to])[0], shape, near), shape, classes)
     ready = []
     for net in nets:
         before = known.get(net.text, {})
@@ -227,8 +236,10 @@ def _ready(nets: Sequence[Net], setting: Setting, equal_to: str) -> list[Net]:
             net = Net(net.text, net.model, before["options"])
         elif net.model == nnunet.NAME:
             net = Net(net.text, net.model, nnunet.options(setting.dataset, setting.out, setting.dims, net.options))
-        elif wanted is not None:
-            net = specs.sized(net, wanted, shape, classes)
+        elif wanted is None:
+            net = specs.strided(net, shape, near)
+        else:
+            net = specs.sized(net, wanted, shape, near, classes)
         net.build(setting.dims, shape[1], classes)
         known[net.text] = {"model": net.model, "options": dict(net.options), "equal_to": equal_to}
         ready.append(net)

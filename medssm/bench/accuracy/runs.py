@@ -35,6 +35,7 @@ class Setting:
         steps, batch: of each training
         dims: 2 or 3
         spacing, patch: of each training, in millimetres and voxels
+        patch_spacing: the spacing along the patch's axes
         recipe: more options of `medssm train`
         device: for training and prediction
         nsd_mm: tolerance of the surface Dice
@@ -51,6 +52,7 @@ class Setting:
     dims: Literal[2, 3]
     spacing: Sequence[float]
     patch: Sequence[int]
+    patch_spacing: Sequence[float]
     recipe: Mapping[str, Any]
     device: str
     nsd_mm: float

@@ -17,6 +17,7 @@ from medssm.bench.networks import multiply_adds
 from medssm.errors import UserError
 from medssm.models import list_models, model_facts
 from medssm.segment import networks
+from medssm.segment.stages import open_stages, strides_and_kernels
 
 _PARTS = 8  # of a channel: the steps in which a width is searched
 
@@ -66,18 +67,29 @@ def _parsed(word: str) -> Net:
     return Net(word, model, options)
 
 
-def sized(net: Net, wanted: int, shape: Sequence[int], classes: int) -> Net:
-    """The network with the width at which its multiply-adds are nearest to `wanted`, for an input (1, channels, *patch).
+def strided(net: Net, shape: Sequence[int], spacing: Sequence[float]) -> Net:
+    """The network with the strides that `medssm train` chooses for a patch, where it has strides to choose.
 
-    One that is named with options, or that has no width to choose, is left as it is.
+    shape: (1, channels, *patch). spacing: of the patch, in millimetres
+    """
+    stages = open_stages(net.model, {"spatial_dims": len(shape) - 2, **net.options})
+    if stages is None:
+        return net
+    return Net(net.text, net.model, {**net.options, "strides": strides_and_kernels(shape[2:], spacing, stages)[0]})
+
+
+def sized(net: Net, wanted: int, shape: Sequence[int], spacing: Sequence[float], classes: int) -> Net:
+    """The network with the width at which its multiply-adds are nearest to `wanted`, for an input (1, channels, *patch), and its strides.
+
+    One that is named with options, or that has no width to choose, keeps its width.
     """
     facts = model_facts(net.model) if net.model in list_models() else None
     if net.options or facts is None or facts.of_width is None:
-        return net
+        return strided(net, shape, spacing)
     of_width, patch = facts.of_width, shape[2:]
 
     def wide(parts: int) -> Net:
-        return Net(net.text, net.model, of_width(parts / _PARTS, patch))
+        return strided(Net(net.text, net.model, of_width(parts / _PARTS, patch)), shape, spacing)
 
     return wide(nearest(cache(lambda parts: cost(wide(parts), shape, classes)), wanted))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from medssm.bench.accuracy import runs
@@ -14,10 +15,12 @@ from medssm.compare.result import MEAN, compared, worst_first
 from medssm.compare.scores import Cases, averaged
 from medssm.compare.sources import Side
 from medssm.compare.table import interval
+from medssm.errors import UserError
 from medssm.files import read_json, write_json, write_text
 from medssm.segment.evaluate import by_name
 
 RESULTS, TABLE = "results.json", "results.md"
+BEGIN, END = "<!-- begin: medssm bench accuracy -->", "<!-- end -->"  # of the tables in a page of the docs
 MARGINS: dict[str, Any] = {"dice_margin": 0.01, "hd95_margin": 1.0, "fewest": 20, "resamples": 9999, "seed": 0}
 
 
@@ -55,6 +58,23 @@ def write(
     write_json(setting.out / RESULTS, results)
     write_text(setting.out / TABLE, markdown(results))
     return results
+
+
+def check_page(docs: Path) -> None:
+    """UserError where a page has no place for the tables."""
+    try:
+        text = docs.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"docs: {docs}: {error.strerror}") from error
+    if BEGIN not in text or END not in text.partition(BEGIN)[2]:
+        raise UserError(f"docs: {docs}: expected the lines {BEGIN} and {END}")
+
+
+def fill(docs: Path, results: Mapping[str, Any]) -> None:
+    """Put the tables into a page, between the two marks."""
+    before, _, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
+    tables = markdown(results).partition("\n\n")[2]  # without the heading
+    write_text(docs, f"{before}{BEGIN}\n{tables}{END}{rest.partition(END)[2]}")
 
 
 def show(results: Mapping[str, Any]) -> None:
