@@ -3,7 +3,7 @@
 The patients of a data set in nnU-Net's layout are dealt into four groups. In each rotation one group is the test. On the other three, three runs are
 trained: each on two groups, with the third one held out. They predict the test group together (--uncertainty folds, bounds by CV+), and the first of
 them alone (--uncertainty mirror, bounds by split conformal), so no test patient has trained or calibrated anything. Everything is then evaluated over
-the test patients of all rotations.
+the test patients of all rotations. Beside that ("halves"), half of each run's held-out patients are drawn for the bounds of the other half.
 
 WORK keeps runs and predictions; what is there already is not done again, and an interrupted training goes on. Writes uncertainty.json (with splits,
 seeds, machine and commit) and the page of each kind into --out.
@@ -29,6 +29,7 @@ from medssm.segment.data import load_dataset  # noqa: E402
 from medssm.segment.evaluate import evaluate  # noqa: E402
 from medssm.segment.predict import predict  # noqa: E402
 from medssm.segment.train import train  # noqa: E402
+from medssm.segment.uncertainty.conformal import CONFORMAL, interval, score  # noqa: E402
 from medssm.segment.volumetry import VOLUMES, read_volumes, write_volumes  # noqa: E402
 
 GROUPS = 4
@@ -74,6 +75,8 @@ def main() -> None:
         results["kinds"][kind] = {"what": KINDS[kind], "dice": {name: row["dice"] for name, row in found["classes"].items()}} | short(
             found["uncertainty"]
         )
+    runs = [run for rotation in range(args.rotations) for run in sorted((args.work / f"rotation_{rotation}/runs").iterdir())]
+    results["halves"] = halves(runs, args.level, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "uncertainty.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"written: {args.out / 'uncertainty.json'}")
@@ -116,6 +119,25 @@ def segmented(rotation: int, groups: list[list[str]], args: argparse.Namespace) 
         options = {"uncertainty": kind, "level": args.level, "save_probabilities": True, "skip_existing": True, "device": "cpu", "quiet": True}
         result = predict(runs, images, place / kind, **options)
         print(f"rotation {rotation}, {kind}: {result['uncertainty']}, {result['seconds']:.0f} s", flush=True)
+
+
+def halves(runs: list[Path], level: float, seed: int, draws: int = 200) -> dict[str, Any]:
+    """{class: the share of references inside}, half of each run's held-out patients drawn for the bounds of the other half, many times."""
+    inside: dict[str, list[bool]] = {}
+    generator = random.Random(seed)
+    for run in runs:
+        cases = list(json.loads((run / CONFORMAL).read_text())["cases"].values())
+        half = len(cases) // 2
+        for _ in range(draws):
+            generator.shuffle(cases)
+            for name in cases[0]["volumes"]:
+                pairs = [(case["volumes"][name]["found_ml"], case["volumes"][name]["reference_ml"]) for case in cases]
+                scores = [score(*pair) for pair in pairs[:half]]
+                for found, reference in pairs[half:]:
+                    bounds = interval([found], [scores], level)
+                    if bounds:
+                        inside.setdefault(name, []).append(bounds[0] <= reference <= bounds[1])
+    return {name: {"coverage": sum(hits) / len(hits), "runs": len(runs), "draws": draws} for name, hits in inside.items()}
 
 
 def gathered(folders: list[Path], out: Path) -> None:

@@ -210,8 +210,9 @@ def test_names_cannot_run_in_the_page(predicted):
 def test_a_browser_shows_the_curves_and_the_pictures(predicted):
     """The figures lie on white, in the middle of the page; the prediction's colours and the orange of the wrong voxels are to be seen."""
     assessed(predicted)
-    picture = screenshot(predicted / "page/uncertainty.html", predicted, height=2600).astype(int)
-    assert picture.shape == (2600, 900, 3)
+    picture = screenshot(predicted / "page/uncertainty.html", predicted, width=1100, height=2600).astype(int)
+    assert picture.shape == (2600, 1100, 3)
+    assert (picture[:2500, 1062:1080] == picture[0, 1070]).all()  # no table runs over the page's edge
     blue = (np.abs(picture - np.array([31, 119, 180])).max(-1) < 40).sum()  # matplotlib's first colour
     orange = ((picture[..., 0] > 150) & (picture[..., 2] < 80) & (picture[..., 1] > 90) & (picture[..., 1] < 190)).sum()
     assert blue > 300 and orange > 1000
