@@ -79,7 +79,7 @@ def evaluate(
     Raises:
         UserError: where nothing can be compared.
     """
-    if not nsd_mm >= 0:
+    if not 0 <= nsd_mm < np.inf:
         raise UserError(f"nsd_mm: expected 0 or more millimetres, got {nsd_mm}")
     names, ignored = (None, None) if classes is None else named(classes)
     ignore = ignored if ignore is None else ignore

@@ -34,6 +34,7 @@ from medssm.segment.explain.case import Explainer, summary
 from medssm.segment.explain.sight import Run
 from medssm.segment.images import (
     Image,
+    check_nan,
     check_output,
     far_apart,
     files_of,
@@ -146,6 +147,7 @@ def predict(
         raise UserError(f"overlap: expected 0 to less than 1, got {overlap}")
     if batch < 1:
         raise UserError(f"batch: expected 1 or more, got {batch}")
+    check_nan(nan)
     if not 0 < level < 1:
         raise UserError(f"level: expected more than 0 and less than 1, got {level}")
     place, begun = device_of(device), time.perf_counter()

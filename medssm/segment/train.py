@@ -27,6 +27,7 @@ from medssm.segment import curves, networks, postprocess, report, runs
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.fit import fit
+from medssm.segment.images import check_nan
 from medssm.segment.intensity import SCHEMES
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
 from medssm.segment.losses import RegionLoss, SegmentationLoss
@@ -153,6 +154,7 @@ def train(
     if task != "segment":
         raise UserError(f"task: expected segment, got {task!r} (medssm.classify.train.train trains a classifier)")
     _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, patch, spacing, lr, foreground, ema)
+    check_nan(nan)
     if max_steps is None and max_seconds is None:
         max_steps = _STEPS
     batch = batch or (2 if spatial_dims == 3 else 12)

@@ -195,6 +195,9 @@ def test_one_plane_with_and_without_a_place(tmp_path):
     assert open_image(tmp_path / "b.dcm").notes == ("no pixel size in the file: 1 x 1 mm", "MONOCHROME1: small values are bright; they are kept")
     with pytest.raises(UserError, match=r"out\.dcm: a DICOM-SEG belongs to DICOM images with positions, and .*b\.dcm is none"):
         write_image(tmp_path / "out.dcm", np.zeros((5, 6, 1), np.uint8), open_image(tmp_path / "b.dcm"))
+    slice_of(DATA[0], 0, study(), FrameOfReferenceUID=None).save_as(tmp_path / "d.dcm", enforce_file_format=True)
+    with pytest.raises(UserError, match=r"a DICOM-SEG belongs to DICOM images with positions, and .*d\.dcm is none"):
+        write_image(tmp_path / "out.dcm", np.zeros((5, 6, 1), np.uint8), open_image(tmp_path / "d.dcm"))
 
 
 @pytest.mark.parametrize("how", ["RLE", "JPEG Lossless"])

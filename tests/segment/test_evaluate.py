@@ -236,6 +236,7 @@ def test_what_cannot_be_compared_is_a_failed_case(tmp_path, data, affine, messag
     [
         ({"nsd_mm": -1}, "nsd_mm: expected 0 or more"),
         ({"nsd_mm": float("nan")}, "nsd_mm: expected 0 or more"),
+        ({"nsd_mm": float("inf")}, "nsd_mm: expected 0 or more"),
         ({"patient": "("}, "is no regular expression"),
         ({"patient": "x+"}, "is not in the name a"),
         ({"patient": ""}, "is not in the name a"),

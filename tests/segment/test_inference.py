@@ -32,11 +32,13 @@ def test_windows_are_weighted_as_monais(overlap):
     torch.testing.assert_close(found, wanted.detach(), atol=1e-5, rtol=0)
 
 
-def test_the_margin_of_a_small_image_is_that_of_training():
+@pytest.mark.parametrize(("shape", "patch"), [((5, 9, 4), (8, 9, 7)), ((24, 160, 160), (24, 160, 163))])  # the second is looked at in two slabs
+def test_the_margin_of_a_small_image_is_that_of_training(shape, patch):
     """Each channel's own minimum, on both sides."""
-    layer, image = network(3, 2), torch.randn(2, 5, 9, 4) + torch.tensor([10.0, -20.0]).view(2, 1, 1, 1)
-    found = probabilities(layer, image, fitted((8, 9, 7), 2), device=CPU)
-    padded, inside = pad(image, (8, 9, 7))
+    layer, image = network(3, 2), torch.randn(2, *shape) + torch.tensor([10.0, -20.0]).view(2, 1, 1, 1)
+    image[:, :4].abs_()
+    found = probabilities(layer, image, fitted(patch, 2), device=CPU)
+    padded, inside = pad(image, patch)
     torch.testing.assert_close(found, layer(padded[None]).softmax(1)[0][(slice(None), *inside)].detach(), atol=1e-5, rtol=0)
 
 

@@ -145,6 +145,12 @@ def test_a_label_map_has_the_smallest_type_that_holds_its_values(values, dtype):
     assert module._smallest(np.array(values)) == dtype
 
 
+def test_what_takes_the_place_of_nan_is_a_number(tmp_path, scan):
+    for nan in (np.nan, np.inf):
+        with pytest.raises(UserError, match=f"nan: expected a finite number, got {nan}"):
+            segment(run(tmp_path / "run"), scan, tmp_path / "out", nan=nan)
+
+
 # -- post-processing
 
 

@@ -396,6 +396,7 @@ def test_two_processes(small, tmp_path):
         ({"max_steps": 0}, "max_steps: expected more than 0, got 0"),
         ({"optimizer": "adam"}, "optimizer: expected one of adamw, sgd, got 'adam'"),
         ({"foreground": 2}, "foreground: expected 0 to 1, got 2"),
+        ({"nan": float("inf")}, "nan: expected a finite number, got inf"),
         ({"mirror": (0, 4)}, "mirror: expected"),
         ({"mirror": "0,4"}, r'mirror: expected "auto", "swap" or some of the axes \(0, 1, 2\), got \(0, 4\)'),
         ({"mirror": "all"}, "mirror: expected auto, swap, none or axes as in 0,1, got 'all'"),

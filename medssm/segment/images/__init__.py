@@ -78,6 +78,12 @@ def read_image(paths: Sequence[Path], channels: int | None = None, nan: float | 
     return data, first
 
 
+def check_nan(nan: float | None) -> None:
+    """UserError for a number that cannot take the place of voxels that are not finite, as it is not finite itself."""
+    if nan is not None and not np.isfinite(nan):
+        raise UserError(f"nan: expected a finite number, got {nan}")
+
+
 def not_finite(path: Path, count: int) -> str:
     """The line about a file with `count` voxels that are NaN or infinite."""
     return f"{path}: {count} voxel(s) are not finite (NaN or infinite): --nan VALUE puts a number in their place"
