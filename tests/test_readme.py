@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-MEASURED = "\n".join(file.read_text() for file in sorted((ROOT / "bench/results").glob("*.md")))
+MEASURED = "\n".join(file.read_text() for file in sorted((ROOT / "bench/results").rglob("*.md")))
 
 
 def anchors(page: Path) -> set[str]:
