@@ -121,8 +121,9 @@ def faults(name: str, image: torch.Tensor, channels: Sequence[str], how: Sequenc
 
 
 def looks_like_ct(values: torch.Tensor) -> bool:
-    """Whether values are as in Hounsfield units: air near -1000 or much fat and lung below -100, and tissue above 100."""
-    some = _some(values)
+    """Whether values are as in Hounsfield units: air near -1000 or much fat and lung below -100, tissue above 100. Padding below -1100 is no air."""
+    some, bound = _some(values), padding_below(values)
+    some = some if bound is None else some[(some >= bound) | (some >= -1100)]
     air = ((some > -1100) & (some < -900)).float().mean().item()
     low = (some < -100).float().mean().item()
     return (air >= 0.01 or low >= 0.05) and (some > 100).float().mean().item() >= 0.001

@@ -57,6 +57,13 @@ def test_what_looks_like_ct():
     assert looks_like_ct(torch.from_numpy(hounsfield(0)))
     for other in (torch.randn(SHAPE, generator=random), 300 + 50 * torch.randn(SHAPE, generator=random), torch.zeros(SHAPE)):
         assert not looks_like_ct(other)
+    padded = torch.zeros(SHAPE).bool()
+    padded[:3] = True
+    for padding in (-2000.0, -3024.0, -32768.0):
+        assert looks_like_ct(torch.from_numpy(hounsfield(0)).masked_fill(padded, padding))
+        assert not looks_like_ct((300 + 50 * torch.randn(SHAPE, generator=random)).masked_fill(padded, padding))
+    body = torch.from_numpy(hounsfield(0))
+    assert looks_like_ct(body.masked_fill(body < -900, -1024.0))  # air of one value is air
 
 
 def mixture(length=10_000, **shares: int) -> torch.Tensor:
