@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from medssm.errors import UserError
-from medssm.segment.images import PICTURE_ENDINGS, ending_of, image_files, is_series, open_image, strip_ending
+from medssm.segment.images import PICTURE_ENDINGS, ending_of, image_files, is_series, open_image, ras_grid, strip_ending
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's channel files end in _0000, _0001, ...
 
@@ -23,6 +25,7 @@ class Case:
     label: Path | None = None
     fold: int | str | None = None  # a datalist's number, or "validation" for its validation section
     patient: str | None = None
+    grid: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False)  # what `ras` gives, once the header is read
 
     @property
     def label_file(self) -> Path:
@@ -30,6 +33,11 @@ class Case:
         if self.label is None:
             raise ValueError(f"{self.name}: expected a case with a label map")
         return self.label
+
+    @property
+    def ras(self) -> tuple[np.ndarray, np.ndarray]:
+        """The image's spacing in millimetres and its shape along the RAS axes. UserError where its header has to be read and cannot be."""
+        return self.grid or ras_grid(open_image(self.images[0]))
 
 
 def cases_in(path: Path | str, channels: int) -> list[Case]:

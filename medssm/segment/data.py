@@ -17,7 +17,20 @@ from medssm.errors import UserError
 from medssm.files import read_json
 from medssm.segment.cases import Case, distinct, grouped, refuse
 from medssm.segment.folders import is_paired, paired_cases
-from medssm.segment.images import ENDINGS, PICTURES, Image, aligned, ending_of, image_files, open_image, open_label, read_label, say, strip_ending
+from medssm.segment.images import (
+    ENDINGS,
+    PICTURES,
+    Image,
+    aligned,
+    ending_of,
+    image_files,
+    open_image,
+    open_label,
+    ras_grid,
+    read_label,
+    say,
+    strip_ending,
+)
 from medssm.segment.patients import check_apart, units, with_patients
 from medssm.segment.regions import Regions, take_apart
 
@@ -51,7 +64,9 @@ def load_dataset(path: Path | str) -> Dataset:
     files: list[Image] = []
     _complain([line for case in dataset.cases for line in faults(case, len(dataset.channels) or None, files)])
     say(files)
-    return replace(dataset, channels=dataset.channels or counted_channels(dataset.cases), classes=dataset.classes or _found_classes(dataset.cases))
+    grids = {file.path: ras_grid(file) for file in files}
+    cases = tuple(replace(case, grid=grids[case.images[0]]) for case in dataset.cases)
+    return replace(dataset, channels=dataset.channels or counted_channels(cases), classes=dataset.classes or _found_classes(cases), cases=cases)
 
 
 def description_of(path: Path | str) -> Path:

@@ -15,7 +15,7 @@ from medssm import machine
 from medssm.errors import UserError
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset, absent_classes
-from medssm.segment.images import PICTURE_ENDINGS, ending_of, far_apart, lengths, open_image, ras_grid
+from medssm.segment.images import PICTURE_ENDINGS, ending_of, far_apart, lengths
 from medssm.segment.intensity import Intensities
 from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.progress import progress
@@ -97,19 +97,19 @@ def fit(
 
 
 def _check_axes(cases: Sequence[Case], spatial_dims: int) -> None:
-    if spatial_dims == 3 and all(min(ras_grid(open_image(case.images[0]))[1]) == 1 for case in cases):
+    if spatial_dims == 3 and all(min(case.ras[1]) == 1 for case in cases):
         raise UserError(f"spatial_dims: {cases[0].images[0]} and all other cases are planes: pass --spatial-dims 2")
 
 
 def fit_spacing(cases: Sequence[Case]) -> tuple[float, float, float]:
-    """The median spacing of the cases along the RAS axes, from their headers."""
-    x, y, z = np.median([ras_grid(open_image(case.images[0]))[0] for case in cases], axis=0)
+    """The median spacing of the cases along the RAS axes, by their headers."""
+    x, y, z = np.median([case.ras[0] for case in cases], axis=0)
     return float(x), float(y), float(z)
 
 
 def fit_slice_axis(cases: Sequence[Case]) -> int:
     """The axis across a 2D network's slices: one voxel long in every case, else the one of the largest spacing; the last one of equals."""
-    edges, shapes = (np.array(column) for column in zip(*(ras_grid(open_image(case.images[0])) for case in cases), strict=True))
+    edges, shapes = (np.array(column) for column in zip(*(case.ras for case in cases), strict=True))
     single = (shapes == 1).all(0)
     median = np.where(single, np.inf, np.median(edges, axis=0))
     return int(2 - np.argmax(median[::-1] >= median.max() * 0.999))
@@ -171,7 +171,7 @@ def is_oriented(image: Path) -> bool:
 
 def check_units(cases: Sequence[Case]) -> None:
     """UserError that names a case whose spacing is far from the others': its header has a wrong unit of length."""
-    edges = {case.images[0]: ras_grid(open_image(case.images[0]))[0] for case in cases}
+    edges = {case.images[0]: case.ras[0] for case in cases}
     for line in wrong_units(edges).values():
         raise UserError(line)
 
@@ -188,8 +188,8 @@ def wrong_units(edges: Mapping[Path, np.ndarray]) -> dict[Path, str]:
 
 
 def resampled_shapes(cases: Sequence[Case], spacing: Sequence[float]) -> np.ndarray:
-    """(cases, 3): the shapes the cases will have at `spacing`, from their headers."""
-    edges, shapes = (np.array(column) for column in zip(*(ras_grid(open_image(case.images[0])) for case in cases), strict=True))
+    """(cases, 3): the shapes the cases will have at `spacing`, by their headers."""
+    edges, shapes = (np.array(column) for column in zip(*(case.ras for case in cases), strict=True))
     wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
     return np.maximum(1, np.rint(shapes * edges / wanted)).astype(int)
 

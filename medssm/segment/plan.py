@@ -29,7 +29,7 @@ from medssm.segment import networks
 from medssm.segment.cases import Case
 from medssm.segment.data import Dataset, load_dataset, read_for
 from medssm.segment.fit import check_units, fit_slice_axis, resampled_shapes, shrinking_patches
-from medssm.segment.images import open_image, ras_grid
+from medssm.segment.images import open_image
 from medssm.segment.preprocess import Fitted
 from medssm.segment.probe import step_memory
 from medssm.segment.progress import progress
@@ -177,7 +177,7 @@ def _ruled(
     """(train's options, why) by the rules and by measuring, which fills `steps`."""
     fabric = fabric_for(device, 1, "auto", precision)
     cases = table.cases
-    edges = np.array([ras_grid(open_image(case.images[0]))[0] for case in cases])
+    edges = np.array([case.ras[0] for case in cases])
     spacing, reason = planned_spacing(edges)
     axes = [axis for axis in range(3) if spatial_dims == 3 or axis != fit_slice_axis(cases)]
     shapes = resampled_shapes(cases, spacing)
@@ -250,7 +250,7 @@ def _taken(table: Dataset, file: Path, model: str, given: Mapping[str, Any], spa
     if spatial_dims == 2:
         if places[0] != fit_slice_axis(table.cases):
             raise UserError(f"{file}: {name}: nnU-Net cuts slices across another axis than medssm train does")
-        edges = np.median([ras_grid(open_image(case.images[0]))[0] for case in table.cases], axis=0)
+        edges = np.median([case.ras[0] for case in table.cases], axis=0)
         spacing = [float(edges[places[0]]), *spacing[-2:]]
     own = np.argsort(places[-spatial_dims:])  # from nnU-Net's axes to ours
 

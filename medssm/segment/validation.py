@@ -14,7 +14,7 @@ from torch import nn
 from medssm.scratch import slabs
 from medssm.segment import pages, postprocess
 from medssm.segment.cases import Case
-from medssm.segment.images import open_image, ras_grid
+from medssm.segment.images import open_image
 from medssm.segment.inference import probabilities
 from medssm.segment.preprocess import IGNORE, Fitted
 from medssm.segment.regions import decided
@@ -70,7 +70,7 @@ class Validation:
         """What post-processing would have raised the last result, and by how much; see `postprocess.choose`."""
         held = []
         for case, (_, label), found in zip(self.cases, self.arrays, self.found, strict=True):
-            own = ras_grid(open_image(case.images[0]))[0]
+            own = case.ras[0]
             voxel = float(np.prod(np.where(np.array(self.fitted.spacing) > 0, self.fitted.spacing, own))) / 1000
             held.append(postprocess.Held(found, label.numpy(), voxel, len(self.fitted.classes)))
         return postprocess.choose(held, self.fitted.to_process, lambda values, how: self._reduced(torch.from_numpy(values), how).numpy())
@@ -98,7 +98,7 @@ class Validation:
 
     def _picture(self, case: Case, image: torch.Tensor, label: np.ndarray, found: np.ndarray) -> str:
         """Slices where the label has most: what was found in colour, the label's outlines in white."""
-        own, wanted = ras_grid(open_image(case.images[0]))[0], np.array(self.fitted.spacing)
+        own, wanted = case.ras[0], np.array(self.fitted.spacing)
         grey = image[0].numpy()
         ct = self.fitted.intensity[0]["scheme"] == "ct"
         low, high = pages.CT_WINDOWS["soft tissue"] if ct else np.percentile(grey.reshape(-1)[:: max(1, grey.size // 2**20)], (0.5, 99.5)).tolist()

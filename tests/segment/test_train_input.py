@@ -16,7 +16,7 @@ import medssm.segment.volumes as volumes_module
 from medssm.errors import UserError
 from medssm.files import write_bytes
 from medssm.segment.data import load_dataset
-from medssm.segment.fit import fit, fit_mirror, fit_patch, fit_slice_axis, fit_spacing
+from medssm.segment.fit import check_units, fit, fit_mirror, fit_patch, fit_slice_axis, fit_spacing, resampled_shapes
 from medssm.segment.images import read_image, read_label
 from medssm.segment.intensity import scaling
 from medssm.segment.losses import SegmentationLoss
@@ -57,6 +57,14 @@ def test_spacing_is_the_median_along_the_ras_axes(tmp_path):
         cases += load_dataset(nnunet_folder(tmp_path / str(i), cases=1, shape=SHAPE, affine=axes_order((edge, 1.5, 3.0), order))).cases
     np.testing.assert_allclose(fit_spacing(cases), (2.0, 1.5, 3.0))
     assert fit_slice_axis(cases) == 2 and fit_slice_axis(cases[2:]) == 0
+
+
+def test_headers_are_read_once(tmp_path, monkeypatch):
+    cases = load_dataset(nnunet_folder(tmp_path, cases=3, shape=(20, 18, 16), affine=np.diag([1, 2, 3, 1.0]))).cases
+    monkeypatch.setattr("medssm.segment.images.nifti.open_file", lambda path: pytest.fail(f"{path} is opened again"))
+    check_units(cases)
+    assert fit_spacing(cases) == (1, 2, 3) and fit_slice_axis(cases) == 2
+    np.testing.assert_array_equal(resampled_shapes(cases, (1, 1, 1)), [(20, 36, 48)] * 3)
 
 
 @pytest.mark.parametrize(
