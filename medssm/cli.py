@@ -147,6 +147,8 @@ def _run(name: str, command: Command, words: Sequence[str]) -> int:
     as_json = "json" in given.flags
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():  # standard output is the JSON alone
         result = given.call(function)
+    if not _is_first_process():
+        return int(bool(result.get("failed")))
     if as_json:
         print(json.dumps(result, indent=2, default=str))
     elif "quiet" not in given.flags:
@@ -166,6 +168,12 @@ def of_task(command: Command, words: Sequence[str]) -> Command:
     functions = [getattr(importlib.import_module(one.module), one.function) for one in (command, command.classify)]
     text = options.text_of(command.argument, functions, words)
     return command.classify if text is not None and command.asks(text) else command
+
+
+def _is_first_process() -> bool:
+    """Whether this is the first of the processes that a command started: only that one prints the result."""
+    torch = sys.modules.get("torch")
+    return torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _chosen(table: Table, word: str) -> Command | Mapping[str, Command]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from medssm.files import atomic, read_json_lines
+from medssm.files import atomic, first_line, read_json_lines
+
+logger = logging.getLogger("medssm")
 
 SEGMENTATION = ("loss (Dice + cross-entropy)", "mean Dice of the validation cases")  # what the two axes are called
 
@@ -32,8 +38,17 @@ def draw(log: Path, picture: Path, names: tuple[str, str] = SEGMENTATION) -> Non
         figure.savefig(temporary)
 
 
+@contextlib.contextmanager
+def said_if_it_fails(path: Path) -> Iterator[None]:
+    """What a library that draws `path` raises is a line in the log: a training is worth more than its pictures."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s: cannot be drawn (%s: %s)", path, type(error).__name__, first_line(error))
+
+
 class Live:
-    """Call it as often as you like: it draws the curves anew where the last time is a minute ago.
+    """Call it as often as you like: it draws the curves anew where the last time is a minute ago. What fails is said once, and ends nothing.
 
     Args:
         log: metrics.jsonl
@@ -48,5 +63,7 @@ class Live:
     def __call__(self) -> None:
         now = time.monotonic()
         if now - self.last >= self.every and self.log.exists():
-            draw(self.log, self.picture, self.names)
-            self.last = now
+            self.last = math.inf  # where it fails, the last time
+            with said_if_it_fails(self.picture):
+                draw(self.log, self.picture, self.names)
+                self.last = now

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medssm.errors import UserError
-from medssm.files import write_at, write_bytes
+from medssm.files import first_line, write_at, write_bytes
 from medssm.segment.averaging import WeightAverage
 from medssm.segment.losses import finest_first
 from medssm.segment.networks import BEST, memory_format, save_weights
@@ -205,18 +205,23 @@ class Loop:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-        before = state["settings"]
-        other = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in self.settings.items() if before.get(key) != value]
-        if other:
-            raise UserError(f"resume: {path} was trained with {'; '.join(other)}")
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
-        if state["scaler"]:
-            self._scaler().load_state_dict(state["scaler"])
-        self.done, self.log_bytes, self.best = Progress(state["step"], state["seconds"]), state["log_bytes"], state["best"]
-        self.due = state["due"]
+        try:
+            before = state["settings"]
+            other = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in self.settings.items() if before.get(key) != value]
+            if other:
+                raise UserError(f"resume: {path} was trained with {'; '.join(other)}")
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
+            if state["scaler"]:
+                self._scaler().load_state_dict(state["scaler"])
+            self.done, self.log_bytes, self.best = Progress(state["step"], state["seconds"]), state["log_bytes"], state["best"]
+            self.due = state["due"]
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # RuntimeError: a network of other weights
+            raise UserError(
+                f"resume: {path} was not written by this version of medssm train ({first_line(error)}): train anew with --overwrite"
+            ) from error
 
     def _scaler(self) -> Any:
         """The GradScaler of half precision; None without one."""

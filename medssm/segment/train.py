@@ -281,8 +281,9 @@ def train(
         loop.log({"finished": result})
         networks.save(out, loop.trained, config)
         (out / CHECKPOINT).unlink(missing_ok=True)
-        curves.draw(out / LOG, out / CURVES)
-        report.write(out / REPORT, result, chosen, runs.kept(arguments), out / CURVES, rows, training)
+        with curves.said_if_it_fails(out / REPORT):
+            curves.draw(out / LOG, out / CURVES)
+            report.write(out / REPORT, result, chosen, runs.kept(arguments), out / CURVES, rows, training)
     return result
 
 

@@ -85,6 +85,22 @@ def test_curves_are_drawn_while_it_trains(tmp_path, monkeypatch):
     assert drawn == [1, 2, 4]  # after the second and the third step, and at the end; the first one has no log yet
 
 
+def test_a_library_that_cannot_draw_ends_no_training(tmp_path, monkeypatch, caplog):
+    tried = []
+
+    def fail(log, picture):
+        tried.append(picture)
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(curves, "draw", fail)
+    monkeypatch.setattr("medssm.segment.loop._LOG_SECONDS", 0.0)
+    monkeypatch.setattr(curves.Live.__init__, "__defaults__", (0.0,))
+    folder = nnunet_folder(tmp_path / "data", cases=2, shape=(20, 18, 16))
+    fast = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET, "patch": (16, 16, 16), "device": "cpu", "quiet": True}
+    assert train(folder, tmp_path / "run", max_steps=5, **fast)["steps"] == 5 and (tmp_path / "run/model.safetensors").exists()
+    assert len(tried) == 2 and caplog.text.count("cannot be drawn (ValueError: no fonts)") == 2  # once while it trains, and at the end
+
+
 def test_curves_are_drawn_once_a_minute(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(curves.time, "monotonic", lambda: clock[0])

@@ -150,6 +150,11 @@ def test_a_checkpoint_of_another_training_is_refused(small, tmp_path, monkeypatc
         train(small, tmp_path / "a", max_steps=10, **FAST)
     with pytest.raises(UserError, match=r"was trained with lr 0\.001, now 0\.5; seed 0, now 7"):
         train(small, tmp_path / "a", max_steps=10, resume=True, lr=0.5, seed=7, **FAST)
+    state = torch.load(tmp_path / "a/checkpoint.pt")
+    for older in ({key: value for key, value in state.items() if key != "due"}, [1], state | {"network": {"other": torch.zeros(1)}}):
+        torch.save(older, tmp_path / "a/checkpoint.pt")
+        with pytest.raises(UserError, match=r"checkpoint\.pt was not written by this version of medssm train \(.*\): train anew with --overwrite"):
+            train(small, tmp_path / "a", max_steps=10, resume=True, **FAST)
     (tmp_path / "a/checkpoint.pt").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(UserError, match="not a readable checkpoint"):
         train(small, tmp_path / "a", max_steps=10, resume=True, **FAST)
@@ -378,10 +383,10 @@ def test_two_processes(small, tmp_path):
         "2",
         "--validations",
         "1",
-        "--quiet",
     ]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("written:") == ended.stdout.count(" 3 steps in ") == 1, ended.stdout
     assert records(tmp_path / "out")[-1]["finished"]["steps"] == 3 and weights(tmp_path / "out")
 
 
