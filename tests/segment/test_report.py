@@ -76,9 +76,9 @@ def test_a_training_leaves_its_report(trained):
 
 def test_curves_are_drawn_while_it_trains(tmp_path, monkeypatch):
     drawn, draw = [], curves.draw
-    monkeypatch.setattr(curves, "draw", lambda log, picture: (drawn.append(len(log.read_text().splitlines())), draw(log, picture)))
+    monkeypatch.setattr(curves, "draw", lambda log, picture, *names: (drawn.append(len(log.read_text().splitlines())), draw(log, picture, *names)))
     monkeypatch.setattr("medssm.segment.loop._LOG_SECONDS", 0.0)
-    monkeypatch.setattr(curves.Live.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(curves.Live.__init__, "__defaults__", (0.0, curves.SEGMENTATION))
     folder = nnunet_folder(tmp_path / "data", cases=2, shape=(20, 18, 16))
     fast = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET, "patch": (16, 16, 16), "device": "cpu", "quiet": True}
     train(folder, tmp_path / "run", max_steps=3, **fast)
@@ -88,13 +88,13 @@ def test_curves_are_drawn_while_it_trains(tmp_path, monkeypatch):
 def test_a_library_that_cannot_draw_ends_no_training(tmp_path, monkeypatch, caplog):
     tried = []
 
-    def fail(log, picture):
+    def fail(log, picture, *names):
         tried.append(picture)
         raise ValueError("no fonts")
 
     monkeypatch.setattr(curves, "draw", fail)
     monkeypatch.setattr("medssm.segment.loop._LOG_SECONDS", 0.0)
-    monkeypatch.setattr(curves.Live.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(curves.Live.__init__, "__defaults__", (0.0, curves.SEGMENTATION))
     folder = nnunet_folder(tmp_path / "data", cases=2, shape=(20, 18, 16))
     fast = {"model": "monai.networks.nets.UNet", "model_kwargs": UNET, "patch": (16, 16, 16), "device": "cpu", "quiet": True}
     assert train(folder, tmp_path / "run", max_steps=5, **fast)["steps"] == 5 and (tmp_path / "run/model.safetensors").exists()
@@ -105,7 +105,7 @@ def test_curves_are_drawn_once_a_minute(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(curves.time, "monotonic", lambda: clock[0])
     drawn = []
-    monkeypatch.setattr(curves, "draw", lambda log, picture: drawn.append(clock[0]))
+    monkeypatch.setattr(curves, "draw", lambda log, picture, *names: drawn.append(clock[0]))
     (tmp_path / "log").write_text("")
     live = curves.Live(tmp_path / "log", tmp_path / "png")
     for clock[0] in (1.0, 59.0, 60.0, 61.0, 119.0, 125.0):
