@@ -199,12 +199,12 @@ def test_a_case_in_another_unit_of_length_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("mirror", "classes", "axes", "sides"),
     [
-        ("auto", ("lkid", "rkid"), (1, 2), ()),
-        ("auto", ("LV", "RV"), (1, 2), ()),
-        ("auto", ("L5", "S1"), (0, 1, 2), ()),
-        ("auto", ("class_1", "class_2"), (1, 2), ()),
-        ("swap", ("lkid", "rkid"), (0, 1, 2), ((1, 2),)),
-        ("swap", ("liver", "spleen"), (0, 1, 2), ()),
+        ("auto", ("lkid", "rkid"), (), ()),
+        ("auto", ("LV", "RV"), (), ()),
+        ("auto", ("L5", "S1"), (0,), ()),
+        ("auto", ("class_1", "class_2"), (), ()),
+        ("swap", ("lkid", "rkid"), (0,), ((1, 2),)),
+        ("swap", ("liver", "spleen"), (0,), ()),
     ],
 )
 def test_what_is_mirrored(tmp_path, mirror, classes, axes, sides):
