@@ -70,6 +70,7 @@ def test_the_command_writes_what_it_says(trained):
         "metrics.jsonl",
         "curves.png",
         "report.html",
+        "conformal.json",
     }
     config, log = json.loads((out / "config.json").read_text()), records(out)
     assert config["model"] == "monai.networks.nets.UNet" and config["kwargs"]["out_channels"] == 3
