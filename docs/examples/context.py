@@ -318,7 +318,12 @@ def main() -> None:
     parser.add_argument("--dims", type=int, default=2, choices=(2, 3))
     parser.add_argument("--patch", type=int, help="train on parts of this side instead of whole pictures")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--presets", action="store_true", help="write how many pixels medssm_unet's presets see without mixers, and stop")
     given = parser.parse_args()
+    if given.presets:
+        seen = {size: field(medssm.create_model("medssm_unet", 2, size=size, scans_from=9), 2, 1025) for size in ("tiny", "small", "base")}
+        write_json(given.out / "presets.json", {"sees": seen, "commit": _commit(), "machine": machine.describe()})
+        return
     for seed, task, network in itertools.product(given.seeds, given.tasks, given.networks):
         form = f"{given.dims}d-{task}-{network}-{f'patch{given.patch}' if given.patch else 'whole'}-seed{seed}"
         result = run(given.out / f"{form}.json", network, task, seed, dims=given.dims, patch=given.patch, steps=given.steps)

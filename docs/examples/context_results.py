@@ -111,6 +111,11 @@ def group(runs: Runs, task: str, row: Row) -> Group | None:
     return Group(found, row.way) if found else None
 
 
+def shown(runs: Runs) -> list[str]:
+    """The tables that have runs of what the others are compared with, and of another one."""
+    return [name for name, (task, rows, base) in TABLES.items() if group(runs, task, base) and sum(bool(group(runs, task, row)) for row in rows) > 1]
+
+
 def table(runs: Runs, task: str, rows: Sequence[Row], base: Row) -> str:
     """Markdown: a line for each row that has runs."""
     there = {row: found for row in rows if (found := group(runs, task, row))}
@@ -132,9 +137,12 @@ def _sees(field: int) -> str:
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """A panel for each of TABLES: Dice against distance, with intervals as bands."""
-    figure = Figure(figsize=(13, 4.2 * -(-len(TABLES) // 2)), dpi=110, layout="constrained")
-    for axes, (title, (task, rows, _)) in zip(figure.subplots(-(-len(TABLES) // 2), 2).flat, TABLES.items(), strict=False):
+    """A panel for each table that has something to compare: Dice against distance, with intervals as bands."""
+    drawn = shown(runs)
+    lines = -(-len(drawn) // 2)
+    figure = Figure(figsize=(11, 4 * lines), dpi=100, layout="constrained")
+    for axes, title in zip(figure.subplots(lines, 2, squeeze=False).flat, drawn, strict=False):
+        task, rows, _ = TABLES[title]
         there = [(row, found) for row in rows if (found := group(runs, task, row))]
         for (row, of_row), colour in zip(there, COLOURS, strict=False):
             middle, low, high = np.transpose([interval(of_row.scores(d)["dice"]) for d in of_row.distances])
@@ -168,9 +176,9 @@ def main() -> None:
         write_text(given.page, filled(given.page.read_text(), runs))
     if given.plot:
         plot(runs, given.plot)
-    for name, of_table in TABLES.items():
-        if group(runs, of_table[0], of_table[2]):
-            print(name, table(runs, *of_table), sep="\n", end="\n\n")
+    if not given.page:
+        for name in shown(runs):
+            print(name, table(runs, *TABLES[name]), sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":

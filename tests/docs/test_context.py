@@ -150,6 +150,5 @@ def test_dice_is_1_for_right_names_and_half_for_coins():
     assert right.from_distance(alike) == 8 and alike.from_distance(right) is None
 
 
-@pytest.mark.skipif(not PAGE.is_file(), reason="the page is not written yet")
 def test_the_tables_of_the_page_are_those_of_the_results():
     assert results.filled(PAGE.read_text(), results.read(RESULTS)) == PAGE.read_text()
