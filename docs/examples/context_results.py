@@ -141,7 +141,10 @@ def plot(runs: Runs, path: Path) -> None:
     drawn = shown(runs)
     lines = -(-len(drawn) // 2)
     figure = Figure(figsize=(11, 4 * lines), dpi=100, layout="constrained")
-    for axes, title in zip(figure.subplots(lines, 2, squeeze=False).flat, drawn, strict=False):
+    panels = list(figure.subplots(lines, 2, squeeze=False).flat)
+    for unused in panels[len(drawn) :]:
+        unused.remove()
+    for axes, title in zip(panels, drawn, strict=False):
         task, rows, _ = TABLES[title]
         there = [(row, found) for row in rows if (found := group(runs, task, row))]
         for (row, of_row), colour in zip(there, COLOURS, strict=False):
