@@ -95,13 +95,14 @@ def test_a_decay_lies_between_zero_and_one(small, tmp_path, ema):
 def test_the_best_weights_are_those_of_the_best_validation(small, tmp_path, monkeypatch, capsys, stop):
     dice, validated = iter([0.5, 0.9, 0.9, 0.6]), []
 
-    def validate(self, network, show):
+    def validate(self, network, show, last=False):
         validated.append({name: value.clone() for name, value in network.state_dict().items()})
         return {"ball": 0.0, "mean": next(dice)}
 
     monkeypatch.setattr("medssm.segment.train.Validation.__call__", validate)
     monkeypatch.setattr("medssm.segment.train.Validation.postprocessing", lambda self: ({}, {}))
     monkeypatch.setattr("medssm.segment.train.Validation.rows", lambda self: [])
+    monkeypatch.setattr("medssm.segment.train.Validation.volumes", lambda self, steps: {})
     out, options = tmp_path / "run", {**NORMED, "max_steps": 8, "fold": 0, "folds": 2, "validations": 4}
     if stop:
         with monkeypatch.context() as patched:

@@ -99,8 +99,8 @@ def test_options_of_the_windows(scan, data, tmp_path, options, calls):
 
 def test_half_precision_is_the_default_on_cuda_alone():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [module._half("auto", device) for device in (cpu, cuda)] == [None, torch.float16]
-    assert [module._half("32-true", cuda), module._half("16-mixed", cpu)] == [None, torch.float16]
+    assert [module.half_of("auto", device) for device in (cpu, cuda)] == [None, torch.float16]
+    assert [module.half_of("32-true", cuda), module.half_of("16-mixed", cpu)] == [None, torch.float16]
 
 
 @pytest.mark.parametrize("name", ["RAS", "LAS", "SPL"])
