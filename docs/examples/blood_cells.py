@@ -37,7 +37,7 @@ NETWORKS = {
     "vmamba": {"model": "vmamba", "model_kwargs": {"features": [64, 128, 256, 512], "depths": [2, 2, 5, 2]}},
     "resnet18": {"model": "timm:resnet18"},
 }
-RECIPE = {"batch": 32, "ema": 0.99, "mixup": 0.2, "smoothing": 0.0, "class_weights": "none", "rotate": 180.0, "precision": "32-true"}
+RECIPE = {"batch": 32, "ema": 0.99, "mixup": 0.0, "smoothing": 0.0, "class_weights": "none", "rotate": 180.0, "precision": "32-true"}
 DIFFERENCES = ("balanced_accuracy", "accuracy", "auroc", "f1", "ece")
 
 
