@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from medssm.bench import _about as about  # noqa: E402 (found by the path above)
+from medssm.bench import origin as about  # noqa: E402 (found by the path above)
 from medssm.segment.explain.maps import METHODS  # noqa: E402
 from medssm.segment.predict import predict  # noqa: E402
 from medssm.segment.preprocess import Fitted  # noqa: E402

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from medssm.bench import _about as about  # noqa: E402 (found by the path above)
+from medssm.bench import origin as about  # noqa: E402 (found by the path above)
 from medssm.segment.data import load_dataset  # noqa: E402
 from medssm.segment.evaluate import evaluate  # noqa: E402
 from medssm.segment.predict import predict  # noqa: E402

@@ -83,7 +83,7 @@ def _rows(pattern: str, out: Path | None, seconds: float, quick: bool, quiet: bo
     lengths = not quick and fnmatch.fnmatch("lengths", pattern)
     if not chosen and not lengths:
         raise UserError(f"--rows: expected a pattern of {', '.join((*table, 'lengths'))}, got {pattern!r}")
-    about = _about()
+    about = origin()
     results = about | {"threads": torch.get_num_threads(), "absent": [name for name in PEERS if not installed(name)], "rows": {}, "extra": _extra()}
     kept = {} if quick else _earlier(out, "results.json", results)
     results |= {"lengths": kept["lengths"]} if "lengths" in kept else {}
@@ -146,7 +146,7 @@ def _each(
     quiet: bool,
 ) -> dict[str, Any]:
     """Measure each of `names` into results[kind], written and printed one by one; earlier results of this machine in `out` stay."""
-    results = _about()
+    results = origin()
     results[kind] = _earlier(out, f"{kind}.json", results).get(kind, {})
     for name in names:
         figures = measured(name) | {key: results[key] for key in ("commit", "date")}
@@ -172,7 +172,7 @@ def _earlier(out: Path | None, name: str, results: Mapping[str, Any]) -> dict[st
     return kept if same else {}
 
 
-def _about() -> dict[str, Any]:
+def origin() -> dict[str, Any]:
     return {"date": time.strftime("%Y-%m-%d"), "commit": machine.commit(), "machine": machine.describe()}
 
 
