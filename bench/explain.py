@@ -12,26 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from medssm.bench import origin as about  # noqa: E402 (found by the path above)
-from medssm.segment.explain.maps import METHODS  # noqa: E402
-from medssm.segment.predict import predict  # noqa: E402
-from medssm.segment.preprocess import Fitted  # noqa: E402
+from medssm.bench import origin as about
+from medssm.segment.explain.maps import METHODS
+from medssm.segment.predict import predict
+from medssm.segment.preprocess import Fitted
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--cases", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "accuracy-explain")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy-explain")
     args = parser.parse_args()
     held_out = json.loads((args.run / "cases.json").read_text())["validation"]
     chosen = held_out[:: max(1, len(held_out) // args.cases)][: args.cases]

@@ -15,22 +15,18 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from medssm.bench import origin as about  # noqa: E402 (found by the path above)
-from medssm.segment.data import load_dataset  # noqa: E402
-from medssm.segment.evaluate import evaluate  # noqa: E402
-from medssm.segment.predict import predict  # noqa: E402
-from medssm.segment.train import train  # noqa: E402
-from medssm.segment.uncertainty.conformal import CONFORMAL, interval, score  # noqa: E402
-from medssm.segment.volumetry import VOLUMES, read_volumes, write_volumes  # noqa: E402
+from medssm.bench import origin as about
+from medssm.segment.data import load_dataset
+from medssm.segment.evaluate import evaluate
+from medssm.segment.predict import predict
+from medssm.segment.train import train
+from medssm.segment.uncertainty.conformal import CONFORMAL, interval, score
+from medssm.segment.volumetry import VOLUMES, read_volumes, write_volumes
 
 GROUPS = 4
 KINDS = {"folds": "three runs", "mirror": "mirrored passes of one run"}
@@ -47,7 +43,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--level", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/accuracy-uncertainty")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy-uncertainty")
     args = parser.parse_args()
     results: dict[str, Any] = about()  # with the commit that the runs are of
     groups = dealt(args.dataset, args.seed)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,10 +33,11 @@ from medssm.files import write_json
 from medssm.models import list_models, model_facts
 from medssm.segment import curves, networks, runs
 from medssm.segment.data import FITTED
+from medssm.segment.images import check_nan
 from medssm.segment.intensity import SCHEMES
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
 from medssm.segment.progress import progress
-from medssm.segment.runs import ARGUMENTS, CASES, CURVES, REPORT
+from medssm.segment.runs import CURVES, REPORT
 from medssm.segment.train import axes_to_mirror, fabric_for, optimizer_for, workers_for
 from medssm.tasks import CLASSIFY
 
@@ -165,7 +165,20 @@ def train(
     before = runs.finished(out, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
     if before:
         return before
-    _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, shape, spacing, lr, ema, mixup, smoothing, rotate)
+    _check_arguments(spatial_dims, shape, mixup, smoothing, rotate)
+    runs.check_recipe(
+        optimizer=optimizer,
+        optimizers=_LEARNING_RATES,
+        spacing=spacing,
+        ema=ema,
+        weight_decay=weight_decay,
+        max_steps=max_steps,
+        max_seconds=max_seconds,
+        batch=batch,
+        lr=lr,
+        clip=clip,
+    )
+    check_nan(nan)
     if max_steps is None and max_seconds is None:
         max_steps = _STEPS
     lr = lr or _LEARNING_RATES[optimizer]
@@ -241,31 +254,18 @@ def train(
     validate = Validation(others, fabric, torch.float16 if fabric.device.type == "cuda" else None, batch)
     chosen = _chosen(fitted, fabric, training, held_out, said, max_steps, max_seconds, batch, validations, ema, class_weights, images)
     if not quiet:
-        print("\n".join(f"{what + ':':<12} {text}" for what, text in chosen.items()), file=sys.stderr)
-    if resume:
-        loop.resume()
-    elif fabric.is_global_zero:
-        for name in (networks.WEIGHTS, networks.BEST, calibration.CALIBRATION, SCORES, PREDICTIONS, CHECKPOINT):
-            (out / name).unlink(missing_ok=True)  # of the training that is to be overwritten
+        runs.say(chosen)
     name = config["model"] or config["class"]
+    arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
+    cases = {"training": _files(training), "validation": _files(held_out)}
+    runs.begin(loop, arguments, cases, resume=resume, written=(calibration.CALIBRATION, SCORES, PREDICTIONS))
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
-        write_json(out / CASES, {"training": _files(training), "validation": _files(held_out)})
-        arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
-        runs.save_arguments(out / ARGUMENTS, arguments)
 
-    live = curves.Live(out / LOG, out / CURVES, names=_CURVES)
-    with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
+    def validated(show: Callable[[str], None]) -> dict[str, float]:
+        return validate(loop.trained, show)
 
-        def tell(fraction: float, text: str) -> None:
-            show(fraction, text)
-            if fabric.is_global_zero:
-                live()
-
-        def validated() -> dict[str, float]:
-            return validate(loop.trained, lambda text: tell(loop.budget.fraction(loop.done), text))
-
-        found = loop.run(tell, validated, max(1, validations) if held_out else 0)
+    found = runs.learn(loop, f"training {name.rpartition('.')[2]}", validated, max(1, validations) if held_out else 0, quiet, _CURVES)
     result: dict[str, Any] = {
         "out": str(out),
         "task": CLASSIFY,
@@ -298,8 +298,9 @@ def train(
         loop.log({"finished": result})
         networks.save(out, loop.trained, config)
         (out / CHECKPOINT).unlink(missing_ok=True)
-        curves.draw(out / LOG, out / CURVES, _CURVES)
-        report.write(out / REPORT, {"figures": None, **result}, chosen, runs.kept(arguments), out / CURVES, held_out, raw, calibrated, nan)
+        with curves.said_if_it_fails(out / REPORT):
+            curves.draw(out / LOG, out / CURVES, _CURVES)
+            report.write(out / REPORT, {"figures": None, **result}, chosen, runs.kept(arguments), out / CURVES, held_out, raw, calibrated, nan)
     return result
 
 
@@ -346,33 +347,11 @@ def _by_task(model: str) -> str:
     return f"{networks.ENCODER}{model}" if model in list_models() and model_facts(model).task == "segment" else model
 
 
-def _check_arguments(
-    spatial_dims: int | None,
-    optimizer: str,
-    max_steps: int | None,
-    max_seconds: float | None,
-    batch: int | None,
-    shape: Sequence[int] | None,
-    spacing: Sequence[float] | None,
-    lr: float | None,
-    ema: float | None,
-    mixup: float,
-    smoothing: float,
-    rotate: float,
-) -> None:
+def _check_arguments(spatial_dims: int | None, shape: Sequence[int] | None, mixup: float, smoothing: float, rotate: float) -> None:
     if spatial_dims not in (None, 2, 3):
         raise UserError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-    if optimizer not in _LEARNING_RATES:
-        raise UserError(f"optimizer: expected one of {', '.join(_LEARNING_RATES)}, got {optimizer!r}")
     if shape is not None and (len(shape) != (spatial_dims or len(shape)) or len(shape) not in (2, 3) or min(shape) < 1):
         raise UserError(f"shape: expected {spatial_dims or '2 or 3'} numbers of voxels, got {tuple(shape)}")
-    if spacing is not None and (len(spacing) != 3 or not all(0 < value < math.inf for value in spacing)):
-        raise UserError(f"spacing: expected three lengths in millimetres, got {tuple(spacing)}")
-    for name, value in (("max_steps", max_steps), ("max_seconds", max_seconds), ("batch", batch), ("lr", lr)):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}: expected more than 0, got {value}")
-    if ema is not None and not 0 < ema < 1:
-        raise UserError(f"ema: expected more than 0 and less than 1, got {ema}")
     for name, value, most in (("mixup", mixup, math.inf), ("smoothing", smoothing, 1.0), ("rotate", rotate, 180.1)):
         if not 0 <= value < most:
             raise UserError(f"{name}: expected 0 or more{'' if most == math.inf else f' and less than {most:g}'}, got {value}")

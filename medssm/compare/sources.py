@@ -19,7 +19,7 @@ from medssm.segment.evaluate import by_name
 from medssm.segment.loop import LOG
 from medssm.segment.predict import predict
 from medssm.segment.preprocess import Fitted
-from medssm.segment.train import CASES
+from medssm.segment.runs import CASES
 
 
 @dataclass

@@ -81,22 +81,10 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     ]
     if result["patients"] < FEWEST:
         lines.append(f"no interval: {result['patients']} patient(s), at least {FEWEST} are needed")
-    empty = [
-        f"{side}, {label}: {own['empty_in_both']} case(s)"
-        for side, row in result["sides"].items()
-        for label, own in row["classes"].items()
-        if own["empty_in_both"]
-    ]
-    if empty:
-        lines.append(f"left out, as the class is in neither the reference nor the prediction: {'; '.join(empty)}")
-    pairs = [
-        f"{side}, {label}: {own['left_out']}"
-        for side, row in result["differences"].items()
-        for label, own in row["classes"].items()
-        if own["left_out"]
-    ]
-    if pairs:
-        lines.append(f"left out of the differences, as one side has nothing of a class that the reference has not either: {'; '.join(pairs)}")
+    if empty := _counts(result["sides"], "empty_in_both", " case(s)"):
+        lines.append(f"left out, as the class is in neither the reference nor the prediction: {empty}")
+    if pairs := _counts(result["differences"], "left_out"):
+        lines.append(f"left out of the differences, as one side has nothing of a class that the reference has not either: {pairs}")
     for side, cases in result["left_out"].items():
         if cases["others_lack"]:
             lines.append(f"{side}: left out, as others lack them: {_some(cases['others_lack'])}")
@@ -118,6 +106,12 @@ def fact(facts: Mapping[str, Any], name: str) -> str:
     """What is known of a network, as text."""
     value = facts.get(name)
     return NOT_MEASURED if value is None else FACTS[name](value)
+
+
+def _counts(sides: Mapping[str, Any], key: str, unit: str = "") -> str:
+    """The numbers under `key` that are not 0, with their side and class."""
+    found = ((side, label, own[key]) for side, row in sides.items() for label, own in row["classes"].items())
+    return "; ".join(f"{side}, {label}: {number}{unit}" for side, label, number in found if number)
 
 
 def _some(cases: list[str]) -> str:

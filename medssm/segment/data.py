@@ -90,7 +90,8 @@ def described(path: Path | str, complain: Callable[[str], None] = refuse) -> Dat
     if not description.is_file():
         if path.is_dir() and is_paired(path):
             return Dataset(path.resolve().name, (), {}, None, tuple(paired_cases(path)))
-        raise UserError(f"{description}: no such file (expected nnU-Net's dataset.json, a MONAI datalist, or the folders images and masks)")
+        expected = "expected nnU-Net's dataset.json, a MONAI datalist, or the folders images and masks; a folder of classes is for --task classify"
+        raise UserError(f"{description}: no such file ({expected})")
     table = read_json(description)
     if not isinstance(table, dict):
         raise UserError(f"{description}: expected a JSON object, got {type(table).__name__}")

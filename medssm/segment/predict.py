@@ -470,5 +470,5 @@ def half_of(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _smallest(values: np.ndarray) -> np.dtype:
-    """uint8 where the labels fit, else the smallest integer type that holds them."""
+    """uint8 where the labels fit, else an integer type that holds them."""
     return np.result_type(*(np.min_scalar_type(int(value)) for value in (0, values.min(), values.max())))

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +20,6 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from medssm.errors import UserError
-from medssm.files import write_json
 from medssm.segment import curves, networks, postprocess, report, runs
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED, load_dataset, split
@@ -33,8 +30,7 @@ from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
 from medssm.segment.losses import RegionLoss, SegmentationLoss
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import Fitted
-from medssm.segment.progress import progress
-from medssm.segment.runs import ARGUMENTS, CASES, CURVES, REPORT
+from medssm.segment.runs import CURVES, REPORT
 from medssm.segment.stages import open_stages, strides_and_kernels, supervised
 from medssm.segment.uncertainty import conformal
 from medssm.segment.validation import Validation
@@ -153,7 +149,19 @@ def train(
         return before
     if task != "segment":
         raise UserError(f"task: expected segment, got {task!r} (medssm.classify.train.train trains a classifier)")
-    _check_arguments(spatial_dims, optimizer, max_steps, max_seconds, batch, patch, spacing, lr, foreground, ema)
+    _check_arguments(spatial_dims, patch, foreground)
+    runs.check_recipe(
+        optimizer=optimizer,
+        optimizers=_LEARNING_RATES,
+        spacing=spacing,
+        ema=ema,
+        weight_decay=weight_decay,
+        max_steps=max_steps,
+        max_seconds=max_seconds,
+        batch=batch,
+        lr=lr,
+        clip=clip,
+    )
     check_nan(nan)
     if max_steps is None and max_seconds is None:
         max_steps = _STEPS
@@ -210,7 +218,7 @@ def train(
     }
     chosen = _chosen(fitted, fabric, training, validation, max_steps, max_seconds, batch, validations, ema)
     if not quiet:
-        print("\n".join(f"{what + ':':<12} {text}" for what, text in chosen.items()), file=sys.stderr)
+        runs.say(chosen)
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
     criterion = criterion_for(fitted)
     loop = Loop(
@@ -230,31 +238,17 @@ def train(
         ema=ema,
         settings=settings,
     )
-    if resume:
-        loop.resume()
-    elif fabric.is_global_zero:
-        for name in (networks.WEIGHTS, networks.BEST, postprocess.POSTPROCESSING, conformal.CONFORMAL, CHECKPOINT):
-            (out / name).unlink(missing_ok=True)  # of the training that is to be overwritten
     name = config["model"] or config["class"]
+    arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
+    cases = {"training": _files(training), "validation": _files(validation)}
+    runs.begin(loop, arguments, cases, resume=resume, written=(postprocess.POSTPROCESSING, conformal.CONFORMAL))
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
-        write_json(out / CASES, {"training": _files(training), "validation": _files(validation)})
-        arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
-        runs.save_arguments(out / ARGUMENTS, arguments)
 
-    live = curves.Live(out / LOG, out / CURVES)
-    with progress(f"training {name.rpartition('.')[2]}", quiet) as show:
+    def validated(show: Callable[[str], None]) -> dict[str, float]:
+        return validate(loop.trained, show, last=loop.budget.fraction(loop.done) >= 1)
 
-        def tell(fraction: float, text: str) -> None:
-            show(fraction, text)
-            if fabric.is_global_zero:
-                live()
-
-        def validated() -> dict[str, float]:
-            part = loop.budget.fraction(loop.done)
-            return validate(loop.trained, lambda text: tell(part, text), last=part >= 1)
-
-        dice = loop.run(tell, validated, validations if validation else 0)
+    dice = runs.learn(loop, f"training {name.rpartition('.')[2]}", validated, validations if validation else 0, quiet)
     steps, gain = validate.postprocessing() if dice else ({}, {})
     rows = validate.rows() if dice else []
     held_out_volumes = validate.volumes(steps) if dice and fitted.ignore is None else {}  # a volume with voxels of no label is not known
@@ -303,33 +297,13 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_arguments(
-    spatial_dims: int,
-    optimizer: str,
-    max_steps: int | None,
-    max_seconds: float | None,
-    batch: int | None,
-    patch: Sequence[int] | None,
-    spacing: Sequence[float] | None,
-    lr: float | None,
-    foreground: float,
-    ema: float | None,
-) -> None:
+def _check_arguments(spatial_dims: int, patch: Sequence[int] | None, foreground: float) -> None:
     if spatial_dims not in (2, 3):
         raise UserError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-    if optimizer not in _LEARNING_RATES:
-        raise UserError(f"optimizer: expected one of {', '.join(_LEARNING_RATES)}, got {optimizer!r}")
     if patch is not None and (len(patch) != spatial_dims or min(patch) < 1):
         raise UserError(f"patch: expected {spatial_dims} numbers of voxels, got {tuple(patch)}")
-    if spacing is not None and (len(spacing) != 3 or not all(0 < value < math.inf for value in spacing)):
-        raise UserError(f"spacing: expected 3 lengths in millimetres, got {tuple(spacing)}")
-    for name, value in (("max_steps", max_steps), ("max_seconds", max_seconds), ("batch", batch), ("lr", lr)):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}: expected more than 0, got {value}")
     if not 0 <= foreground <= 1:
         raise UserError(f"foreground: expected 0 to 1, got {foreground}")
-    if ema is not None and not 0 < ema < 1:
-        raise UserError(f"ema: expected more than 0 and less than 1, got {ema}")
 
 
 def criterion_for(fitted: Fitted) -> nn.Module:

@@ -206,6 +206,9 @@ def test_a_module_and_all_images(cells, tmp_path):
         ({"smoothing": 1.0}, "smoothing: expected 0 or more and less than 1, got 1.0"),
         ({"ema": 1.0}, "ema: expected more than 0 and less than 1, got 1.0"),
         ({"batch": 0}, "batch: expected more than 0, got 0"),
+        ({"clip": float("nan")}, "clip: expected more than 0, got nan"),
+        ({"weight_decay": -1.0}, "weight_decay: expected 0 or more, got -1.0"),
+        ({"nan": float("nan")}, "nan: expected a finite number, got nan"),
         ({"mirror": "swap"}, "mirror: expected auto, none or axes"),
         ({"model": "vnamba"}, "model: vnamba with"),
         ({"task": "segment"}, "task: expected classify, got 'segment'"),
@@ -217,6 +220,15 @@ def test_bad_arguments_are_one_clear_line(cells, tmp_path, given, message):
     with pytest.raises(UserError, match=message) as error:
         train(cells, tmp_path / "run", **{**FAST, **given})
     assert "\n" not in str(error.value)
+
+
+def test_a_library_that_cannot_draw_ends_no_training(cells, tmp_path, monkeypatch, caplog):
+    def fail(*arguments):
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr("medssm.segment.curves.draw", fail)
+    assert train(cells, tmp_path / "run", **FAST)["steps"] == 4 and (tmp_path / "run/model.safetensors").exists()
+    assert caplog.text.count("cannot be drawn (ValueError: no fonts)") == 1
 
 
 def test_mirrored_sides_stay_one_class(tmp_path):

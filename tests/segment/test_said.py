@@ -171,6 +171,10 @@ def test_resuming_what_is_finished_says_so(tmp_path, capsys):
     assert capsys.readouterr().err == f"nothing was trained: {tmp_path / 'run'} has a finished training of 2 steps\n"
     assert train(folder, tmp_path / "run", resume=True, **{**FAST, "max_steps": 5})["steps"] == 2
     assert "of 2 steps: its optimizer is gone, so more steps need a training anew (--overwrite)" in capsys.readouterr().err
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=r"resume: .* has weights, but metrics\.jsonl says nothing of the end of their training"):
+        train(folder, tmp_path / "run", resume=True, **FAST)
 
 
 def test_size_and_mixer_are_options(tmp_path):

@@ -400,6 +400,8 @@ def test_two_processes(small, tmp_path):
         ({"patch": (15, 16, 16)}, r"model: expected logits of the shape \(1, 3, 15, 16, 16\), got \(1, 3, 16, 16, 16\)"),
         ({"spacing": (1, 1, 0)}, "spacing: expected 3 lengths in millimetres"),
         ({"max_steps": 0}, "max_steps: expected more than 0, got 0"),
+        ({"clip": 0.0}, "clip: expected more than 0, got 0.0"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected 0 or more, got nan"),
         ({"optimizer": "adam"}, "optimizer: expected one of adamw, sgd, got 'adam'"),
         ({"foreground": 2}, "foreground: expected 0 to 1, got 2"),
         ({"nan": float("inf")}, "nan: expected a finite number, got inf"),

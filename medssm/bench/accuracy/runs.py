@@ -20,7 +20,8 @@ from medssm.files import read_json, write_json
 from medssm.segment.data import Dataset
 from medssm.segment.loop import CHECKPOINT
 from medssm.segment.predict import predict
-from medssm.segment.train import CASES, train
+from medssm.segment.runs import CASES
+from medssm.segment.train import train
 
 
 @dataclass(frozen=True)
