@@ -222,6 +222,14 @@ def test_bad_arguments_are_one_clear_line(cells, tmp_path, given, message):
     assert "\n" not in str(error.value)
 
 
+def test_nothing_is_left_of_a_training_that_is_overwritten(cells, tmp_path):
+    run, held_out = tmp_path / "run", ("model_best.safetensors", "calibration.json", "figures.json", "predictions.csv")
+    train(cells, run, **FAST)
+    assert all((run / name).exists() for name in held_out)
+    train(cells, run, fold=None, overwrite=True, **FAST)
+    assert not any((run / name).exists() for name in held_out) and (run / "model.safetensors").exists()
+
+
 def test_a_library_that_cannot_draw_ends_no_training(cells, tmp_path, monkeypatch, caplog):
     def fail(*arguments):
         raise ValueError("no fonts")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from medssm import ops, orders
 from medssm.ops.op import OPS as DECLARED
-from tests.ops.calls import DEVICE, compare, flat
+from tests.ops.calls import DEVICE, compare, flat, normal
 from tests.ops.cases import available, tokens
 from tests.ops.packed import OPS, apart, initial_states, packed, single
 
@@ -53,15 +53,26 @@ def test_bounds_of_any_type_and_stride(op, backend, empty):
             torch.testing.assert_close(got, value, atol=0, rtol=0)
 
 
+def plain_scan(bounds):
+    """A call of the scan that can go straight to its CPU kernel."""
+    u, delta, z = (normal((1, 200, 24), seed).float() for seed in range(3))
+    B, C = (normal((1, 200, 16), seed).float() for seed in (3, 4))
+    return ops.selective_scan(u, delta, -normal((24, 16), 5).abs().float(), B, C, z=z, delta_softplus=True, cu_seqlens=bounds, backend="native")
+
+
 def test_the_shortest_way_of_the_scan_takes_packed_sequences(monkeypatch):
     """A plain call on the CPU goes straight to the kernel, with the very bits of the long way."""
-    u, delta, z = (torch.randn(1, 200, 24) for _ in range(3))
-    B, C = (torch.randn(1, 200, 16) for _ in range(2))
-    A, bounds = -torch.rand(24, 16), torch.tensor([0, 64, 65, 200])
-    want = ops.selective_scan(u, delta, A, B, C, z=z, delta_softplus=True, cu_seqlens=bounds.int(), backend="native")
+    bounds = torch.tensor([0, 64, 65, 200])
+    want = plain_scan(bounds.int())
     monkeypatch.setattr(DECLARED["selective_scan"], "_outputs", lambda *_: pytest.fail("it took the long way"))
-    got = ops.selective_scan(u, delta, A, B, C, z=z, delta_softplus=True, cu_seqlens=bounds, backend="native")
-    torch.testing.assert_close(got, want, atol=0, rtol=0)
+    torch.testing.assert_close(plain_scan(bounds), want, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("bounds", [[0, 200, 64, 200], [0, 64, 201], [0, 64, 199], [1, 64, 200], [-1, 200]])
+def test_the_shortest_way_refuses_what_the_long_way_refuses(bounds):
+    for dtype in (torch.int64, torch.int32):
+        with pytest.raises(ValueError, match=r"cu_seqlens: expected to rise from 0 to 200"):
+            plain_scan(torch.tensor(bounds, dtype=dtype))
 
 
 @every

@@ -391,6 +391,14 @@ def test_two_processes(small, tmp_path):
     assert records(tmp_path / "out")[-1]["finished"]["steps"] == 3 and weights(tmp_path / "out")
 
 
+def test_nothing_is_left_of_a_training_that_is_overwritten(small, tmp_path):
+    run, held_out = tmp_path / "run", ("model_best.safetensors", "postprocessing.json", "conformal.json")
+    train(small, run, max_steps=2, fold=0, folds=2, **FAST)
+    assert all((run / name).exists() for name in held_out)
+    train(small, run, max_steps=2, overwrite=True, **FAST)
+    assert not any((run / name).exists() for name in held_out) and (run / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
