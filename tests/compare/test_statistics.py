@@ -44,6 +44,23 @@ def test_patients_with_different_numbers_of_cases_weigh_by_their_cases():
     assert found["mean"] == 5 / 8 and found["low"] < 5 / 8 < found["high"] <= 1.0
 
 
+def test_a_patient_is_drawn_with_all_cases():
+    """Nearly one value, of one to nine cases each: drawn apart, sums and numbers would vary far more."""
+    cases = {f"{patient:02d}_{i}": 0.5 + 0.01 * (patient % 7) for patient in range(30) for i in range(patient % 9 + 1)}
+    groups = {case: case[:2] for case in cases}
+    found, wanted = intervals({"a": cases}, groups, resamples=4999, seed=0)["a"], by_hand(cases, groups, draws=4000)
+    np.testing.assert_allclose([found[name] for name in ("low", "high")], wanted[:2], atol=0.15 * (wanted[1] - wanted[0]))
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "says"), [(-0.009, 0.9, "non-inferior"), (-0.011, 0.9, "not established"), (-0.009, 1.1, "not established")]
+)
+def test_the_one_sided_bounds_decide(lower, upper, says):
+    dice = {"patients": 20, "low": -0.02, "lower": lower, "upper": 0.0, "high": 0.1}
+    hd95 = {"patients": 20, "low": -2.0, "lower": -1.0, "upper": upper, "high": 2.0}
+    assert verdict(dice, hd95, **OPTIONS) == says
+
+
 def test_the_seed_gives_the_same_interval_and_columns_share_their_draws():
     one, other = column(0), column(1)
     groups = {case: case for case in one}
