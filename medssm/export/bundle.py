@@ -27,10 +27,10 @@ from torch import nn
 
 import medssm
 from medssm.errors import UserError
-from medssm.files import disk_error, read_json, write_bytes, write_json
+from medssm.export.metadata import read_run
+from medssm.files import disk_error, write_bytes, write_json
 from medssm.options import Option
 from medssm.segment import networks
-from medssm.segment.data import FITTED
 from medssm.segment.losses import finest_first
 from medssm.segment.preprocess import Fitted
 
@@ -67,7 +67,7 @@ def export_bundle(
     run, out = Path(run), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out: expected a new folder, {out} exists")
-    fitted, config = _read(run)
+    fitted, config = read_run(run)
     network, kwargs = _with_one_output(networks.load(run), config, fitted)
     requires = {"nibabel": nibabel.__version__, "pytorch-ignite": str(IgniteInfo.OPT_IMPORT_VERSION.value)}
     if not config["model"].startswith(networks.MONAI):
@@ -100,23 +100,6 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Print what was written."""
     print(f"{result['name']}: {result['model']}, {result['parameters']:,} parameters")
     print(f"written: {result['out']} (docs/README.md says how to run it)")
-
-
-def _read(run: Path) -> tuple[Fitted, dict]:
-    """The settings and the network's description of one trained network."""
-    if not (run / FITTED).is_file():
-        folds = sorted(file.parent.name for file in run.glob(f"*/{FITTED}"))
-        raise UserError(
-            f"run: {run}: expected one network, got the folds {', '.join(folds)}: name one of them"
-            if folds
-            else f"run: {run}: no {FITTED} in it: not written by medssm train"
-        )
-    if not (run / networks.WEIGHTS).is_file():
-        raise UserError(f"run: {run / networks.WEIGHTS}: no such file (the training is not finished)")
-    config = read_json(run / networks.CONFIG)
-    if not config.get("model"):
-        raise UserError(f"run: {run}: trained from a {config.get('class')} given as a module; a bundle has to name its network")
-    return Fitted.load(run / FITTED), config
 
 
 @torch.no_grad()

@@ -1,0 +1,89 @@
+"""What an exported file says of itself: everything between a scan and its label map, as one JSON text, read without torch by `medssm_runtime`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import medssm
+from medssm.errors import UserError
+from medssm.files import read_json
+from medssm.segment import networks, postprocess
+from medssm.segment.data import FITTED
+from medssm.segment.inference import OVERLAP
+from medssm.segment.predict import weights_of
+from medssm.segment.preprocess import Fitted
+
+KEY = "medssm"  # in metadata_props of an ONNX file, in rt_info of an OpenVINO file
+SCHEMA = 1  # raised when a reader of an older schema would do something wrong
+
+
+def read_run(run: Path | str, weights: str = "last") -> tuple[Fitted, dict[str, Any]]:
+    """The settings and the network's description (config.json) of one trained network, whose weights are there.
+
+    Raises UserError for several folds, for a folder without those weights, and for a network that was given to `train` as a module.
+    """
+    run = Path(run)
+    if not (run / FITTED).is_file():
+        folds = sorted(file.parent.name for file in run.glob(f"*/{FITTED}"))
+        raise UserError(
+            f"run: {run}: expected one network, got the folds {', '.join(folds)}: name one of them"
+            if folds
+            else f"run: {run}: no {FITTED} in it: not written by medssm train"
+        )
+    weights_of(run, weights)
+    config = read_json(run / networks.CONFIG)
+    if not config.get("model"):
+        raise UserError(f"run: {run}: trained from a {config.get('class')} given as a module; what is exported has to name its network")
+    return Fitted.load(run / FITTED), config
+
+
+def metadata(
+    run: Path | str, *, weights: str = "last", overlap: float = OVERLAP, mirror: bool = False, custom_ops: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The table that an exported file carries under `KEY`, as `text` of it; docs/guides/runtime.md explains the entries.
+
+    Args:
+        run: folder written by medssm train; of folds, one of them
+        weights: those of the end of the training ("last"), or those with the best validation ("best")
+        overlap: of neighbouring windows, 0 to less than 1, unless the user of the file says otherwise
+        mirror: average over the mirrorings that the network was trained with, unless the user of the file says otherwise
+        custom_ops: {"domain": ..., "version": ...} that the file needs beside an engine's own operators; None if it needs none
+
+    Raises:
+        UserError: see `read_run`.
+    """
+    run = Path(run)
+    fitted, config = read_run(run, weights)
+    file = weights_of(run, weights)
+    return {
+        "schema": SCHEMA,
+        "medssm": medssm.__version__,
+        "model": config["model"],
+        "compression": [step["kind"] for step in config.get("compression", [])],
+        "spatial_dims": len(fitted.patch),
+        "channels": [{"name": name, **how} for name, how in zip(fitted.channels, fitted.intensity, strict=True)],
+        "classes": fitted.classes,
+        "regions": {"values": fitted.regions.values, "written": fitted.regions.written} if fitted.regions else None,
+        "spacing": fitted.spacing,
+        "patch": fitted.patch,
+        "slice_axis": fitted.slice_axis,
+        "overlap": overlap,
+        "mirror": {"average": mirror, "axes": fitted.mirror, "sides": fitted.sides},
+        "postprocessing": {name: how for name, how in postprocess.load([run], list(fitted.structures)).items() if how},
+        "weights": {"file": file, "sha256": sha256(run / file)},
+        "custom_ops": None if custom_ops is None else dict(custom_ops),
+    }
+
+
+def text(table: Mapping[str, Any]) -> str:
+    """A table of `metadata` as the text that a file carries."""
+    return json.dumps(table, allow_nan=False)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
