@@ -68,6 +68,8 @@ def export_bundle(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out: expected a new folder, {out} exists")
     fitted, config = read_run(run)
+    if config.get("compression"):
+        raise UserError(f"run: {run}: compressed, and a bundle builds its network by name alone: export the run that it was made of")
     network, kwargs = _with_one_output(networks.load(run), config, fitted)
     requires = {"nibabel": nibabel.__version__, "pytorch-ignite": str(IgniteInfo.OPT_IMPORT_VERSION.value)}
     if not config["model"].startswith(networks.MONAI):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import medssm
+from medssm.compress.steps import restructured
 from medssm.errors import UserError
 from medssm.files import first_line, read_json, write_bytes, write_json
 from medssm.nn import Classifier, Encoder
@@ -95,11 +96,15 @@ def save_weights(path: Path, network: nn.Module) -> None:
 def load(folder: Path, network: nn.Module | None = None, name: str = WEIGHTS) -> nn.Module:
     """The network of a folder with its weights, of the file `name`; `network` is needed for one that was given to `train` as a module."""
     config = read_json(folder / CONFIG)
-    if network is None:
-        if not config.get("model"):
-            raise UserError(f"{folder}: trained from a {config.get('class')} given as a module: pass it as model")
-        network = build(config["model"], **config["kwargs"])
-    return load_weights(folder / name, network)
+    if network is None and not config.get("model"):
+        raise UserError(f"{folder}: trained from a {config.get('class')} given as a module: pass it as model")
+    return load_weights(folder / name, of_config(config, network))
+
+
+def of_config(config: Mapping[str, Any], network: nn.Module | None = None) -> nn.Module:
+    """The network that a config.json describes, compressed where it says so, without trained weights; `network` as for `load`."""
+    network = build(config["model"], **config["kwargs"]) if network is None else network
+    return restructured(network, config.get("compression", []))
 
 
 def load_weights(path: Path, network: nn.Module) -> nn.Module:
