@@ -206,7 +206,7 @@ class Wheel(bdist_wheel):
 
 def layout() -> dict:
     """The packages. medssm/kernels links to kernels/; a checkout or archive without links takes that folder by name."""
-    packages = find_packages(include=["medssm", "medssm.*"])
+    packages = find_packages(include=["medssm", "medssm.*", "medssm_runtime"])
     if "medssm.kernels" in packages:
         return {"packages": packages}
     kernels = [f"medssm.{name}" for name in find_packages(include=["kernels", "kernels.*"])]

@@ -100,7 +100,7 @@ def test_the_wheel_serves_every_python(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("medssm/_lib/libmedssm_cpu") for name in names)
     assert {"medssm/py.typed", "medssm/models/measured.json", "medssm/kernels/selective_scan/reference.py"} <= set(names)
-    assert {name.split("/")[0] for name in names} == {"medssm", f"medssm-{medssm.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"medssm", "medssm_runtime", f"medssm-{medssm.__version__}.dist-info"}
 
 
 @compiled
