@@ -144,7 +144,9 @@ class MambaLayer(nn.Module):
         return image(t + self.mamba(self.norm(t))).contiguous()  # the convolutions around it work channel by channel
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
+    """A step to half the resolution, the gated convolutions, the Mamba layers."""
+
     def __init__(self, down: nn.Sequential, gsc: GatedSpatialConv, layers: Sequence[MambaLayer]) -> None:
         super().__init__()
         self.down, self.gsc, self.layers = down, gsc, nn.Sequential(*layers)
@@ -154,7 +156,7 @@ class _Stage(nn.Module):
         return y
 
 
-class _Out(nn.Module):
+class Out(nn.Module):
     """What of a stage's map goes to the decoder: a norm and an MLP."""
 
     def __init__(self, channels: int, spatial_dims: int) -> None:
@@ -170,7 +172,7 @@ def _encoder(in_channels: int, features: Sequence[int], depths: Sequence[int], s
     downs = [nn.Sequential(CONV[dims](in_channels, features[0], 7, 2, 3))]
     downs += [nn.Sequential(INSTANCE_NORM[dims](a), CONV[dims](a, b, 2, 2)) for a, b in itertools.pairwise(features)]
     stages = [
-        _Stage(down, GatedSpatialConv(c, dims), [MambaLayer(c, n) for _ in range(depth)])
+        Stage(down, GatedSpatialConv(c, dims), [MambaLayer(c, n) for _ in range(depth)])
         for down, c, depth, n in zip(downs, features, depths, slices, strict=True)
     ]
-    return Encoder(nn.Identity(), stages, features, [(2,) * dims] * len(features), [_Out(c, dims) for c in features])
+    return Encoder(nn.Identity(), stages, features, [(2,) * dims] * len(features), [Out(c, dims) for c in features])

@@ -157,8 +157,7 @@ def _mlla(m: MLLA, spatial: Sequence[int]) -> Carried:
     def turned(x: Tensor, row: int) -> tuple[Tensor, Tensor] | None:
         if not attention.rotary:
             return None
-        cos, sin = (t.unflatten(-1, (heads, -1)) for t in turned_from(row, x.shape[1:-1], x.shape[-1], x.device, compute_dtype(x)))
-        return cos, sin
+        return attention.by_heads(turned_from(row, x.shape[1:-1], attention.angles, x.device, compute_dtype(x)))
 
     def rows(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k = attention.qk(u).flatten(1, -2).unflatten(-1, (2, heads, -1)).unbind(2)

@@ -28,33 +28,51 @@ class LinearAttention(Leaf):
         channels: in and out. heads: each has channels / heads of them, an even number, since rotations take two. bias: of qk.
         rotary=False leaves the rotation out. kernel: the side of lepe's depthwise kernel.
 
-    Weights: qk (2c, c) and lepe, as MLLA's.
+    Weights: qk (2c, c) and lepe, as MLLA's. `keep_heads` adds the buffer `turned` (c,).
     """
+
+    turned: Tensor | None
 
     def __init__(self, channels: int, heads: int, spatial_dims: int = 2, bias: bool = True, rotary: bool = True, kernel: int = 3) -> None:
         super().__init__()
         check_dims(spatial_dims)
         if channels % heads or (rotary and channels // heads % 2):
             raise ValueError(f"heads: expected a number that divides {channels} channels into even parts, got {heads}")
-        self.heads, self.rotary = heads, rotary
+        self.heads, self.rotary, self.angles = heads, rotary, channels
+        self.register_buffer("turned", None)
         self.qk = nn.Linear(channels, 2 * channels, bias=bias)
         self.lepe = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, *spatial, channels) -> the same shape."""
-        spatial, channels = x.shape[1:-1], x.shape[-1]
+        spatial = x.shape[1:-1]
         q, k = self.qk(x).flatten(1, -2).unflatten(-1, (2, self.heads, -1)).unbind(2)
         v = x.flatten(1, -2).unflatten(-1, (self.heads, -1))
         rotary, length = None, math.prod(spatial)
         feature_map: str | None = "elu"
         eps = 1e-6 * length
         if self.rotary:
-            turns = torch.ops.medssm.rotations(x.detach()) if modes.traced() else rotations(spatial, channels, x.device, compute_dtype(x))
-            rotary = tuple(t.unflatten(-1, (self.heads, -1)) for t in turns)
+            if modes.traced():
+                like = x.detach() if self.turned is None else x.detach()[..., :1].expand(*x.shape[:-1], self.angles)  # the operator looks at the size
+                turns = torch.ops.medssm.rotations(like)
+            else:
+                turns = rotations(spatial, self.angles, x.device, compute_dtype(x))
+            rotary = self.by_heads(turns)
         if modes.traced():  # an operator's number would be that of the traced size: the same quotient by k / l
             q, k, feature_map, eps = nn.functional.elu(q) + 1, (nn.functional.elu(k) + 1) / length, None, 1e-6
         o: Tensor = ops.linear_attention(q, k, v, feature_map=feature_map, rotary=rotary, eps=eps)
         return o.flatten(-2).view_as(x) + depthwise(self.lepe, x)
+
+    def by_heads(self, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of all `angles` channels, (l, angles) each -> (l, heads, channels of a head), of the heads that are there."""
+        cos, sin = (t if self.turned is None else t.index_select(-1, self.turned) for t in turns)
+        return cos.unflatten(-1, (self.heads, -1)), sin.unflatten(-1, (self.heads, -1))
+
+    def keep_heads(self, heads: Tensor) -> None:
+        """Keep the rotations of these heads alone, which turn as they did; it is for who removes the other heads' weights."""
+        channels = torch.arange(self.angles) if self.turned is None else self.turned
+        self.turned = channels.view(self.heads, -1)[heads.to(channels.device)].flatten()
+        self.heads = len(heads)
 
 
 class MLLA(nn.Module):

@@ -145,7 +145,7 @@ def reach(network: nn.Module, x: Tensor, target: Sequence[int]) -> list[Reach]:
     if isinstance(network, AnySize):  # what the layers see
         spatial = tuple(sizes.pad_to(x, network.size_divisor, network.size, network.instance_norms).shape[2:])
     found: list[Reach] = []
-    with _observed(network) as seen:
+    with observed(network) as seen:
         network(x)
     for layer, op, call, grids in seen:
         grid = _grid(op, call, grids, len(spatial))
@@ -219,16 +219,16 @@ def _grid(op: str, call: Mapping[str, Any], grids: Sequence[tuple[int, ...]], di
     return None
 
 
-_Seen = list[tuple[str, str, dict[str, Any], list[tuple[int, ...]]]]
+Seen = list[tuple[str, str, dict[str, Any], list[tuple[int, ...]]]]
 
 
 @contextlib.contextmanager
-def _observed(network: nn.Module) -> Iterator[_Seen]:
+def observed(network: nn.Module) -> Iterator[Seen]:
     """A list of every call of an op that this thread makes in the block: (layer, op, arguments, shapes of the inputs of the modules around it).
 
     Layers call medssm.ops.<op>, so a function that notes the call stands there meanwhile.
     """
-    seen: _Seen = []
+    seen: Seen = []
     around: list[tuple[str, tuple[int, ...]]] = []
     thread, functions = threading.get_ident(), {op: getattr(ops, op) for op in _INPUTS}
 

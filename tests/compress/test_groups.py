@@ -1,0 +1,139 @@
+"""Removing channels, states and heads: what is left computes what the whole network computes when all that was removed is zero."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from medssm.compress.couplings import groups_of
+from medssm.errors import UserError
+from medssm.nn import MLLA, SSND, BiMamba, DeltaNet, GatedLinearAttention, Mamba2, SpatialMix
+from medssm.nn.mamba2 import GatedRMSNorm
+from medssm.orders import raster
+from tests.compress.networks import NETWORKS, network_of
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, GatedRMSNorm)
+
+
+def some(group, generator):
+    """About half of the units, as many of each bank, drawn."""
+    each = group.size // group.banks
+    picked = [bank * each + torch.randperm(each, generator=generator)[: (each + 1) // 2].sort().values for bank in range(group.banks)]
+    return torch.cat(picked)
+
+
+def over_the_kept(norm, stays):
+    """A norm whose statistics are of the channels that stay: those that went are no part of the smaller network's statistics."""
+    small = copy.deepcopy(norm)
+    for name in ("weight", "bias"):
+        if getattr(small, name, None) is not None:
+            setattr(small, name, nn.Parameter(getattr(small, name).detach()[stays]))
+    if not isinstance(norm, GatedRMSNorm):
+        small.normalized_shape = (int(stays.sum()),)
+    axis = 1 if type(norm).__name__ == "ChannelNorm" else -1
+
+    def forward(*inputs):
+        index = stays.nonzero().flatten()
+        found = small(*(x.index_select(axis, index) for x in inputs))
+        return torch.zeros_like(inputs[0]).index_copy(axis, index, found)
+
+    norm.forward = forward
+
+
+@torch.no_grad()
+def zeroed(network, kept, in_channels=2):
+    """A copy of the network in which the slices of all units that are not kept are zero."""
+    network = copy.deepcopy(network)
+    stays = {}
+    for group in groups_of(network, in_channels).all:
+        if group.name not in kept:
+            continue
+        gone = torch.ones(group.size, dtype=torch.bool)
+        gone[kept[group.name]] = False
+        for module, name, axis, index in group.slices:
+            rows = index[gone].flatten()
+            getattr(module, name).index_fill_(axis, rows, 0)
+            if isinstance(module, NORMS) and name == "weight":
+                stays.setdefault(module, torch.ones(len(module.weight), dtype=torch.bool))[rows] = False
+    for norm, mask in stays.items():
+        over_the_kept(norm, mask)
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        lambda: Mamba2(16, 8, headdim=4, ngroups=2, D_has_hdim=True),
+        lambda: Mamba2(16, 8, headdim=4, rmsnorm=False, bias=True),
+        lambda: GatedLinearAttention(16, 4, decay="head", orders=[raster()]),
+        lambda: GatedLinearAttention(16, 4, gate=None),
+        lambda: DeltaNet(16, 4, gated=False, conv="order"),
+        lambda: DeltaNet(16, 4, conv=None, gate=None),
+        lambda: SSND(16, 4, gate=None, d_conv=1, spatial_dims=3),
+        lambda: MLLA(16, 4, rotary=False),
+        lambda: SpatialMix(16, key_norm=True, pixels=0),
+        lambda: BiMamba(16, 4, divide_out=True, bias=True),
+    ],
+)
+def test_options_of_mixers(mixer):
+    torch.manual_seed(0)
+    network, generator = nn.Sequential(nn.Linear(16, 16), mixer(), nn.Linear(16, 2)).eval(), torch.Generator().manual_seed(1)
+    kept = {group.name: some(group, generator) for group in groups_of(network, 16).all if group.kind != "fixed" and group.name != "2"}
+    small, x = copy.deepcopy(network), torch.randn(1, *(4,) * getattr(network[1], "spatial_dims", 2), 16)
+    groups_of(small, 16).cut(kept)
+    assert parameters(small) < parameters(network)
+    torch.testing.assert_close(small(x), zeroed(network, kept, 16)(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_network_is_cut_twice():
+    network, x = network_of("medssm_unet linear_attention")
+    once, twice = copy.deepcopy(network), copy.deepcopy(network)
+    name = "encoder.stages.3.1.mixer.heads"
+    groups_of(once, 2).cut({name: torch.tensor([1, 3])})
+    groups_of(twice, 2).cut({name: torch.tensor([1, 2, 3])})
+    groups_of(twice, 2).cut({name: torch.tensor([0, 2])})
+    assert torch.equal(once(x)[0], twice(x)[0])
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("kinds", [("channels",), ("states", "heads"), ("channels", "states", "heads")])
+def test_the_cut_network_is_the_whole_one_with_zeros(name, kinds):
+    network, x = network_of(name)
+    generator = torch.Generator().manual_seed(1)
+    kept = {group.name: some(group, generator) for group in groups_of(network, 2).all if group.kind in kinds}
+    small = copy.deepcopy(network)
+    groups_of(small, 2).cut(kept)
+    assert not kept or parameters(small) < parameters(network)
+    for found, wanted in zip(outputs(small, x), outputs(zeroed(network, kept), x), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def outputs(network, x):
+    y = network(x)
+    return y if isinstance(y, list) else [y]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_weight_but_the_ranks_is_in_a_group(name):
+    network, _ = network_of(name)
+    image = groups_of(network, 2)
+    known = {(id(part.module), part.name) for group in image.all for part in group.slices}
+    missing = [
+        f"{path}.{key}"
+        for path, module in network.named_modules()
+        for key, _ in module.named_parameters(recurse=False)
+        if (id(module), key) not in known
+    ]
+    assert [key for key in missing if not key.endswith(("o_norm.weight", "decay_in.bias"))] == []
+
+
+def test_a_network_that_declares_nothing_is_one_clear_line():
+    with pytest.raises(UserError, match=r"^prune: Bilinear \(1\) does not say which of its channels belong together: expected a network of"):
+        groups_of(nn.Sequential(nn.Linear(2, 2), nn.Bilinear(2, 2, 2)), 2)
