@@ -53,10 +53,10 @@ def costs(network: nn.Module, example: Tensor) -> dict[tuple[nn.Module, str], Co
                 shared.append((inside[path], "weight"))
         left, size = max(0.0, own - sum(parts.values())), sum(getattr(*key).numel() for key in shared)
         parts |= {key: left * getattr(*key).numel() / size for key in shared}
-        flops = sum(parts.values())
+        total = sum(parts.values())
         for key, part in parts.items():
             each = part / getattr(*key).numel()
-            found[key] = Cost(each / 2, spent * each / flops if flops else 0.0)
+            found[key] = Cost(each / 2, spent * each / total if total else 0.0)
     return found
 
 
@@ -89,7 +89,7 @@ def _measured(network: nn.Module, example: Tensor) -> dict[str, float]:
     for name, module in network.named_modules():
         if any(True for _ in module.children()):  # a layer that a kernel reads stays without hooks: see medssm.nn.inner
             handles.append(module.register_forward_pre_hook(lambda *_: begun.append(now())))
-            handles.append(module.register_forward_hook(lambda *_, name=name: leave(name)))  # type: ignore[misc]
+            handles.append(module.register_forward_hook(lambda *_, name=name: leave(name)))
     try:
         network(example)
         for _ in range(_RUNS):

@@ -156,9 +156,10 @@ def _mlla(groups: Groups, mixer: MLLA, x: Channels) -> Channels:
     count, width = attention.heads, inner // attention.heads
     heads = groups.new(mixer, count, "heads", what="heads")
     one = rows([0], count, width)
-    for layer in (mixer.in_proj, mixer.act_proj):
+    layers: list[Any] = [mixer.in_proj, mixer.act_proj, mixer.dwc, attention.lepe]
+    for layer in layers[:2]:
         groups.along(x, layer, "weight", 1)
-    for layer in (mixer.in_proj, mixer.act_proj, mixer.dwc, attention.lepe):
+    for layer in layers:
         for name in ("weight", "bias"):
             groups.take(heads, layer, name, 0, one)
     groups.take(heads, attention.qk, "weight", 1, one)
@@ -169,7 +170,7 @@ def _mlla(groups: Groups, mixer: MLLA, x: Channels) -> Channels:
     heads.on_cut.append(attention.keep_heads)
 
     def update() -> None:
-        for layer in (mixer.in_proj, mixer.act_proj, mixer.dwc, attention.lepe, attention.qk, mixer.out_proj):
+        for layer in (*layers, attention.qk, mixer.out_proj):
             resize(layer)
 
     groups.after(update)

@@ -20,12 +20,12 @@ Norm = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
 
 class Slice(NamedTuple):
-    """What belongs to a group in one tensor: unit i has the rows `index[i]` of the axis."""
+    """What belongs to a group in one tensor: unit i has the rows `rows[i]` of the axis."""
 
     module: nn.Module
     name: str
     axis: int
-    index: Tensor  # (units, rows)
+    rows: Tensor  # (units, rows)
 
 
 @dataclass(eq=False)
