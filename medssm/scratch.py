@@ -26,22 +26,22 @@ _SLAB = 2**22  # bytes of one piece of a store
 
 
 class Store:
-    """An array of float32, zeros at first, cut along its first axis: in memory or in a file.
+    """An array of numbers, zeros at first, cut along its first axis: in memory or in a file.
 
-    `store[rows, ...]` and `store[rows, ...] = values` take slices. A file is mapped for the time of one access, and only the rows that are asked
-    for: it adds nothing to the memory of the process, and what is read is a copy.
+    `store[rows, ...]` and `store[rows, ...] = values` take slices. A file is mapped for the time of one access, a few rows after the other: it adds
+    nothing to the memory of the process, and what is read is a copy.
     """
 
-    def __init__(self, shape: tuple[int, ...], file: Any = None, device: torch.device | None = None) -> None:
-        self.shape, self._file = shape, file
+    def __init__(self, shape: tuple[int, ...], file: Any = None, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self.shape, self.dtype, self._file = shape, dtype, file
         with torch.inference_mode(False):  # so that it may be changed in any mode
-            self._tensor = torch.zeros(shape, device=device) if file is None else None
+            self._tensor = torch.zeros(shape, dtype=dtype, device=device) if file is None else None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Store:
         """A tensor in memory as a store; it is not copied."""
         made = cls.__new__(cls)
-        made.shape, made._file, made._tensor = tuple(tensor.shape), None, tensor
+        made.shape, made.dtype, made._file, made._tensor = tuple(tensor.shape), tensor.dtype, None, tensor
         return made
 
     @property
@@ -52,20 +52,22 @@ class Store:
     @property
     def memory(self) -> int:
         """Bytes of memory that it takes: none where it is a file, or closed."""
-        return 0 if self._tensor is None else 4 * self._tensor.numel()
+        return 0 if self._tensor is None else self.dtype.itemsize * self._tensor.numel()
 
     def __getitem__(self, key: tuple[slice, ...] | slice) -> Tensor:
         rows, *rest = key if isinstance(key, tuple) else (key,)
         if self._tensor is not None:
             return self._tensor[(rows, *rest)]
-        return torch.from_numpy(self._mapped(rows)[(slice(None), *rest)].copy())
+        parts = [torch.from_numpy(mapped[(slice(None), *rest)].copy()) for _, mapped in self._mapped(rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __setitem__(self, key: tuple[slice, ...] | slice, values: Tensor) -> None:
         rows, *rest = key if isinstance(key, tuple) else (key,)
         if self._tensor is not None:
             self._tensor[(rows, *rest)] = values
         else:
-            self._mapped(rows)[(slice(None), *rest)] = values.cpu().numpy()
+            for part, mapped in self._mapped(rows):
+                mapped[(slice(None), *rest)] = values[part].cpu().numpy()
 
     def add(self, key: tuple[slice, ...], values: Tensor) -> None:
         """Add `values`, on any device, to what is there."""
@@ -76,11 +78,7 @@ class Store:
 
     def slabs(self, size: int = _SLAB) -> Iterator[slice]:
         """Slices of the first axis that together are the whole, each of at most `size` bytes or one row."""
-        return slabs(self.shape[0], 4 * math.prod(self.shape[1:]), size)
-
-    def array(self) -> np.ndarray:
-        """The whole array; a file stays mapped for as long as the array is used."""
-        return self._mapped(slice(0, self.shape[0])) if self._tensor is None else self._tensor.cpu().numpy()
+        return slabs(self.shape[0], self._row, size)
 
     def close(self) -> None:
         """Give its memory or its file back."""
@@ -88,10 +86,19 @@ class Store:
         if self._file is not None:
             self._file.close()
 
-    def _mapped(self, rows: slice) -> np.ndarray:
+    @property
+    def _row(self) -> int:
+        """Bytes of a row."""
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+    def _mapped(self, rows: slice) -> Iterator[tuple[slice, np.ndarray]]:
+        """The rows of the file in slabs, each with its place among them; one without rows where none are asked for."""
         start, stop, _ = rows.indices(self.shape[0])
-        offset = 4 * start * math.prod(self.shape[1:])
-        return np.memmap(self._file, np.float32, "r+", offset, (stop - start, *self.shape[1:]))
+        kind = torch.empty(0, dtype=self.dtype).numpy().dtype
+        if stop <= start:
+            yield slice(0, 0), np.empty((0, *self.shape[1:]), kind)
+        for part in slabs(stop - start, self._row):
+            yield part, np.memmap(self._file, kind, "r+", self._row * (start + part.start), (part.stop - part.start, *self.shape[1:]))
 
 
 class Scratch:
@@ -113,13 +120,13 @@ class Scratch:
         for store in self._stores:
             store.close()
 
-    def store(self, *shape: int, device: torch.device | None = None) -> Store:
+    def store(self, *shape: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Store:
         """A new store; one on another device than the CPU takes none of the room. UserError where neither memory nor the disk has room for it."""
         if device is not None and device.type != "cpu":
-            return Store(shape, device=device)
-        needed = 4 * math.prod(shape)
+            return Store(shape, device=device, dtype=dtype)
+        needed = dtype.itemsize * math.prod(shape)
         fits = needed + sum(store.memory for store in self._stores) <= self.memory
-        made = Store(shape) if fits else Store(shape, self._file(needed))
+        made = Store(shape, None if fits else self._file(needed), dtype=dtype)
         self._stores.append(made)
         return made
 

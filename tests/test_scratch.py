@@ -23,7 +23,7 @@ def test_a_store_in_a_file_is_a_store_in_memory(tmp_path):
             store.add((slice(3, 5), slice(1, 3)), torch.ones(2, 2, 4))
         one, other = pair
         assert torch.equal(one[:], other[:]) and one[:].sum() == 153 + 16
-        assert torch.equal(one[2:4, 1:, 3:], other[2:4, 1:, 3:]) and (one.array() == other.array()).all()
+        assert torch.equal(one[2:4, 1:, 3:], other[2:4, 1:, 3:]) and other[3:3].shape == (0, 3, 4)
         assert [(rows.start, rows.stop) for rows in other.slabs(4 * 25)] == [(0, 2), (2, 4), (4, 5)]
 
 

@@ -73,7 +73,7 @@ def metadata(
         "slice_axis": fitted.slice_axis,
         "overlap": overlap,
         "mirror": {"average": mirror, "axes": fitted.mirror, "sides": fitted.sides},
-        "postprocessing": {name: how for name, how in postprocess.load([run], list(fitted.structures)).items() if how},
+        "postprocessing": {name: how for name, how in postprocess.load([run], list(fitted.structures), weights).items() if how},
         "weights": {"file": file, "sha256": sha256(run / file)},
         "custom_ops": None if custom_ops is None else dict(custom_ops),
     }

@@ -126,9 +126,9 @@ class _Counted(Scratch):
     def __enter__(self) -> _Counted:
         return self
 
-    def store(self, *shape: int, device: torch.device | None = None) -> Store:
+    def store(self, *shape: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Store:
         """A store without memory."""
-        made = Store(shape, device=torch.device("meta"))
+        made = Store(shape, device=torch.device("meta"), dtype=dtype)
         self._stores.append(made)
         self.peak = max(self.peak, sum(store.memory for store in self._stores))
         return made

@@ -41,9 +41,9 @@ from medssm.segment.images import (
     is_made_here,
     lengths,
     nifti,
+    open_channels,
     open_image,
     ras_grid,
-    read_image,
     read_label,
     write_image,
 )
@@ -52,14 +52,15 @@ from medssm.segment.inputs import cases_of
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
 from medssm.segment.regions import decided, structures
-from medssm.segment.resample import from_ras, on_spacing, ras, resampled
+from medssm.segment.resample import on_spacing, ras, resampled
+from medssm.segment.stored import OnFile, read_stored
 from medssm.segment.stream import check_streamed, streamed_probabilities
 from medssm.segment.targets import has_label_map
 from medssm.segment.targets import targets as targets_of
 from medssm.segment.uncertainty.ensemble import Ensemble
 from medssm.segment.uncertainty.members import Member, dropping
 from medssm.segment.uncertainty.sums import MAPS, PROBABILITIES, map_of
-from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, write_volumes
+from medssm.segment.volumetry import VOLUMES, Volumes, is_volumes, read_volumes, volumes, voxel_ml, write_volumes
 
 Infer: TypeAlias = "Callable[..., Store]"  # (network, image, fitted, scratch, show=...) -> probabilities (x, outputs or more, y, z)
 
@@ -159,20 +160,19 @@ def predict(
         runs = [Run(fold.network, fold.fitted) for fold in folds]
         where = None if scratch is None else Path(scratch)
         explainer = Explainer(explain, runs, device=place, overlap=overlap, batch=batch, at=explain_at, nan=nan, scratch=where, overwrite=overwrite)
-    steps = _postprocessing(folds, postprocessing)
+    steps = _postprocessing(folds, postprocessing, weights)
     if not quiet and any(steps.values()):
         print(f"post-processing: {postprocess.described(steps)}", file=sys.stderr)
     members, ensemble = [Member(i, mirror) for i in range(len(folds))], None
     if uncertainty is not None:
         options = {"--weights best": weights == "best", "--mirror": mirror, "--stream": stream, "--overlap": overlap != OVERLAP}
         unlike = [name for name, given in (options | {"--postprocessing none": postprocessing == "none"}).items() if given]
-        ensemble = Ensemble.of(uncertainty, folds, mirror, level, unlike, postprocessing == "auto")
+        ensemble = Ensemble.of(uncertainty, folds, mirror, level, unlike, weights if postprocessing == "auto" else None)
         members = list(ensemble.members)
         if stream and any(member.seed is not None for member in members):
             raise UserError("stream: dropout is not streamed: leave --stream out")
         if not quiet:
             print(f"uncertainty: from {'; '.join(ensemble.said)}", file=sys.stderr)
-    cases = cases_of([Path(path) for path in listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     cases = cases_of([Path(path) for path in listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     targets = targets_of(cases, Path(out), format)
     table = None if Path(out) in targets.values() else Path(out) / VOLUMES
@@ -267,18 +267,19 @@ def _predict_case(
     infer: Infer,
     show: Callable[[float], None],
 ) -> Volumes:
-    data, file = read_image(case.images, len(folds[0].fitted.channels), nan)
+    files = open_channels(case.images, len(folds[0].fitted.channels))
+    file = files[0]
     say(file)
     check_output(target, file)
-    if data.max() == data.min():
-        raise UserError(f"{case.images[0]}: every voxel of the image is {data.flat[0]:g}")
     fitted, onto = folds[0].fitted, ras(file.affine, file.shape)
     values, outputs = np.array(list(fitted.classes.values())), len(fitted.outputs)
-    with Scratch(_room(case, file, folds), scratch, str(case.images[0])) as stores:
+    with Scratch(_room(case, files, folds), scratch, str(case.images[0])) as stores:
+        read = read_stored(files, nan, stores)
         grids = []  # folds on one grid are summed there, so that each grid is resampled back once
         spacings = dict.fromkeys(fold.fitted.spacing for fold in folds)
-        images = {spacing: on_spacing(torch.from_numpy(data), file.affine, spacing, stores) for spacing in spacings}
-        del data
+        images = {spacing: on_spacing(read, onto, spacing, stores) for spacing in spacings}
+        if all(image is not read for _, image in images.values()):
+            read.close()
         spread = ensemble.begin(file, onto, stores) if ensemble else None
         for spacing, (grid, image) in images.items():
             totals: list[Store] = []
@@ -306,33 +307,28 @@ def _predict_case(
             return sum((resampled(_reader(total, outputs), grid, onto, rows) for grid, total in grids), torch.zeros(())) / len(folds)
 
         mean = spread.sums.mean if spread else averaged
-        labels = np.empty(onto.shape, _smallest(values))
+        positions = stores.store(*onto.shape, dtype=fitted.position_type)
         kept = stores.store(*onto.shape, outputs) if save_probabilities else None
         for rows in slabs(onto.shape[0], 4 * outputs * math.prod(onto.shape[1:])):
             back = mean(rows)
-            labels[rows] = values[decided(back, values.tolist(), fitted.regions).numpy()]
+            positions[rows] = decided(back, values.tolist(), fitted.regions).to(positions.dtype)
             if kept is not None:
                 kept[rows] = back.movedim(0, -1)
-        labels = postprocess.processed(from_ras(labels, file.affine), steps, _by_value(fitted), abs(float(np.linalg.det(file.affine[:3, :3]))) / 1000)
+        postprocess.process(positions, steps, fitted.to_process, voxel_ml(file))
+        labels = OnFile(positions, file, values.astype(_smallest(values)))
         write_image(target, labels, file, fitted.classes)
         if kept is not None:
-            nifti.write(map_of(target, PROBABILITIES), from_ras(kept.array(), file.affine), file)
+            nifti.write(map_of(target, PROBABILITIES), OnFile(kept, file), file)
         measured = volumes(labels, file, structures(fitted.classes, fitted.regions))
         if spread:
             spread.finish(target, measured)
         return measured
 
 
-def _postprocessing(folds: Sequence[_Fold], wanted: str) -> postprocess.Steps:
+def _postprocessing(folds: Sequence[_Fold], wanted: str, weights: str) -> postprocess.Steps:
     if wanted not in ("auto", "none"):
         raise UserError(f"postprocessing: expected auto or none, got {wanted!r}")
-    return postprocess.load([fold.folder for fold in folds], list(folds[0].fitted.structures)) if wanted == "auto" else {}
-
-
-def _by_value(fitted: Fitted) -> dict[str, tuple[tuple[int, ...], int]]:
-    """`Fitted.to_process` for a label map as it is written."""
-    values = list(fitted.classes.values())
-    return {name: (tuple(values[i] for i in positions), values[written]) for name, (positions, written) in fitted.to_process.items()}
+    return postprocess.load([fold.folder for fold in folds], list(folds[0].fitted.structures), weights) if wanted == "auto" else {}
 
 
 def _measured_before(
@@ -378,12 +374,12 @@ def _reader(total: Store, outputs: int) -> Callable[[slice], Tensor]:
     return lambda rows: total[rows][:, :outputs].movedim(1, 0).cpu()
 
 
-def _room(case: Case, file: Image, folds: Sequence[_Fold]) -> float:
-    """Bytes of memory for what is stored: half of what the image leaves, since the network needs some too.
+def _room(case: Case, files: Sequence[Image], folds: Sequence[_Fold]) -> float:
+    """Bytes of memory for what is stored: half of what is free, since the network needs some too.
 
-    UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold the image.
+    UserError where the spacing is far from the network's, as of a wrong unit, or where memory cannot hold a file that is read whole.
     """
-    edges, shape = ras_grid(file)
+    edges, _ = ras_grid(files[0])
     for spacing in dict.fromkeys(fold.fitted.spacing for fold in folds):
         wanted = np.where(np.array(spacing) > 0, np.array(spacing), edges)
         if far_apart(edges, wanted):
@@ -391,9 +387,12 @@ def _room(case: Case, file: Image, folds: Sequence[_Fold]) -> float:
                 f"{case.images[0]}: voxels of {lengths(edges)} mm, where the network was trained at {lengths(wanted)} mm: "
                 "a wrong unit of length in its header, or another kind of image"
             )
-    needed, free = 4.0 * math.prod(shape) * (file.channels * len(case.images) + 1), machine.free_memory()  # the image and its labels
+    needed, free = max((file.bytes for file in files if file.parts is None), default=0.0), machine.free_memory()
     if needed > free:
-        raise UserError(f"{case.images[0]}: the image needs some {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
+        raise UserError(
+            f"{case.images[0]}: {files[0].format} is read as a whole, which needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free: "
+            "save it as .nii or .nii.gz"
+        )
     return (free - needed) / 2
 
 

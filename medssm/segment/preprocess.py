@@ -95,6 +95,11 @@ class Fitted:
         return {name: (positions, position) for (name, positions), position in zip(self.structures.items(), written, strict=True)}
 
     @property
+    def position_type(self) -> torch.dtype:
+        """The smallest type that holds the position of each class."""
+        return torch.uint8 if len(self.classes) <= 256 else torch.int16
+
+    @property
     def patch_spacing(self) -> tuple[float, ...]:
         """Millimetres along the patch's axes."""
         return tuple(edge for axis, edge in enumerate(self.spacing) if axis != self.slice_axis)

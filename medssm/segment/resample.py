@@ -1,4 +1,4 @@
-"""A volume on another grid, a few rows at a time, so that only these rows are in memory; and a file's axes turned to RAS and back."""
+"""A volume on another grid, a few rows at a time, so that only these rows are in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from medssm.scratch import Scratch, Store
 from medssm.segment.preprocess import geometry
 
-RESAMPLING = 24  # bytes for each voxel, beside the voxel itself, while an image is resampled at once
 _MARGIN = 2  # rows around those that are asked for: neighbours of an interpolated voxel, and rounding
 
 
@@ -33,7 +32,7 @@ def resampled(read: Callable[[slice], Tensor], grid: Grid, onto: Grid, rows: sli
 
     read: gives rows (c, rows, y, z) of the volume
     """
-    if grid.shape == onto.shape and np.allclose(grid.affine, onto.affine):
+    if _same(grid, onto):
         return read(rows)
     across = np.linalg.solve(grid.affine, onto.affine)  # from a voxel of `onto` to one of `grid`
     corners = itertools.product((rows.start, rows.stop - 1), *((0, n - 1) for n in onto.shape[1:]))
@@ -48,16 +47,15 @@ def resampled(read: Callable[[slice], Tensor], grid: Grid, onto: Grid, rows: sli
     return found[0]
 
 
-def on_spacing(data: Tensor, affine: np.ndarray, spacing: Sequence[float], scratch: Scratch) -> tuple[Grid, Store]:
-    """A file's image (c, x, y, z) along RAS axes at `spacing`, (x, c, y, z): at once, where half of the scratch's memory holds that, else by rows."""
-    onto = at_spacing(affine, tuple(data.shape[1:]), spacing)
-    if (4 * len(data) + RESAMPLING) * math.prod(onto.shape) <= scratch.memory / 2:
-        image = geometry(spacing)(MetaTensor(data, affine=torch.from_numpy(affine)))
-        return Grid(image.affine.numpy(), tuple(image.shape[1:])), Store.of(image.as_tensor().movedim(1, 0))
+def on_spacing(image: Store, grid: Grid, spacing: Sequence[float], scratch: Scratch) -> tuple[Grid, Store]:
+    """An image (x, c, y, z) on a grid along RAS axes at `spacing`; itself, where it has that."""
+    onto = at_spacing(grid.affine, grid.shape, spacing)
+    if _same(grid, onto):
+        return onto, image
     x, y, z = onto.shape
-    store = scratch.store(x, len(data), y, z)
+    store = scratch.store(x, image.shape[1], y, z)
     for rows in store.slabs():
-        store[rows] = resampled(lambda part: data[:, part], Grid(affine, tuple(data.shape[1:])), onto, rows).movedim(1, 0)
+        store[rows] = resampled(lambda part: image[part].movedim(1, 0), grid, onto, rows).movedim(1, 0)
     return onto, store
 
 
@@ -69,17 +67,15 @@ def at_spacing(affine: np.ndarray, shape: tuple[int, ...], spacing: Sequence[flo
     return Grid(pending.peek_pending_affine().numpy(), tuple(int(n) for n in pending.peek_pending_shape()))
 
 
+def _same(grid: Grid, other: Grid) -> bool:
+    return grid.shape == other.shape and np.allclose(grid.affine, other.affine)
+
+
 def ras(affine: np.ndarray, shape: tuple[int, ...]) -> Grid:
     """The grid of a volume whose axes are turned to RAS, as `preprocess.geometry` turns them."""
     orientation = nib.io_orientation(affine)
     turned = tuple(shape[axis] for axis in np.argsort(orientation[:, 0]))
     return Grid(affine @ nib.orientations.inv_ornt_aff(orientation, shape), turned)
-
-
-def from_ras(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Values (x, y, z) or (x, y, z, c) along RAS axes turned to the axes that `affine` has, a view."""
-    along = nib.orientations.axcodes2ornt("RAS")
-    return np.asarray(nib.orientations.apply_orientation(values, nib.orientations.ornt_transform(along, nib.io_orientation(affine))))
 
 
 def _shifted(row: int) -> np.ndarray:

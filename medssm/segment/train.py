@@ -8,6 +8,7 @@ configurations: that is nnU-Net's work.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import re
@@ -252,6 +253,10 @@ def train(
     steps, gain = validate.postprocessing() if dice else ({}, {})
     rows = validate.rows() if dice else []
     held_out_volumes = validate.volumes(steps) if dice and fitted.ignore is None else {}  # a volume with voxels of no label is not known
+    of_best = None
+    if dice and loop.best["step"] != loop.done.step:
+        validate(networks.load_weights(out / networks.BEST, copy.deepcopy(loop.trained)))
+        of_best = validate.postprocessing()
     result = {
         "out": str(out),
         "model": name,
@@ -269,7 +274,7 @@ def train(
     }
     if fabric.is_global_zero:
         if dice:
-            postprocess.save(out / postprocess.POSTPROCESSING, steps, gain)
+            postprocess.save(out / postprocess.POSTPROCESSING, steps, gain, of_best)
         if held_out_volumes:
             conformal.save(out / conformal.CONFORMAL, held_out_volumes)
         loop.log({"finished": result})

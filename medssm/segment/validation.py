@@ -41,7 +41,7 @@ class Validation:
         self.cases, self.arrays, self.fitted, self.fabric = cases, arrays, fitted, fabric
         self.found: list[np.ndarray] = []
         self.dice: list[dict[str, float]] = []
-        self.on_own_grid: list[np.ndarray] = []
+        self.on_own_grid: list[torch.Tensor] = []
 
     def __call__(self, network: nn.Module, show: Callable[[str], None] = lambda text: None, last: bool = False) -> dict[str, float]:
         fitted, device = self.fitted, self.fabric.device
@@ -66,7 +66,7 @@ class Validation:
         dice = {name: (sums[0, i] / sums[1, i]).item() for i, name in enumerate(fitted.structures) if sums[1, i] > 0}
         return {**dice, "mean": sum(dice.values()) / len(dice) if dice else 0.0}
 
-    def postprocessing(self) -> tuple[postprocess.Steps, dict[str, list[float]]]:
+    def postprocessing(self) -> postprocess.Chosen:
         """What post-processing would have raised the last result, and by how much; see `postprocess.choose`."""
         held = []
         for case, (_, label), found in zip(self.cases, self.arrays, self.found, strict=True):
@@ -116,12 +116,12 @@ class Validation:
         return values if self.fabric.world_size == 1 else cast(torch.Tensor, self.fabric.all_reduce(values, reduce_op=how))
 
 
-def _on_own_grid(case: Case, p: torch.Tensor, fitted: Fitted) -> np.ndarray:
+def _on_own_grid(case: Case, p: torch.Tensor, fitted: Fitted) -> torch.Tensor:
     """The label map of probabilities (outputs, x, y, z) on the grid of the case's image along RAS axes, decided as predict does."""
     image = open_image(case.images[0])
     grid, onto = at_spacing(image.affine, image.shape, fitted.spacing), ras(image.affine, image.shape)
     values = list(fitted.classes.values())
-    labels = np.empty(onto.shape, np.min_scalar_type(len(values)))
+    labels = torch.empty(onto.shape, dtype=fitted.position_type)
     for rows in slabs(onto.shape[0], 4 * len(p) * math.prod(onto.shape[1:])):
-        labels[rows] = decided(resampled(lambda part: p[:, part], grid, onto, rows), values, fitted.regions).numpy()
+        labels[rows] = decided(resampled(lambda part: p[:, part], grid, onto, rows), values, fitted.regions)
     return labels

@@ -11,23 +11,33 @@ from typing import TypeAlias
 import numpy as np
 
 from medssm.files import begins_with, write_text
-from medssm.segment.images import Image
+from medssm.scratch import slabs
+from medssm.segment.images import Image, Voxels
 
 VOLUMES = "volumes.csv"
+_PART = 2**21  # voxels that are counted together
 _COLUMNS = ("case", "class", "voxels", "ml")
 INTERVALS = ("members_low_ml", "members_high_ml", "conformal_low_ml", "conformal_high_ml", "conformal_level")
 Volumes: TypeAlias = "dict[str, dict[str, float]]"  # {class: {"voxels": number, "ml": millilitres}}, and some of INTERVALS
 
 
-def volumes(labels: np.ndarray, image: Image, structures: Mapping[str, Sequence[int]]) -> Volumes:
+def volumes(labels: Voxels, image: Image, structures: Mapping[str, Sequence[int]]) -> Volumes:
     """How large each class of a label map is; `image` has the map's geometry, `structures` is {name: values}, as of regions.
 
     1 ml is 1000 mm^3. A voxel has the volume |det A| of the affine A in millimetres, so an oblique grid is measured right.
     """
-    voxel = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
-    numbers = {value: int(np.count_nonzero(labels == value)) for value in {value for values in structures.values() for value in values}}
+    numbers = dict.fromkeys((value for values in structures.values() for value in values), 0)
+    for z in slabs(labels.shape[2], labels.shape[0] * labels.shape[1], _PART):
+        part = labels[:, :, z]
+        for value in numbers:
+            numbers[value] += int(np.count_nonzero(part == value))
     counts = {name: sum(numbers[value] for value in values) for name, values in structures.items()}
-    return {name: {"voxels": count, "ml": count * voxel} for name, count in counts.items()}
+    return {name: {"voxels": count, "ml": count * voxel_ml(image)} for name, count in counts.items()}
+
+
+def voxel_ml(image: Image) -> float:
+    """A voxel's volume in millilitres."""
+    return abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
 
 
 def read_volumes(path: Path) -> dict[str, Volumes]:

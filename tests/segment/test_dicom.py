@@ -362,6 +362,10 @@ def test_a_dicom_seg_is_read_in_place_by_others(tmp_path, several):
         np.testing.assert_array_equal(pixels, [0, 10, 300][number] == LABELS[:, :, z].T)
         seen.add((z, number))
     assert len(seen) == 8
+    image = sitk.ReadImage(tmp_path / "out.dcm")  # the frames as they stand; ITK takes no size of a pixel from a DICOM-SEG
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), 255 * table.pixel_array)
+    first = table.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence[0].ImagePositionPatient
+    np.testing.assert_allclose(image.GetOrigin(), np.array(first, float), atol=1e-6)
     shared = table.SharedFunctionalGroupsSequence[0]
     assert list(shared.PixelMeasuresSequence[0].PixelSpacing) == list(PIXEL)
     np.testing.assert_allclose(np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float), [*ACROSS, *DOWN], atol=1e-6)

@@ -1,5 +1,6 @@
 """Damaged and invented files of every format: read as an image, or refused in one line. No other exception, no file changed, nothing half written."""
 
+import collections
 import gzip
 import hashlib
 import io
@@ -58,7 +59,13 @@ def seeds(tmp_path_factory):
 def check(path) -> bool:
     """Read a file as image and as label map; whether it is one. Every refusal is one line that names the file."""
     before, read = hashlib.sha256(path.read_bytes()).digest(), False
-    for attempt in (lambda: open_image(path), lambda: read_image([path], nan=0.0), lambda: read_label(path), lambda: cases_in(path, 2)):
+    for attempt in (
+        lambda: open_image(path),
+        lambda: collections.deque(open_image(path).pieces(10), maxlen=0),
+        lambda: read_image([path], nan=0.0),
+        lambda: read_label(path),
+        lambda: cases_in(path, 2),
+    ):
         try:
             attempt()
             read = True

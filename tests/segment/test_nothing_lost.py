@@ -85,14 +85,14 @@ def test_cases_that_are_there_are_skipped_when_asked(only, scan, tmp_path):
 @pytest.mark.parametrize("error", [MemoryError("no memory"), OSError("input/output error"), RuntimeError("not enough memory: you tried to allocate")])
 def test_whatever_fails_in_one_case_does_not_end_the_others(only, scan, tmp_path, monkeypatch, capsys, error):
     write(scan.parent / "a_bad_one.nii.gz", volume(8)[0][..., 0])
-    real = module.read_image
+    real = module.read_stored
 
-    def read(paths, channels, nan):
-        if "a_bad_one" in str(paths[0]):
+    def read(files, nan, stores):
+        if "a_bad_one" in str(files[0].path):
             raise error
-        return real(paths, channels, nan)
+        return real(files, nan, stores)
 
-    monkeypatch.setattr(module, "read_image", read)
+    monkeypatch.setattr(module, "read_stored", read)
     status = cli.main(["predict", str(only), str(scan.parent), str(tmp_path / "out"), "--device", "cpu"])
     said = capsys.readouterr()
     assert status == 1 and (tmp_path / "out" / "scan.nii.gz").exists()

@@ -7,6 +7,7 @@ import logging
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 
 from medssm import cli
 from medssm.errors import UserError
@@ -112,11 +113,12 @@ def test_a_scan_in_another_unit_is_refused_before_it_is_resampled(only, tmp_path
 
 
 def test_a_scan_that_memory_cannot_hold_is_refused_and_the_others_go_on(only, tmp_path, monkeypatch, capsys):
-    write(tmp_path / "scans" / "large.nii.gz", volume(7, (80, 72, 64))[0][..., 0])
+    scan = volume(7, (80, 72, 64))[0][..., 0]
     write(tmp_path / "scans" / "small.nii.gz", volume(8)[0][..., 0])
-    monkeypatch.setattr(module.machine, "free_memory", lambda: 2_000_000)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(scan.T), tmp_path / "scans" / "large.nrrd")
+    monkeypatch.setattr(module.machine, "free_memory", lambda: 1_000_000)
     assert cli.main(["predict", str(only), str(tmp_path / "scans"), str(tmp_path / "out"), "--device", "cpu"]) == 1
-    assert "large.nii.gz: the image needs some 0.0 GiB of memory, 0.0 are free" in capsys.readouterr().err
+    assert "large.nrrd: NRRD is read as a whole, which needs 0.0 GiB of memory, 0.0 are free: save it as .nii" in capsys.readouterr().err
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["small.nii.gz", "volumes.csv"]
 
 

@@ -21,8 +21,9 @@ from medssm.segment.explain.maps import METHODS, Maps, attributed, scenes
 from medssm.segment.explain.sanity import checked
 from medssm.segment.explain.score import structure, thick
 from medssm.segment.explain.sight import Run, Sight, deepest, middle, sight
-from medssm.segment.images import files_of, read_image, read_label
+from medssm.segment.images import files_of, open_channels, read_label
 from medssm.segment.resample import Grid, ras
+from medssm.segment.stored import read_stored
 
 
 class Explainer:
@@ -73,17 +74,19 @@ class Explainer:
 
     def __call__(self, case: Case, target: Path, show: Callable[[float], None] = lambda fraction: None) -> dict[str, Any]:
         """Explain a case whose label map is `target`. docs/guides/explain.md says what the result holds."""
-        data, file = read_image(case.images, len(self.runs[0].fitted.channels), self.nan)
+        files = open_channels(case.images, len(self.runs[0].fitted.channels))
+        file = files[0]
         onto, turn = ras(file.affine, file.shape), nib.io_orientation(file.affine)
         label = np.isin(nib.orientations.apply_orientation(read_label(target, file)[0], turn), self.structure.values)
         result: dict[str, Any] = {"class": self.structure.name, "voxels": int(label.sum())}
         if not label.any():
             return result
-        view = page.View(nib.orientations.apply_orientation(data[0], turn), label, onto)
         reads = [path for image in case.images for path in files_of(image)]
         with Scratch(machine.free_memory() / 2, self.scratch or target.parent, str(case.images[0])) as stores:
+            image = read_stored(files, self.nan, stores)
+            view = page.View(image[:, :1].squeeze(1).numpy(), label, onto)
             writer = write.Writer(file, onto, target, reads, self.overwrite, stores)
-            sights = [sight(run, self.structure.output, data, file.affine, label, onto, self.overlap, stores) for run in self.runs]
+            sights = [sight(run, self.structure.output, image, onto, label, self.overlap, stores) for run in self.runs]
             first = sights[0]
             voxel = middle(first.found) if self.at is None else _voxel(self.at, first.grid, case)
             maps = [

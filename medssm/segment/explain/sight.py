@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medssm.scratch import Scratch
+from medssm.scratch import Scratch, Store
 from medssm.segment.explain.score import Seen, windows_of
 from medssm.segment.inference import Windows, importance
 from medssm.segment.preprocess import Fitted
@@ -41,18 +41,17 @@ class Sight(NamedTuple):
         return [edge for axis, edge in enumerate(edges) if axis != self.run.fitted.slice_axis]
 
 
-def sight(run: Run, output: int, data: np.ndarray, affine: np.ndarray, label: np.ndarray, onto: Grid, overlap: float, stores: Scratch) -> Sight:
+def sight(run: Run, output: int, image: Store, onto: Grid, label: np.ndarray, overlap: float, stores: Scratch) -> Sight:
     """What `run` sees of an image.
 
     Args:
         output: the network's for the class
-        data, affine: the image (c, x, y, z) as its file has it
-        label: the voxels of the class, (x, y, z) bool along the RAS axes, some of them True
-        onto: the grid of `label`
+        image, onto: the image (x, c, y, z) along RAS axes, and its grid
+        label: the voxels of the class on that grid, (x, y, z) bool, some of them True
         overlap: of neighbouring windows
         stores: room for the image at the network's spacing
     """
-    grid, image = on_spacing(torch.from_numpy(data), affine, run.fitted.spacing, stores)
+    grid, image = on_spacing(image, onto, run.fitted.spacing, stores)
     mask = torch.from_numpy(label)
     part = resampled(lambda rows: mask[None, rows].float(), onto, grid, slice(0, grid.shape[0]))[0]
     found = part >= 0.5 if (part >= 0.5).any() else part == part.max()  # of less than a voxel at this spacing, what there is most of

@@ -13,7 +13,8 @@ from torch import Tensor
 from medssm.files import protect
 from medssm.scratch import Scratch, Store, slabs
 from medssm.segment.images import Image, is_made_here, nifti, strip_ending
-from medssm.segment.resample import Grid, from_ras, resampled
+from medssm.segment.resample import Grid, resampled
+from medssm.segment.stored import OnFile
 
 
 def beside(target: Path, name: str) -> Path:
@@ -46,13 +47,12 @@ class Writer:
         """
         path, shape, channels = beside(self.target, name), self.onto.shape, maps[0][1].shape[1]
         protect(path, reads=self.reads, made=is_made_here, overwrite=self.overwrite)
-        kept, total = self.stores.store(*shape, channels), np.empty(shape, np.float32)
+        kept, total = self.stores.store(*shape, *((channels,) if channels > 1 else ())), np.empty(shape, np.float32)
         for rows in slabs(shape[0], 4 * channels * math.prod(shape[1:])):
             part = sum((resampled(_reader(store), grid, self.onto, rows) for grid, store in maps), torch.zeros(())) / len(maps)
-            kept[rows] = part.movedim(0, -1)
+            kept[rows] = part.movedim(0, -1) if channels > 1 else part[0]
             total[rows] = part.sum(0).numpy()
-        values = from_ras(kept.array(), self.file.affine)
-        nifti.write(path, values[..., 0] if channels == 1 else values, self.file)
+        nifti.write(path, OnFile(kept, self.file), self.file)
         kept.close()
         self.files[name] = str(path)
         return total

@@ -21,6 +21,7 @@ from medssm.errors import UserError
 from medssm.segment.images import dicom, dicom_seg, formats, itk, nifti, pictures
 from medssm.segment.images.image import PICTURES as PICTURES
 from medssm.segment.images.image import Image as Image
+from medssm.segment.images.image import Voxels as Voxels
 from medssm.segment.images.image import aligned as aligned
 from medssm.segment.images.image import different_grid as different_grid
 from medssm.segment.images.image import far_apart as far_apart
@@ -61,6 +62,18 @@ def read_image(paths: Sequence[Path], channels: int | None = None, nan: float | 
     Raises:
         UserError: a file cannot be read, lies on another grid, has another number of channels, or holds NaN or infinite voxels.
     """
+    files = open_channels(paths, channels)
+    data = files[0].voxels(np.float32) if len(files) == 1 else np.concatenate([file.voxels(np.float32) for file in files])
+    bad = int(data.size - np.isfinite(data).sum())
+    if bad and nan is None:
+        raise UserError(not_finite(files[0].path, bad))
+    if bad:
+        data[~np.isfinite(data)] = nan
+    return data, files[0]
+
+
+def open_channels(paths: Sequence[Path], channels: int | None = None) -> list[Image]:
+    """One case's files as `read_image` takes them, with the axes of the first one. Raises UserError as `read_image`, where no voxel says why."""
     first, *others = [open_image(path) for path in paths]
     files = [first, *(aligned(other, first) for other in others)]
     for file in files if others else ():
@@ -69,13 +82,7 @@ def read_image(paths: Sequence[Path], channels: int | None = None, nan: float | 
     found = sum(file.channels for file in files)
     if channels is not None and found != channels:
         raise UserError(f"{first.path}: expected {channels} channel(s), got {found}")
-    data = files[0].voxels(np.float32) if not others else np.concatenate([file.voxels(np.float32) for file in files])
-    bad = int(data.size - np.isfinite(data).sum())
-    if bad and nan is None:
-        raise UserError(not_finite(first.path, bad))
-    if bad:
-        data[~np.isfinite(data)] = nan
-    return data, first
+    return files
 
 
 def check_nan(nan: float | None) -> None:
@@ -118,12 +125,12 @@ def read_label(path: Path, like: Image | None = None) -> tuple[np.ndarray, Image
     return rounded[0].astype(np.int32), image
 
 
-def write_image(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int] | None = None) -> None:
+def write_image(path: Path, data: Voxels, like: Image, classes: Mapping[str, int] | None = None) -> None:
     """Write a label map (x, y, z) on the grid of `like`. No description of `like` is copied; `dicom_seg` says what DICOM-SEG demands.
 
     Args:
         path: its ending says the format
-        data: the label map
+        data: the label map; NIfTI is written part after part, the other formats as a whole
         like: the image that it belongs to
         classes: {name: value}, for a format that keeps names (default: the values are the names)
 
@@ -132,7 +139,8 @@ def write_image(path: Path, data: np.ndarray, like: Image, classes: Mapping[str,
     check_output(path, like)
     module = _format(path)
     assert module is not None
-    module.write(path, data, like, {str(value): value for value in np.unique(data).tolist()} if classes is None else classes)
+    data = data if module is nifti else np.asarray(data)
+    module.write(path, data, like, {str(value): value for value in np.unique(np.asarray(data)).tolist()} if classes is None else classes)
 
 
 def check_output(path: Path, like: Image) -> None:

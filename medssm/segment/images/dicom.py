@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from medssm.errors import UserError
+from medssm.scratch import slabs
 from medssm.segment.images import formats, itk
-from medssm.segment.images.image import LPS, Image, needed, quiet_libraries, reason
+from medssm.segment.images.image import LPS, Image, Place, needed, quiet_libraries, reason
 
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"  # the class of DICOM-SEG
 _NO_IMAGES = (SEG, "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.481.2")  # label maps, and doses of radiotherapy
@@ -162,7 +163,8 @@ def _image(path: Path, headers: Sequence[tuple[Path, Any]]) -> Image:
     table = images[0][1]
     placed = frames[0].position is not None and "FrameOfReferenceUID" in table
     shape = (frames[0].columns, frames[0].rows, len(frames))
-    return Image(path, "DICOM", shape, affine, lambda dtype: _pixels(frames), notes=tuple(notes), own=Series(tuple(frames), placed))
+    parts = functools.partial(_parts, frames) if len(images) == len(frames) else None  # a file of several frames is decoded whole
+    return Image(path, "DICOM", shape, affine, lambda dtype: _pixels(frames), parts=parts, notes=tuple(notes), own=Series(tuple(frames), placed))
 
 
 def _one_series(path: Path, images: Sequence[tuple[Path, Any]]) -> None:
@@ -287,6 +289,13 @@ def _pixels(frames: Sequence[Frame]) -> np.ndarray:
         for z, frame in found:
             data[0, :, :, z] = values[frame.number].T
     return data
+
+
+def _parts(frames: Sequence[Frame], voxels: int) -> Iterator[tuple[Place, np.ndarray]]:
+    """The slices, some at a time."""
+    columns, rows = frames[0].columns, frames[0].rows
+    for z in slabs(len(frames), rows * columns, voxels):
+        yield (slice(0, 1), slice(0, columns), slice(0, rows), z), _pixels(frames[z])
 
 
 def _values(file: Path, frame: Frame, count: int) -> np.ndarray:

@@ -7,11 +7,11 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import nibabel as nib
 import numpy as np
@@ -29,6 +29,21 @@ PICTURES = ("PNG", "JPEG", "TIFF")
 _LARGE = 2**28  # bytes; for less than that nobody asks how much memory is free
 _LONGEST = 200  # letters of a library's error
 _APART = 50  # times: cases whose spacings differ by more were not measured in one unit
+Place: TypeAlias = "tuple[slice, slice, slice, slice]"  # of a part of an image: channels, x, y, z
+
+
+class Voxels(Protocol):
+    """What is written: an array (x, y, z) or (x, y, z, c), or what stands for one and reads `data[:, :, z]` when it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __getitem__(self, key: tuple[slice | int, ...], /) -> np.ndarray: ...
+
+    def __array__(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +59,7 @@ class Image:
     measured   False where the file does not say how large a pixel is, so that it counts as 1 mm
     notes      what was assumed or left out, for the user
     own        what the writer of this format needs beside the grid
+    parts      reads the voxels in parts, (place, voxels there), each of at most so many voxels or one slice; None for a format that is read whole
     """
 
     path: Path
@@ -56,6 +72,7 @@ class Image:
     measured: bool = True
     notes: tuple[str, ...] = ()
     own: Any = None
+    parts: Callable[[int], Iterator[tuple[Place, np.ndarray]]] | None = None
 
     def __post_init__(self) -> None:
         if min(self.shape) < 1 or self.channels < 1:
@@ -74,22 +91,59 @@ class Image:
 
         Raises UserError if the file is damaged, or memory cannot hold what its header says.
         """
-        size, shape = 4.0 * self.channels * math.prod(self.shape), " x ".join(map(str, self.shape))
-        too_large = f"{self.path}: {shape} voxels, {self.channels} channel(s), need {size / 2**30:.1f} GiB of memory, more than is free"
+        self._check_room(self.bytes)
+        with self._reading():
+            data = self.indices() if labels and self.indices else self.load(dtype)
+        return self._numbers(data, dtype)
+
+    def pieces(self, voxels: int) -> Iterator[tuple[Place, np.ndarray]]:
+        """The voxels as float32 piece after piece, (place, voxels there), each of at most so many `voxels`, or one slice where that is more.
+
+        A format that is read whole gives one piece. Raises UserError as `voxels`.
+        """
+        if self.parts is None:
+            x, y, z = self.shape
+            yield (slice(0, self.channels), slice(0, x), slice(0, y), slice(0, z)), self.voxels(np.float32)
+            return
+        self._check_room(4.0 * self.shape[0] * self.shape[1])
+        parts = self.parts(voxels)
+        while True:
+            with self._reading():
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part[0], self._numbers(part[1], np.float32)
+
+    @property
+    def bytes(self) -> float:
+        """Of the voxels as float32."""
+        return 4.0 * self.channels * math.prod(self.shape)
+
+    def _check_room(self, size: float) -> None:
         if size > _LARGE and size > machine.free_memory():
-            raise UserError(too_large)
-        try:
-            with quiet_libraries():
-                data = self.indices() if labels and self.indices else self.load(dtype)
-        except UserError:
-            raise
-        except MemoryError as error:
-            raise UserError(too_large) from error
-        except Exception as error:  # each library raises what its readers raise: OSError, zlib.error, RuntimeError, struct.error, ...
-            raise UserError(f"{self.path}: truncated or corrupt ({reason(error)})") from error
+            raise UserError(self._too_large())
+
+    def _numbers(self, data: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
         if data.dtype.kind not in "iufb":
             raise UserError(f"{self.path}: expected numbers, got voxels of the type {data.dtype}")
         return data if dtype is None else data.astype(dtype, copy=False)
+
+    def _too_large(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        return f"{self.path}: {shape} voxels, {self.channels} channel(s), need {self.bytes / 2**30:.1f} GiB of memory, more than is free"
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Each error of a library is a UserError that names the file."""
+        try:
+            with quiet_libraries():
+                yield
+        except UserError:
+            raise
+        except MemoryError as error:
+            raise UserError(self._too_large()) from error
+        except Exception as error:  # each library raises what its readers raise: OSError, zlib.error, RuntimeError, struct.error, ...
+            raise UserError(f"{self.path}: truncated or corrupt ({reason(error)})") from error
 
 
 def ras_grid(image: Image) -> tuple[np.ndarray, np.ndarray]:
@@ -151,18 +205,40 @@ def _turned(image: Image, other: Image) -> Image | None:
         return None
     axes = abs(steps).argmax(0)
     turn = np.stack([axes, steps[axes, range(3)]], 1)
-    with_channels = np.vstack([[0, 1], np.add(turn, [1, 0])])
     order = np.argsort(axes)
     x, y, z = (image.shape[axis] for axis in order)
-    indices = image.indices
+    indices, parts = image.indices, image.parts
+
+    def turned_parts(voxels: int) -> Iterator[tuple[Place, np.ndarray]]:
+        assert parts is not None
+        return ((turned_place(place, turn, image.shape), turned(values, turn)) for place, values in parts(voxels))
+
     return replace(
         image,
         shape=(x, y, z),
         affine=image.affine @ nib.orientations.inv_ornt_aff(turn, image.shape),
-        load=lambda dtype: nib.apply_orientation(image.load(dtype), with_channels),
-        indices=None if indices is None else lambda: nib.apply_orientation(indices(), with_channels),
+        load=lambda dtype: turned(image.load(dtype), turn),
+        parts=parts and turned_parts,
+        indices=None if indices is None else lambda: turned(indices(), turn),
         notes=(*image.notes, "its axes are turned to those of its image"),
     )
+
+
+def turned(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Voxels (channels, x, y, z) with their axes exchanged and flipped, a view; `turn` is nibabel's orientation, (3, 2): for each axis where it
+    goes and its direction there.
+    """
+    return np.asarray(nib.apply_orientation(values, np.vstack([[0, 1], np.add(turn, [1, 0])])))
+
+
+def turned_place(place: Place, turn: np.ndarray, shape: Sequence[int]) -> Place:
+    """Where `turned` puts a part of a volume of this shape."""
+    channels, *axes = place
+    moved = [slice(0)] * 3
+    for part, size, (axis, direction) in zip(axes, shape, turn, strict=True):
+        moved[int(axis)] = part if direction > 0 else slice(size - part.stop, size - part.start)
+    x, y, z = moved
+    return channels, x, y, z
 
 
 def say(images: Iterable[Image]) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import DTypeLike
 
 from medssm.errors import UserError
-from medssm.files import atomic, write_bytes
+from medssm.files import atomic
+from medssm.scratch import slabs
 from medssm.segment.images import formats
-from medssm.segment.images.image import MADE_BY, Image, needed, quiet_libraries, reason
+from medssm.segment.images.image import MADE_BY, Image, Place, Voxels, needed, quiet_libraries, reason
 
 logger = logging.getLogger("medssm")
 
 ENDINGS = (".nii.gz", ".nii.zst", ".nii")
 _MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}  # of a header's units of length: metre, millimetre, micron
+_PART = 2**21  # voxels that are written together
 _COLOURS = {("R", "G", "B"), ("R", "G", "B", "A")}  # names of the fields of NIfTI's RGB24 and RGBA32
 
 
@@ -59,38 +64,64 @@ def record(file: nib.Nifti1Image, path: Path | None = None) -> Image:
         data = np.asarray(file.dataobj, dtype=wanted).reshape(x, y, z, channels)
         return np.ascontiguousarray(np.moveaxis(data, -1, 0))
 
+    def parts(voxels: int) -> Iterator[tuple[Place, np.ndarray]]:
+        name = file.get_filename()
+        opened: Any = nib.load(name, keep_file_open=True) if name else file  # kept open, so that a compressed file is unpacked once, in order
+        for channel in range(1 if colours else channels):
+            behind = {4: (channel,), 5: (0, channel)}.get(file.ndim, ())
+            for part in slabs(z, x * y, voxels):
+                data = np.asarray(opened.dataobj[(slice(None), slice(None), part, *behind)[: file.ndim]])
+                found = [data[colour] for colour in "RGB"] if colours else [data]
+                place = slice(channel, channel + len(found)), slice(0, x), slice(0, y), part
+                yield place, np.stack([values.reshape(x, y, -1) for values in found])
+
     notes = ("the alpha channel is left out",) if colours and "A" in colours else ()
-    return Image(path, "NIfTI", (x, y, z), _affine_mm(file), load, channels, notes=notes, own=file)
+    return Image(path, "NIfTI", (x, y, z), _affine_mm(file), load, channels, notes=notes, own=file, parts=parts)
 
 
-def write(path: Path, data: np.ndarray, like: Image, classes: Mapping[str, int] | None = None) -> None:
+def write(path: Path, data: Voxels, like: Image, classes: Mapping[str, int] | None = None) -> None:
     """Write `data` (x, y, z) or (x, y, z, c) on the grid of `like`; of a NIfTI also with its codes and units. If that is a plane, a plane is written.
 
     No description and no extension of `like` is copied. Raises UserError if the file cannot be written; nothing half written is left.
     """
     file = like.own if like.format == "NIfTI" else None
+    plane = file is not None and file.ndim == 2 and len(data.shape) == 3
+    nothing = np.broadcast_to(np.zeros((), data.dtype), data.shape[:2] if plane else data.shape)  # nibabel makes the header, the data follow
     if file is None:
-        image = nib.Nifti1Image(data, like.affine, dtype=data.dtype)
+        image = nib.Nifti1Image(nothing, like.affine, dtype=data.dtype)
         image.header.set_xyzt_units("mm")
-        image.header["descrip"] = MADE_BY.encode()
     else:
         header = file.header.copy()
-        if file.ndim == 2:
-            data = data.reshape(file.shape) if data.ndim == 3 else data
         header.set_data_dtype(data.dtype)
-        header.set_data_shape(data.shape)
-        header.set_slope_inter(1, 0)
+        header.set_data_shape(nothing.shape)
         header.set_intent("none")
-        header["descrip"] = MADE_BY.encode()
         header["aux_file"] = header["intent_name"] = b""
         header["cal_min"] = header["cal_max"] = 0
         header.extensions.clear()
-        image = type(file)(data, file.affine, header)
-    if path.name.lower().endswith(".zst"):
-        write_bytes(path, needed("zstandard", path, "zstandard").compress(image.to_bytes()))
-    else:
-        with atomic(path) as temporary:
-            nib.save(image, temporary)
+        image = type(file)(nothing, file.affine, header)
+    image.header.set_slope_inter(1, 0)
+    image.header["descrip"] = MADE_BY.encode()
+    size = image.header.single_vox_offset + data.dtype.itemsize * math.prod(data.shape)
+    with atomic(path) as temporary, _packed(temporary, size) as out:
+        image.header.write_to(out)
+        for channel in range(data.shape[3]) if len(data.shape) == 4 else [None]:
+            for part in slabs(data.shape[2], data.shape[0] * data.shape[1], _PART):
+                values = data[:, :, part] if channel is None else data[:, :, part, channel]
+                out.write(values.astype(image.header.get_data_dtype(), copy=False).tobytes("F"))
+
+
+@contextlib.contextmanager
+def _packed(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A new file, compressed as its name says, of so many bytes before that."""
+    with open(path, "wb") as file:
+        if path.name.lower().endswith(".gz"):
+            with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+                yield cast(BinaryIO, packed)
+        elif path.name.lower().endswith(".zst"):
+            with needed("zstandard", path, "zstandard").ZstdCompressor().stream_writer(file, size, closefd=False) as packed:
+                yield packed
+        else:
+            yield file
 
 
 def beside(path: Path) -> list[Path]:

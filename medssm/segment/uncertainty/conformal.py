@@ -28,17 +28,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
+from torch import Tensor
 
 from medssm.errors import UserError
 from medssm.files import read_json, write_json
+from medssm.scratch import Store
 from medssm.segment import postprocess
 from medssm.segment.cases import Case
 from medssm.segment.images import open_image, read_label
 from medssm.segment.preprocess import Fitted
 from medssm.segment.regions import structures
-from medssm.segment.resample import from_ras
-from medssm.segment.volumetry import volumes
+from medssm.segment.stored import OnFile
+from medssm.segment.volumetry import volumes, voxel_ml
 
 CONFORMAL = "conformal.json"
 _OFFSET = 1.0  # ml
@@ -78,7 +79,7 @@ def _rank(n: int, level: float) -> int:
     return math.ceil(round((n + 1) * level, 9))
 
 
-def measured(cases: Sequence[Case], found: Sequence[np.ndarray], fitted: Fitted, steps: postprocess.Steps) -> Measured:
+def measured(cases: Sequence[Case], found: Sequence[Tensor], fitted: Fitted, steps: postprocess.Steps) -> Measured:
     """The volumes found in held-out cases, as `predict` would measure them, and those of their references.
 
     Args:
@@ -90,9 +91,9 @@ def measured(cases: Sequence[Case], found: Sequence[np.ndarray], fitted: Fitted,
     result: Measured = {}
     for case, labels in zip(cases, found, strict=True):
         image = open_image(case.images[0])
-        voxel = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
-        final = postprocess.processed(from_ras(labels, image.affine), steps, fitted.to_process, voxel)
-        here = volumes(final, image, fitted.structures)
+        final = Store.of(labels.clone())
+        postprocess.process(final, steps, fitted.to_process, voxel_ml(image))
+        here = volumes(OnFile(final, image), image, fitted.structures)
         there = volumes(read_label(case.label_file, image)[0], image, structures(fitted.classes, fitted.regions))
         result[case.name] = {
             "patient": case.name if case.patient is None else case.patient,

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from torch import Tensor
 
 from medssm.scratch import Scratch
 from medssm.segment import postprocess
 from medssm.segment.images import Image
-from medssm.segment.resample import Grid, from_ras
+from medssm.segment.resample import Grid
+from medssm.segment.stored import OnFile
 from medssm.segment.uncertainty import conformal
 from medssm.segment.uncertainty.members import Kind, Member, Run, described, members_of
 from medssm.segment.uncertainty.sums import Sums
-from medssm.segment.volumetry import Volumes, volumes
+from medssm.segment.volumetry import Volumes, volumes, voxel_ml
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Ensemble:
     said: tuple[str, str]
 
     @classmethod
-    def of(cls, wanted: Kind | Literal["auto"], runs: Sequence[Run], mirror: bool, level: float, unlike: Sequence[str], post: bool) -> Ensemble:
+    def of(cls, wanted: Kind | Literal["auto"], runs: Sequence[Run], mirror: bool, level: float, unlike: Sequence[str], post: str | None) -> Ensemble:
         """The ensemble of these runs.
 
         Args:
@@ -50,7 +50,7 @@ class Ensemble:
             mirror: each member is the mean of all mirrorings
             level: of the conformal intervals
             unlike: the options with which a run finds other volumes than training found in the held-out patients: there are then no such intervals
-            post: each run's post-processing is done
+            post: the weights (last or best) whose post-processing each run does; None for none
 
         Raises:
             UserError: there are no members of that kind, or a file of a run is damaged.
@@ -61,7 +61,7 @@ class Ensemble:
         unlike = [*unlike, *(["--uncertainty dropout"] if kind == "dropout" else [])]
         if scores and unlike:
             scores, why = [], f"no conformal intervals: training measured the held-out patients without {', '.join(unlike)}"
-        steps = [postprocess.load([run.folder], names) if post else {} for run in runs]
+        steps = [postprocess.load([run.folder], names, post) if post else {} for run in runs]
         return cls(runs, members, steps, scores, level, (described(kind, members), why))
 
     def begin(self, image: Image, grid: Grid, scratch: Scratch) -> Spread:
@@ -78,10 +78,11 @@ class Spread:
 
     def add(self, member: Member, read: Callable[[slice], Tensor]) -> None:
         """Take a member in; `read` gives rows (outputs, rows, y, z) of its probabilities along RAS axes."""
-        labels, fitted, affine = self.sums.add(read), self.ensemble.runs[member.run].fitted, self.image.affine
-        voxel = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-        labels = postprocess.processed(from_ras(labels, affine), self.ensemble.steps[member.run], fitted.to_process, voxel)
-        self._found.append((member, {name: row["ml"] for name, row in volumes(labels, self.image, fitted.structures).items()}))
+        labels, fitted = self.sums.add(read, self.scratch), self.ensemble.runs[member.run].fitted
+        postprocess.process(labels, self.ensemble.steps[member.run], fitted.to_process, voxel_ml(self.image))
+        found = volumes(OnFile(labels, self.image), self.image, fitted.structures)
+        labels.close()
+        self._found.append((member, {name: row["ml"] for name, row in found.items()}))
 
     def finish(self, label_map: Path, found: Volumes) -> None:
         """Write the maps beside a label map, and add the intervals to the volumes found in it.

@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from medssm.scratch import Scratch
+from medssm.scratch import Scratch, Store
 from medssm.segment.images import Image, nifti, strip_ending
 from medssm.segment.preprocess import Fitted
 from medssm.segment.regions import decided
-from medssm.segment.resample import Grid, from_ras
+from medssm.segment.resample import Grid
+from medssm.segment.stored import OnFile
 
 ENTROPY, MUTUAL_INFORMATION = "entropy", "mutual-information"
 MAPS = (ENTROPY, MUTUAL_INFORMATION)
@@ -56,19 +56,20 @@ class Sums:
         self._total = scratch.store(x, len(fitted.outputs), y, z)
         self._entropies = scratch.store(x, y, z)
 
-    def add(self, read: Callable[[slice], Tensor]) -> np.ndarray:
+    def add(self, read: Callable[[slice], Tensor], scratch: Scratch) -> Store:
         """Take a member in. Returns its own label map, as positions of classes.
 
-        read: gives rows (outputs, rows, y, z) of its probabilities
+        Args:
+            read: gives rows (outputs, rows, y, z) of its probabilities
+            scratch: room for the label map
         """
-        x, _, y, z = self._total.shape
         values = list(self.fitted.classes.values())
-        labels = np.empty((x, y, z), np.min_scalar_type(len(values)))
+        labels = scratch.store(*self._entropies.shape, dtype=self.fitted.position_type)
         for rows in self._total.slabs():
             p = read(rows)
             self._total.add((rows,), p.movedim(1, 0))
             self._entropies.add((rows,), entropy(p, bool(self.fitted.regions)))
-            labels[rows] = decided(p, values, self.fitted.regions).numpy()
+            labels[rows] = decided(p, values, self.fitted.regions).to(labels.dtype)
         self.members += 1
         return labels
 
@@ -83,4 +84,4 @@ class Sums:
             total[rows] = entropy(self.mean(rows), bool(self.fitted.regions))
             self._entropies[rows] = (total[rows] - self._entropies[rows] / self.members).clamp(min=0)  # rounding alone brings it below 0
         for what, store in ((ENTROPY, total), (MUTUAL_INFORMATION, self._entropies)):
-            nifti.write(map_of(label_map, what), from_ras(store.array(), image.affine), image)
+            nifti.write(map_of(label_map, what), OnFile(store, image), image)
