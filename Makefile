@@ -9,9 +9,9 @@ INTEGRATIONS := build/integrations
 RELEASE := build/release
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-CPP := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CPP := $(shell find csrc tests/emulation docs/examples -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel clean
+.PHONY: demo test test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel runtime-wheel clean
 
 # Its threads are bound: two that are not may share a core.
 demo: $(VENV)/installed
@@ -100,6 +100,16 @@ wheel: $(RELEASE)/installed
 	python -m venv build/try
 	build/try/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
 	build/try/bin/python tests/smoke.py --kernels
+
+# dist/medssm_runtime-*.whl: prediction without torch, with the libraries of medssm's operators inside. For a release, auditwheel follows, as above.
+runtime-wheel: $(VENV)/installed
+	$(BIN)/python setup.py build_ext --inplace
+	mkdir -p medssm_runtime/_lib
+	cp medssm/_lib/libmedssm_cpu.* medssm/_lib/libmedssm_onnx.* medssm_runtime/_lib
+	cp LICENSE medssm_runtime
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist ./medssm_runtime \
+	  --config-settings="--build-option=--plat-name=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_platform())')"
+	rm -rf medssm_runtime/_lib medssm_runtime/LICENSE medssm_runtime/build medssm_runtime/*.egg-info
 
 $(RELEASE)/installed: requirements-release.txt
 	$(PYTHON) -m venv $(RELEASE)
