@@ -21,15 +21,19 @@ def needs_grad(tensors: Sequence[torch.Tensor | None]) -> bool:
 
 def direct(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether a call may go straight to the kernel: plain tensors, no gradients, nothing that traces or transforms."""
+    return plain(tensors, with_gradients=not _grad_enabled())
+
+
+def plain(tensors: Sequence[torch.Tensor | None], with_gradients: bool = True) -> bool:
+    """Whether nothing traces or transforms a call, and its tensors are PyTorch's own; with_gradients: they may ask for gradients."""
     if _is_compiling() or _modes() or _function_modes() or _transforms() is not None or forward_ad._current_level >= 0 or _tracing() is not None:
         return False
-    grad = _grad_enabled()
     for t in tensors:
         kind = type(t)
         if kind is not _Tensor and kind is not _Parameter:
             if t is not None:
                 return False
-        elif grad and t.requires_grad:  # type: ignore[union-attr]  # it is no None here
+        elif not with_gradients and t.requires_grad:  # type: ignore[union-attr]  # it is no None here
             return False
     return True
 

@@ -133,11 +133,12 @@ def test_a_kernel_is_asked_for_what_the_call_needs(monkeypatch):
     assert asked == [(False, False), (False, True), (False, True), (True, True), (False, True)]
 
 
+@pytest.mark.parametrize("way", ["eager", "forward"])
 @pytest.mark.parametrize("name", [name for name, declared in OPS.items() if declared.saved])
-def test_backward_computes_what_forward_did_not_keep(name, monkeypatch):
+def test_backward_computes_what_forward_did_not_keep(name, way, monkeypatch):
     operators, seen = OPS[name].operators, []
-    real = operators.forward
-    monkeypatch.setattr(operators, "forward", lambda *args: seen.append(args) or real(*args))
+    eager, real = operators.eager, getattr(operators, way)
+    monkeypatch.setattr(operators, "eager", lambda *args: seen.append(args) or eager(*args))
     example(name).leaves().run("native")
     *rest, save, backend = seen[0]
     assert save is True
@@ -146,6 +147,31 @@ def test_backward_computes_what_forward_did_not_keep(name, monkeypatch):
     assert kept[-1].numel() and lost[-1].shape == (0,)
     want, got = (torch.autograd.grad(outputs[0].square().sum(), given, retain_graph=True) for outputs in (kept, lost))
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)) and want[0].any()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_call_without_the_dispatcher_has_the_operators_gradients(name, monkeypatch):
+    operators, asked = OPS[name].operators, []
+    eager, operator = operators.eager, operators.forward
+    monkeypatch.setattr(operators, "eager", lambda *args: asked.append("eager") or eager(*args))
+    monkeypatch.setattr(operators, "forward", lambda *args: asked.append("operator") or operator(*args))
+    got = example(name).results("native")
+    with FlopCounterMode(display=False) as counter:
+        want = example(name).results("native")
+    assert asked == ["eager", "operator"] and counter.get_total_flops() > 0
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    call = example(name).leaves()
+    outputs = flat(call.run("native"))
+    first = torch.autograd.grad(outputs, list(call.tensors.values()), outputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives need backend='reference'"):
+        sum(g.square().sum() for g in first).backward()
+
+
+def test_outputs_with_a_gradient_may_be_changed_in_place():
+    x = draw(1, 4, 3, 8).requires_grad_()
+    (got,) = torch.autograd.grad(ops.causal_conv1d(x, torch.ones(8, 4), order=orders.raster()).mul_(2).sum(), x)
+    (want,) = torch.autograd.grad(ops.causal_conv1d(x, torch.ones(8, 4), order=orders.raster()).sum(), x)
+    assert torch.equal(got, 2 * want)
 
 
 def test_which_calls_go_straight_to_a_kernel():
