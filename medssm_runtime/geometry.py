@@ -9,7 +9,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-_TOLERANCE = 1e-3  # millimetres, or voxels, that MONAI takes for none
+_TOLERANCE = 1e-3  # millimetres, or voxels, that count as none
 
 
 class Grid(NamedTuple):
@@ -39,7 +39,7 @@ def edges_of(affine: np.ndarray) -> np.ndarray:
 
 
 def at_spacing(grid: Grid, spacing: Sequence[float]) -> Grid:
-    """The grid at `spacing` millimetres (0 keeps an axis) of a volume along RAS axes; the same grid where that changes nothing.
+    """The grid at `spacing` millimetres (0 keeps an axis) of a volume along RAS axes. A spacing that differs by less than a micron is its own.
 
     The new axes are those of the volume without shear, orthogonal and from the same corner. A sheared volume may have no first corner; its new grid
     then has the same centre.
@@ -59,10 +59,6 @@ def at_spacing(grid: Grid, spacing: Sequence[float]) -> Grid:
         new[:3, 3] = axes @ (shape / 2) + affine[:3, 3] - new[:3, :3] @ (count / 2)
     else:
         new[:3, 3] = (affine @ first)[:3]
-    if tuple(count) == grid.shape and (
-        np.allclose(affine, new, atol=_TOLERANCE) or np.allclose(np.linalg.solve(affine, new), np.eye(4), atol=_TOLERANCE)
-    ):
-        return grid
     return Grid(new, tuple(int(size) for size in count))
 
 

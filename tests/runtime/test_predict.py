@@ -35,6 +35,7 @@ CASES = {
     "oblique": (OBLIQUE, {"spacing": (1.2, 1.0, 0.9)}, {}),
     "flipped": (TURNED, {"spacing": (1.0, 1.0, 1.5)}, {}),
     "sheared": (SHEARED, {"spacing": (1.1, 1.1, 1.1)}, {}),
+    "nearly orthogonal": ([[1, 4e-4, 0, 0], [0, 1, 4e-4, 0], [-4e-4, 0, 1, 0], [0, 0, 0, 1]], {}, {}),
     "nearly the spacing": (np.diag([1.0005, 1, 1, 1]), {}, {}),
     "CT": (NOTHING, {"channels": ("CT",), "intensity": (CT,)}, {}),
     "padding": (NOTHING, {}, {"edit": padded}),
