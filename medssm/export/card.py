@@ -85,7 +85,7 @@ Images are turned to RAS, resampled to {spacing} mm and scaled: {scaled}. Labels
 {_data(run)}
 
 ## Validation
-{_validation(run, table["weights"]["file"])}
+{_validation(run, table)}
 
 ## Limits
 {_LIMITS}
@@ -116,20 +116,21 @@ def _counted(cases: list[dict[str, Any]]) -> str:
     return f"{len(cases)} case(s){f' of {len(patients)} patient(s)' if patients else ''}"
 
 
-def _validation(run: Path, weights: str) -> str:
+def _validation(run: Path, table: Mapping[str, Any]) -> str:
     """The Dice that the folder of the training has, with what it is."""
-    last = (read_json_lines(run / LOG) or [{}])[-1] if (run / LOG).is_file() else {}
-    finished = last.get("finished", {})
+    ends = [line["finished"] for line in read_json_lines(run / LOG) if "finished" in line] if (run / LOG).is_file() else []
+    finished = ends[-1] if ends else {}
     dice = finished.get("validation")
     if not dice:
         return "Not measured: no case was held out, or the folder of the training does not say."
     held_out = f"the {finished['validation_cases']} held-out case(s)"
-    if weights == BEST:
+    network = f"the network in PyTorch{', before its weights became 8-bit integers,' if 'int8' in table['compression'] else ''}"
+    if table["weights"]["file"] == BEST:
         best = finished["best"]
-        return f"""Mean Dice {best["mean"]:.3f} on {held_out}, by the network in PyTorch after step {best["step"]:,}. That step was chosen because
-it was the best one on these cases, so the figure is too high. It is no figure of other data."""
+        return f"""Mean Dice {best["mean"]:.3f} on {held_out}, by {network} after step {best["step"]:,}. That step was chosen because it was the
+best one on these cases, so the figure is too high. It is no figure of other data."""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in dice.items())
-    return f"""Mean Dice on {held_out}, by the network in PyTorch at the end of its training, before post-processing, which was chosen on the same
+    return f"""Mean Dice on {held_out}, by {network} at the end of its training, before post-processing, which was chosen on the same
 cases. These are no figures of other data.
 
 | | Dice |

@@ -51,6 +51,15 @@ def test_the_best_weights_have_their_own_figure(run, tmp_path):
     assert "Mean Dice 0.850 on the 1 held-out case(s), by the network in PyTorch after step 1,200." in text and "0.805" not in text
 
 
+def test_figures_of_the_network_before_8_bits_are_not_those_of_the_file(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "compression": [{"kind": "prune"}, {"kind": "int8"}]}))
+    (tmp_path / "model.onnx").touch()
+    text = card.card(tmp_path / "model.onnx", run, metadata(run))
+    assert "by the network in PyTorch, before its weights became 8-bit integers, at the end of its training" in text
+    assert "| compressed | channels or states removed, 8-bit integers |" in text
+
+
 def test_what_the_folder_does_not_say_is_not_invented(tmp_path):
     run = write_run(tmp_path / "run", regions=Regions({"whole": (1, 2), "core": (2,)}, (1, 2)), patch=(16, 16), slice_axis=2, spacing=(1.0, 1.0, 0.0))
     (tmp_path / "model.xml").touch()
