@@ -20,6 +20,7 @@ from medssm_runtime import __version__
 from medssm_runtime.errors import UserError, first_line
 
 ENDINGS = (".nii.gz", ".nii")
+_OTHER = {".nrrd", ".nhdr", ".mha", ".mhd", ".png", ".tif", ".tiff", ".dcm", ".hdr", ".img", ".mgz", ".npy", ".npz", ".gz", ".zst", ".zip", ".json"}
 _MADE_BY = f"medssm {__version__}"  # in each file that is written, as medssm predict does
 _MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}  # of a header's units of length: metre, millimetre, micron
 _CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's channel files end in _0000, _0001, ...
@@ -155,7 +156,7 @@ def targets(cases: Sequence[Case], out: Path, overwrite: bool) -> dict[str, Path
         if len(cases) != 1:
             raise UserError(f"out: expected a folder for {len(cases)} case(s), got the file {out}")
         found = {cases[0].name: out}
-    elif out.is_file() or (out.suffix and not out.is_dir()):
+    elif out.is_file() or (out.suffix.lower() in _OTHER and not out.is_dir()):  # as the name of a folder a mistake
         raise UserError(f"out: expected a file that ends in {' or '.join(ENDINGS)}, or a folder, got {out}")
     else:
         found = {case.name: out / f"{case.name}.nii.gz" for case in cases}

@@ -134,6 +134,7 @@ def test_no_file_is_lost(model, tmp_path, scan):
     assert scan.read_bytes() == before and other.read_bytes() == kept
     predict(model, scan, tmp_path / "out", overwrite=True, quiet=True)
     assert predict(model, scan, tmp_path / "out", quiet=True)["cases"]  # its own file
+    assert predict(model, scan, tmp_path / "at_1.5mm", quiet=True)["cases"] == {"scan": str(tmp_path / "at_1.5mm" / "scan.nii.gz")}
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(model, scan, tmp_path / "file" / "labels.nii.gz")
     assert "expected a file that ends in .nii.gz or .nii, or a folder" in refused(model, scan, tmp_path / "labels.nrrd")
