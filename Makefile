@@ -64,7 +64,7 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -r requirements-dev.txt -r requirements-io.txt -r requirements-explain.txt
+	$(PIP) -r requirements-dev.txt -r requirements-io.txt -r requirements-explain.txt -r requirements-export.txt
 	touch $@
 
 $(VENV)/installed-docs: requirements-docs.txt

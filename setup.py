@@ -1,6 +1,7 @@
 """Builds medssm/_lib/libmedssm_cpu.so and, where it can be used, libmedssm_cuda.so: a plain C ABI, no torch and no Python headers.
 
-The CUDA library is built where nvcc is and the torch of this environment has CUDA. Compiled objects stay in build/objects: a build compiles
+Beside the CPU library lies libmedssm_onnx.so, which gives its kernels to onnxruntime as custom operators. The CUDA library is built where nvcc is
+and the torch of this environment has CUDA. Compiled objects stay in build/objects: a build compiles
 again only what changed.
 
 Environment variables: CXX, NVCC, CUDA_HOME; MEDSSM_CPU and MEDSSM_CUDA=auto|0|1 (0: do not build, 1: build, and fail where that fails);
@@ -31,6 +32,8 @@ OBJECTS = Path(os.environ.get("MEDSSM_OBJECTS") or ROOT / "build" / "objects")
 LINUX = sys.platform.startswith("linux")
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+# The libraries. Windows has no compiler that this build knows; onnxruntime's is found by POSIX means.
+KINDS = ("cpu", "cuda", "onnx") if sys.platform != "win32" else ("cpu", "cuda")
 # One object per kernel and instruction set; the library picks at run time. Other processors get the portable C++ alone.
 ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {"base": []}
 ISAS = {name: flags for name, flags in ISAS.items() if name in os.environ.get("MEDSSM_CPU_ISAS", "base v3 v4").split()}
@@ -56,6 +59,11 @@ EMULATE = ["-x", "c++", *FLAGS, "-O1", "-DMEDSSM_DEVICE", "-Wno-unknown-pragmas"
 # Without optimisation: the checks are the same, and they compile in a fifth of the time.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0"]
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps ."
+
+
+def sanitize() -> list[str]:
+    """The sanitizers' flags, where they are wanted."""
+    return SANITIZE if os.environ.get("MEDSSM_SANITIZE") == "1" else []
 
 
 def nvcc() -> str | None:
@@ -141,21 +149,23 @@ class Build(build_ext):
         out = Path(self.build_lib) / self.get_ext_filename(ext.name)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)  # an earlier build's library is not this one's
-        cuda = ext.name.endswith("_cuda")
+        cuda, onnx = (ext.name.endswith(f"_{kind}") for kind in ("cuda", "onnx"))
         want = os.environ.get("MEDSSM_CUDA" if cuda else "MEDSSM_CPU", "auto")
         if want == "0" or (cuda and want == "auto" and not (nvcc() and torch_has_cuda())):
             return
         try:
-            (self.build_cuda if cuda else self.build_cpu)(out)
+            (self.build_cuda if cuda else self.build_onnx if onnx else self.build_cpu)(out)
         except Exception as error:
             if want == "1":
                 raise
-            lacks, tool, other = ("CUDA", "CUDA's compiler", "Triton kernels") if cuda else ("CPU", "a C++ compiler", "PyTorch reference")
-            self.warn(f"the {lacks} kernels were not built ({error}); medssm will use its {other}. Install {tool}, then: {REINSTALL}")
+            tool = "CUDA's compiler" if cuda else "a C++ compiler"
+            lacks = "CUDA kernels" if cuda else "custom operators for onnxruntime" if onnx else "CPU kernels"
+            then = f"medssm will use its {'Triton kernels' if cuda else 'PyTorch reference'}" if not onnx else "exported files with them do not run"
+            self.warn(f"the {lacks} were not built ({error}); {then}. Install {tool}, then: {REINSTALL}")
 
     def named(self, source: Path) -> list[str]:
-        """What the files right under csrc/ are told about the build."""
-        return [f'-DMEDSSM_VERSION="{self.distribution.get_version()}"'] if source.parent.name == "csrc" else []
+        """What the files right under csrc/, and those of csrc/onnxruntime, are told about the build."""
+        return [f'-DMEDSSM_VERSION="{self.distribution.get_version()}"'] if source.parent.name in ("csrc", "onnxruntime") else []
 
     def build_cuda(self, out: Path):
         if os.environ.get("MEDSSM_EMULATE") == "1":
@@ -174,20 +184,32 @@ class Build(build_ext):
         subprocess.run([compiler, *link, "-shared", *compile_all(jobs), "-o", str(out)], check=True)
 
     def build_cpu(self, out: Path):
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-        if compiler is None:
-            raise RuntimeError("no C++ compiler found (g++, clang++ or CXX)")
-        sanitize = SANITIZE if os.environ.get("MEDSSM_SANITIZE") == "1" else []
-        clang = ["-Wno-unknown-warning-option"] if "clang" in identity(compiler) else []  # it does not know all warnings that g++ gives
-        command = [compiler, *FLAGS, *clang, *sanitize, "-Icsrc/include"]
+        command = self.cpu_command()
         compiled = [f"-DMEDSSM_HAS_{isa}" for isa in ISAS]
         jobs = [([*command, *compiled, *self.named(source)], source, f"csrc_{source.stem}") for source in sorted((ROOT / "csrc").glob("*.cpp"))]
         for source in sorted((ROOT / "csrc").glob("*/cpu*.cpp")):
             for isa, march in ISAS.items():
                 jobs.append(([*command, *march, f"-DMEDSSM_ISA={isa}"], source, f"{source.parent.name}_{source.stem}_{isa}"))
+        self.link(command, jobs, out)
+
+    def build_onnx(self, out: Path):
+        command = self.cpu_command()
+        sources = sorted((ROOT / "csrc" / "onnxruntime").glob("*.cpp"))
+        self.link(command, [([*command, *self.named(source)], source, f"onnxruntime_{source.stem}") for source in sources], out)
+
+    def cpu_command(self) -> list[str]:
+        """The C++ compiler with its flags."""
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+        if compiler is None:
+            raise RuntimeError("no C++ compiler found (g++, clang++ or CXX)")
+        clang = ["-Wno-unknown-warning-option"] if "clang" in identity(compiler) else []  # it does not know all warnings that g++ gives
+        return [compiler, *FLAGS, *clang, *sanitize(), "-Icsrc/include"]
+
+    def link(self, command: list[str], jobs: list[tuple[list[str], Path, str]], out: Path):
+        """A shared library of the jobs' objects."""
         # Every symbol is found at link time, but for the sanitizers' own, which are loaded first.
-        system = ["-Wl,--as-needed", "-ldl", *([] if sanitize else ["-Wl,--no-undefined"])] if LINUX else []
-        subprocess.run([compiler, "-shared", "-pthread", *sanitize, *compile_all(jobs), *system, "-o", str(out)], check=True)
+        system = ["-Wl,--as-needed", "-ldl", *([] if sanitize() else ["-Wl,--no-undefined"])] if LINUX else []
+        subprocess.run([command[0], "-shared", "-pthread", *sanitize(), *compile_all(jobs), *system, "-o", str(out)], check=True)
 
 
 class Wheel(bdist_wheel):
@@ -213,8 +235,4 @@ def layout() -> dict:
     return {"packages": [*packages, *kernels], "package_dir": {"medssm.kernels": "kernels"}}
 
 
-setup(
-    **layout(),
-    ext_modules=[Extension("medssm._lib.libmedssm_cpu", []), Extension("medssm._lib.libmedssm_cuda", [])],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
-)
+setup(**layout(), ext_modules=[Extension(f"medssm._lib.libmedssm_{kind}", []) for kind in KINDS], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

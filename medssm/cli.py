@@ -78,7 +78,10 @@ COMMANDS: Table = {
     ),
     "view": Command("medssm.segment.view", "view", "show", "a scan with label maps over it as one page for a browser, offline"),
     "export": {
-        "bundle": Command("medssm.export.bundle", "export_bundle", "show", "a trained network as a MONAI bundle, run by python -m monai.bundle")
+        "onnx": Command(
+            "medssm.export.onnx", "export_onnx", "show", "a trained network as an ONNX file for any batch and size, checked in onnxruntime"
+        ),
+        "bundle": Command("medssm.export.bundle", "export_bundle", "show", "a trained network as a MONAI bundle, run by python -m monai.bundle"),
     },
     "nnunet": {
         "plans": Command("medssm.integrations.nnunet.command", "plans", "show_plans", "nnU-Net's plans with a network of medssm's"),
@@ -90,6 +93,7 @@ COMMANDS: Table = {
     },
 }
 
+_ENGINES = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")  # packages of the extra [export]
 _VOLUMES = ("medssm.segment.", "medssm.classify.", "medssm.compare", "medssm.bench.accuracy")  # modules of commands that work on volumes
 
 
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "medssm"):
             raise
-        extra = "" if package in ("jsonargparse", "yaml") else "nnunet" if "nnunet" in name else "segment"
+        extra = "" if package in ("jsonargparse", "yaml") else "nnunet" if "nnunet" in name else "export" if package in _ENGINES else "segment"
         print(f"{name}: needs the package {package}: {install_command(extra)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

@@ -11,7 +11,7 @@ def install_command(extra: str = "", again: bool = False) -> str:
     """The command that installs medssm, for a message. No package index has it yet: it is installed from its source folder.
 
     Args:
-        extra: segment, io, view, explain, nnunet or dev
+        extra: segment, io, view, explain, export, nnunet or dev
         again: build the kernels anew over an installation that lacks them
     """
     options = " --no-cache-dir --force-reinstall --no-deps" if again else ""

@@ -46,6 +46,7 @@ def _onnxruntime(path: Path, threads: int | None, ops: Path | None) -> tuple[Set
     options.log_severity_level = 3  # errors alone
     if threads:
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("medssm.threads", str(threads))
     try:
         if settings.custom_ops:
             options.register_custom_ops_library(str(_operators(path, settings.custom_ops, ops)))

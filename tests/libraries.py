@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(folder: Path, **environment: str) -> Path:
-    """The one library that setup.py builds into folder under these environment variables."""
+    """The library of kernels that setup.py builds into folder under these environment variables."""
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")],
         cwd=ROOT,
@@ -20,5 +20,5 @@ def build(folder: Path, **environment: str) -> Path:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (library,) = (folder / "lib").glob("medssm/_lib/libmedssm_*")
+    (library,) = (folder / "lib").glob("medssm/_lib/libmedssm_c*")  # not that of onnxruntime's operators
     return library

@@ -36,7 +36,7 @@ def repository() -> list[str]:
 def checkout(folder: Path, *, links: bool = True, ops: str | None = None) -> Path:
     """A copy of the checkout; without links it is what git makes on Windows; ops: only this op's C++ and CUDA."""
     for name in repository():
-        if ops and re.match(rf"csrc/(?!include/|{ops}/)\w+/", name):
+        if ops and re.match(rf"csrc/(?!include/|onnxruntime/|{ops}/)\w+/", name):
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_symlink() and not links:
@@ -98,7 +98,7 @@ def test_the_archive_holds_the_repository(archive):
 def test_the_wheel_serves_every_python(wheel):
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(name.startswith("medssm/_lib/libmedssm_cpu") for name in names)
+    assert all(any(name.startswith(f"medssm/_lib/libmedssm_{kind}") for name in names) for kind in ("cpu", "onnx"))
     assert {"medssm/py.typed", "medssm/models/measured.json", "medssm/kernels/selective_scan/reference.py"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"medssm", "medssm_runtime", f"medssm-{medssm.__version__}.dist-info"}
 
@@ -186,7 +186,8 @@ def test_only_what_changed_is_compiled_again(tmp_path):
         said = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", cwd=source, **settings)
         return sorted(re.findall(r"^compiling (\S+)", said, re.MULTILINE))
 
-    assert made() == ["causal_conv1d_cpu_base", *sorted(f"csrc_{file.stem}" for file in (source / "csrc").glob("*.cpp"))]
+    others = [f"{file.parent.name}_{file.stem}" for folder in ("", "onnxruntime") for file in (source / "csrc" / folder).glob("*.cpp")]
+    assert made() == sorted(["causal_conv1d_cpu_base", *others])
     assert made() == []
     assert made(shutil.copytree(source, tmp_path / "another", symlinks=True)) == []
     with (source / "csrc" / "causal_conv1d" / "tile.h").open("a") as header:

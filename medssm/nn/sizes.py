@@ -65,7 +65,7 @@ def _padded(sizes: Sequence[Any], divisor: Sequence[int], two: bool, least: int 
 
 def _kept(y: Tensor, padded: Tensor, x: Tensor) -> list[Any]:
     """The sizes of y's part over x."""
-    return [-(-w * n // p) for n, p, w in zip(y.shape[2:], padded.shape[2:], x.shape[2:], strict=True)]
+    return [(w * n + p - 1) // p for n, p, w in zip(y.shape[2:], padded.shape[2:], x.shape[2:], strict=True)]
 
 
 def _behind(x: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -51,6 +51,7 @@ class Operators:
         tensors = ", ".join(f"Tensor{'?' if given.optional else ''} {given.name}" for given in op.inputs)
         options = ", ".join(f"{kind} {name}" for name, kind in op.options.items())
         outputs = 1 + len(op.states) + bool(op.saved)
+        self.shapes = self._forward_shapes  # the outputs of forward, uninitialised
         self.forward = self._define("forward", [tensors, _WALKS[op.walk], options, "bool save" if op.saved else "", "str backend"], outputs)
         gradients = ", ".join(["Tensor dout", *(f"Tensor? d{state}" for state in op.states), *(f"Tensor {name}" for name in self._kept)])
         self.backward = self._define("backward", [gradients, tensors, _WALKS[op.walk], options, "str backend"], len(self._differentiable))
@@ -79,7 +80,7 @@ class Operators:
         found: Callable[..., Any] = packet.default
         return found
 
-    def _split(self, args: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[Any], dict[str, Any], Sequence[Any]]:
+    def split(self, args: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[Any], dict[str, Any], Sequence[Any]]:
         """(tensors, walk, options, the rest) of an operator's arguments from the first tensor on."""
         count = len(self.op.inputs)
         walked = count + {"one": 4, "many": 1, "none": 0}[self.op.walk]
@@ -93,7 +94,7 @@ class Operators:
     # -- forward ------------------------------------------------------------------------------------------------------------------------
 
     def _forward(self, *args: Any, traceable: bool = True) -> Any:
-        op, (tensors, path, options, rest) = self.op, self._split(args)
+        op, (tensors, path, options, rest) = self.op, self.split(args)
         main = tensors[op.main]
         assert main is not None
         out, *others = op.forward(rest[-1], op.arguments(tensors, path, options), save=bool(op.saved) and rest[0])
@@ -104,7 +105,7 @@ class Operators:
         return (out, *(_absent(main) if t is None else t for t in others)) if others else out
 
     def _forward_shapes(self, *args: Any) -> Any:
-        op, (tensors, path, options, rest) = self.op, self._split(args)
+        op, (tensors, path, options, rest) = self.op, self.split(args)
         sizes, dtype, main = self._sizes(tensors, path), compute_dtype(*tensors), tensors[op.main]
         assert main is not None
         states = op.packed_states if shapes.SEQUENCES in sizes else op.states
@@ -116,7 +117,7 @@ class Operators:
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _forward_operations(self, *args: Any, out_val: Any = None, **_: Any) -> int:
-        split = self._split(args)
+        split = self.split(args)
         tensors, sizes = split[0], self._sizes(*split[:2])
         sizes.pop(shapes.SEQUENCES, None)
         for name, (axis, _of) in self.op.rules.without.items():
@@ -133,7 +134,7 @@ class Operators:
 
     def _backward(self, *args: Any) -> Any:
         op, (gradients, inputs) = self.op, self._gradients(args)
-        tensors, path, options, (backend,) = self._split(inputs)
+        tensors, path, options, (backend,) = self.split(inputs)
         main = tensors[op.main]
         assert main is not None
         arguments = op.arguments(tensors, path, options)
@@ -152,7 +153,7 @@ class Operators:
         return tuple(back) if len(back) > 1 else back[0]
 
     def _backward_shapes(self, *args: Any) -> Any:
-        tensors = self._split(self._gradients(args)[1])[0]
+        tensors = self.split(self._gradients(args)[1])[0]
         main = tensors[self.op.main]
         assert main is not None
         back = [_absent(main) if t is None else t.new_empty(t.shape) for t in self._with_gradient(tensors)]
@@ -166,7 +167,7 @@ class Operators:
         return [tensors[i] for i in self._differentiable]
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors, path, options, rest = self._split(inputs)
+        tensors, path, options, rest = self.split(inputs)
         outputs = output if isinstance(output, tuple) else (output,)
         kept = outputs[1 : 1 + len(self._kept)] if self.op.saves_states else outputs[len(outputs) - len(self._kept) :]
         ctx.kept, ctx.count, ctx.rest = len(kept), len(inputs), (*options.values(), rest[-1])

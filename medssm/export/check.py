@@ -1,0 +1,99 @@
+"""What is the same of every engine: the network's one output, the sizes that a file is traced and checked with, and the check itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medssm.errors import UserError
+from medssm.files import first_line
+
+LIMIT = 1e-4  # the largest difference from eager that an exported network may have, over the spread of eager's output
+_STEP = 32  # sizes of a network that does not say what divides them differ by this, or by what of it divides the patch
+
+Shape = tuple[int, ...]
+Run = Callable[["np.ndarray[Any, Any]"], "np.ndarray[Any, Any]"]
+
+
+class Finest(nn.Module):
+    """A network that gives one output; of one that gives a list (deep supervision), the finest logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(b, c, *spatial) -> (b, classes, *spatial)."""
+        output = self.network(image)
+        if isinstance(output, Tensor):
+            return output.select(1, 0) if output.dim() == image.dim() + 1 else output
+        finest: Tensor = output[0]
+        return finest
+
+
+class Shapes(NamedTuple):
+    """Of images (b, c, *spatial): what a network is traced with, and what the file is checked with."""
+
+    traced: Shape
+    checked: tuple[Shape, Shape]
+
+
+def shapes(network: nn.Module, shape: Sequence[int]) -> Shapes:
+    """Two shapes to check, both other than the traced one: the given one with a batch of 1, and a batch of 2 in another size.
+
+    A network that pads its input is checked at sizes that its strides do not divide. Traced sizes differ along the axes, and leave more than one
+    voxel of the coarsest map.
+    """
+    channels, *spatial = shape[1:]
+    divisor: Sequence[int] = getattr(network, "size_divisor", ())
+    known = len(divisor) == len(spatial)
+    steps = divisor if known else [math.gcd(n, _STEP) for n in spatial]
+    least = [2 * d for d in steps] if known else spatial
+    odd = 1 if known and getattr(network, "size", "") == "any" else 0
+    traced = tuple(n + (1 + i) * d for i, (n, d) in enumerate(zip(least, steps, strict=True)))
+    other = tuple(n + (2 - i) * d + odd for i, (n, d) in enumerate(zip(least, steps, strict=True)))
+    return Shapes((2, channels, *traced), ((1, channels, *spatial), (2, channels, *other)))
+
+
+@torch.no_grad()
+def check(network: nn.Module, run: Run, shapes: Sequence[Shape], engine: str, limit: float = LIMIT) -> float:
+    """The largest difference between what `run` gives and the network itself, over the spread of the latter, for random images of these shapes.
+
+    Raises UserError where the engine fails, gives another shape, or differs by more than `limit`.
+    """
+    worst, noise = 0.0, torch.Generator().manual_seed(0)
+    for shape in shapes:
+        image = torch.randn(shape, generator=noise)
+        text = "x".join(map(str, shape))
+        try:
+            wanted = network.eval()(image).numpy()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the network itself does not take an image of {text}, so no file for free sizes can be made: {first_line(error)}"
+            ) from error
+        try:
+            found = run(image.numpy())
+        except Exception as error:  # engines have exceptions of their own
+            raise UserError(f"{engine} does not run the exported network for an image of {text}: {first_line(error)}") from error
+        if found.shape != wanted.shape:
+            raise UserError(f"a size became fixed: for an image of {text} the exported network gives {found.shape}, expected {wanted.shape}")
+        spread = float(wanted.max() - wanted.min()) or 1.0
+        difference = float(np.abs(found - wanted).max()) / spread
+        if not difference <= limit:  # also of what is no number
+            raise UserError(f"{engine} differs from PyTorch by {difference:.1e} of the output's spread for an image of {text}, expected {limit:.0e}")
+        worst = max(worst, difference)
+    return worst
+
+
+def check_target(file: Path, ending: str) -> None:
+    """UserError where a file cannot be written under this name."""
+    if file.suffix.lower() != ending:
+        raise UserError(f"file: {file}: expected a name that ends in {ending}")
+    if file.is_dir():
+        raise UserError(f"file: {file}: expected a file, got a folder")

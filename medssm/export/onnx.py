@@ -1,0 +1,192 @@
+"""medssm export onnx: a trained network as an ONNX file with a free batch and free sizes.
+
+    medssm export onnx RUN FILE.onnx [--portable]
+
+medssm's operators are nodes of the domain "medssm": onnxruntime runs them by the library `medssm.export.custom_ops()`. A portable file has
+standard operators alone, so that any engine runs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from medssm.errors import UserError
+from medssm.export import card, custom_ops
+from medssm.export.check import Finest, Run, check, check_target, shapes
+from medssm.export.metadata import KEY, metadata, read_run, text
+from medssm.export.program import DOMAIN, VERSION, export, quiet
+from medssm.files import first_line, protect, write_bytes
+from medssm.segment import networks
+from medssm.segment.inference import OVERLAP
+
+OPS = {"domain": DOMAIN, "version": VERSION}  # of the metadata: what a file with nodes of medssm's needs
+
+
+def export_onnx(
+    run: Path | str,
+    file: Path | str,
+    *,
+    portable: bool = False,
+    overlap: float = OVERLAP,
+    mirror: bool = False,
+    license: Path | str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a trained network as an ONNX file, with its model card beside it, once onnxruntime has given PyTorch's output at two sizes.
+
+    Args: ONNX
+        run: folder written by medssm train or medssm compress; of folds, one of them
+        file: to write, FILE.onnx; FILE.md beside it is the model card
+        portable: standard operators alone, which any engine runs; for networks of linear attention and of convolutions
+        overlap: of neighbouring windows, 0 to less than 1, for who runs the file
+        mirror: say to who runs the file that the mirrorings of the training are averaged
+        license: text file, the weights' licence; without it the card says that none was stated
+        overwrite: write over a file that this command did not write
+
+    Returns:
+        {"file", "card", "model", "parameters", "operators": those of medssm that it needs, "error": the largest difference from PyTorch over the
+        spread of the output}
+
+    Raises:
+        UserError: what cannot be read, exported, run or written; no file is left then.
+    """
+    if not 0 <= overlap < 1:
+        raise UserError(f"overlap: expected 0 to less than 1, got {overlap}")
+    run, file = Path(run), Path(file)
+    fitted, config = read_run(run)
+    _protect(file, overwrite)
+    network = networks.load(run)
+    model, used = _model(network, (1, len(fitted.channels), *fitted.patch), portable)
+    table = metadata(run, overlap=overlap, mirror=mirror, custom_ops=OPS if used else None)
+    error = _checked(model, network, (1, len(fitted.channels), *fitted.patch), {KEY: text(table)})
+    write_bytes(file, model.SerializeToString())
+    written = card.write(file, run, table, license=license)
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"file": str(file), "card": str(written), "model": config["model"], "parameters": parameters, "operators": used, "error": error}
+
+
+def to_onnx(
+    network: nn.Module,
+    file: Path | str,
+    shape: Sequence[int],
+    *,
+    portable: bool = False,
+    properties: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write any network as an ONNX file: input `image` (batch, channels, *spatial), output `logits` (batch, classes, *spatial), float32.
+
+    Batch and sizes are free. The file is written once onnxruntime has given PyTorch's output at two sizes other than the traced one.
+
+    Args:
+        network: in inference mode when this returns; of a list of outputs the first is taken
+        file: to write, FILE.onnx
+        shape: (1, channels, *spatial), an image that the network takes; one of the two sizes that are checked
+        portable: standard operators alone
+        properties: texts by name for the file's metadata_props
+        overwrite: write over a file that is there
+
+    Returns:
+        {"file", "operators": those of medssm that it needs, "error": the largest difference from PyTorch over the spread of the output}
+
+    Raises:
+        UserError: a network that cannot be exported or run, a file that cannot be written; no file is left then.
+    """
+    file = Path(file)
+    _protect(file, overwrite)
+    model, used = _model(network, shape, portable)
+    error = _checked(model, network, shape, properties or {})
+    write_bytes(file, model.SerializeToString())
+    return {"file": str(file), "operators": used, "error": error}
+
+
+def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Print what was written."""
+    needs = f"needs medssm's operators {', '.join(result['operators'])}" if result["operators"] else "standard operators alone"
+    print(f"{result['model']}, {result['parameters']:,} parameters; {needs}")
+    print(f"differs from PyTorch by {result['error']:.1e} of the output's spread at two sizes")
+    print(f"written: {result['file']} and {result['card']}")
+
+
+def session(model: bytes | str, used: bool, threads: int | None = None) -> Run:
+    """Runs a model, given as its bytes or its path, on the CPU. used: whether it needs medssm's operators; threads: PyTorch's number for None."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    if used:
+        options.add_session_config_entry("medssm.threads", str(options.intra_op_num_threads))
+        options.register_custom_ops_library(str(custom_ops()))
+    found = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda image: found.run(None, {"image": image})[0]
+
+
+def _model(network: nn.Module, shape: Sequence[int], portable: bool) -> tuple[onnx.ModelProto, list[str]]:
+    """The network as a model, and the operators of medssm that it needs."""
+    program = export(Finest(network), shapes(network, shape).traced, portable)
+    with quiet():
+        try:
+            exported = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=["image"], output_names=["logits"], external_data=False)
+        except Exception as error:
+            raise UserError(f"the network does not export to ONNX: {_reason(error)}") from error
+    assert exported is not None
+    model = exported.model_proto
+    free = ["batch", *(f"size{axis}" for axis in range(len(shape) - 2))]
+    for value in (*model.graph.input, *model.graph.output):
+        axes = value.type.tensor_type.shape.dim
+        for name, axis in zip(free, (axes[0], *axes[2:]), strict=True):
+            if not axis.dim_param:
+                raise UserError(f"a size became fixed: {name} of {value.name} is {axis.dim_value}")
+            axis.dim_param = name
+    # What is known of values inside names the sizes otherwise; nodes and values name files of this machine.
+    del model.graph.value_info[:]
+    for part in (model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del part.metadata_props[:]
+    return model, sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN})
+
+
+def _checked(model: onnx.ModelProto, network: nn.Module, shape: Sequence[int], properties: Mapping[str, str]) -> float:
+    """The model's difference from PyTorch; its properties are set."""
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, dict(properties))
+    used = any(node.domain == DOMAIN for node in model.graph.node)
+    engine = f"onnxruntime {onnxruntime.__version__}"
+    try:
+        run = session(model.SerializeToString(), used)
+    except UserError:
+        raise
+    except Exception as error:  # onnxruntime's own, which share no base
+        raise UserError(f"{engine} does not take the exported network: {first_line(error)}") from error
+    return check(Finest(network), run, shapes(network, shape).checked, engine)
+
+
+def _protect(file: Path, overwrite: bool) -> None:
+    check_target(file, ".onnx")
+    protect(file, made=_is_made_here, overwrite=overwrite, argument="file")
+
+
+def _is_made_here(file: Path) -> bool:
+    try:
+        model = onnx.load(file, load_external_data=False)
+        return any(entry.key == KEY and "schema" in json.loads(entry.value) for entry in model.metadata_props)
+    except Exception:  # protobuf's own exceptions
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an exporter's error, or of one that it came from, that says what is missing."""
+    lines = [line.strip() for one in _causes(error) for line in str(one).splitlines()]
+    return next((line for line in lines if "No ONNX function found" in line or "No decompositions" in line), first_line(list(_causes(error))[-1]))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

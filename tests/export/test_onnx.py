@@ -1,0 +1,153 @@
+"""ONNX files: any batch and size, PyTorch's numbers in onnxruntime, one clear error and no file where that cannot be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import medssm
+from medssm import cli
+from medssm.errors import UserError
+from medssm.segment import networks
+from medssm.segment.preprocess import Fitted
+
+onnx = pytest.importorskip("onnx", reason="needs the package onnx")
+pytest.importorskip("onnxscript", reason="needs the package onnxscript")
+pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+
+from medssm.export.onnx import _protect, export_onnx, session, to_onnx  # noqa: E402
+
+SMALL = {"features": (4, 6, 16), "depths": (0, 1, 1), "decoder_depths": (1, 0)}
+
+
+def small(mixer="ss_nd", dims=2):
+    torch.manual_seed(0)
+    return medssm.create_model("medssm_unet", spatial_dims=dims, in_channels=1, out_channels=3, mixer=mixer, **SMALL).eval()
+
+
+def check(network, file, sizes, used):
+    run = session(str(file), used)
+    for size in sizes:
+        x = torch.randn(size)
+        with torch.no_grad():
+            want = network(x).numpy()
+        np.testing.assert_allclose(run(x.numpy()), want, atol=1e-4 * np.ptp(want), rtol=0)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What medssm train leaves of a small network, without the training."""
+    folder = tmp_path_factory.mktemp("run")
+    kwargs = {"spatial_dims": 2, "in_channels": 2, "out_channels": 3, **SMALL, "deep_supervision": True}
+    intensity = ({"scheme": "zscore"}, {"scheme": "ct", "low": -10.0, "high": 90.0, "mean": 40.0, "deviation": 20.0})
+    Fitted(("MR", "CT"), (1.0, 1.0, 0), intensity, {"background": 0, "ball": 1, "box": 5}, None, (20, 16), slice_axis=2).save(folder / "fitted.json")
+    networks.save(folder, networks.build("medssm_unet", **kwargs), networks.describe("medssm_unet", kwargs))
+    return folder
+
+
+def test_the_command_writes_a_checked_file_with_all_that_a_scan_needs(run_folder, tmp_path, capsys):
+    file = tmp_path / "net.onnx"
+    assert cli.main(["export", "onnx", str(run_folder), str(file), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["operators"] == ["depthwise_conv", "selective_scan_nd"] and result["error"] < 1e-4
+    model = onnx.load(file)
+    sizes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.output)}
+    assert sizes == {"image": ["batch", 2, "size0", "size1"], "logits": ["batch", 3, "size0", "size1"]}
+    table = json.loads({entry.key: entry.value for entry in model.metadata_props}["medssm"])
+    assert table["custom_ops"] == {"domain": "medssm", "version": 1} and table["patch"] == [20, 16]
+    assert table["classes"] == {"background": 0, "ball": 1, "box": 5} and table["channels"][1]["high"] == 90
+    assert "Not a medical device" in (tmp_path / "net.md").read_text()
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)  # they would name files of this machine
+    network = networks.load(run_folder).eval()
+    check(lambda x: network(x)[0], file, [(1, 2, 20, 16), (3, 2, 37, 24), (2, 2, 16, 41)], True)
+    _protect(file, overwrite=False)  # its own file is written again
+    file.write_text("a file of somebody's")
+    assert cli.main(["export", "onnx", str(run_folder), str(file)]) == 2 and "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mixer", ["linear_attention", "gla", "delta", "mamba2", "rwkv", "ss_nd"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_mixer(mixer, dims, tmp_path):
+    network = small(mixer, dims)
+    to_onnx(network, tmp_path / "net.onnx", (1, 1, *[16] * dims))
+    check(network, tmp_path / "net.onnx", [(2, 1, *(17, 23, 9)[:dims]), (1, 1, *[32] * dims)], True)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", [name for name in medssm.list_models() if not name.startswith(("medssm_unet", "monai"))])
+def test_every_network(name, tmp_path):
+    torch.manual_seed(0)
+    network = medssm.create_model(name, spatial_dims=2, in_channels=1, out_channels=2, **medssm.models.model_facts(name).small).eval()
+    to_onnx(network, tmp_path / "net.onnx", (1, 1, 64, 64))
+
+
+def test_linear_attention_is_portable(tmp_path):
+    network = small("linear_attention")
+    result = to_onnx(network, tmp_path / "net.onnx", (1, 1, 16, 16), portable=True)
+    assert result["operators"] == [] and {node.domain for node in onnx.load(tmp_path / "net.onnx").graph.node} == {""}
+    check(network, tmp_path / "net.onnx", [(2, 1, 17, 23), (1, 1, 32, 40)], False)
+
+
+def fails(network, file, match, shape=(1, 1, 16, 16), **options):
+    with pytest.raises(UserError, match=match) as caught:
+        to_onnx(network, file, shape, **options)
+    assert "\n" not in str(caught.value) and not list(file.parent.iterdir())
+
+
+def test_an_operator_without_a_portable_form_is_named(tmp_path):
+    fails(small(), tmp_path / "net.onnx", "selective_scan_nd has no portable form", portable=True)
+
+
+def test_a_size_that_became_fixed_leaves_no_file(tmp_path):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x + torch.ones(1, 1, x.shape[2].__int__(), 1)
+
+    fails(Fixed(), tmp_path / "net.onnx", "does not export with a free batch and free sizes")
+
+
+def test_a_state_that_is_used_is_refused(tmp_path):
+    class Stateful(nn.Module):
+        def forward(self, x):
+            tokens, rates = x.flatten(2).transpose(1, 2), -torch.ones(1, 2)
+            rows = tokens.expand(-1, -1, 2)
+            out, state = medssm.ops.selective_scan(tokens, tokens.exp(), rates, rows, rows, return_final_state=True)
+            return (out + state.sum()).transpose(1, 2).view_as(x)
+
+    fails(Stateful(), tmp_path / "net.onnx", "selective_scan: the network uses its final state")
+
+
+def test_a_network_that_takes_one_size_is_refused(tmp_path):
+    class OneSize(nn.Module):
+        def forward(self, x):
+            torch._check(x.shape[2] < 10**6)
+            return x * 2 if torch.compiler.is_exporting() or x.shape[2] == 16 else self.refuse()
+
+        def refuse(self):
+            raise ValueError("expected 16 voxels")
+
+    fails(OneSize(), tmp_path / "net.onnx", "the network itself does not take an image of 2x1x.*expected 16 voxels")
+
+
+def test_numbers_that_differ_leave_no_file(tmp_path):
+    class Other(nn.Module):
+        def forward(self, x):
+            return x * 2 if torch.compiler.is_exporting() else x * 2.01
+
+    fails(Other(), tmp_path / "net.onnx", "differs from PyTorch by 2.*e-03 of the output's spread")
+
+
+def test_wrong_input_is_one_line(run_folder, tmp_path):
+    (tmp_path / "folder.onnx").mkdir()
+    for run, file, match in (
+        (run_folder, tmp_path / "net.pt", "expected a name that ends in .onnx"),
+        (run_folder, tmp_path / "folder.onnx", "expected a file, got a folder"),
+        (tmp_path, tmp_path / "net.onnx", "not written by medssm train"),
+    ):
+        with pytest.raises(UserError, match=match):
+            export_onnx(run, file)
+    with pytest.raises(UserError, match="overlap"):
+        export_onnx(run_folder, tmp_path / "net.onnx", overlap=1.0)
