@@ -97,16 +97,21 @@ class Groups:
 
     def pass_through(self, module: nn.Module, x: Channels) -> Channels:
         """What the module makes of channels. Raises UserError for one that declares nothing."""
+        self._check(module)
+        return self.declarations[type(module)](self, module, x)
+
+    def _check(self, module: nn.Module) -> None:
+        """UserError for a module that declares nothing."""
         if type(module) not in self.declarations:
             layer, ours = self._names[module], [kind.__name__ for kind in self.declarations if kind.__module__.startswith("medssm.")]
             raise UserError(
                 f"prune: {type(module).__name__}{f' ({layer})' if layer else ''} does not say which of its channels belong together: "
                 f"expected a network of PyTorch's layers and {', '.join(ours)}"
             )
-        return self.declarations[type(module)](self, module, x)
 
     def linear(self, layer: Any, x: Channels, out: Channels | None = None, repeat: int = 1) -> Channels:
         """A layer with a matrix (outputs, inputs, …) and a bias; its outputs are new channels, or are added to `out`, or hold it `repeat` times."""
+        self._check(layer)
         out = (self.new(layer, layer.weight.shape[0] // repeat),) if out is None else out
         self.along(x, layer, "weight", 1)
         for name in ("weight", "bias"):
@@ -116,6 +121,7 @@ class Groups:
 
     def convolution(self, layer: Any, x: Channels, out: Channels | None = None) -> Channels:
         """A convolution: of all channels, or of each one alone."""
+        self._check(layer)
         if layer.groups == 1:
             return self.linear(layer, x, out)
         if layer.groups != layer.in_channels or layer.in_channels != layer.out_channels:
@@ -133,6 +139,8 @@ class Groups:
 
     def each(self, layer: nn.Module, x: Channels) -> Channels:
         """A layer that treats each channel alone, or normalises them: its tensors have a row for each."""
+        if isinstance(layer, nn.Identity):
+            return x
         for name in ("weight", "bias", "running_mean", "running_var"):
             if hasattr(layer, name):
                 self.along(x, layer, name)

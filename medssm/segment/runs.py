@@ -17,7 +17,7 @@ from medssm.segment.networks import BEST, WEIGHTS
 from medssm.segment.progress import progress
 
 ARGUMENTS, CASES, CURVES, REPORT = "train.yaml", "cases.json", "curves.png", "report.html"
-_PATHS = ("dataset", "out", "splits", "cache")  # arguments that are paths
+_PATHS = ("dataset", "out", "splits", "cache", "start", "distil")  # arguments that are paths
 
 
 def check_recipe(

@@ -33,6 +33,7 @@ from medssm.segment.patches import Patches
 from medssm.segment.preprocess import Fitted
 from medssm.segment.runs import CURVES, REPORT
 from medssm.segment.stages import open_stages, strides_and_kernels, supervised
+from medssm.segment.start import Start
 from medssm.segment.uncertainty import conformal
 from medssm.segment.validation import Validation
 from medssm.segment.volumes import load
@@ -51,6 +52,8 @@ def train(
     size: str | None = None,
     mixer: str | None = None,
     spatial_dims: Literal[2, 3] = 3,
+    start: Path | str | Start | None = None,
+    distil: Path | str | None = None,
     fold: int | None = None,
     folds: int = 5,
     splits: Path | str | None = None,
@@ -115,6 +118,9 @@ def train(
         size: the model's size, where it has several, as tiny, small or base
         mixer: the mixer of a model that has several, as medssm_unet; docs/mixers.md compares them
         spatial_dims: 2 trains on slices
+        start: folder of a finished training to begin with: its network and weights, spacing, patch, mirrored axes and intensities take the place of
+            what is said of these here; the data must have its channels and classes
+        distil: folder of a finished training whose network, the teacher, is learnt from beside the labels (docs/guides/compress.md)
     Args: Optimisation
         max_steps: training steps (default: 1000 where `max_seconds` is not given)
         max_seconds: seconds of training steps, all resumptions together; reading and validating are not counted
@@ -150,7 +156,10 @@ def train(
         return before
     if task != "segment":
         raise UserError(f"task: expected segment, got {task!r} (medssm.classify.train.train trains a classifier)")
-    _check_arguments(spatial_dims, patch, foreground)
+    begun = Start.of(Path(start)) if isinstance(start, (str, Path)) else start
+    if begun:
+        spatial_dims = cast(Literal[2, 3], len(begun.fitted.patch))
+    _check_arguments(spatial_dims, None if begun else patch, foreground)
     runs.check_recipe(
         optimizer=optimizer,
         optimizers=_LEARNING_RATES,
@@ -174,23 +183,27 @@ def train(
     fabric.launch()
     quiet = quiet or not fabric.is_global_zero
     asked = {"spatial_dims": spatial_dims, **(model_kwargs or {}), **_given(size=size, mixer=mixer)}
-    stages, heads = open_stages(model, asked), supervised(model, asked)
+    stages, heads = (None, {}) if begun else (open_stages(model, asked), supervised(model, asked))
 
-    fitted, volumes = fit(
-        table,
-        training,
-        spatial_dims=spatial_dims,
-        spacing=spacing,
-        patch=patch,
-        mirror=axes_to_mirror(mirror),
-        modality=modality,
-        nan=nan,
-        cache=cache,
-        seed=seed,
-        fabric=fabric,
-        quiet=quiet,
-        stages=stages,
-    )
+    if begun:
+        begun.check(table)
+        fitted, volumes = begun.fitted, begun.volumes(training, load(training, table, begun.fitted.spacing, cache, nan), seed)
+    else:
+        fitted, volumes = fit(
+            table,
+            training,
+            spatial_dims=spatial_dims,
+            spacing=spacing,
+            patch=patch,
+            mirror=axes_to_mirror(mirror),
+            modality=modality,
+            nan=nan,
+            cache=cache,
+            seed=seed,
+            fabric=fabric,
+            quiet=quiet,
+            stages=stages,
+        )
     held_out = validation[fabric.global_rank :: fabric.world_size]
     validate = Validation(held_out, load(held_out, table, fitted.spacing, cache, nan), fitted, fabric)
 
@@ -198,7 +211,10 @@ def train(
     sizes = {"in_channels": len(fitted.channels), "out_channels": len(fitted.outputs)}
     strides = {} if stages is None else {"strides": strides_and_kernels(fitted.patch, fitted.patch_spacing, stages)[0]}
     kwargs = {**sizes, **asked, **strides, **heads}
-    network, config = model if isinstance(model, nn.Module) else networks.build(model, **kwargs), networks.describe(model, kwargs)
+    if begun:
+        network, config = begun.network, begun.config
+    else:
+        network, config = model if isinstance(model, nn.Module) else networks.build(model, **kwargs), networks.describe(model, kwargs)
     network = networks.placed(network, fabric.device, spatial_dims)
     networks.check_patch(network, fitted.patch, **sizes, device=fabric.device)
     settings = {
@@ -213,6 +229,7 @@ def train(
         "ema": ema,
         "foreground": foreground,
         "augment": augment,
+        "distil": None if distil is None else str(Path(distil).resolve()),
         "seed": seed,
         "processes": fabric.world_size,
         "precision": fabric.strategy.precision.precision,
@@ -222,6 +239,11 @@ def train(
         runs.say(chosen)
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
     criterion = criterion_for(fitted)
+    if distil is not None:
+        from medssm.compress.distil import Distillation, teacher_for
+
+        teacher = networks.placed(teacher_for(Path(distil), fitted, validation), fabric.device, spatial_dims)
+        criterion = Distillation(criterion, network, teacher)
     loop = Loop(
         fabric,
         network,
@@ -240,7 +262,7 @@ def train(
         settings=settings,
     )
     name = config["model"] or config["class"]
-    arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
+    arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr, "start": None if isinstance(start, Start) else start}
     cases = {"training": _files(training), "validation": _files(validation)}
     runs.begin(loop, arguments, cases, resume=resume, written=(postprocess.POSTPROCESSING, conformal.CONFORMAL))
     if fabric.is_global_zero:

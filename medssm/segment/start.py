@@ -1,0 +1,48 @@
+"""What a training may begin with in the place of a new network: one that was trained before, with all that was fitted to its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from medssm.errors import UserError
+from medssm.files import read_json
+from medssm.segment import networks
+from medssm.segment.cases import Case
+from medssm.segment.data import FITTED, Dataset
+from medssm.segment.preprocess import Fitted
+from medssm.segment.volumes import Arrays, Volume, prepare
+
+
+class Start(NamedTuple):
+    """A network with its weights, what its config.json says of it, and what was fitted to its data."""
+
+    network: nn.Module
+    config: dict[str, Any]
+    fitted: Fitted
+
+    @classmethod
+    def of(cls, run: Path) -> Start:
+        """A finished training's. Raises UserError for what cannot be read, and for a network that was given as a module."""
+        config = read_json(run / networks.CONFIG)
+        return cls(networks.load(run), config, Fitted.load(run / FITTED))
+
+    def check(self, table: Dataset) -> None:
+        """UserError where a data set has other channels, classes or regions than the network."""
+        for what in ("channels", "classes", "ignore", "regions"):
+            wanted, found = getattr(self.fitted, what), getattr(table, what)
+            if wanted != found:
+                raise UserError(
+                    f"dataset: expected the {what} {_named(wanted)}, which the network was trained for, got {_named(found)} in {table.name}"
+                )
+
+    def volumes(self, cases: Sequence[Case], arrays: Sequence[Arrays], seed: int) -> list[Volume]:
+        """The cases' images and labels, ready for cropping."""
+        return [prepare(case.name, *pair, self.fitted, seed) for case, pair in zip(cases, arrays, strict=True)]
+
+
+def _named(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (tuple, dict)) else str(value)
