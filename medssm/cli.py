@@ -76,6 +76,12 @@ COMMANDS: Table = {
     "compare": Command(
         "medssm.compare", "compare", "show", "two or more sets of predictions, or runs, on the same cases: differences with intervals"
     ),
+    "compress": Command(
+        "medssm.compress.command",
+        "compress",
+        "show",
+        "make a trained network smaller: prune, low rank, distil, 8 bits; the result is a run like any other",
+    ),
     "view": Command("medssm.segment.view", "view", "show", "a scan with label maps over it as one page for a browser, offline"),
     "export": {
         "onnx": Command(
@@ -94,7 +100,8 @@ COMMANDS: Table = {
 }
 
 _ENGINES = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")  # packages of the extra [export]
-_VOLUMES = ("medssm.segment.", "medssm.classify.", "medssm.compare", "medssm.bench.accuracy")  # modules of commands that work on volumes
+# Modules of commands that work on volumes.
+_VOLUMES = ("medssm.segment.", "medssm.classify.", "medssm.compare", "medssm.compress.", "medssm.bench.accuracy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

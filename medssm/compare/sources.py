@@ -96,7 +96,8 @@ def _trained(run: Path) -> dict[str, Any]:
     cost = None
     if config.get("model"):  # else it was given as a module, which cannot be built again
         shape = (1, len(fitted.channels), *fitted.patch)
-        cost = multiply_adds(networks.of_config(config), torch.empty(shape, device="meta"))
+        steps = [step for step in config.get("compression", []) if step["kind"] != "int8"]  # in 8 bits there are as many
+        cost = multiply_adds(networks.of_config({**config, "compression": steps}), torch.empty(shape, device="meta"))
     return {
         "model": config.get("model") or config.get("class"),
         "parameters": finished.get("parameters"),

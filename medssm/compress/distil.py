@@ -75,8 +75,12 @@ class Distillation(nn.Module):
     def forward(self, output: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
         """The loss, a scalar."""
         loss: Tensor = self.criterion(output, label)
-        with torch.no_grad():
-            taught = finest_first(self.teacher(self._seen["image"]), label.ndim)[0].float()
+        image: Tensor = self._seen.pop("image")
+        with (
+            torch.no_grad(),
+            torch.autocast(image.device.type, image.dtype, enabled=image.dtype != torch.float32),
+        ):  # mixed precision gives half images
+            taught = finest_first(self.teacher(image), label.ndim)[0].float()
         learnt = finest_first(output, label.ndim)[0].float()
         loss = loss + self.logits * self._divergence(learnt, taught, label)
         if "student" in self._seen:

@@ -126,7 +126,8 @@ def _forms(layer: Any) -> list[Form]:
     weight: Tensor = layer.weight.detach().double()
     outs, ins, *kernel = weight.shape
     voxels = math.prod(kernel)
-    whole = outs * ins * voxels
+    whole = outs * ins * voxels  # for each voxel of the output
+    steps = [1] if isinstance(layer, nn.Linear) else list(layer.stride)  # a convolution before the steps works at every voxel of the input
     found = []
     if voxels == 1:
         kept = _energies(weight.reshape(outs, ins))
@@ -135,12 +136,12 @@ def _forms(layer: Any) -> list[Form]:
         kept_in, kept_out = _energies(weight.movedim(1, 0).flatten(1)), _energies(weight.flatten(1))
         for r_in in _ranks(ins):
             for r_out in _ranks(outs):
-                cost = (r_in * ins + voxels * r_in * r_out + r_out * outs) / whole
+                cost = (r_in * ins * math.prod(steps) + voxels * r_in * r_out + r_out * outs) / whole
                 found.append(Form("tucker", (r_in, r_out), cost, max(0.0, kept_in[r_in] + kept_out[r_out] - 1)))
         if kernel[0] > 1 and voxels > kernel[0]:
             rows = _apart(weight)
             kept = _energies(rows)
-            first, rest = kernel[0] * ins, voxels // kernel[0] * outs
+            first, rest = kernel[0] * ins * math.prod(steps[1:]), voxels // kernel[0] * outs
             found += [Form("spatial", (r,), r * (first + rest) / whole, kept[r]) for r in _ranks(min(rows.shape))]
     return [form for form in found if form.cost < 1]
 

@@ -35,9 +35,7 @@ class Start(NamedTuple):
         for what in ("channels", "classes", "ignore", "regions"):
             wanted, found = getattr(self.fitted, what), getattr(table, what)
             if wanted != found:
-                raise UserError(
-                    f"dataset: expected the {what} {_named(wanted)}, which the network was trained for, got {_named(found)} in {table.name}"
-                )
+                raise UserError(f"dataset: {table.name}: expected the {what} that the network was trained for, {_named(wanted)}, got {_named(found)}")
 
     def volumes(self, cases: Sequence[Case], arrays: Sequence[Arrays], seed: int) -> list[Volume]:
         """The cases' images and labels, ready for cropping."""

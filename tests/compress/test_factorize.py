@@ -68,9 +68,9 @@ def test_weights_of_low_rank_are_found_exactly():
 @torch.no_grad()
 def test_no_layer_keeps_more_than_its_share_and_the_error_grows_as_it_shrinks():
     torch.manual_seed(0)
-    network, x = nn.Sequential(nn.Conv3d(32, 64, 3, padding=1), nn.Conv3d(64, 32, 3)), torch.randn(1, 32, 6, 6, 6)
+    network, x = nn.Sequential(nn.Conv3d(32, 64, 3, padding=1), nn.Conv3d(64, 32, 2, 2)), torch.randn(1, 32, 6, 6, 6)
     before, errors = multiply_adds(network, x), []
-    for share in (0.8, 0.4, 0.2):
+    for share in (0.8, 0.6, 0.4):
         small, _ = factorize(network, share)
         assert multiply_adds(small, x) <= share * before
         errors.append((small(x) - network(x)).norm() / network(x).norm())
