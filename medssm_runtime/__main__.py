@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"medssm_runtime: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        print(f"medssm_runtime: needs the package {package}: pip install {package}", file=sys.stderr)
+        return 2
     except OSError as error:  # of a file or folder that nothing else named
         print(f"medssm_runtime: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2

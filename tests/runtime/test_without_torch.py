@@ -62,6 +62,14 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path, scan):
     assert not (tmp_path / "labels.nii.gz").exists()
 
 
+def test_a_package_that_is_not_installed_is_named(tmp_path, scan):
+    model = write_onnx(write_run(tmp_path / "run", {"ball": {"largest_component": True}}), tmp_path / "model.onnx")
+    for package in ("scipy", "nibabel"):  # post-processing needs the first
+        done = run(model, scan, tmp_path / "labels.nii.gz", blocked=("torch", package))
+        assert (done.returncode, done.stderr) == (2, f"medssm_runtime: needs the package {package}: pip install {package}\n")
+        assert not list(tmp_path.glob("*labels*"))
+
+
 def test_operators_that_are_not_there_are_named(tmp_path, scan, monkeypatch):
     model = write_onnx(write_run(tmp_path / "run"), tmp_path / "model.onnx", custom_ops={"domain": "medssm", "version": 1})
     done = run(model, scan, tmp_path / "labels.nii.gz", "--ops", tmp_path / "no.so")
