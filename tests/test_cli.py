@@ -57,7 +57,7 @@ def test_a_group_lists_its_commands(capsys):
     assert "plans" in capsys.readouterr().out
     assert cli.main(["nnunet"]) == 2
     assert cli.main(["export", "bundel"]) == 2
-    assert capsys.readouterr().err == "medssm export: expected one of bundle, got 'bundel', did you mean bundle?\n"
+    assert capsys.readouterr().err == f"medssm export: expected one of {', '.join(cli.COMMANDS['export'])}, got 'bundel', did you mean bundle?\n"
 
 
 def test_the_overview_and_the_version_come_without_heavy_imports():
