@@ -36,7 +36,7 @@ from medssm.segment import networks
 _SAMPLE, _MOST = 2**14, 2**20  # values of a layer's input that are kept of each call, and that are looked at
 _GAIN = 0.9  # a layer is quantized where it then takes at most this part of its time
 _STORED = 256  # weights from which a layer's file is worth integers
-_SHRUNK = [part / 80 for part in range(16, 81)]  # parts of the range that are tried for the least squared error
+_SHRUNK = [part / 80 for part in range(1, 81)]  # parts of the range that are tried for the least squared error
 
 
 def quantize(

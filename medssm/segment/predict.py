@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import machine
+from medssm.compress.fold import fold as fold_norms
 from medssm.errors import UserError
 from medssm.files import first_line, protect
 from medssm.options import Option
@@ -436,8 +437,8 @@ def weights_of(folder: Path, weights: str) -> str:
 def _load(folder: Path, model: nn.Module | None, weights: str, device: torch.device) -> _Fold:
     name = weights_of(folder, weights)
     fitted = Fitted.load(folder / FITTED)
-    network = networks.load(folder, copy.deepcopy(model), name)  # copied: every fold has weights of its own
-    return _Fold(folder, networks.placed(network, device, len(fitted.patch)).eval(), fitted)
+    network, _ = fold_norms(networks.load(folder, copy.deepcopy(model), name).eval())  # copied: every fold has weights of its own
+    return _Fold(folder, networks.placed(network, device, len(fitted.patch)), fitted)
 
 
 def _check_alike(folds: Sequence[_Fold]) -> None:
