@@ -44,6 +44,7 @@ from medssm.tasks import CLASSIFY
 PREDICTIONS, SCORES = "predictions.csv", "figures.json"
 _STEPS, _LEARNING_RATES = 1000, {"adamw": 1e-3, "sgd": 1e-2}
 _BATCH = {2: 32, 3: 4}
+_WRITTEN = (calibration.CALIBRATION, SCORES, PREDICTIONS)
 _CURVES = ("loss (cross-entropy)", "balanced accuracy of the held-out images")
 
 
@@ -162,7 +163,7 @@ def train(
     out = Path(out)
     if task != CLASSIFY:
         raise UserError(f"task: expected classify, got {task!r} (medssm.segment.train trains a network that segments)")
-    before = runs.finished(out, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
+    before = runs.finished(out, reads=(dataset,), written=_WRITTEN, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
     if before:
         return before
     _check_arguments(spatial_dims, shape, mixup, smoothing, rotate)
@@ -258,7 +259,7 @@ def train(
     name = config["model"] or config["class"]
     arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
     cases = {"training": _files(training), "validation": _files(held_out)}
-    runs.begin(loop, arguments, cases, resume=resume, written=(calibration.CALIBRATION, SCORES, PREDICTIONS))
+    runs.begin(loop, arguments, cases, resume=resume, written=_WRITTEN)
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
 

@@ -116,7 +116,7 @@ def compress(
             write_json(work / CONFIG, start.config)
             changed = {"dataset": source.dataset, "out": work, "max_steps": steps, "max_seconds": None, "start": start, "distil": distil}
             changed |= {key: value for key, value in (("lr", lr), ("device", device)) if value is not None}
-            train(**{**source.recipe, **changed}, resume=resume, quiet=quiet)
+            train(**{**source.recipe, **changed}, resume=resume, overwrite=True, quiet=quiet)
         else:
             source.untrained(start, work)
         if fold_norms or int8:

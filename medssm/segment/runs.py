@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from medssm.errors import UserError
-from medssm.files import make_folder, read_json_lines, write_bytes, write_json
+from medssm.files import begins_with, make_folder, protect, read_json_lines, write_bytes, write_json
 from medssm.options import as_yaml
 from medssm.segment import curves
+from medssm.segment.data import FITTED
 from medssm.segment.loop import CHECKPOINT, LOG, Loop
-from medssm.segment.networks import BEST, WEIGHTS
+from medssm.segment.networks import BEST, CONFIG, WEIGHTS
 from medssm.segment.progress import progress
 
 ARGUMENTS, CASES, CURVES, REPORT = "train.yaml", "cases.json", "curves.png", "report.html"
+_HEADING = "# medssm train --config THIS_FILE --overwrite trains again\n"  # of train.yaml
 _PATHS = ("dataset", "out", "splits", "cache", "start", "distil")  # arguments that are paths
 
 
@@ -37,10 +39,22 @@ def check_recipe(
         raise UserError(f"ema: expected more than 0 and less than 1, got {ema}")
 
 
-def finished(out: Path, *, resume: bool, overwrite: bool, max_steps: int | None, quiet: bool) -> dict[str, Any] | None:
+def finished(
+    out: Path, *, reads: Sequence[Path | str | None], written: Sequence[str], resume: bool, overwrite: bool, max_steps: int | None, quiet: bool
+) -> dict[str, Any] | None:
     """The result of the training in `out` where there is nothing left to do, which is said; else the folder is made.
 
-    Raises UserError rather than write over a training unasked.
+    Args:
+        out: the folder of the training
+        reads: the files that it reads, or None
+        written: the files that such a training writes when it ends, beside its weights
+        resume: go on with the training that is there
+        overwrite: train anew
+        max_steps: that are asked for
+        quiet: nothing is said
+
+    Raises:
+        UserError: a file that is read, or unasked a training or a file of other origin, would be written over.
     """
     weights, checkpoint = out / WEIGHTS, out / CHECKPOINT
     if resume and weights.exists() and not checkpoint.exists():
@@ -58,13 +72,17 @@ def finished(out: Path, *, resume: bool, overwrite: bool, max_steps: int | None,
         return result
     if not (resume or overwrite) and (weights.exists() or checkpoint.exists()):
         raise UserError(f"out: {out} has a training: pass resume to go on with it, or overwrite")
+    inputs = [Path(file) for file in reads if file is not None]
+    ours = overwrite or resume or begins_with(out / ARGUMENTS, _HEADING)  # the last: a training that did not come to its first checkpoint
+    for name in (weights.name, checkpoint.name, BEST, CONFIG, FITTED, ARGUMENTS, CASES, CURVES, REPORT, LOG, *written):
+        protect(out / name, reads=inputs, overwrite=ours)
     make_folder(out)
     return None
 
 
 def save_arguments(path: Path, arguments: Mapping[str, Any]) -> None:
     """Write what `medssm train --config` takes to repeat the training, from whatever folder it is called in."""
-    write_bytes(path, f"# medssm train --config THIS_FILE --overwrite trains again\n{kept(arguments)}".encode())
+    write_bytes(path, (_HEADING + kept(arguments)).encode())
 
 
 def kept(arguments: Mapping[str, Any]) -> str:
@@ -80,7 +98,7 @@ def say(chosen: Mapping[str, str]) -> None:
 def begin(loop: Loop, arguments: Mapping[str, Any], cases: Mapping[str, Any], *, resume: bool, written: Sequence[str]) -> None:
     """Go on from the checkpoint, or remove what the training that is to be overwritten left; then write the cases and the arguments.
 
-    written: the files that such a training writes when it ends, beside its weights.
+    written: as for `finished`.
     """
     if resume:
         loop.resume()
@@ -88,8 +106,8 @@ def begin(loop: Loop, arguments: Mapping[str, Any], cases: Mapping[str, Any], *,
         for name in (WEIGHTS, BEST, CHECKPOINT, *written):
             (loop.out / name).unlink(missing_ok=True)
     if loop.fabric.is_global_zero:
+        save_arguments(loop.out / ARGUMENTS, arguments)  # first: it says whose the others are
         write_json(loop.out / CASES, cases)
-        save_arguments(loop.out / ARGUMENTS, arguments)
 
 
 def learn(

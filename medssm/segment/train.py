@@ -39,6 +39,7 @@ from medssm.segment.validation import Validation
 from medssm.segment.volumes import load
 
 _STEPS = 1000
+_WRITTEN = (postprocess.POSTPROCESSING, conformal.CONFORMAL)
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 
 
@@ -151,7 +152,7 @@ def train(
     """
     arguments = {name: value for name, value in locals().items() if name not in ("resume", "overwrite", "quiet")}
     out = Path(out)
-    before = runs.finished(out, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
+    before = runs.finished(out, reads=(dataset, splits), written=_WRITTEN, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
     if before:
         return before
     if task != "segment":
@@ -264,7 +265,7 @@ def train(
     name = config["model"] or config["class"]
     arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr, "start": None if isinstance(start, Start) else start}
     cases = {"training": _files(training), "validation": _files(validation)}
-    runs.begin(loop, arguments, cases, resume=resume, written=(postprocess.POSTPROCESSING, conformal.CONFORMAL))
+    runs.begin(loop, arguments, cases, resume=resume, written=_WRITTEN)
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
 

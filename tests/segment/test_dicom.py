@@ -83,6 +83,26 @@ def test_what_is_no_volume_is_refused_with_numbers(tmp_path, edit, message):
     assert str(error.value).startswith(f"{folder}: ")
 
 
+def turned(degrees):
+    """Directions turned in the plane of the slices."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return [*(c * ACROSS + s * DOWN), *(c * DOWN - s * ACROSS)]
+
+
+@pytest.mark.parametrize("start", [0.0, 0.11, 0.2])
+def test_directions_and_pixel_sizes_may_be_rounded_but_not_differ(tmp_path, start):
+    """The same answer wherever the numbers lie: none is told from another by a digit at which both are rounded."""
+
+    def written(degrees, larger):
+        return lambda i: {"ImageOrientationPatient": turned(start + degrees * (i == 2)), "PixelSpacing": [0.70005 * (1 + larger * (i == 2)), 0.5]}
+
+    assert open_image(series(tmp_path / "rounded", DATA, written(0.02, 3e-4))).shape == DATA.T.shape
+    with pytest.raises(UserError, match=r"slices of more than one orientation: .* \(3\), .* \(1\)"):
+        open_image(series(tmp_path / "turned", DATA, written(0.2, 0)))
+    with pytest.raises(UserError, match=r"slices of more than one pixel size: 0.70005 x 0.5 \(3\), 0.70145 x 0.5 \(1\)"):
+        open_image(series(tmp_path / "larger", DATA, written(0, 2e-3)))
+
+
 @pytest.mark.parametrize("name", ["CT_small", "MR_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_jp2klossless", "JPGExtended", "693_J2KI"])
 def test_scanners_files_are_read_as_itk_reads_them(name):
     """Files of scanners and other programs that pydicom carries; SimpleITK reads them by GDCM."""

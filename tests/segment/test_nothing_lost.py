@@ -11,10 +11,12 @@ import pytest
 from medssm import cli
 from medssm.errors import UserError
 from medssm.segment import predict as module
+from medssm.segment import runs
 from medssm.segment.evaluate import evaluate
 from medssm.segment.images import is_made_here
 from medssm.segment.predict import predict
-from tests.segment.synthetic import volume, write
+from medssm.segment.train import train
+from tests.segment.synthetic import nnunet_folder, volume, write
 
 
 def digest(path):
@@ -165,3 +167,28 @@ def test_two_files_of_one_name_are_named(pairs):
     write(pairs / "found" / "a.nii", np.zeros((12, 10, 8), np.uint8))
     with pytest.raises(UserError, match=r"a\.nii.* and .*a\.nii.*: two files for the case a"):
         evaluate(pairs / "found", pairs / "truth", quiet=True)
+
+
+@pytest.mark.parametrize("name", ["report.html", "cases.json", "conformal.json", "config.json", "metrics.jsonl", "model_best.safetensors"])
+def test_a_training_takes_no_file_of_other_origin(tmp_path, name):
+    data = nnunet_folder(tmp_path / "data", cases=1, shape=(16, 16, 16))
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    with pytest.raises(UserError, match=rf"out: .*{name} is there already, and this command did not write it: name another one, or pass --overwrite"):
+        train(data, theirs.parent, max_steps=1, device="cpu", quiet=True)
+    assert [file.read_text() for file in theirs.parent.iterdir()] == ["theirs"]
+    asked = {"reads": (data,), "written": ("conformal.json",), "resume": False, "overwrite": False, "max_steps": 1, "quiet": True}
+    runs.finished(theirs.parent, **(asked | {"overwrite": True}))
+    runs.save_arguments(theirs.parent / "train.yaml", {"max_steps": 1})  # as of a training that was killed early
+    runs.finished(theirs.parent, **asked)
+
+
+@pytest.mark.parametrize("option", ["overwrite", "resume"])
+def test_a_training_never_writes_over_its_datalist(tmp_path, option):
+    listed = tmp_path / "out" / "cases.json"
+    listed.parent.mkdir()
+    listed.write_text("{}")
+    with pytest.raises(UserError, match=r"out: .*cases\.json is a file that is read; name another one"):
+        train(listed, listed.parent, max_steps=1, device="cpu", quiet=True, **{option: True})
+    assert listed.read_text() == "{}"

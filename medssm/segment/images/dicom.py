@@ -26,6 +26,7 @@ _NO_IMAGES = (SEG, "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.481.
 _SHOWN = 5  # series that a message names
 _SAME_MM = 1e-3  # slices closer than that lie in one place
 _TILT = 0.1  # degrees
+_ROUNDED = 1e-3  # of the largest number: directions and pixel sizes that differ by less are one
 _TAGS = (
     "SOPClassUID SeriesInstanceUID Modality Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation ImagePositionPatient "
     "ImageOrientationPatient PixelSpacing ImagerPixelSpacing SliceThickness SpacingBetweenSlices FrameOfReferenceUID "
@@ -153,8 +154,8 @@ def _image(path: Path, headers: Sequence[tuple[Path, Any]]) -> Image:
         raise UserError(f"{path}: MONOCHROME1 and MONOCHROME2 in one series, {_counted(colours)}: in one of them small values are bright")
     frames = [frame for file, table in images for frame in _frames(file, table)]
     _one_of_each(path, "size", collections.Counter(f"{frame.columns} x {frame.rows}" for frame in frames))
-    _one_of_each(path, "orientation", collections.Counter(str(np.round(frame.orientation, 2) + 0.0) for frame in frames))
-    _one_of_each(path, "pixel size", collections.Counter("none" if f.edges is None else " x ".join(f"{e:.4g}" for e in f.edges) for f in frames))
+    _alike(path, "orientation", [frame.orientation for frame in frames], " ")
+    _alike(path, "pixel size", [frame.edges for frame in frames], " x ")
     frames, affine, notes = _stack(path, frames, images[0][1])
     if "MONOCHROME1" in colours:
         notes.append("MONOCHROME1: small values are bright; they are kept")
@@ -180,6 +181,13 @@ def _one_series(path: Path, images: Sequence[tuple[Path, Any]]) -> None:
 def _one_of_each(path: Path, what: str, found: collections.Counter[str]) -> None:
     if len(found) > 1:
         raise UserError(f"{path}: slices of more than one {what}: {_counted(found)}")
+
+
+def _alike(path: Path, what: str, values: Sequence[tuple[float, ...] | None], between: str) -> None:
+    """UserError unless all slices have the same numbers, up to what their rounding to decimals does."""
+    first = values[0]
+    if not all(value is first or (first and value and np.allclose(value, first, rtol=0, atol=_ROUNDED * max(map(abs, first)))) for value in values):
+        _one_of_each(path, what, collections.Counter("none" if value is None else between.join(f"{one:.5g}" for one in value) for value in values))
 
 
 def _counted(found: collections.Counter[str]) -> str:
