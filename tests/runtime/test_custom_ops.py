@@ -10,6 +10,7 @@ from torch import nn
 
 from medssm import nn as layers
 from medssm.export.metadata import KEY, metadata, text
+from medssm.kernels import native
 from medssm.segment import networks
 from medssm.segment.predict import predict
 from medssm.segment.preprocess import Fitted
@@ -19,6 +20,7 @@ from tests.segment.synthetic import volume, write
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.skipif(not native.path().with_name(f"libmedssm_onnx{native.SUFFIX}").is_file(), reason="the library was not built")
 
 
 class Scanned(nn.Module):
