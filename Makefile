@@ -86,7 +86,7 @@ test-newest:
 	$(MAKE) VENV=build/newest CONSTRAINTS=/dev/null test-versions
 
 test-versions: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -n auto --dist worksteal tests/ops/test_contract.py tests/nn tests/models tests/segment tests/export tests/test_*.py
+	$(BIN)/python -m pytest -q -n auto --dist worksteal tests/ops/test_contract.py tests/nn tests/models tests/segment tests/export tests/runtime tests/test_*.py
 
 # dist/ as the release has it: a source archive and a wheel built from it, each checked, and the wheel tried in an environment of its own.
 wheel: export PATH := $(CURDIR)/$(RELEASE)/bin:$(PATH)

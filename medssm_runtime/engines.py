@@ -68,27 +68,28 @@ def _onnxruntime(path: Path, threads: int | None, ops: Path | None) -> tuple[Set
 
 
 def _openvino(path: Path, threads: int | None, ops: Path | None) -> tuple[Settings, Run]:
+    if ops:
+        raise UserError(f"ops: expected a file of ONNX with it, got {path}: OpenVINO's files need no operators of medssm")
     engine = _engine("openvino", path)
+    version = f"openvino {engine.__version__.partition('-')[0]}"
     # The network's own type: OpenVINO would take bfloat16 on a processor that has it, and the label map would be another one.
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
     try:
         core = engine.Core()
-        if ops:
-            core.add_extension(str(ops))
         model = core.read_model(path)
     except Exception as error:
-        raise UserError(f"{path}: openvino {engine.__version__} does not take it: {first_line(error)}") from error
+        raise UserError(f"{path}: {version} does not take it: {first_line(error)}") from error
     settings = parse(model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None, path)
     try:
         compiled = core.compile_model(model, "CPU", options)
     except Exception as error:
-        raise UserError(f"{path}: openvino {engine.__version__} does not take it: {first_line(error)}") from error
+        raise UserError(f"{path}: {version} does not take it: {first_line(error)}") from error
 
     def run(images: np.ndarray) -> np.ndarray:
         try:
             found: np.ndarray = compiled([images])[0]
         except Exception as error:
-            raise UserError(f"{path}: openvino {engine.__version__}: {first_line(error)}") from error
+            raise UserError(f"{path}: {version}: {first_line(error)}") from error
         return found
 
     return settings, run

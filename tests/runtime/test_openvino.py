@@ -31,6 +31,8 @@ def test_a_file_that_medssm_did_not_export(tmp_path):
     openvino.save_model(openvino.Core().read_model(file), tmp_path / "model.xml")
     with pytest.raises(medssm_runtime.UserError, match=r"model\.xml: nothing in it says how a scan is prepared"):
         medssm_runtime.load(tmp_path / "model.xml")
+    with pytest.raises(medssm_runtime.UserError, match=r"ops: expected a file of ONNX with it, got .*model\.xml"):
+        medssm_runtime.load(tmp_path / "model.xml", ops=tmp_path / "library.so")
     (tmp_path / "text.xml").write_text("text")
     with pytest.raises(medssm_runtime.UserError, match=r"text\.xml: openvino \S+ does not take it"):
         medssm_runtime.load(tmp_path / "text.xml")
