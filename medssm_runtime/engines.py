@@ -107,7 +107,7 @@ def _operators(path: Path, wanted: dict[str, Any], ops: Path | None) -> Path:
     if ops:
         if not ops.is_file():
             raise UserError(f"ops: {ops}: no such file")
-        return ops
+        return ops.resolve()  # a mere name would be looked for in the system's folders
     folders = [Path(__file__).parent / "_lib"]
     installed = importlib.util.find_spec("medssm")
     folders += [Path(folder) / "_lib" for folder in (installed.submodule_search_locations or () if installed else ())]

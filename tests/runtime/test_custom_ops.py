@@ -68,11 +68,12 @@ def test_the_library_of_an_installed_medssm_is_used(exported, tmp_path):
     assert (labels(tmp_path / "labels.nii.gz") != expected).mean() < 1e-3 and len(np.unique(expected)) > 1
 
 
-def test_a_library_that_is_named_is_used(exported, tmp_path):
+def test_a_library_that_is_named_is_used(exported, tmp_path, monkeypatch):
     folder, library = exported
     for file in library.parent.glob("libmedssm_*"):
         shutil.copy(file, tmp_path)
-    words = (folder / "model.onnx", folder / "scan.nii.gz", tmp_path / "labels.nii.gz", "--ops", tmp_path / library.name)
+    monkeypatch.chdir(tmp_path)
+    words = (folder / "model.onnx", folder / "scan.nii.gz", tmp_path / "labels.nii.gz", "--ops", library.name)
     done = run(*words, blocked=("torch", "monai"))
     assert done.returncode == 0, done.stderr
     (tmp_path / library.name).write_bytes(b"no library")

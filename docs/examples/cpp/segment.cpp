@@ -1,4 +1,4 @@
-// Segments a raw volume by a network that `medssm export onnx` wrote, with ONNX Runtime's C interface and nothing else.
+// Segments a raw volume by a network that `medssm export onnx` wrote, with ONNX Runtime's C interface and nothing else (Linux, macOS).
 //
 //   segment MODEL.onnx VOLUME.raw X Y Z LABELS.raw [libmedssm_onnx.so]
 //
