@@ -4,9 +4,9 @@
     cd OUT && python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json --dataset_dir SCANS
 
 The bundle repeats `medssm predict` in MONAI's transforms: RAS, spacing, intensities by channel, padding to the patch, a gaussian sliding window over
-probabilities, probabilities back to the scan's grid, the largest of them. It does not mirror, takes every header's unit of length for the millimetre,
-does not tell padding such as -3024 from tissue, and leaves post-processing out. The weights are a PyTorch state dict.
-Networks of MONAI run without medssm; medssm's are built by `medssm.create_model`.
+probabilities, probabilities back to the scan's grid, the largest of them, and the run's post-processing, which is a script of the bundle. It does not
+mirror, takes every header's unit of length for the millimetre, and does not tell padding such as -3024 from tissue.
+The weights are a PyTorch state dict. Networks of MONAI run without medssm; medssm's are built by `medssm.create_model`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from typing import Annotated, Any
 import monai
 import nibabel
 import numpy as np
+import scipy
 import torch
 from monai.utils import IgniteInfo
 from torch import nn
 
 import medssm
+import medssm_runtime.postprocess
 from medssm.errors import UserError
 from medssm.export.metadata import read_run
 from medssm.files import disk_error, write_bytes, write_json
 from medssm.options import Option
-from medssm.segment import networks
+from medssm.segment import networks, postprocess
 from medssm.segment.losses import finest_first
 from medssm.segment.preprocess import Fitted
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
+_SCRIPT = "scripts/postprocess.py"
 # MONAI's NormalizeIntensity leaves zeros where they are; training moved them too.
 _ZSCORE = "$lambda x: (x - x[x != 0].double().mean().nan_to_num()) / (x[x != 0].double().std(correction=0).nan_to_num() or 1.0)"
 
@@ -71,7 +74,10 @@ def export_bundle(
     if config.get("compression"):
         raise UserError(f"run: {run}: compressed, and a bundle builds its network by name alone: export the run that it was made of")
     network, kwargs = _with_one_output(networks.load(run), config, fitted)
+    steps = {name: how for name, how in postprocess.load([run], list(fitted.structures)).items() if how}
     requires = {"nibabel": nibabel.__version__, "pytorch-ignite": str(IgniteInfo.OPT_IMPORT_VERSION.value)}
+    if steps:
+        requires["scipy"] = scipy.__version__
     if not config["model"].startswith(networks.MONAI):
         requires = {"medssm": medssm.__version__, **requires}
     name = name or out.resolve().name
@@ -83,12 +89,14 @@ def export_bundle(
     temporary = out.with_name(f".partial-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for folder in ("configs", "models", "docs"):
+        for folder in ("configs", "models", "docs", *(["scripts"] if steps else [])):
             (temporary / folder).mkdir(parents=True)
         write_json(temporary / "configs/metadata.json", metadata)
-        write_json(temporary / "configs/inference.json", _inference(config["model"], kwargs, fitted))
+        write_json(temporary / "configs/inference.json", _inference(config["model"], kwargs, fitted, steps))
+        if steps:
+            write_bytes(temporary / _SCRIPT, Path(medssm_runtime.postprocess.__file__).read_bytes())
         write_bytes(temporary / "models/model.pt", weights.getvalue())
-        write_bytes(temporary / "docs/README.md", _readme(name, config["model"], fitted, requires).encode())
+        write_bytes(temporary / "docs/README.md", _readme(name, config["model"], fitted, steps, requires).encode())
         write_bytes(temporary / "LICENSE", licence.encode())
         os.replace(temporary, out)
     except OSError as error:
@@ -121,7 +129,7 @@ def _with_one_output(network: nn.Module, config: dict, fitted: Fitted) -> tuple[
     raise UserError(f"run: {config['model']} with {kwargs} gives several outputs; a bundle takes a network that gives one")
 
 
-def _inference(model: str, kwargs: dict, fitted: Fitted) -> dict:
+def _inference(model: str, kwargs: dict, fitted: Fitted, steps: postprocess.Steps) -> dict:
     """configs/inference.json."""
     target = {"_target_": model} if model.startswith(networks.MONAI) else {"_target_": "medssm.create_model", "name": model}
     files, keys, joined = "{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii*'))", ["image"], []
@@ -144,10 +152,12 @@ def _inference(model: str, kwargs: dict, fitted: Fitted) -> dict:
         decision = [{"_target_": "Lambdad", "keys": "pred", "func": f"$lambda x: functools.reduce(lambda label, pair: {over}, {written}, x[:1] * 0)"}]
     elif values != list(range(len(values))):
         decision.append({"_target_": "MapLabelValued", "keys": "pred", "orig_labels": list(range(len(values))), "target_labels": values})
+    if steps:
+        decision.append(_processing(fitted, steps))
     last = "Sigmoid()" if fitted.regions else "Softmax(1)"
     memory = str(networks.memory_format(len(fitted.patch)))
     return {
-        "imports": ["$import glob", "$import functools"],
+        "imports": ["$import glob", "$import functools", "$import runpy"],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/data'",
         "output_dir": "$@bundle_root + '/eval'",
@@ -212,6 +222,20 @@ def _inference(model: str, kwargs: dict, fitted: Fitted) -> dict:
     }
 
 
+def _processing(fitted: Fitted, steps: postprocess.Steps) -> dict:
+    """The run's post-processing. MONAI's own transforms differ: its holes take in other classes, its small objects are values, not parts."""
+    values = list(fitted.classes.values())
+    every = {name: (tuple(values[i] for i in positions), values[written]) for name, (positions, written) in fitted.to_process.items()}
+    chosen, structures = dict(enumerate(steps.values())), dict(enumerate(every[name] for name in steps))  # MONAI would read an @ in a name
+    labels, voxel_ml = "x[0].cpu().numpy()", "abs(float(x.affine[:3, :3].double().det())) / 1000"
+    return {
+        "_target_": "Lambdad",
+        "keys": "pred",
+        "func": f"$lambda x, processed=runpy.run_path(@bundle_root + '/{_SCRIPT}')['processed']: "
+        f"x * 0 + torch.as_tensor(processed({labels}, {chosen}, {structures}, {voxel_ml}), device=x.device)[None]",
+    }
+
+
 def _intensity(how: dict) -> dict:
     """What scales one channel, as `preprocess.scaling` does."""
     if how["scheme"] == "ct":
@@ -262,22 +286,23 @@ def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str,
     }
 
 
-def _readme(name: str, model: str, fitted: Fitted, requires: dict) -> str:
+def _readme(name: str, model: str, fitted: Fitted, steps: postprocess.Steps, requires: dict) -> str:
     several = len(fitted.channels) > 1
     files = "CASE_0000.nii.gz, CASE_0001.nii.gz, ..., one for each channel" if several else "CASE.nii.gz"
-    steps = {
+    scaled = {
         "ct": "clipped, less the training cases' mean, over their deviation",
         "none": "as it is",
         "zscore": "less the mean, over the deviation of the image's own nonzero voxels",
     }
     channels = "\n".join(
-        f"| {i} | {channel} | {steps[how['scheme']]} |" for i, (channel, how) in enumerate(zip(fitted.channels, fitted.intensity, strict=True))
+        f"| {i} | {channel} | {scaled[how['scheme']]} |" for i, (channel, how) in enumerate(zip(fitted.channels, fitted.intensity, strict=True))
     )
     classes = "\n".join(f"| {value} | {label} |" for label, value in fitted.classes.items())
     spacing = " x ".join(f"{edge:g}" if edge else "the image's own" for edge in fitted.spacing)
     window = f"{' x '.join(map(str, fitted.patch))} voxels"
     if fitted.slice_axis is not None:
         window += f", slice by slice across axis {fitted.slice_axis}"
+    processing = f"\nThen post-processing by {_SCRIPT}: {postprocess.described(steps)}." if steps else ""
     return f"""# {name}
 
 {model}, trained by medssm. Segments {", ".join(fitted.structures)}. For research; not a medical device.
@@ -291,8 +316,9 @@ SCANS holds 3D NIfTI files ({files}); LABELS gets CASE{"_0000" if several else "
 
 ## What it does
 Turned to RAS, resampled to {spacing} mm, scaled by channel, padded to the window; windows of {window}, half overlapping, gaussian weights;
-probabilities resampled back, the largest taken. These are the steps of `medssm predict` without mirroring, which besides averages folds, takes
-planes and four-dimensional files, and refuses voxels that are not finite.
+probabilities resampled back, the largest taken.{processing}
+These are the steps of `medssm predict` without mirroring, which besides averages folds, takes planes and four-dimensional files, and refuses voxels
+that are not finite.
 
 | channel | name | intensity |
 |---|---|---|

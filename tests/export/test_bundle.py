@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser, verify_net_in_out
 from medssm import cli
 from medssm.errors import UserError
 from medssm.export.bundle import export_bundle
-from medssm.segment import networks
+from medssm.segment import networks, postprocess
 from medssm.segment.predict import predict
 from medssm.segment.train import train
 from tests.segment.synthetic import UNET, nnunet_folder, volume, write
@@ -99,6 +99,22 @@ def run_without_engine(bundle, scans, out):
 def test_monais_parts_give_predicts_labels(runs, bundles, scans, tmp_path, name):
     run_without_engine(bundles / name, scans / name, tmp_path / "found")
     compare_with_predict(runs / name, scans / name, tmp_path, "_0000" if name == "2d" else "")
+
+
+def test_the_bundle_does_the_post_processing_of_the_run(runs, scans, tmp_path):
+    run = shutil.copytree(runs / "2d", tmp_path / "run")
+    steps = {"ball": {"smallest_ml": 0.02}, "box": {"fill_holes": True, "largest_component": True}}
+    postprocess.save(run / postprocess.POSTPROCESSING, steps, {})
+    result = export_bundle(run, tmp_path / "bundle")
+    assert "scipy" in result["requires"] and "box holes filled and largest component" in (tmp_path / "bundle/docs/README.md").read_text()
+    run_without_engine(tmp_path / "bundle", scans / "2d", tmp_path / "found")
+    compare_with_predict(run, scans / "2d", tmp_path, "_0000")
+    predict(run, scans / "2d", tmp_path / "plain", device="cpu", postprocessing="none", quiet=True)
+    for case in ("oblique", "turned"):
+        plain, found = (
+            np.asarray(nib.load(file).dataobj) for file in (tmp_path / f"plain/{case}.nii.gz", tmp_path / f"found/{case}_0000_seg.nii.gz")
+        )
+        assert np.mean(plain != found) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["3d", pytest.param("2d", marks=pytest.mark.thorough)])
