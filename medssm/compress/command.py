@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -116,7 +117,7 @@ def compress(
             write_json(work / CONFIG, start.config)
             changed = {"dataset": source.dataset, "out": work, "max_steps": steps, "max_seconds": None, "start": start, "distil": distil}
             changed |= {key: value for key, value in (("lr", lr), ("device", device)) if value is not None}
-            train(**{**source.recipe, **changed}, resume=resume, overwrite=True, quiet=quiet)
+            train(**{**source.recipe, **changed, "resume": resume, "overwrite": True, "quiet": quiet})
         else:
             source.untrained(start, work)
         if fold_norms or int8:
@@ -200,10 +201,7 @@ class _Source:
         if not (run / WEIGHTS).is_file():
             raise UserError(f"run: {run / WEIGHTS}: no such file (the training is not finished)")
         start = Start.of(run)
-        try:
-            recipe: dict[str, Any] = yaml.safe_load((run / ARGUMENTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"run: {run / ARGUMENTS}: cannot be read ({first_line(error)})") from error
+        recipe = _recipe(run / ARGUMENTS)
         dataset = Path(recipe["dataset"]) if data is None else data
         if not dataset.exists():
             raise UserError(f"data: {dataset}: no such file or folder: where is the data set that {run} was trained on?")
@@ -254,8 +252,21 @@ class _Source:
         for name in (FITTED, CASES, postprocess.POSTPROCESSING):
             if (self.run / name).is_file():
                 shutil.copyfile(self.run / name, work / name)
-        runs.save_arguments(work / ARGUMENTS, self.recipe)
+        shutil.copyfile(self.run / ARGUMENTS, work / ARGUMENTS)
         _add_end(work, {**self.finished, "validation": {}, "best": {}})
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """The arguments of a training; those that the file says nothing of have their defaults."""
+    parameters = inspect.signature(train).parameters
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        unknown = found.keys() - parameters.keys()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"run: {path}: cannot be read ({first_line(error)})") from error
+    if unknown:
+        raise UserError(f"run: {path}: medssm train of this version has no option {', '.join(sorted(unknown))}")
+    return {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty} | found
 
 
 def _finished(run: Path) -> dict[str, Any]:
@@ -308,8 +319,8 @@ def _size(start: Start, folder: Path, example: Tensor) -> dict[str, int]:
 
 def _settle(work: Path, out: Path, result: Mapping[str, Any]) -> None:
     """Make the folder `out`, with its own name in its files."""
-    recipe = yaml.safe_load((work / ARGUMENTS).read_text(encoding="utf-8"))
-    runs.save_arguments(work / ARGUMENTS, {**recipe, "out": out})
+    written = yaml.safe_load((work / ARGUMENTS).read_text(encoding="utf-8"))
+    runs.save_arguments(work / ARGUMENTS, {**written, "out": out})
     _add_end(work, {**_finished(work), "out": str(out), "parameters": result["after"]["parameters"]})
     write_json(work / _RESULT, result)
     if out.is_dir():

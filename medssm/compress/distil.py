@@ -134,8 +134,9 @@ def teacher_for(run: Path, fitted: Fitted, held_out: Sequence[Case]) -> nn.Modul
     for what in ("channels", "classes", "regions", "spacing", "intensity", "slice_axis"):
         if getattr(theirs, what) != getattr(fitted, what):
             raise UserError(f"distil: expected a teacher with the {what} {getattr(fitted, what)}, got {getattr(theirs, what)} of {run}")
-    learnt = {entry["label"] for entry in read_json(run / CASES)["training"]}
-    known = sorted(case.name for case in held_out if str(case.label_file.resolve()) in learnt)
+    learnt = read_json(run / CASES)["training"]
+    files, moved = {entry["label"] for entry in learnt}, {entry["name"] for entry in learnt if not Path(entry["label"]).exists()}
+    known = sorted(case.name for case in held_out if str(case.label_file.resolve()) in files or case.name in moved)
     if known:
         raise UserError(f"distil: {run} was trained on {len(known)} of the cases that are held out, {known[0]} among them")
     return networks.load(run)

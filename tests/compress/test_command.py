@@ -184,6 +184,17 @@ def test_a_wrong_run_data_set_or_teacher_is_one_clear_line(run, folder, tmp_path
     refused(r"^distil: expected a teacher with the spacing \(1\.0, 1\.0, 1\.0\), got \(2\.0, 1\.0, 1\.0\)", distil=copied)
 
 
+def test_a_recipe_of_another_version(run, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    recipe = (other / "train.yaml").read_text()
+    (other / "train.yaml").write_text(recipe.replace("distil: null\n", ""))
+    assert compress(other, tmp_path / "out", low_rank=0.6, steps=0)["steps"] == ["factorize"]
+    (other / "train.yaml").write_text(recipe + "melt: 3\n")
+    with pytest.raises(UserError, match=r"^run: .*train\.yaml: medssm train of this version has no option melt"):
+        compress(other, tmp_path / "no", low_rank=0.6)
+
+
 def test_a_training_begins_with_a_trained_network(run, folder, tmp_path):
     result = train(folder, tmp_path / "on", start=run, fold=0, folds=4, max_steps=1, lr=1e-9, device="cpu", validations=0, quiet=True)
     assert result["patch"] == [16, 16, 16]

@@ -10,7 +10,9 @@ from medssm.compress.couplings import groups_of
 from medssm.errors import UserError
 from medssm.nn import MLLA, SSND, BiMamba, DeltaNet, GatedLinearAttention, Mamba2, SpatialMix
 from medssm.nn.mamba2 import GatedRMSNorm
+from medssm.nn.streaming import View, streamed
 from medssm.orders import raster
+from medssm.scratch import Scratch
 from tests.compress.networks import NETWORKS, network_of
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, GatedRMSNorm)
@@ -95,6 +97,21 @@ def test_a_network_is_cut_twice():
     groups_of(twice, 2).cut({name: torch.tensor([1, 2, 3])})
     groups_of(twice, 2).cut({name: torch.tensor([0, 2])})
     assert torch.equal(once(x)[0], twice(x)[0])
+
+
+@torch.no_grad()
+def test_cut_heads_turn_as_they_did_in_slabs_and_in_an_exported_program(tmp_path):
+    network, x = network_of("medssm_unet linear_attention")
+    kept = {f"encoder.stages.{stage}.1.mixer.heads": torch.tensor([0, 1, 3][: stage - 1]) for stage in (2, 3)}
+    groups_of(network, 2).cut(kept)
+    network.decoder.deep_supervision = False
+    wanted = network(x[:1])
+    volume = x[0].movedim(0, -1)
+    with Scratch(2**30, tmp_path, "a") as scratch:
+        found = streamed(network, View(volume.shape, lambda rows: volume[rows]), scratch, slab=20_000)
+        torch.testing.assert_close(found[0 : len(volume)].movedim(-1, 0)[None], wanted, atol=1e-4, rtol=1e-4)
+    exported = torch.export.export(network, (x[:1],)).module()
+    torch.testing.assert_close(exported(x[:1]), wanted, atol=1e-5, rtol=1e-4)
 
 
 def parameters(network):
