@@ -1,4 +1,5 @@
 # make demo: set up, then train and test on a real brain MRI.   make test: set up, then lint and tests, in minutes.
+# make demo-clinic: set up, then train on it, make the network smaller, export it and run it without PyTorch.
 # make test-all: every test, also the thorough ones, on many more examples; hours.
 PYTHON ?= python3
 VENV := .venv
@@ -11,11 +12,15 @@ SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard requirements-*.txt)
 
 CPP := $(shell find csrc tests/emulation docs/examples -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel runtime-wheel clean
+.PHONY: demo demo-clinic test test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel runtime-wheel clean
 
 # Its threads are bound: two that are not may share a core.
 demo: $(VENV)/installed
 	OMP_PROC_BIND=true $(BIN)/medssm demo structures --out demo-out
+
+demo-clinic: $(VENV)/installed
+	$(PIP) -r requirements-export.txt
+	OMP_PROC_BIND=true $(BIN)/medssm demo clinic --out demo-clinic-out
 
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
 

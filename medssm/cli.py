@@ -41,7 +41,10 @@ COMMANDS: Table = {
         "medssm.doctor", "doctor", "show", "what this machine has, and one small case of every op on every backend against the reference"
     ),
     "models": Command("medssm.models.listing", "models", "show", "the models there are, with parameters"),
-    "demo": {"structures": Command("medssm.segment.demo", "structures", "show", "train and test on a real brain MRI, with a report")},
+    "demo": {
+        "structures": Command("medssm.segment.demo", "structures", "show", "train and test on a real brain MRI, with a report"),
+        "clinic": Command("medssm.segment.demo.clinic", "clinic", "show", "train, make smaller, export, run without PyTorch, with a report"),
+    },
     "check": Command("medssm.segment.check", "check", "show", "look at a data set before training: a summary, and what is wrong with its files"),
     "plan": Command(
         "medssm.segment.plan", "plan", "show", "choose spacing, patch, batch and strides for a data set and this machine, as a file for train"

@@ -112,8 +112,8 @@ def structures(
         **({"mixers": list(mixers)} if mixers else {}),
         **recipes["ours"],
     }
-    _keep_settings(out / "demo.json", settings, overwrite)
-    _say(f"data: {brain.source.title}", quiet)
+    keep_settings(out / "demo.json", settings, overwrite)
+    say(f"data: {brain.source.title}", quiet)
     write_dataset(brain, out / "data")
     commands = _commands(brain, data, nets, mixers, recipes, seed, fast)
     if prepare:
@@ -121,7 +121,7 @@ def structures(
 
     rows = []
     for i, (key, net) in enumerate(nets.items()):
-        _say(f"network {i + 1} of {len(nets)}: {_title(key, *net)}, {shared['max_steps']:,} training steps", quiet)
+        say(f"network {i + 1} of {len(nets)}: {_title(key, *net)}, {shared['max_steps']:,} training steps", quiet)
         rows.append(_network_row(out, brain, key, *net, recipes[key], seed=seed, device=device, overwrite=overwrite, quiet=quiet))
     for key, title, about, labels in _baselines(brain):
         nifti.write(_prediction(out, brain, key), labels, nifti.record(brain.image.slicer[brain.tested.box]))
@@ -141,7 +141,7 @@ def structures(
         "commands": commands,
         "report": str(out / "report.html"),
     }
-    _say("figures and report", quiet)
+    say("figures and report", quiet)
     pictures = _draw(out, brain, rows)
     nifti.write(out / "labels.nii.gz", whole(brain, _labels(out, brain, "ours"), brain.tested), nifti.record(brain.image))
     write_json(out / "metrics.json", metrics)
@@ -183,9 +183,9 @@ def _network_row(
             **recipe,
         )
     except KeyboardInterrupt:
-        _say(f"{title}: stopped and saved; the same command goes on from here", quiet)
+        say(f"{title}: stopped and saved; the same command goes on from here", quiet)
         raise
-    _say(f"{title}: predicting", quiet)
+    say(f"{title}: predicting", quiet)
     begun = time.perf_counter()
     predict(weights, out / "data" / "imagesTs", out / "predictions" / key, overlap=OVERLAP, device=device, quiet=quiet)
     settings = ", ".join(f"{name} {value}" for name, value in kwargs.items()) or "its defaults"
@@ -294,7 +294,7 @@ def _flag(name: str, value: int | float | str | list[int] | list[float]) -> list
     return [f"--{name.replace('_', '-')}", *([",".join(words)] if name == "mirror" else words)]
 
 
-def _keep_settings(path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+def keep_settings(path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Write the settings into a new folder; UserError if the folder has a demo with other settings."""
     settings = json.loads(json.dumps(settings))
     before = read_json(path) if path.exists() and not overwrite else settings
@@ -319,6 +319,6 @@ def _title(key: str, model: str, kwargs: Mapping[str, Any]) -> str:
     return f"{name}, {kwargs['mixer']}" if "mixer" in kwargs else name
 
 
-def _say(text: str, quiet: bool) -> None:
+def say(text: str, quiet: bool) -> None:
     if not quiet:
         print(text, file=sys.stderr, flush=True)
