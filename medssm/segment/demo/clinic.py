@@ -79,7 +79,7 @@ def clinic(
     out = Path(out)
     if steps is not None and steps < 4:
         raise UserError(f"steps: expected 4 or more, got {steps}")
-    recipe = RECIPE | (FAST if fast else {}) | {"max_steps": steps or (FAST_STEPS if fast else STEPS), "lr": LEARNING_RATES[OURS]}
+    recipe: dict[str, Any] = RECIPE | (FAST if fast else {}) | {"max_steps": steps or (FAST_STEPS if fast else STEPS), "lr": LEARNING_RATES[OURS]}
     keep_settings(out / "demo.json", {"seed": seed, "variants": {key: made.title for key, made in VARIANTS.items()}, **recipe}, overwrite)
     brain = load_brain("icbm2009c")
     write_dataset(brain, out / "data")
@@ -102,8 +102,8 @@ def clinic(
         target = out / "networks" / key
         if not (target / WEIGHTS).is_file():
             say(f"{key}: {made.title}", quiet)
-            learns = {"steps": max(1, round(made.steps * recipe["max_steps"]))} if made.steps else {}
-            taught = {"distil": first} if made.taught else {}
+            learns: dict[str, Any] = {"steps": max(1, round(made.steps * recipe["max_steps"]))} if made.steps else {}
+            taught: dict[str, Any] = {"distil": first} if made.taught else {}
             compress(out / "networks" / made.source, target, **made.options, **learns, **taught, seed=seed, resume=not overwrite, quiet=quiet)
 
     rows = []
