@@ -15,7 +15,7 @@ import copy
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -51,7 +51,7 @@ def quantize(
     """Quantize a network's convolutions and linear layers to 8 bits, in place; its batch norms are folded first.
 
     A layer is computed in integers where that is faster on this machine. The weights of the others are rounded to 8 bits too, which makes the file
-    smaller, and computed in floating point. Layers whose weights a kernel reads are among those.
+    smaller, and computed in floating point. Layers and projections whose weights a kernel reads are among those.
 
     Args:
         network: in floating point, on the CPU
@@ -63,7 +63,7 @@ def quantize(
 
     Returns:
         The network, and the step by which `restructure` gives another one the same structure:
-        {"kind": "int8", "fold": [[convolution, norm], ...], "layers": [names in integers], "stored": [names of layers with rounded weights]}
+        {"kind": "int8", "fold": [[convolution, norm], ...], "layers": [layers in integers], "stored": [rounded weights]}
 
     Raises:
         UserError: batches that the network does not take, or none; a network without a layer to quantize; an argument out of its range.
@@ -85,35 +85,38 @@ def quantize(
     training = network.training
     network.eval()
     _, folded = fold.fold(network)
-    names = {layer: name for name, layer in network.named_modules() if _can_round(layer) and not any(fnmatchcase(name, kept) for kept in keep)}
-    if not names:
+    free = {name: layer for name, layer in network.named_modules() if not any(fnmatchcase(name, kept) for kept in keep)}
+    weights = {f"{name}.{key}": value for name, layer in free.items() for key, value in _roundable(layer)}
+    names = {layer: name for name, layer in free.items() if _has_integers(layer)}
+    if not weights:
         raise UserError(f"network: expected a convolution or a linear layer to quantize{' besides those to keep' if keep else ''}, got none")
     networks.placed(network, torch.device("cpu"), given[0].ndim - 2)
     seen: dict[nn.Module, list[_Seen]] = {}
     for batch in given:
-        _run(network, batch, lambda layer, x: seen.setdefault(layer, []).append(_Seen.of(x)) if layer in names and _has_integers(layer) else None)
+        _run(network, batch, lambda layer, x: seen.setdefault(layer, []).append(_Seen.of(x)) if layer in names else None)
     found = {layer: _range(inputs, ranges, percentile) for layer, inputs in seen.items()}
     if layers == "faster":
         seconds = _timed(network, given[0], found)
         found = {layer: found[layer] for layer, (floats, integers) in seconds.items() if integers <= _GAIN * floats}
-    stored = [layer for layer in names if layer not in found and layer.weight.numel() >= _STORED]
-    step = {"fold": folded["pairs"], "layers": [names[layer] for layer in found], "stored": [names[layer] for layer in stored]}
+    chosen = [names[layer] for layer in found]
+    stored = [name for name, value in weights.items() if value.numel() >= _STORED and name.removesuffix(".weight") not in chosen]
     for layer, of_input in found.items():
         _become(layer, *of_input)
-    for layer in stored:
-        _store(layer)
-    return network.train(training), {"kind": "int8", **step}
+    for name in stored:
+        _store(network, name)
+    return network.train(training), {"kind": "int8", "fold": folded["pairs"], "layers": chosen, "stored": stored}
 
 
 def restructure(network: nn.Module, step: Mapping[str, Any]) -> nn.Module:
     """The network with the layers that the step names in integers, in place, and without ranges: they come with the weights."""
     fold.restructure(network, {"pairs": step["fold"]})
-    for names, fits, change in ((step["layers"], _has_integers, _become), (step["stored"], _can_round, _store)):
-        for name in names:
-            layer = network.get_submodule(name)
-            if not fits(layer):
-                raise ValueError(f"expected a convolution or a linear layer that can be quantized, got {name} ({type(layer).__name__})")
-            change(layer)
+    for name in step["layers"]:
+        layer = network.get_submodule(name)
+        if not _has_integers(layer):
+            raise ValueError(f"expected a convolution or a linear layer that can be quantized, got {name} ({type(layer).__name__})")
+        _become(layer)
+    for name in step["stored"]:
+        _store(network, name)
     return network
 
 
@@ -277,7 +280,7 @@ _KINDS: dict[type[nn.Module], type[_Int8]] = {
     nn.ConvTranspose3d: Int8ConvTranspose3d,
     convolution.ConvTranspose3d: Int8ConvTranspose3d,
 }
-_ROUNDED = (nn.Conv1d, nn.ConvTranspose1d, *_KINDS)  # what can have rounded weights
+_ROUNDED = (nn.Conv1d, nn.ConvTranspose1d, *_KINDS)  # layers that can have a rounded weight
 
 
 def _has_integers(layer: nn.Module) -> bool:
@@ -312,21 +315,49 @@ def _become(layer: Any, scale: float = 1.0, zero: int = 0) -> None:
     layer.register_buffer("input_zero_point", torch.tensor(zero, dtype=torch.int32))
 
 
+def _roundable(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a layer that rounding leaves useful: of a convolution or a linear layer, or a matrix of weights of its own (x_proj_weight)."""
+    for name, value in layer.named_parameters(recurse=False):
+        if value.dtype == torch.float32 and (_can_round(layer) if name == "weight" else name.endswith("_weight") and value.ndim > 1):
+            yield name, value
+
+
 @torch.no_grad()
-def _store(layer: Any) -> None:
-    """Round the layer's weights to 8 bits. The layer stays what it is; its state has weight_int8 and weight_scale in the place of weight."""
-    layer.weight.copy_(_floats(*_integer_weights(layer.weight)))
-    layer.register_state_dict_post_hook(_saved)
-    layer.register_load_state_dict_pre_hook(_loaded)
+def _store(network: nn.Module, name: str) -> None:
+    """Round a weight of the network to 8 bits. It stays a parameter; the network's state has NAME_int8 and NAME_scale in its place."""
+    parent, _, key = name.rpartition(".")
+    owner = network.get_submodule(parent)
+    if key not in dict(_roundable(owner)):
+        raise ValueError(f"expected a weight that can be rounded, got {name}")
+    weight = owner.get_parameter(key)
+    weight.copy_(_of_rows(owner, *_rows(owner, weight)))
+    owner.register_state_dict_post_hook(partial(_saved, key))
+    owner.register_load_state_dict_pre_hook(partial(_loaded, key))
 
 
-def _saved(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    state[f"{prefix}weight_int8"], state[f"{prefix}weight_scale"] = _integer_weights(state.pop(f"{prefix}weight").detach())
+def _saved(key: str, owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    name = prefix + key
+    state[f"{name}_int8"], state[f"{name}_scale"] = _rows(owner, state.pop(name).detach())
 
 
-def _loaded(layer: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    if f"{prefix}weight_int8" in state:
-        state[f"{prefix}weight"] = _floats(state.pop(f"{prefix}weight_int8"), state.pop(f"{prefix}weight_scale"))
+def _loaded(key: str, owner: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    name = prefix + key
+    if f"{name}_int8" in state:
+        state[name] = _of_rows(owner, state.pop(f"{name}_int8"), state.pop(f"{name}_scale"))
+
+
+def _rows(owner: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in 8 bits, and one scale for each output of a layer, for each row of another matrix."""
+    q, scale = _integer_weights(_as_rows(owner, weight))
+    return q.reshape(weight.shape), scale
+
+
+def _of_rows(owner: nn.Module, q: Tensor, scale: Tensor) -> Tensor:
+    return _floats(_as_rows(owner, q), scale).reshape(q.shape)
+
+
+def _as_rows(owner: nn.Module, weight: Tensor) -> Tensor:
+    return weight.flatten(1) if type(owner) in _ROUNDED else weight.flatten(0, -2)
 
 
 def _integer_weights(weight: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:

@@ -169,6 +169,8 @@ def test_layers_that_kernels_read_are_rounded_and_still_read(quantized):
     local = "encoder.stages.2.1.local.conv"
     assert type(small.get_submodule(local)).__module__ == "medssm.nn.convolution"
     assert local not in step["layers"]
+    assert "encoder.stages.2.1.mixer.x_proj_weight" in step["stored"]
+    assert not any("A_logs" in name for name in step["stored"])
 
 
 def test_a_fresh_process_gives_the_same_logits_from_safetensors(quantized, tmp_path):
@@ -176,6 +178,8 @@ def test_a_fresh_process_gives_the_same_logits_from_safetensors(quantized, tmp_p
     networks.save(tmp_path, small, {"model": "medssm_unet", "kwargs": UNET, "compression": [step]})
     kept = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert kept["encoder.stages.1.1.conv1.weight"].dtype == torch.int8
+    assert kept["encoder.stages.2.1.mixer.x_proj_weight_int8"].dtype == torch.int8
+    assert kept["encoder.stages.2.1.mixer.x_proj_weight_scale"].shape == (6 * 9,)
     with torch.no_grad():
         safetensors.torch.save_file({"x": batches[1], "y": small(batches[1]).contiguous()}, tmp_path / "wanted.safetensors")
     code = f"""
@@ -192,7 +196,7 @@ with torch.no_grad():
 
 def test_rounded_weights_are_integers_in_the_file_and_floats_in_the_network():
     layer = nn.Sequential(nn.Conv1d(16, 16, 3))
-    int8._store(layer[0])
+    int8._store(layer, "0.weight")
     state = layer.state_dict()
     assert {name: value.dtype for name, value in state.items()} == {
         "0.weight_int8": torch.int8,
@@ -200,7 +204,7 @@ def test_rounded_weights_are_integers_in_the_file_and_floats_in_the_network():
         "0.bias": torch.float32,
     }
     other = nn.Sequential(nn.Conv1d(16, 16, 3))
-    int8._store(other[0])
+    int8._store(other, "0.weight")
     other.load_state_dict(state)
     assert torch.equal(other[0].weight, layer[0].weight)
 
@@ -218,7 +222,7 @@ def test_a_layer_that_is_slower_in_integers_stays(monkeypatch):
     monkeypatch.setattr(int8, "_seconds", lambda side: next(seconds))
     network = nn.Sequential(nn.Conv3d(1, 16, 3, padding=1), nn.Conv3d(16, 16, 3))
     _, step = quantize(network, [torch.randn(1, 1, 8, 8, 8)])
-    assert (step["layers"], step["stored"]) == (["1"], ["0"])
+    assert (step["layers"], step["stored"]) == (["1"], ["0.weight"])
 
 
 @engine
@@ -278,3 +282,5 @@ def test_a_step_for_another_network_is_refused():
     step = {"kind": "int8", "fold": [], "layers": ["0"], "stored": []}
     with pytest.raises(UserError, match=r"compression: the step 'int8' does not fit .*: expected a convolution .*, got 0 \(ReLU\)"):
         steps.restructured(nn.Sequential(nn.ReLU()), [step])
+    with pytest.raises(UserError, match=r"expected a weight that can be rounded, got 0.weight"):
+        steps.restructured(nn.Sequential(nn.LayerNorm(4)), [{**step, "layers": [], "stored": ["0.weight"]}])
