@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from medssm.bench import packed
+from medssm.bench import int8, packed
 from medssm.bench.row import OURS
 
 
@@ -38,9 +38,9 @@ def judge(results: Mapping[str, Any]) -> list[Goal]:
         sides = rows.get(row, {}).get("memory", {})
         return ratio(sides.get(ours), sides.get(theirs))
 
-    def slowest(rows: list[str]) -> float | None:
-        """The largest ratio of packed sequences to one sequence of as many tokens; None unless all were measured."""
-        ratios = [ratio(seconds(row), seconds(row, packed.WHOLE)) for row in rows]
+    def slowest(rows: list[str], peer: str = packed.WHOLE) -> float | None:
+        """The largest ratio of our time to the peer's; None unless all were measured."""
+        ratios = [ratio(seconds(row), seconds(row, peer)) for row in rows]
         return max((r for r in ratios if r is not None), default=None) if None not in ratios else None
 
     per_token = ratio(seconds("scan-long"), seconds("scan"))
@@ -75,6 +75,9 @@ def judge(results: Mapping[str, Any]) -> list[Goal]:
         _goal("the same, forward and backward", over("wkv-train", "loop over tokens in PyTorch"), ">=", 50),
         _goal("packed sequences / one sequence, the slowest op, forward", slowest([r for r in packed.ROWS if "-train" not in r]), "<=", 1.05),
         _goal("the same, forward and backward", slowest([r for r in packed.ROWS if "-train" in r]), "<=", 1.05),
+        _goal("convolutions 3x3x3 in 8 bits / float32, the slowest of five", slowest([r for r in int8.ROWS if "-3-" in r], int8.FLOAT), "<=", 0.3),
+        _goal("medssm_unet tiny in 8 bits / float32", slowest(["int8-tiny"], int8.FLOAT), "<=", 0.65),
+        _goal("medssm_unet small in 8 bits / float32", slowest(["int8-small"], int8.FLOAT), "<=", 0.5),
     ]
 
 
