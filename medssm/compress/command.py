@@ -96,6 +96,10 @@ def compress(
         raise UserError("expected at least one of --prune, --low-rank, --distil, --fold-norms and --int8, got none")
     _check(out, steps=steps, batches=batches, multiple=multiple)
     source = _Source.read(run, None if data is None else Path(data), seed)
+    if trains or steps:
+        source.start.check_trainable("run")
+    if int8 and "int8" in [step["kind"] for step in source.start.config.get("compression", [])]:
+        raise UserError(f"run: {run}: its network is in 8 bits already")
     if steps is None:
         steps = max(1, math.ceil(_SHARE_OF_STEPS * source.finished["steps"])) if trains else 0
     if distil is not None and steps == 0:
@@ -149,9 +153,8 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         before, after = result["before"][key], result["after"][key]
         print(f"{name:<24} {before:>16,} -> {after:>16,}  ({after / before:.2f})")
     if result["validation"]:
-        print(
-            f"mean Dice on held-out cases {result['validation']['mean']:.3f}, before its norms are folded and its numbers have 8 bits, if they have"
-        )
+        later = ", before 8 bits and folded norms" if result["steps"][-1] in ("fold", "int8") else ""
+        print(f"mean Dice on held-out cases {result['validation']['mean']:.3f}{later}")
     print(f"written: {result['out']}")
 
 
@@ -231,11 +234,6 @@ class _Source:
         """The network pruned, by the loss on patches or by its weights, and with layers of low rank."""
         fitted, config = self.start.fitted, self.start.config
         done: list[dict[str, Any]] = list(config.get("compression", []))
-        last = [step["kind"] for step in done if step["kind"] in ("fold", "int8")]
-        if last and not (prune is low_rank is None):
-            raise UserError(
-                f"run: {self.run}: its network has the step {last[0]} already, which comes after these: compress the run that it was made of"
-            )
         network = networks.placed(self.start.network, torch.device("cpu"), len(fitted.patch))
         if prune is not None:
             loss = None if patches is None else criterion_for(fitted)

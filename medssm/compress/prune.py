@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,23 +47,24 @@ def prune(
     groups = groups_of(network, in_channels)
     important = scores(network, groups, example, batches, loss)
     cuts = _cuts(important, _Work(groups, costs(network, example)), multiple)
-    wanted = share * multiply_adds(network, example)
+    whole = multiply_adds(network, example)
 
     def after(count: int) -> nn.Module:
         """The network after the first cuts."""
         small = copy.deepcopy(network)
-        groups_of(small, in_channels).cut({name: units for name, units in dict(cuts[:count]).items()})
+        groups_of(small, in_channels).cut({cut.group: cut.kept for cut in cuts[:count]})
         return small
 
-    low, high = 0, len(cuts)
-    least = multiply_adds(after(high), example)
-    if least > wanted:
-        whole = wanted / share
-        raise UserError(f"prune: expected a share of at least {least / whole:.3f}, as no group is cut below a quarter of its size, got {share}")
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if multiply_adds(after(middle), example) <= wanted else (middle + 1, high)
-    return after(low), {"kind": "prune", "in_channels": in_channels, "sizes": {name: len(units) for name, units in sorted(dict(cuts[:low]).items())}}
+    count = next((i for i, cut in enumerate(cuts, 1) if cut.multiply_adds <= share * whole), len(cuts))
+    small = after(count)
+    while (left := multiply_adds(small, example)) > share * whole:  # what a cut leaves was estimated
+        if count == len(cuts):
+            raise UserError(f"prune: expected a share of at least {left / whole:.3f}, as no group is cut below a quarter of its size, got {share}")
+        count, small = count + 1, after(count + 1)
+    while count > 1 and multiply_adds(less := after(count - 1), example) <= share * whole:
+        count, small = count - 1, less
+    sizes = {cut.group: len(cut.kept) for cut in cuts[:count]}
+    return small, {"kind": "prune", "in_channels": in_channels, "sizes": dict(sorted(sizes.items()))}
 
 
 def restructure(network: nn.Module, step: Mapping[str, Any]) -> nn.Module:
@@ -72,6 +73,14 @@ def restructure(network: nn.Module, step: Mapping[str, Any]) -> nn.Module:
     sizes = {group.name: group for group in groups.all}
     groups.cut({name: sizes[name].first(size) for name, size in step["sizes"].items()})
     return network
+
+
+class _Cut(NamedTuple):
+    """The units of a group that are kept, and about how many multiply-adds of the network are left then."""
+
+    group: str
+    kept: Tensor
+    multiply_adds: float
 
 
 class _Work:
@@ -88,20 +97,21 @@ class _Work:
                     self.of.setdefault(group, set()).add((module, name))
                     self.rows.setdefault((module, name), {}).setdefault(axis, []).append((group, index.shape[1]))
 
-    def milliseconds(self, group: Group) -> float:
+    def of_group(self, group: Group) -> Cost:
         """Of all weights that have slices of the group."""
-        return sum(self._numbers(key) * self.table[key].milliseconds for key in self.of.get(group, ()))
+        numbers = [(self._numbers(key), self.table[key]) for key in self.of.get(group, ())]
+        return Cost(sum(count * cost.multiply_adds for count, cost in numbers), sum(count * cost.milliseconds for count, cost in numbers))
 
     def share_weights(self, one: Group, other: Group) -> bool:
         """Whether the cost of one group depends on the size of the other."""
         return not self.of.get(one, set()).isdisjoint(self.of.get(other, ()))
 
-    def saved(self, group: Group, size: int) -> float:
-        """Milliseconds less, with `size` units of the group instead of those that are left."""
-        now, before = self.milliseconds(group), self.left[group]
+    def saved(self, group: Group, size: int) -> Cost:
+        """What becomes less with `size` units of the group instead of those that are left."""
+        now, before = self.of_group(group), self.left[group]
         self.left[group] = size
-        then, self.left[group] = self.milliseconds(group), before
-        return now - then
+        then, self.left[group] = self.of_group(group), before
+        return Cost(now.multiply_adds - then.multiply_adds, now.milliseconds - then.milliseconds)
 
     def _numbers(self, key: tuple[nn.Module, str]) -> float:
         shape = getattr(*key).shape
@@ -115,24 +125,27 @@ class _Work:
         return count
 
 
-def _cuts(important: Mapping[Group, Tensor], work: _Work, multiple: int) -> list[tuple[str, Tensor]]:
-    """(name of a group, the units that are left of it), one cut after the other, as far as it goes."""
+def _cuts(important: Mapping[Group, Tensor], work: _Work, multiple: int) -> list[_Cut]:
+    """One cut after the other, as far as it goes."""
     sizes = {group: sizes_below(group, multiple) for group in important}
     ranked = {group: value.view(group.banks, -1).argsort(1, descending=True) for group, value in important.items()}
-    cuts: list[tuple[str, Tensor]] = []
+    cuts: list[_Cut] = []
+    left = sum(cost.multiply_adds * getattr(*key).numel() for key, cost in work.table.items())
 
     def price(group: Group) -> float:
         """Importance lost for a millisecond."""
         each, size = work.left[group] // group.banks, sizes[group][0]
         lost = important[group].view(group.banks, -1).gather(1, ranked[group][:, size // group.banks : each]).sum().item()
-        return lost / max(work.saved(group, size), 1e-9)
+        return lost / max(work.saved(group, size).milliseconds, 1e-9)
 
     prices = {group: price(group) for group in important if sizes[group]}
     while prices:
         group = min(prices, key=prices.__getitem__)
-        work.left[group] = sizes[group].pop(0)
+        size = sizes[group].pop(0)
+        left -= work.saved(group, size).multiply_adds
+        work.left[group] = size
         kept = ranked[group][:, : work.left[group] // group.banks] + torch.arange(group.banks)[:, None] * (group.size // group.banks)
-        cuts.append((group.name, kept.flatten().sort().values))
+        cuts.append(_Cut(group.name, kept.flatten().sort().values, left))
         if not sizes[group]:
             del prices[group]
         prices |= {other: price(other) for other in prices if work.share_weights(group, other)}

@@ -37,6 +37,14 @@ class Start(NamedTuple):
             if wanted != found:
                 raise UserError(f"dataset: {table.name}: expected the {what} that the network was trained for, {_named(wanted)}, got {_named(found)}")
 
+    def check_trainable(self, argument: str) -> None:
+        """UserError that names the argument, where a step of the network's compression is for inference alone."""
+        for step in self.config.get("compression", []):
+            if step["kind"] in ("fold", "int8"):
+                raise UserError(
+                    f"{argument}: its network has the step {step['kind']}, which is for inference alone: take the run that it was made of"
+                )
+
     def volumes(self, cases: Sequence[Case], arrays: Sequence[Arrays], seed: int) -> list[Volume]:
         """The cases' images and labels, ready for cropping."""
         return [prepare(case.name, *pair, self.fitted, seed) for case, pair in zip(cases, arrays, strict=True)]

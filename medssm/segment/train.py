@@ -159,6 +159,7 @@ def train(
         raise UserError(f"task: expected segment, got {task!r} (medssm.classify.train.train trains a classifier)")
     begun = Start.of(Path(start)) if isinstance(start, (str, Path)) else start
     if begun:
+        begun.check_trainable("start")
         spatial_dims = cast(Literal[2, 3], len(begun.fitted.patch))
     _check_arguments(spatial_dims, None if begun else patch, foreground)
     runs.check_recipe(

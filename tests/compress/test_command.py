@@ -81,22 +81,24 @@ def test_a_student_learns_from_a_teacher(run, tmp_path):
 
 
 def test_folded_norms_give_the_same_logits_and_nothing_is_trained(run, tmp_path):
-    pytest.importorskip("medssm.compress.fold")
     result = compress(run, tmp_path / "folded", fold_norms=True, quiet=True)
     assert result["steps"] == ["fold"]
     torch.testing.assert_close(logits(networks.load(tmp_path / "folded")), logits(networks.load(run)), atol=1e-4, rtol=1e-4)
     assert not (tmp_path / "folded/model_best.safetensors").exists()
-    with pytest.raises(UserError, match=r"^run: .* has the step fold already, which comes after these: compress the run that it was made of"):
+    inference = r"its network has the step fold, which is for inference alone: take the run that it was made of"
+    with pytest.raises(UserError, match=f"^run: {inference}"):
         compress(tmp_path / "folded", tmp_path / "no", prune=0.5, criterion="magnitude")
-    assert not (tmp_path / "no").exists()
+    with pytest.raises(UserError, match=f"^start: {inference}"):
+        train(run.parent, tmp_path / "no", start=tmp_path / "folded")
 
 
 def test_eight_bits(run, tmp_path):
-    pytest.importorskip("medssm.compress.int8")
     result = compress(run, tmp_path / "int8", int8=True, batches=1, quiet=True)
     assert result["steps"] == ["int8"] and result["after"]["file"] < 0.6 * result["before"]["file"]
     one, two = logits(networks.load(tmp_path / "int8")), logits(networks.load(run))
     assert 0 < (one - two).abs().max() < 0.2 * two.std()
+    with pytest.raises(UserError, match=r"^run: .*: its network is in 8 bits already"):
+        compress(tmp_path / "int8", tmp_path / "again", int8=True)
 
 
 def test_an_interrupted_training_goes_on(run, tmp_path, monkeypatch):
