@@ -101,6 +101,16 @@ def test_eight_bits(run, tmp_path):
         compress(tmp_path / "int8", tmp_path / "again", int8=True)
 
 
+def test_all_steps_at_once(run, tmp_path):
+    out = tmp_path / "all"
+    options = {"prune": 0.6, "low_rank": 0.7, "distil": run, "fold_norms": True, "int8": True, "steps": 1, "batches": 1}
+    result = compress(run, out, **options, criterion="magnitude", quiet=True)
+    assert result["steps"] == ["prune", "factorize", "fold", "int8"]
+    assert result["after"]["file"] < 0.4 * result["before"]["file"]
+    held_out = json.loads((out / "cases.json").read_text())["validation"][0]
+    assert predict(out, held_out["images"][0], tmp_path / "labels", device="cpu", quiet=True)["failed"] == {}
+
+
 def test_an_interrupted_training_goes_on(run, tmp_path, monkeypatch):
     step = Loop._step
 
