@@ -231,6 +231,7 @@ def test_post_processing_in_parts_is_that_of_the_whole(shape, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.thorough
 def test_neither_an_image_nor_its_label_map_is_held(tmp_path):
     """All that predict does but the network, of which test_stream.py has the memory."""
     weights = tmp_path / "weights"
