@@ -498,6 +498,8 @@ def _integers(x: Tensor, scale: float, zero: int) -> Tensor:
 
 def _rounded(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """x as its 8 bits give it back; the gradient is that of x inside the range."""
+    if torch.compiler.is_exporting():  # ONNX lacks PyTorch's operator
+        return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
     return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
 
 

@@ -89,6 +89,15 @@ def test_floating_point_stands_in_where_a_gradient_is_asked_for(name):
     torch.testing.assert_close(grad, wanted, rtol=0.05, atol=0.05)
 
 
+def test_an_exported_layer_has_operators_that_other_engines_know():
+    layer, x = LAYERS["conv3d"][0], torch.randn(2, 5, 6, 6, 6)
+    made = nn.Sequential(as_int8(layer, x))
+    program = torch.export.export(made, (x,))
+    assert not any("fake_quantize" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), made[0]._simulated(x), rtol=0.01, atol=0.01)
+
+
 @engine
 def test_bfloat16_goes_through_and_comes_back():
     layer, x = LAYERS["conv3d"][0], torch.randn(1, 5, 6, 6, 6)
