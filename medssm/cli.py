@@ -90,6 +90,12 @@ COMMANDS: Table = {
         "onnx": Command(
             "medssm.export.onnx", "export_onnx", "show", "a trained network as an ONNX file for any batch and size, checked in onnxruntime"
         ),
+        "openvino": Command(
+            "medssm.export.openvino", "export_openvino", "show", "a trained network as OpenVINO's .xml and .bin for any batch and size"
+        ),
+        "aoti": Command(
+            "medssm.export.aoti", "export_aoti", "show", "a trained network as a compiled package for torch without medssm (AOTInductor)"
+        ),
         "bundle": Command("medssm.export.bundle", "export_bundle", "show", "a trained network as a MONAI bundle, run by python -m monai.bundle"),
     },
     "nnunet": {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +22,15 @@ Run = Callable[["np.ndarray[Any, Any]"], "np.ndarray[Any, Any]"]
 
 
 class Finest(nn.Module):
-    """A network that gives one output; of one that gives a list (deep supervision), the finest logits."""
+    """A network that gives one output; of one that gives a list (deep supervision), the finest logits, without the other heads where they can be
+    switched off. The network itself stays as it is."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network.eval()
+        self.network = copy.deepcopy(network).eval()
+        for module in self.network.modules():
+            if getattr(module, "deep_supervision", False) is True:
+                module.deep_supervision = False  # type: ignore[assignment]
 
     def forward(self, image: Tensor) -> Tensor:
         """(b, c, *spatial) -> (b, classes, *spatial)."""
@@ -47,8 +51,8 @@ class Shapes(NamedTuple):
 def shapes(network: nn.Module, shape: Sequence[int]) -> Shapes:
     """Two shapes to check, both other than the traced one: the given one with a batch of 1, and a batch of 2 in another size.
 
-    A network that pads its input is checked at sizes that its strides do not divide. Traced sizes differ along the axes, and leave more than one
-    voxel of the coarsest map.
+    A network that pads its input is traced and checked at sizes that its strides do not divide, besides the given one: an exporter may hold what is
+    equal in the traced shape to be equal always. Traced sizes differ along the axes, and leave more than one voxel of the coarsest map.
     """
     channels, *spatial = shape[1:]
     divisor: Sequence[int] = getattr(network, "size_divisor", ())
@@ -56,7 +60,7 @@ def shapes(network: nn.Module, shape: Sequence[int]) -> Shapes:
     steps = divisor if known else [math.gcd(n, _STEP) for n in spatial]
     least = [2 * d for d in steps] if known else spatial
     odd = 1 if known and getattr(network, "size", "") == "any" else 0
-    traced = tuple(n + (1 + i) * d for i, (n, d) in enumerate(zip(least, steps, strict=True)))
+    traced = tuple(n + (1 + i) * d + odd for i, (n, d) in enumerate(zip(least, steps, strict=True)))
     other = tuple(n + (2 - i) * d + odd for i, (n, d) in enumerate(zip(least, steps, strict=True)))
     return Shapes((2, channels, *traced), ((1, channels, *spatial), (2, channels, *other)))
 
@@ -89,11 +93,3 @@ def check(network: nn.Module, run: Run, shapes: Sequence[Shape], engine: str, li
             raise UserError(f"{engine} differs from PyTorch by {difference:.1e} of the output's spread for an image of {text}, expected {limit:.0e}")
         worst = max(worst, difference)
     return worst
-
-
-def check_target(file: Path, ending: str) -> None:
-    """UserError where a file cannot be written under this name."""
-    if file.suffix.lower() != ending:
-        raise UserError(f"file: {file}: expected a name that ends in {ending}")
-    if file.is_dir():
-        raise UserError(f"file: {file}: expected a file, got a folder")

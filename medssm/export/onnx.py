@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from medssm.errors import UserError
-from medssm.export import card, custom_ops
-from medssm.export.check import Finest, Run, check, check_target, shapes
-from medssm.export.metadata import KEY, metadata, read_run, text
+from medssm.export import custom_ops
+from medssm.export.check import Finest, Run, check, shapes
+from medssm.export.command import Job, check_target
+from medssm.export.command import show as show
+from medssm.export.metadata import KEY, text
 from medssm.export.program import DOMAIN, VERSION, export, quiet
-from medssm.files import first_line, protect, write_bytes
-from medssm.segment import networks
+from medssm.files import first_line, write_bytes
 from medssm.segment.inference import OVERLAP
 
 OPS = {"domain": DOMAIN, "version": VERSION}  # of the metadata: what a file with nodes of medssm's needs
@@ -58,19 +59,14 @@ def export_onnx(
     Raises:
         UserError: what cannot be read, exported, run or written; no file is left then.
     """
-    if not 0 <= overlap < 1:
-        raise UserError(f"overlap: expected 0 to less than 1, got {overlap}")
-    run, file = Path(run), Path(file)
-    fitted, config = read_run(run)
-    _protect(file, overwrite)
-    network = networks.load(run)
-    model, used = _model(network, (1, len(fitted.channels), *fitted.patch), portable)
-    table = metadata(run, overlap=overlap, mirror=mirror, custom_ops=OPS if used else None)
-    error = _checked(model, network, (1, len(fitted.channels), *fitted.patch), {KEY: text(table)})
+    file = Path(file)
+    check_target(file, ".onnx", _is_made_here, overwrite)
+    job = Job.of(run, file, overlap, mirror)
+    model, used = model_of(job.network, job.shape, portable)
+    table = job.metadata(OPS if used else None)
+    error = _checked(model, job.network, job.shape, {KEY: text(table)})
     write_bytes(file, model.SerializeToString())
-    written = card.write(file, run, table, license=license)
-    parameters = sum(p.numel() for p in network.parameters())
-    return {"file": str(file), "card": str(written), "model": config["model"], "parameters": parameters, "operators": used, "error": error}
+    return job.finish(table, license, used, error)
 
 
 def to_onnx(
@@ -101,19 +97,11 @@ def to_onnx(
         UserError: a network that cannot be exported or run, a file that cannot be written; no file is left then.
     """
     file = Path(file)
-    _protect(file, overwrite)
-    model, used = _model(network, shape, portable)
+    check_target(file, ".onnx", _is_made_here, overwrite)
+    model, used = model_of(network, shape, portable)
     error = _checked(model, network, shape, properties or {})
     write_bytes(file, model.SerializeToString())
     return {"file": str(file), "operators": used, "error": error}
-
-
-def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Print what was written."""
-    needs = f"needs medssm's operators {', '.join(result['operators'])}" if result["operators"] else "standard operators alone"
-    print(f"{result['model']}, {result['parameters']:,} parameters; {needs}")
-    print(f"differs from PyTorch by {result['error']:.1e} of the output's spread at two sizes")
-    print(f"written: {result['file']} and {result['card']}")
 
 
 def session(model: bytes | str, used: bool, threads: int | None = None) -> Run:
@@ -128,7 +116,7 @@ def session(model: bytes | str, used: bool, threads: int | None = None) -> Run:
     return lambda image: found.run(None, {"image": image})[0]
 
 
-def _model(network: nn.Module, shape: Sequence[int], portable: bool) -> tuple[onnx.ModelProto, list[str]]:
+def model_of(network: nn.Module, shape: Sequence[int], portable: bool) -> tuple[onnx.ModelProto, list[str]]:
     """The network as a model, and the operators of medssm that it needs."""
     program = export(Finest(network), shapes(network, shape).traced, portable)
     with quiet():
@@ -165,11 +153,6 @@ def _checked(model: onnx.ModelProto, network: nn.Module, shape: Sequence[int], p
     except Exception as error:  # onnxruntime's own, which share no base
         raise UserError(f"{engine} does not take the exported network: {first_line(error)}") from error
     return check(Finest(network), run, shapes(network, shape).checked, engine)
-
-
-def _protect(file: Path, overwrite: bool) -> None:
-    check_target(file, ".onnx")
-    protect(file, made=_is_made_here, overwrite=overwrite, argument="file")
 
 
 def _is_made_here(file: Path) -> bool:

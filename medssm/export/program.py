@@ -123,7 +123,7 @@ def _node(op: Op) -> Callable[..., Any]:
 def _no_form(op: Op) -> Callable[..., Any]:
     def refused(*args: Any) -> Any:
         able = "depthwise_conv, and linear_attention where it is not causal"
-        raise UserError(f"the operator {op.name} has no portable form ({able}, have one); `medssm export onnx` without --portable takes it")
+        raise UserError(f"the operator {op.name} has no portable form ({able}, have one): only `medssm export onnx` without --portable takes it")
 
     return refused
 

@@ -17,7 +17,8 @@ onnx = pytest.importorskip("onnx", reason="needs the package onnx")
 pytest.importorskip("onnxscript", reason="needs the package onnxscript")
 pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 
-from medssm.export.onnx import _protect, export_onnx, session, to_onnx  # noqa: E402
+from medssm.export.command import check_target  # noqa: E402
+from medssm.export.onnx import _is_made_here, export_onnx, session, to_onnx  # noqa: E402
 
 SMALL = {"features": (4, 6, 16), "depths": (0, 1, 1), "decoder_depths": (1, 0)}
 
@@ -27,8 +28,7 @@ def small(mixer="ss_nd", dims=2):
     return medssm.create_model("medssm_unet", spatial_dims=dims, in_channels=1, out_channels=3, mixer=mixer, **SMALL).eval()
 
 
-def check(network, file, sizes, used):
-    run = session(str(file), used)
+def check_run(network, run, sizes):
     for size in sizes:
         x = torch.randn(size)
         with torch.no_grad():
@@ -36,20 +36,23 @@ def check(network, file, sizes, used):
         np.testing.assert_allclose(run(x.numpy()), want, atol=1e-4 * np.ptp(want), rtol=0)
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """What medssm train leaves of a small network, without the training."""
-    folder = tmp_path_factory.mktemp("run")
-    kwargs = {"spatial_dims": 2, "in_channels": 2, "out_channels": 3, **SMALL, "deep_supervision": True}
+def saved(folder, mixer="ss_nd", **changes):
+    """What medssm train leaves of the network `small`, without the training."""
+    folder.mkdir()
+    kwargs = {"spatial_dims": 2, "in_channels": 1, "out_channels": 3, "mixer": mixer, **SMALL, **changes}
+    channels = kwargs["in_channels"]
     intensity = ({"scheme": "zscore"}, {"scheme": "ct", "low": -10.0, "high": 90.0, "mean": 40.0, "deviation": 20.0})
-    Fitted(("MR", "CT"), (1.0, 1.0, 0), intensity, {"background": 0, "ball": 1, "box": 5}, None, (20, 16), slice_axis=2).save(folder / "fitted.json")
+    classes = {"background": 0, "ball": 1, "box": 5}
+    Fitted(("MR", "CT")[:channels], (1.0, 1.0, 0), intensity[:channels], classes, None, (20, 16), slice_axis=2).save(folder / "fitted.json")
+    torch.manual_seed(0)
     networks.save(folder, networks.build("medssm_unet", **kwargs), networks.describe("medssm_unet", kwargs))
     return folder
 
 
-def test_the_command_writes_a_checked_file_with_all_that_a_scan_needs(run_folder, tmp_path, capsys):
-    file = tmp_path / "net.onnx"
-    assert cli.main(["export", "onnx", str(run_folder), str(file), "--json"]) == 0
+@pytest.mark.long
+def test_the_command_writes_a_checked_file_with_all_that_a_scan_needs(tmp_path, capsys):
+    file, run = tmp_path / "net.onnx", saved(tmp_path / "run", in_channels=2, deep_supervision=True)
+    assert cli.main(["export", "onnx", str(run), str(file), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["operators"] == ["depthwise_conv", "selective_scan_nd"] and result["error"] < 1e-4
     model = onnx.load(file)
@@ -60,11 +63,11 @@ def test_the_command_writes_a_checked_file_with_all_that_a_scan_needs(run_folder
     assert table["classes"] == {"background": 0, "ball": 1, "box": 5} and table["channels"][1]["high"] == 90
     assert "Not a medical device" in (tmp_path / "net.md").read_text()
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)  # they would name files of this machine
-    network = networks.load(run_folder).eval()
-    check(lambda x: network(x)[0], file, [(1, 2, 20, 16), (3, 2, 37, 24), (2, 2, 16, 41)], True)
-    _protect(file, overwrite=False)  # its own file is written again
+    network = networks.load(run).eval()
+    check_run(lambda x: network(x)[0], session(str(file), True), [(1, 2, 20, 16), (3, 2, 37, 24), (2, 2, 16, 41)])
+    check_target(file, ".onnx", _is_made_here, overwrite=False)  # its own file is written again
     file.write_text("a file of somebody's")
-    assert cli.main(["export", "onnx", str(run_folder), str(file)]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert cli.main(["export", "onnx", str(run), str(file)]) == 2 and "--overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.thorough
@@ -73,7 +76,7 @@ def test_the_command_writes_a_checked_file_with_all_that_a_scan_needs(run_folder
 def test_every_mixer(mixer, dims, tmp_path):
     network = small(mixer, dims)
     to_onnx(network, tmp_path / "net.onnx", (1, 1, *[16] * dims))
-    check(network, tmp_path / "net.onnx", [(2, 1, *(17, 23, 9)[:dims]), (1, 1, *[32] * dims)], True)
+    check_run(network, session(str(tmp_path / "net.onnx"), True), [(2, 1, *(17, 23, 9)[:dims]), (1, 1, *[32] * dims)])
 
 
 @pytest.mark.thorough
@@ -84,11 +87,12 @@ def test_every_network(name, tmp_path):
     to_onnx(network, tmp_path / "net.onnx", (1, 1, 64, 64))
 
 
+@pytest.mark.long
 def test_linear_attention_is_portable(tmp_path):
     network = small("linear_attention")
     result = to_onnx(network, tmp_path / "net.onnx", (1, 1, 16, 16), portable=True)
     assert result["operators"] == [] and {node.domain for node in onnx.load(tmp_path / "net.onnx").graph.node} == {""}
-    check(network, tmp_path / "net.onnx", [(2, 1, 17, 23), (1, 1, 32, 40)], False)
+    check_run(network, session(str(tmp_path / "net.onnx"), False), [(2, 1, 17, 23), (1, 1, 32, 40)])
 
 
 def fails(network, file, match, shape=(1, 1, 16, 16), **options):
@@ -140,12 +144,13 @@ def test_numbers_that_differ_leave_no_file(tmp_path):
     fails(Other(), tmp_path / "net.onnx", "differs from PyTorch by 2.*e-03 of the output's spread")
 
 
-def test_wrong_input_is_one_line(run_folder, tmp_path):
+def test_wrong_input_is_one_line(tmp_path):
+    run_folder = saved(tmp_path / "run")
     (tmp_path / "folder.onnx").mkdir()
     for run, file, match in (
         (run_folder, tmp_path / "net.pt", "expected a name that ends in .onnx"),
         (run_folder, tmp_path / "folder.onnx", "expected a file, got a folder"),
-        (tmp_path, tmp_path / "net.onnx", "not written by medssm train"),
+        (tmp_path / "folder.onnx", tmp_path / "net.onnx", "not written by medssm train"),
     ):
         with pytest.raises(UserError, match=match):
             export_onnx(run, file)

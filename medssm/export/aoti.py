@@ -1,0 +1,90 @@
+"""medssm export aoti: a trained network compiled by AOTInductor, as one package that torch loads without medssm.
+
+    run = torch._inductor.aoti_load_package("FILE.pt2")
+
+It has PyTorch's operators alone, so it serves networks of linear attention and of convolutions. It is compiled for this processor and this version of
+torch, with the weights as constants.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from medssm.errors import UserError
+from medssm.export.check import Finest, check, shapes
+from medssm.export.command import Job, check_target
+from medssm.export.command import show as show
+from medssm.export.metadata import KEY, text
+from medssm.export.program import export, quiet
+from medssm.files import atomic, first_line
+from medssm.segment.inference import OVERLAP
+
+
+def export_aoti(
+    run: Path | str, file: Path | str, *, overlap: float = OVERLAP, mirror: bool = False, license: Path | str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Compile a trained network to a package for torch without medssm, with its model card, once it has given PyTorch's output at two sizes.
+
+    Args: AOTInductor
+        run: folder written by medssm train or medssm compress; of folds, one of them; a network of linear attention or of convolutions
+        file: to write, FILE.pt2; FILE.md beside it is the model card
+        overlap: of neighbouring windows, 0 to less than 1, for who runs the file
+        mirror: say to who runs the file that the mirrorings of the training are averaged
+        license: text file, the weights' licence; without it the card says that none was stated
+        overwrite: write over a file that this command did not write
+
+    Returns:
+        {"file", "card", "model", "parameters", "operators": [], "error": the largest difference from PyTorch over the spread of the output}
+
+    Raises:
+        UserError: what cannot be read, exported, compiled, run or written; no file is left then.
+    """
+    file = Path(file)
+    check_target(file, ".pt2", _is_made_here, overwrite)
+    job = Job.of(run, file, overlap, mirror)
+    table = job.metadata()
+    error = _write(job.network, file, job.shape, {KEY: text(table)})
+    return job.finish(table, license, [], error)
+
+
+def to_aoti(
+    network: nn.Module, file: Path | str, shape: Sequence[int], *, properties: Mapping[str, str] | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Compile any network that has a portable form; arguments as `medssm.export.to_onnx`, the properties are the package's metadata.
+
+    Returns {"file", "error": the largest difference from PyTorch over the spread of the output}.
+    """
+    file = Path(file)
+    check_target(file, ".pt2", _is_made_here, overwrite)
+    return {"file": str(file), "error": _write(network, file, shape, properties or {})}
+
+
+def _write(network: nn.Module, file: Path, shape: Sequence[int], properties: Mapping[str, str]) -> float:
+    """Write the package; its difference from PyTorch."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise UserError("AOTInductor needs a C++ compiler (g++ or clang++)")
+    program = export(Finest(network), shapes(network, shape).traced, portable=True)
+    configs = {"freezing": True, "aot_inductor.metadata": dict(properties)}
+    with atomic(file) as temporary:
+        with quiet(), torch.no_grad():
+            try:
+                torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=configs)
+                run = torch._inductor.aoti_load_package(str(temporary))
+            except Exception as error:
+                raise UserError(f"AOTInductor does not compile the network: {first_line(error)}") from error
+        return check(Finest(network), lambda image: run(torch.from_numpy(image)).numpy(), shapes(network, shape).checked, "AOTInductor")
+
+
+def _is_made_here(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as package:
+            return any(name.endswith("_metadata.json") and f'"{KEY}"'.encode() in package.read(name) for name in package.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False

@@ -1,0 +1,104 @@
+"""medssm export openvino: a trained network as OpenVINO's FILE.xml and FILE.bin with a free batch and free sizes.
+
+It has standard operators alone, so it serves networks of linear attention and of convolutions; OpenVINO knows none of medssm's operators.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import openvino
+import torch
+from torch import nn
+
+from medssm.errors import UserError
+from medssm.export.check import Finest, Run, check, shapes
+from medssm.export.command import Job, check_target
+from medssm.export.command import show as show
+from medssm.export.metadata import KEY, text
+from medssm.export.onnx import model_of
+from medssm.files import begins_with, first_line, write_bytes
+from medssm.segment.inference import OVERLAP
+
+
+def export_openvino(
+    run: Path | str, file: Path | str, *, overlap: float = OVERLAP, mirror: bool = False, license: Path | str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write a trained network as OpenVINO's files, with its model card, once OpenVINO has given PyTorch's output at two sizes.
+
+    Args: OpenVINO
+        run: folder written by medssm train or medssm compress; of folds, one of them; a network of linear attention or of convolutions
+        file: to write, FILE.xml; beside it FILE.bin, the weights, and FILE.md, the model card
+        overlap: of neighbouring windows, 0 to less than 1, for who runs the file
+        mirror: say to who runs the file that the mirrorings of the training are averaged
+        license: text file, the weights' licence; without it the card says that none was stated
+        overwrite: write over a file that this command did not write
+
+    Returns:
+        {"file", "card", "model", "parameters", "operators": [], "error": the largest difference from PyTorch over the spread of the output}
+
+    Raises:
+        UserError: what cannot be read, exported, run or written; no file is left then.
+    """
+    file = Path(file)
+    _check_target(file, overwrite)
+    job = Job.of(run, file, overlap, mirror)
+    table = job.metadata()
+    error = _write(job.network, file, job.shape, {KEY: text(table)})
+    return job.finish(table, license, [], error)
+
+
+def to_openvino(
+    network: nn.Module, file: Path | str, shape: Sequence[int], *, properties: Mapping[str, str] | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write any network that has a portable form as OpenVINO's files; arguments as `medssm.export.to_onnx`, the properties go to rt_info.
+
+    Returns {"file", "error": the largest difference from PyTorch over the spread of the output}.
+    """
+    file = Path(file)
+    _check_target(file, overwrite)
+    return {"file": str(file), "error": _write(network, file, shape, properties or {})}
+
+
+def compiled(model: Any, threads: int | None = None) -> Run:
+    """Runs a model (openvino.Model) on the CPU in float32. threads: PyTorch's number for None."""
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
+    found = openvino.Core().compile_model(model, "CPU", options)
+    return lambda image: found([image])[0]
+
+
+def _write(network: nn.Module, file: Path, shape: Sequence[int], properties: Mapping[str, str]) -> float:
+    """Write both files; the difference from PyTorch."""
+    exported, _ = model_of(network, shape, portable=True)
+    engine = f"openvino {openvino.__version__.partition('-')[0]}"
+    try:
+        model = openvino.Core().read_model(exported.SerializeToString())
+        run = compiled(model)
+    except Exception as error:
+        raise UserError(f"{engine} does not take the exported network: {first_line(error)}") from error
+    for axis in (0, *range(2, len(shape))):
+        for port in (*model.inputs, *model.outputs):
+            if port.partial_shape[axis].is_static:
+                raise UserError(f"a size became fixed: axis {axis} of {port.any_name} is {port.partial_shape[axis].get_length()}")
+    difference = check(Finest(network), run, shapes(network, shape).checked, engine)
+    for key, value in properties.items():
+        model.set_rt_info(value, [key])
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "network.xml"
+        openvino.save_model(model, made, compress_to_fp16=False)
+        write_bytes(file.with_suffix(".bin"), made.with_suffix(".bin").read_bytes())
+        write_bytes(file, made.read_bytes())
+    return difference
+
+
+def _check_target(file: Path, overwrite: bool) -> None:
+    check_target(file, ".xml", _is_made_here, overwrite)
+    if not _is_made_here(file):
+        check_target(file.with_suffix(".bin"), ".bin", lambda path: False, overwrite)
+
+
+def _is_made_here(file: Path) -> bool:
+    return begins_with(file, "<?xml") and f"<{KEY}" in file.read_text(errors="replace")

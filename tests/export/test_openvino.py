@@ -1,0 +1,34 @@
+"""OpenVINO's files: any batch and size, PyTorch's numbers, one clear error and no file where that cannot be."""
+
+import json
+
+import pytest
+
+from medssm import cli
+from medssm.errors import UserError
+
+openvino = pytest.importorskip("openvino", reason="needs the package openvino")
+pytest.importorskip("onnx", reason="needs the package onnx")
+
+from medssm.export.openvino import _check_target, compiled, to_openvino  # noqa: E402
+from tests.export.test_onnx import check_run, saved, small  # noqa: E402
+
+
+@pytest.mark.long
+def test_the_command_writes_checked_files_with_all_that_a_scan_needs(tmp_path, capsys):
+    file, run = tmp_path / "net.xml", saved(tmp_path / "run", "linear_attention")
+    assert cli.main(["export", "openvino", str(run), str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["error"] < 1e-4
+    model = openvino.Core().read_model(file)
+    assert json.loads(model.get_rt_info(["medssm"]).astype(str))["custom_ops"] is None and (tmp_path / "net.md").is_file()
+    check_run(small("linear_attention"), compiled(model), [(1, 1, 16, 16), (3, 1, 37, 24), (2, 1, 16, 41)])
+    _check_target(file, overwrite=False)  # its own files are written again
+    file.unlink()
+    with pytest.raises(UserError, match=r"net.bin is there already"):
+        _check_target(file, overwrite=False)
+
+
+def test_an_operator_that_openvino_lacks_is_named(tmp_path):
+    with pytest.raises(UserError, match="selective_scan_nd has no portable form"):
+        to_openvino(small(), tmp_path / "net.xml", (1, 1, 16, 16))
+    assert not list(tmp_path.iterdir())
