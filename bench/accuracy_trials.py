@@ -149,6 +149,8 @@ TRIALS: dict[str, Trial] = {
         "augmentation as often and as strong as nnU-Net's", {**net(deep_supervision=True), "lr": 3e-3}, _dense, _nnunet_augmentation, against="all"
     ),
     "long": Trial("deep supervision, 1,500 steps", {**net(deep_supervision=True), "max_steps": 5 * STEPS}, against="deep"),
+    "long-basic": Trial("MONAI's BasicUNet", {**SMALL, **HALF, **BASIC, "mirror": "0", "max_steps": 5 * STEPS}, against="long"),
+    "long-mixers": Trial("mixers (ss_nd) as by default", {**net(deep_supervision=True, scans_from=None), "max_steps": 5 * STEPS}, against="long"),
     "long-3": Trial("learning rate 0.003", {**net(deep_supervision=True), "max_steps": 5 * STEPS, "lr": 3e-3}, against="long"),
     "deep-3": Trial("learning rate 0.003, deep supervision", {**net(deep_supervision=True), "lr": 3e-3}, against=BASE),
     "augment-none": Trial("no augmentation but mirroring", {**net(), "augment": False}, against=BASE),
