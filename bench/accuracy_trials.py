@@ -33,7 +33,7 @@ from monai.transforms import (
 )
 from torch import nn
 
-from medssm import bench, machine
+from medssm import machine
 from medssm.bench.networks import multiply_adds
 from medssm.files import write_json
 from medssm.nn.blocks import ConvBlock, DenseBlock
@@ -221,7 +221,7 @@ def run(name: str, dataset: Path, work: Path, seed: int) -> dict[str, Any]:
         "dice": mean,
         "patients": {case.name: dice for case, dice in zip(held_out, validation.dice, strict=True)},
         "machine": machine.describe(),
-        "commit": bench._commit(),
+        "commit": machine.commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
