@@ -182,6 +182,7 @@ def test_layers_that_kernels_read_are_rounded_and_still_read(quantized):
     assert not any("A_logs" in name for name in step["stored"])
 
 
+@pytest.mark.thorough
 def test_a_fresh_process_gives_the_same_logits_from_safetensors(quantized, tmp_path):
     _, small, step, batches = quantized
     networks.save(tmp_path, small, {"model": "medssm_unet", "kwargs": UNET, "compression": [step]})

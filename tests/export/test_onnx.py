@@ -87,7 +87,7 @@ def test_every_network(name, tmp_path):
     to_onnx(network, tmp_path / "net.onnx", (1, 1, 64, 64))
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_linear_attention_is_portable(tmp_path):
     network = small("linear_attention")
     result = to_onnx(network, tmp_path / "net.onnx", (1, 1, 16, 16), portable=True)

@@ -14,7 +14,7 @@ from medssm.export.openvino import _check_target, compiled, to_openvino  # noqa:
 from tests.export.test_onnx import check_run, saved, small  # noqa: E402
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_the_command_writes_checked_files_with_all_that_a_scan_needs(tmp_path, capsys):
     file, run = tmp_path / "net.xml", saved(tmp_path / "run", "linear_attention")
     assert cli.main(["export", "openvino", str(run), str(file), "--json"]) == 0

@@ -93,9 +93,9 @@ def test_a_decay_lies_between_zero_and_one(small, tmp_path, ema):
 
 @pytest.mark.parametrize("stop", [None, 9, 11])  # in step 5, or in step 6, after which a validation is due
 def test_the_best_weights_are_those_of_the_best_validation(small, tmp_path, monkeypatch, capsys, stop):
-    dice, validated = iter([0.5, 0.9, 0.9, 0.6]), []
+    dice, validated = iter([0.5, 0.9, 0.9, 0.6, 0.9]), []  # once more at the end, with the best weights, for their post-processing
 
-    def validate(self, network, show, last=False):
+    def validate(self, network, show=False, last=False):
         validated.append({name: value.clone() for name, value in network.state_dict().items()})
         return {"ball": 0.0, "mean": next(dice)}
 
@@ -112,7 +112,7 @@ def test_the_best_weights_are_those_of_the_best_validation(small, tmp_path, monk
                 train(small, out, **options)
         assert len(validated) == 2  # the better one of the two is known after the stop
     result = train(small, out, resume=True, **options)
-    assert result["best"] == {"step": 4, "mean": 0.9} and result["validation"]["mean"] == 0.6 and len(validated) == 4
+    assert result["best"] == {"step": 4, "mean": 0.9} and result["validation"]["mean"] == 0.6 and len(validated) == 5
     for file, i in ((networks.BEST, 1), (networks.WEIGHTS, 3)):
         kept = load_file(out / file)
         assert all(torch.equal(kept[name], value) for name, value in validated[i].items())

@@ -202,14 +202,14 @@ def test_of_the_only_case_that_is_left_the_failure_is_reported(tmp_path, scan):
 
 def test_an_interrupt_keeps_the_volumes_of_what_is_done(tmp_path, scan, data, monkeypatch):
     write(scan.parent / "b.nii.gz", data)
-    real = module.read_image
+    real = module.read_stored
 
-    def read(paths, *rest):
-        if paths[0].name == "b.nii.gz":
+    def read(files, *rest):
+        if files[0].path.name == "b.nii.gz":
             raise KeyboardInterrupt
-        return real(paths, *rest)
+        return real(files, *rest)
 
-    monkeypatch.setattr(module, "read_image", read)
+    monkeypatch.setattr(module, "read_stored", read)
     with pytest.raises(KeyboardInterrupt):
         segment(run(tmp_path / "run"), scan.parent, tmp_path / "out")
     assert list(read_volumes(tmp_path / "out" / "volumes.csv")) == ["a"]
