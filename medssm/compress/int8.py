@@ -31,7 +31,6 @@ from medssm.files import first_line
 from medssm.nn import convolution
 from medssm.nn.blocks import image, spread, tokens
 from medssm.nn.inner import plain
-from medssm.segment import networks
 
 _SAMPLE, _MOST = 2**14, 2**20  # values of a layer's input that are kept of each call, and that are looked at
 _GAIN = 0.9  # a layer is quantized where it then takes at most this part of its time
@@ -90,7 +89,7 @@ def quantize(
     names = {layer: name for name, layer in free.items() if _has_integers(layer)}
     if not weights:
         raise UserError(f"network: expected a convolution or a linear layer to quantize{' besides those to keep' if keep else ''}, got none")
-    networks.placed(network, torch.device("cpu"), given[0].ndim - 2)
+    convolution.placed(network, torch.device("cpu"), given[0].ndim - 2)
     seen: dict[nn.Module, list[_Seen]] = {}
     for batch in given:
         _run(network, batch, lambda layer, x: seen.setdefault(layer, []).append(_Seen.of(x)) if layer in names else None)
@@ -390,7 +389,7 @@ def _run(network: nn.Module, batch: Tensor, see: Callable[[nn.Module, Tensor], N
     handle = register_module_forward_pre_hook(hook)
     try:
         with torch.no_grad():
-            network(batch.contiguous(memory_format=networks.memory_format(batch.ndim - 2)))
+            network(batch.contiguous(memory_format=convolution.memory_format(batch.ndim - 2)))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(f"batches: expected inputs that the network takes, got {_told(batch)}: {first_line(error)}") from error
     finally:

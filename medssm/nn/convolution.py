@@ -186,3 +186,14 @@ def _gradient_twice(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 _forward.register_autograd(_gradient, setup_context=_setup)
 _backward.register_autograd(_gradient_twice, setup_context=_setup_twice)
+
+
+def memory_format(spatial_dims: int) -> torch.memory_format:
+    """Channels last, for weights and input alike: PyTorch's CPU convolutions run without reordering."""
+    return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
+
+
+def placed(network: nn.Module, device: torch.device, spatial_dims: int) -> nn.Module:
+    """The network on a device, with its weights in `memory_format` and the fast convolutions."""
+    there: nn.Module = fast_convolutions(network).to(device, memory_format=memory_format(spatial_dims))  # type: ignore[call-overload]  # torch's annotations lack it
+    return there

@@ -17,6 +17,8 @@ from medssm.errors import UserError
 from medssm.files import first_line, read_json, write_bytes, write_json
 from medssm.nn import Classifier, Encoder
 from medssm.nn.convolution import fast_convolutions
+from medssm.nn.convolution import memory_format as memory_format
+from medssm.nn.convolution import placed as placed
 from medssm.segment.losses import finest_first
 
 MONAI, TIMM, ENCODER = "monai.networks.nets.", "timm:", "encoder:"
@@ -68,16 +70,6 @@ def describe(model: str | nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any
     if isinstance(model, nn.Module):
         return {"model": None, "class": f"{type(model).__module__}.{type(model).__qualname__}", "medssm": medssm.__version__}
     return {"model": model, "kwargs": kwargs, "medssm": medssm.__version__}
-
-
-def memory_format(spatial_dims: int) -> torch.memory_format:
-    """Channels last, for weights and input alike: PyTorch's CPU convolutions run without reordering."""
-    return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
-
-
-def placed(network: nn.Module, device: torch.device, spatial_dims: int) -> nn.Module:
-    """The network on a device, with its weights in `memory_format` and the fast convolutions."""
-    return fast_convolutions(network).to(device, memory_format=memory_format(spatial_dims))  # type: ignore[call-overload]  # torch's annotations lack it
 
 
 def save(folder: Path, network: nn.Module, config: Mapping[str, Any]) -> None:

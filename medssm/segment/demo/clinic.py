@@ -19,8 +19,7 @@ from medssm.compress.command import compress
 from medssm.errors import UserError
 from medssm.files import read_json, write_json, write_text
 from medssm.segment.demo.data import load_brain, write_dataset
-from medssm.segment.demo.pipeline import FAST, FAST_STEPS, LEARNING_RATES, NSD_MM, OURS, OURS_KWARGS, OVERLAP, RECIPE, keep_settings, say
-from medssm.segment.evaluate import METRICS, evaluate
+from medssm.segment.demo.pipeline import FAST, FAST_STEPS, LEARNING_RATES, OURS, OURS_KWARGS, OVERLAP, RECIPE, keep_settings, say, scores
 from medssm.segment.images import read_label
 from medssm.segment.networks import CONFIG, WEIGHTS
 from medssm.segment.pages import page
@@ -154,7 +153,7 @@ def _measured(out: Path, key: str, classes: Mapping[str, int], side: str) -> dic
         "seconds": round(time.perf_counter() - begun, 2),
         "file": (network / WEIGHTS).stat().st_size,
         "steps": [step["kind"] for step in read_json(network / CONFIG).get("compression", [])],
-        **_scores(out, labels, classes),
+        **scores(labels, out / "data" / "labelsTs", classes),
     }
     file = out / "exported" / f"{key}.onnx"
     try:
@@ -176,7 +175,7 @@ def _measured(out: Path, key: str, classes: Mapping[str, int], side: str) -> dic
         "seconds": round(seconds, 2),
         "parts": json.loads(done.stdout)["seconds"],
         "differing": float(np.mean(here != there)),
-        "dice": _scores(out, target, classes)["dice"],
+        "dice": scores(target, out / "data" / "labelsTs", classes)["dice"],
         "file": file.stat().st_size,
         "operators": exported["operators"],
     }
@@ -188,10 +187,3 @@ def _exported(network: Path, file: Path) -> dict[str, Any]:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     return export_onnx(network, file, overlap=OVERLAP, overwrite=True)
-
-
-def _scores(out: Path, labels: Path, classes: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """{metric: {class: value, "mean": value}} of a folder of label maps."""
-    result = evaluate(labels, out / "data" / "labelsTs", classes=classes, nsd_mm=NSD_MM, quiet=True)
-    rows = {**result["classes"], "mean": result["mean"]}
-    return {metric: {name: row[metric]["mean"] for name, row in rows.items()} for metric in METRICS}

@@ -125,7 +125,7 @@ def structures(
         rows.append(_network_row(out, brain, key, *net, recipes[key], seed=seed, device=device, overwrite=overwrite, quiet=quiet))
     for key, title, about, labels in _baselines(brain):
         nifti.write(_prediction(out, brain, key), labels, nifti.record(brain.image.slicer[brain.tested.box]))
-        rows.append({"key": key, "title": title, "about": about, **_scores(out, brain, key)})
+        rows.append({"key": key, "title": title, "about": about, **scores(out / "predictions" / key, out / "data" / "labelsTs", brain.classes)})
     metrics = {
         "version": medssm.__version__,
         "seed": seed,
@@ -199,7 +199,7 @@ def _network_row(
         "lr": trained["lr"],
         "seconds": trained["seconds"],
         "predict_seconds": round(time.perf_counter() - begun, 2),
-        **_scores(out, brain, key),
+        **scores(out / "predictions" / key, out / "data" / "labelsTs", brain.classes),
     }
 
 
@@ -220,9 +220,9 @@ def _baselines(brain: Brain) -> Iterator[tuple[str, str, str, np.ndarray]]:
     )
 
 
-def _scores(out: Path, brain: Brain, key: str) -> dict[str, dict[str, float]]:
-    """{metric: {class: value, "mean": value}} of a row's predictions."""
-    result = evaluate(out / "predictions" / key, out / "data" / "labelsTs", classes=brain.classes, nsd_mm=NSD_MM, quiet=True)
+def scores(labels: Path, references: Path, classes: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """{metric: {class: value, "mean": value}} of a folder of label maps."""
+    result = evaluate(labels, references, classes=classes, nsd_mm=NSD_MM, quiet=True)
     rows = {**result["classes"], "mean": result["mean"]}
     return {metric: {name: row[metric]["mean"] for name, row in rows.items()} for metric in METRICS}
 
