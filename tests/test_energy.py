@@ -6,12 +6,19 @@ from medssm import energy
 from medssm.energy import Energy
 
 
+def set_to(counter, value):
+    """As the kernel does it, a reader never sees a half written number: a file that is opened for writing is empty for a moment, a renamed one is not."""
+    new = counter.with_name("new")
+    new.write_text(f"{value}\n")
+    new.replace(counter)
+
+
 def counters(folder, *values, largest=1_000_000_000):
     """Counters of so many processors, and of a part of the first one, which is not to be counted twice."""
     for i, value in enumerate(values):
         for name in (f"intel-rapl:{i}", f"intel-rapl:{i}:0"):
             (folder / name).mkdir(exist_ok=True)
-            (folder / name / "energy_uj").write_text(f"{value}\n")
+            set_to(folder / name / "energy_uj", value)
             (folder / name / "max_energy_range_uj").write_text(f"{largest}\n")
     return folder
 
@@ -26,11 +33,8 @@ def test_a_counter_that_begins_anew_several_times_is_read_in_between(tmp_path, m
     monkeypatch.setattr(energy, "_SECONDS", 0.01)
     with Energy(counters(tmp_path, 0)) as measured:
         for value in (600_000_000, 200_000_000, 800_000_000, 100_000_000):
-            (tmp_path / "intel-rapl:0" / "energy_uj").write_text(f"{value}\n")
-            wanted = measured._last
+            set_to(tmp_path / "intel-rapl:0" / "energy_uj", value)
             begun = time.perf_counter()
-            while measured._last is wanted and time.perf_counter() - begun < 5:
-                time.sleep(0.002)
             while measured._last[0][0] != value and time.perf_counter() - begun < 5:
                 time.sleep(0.002)
     assert measured.joules == 600.0 + 600.0 + 600.0 + 300.0
