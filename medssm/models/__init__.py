@@ -6,6 +6,7 @@ A network's file registers it, with its facts: a new network is its file and its
 from medssm.models import (  # noqa: F401  (imported for what they register)
     efficientvit_seg,
     lightm_unet,
+    mamba_unet,
     medmamba,
     medssm_unet,
     mixers,

@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medssm.models.facts import Facts
 from medssm.models.options import doubled, only, per_stage
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.vmamba import EARLY, ENCODER
 from medssm.models.weights import Map
-from medssm.nn import Decoder, Encoder, UNet, VSSBlock
-from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
+from medssm.nn import Decoder, Encoder, UNet
+from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims
 from medssm.nn.unetr import ResidualBlock, residual_decoder
-from medssm.nn.vss import PatchExpand, start_linears, vss_encoder
+from medssm.nn.vss import start_linears, vss_encoder
+from medssm.nn.vss_decoder import vss_decoder
 
 
 @register_model(
@@ -101,38 +102,14 @@ def swin_umamba_d(
     """
     check_dims(spatial_dims)
     per_stage("depths", depths, len(features))
-    n, convolution = len(features), CONV[spatial_dims]
+    n = len(features)
     encoder = vss_encoder(in_channels, features, depths, spatial_dims, drop_path)
-    rates = torch.linspace(drop_path, 0, 2 * (n - 1), device="cpu").tolist()
-    ups: list[nn.Module] = []
-    stages: list[nn.Module] = []
-    for i, s in enumerate(range(n - 2, -1, -1)):
-        ups.append(PatchExpand(features[s + 1], features[s], spatial_dims))
-        blocks = [VSSBlock(features[s], spatial_dims, rate, d_state=d_state) for rate in rates[2 * i : 2 * i + 2]]
-        stages.append(nn.Sequential(_Join(2 * features[s], features[s]), *blocks))
-    ups.append(PatchExpand(features[0], features[0], spatial_dims, 4))
-    stages.append(nn.Identity())
+    rates = torch.linspace(drop_path, 0, 2 * (n - 1), device="cpu").view(-1, 2).tolist()
     heads = heads or (n if deep_supervision else 1)
-    seg_layers = [convolution(features[max(s, 0)], out_channels, 1) if s + 1 < heads else None for s in range(n - 2, -2, -1)]
-    decoder = Decoder(ups, stages, seg_layers, [True] * (n - 1) + [False], deep_supervision)
+    decoder = Decoder(**vss_decoder(features, rates, out_channels, spatial_dims, heads, d_state=d_state), deep_supervision=deep_supervision)
     start_linears(encoder)
     start_linears(decoder)
-    return _FromSecond(encoder, decoder, size=input_size)
-
-
-class _FromSecond(UNet):
-    """The decoder's last level is the image's, which has no skip."""
-
-    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
-        logits: Tensor | list[Tensor] = self.decoder([x, *self.encoder(x)])
-        return logits
-
-
-class _Join(nn.Linear):
-    """A linear layer over channels of (b, c, *spatial)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return image(super().forward(tokens(x)))
+    return UNet(encoder, decoder, size=input_size)
 
 
 _VSSM = ((r"^vssm_encoder\.", ""), (r"^downsamples\.(\d)\.", r"layers.\1.downsample."))

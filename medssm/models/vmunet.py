@@ -21,6 +21,7 @@ from medssm.models.weights import Map
 from medssm.nn import AnySize, VSSBlock
 from medssm.nn.blocks import CONV, check_dims
 from medssm.nn.vss import PatchExpand, drop_paths, start_linears, vss_encoder
+from medssm.nn.vss_decoder import entrances, repeated
 
 
 @register_model(
@@ -73,12 +74,7 @@ class VMUNet(AnySize):
 
     def whole(self, x: Tensor) -> Tensor:
         """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
-        x, skips = self.encoder.stem(x), []
-        for stage in self.encoder.stages:
-            for name, part in stage.named_children():
-                if name == "blocks":
-                    skips.append(x)
-                x = part(x)
+        skips, x = entrances(self.encoder, x)
         x = self.stages[0](x)
         for up, stage, skip in zip(self.ups, self.stages[1:], reversed(skips[1:]), strict=True):
             x = stage(up(x + skip))
@@ -88,7 +84,7 @@ class VMUNet(AnySize):
 
 class _Upstream(VMUNet):
     def whole(self, x: Tensor) -> Tensor:
-        return super().whole(x.expand(-1, 3, *x.shape[2:]) if x.shape[1] == 1 else x)
+        return super().whole(repeated(x, self.in_channels))
 
 
 MAP = Map(
