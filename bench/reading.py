@@ -1,8 +1,8 @@
-"""The share of `medssm predict` that is reading and writing files: python bench/reading.py DATASET [--cases N] [--repeats N] [--out FILE]
+"""The share of `medssm predict` that is reading and writing files: python bench/reading.py DATASET [--size SIZE] [--cases N] [--repeats N] [--out FILE]
 
-`medssm_unet` "tiny" with random weights, a patch of 48 x 64 x 48 voxels at 1 mm and two classes segments the first cases of DATASET/imagesTr,
-of one channel in nnU-Net's layout, on the CPU. Reading opens the files and brings their voxels into memory; writing is that of label maps and
-volumes.csv, until the disk has them. One round runs before those that are timed.
+`medssm_unet` of that size (default: "small", as `medssm train` has it) with random weights, a patch of 48 x 64 x 48 voxels at 1 mm and two
+classes segments the first cases of DATASET/imagesTr, of one channel in nnU-Net's layout, on the CPU. Reading opens the files and brings their
+voxels into memory; writing is that of label maps and volumes.csv, until the disk has them. One round runs before those that are timed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,24 @@ READING, WRITING = ("open_channels", "read_stored"), ("write_image", "write_volu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
+    parser.add_argument("--size", default="small")
     parser.add_argument("--cases", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     files = sorted((args.dataset / "imagesTr").iterdir())[: args.cases]
     with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder) / "run")
+        run = make_run(Path(folder) / "run", args.size)
         rounds = [one_round(run, files, Path(folder) / f"{i}") for i in range(args.repeats + 1)][1:]
     shares = [(row["reading"] + row["writing"]) / row["total"] for row in rounds]
-    result: dict[str, Any] = {**origin(), "data": args.dataset.name, "cases": len(files), "threads": torch.get_num_threads(), "rounds": rounds}
+    result: dict[str, Any] = {
+        **origin(),
+        "data": args.dataset.name,
+        "size": args.size,
+        "cases": len(files),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+    }
     result["share"] = statistics.median(shares)
     for row, share in zip(rounds, shares, strict=True):
         reading, writing, disk, total = (f"{row[key]:.3f} s" for key in ("reading", "writing", "disk", "total"))
@@ -52,12 +60,12 @@ def main() -> None:
         write_json(args.out, result)
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, size: str) -> Path:
     """A folder as of a training, with random weights."""
     folder.mkdir()
     classes = {"background": 0, "anterior": 1, "posterior": 2}
     Fitted(("MRI",), (1.0, 1.0, 1.0), ({"scheme": "zscore"},), classes, None, (48, 64, 48)).save(folder / FITTED)
-    kwargs = {"spatial_dims": 3, "in_channels": 1, "out_channels": len(classes), "size": "tiny"}
+    kwargs = {"spatial_dims": 3, "in_channels": 1, "out_channels": len(classes), "size": size}
     torch.manual_seed(0)
     networks.save(folder, networks.build("medssm_unet", **kwargs), networks.describe("medssm_unet", kwargs))
     return folder

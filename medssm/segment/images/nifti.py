@@ -65,6 +65,9 @@ def record(file: nib.Nifti1Image, path: Path | None = None) -> Image:
         return np.ascontiguousarray(np.moveaxis(data, -1, 0))
 
     def parts(voxels: int) -> Iterator[tuple[Place, np.ndarray]]:
+        if channels * x * y * z <= voxels:
+            yield (slice(0, channels), slice(0, x), slice(0, y), slice(0, z)), load(None)
+            return
         name = file.get_filename()
         opened: Any = nib.load(name, keep_file_open=True) if name else file  # kept open, so that a compressed file is unpacked once, in order
         for channel in range(1 if colours else channels):
