@@ -1,4 +1,4 @@
-"""Exported networks against PyTorch, in turn and on one thread: python bench/engines.py [--size tiny] [--edge 64] [--seconds 20] [--out FILE]
+"""Exported networks against PyTorch, in turn and on one thread: python bench/engines.py [--size tiny] [--edge 64] [--seconds 20] [--out FOLDER]
 
 medssm_unet with its scans and with linear attention, random weights, one image. The sides: eager PyTorch as predict runs it (channels last, batch
 norms folded), onnxruntime with medssm's custom operators, onnxruntime with standard operators alone, OpenVINO and AOTInductor in float32. All sides
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import record
 from torch import nn
 
 import medssm
-from medssm.bench import measure, origin
+from medssm.bench import measure
 from medssm.compress.fold import fold
 from medssm.errors import UserError
 from medssm.export import to_aoti, to_onnx, to_openvino
@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--edge", type=int, default=64, help="voxels along each axis of the image")
     parser.add_argument("--seconds", type=float, default=20, help="of each side")
     parser.add_argument("--mixers", nargs="+", default=["ss_nd", "linear_attention"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engines.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engines")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {**origin(), "size": args.size, "edge": args.edge, "threads": 1, "networks": {}}
+    results: dict[str, Any] = {"edge": args.edge, "threads": 1, "networks": {}}
     for mixer in args.mixers:
         torch.manual_seed(0)
         network = medssm.create_model("medssm_unet", spatial_dims=3, in_channels=1, out_channels=3, size=args.size, mixer=mixer).eval()
@@ -51,9 +51,23 @@ def main() -> None:
         results["networks"][mixer] = row
         for name, figures in row.items():
             print(f"{mixer:18} {name:22} {figures['ms']:8.1f} ms {figures['over_eager']:6.2f} x eager, error {figures['error']:.0e}", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {args.out}")
+    record(
+        args.out,
+        args.size,
+        results,
+        "Exported networks against PyTorch, one thread",
+        ("medssm_unet", "mixer", "engine", "ms", "over PyTorch", "error"),
+        rows,
+    )
+
+
+def rows(size: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The lines of the table."""
+    return [
+        (f"{size}, {found['edge']}^3", mixer, engine, f"{side['ms']:.1f}", f"{side['over_eager']:.2f}", f"{side['error']:.0e}")
+        for mixer, sides in found["networks"].items()
+        for engine, side in sides.items()
+    ]
 
 
 def sides(network: nn.Module, image: torch.Tensor, folder: Path) -> tuple[dict[str, Side], dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The share of `medssm predict` that is reading and writing files: python bench/reading.py DATASET [--size SIZE] [--cases N] [--repeats N] [--out FILE]
+"""The share of `medssm predict` that is reading and writing files: python bench/reading.py DATASET [--size SIZE] [--out FOLDER] ...
 
 `medssm_unet` of that size (default: "small", as `medssm train` has it) with random weights, a patch of 48 x 64 x 48 voxels at 1 mm and two
 classes segments the first cases of DATASET/imagesTr, of one channel in nnU-Net's layout, on the CPU. Reading opens the files and brings their
@@ -19,9 +19,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from record import record
 
-from medssm.bench import origin
-from medssm.files import write_json
 from medssm.segment import networks
 from medssm.segment import predict as module
 from medssm.segment.data import FITTED
@@ -43,21 +42,27 @@ def main() -> None:
         run = make_run(Path(folder) / "run", args.size)
         rounds = [one_round(run, files, Path(folder) / f"{i}") for i in range(args.repeats + 1)][1:]
     shares = [(row["reading"] + row["writing"]) / row["total"] for row in rounds]
-    result: dict[str, Any] = {
-        **origin(),
-        "data": args.dataset.name,
-        "size": args.size,
-        "cases": len(files),
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-    }
+    result: dict[str, Any] = {"data": args.dataset.name, "cases": len(files), "threads": torch.get_num_threads(), "rounds": rounds}
     result["share"] = statistics.median(shares)
     for row, share in zip(rounds, shares, strict=True):
         reading, writing, disk, total = (f"{row[key]:.3f} s" for key in ("reading", "writing", "disk", "total"))
         print(f"reading {reading}, writing {writing} ({disk} of that the disk) of {total}: {100 * share:.1f} %")
     print(f"median share of reading and writing: {100 * result['share']:.1f} %")
     if args.out:
-        write_json(args.out, result)
+        record(
+            args.out,
+            args.size,
+            result,
+            "Reading and writing files, of predict",
+            ("medssm_unet", "data", "threads", "seconds a case", "reading and writing"),
+            rows,
+        )
+
+
+def rows(size: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The line of the table."""
+    seconds = statistics.median(row["total"] for row in found["rounds"]) / found["cases"]
+    return [(size, found["data"], str(found["threads"]), f"{seconds:.3f}", f"{100 * found['share']:.1f} %")]
 
 
 def make_run(folder: Path, size: str) -> Path:
