@@ -5,7 +5,9 @@ A network's file registers it, with its facts: a new network is its file and its
 
 from medssm.models import (  # noqa: F401  (imported for what they register)
     efficientvit_seg,
+    egeunet,
     lightm_unet,
+    malunet,
     mamba_unet,
     medmamba,
     medssm_unet,

@@ -1,0 +1,117 @@
+"""The U-Net of six levels that UltraLight-VM-UNet, MALUNet, EGE-UNet and H-vmunet share, and the attention on its skips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, interpolate
+
+from medssm.nn.blocks import CONV, LINEAR, MAX_POOL, check_dims
+from medssm.nn.unet import AnySize, Encoder
+
+GROUPS = 4  # of the group norms, of which every number of channels is a multiple
+_MIXED = 2  # between the levels from this one on a layer mixes, above a 3 x 3 (x 3) convolution does
+Mix = Callable[[int, int], nn.Module]
+
+
+def layers(features: Sequence[int], spatial_dims: int, mix: Mix) -> Callable[[int, int, int], nn.Module]:
+    """(level, channels_in, channels) -> the layer between that level and the one below it, either way: a convolution, or mix(channels_in, channels)
+    where there are few voxels. ValueError for features that are not six multiples of 4."""
+    check_dims(spatial_dims)
+    if len(features) != 6 or any(c % GROUPS for c in features):
+        raise ValueError(f"features: expected six multiples of {GROUPS}, got {list(features)}")
+    return lambda level, a, b: mix(a, b) if level >= _MIXED else CONV[spatial_dims](a, b, 3, padding=1)
+
+
+def halving_stages(in_channels: int, features: Sequence[int], spatial_dims: int, mix: Mix) -> list[nn.Module]:
+    """The five stages of the encoder, each gelu(max_pool(norm(layer(x))))."""
+    layer, widths = layers(features, spatial_dims, mix), [in_channels, *features]
+    return [
+        nn.Sequential(layer(s - 1, widths[s], widths[s + 1]), nn.GroupNorm(GROUPS, widths[s + 1]), MAX_POOL[spatial_dims](2), nn.GELU())
+        for s in range(5)
+    ]
+
+
+def rising_stages(features: Sequence[int], spatial_dims: int, mix: Mix) -> list[nn.Module]:
+    """The five stages of the decoder, norm(layer(x)), from coarse to fine."""
+    layer = layers(features, spatial_dims, mix)
+    return [nn.Sequential(layer(s, features[s + 1], features[s]), nn.GroupNorm(GROUPS, features[s])) for s in range(4, -1, -1)]
+
+
+def double(x: Tensor) -> Tensor:
+    """(b, c, *spatial) at twice the resolution, interpolated linearly with the corners in place."""
+    return interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2], align_corners=True)
+
+
+class LightUNet(AnySize):
+    """Five stages that halve the resolution, one at the bottom, five on the way up that add the skips, and a head; (b, out_channels, *spatial).
+
+    Args:
+        features: six multiples of 4. down, up: (channels_in, channels) -> the layer that mixes, at an eighth of the resolution and below.
+        bridge: takes and gives the list of skips; None leaves them as they are.
+        activation: None, or "sigmoid" on the output. input_size: "any" pads and crops inside, "strict" raises.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        features: Sequence[int],
+        down: Mix,
+        up: Mix,
+        bridge: nn.Module | None = None,
+        activation: str | None = None,
+        input_size: str = "any",
+    ) -> None:
+        if activation not in (None, "sigmoid"):
+            raise ValueError(f"activation: expected None or 'sigmoid', got {activation!r}")
+        super().__init__([32] * spatial_dims, input_size)
+        self.activation = activation
+        stages = halving_stages(in_channels, features, spatial_dims, down)
+        self.encoder = Encoder(nn.Identity(), stages, features[:5], [(2,) * spatial_dims] * 5)
+        self.bottom, self.bridge = down(features[4], features[5]), bridge
+        self.ups = nn.ModuleList(rising_stages(features, spatial_dims, up))
+        self.final = CONV[spatial_dims](features[0], out_channels, 1)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
+        skips = self.encoder(x)
+        x = gelu(self.bottom(skips[-1]))
+        if self.bridge is not None:
+            skips = self.bridge(skips)
+        for level, (up, skip) in enumerate(zip(self.ups, reversed(skips), strict=True)):
+            x = up(x)
+            x = gelu(double(x) if level else x) + skip
+        x = double(self.final(x))
+        return torch.sigmoid(x) if self.activation else x
+
+
+class SkipAttention(nn.Module):
+    """Spatial and channel attention on all skips t (Ruan et al., arXiv 2211.01784): s = spatial(t) t; channel(s + t) (s + t) + s.
+
+    The spatial kernel is shared by the levels; the channel weights of each level see the means of all. kind: "linear" or "convolution", the same
+    arithmetic with weights of other shapes.
+    """
+
+    def __init__(self, features: Sequence[int], spatial_dims: int, kind: str = "linear") -> None:
+        super().__init__()
+        if kind not in ("linear", "convolution"):
+            raise ValueError(f"attention: expected 'linear' or 'convolution', got {kind!r}")
+        self.kind, self.spatial_dims, total = kind, spatial_dims, sum(features)
+        self.spatial = CONV[spatial_dims](2, 1, 7, padding=9, dilation=3)
+        self.means = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+        self.channels = nn.ModuleList([nn.Linear(total, c) if kind == "linear" else nn.Conv1d(total, c, 1) for c in features])
+
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
+        """Maps (b, features[i], *spatial) -> the same shapes."""
+        seen = [torch.sigmoid(self.spatial(torch.cat((t.mean(1, keepdim=True), t.amax(1, keepdim=True)), 1))) * t for t in skips]
+        both = [s + t for s, t in zip(seen, skips, strict=True)]
+        means = self.means(torch.cat([t.flatten(2).mean(-1) for t in both], 1)[:, None])[:, 0]
+        out = []
+        for layer, s, t in zip(self.channels, seen, both, strict=True):
+            scale = torch.sigmoid(layer(means) if self.kind == "linear" else layer(means.unsqueeze(-1)).squeeze(-1))
+            out.append(scale[(..., *[None] * self.spatial_dims)] * t + s)
+        return out
