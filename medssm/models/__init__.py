@@ -14,6 +14,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     mixers,
     mlla,
     monai,
+    rwkv_unet,
     segmamba,
     swin_umamba,
     ultralight_vmunet,

@@ -14,8 +14,8 @@ CARDS = parity_cards.names()  # {card: the name that from_upstream has for its c
 # LightM-UNet normalises voxels that a ReLU has set to zero, again and again: a rounding error grows by a factor of ten thousand. Its card,
 # recorded in float32, is 0.043 standard deviations away from the same code in float64, with which ours agrees to 1e-10.
 LOOSE = {"lightm_3d": 0.1}
-# Vision-RWKV's layers were recorded with the published kernels' arithmetic, its network with the paper's formula.
-MORE = {"vrwkv_tiny_formula": {"wkv_mode": "exact"}}
+# Recorded with the paper's formula; other cards of WKV with the published kernels' arithmetic.
+MORE = {name: {"wkv_mode": "exact"} for name in ("rwkvunet_T_formula", "vrwkv_tiny_formula")}
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
