@@ -43,6 +43,8 @@ def protect(
 ) -> None:
     """Raise UserError where writing `path` would lose a file: one that the same call reads, or one that is there and is not of medssm's making.
 
+    Also where no file can be made at `path`, so that nothing is computed that could not be kept.
+
     Args:
         path: what is to be written
         reads: what the call reads; no option allows to write over it
@@ -50,6 +52,7 @@ def protect(
         overwrite: the user allows to write over any other file
         argument: that gave the path, for the message
     """
+    _check_place(path)
     try:
         there = os.stat(path)
     except OSError:
@@ -60,6 +63,16 @@ def protect(
                 raise UserError(f"{argument}: {path} is a file that is read; name another one")
     if not overwrite and not made(path):
         raise UserError(f"{argument}: {path} is there already, and this command did not write it: name another one, or pass --overwrite")
+
+
+def _check_place(path: Path) -> None:
+    """UserError if the folder of `path`, or the nearest above it that is there, takes no file."""
+    folder = next(above for above in path.absolute().parents if os.path.lexists(above))
+    code = None if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
+    if not folder.is_dir():
+        code = errno.ENOTDIR
+    if code:
+        raise disk_error(path, OSError(code, os.strerror(code)))
 
 
 def begins_with(path: Path, text: str) -> bool:

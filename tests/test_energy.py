@@ -7,7 +7,7 @@ from medssm.energy import Energy
 
 
 def set_to(counter, value):
-    """As the kernel does it, a reader never sees a half written number: a file that is opened for writing is empty for a moment, a renamed one is not."""
+    """As the kernel does it: no reader finds a half written number. (A file that is opened for writing is empty for a moment.)"""
     new = counter.with_name("new")
     new.write_text(f"{value}\n")
     new.replace(counter)

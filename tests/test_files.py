@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from medssm.errors import UserError
-from medssm.files import atomic, first_line, make_folder, read_json, read_json_lines, write_at, write_bytes, write_json, write_text
+from medssm.files import atomic, first_line, make_folder, protect, read_json, read_json_lines, write_at, write_bytes, write_json, write_text
 
 
 def names(folder):
@@ -55,6 +55,19 @@ def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkey
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
     write_text(tmp_path / "a", "1")
     assert done == ["fsync", "replace"]
+
+
+def test_a_place_that_takes_no_file_is_known_before_the_work(tmp_path, monkeypatch):
+    protect(tmp_path / "new" / "folder" / "a")
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(UserError, match=r"file/folder/a: cannot be written \(Not a directory\)"):
+        protect(tmp_path / "file" / "folder" / "a")
+    (tmp_path / "closed").mkdir()
+    access = os.access  # the tests may run as root, who may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path / "closed") and access(path, mode))
+    for path in ("closed/a", "closed/new/a"):
+        with pytest.raises(UserError, match=rf"{path}: cannot be written \(Permission denied\)"):
+            protect(tmp_path / path)
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
