@@ -337,10 +337,11 @@ def _umamba_layer(groups: Groups, layer: umamba.MambaLayer, x: Channels) -> Chan
 
 
 def _unetr(groups: Groups, block: ResidualBlock, x: Channels) -> Channels:
-    hidden = groups.convolution(block.conv1, x)
-    same = block.residual and block.conv3 is None
-    out = x if same else None if block.conv3 is None else groups.convolution(block.conv3, x)
-    return groups.convolution(block.conv2, hidden, out)
+    hidden = groups.each(block.norm1, groups.convolution(block.conv1, x))
+    if block.conv3 is None or block.norm3 is None:
+        return groups.each(block.norm2, groups.convolution(block.conv2, hidden, x if block.residual else None))
+    out = groups.each(block.norm3, groups.convolution(block.conv3, x))
+    return groups.each(block.norm2, groups.convolution(block.conv2, hidden, out))
 
 
 def _segmamba_stage(groups: Groups, stage: segmamba.Stage, x: Channels) -> Channels:

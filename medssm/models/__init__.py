@@ -19,6 +19,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     swin_umamba,
     ultralight_vmunet,
     umamba,
+    unetr_pp,
     vim,
     vmamba,
     vmunet,

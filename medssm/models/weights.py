@@ -15,16 +15,20 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Map(NamedTuple):
-    """How upstream's state dict becomes ours: drop keys that repeat another tensor, then rename (pattern, replacement) in turn, as re.sub."""
+    """How upstream's state dict becomes ours: drop keys that repeat another tensor, transpose the matrices of keys that match a pattern, then rename
+    (pattern, replacement) in turn, as re.sub."""
 
     drop: Sequence[str] = ()
     rename: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]] = ()
+    transpose: Sequence[str] = ()
 
     def __call__(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
         for key, tensor in state.items():
             if any(re.search(pattern, key) for pattern in self.drop):
                 continue
+            if any(re.search(pattern, key) for pattern in self.transpose):
+                tensor = tensor.mT
             for pattern, replacement in self.rename:
                 key = re.sub(pattern, replacement, key)
             kept[key] = tensor

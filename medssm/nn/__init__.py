@@ -3,6 +3,7 @@
 from medssm.nn.classifier import Classifier
 from medssm.nn.deltanet import DeltaNet
 from medssm.nn.efficientvit import EfficientViTBlock, LiteMLA
+from medssm.nn.epa import PairedAttention, PairedBlock
 from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.mamba import BiMamba, Mamba, TriMamba
 from medssm.nn.mamba2 import Mamba2
@@ -29,6 +30,8 @@ __all__ = [
     "MLLABlock",
     "Mamba",
     "Mamba2",
+    "PairedAttention",
+    "PairedBlock",
     "SpatialMix",
     "TriMamba",
     "UNet",

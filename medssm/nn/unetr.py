@@ -6,30 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import instance_norm, leaky_relu
+from torch.nn.functional import leaky_relu
 
-from medssm.nn.blocks import CONV, TRANSPOSED_CONV
+from medssm.nn.blocks import BATCH_NORM, CONV, INSTANCE_NORM, TRANSPOSED_CONV
+
+NORMS = {"instance": INSTANCE_NORM, "batch": BATCH_NORM}
 
 
 class ResidualBlock(nn.Module):
-    """act(norm(conv2(act(norm(conv1(x))))) + skip(x)): 3 x 3 (x 3) convolutions without bias, instance norm without weights, leaky ReLU.
+    """act(norm(conv2(act(norm(conv1(x))))) + skip(x)): 3 x 3 (x 3) convolutions without bias, leaky ReLU, and a norm: "instance", without weights, or
+    "batch".
 
     skip is the identity, or norm(conv3(x)) with a 1 x 1 convolution where the channels change. residual=False leaves skip(x) out.
     """
 
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int, residual: bool = True) -> None:
+    def __init__(self, channels_in: int, channels: int, spatial_dims: int, residual: bool = True, norm: str = "instance") -> None:
         super().__init__()
-        conv, self.residual = CONV[spatial_dims], residual
+        conv, make, self.residual = CONV[spatial_dims], NORMS[norm][spatial_dims], residual
         self.conv1 = conv(channels_in, channels, 3, padding=1, bias=False)
         self.conv2 = conv(channels, channels, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = make(channels), make(channels)
         self.conv3 = conv(channels_in, channels, 1, bias=False) if residual and channels_in != channels else None
+        self.norm3 = make(channels) if self.conv3 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
         # In place where autograd allows it: at full resolution the pages of a fresh map cost as much as the arithmetic on it.
-        y = instance_norm(self.conv2(leaky_relu(instance_norm(self.conv1(x)), 0.01, inplace=True)))
+        y = self.norm2(self.conv2(leaky_relu(self.norm1(self.conv1(x)), 0.01, inplace=True)))
         if self.residual:
-            y += x if self.conv3 is None else instance_norm(self.conv3(x))
+            y += x if self.conv3 is None or self.norm3 is None else self.norm3(self.conv3(x))
         return leaky_relu(y, 0.01, inplace=True)
 
 

@@ -50,6 +50,7 @@ LAYERS = {
     "SpatialMix": Layer(lambda: nn.SpatialMix(8)),
     "ChannelMix": Layer(lambda: nn.ChannelMix(8)),
     "LiteMLA": Layer(lambda: nn.LiteMLA(8)),
+    "PairedAttention": Layer(lambda: nn.PairedAttention(8, (4, 5), 2, 3)),
     "EfficientViTBlock": Layer(lambda: nn.EfficientViTBlock(8, dim=4), first=True),
     "VSSBlock": Layer(lambda: nn.VSSBlock(8, drop_path=0.5), first=True),
 }

@@ -156,7 +156,7 @@ def test_padding_changes_nothing_where_strides_divide(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_deep_supervision_is_nnunets_list(name):
-    model = build(name, 3, deep_supervision=True)
+    model = build(name, 3, deep_supervision=True).eval()
     x = torch.randn(1, 2, 16, 16, 16)
     outputs = model(x)
     levels = [axes[0] for axes in output_resolutions(model)]
