@@ -23,6 +23,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     vim,
     vmamba,
     vmunet,
+    vmunet_v2,
     vrwkv,
 )
 from medssm.models.facts import Facts

@@ -113,6 +113,14 @@ class ChannelNorm(nn.LayerNorm):
         return image(super().forward(tokens(x)))
 
 
+class ChannelLinear(nn.Linear):
+    """A linear layer over the channels of each voxel of (b, c, *spatial)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
+        return image(super().forward(tokens(x)))
+
+
 class ConvNorm(nn.Module):
     """act(norm(conv(x))) on (b, c, *spatial), the norm a batch norm; norm=False and act=None leave theirs out."""
 

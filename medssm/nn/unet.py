@@ -68,9 +68,12 @@ class Decoder(nn.Module):
     upsample_layers, stages and seg_layers go from coarse to fine, one per map but the coarsest; of the heads all but the last may be None:
     a level without logits (a head that never sees a gradient would stop distributed training).
     joins[s] says how level s, the coarsest first, takes its skip: True concatenates it behind, "sum" adds it, False leaves it out.
+    `finer` is the resolution of the logits over that of their level.
     With `deep_supervision`, which may be switched at any time where there are several heads, forward returns a list of logits, the highest
     resolution first (nnU-Net's contract), else the finest logits.
     """
+
+    finer = 1
 
     def __init__(
         self,
@@ -99,16 +102,21 @@ class Decoder(nn.Module):
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """The encoder's maps (b, c, *spatial), the finest first -> logits (b, classes, *spatial), or their list."""
+        outputs = self.logits(skips, self.deep_supervision)
+        return outputs if self.deep_supervision else outputs[0]
+
+    def logits(self, skips: Sequence[Tensor], all_heads: bool) -> list[Tensor]:
+        """The logits of the finest level, or with all_heads of every level that has a head, the finest first."""
         x, outputs, finest = skips[-1], [], len(self.stages) - 1
         for s, (upsample, stage, head, join) in enumerate(zip(self.upsample_layers, self.stages, self.seg_layers, self.joins, strict=True)):
             x = upsample(x)
             if join:
                 x = x + skips[-(s + 2)] if join == "sum" else torch.cat((x, skips[-(s + 2)]), 1)
             x = stage(x)
-            if head is not None and (self.deep_supervision or s == finest):
+            if head is not None and (all_heads or s == finest):
                 outputs.append(head(x))
         outputs.reverse()
-        return outputs if self.deep_supervision else outputs[0]
+        return outputs
 
 
 class AnySize(nn.Module):

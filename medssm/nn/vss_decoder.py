@@ -7,17 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from medssm.nn.blocks import CONV, ChannelNorm, image, tokens
+from medssm.nn.blocks import CONV, ChannelLinear, ChannelNorm
 from medssm.nn.unet import Encoder
 from medssm.nn.vss import PatchExpand, VSSBlock
-
-
-class Join(nn.Linear):
-    """A linear layer over channels of (b, c, *spatial): what takes two maps, one behind the other, to the channels of one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
-        return image(super().forward(tokens(x)))
 
 
 def vss_decoder(
@@ -41,7 +33,7 @@ def vss_decoder(
     for level, s in enumerate(range(len(features) - 2, -1, -1)):
         ups.append(PatchExpand(features[s + 1], features[s], spatial_dims))
         blocks = [VSSBlock(features[s], spatial_dims, rate, **options) for rate in rates[level]]
-        stages.append(nn.Sequential(Join(2 * features[s], features[s]), *blocks))
+        stages.append(nn.Sequential(ChannelLinear(2 * features[s], features[s]), *blocks))
     last = PatchExpand(features[0], features[0], spatial_dims, 4)
     ups.append(nn.Sequential(ChannelNorm(features[0]), last) if norm else last)
     stages.append(nn.Identity())

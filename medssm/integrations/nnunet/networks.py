@@ -66,8 +66,8 @@ def output_resolutions(network: nn.Module) -> list[Steps]:
     """What one voxel of each output spans under deep supervision, the finest first; empty for a network without heads at several levels."""
     if not isinstance(network, UNet) or sum(head is not None for head in network.decoder.seg_layers) < 2:
         return []
-    maps = resolutions(network.encoder.strides)
-    if len(network.decoder.stages) == len(maps):  # the image itself is a level
+    maps = [tuple(n // network.decoder.finer for n in level) for level in resolutions(network.encoder.strides)]
+    if len(network.decoder.stages) == len(maps) and max(maps[0]) > 1:  # the image itself is a level
         maps.insert(0, (1,) * len(maps[0]))
     return [level for level, head in zip(maps, reversed(network.decoder.seg_layers), strict=False) if head is not None]
 

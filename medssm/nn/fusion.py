@@ -1,0 +1,35 @@
+"""Maps of several resolutions made into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medssm.nn.blocks import CONV, LINEAR
+
+
+class ProductFusion(nn.Module):
+    """The product over maps of conv_i(map_i at the resolution of one of them), 3 x 3 (x 3) convolutions (SDI of U-Net v2, Peng et al.,
+    arXiv 2311.17791). Finer maps are averaged, coarser ones interpolated linearly with the corners in place."""
+
+    def __init__(self, channels: int, maps: int, spatial_dims: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([CONV[spatial_dims](channels, channels, 3, padding=1) for _ in range(maps)])
+
+    def forward(self, maps: Sequence[Tensor], level: int) -> Tensor:
+        """Maps (b, channels, *spatial), the finest first, each of half the resolution of the one before -> the shape of maps[level]."""
+        product, *others = [conv(at_level(m, i - level)) for i, (conv, m) in enumerate(zip(self.convs, maps, strict=True))]
+        for other in others:
+            product = product * other
+        return product
+
+
+def at_level(x: Tensor, doublings: int) -> Tensor:
+    """(b, c, *spatial) at 2**doublings of its resolution."""
+    dims, size = x.dim() - 2, 2 ** abs(doublings)
+    if doublings < 0:
+        return functional.avg_pool2d(x, size) if dims == 2 else functional.avg_pool3d(x, size)
+    y: Tensor = functional.interpolate(x, scale_factor=size, mode=LINEAR[dims], align_corners=True) if doublings else x
+    return y
