@@ -20,6 +20,7 @@ class ProductFusion(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], level: int) -> Tensor:
         """Maps (b, channels, *spatial), the finest first, each of half the resolution of the one before -> the shape of maps[level]."""
+        product: Tensor
         product, *others = [conv(at_level(m, i - level)) for i, (conv, m) in enumerate(zip(self.convs, maps, strict=True))]
         for other in others:
             product = product * other
