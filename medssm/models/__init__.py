@@ -4,12 +4,14 @@ A network's file registers it, with its facts: a new network is its file and its
 """
 
 from medssm.models import (  # noqa: F401  (imported for what they register)
+    cmunext,
     efficientvit_seg,
     egeunet,
     lightm_unet,
     malunet,
     mamba_unet,
     medmamba,
+    mednext,
     medssm_unet,
     mixers,
     mlla,
@@ -20,6 +22,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     ultralight_vmunet,
     umamba,
     unetr_pp,
+    unext,
     vim,
     vmamba,
     vmunet,

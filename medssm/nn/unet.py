@@ -66,8 +66,8 @@ class Decoder(nn.Module):
     """From the coarsest stage up: upsample, join the encoder's skip, a stage; a segmentation head per level.
 
     upsample_layers, stages and seg_layers go from coarse to fine, one per map but the coarsest; of the heads all but the last may be None:
-    a level without logits (a head that never sees a gradient would stop distributed training).
-    joins[s] says how level s, the coarsest first, takes its skip: True concatenates it behind, "sum" adds it, False leaves it out.
+    a level without logits (a head that never sees a gradient would stop distributed training). One head more is the coarsest map's, the first.
+    joins[s] says how level s, the coarsest first, takes its skip: True concatenates it behind, "before" in front, "sum" adds it, False leaves it out.
     `finer` is the resolution of the logits over that of their level.
     With `deep_supervision`, which may be switched at any time where there are several heads, forward returns a list of logits, the highest
     resolution first (nnU-Net's contract), else the finest logits.
@@ -108,10 +108,16 @@ class Decoder(nn.Module):
     def logits(self, skips: Sequence[Tensor], all_heads: bool) -> list[Tensor]:
         """The logits of the finest level, or with all_heads of every level that has a head, the finest first."""
         x, outputs, finest = skips[-1], [], len(self.stages) - 1
-        for s, (upsample, stage, head, join) in enumerate(zip(self.upsample_layers, self.stages, self.seg_layers, self.joins, strict=True)):
+        heads = list(self.seg_layers)
+        if len(heads) > len(self.stages):
+            coarsest = heads.pop(0)
+            if coarsest is not None and all_heads:
+                outputs.append(coarsest(x))
+        for s, (upsample, stage, head, join) in enumerate(zip(self.upsample_layers, self.stages, heads, self.joins, strict=True)):
             x = upsample(x)
             if join:
-                x = x + skips[-(s + 2)] if join == "sum" else torch.cat((x, skips[-(s + 2)]), 1)
+                skip = skips[-(s + 2)]
+                x = x + skip if join == "sum" else torch.cat((skip, x) if join == "before" else (x, skip), 1)
             x = stage(x)
             if head is not None and (all_heads or s == finest):
                 outputs.append(head(x))
