@@ -16,6 +16,8 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     mixers,
     mlla,
     monai,
+    nnmamba,
+    nnmamba_cls,
     rwkv_unet,
     segmamba,
     swin_umamba,

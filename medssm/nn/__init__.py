@@ -5,7 +5,7 @@ from medssm.nn.deltanet import DeltaNet
 from medssm.nn.efficientvit import EfficientViTBlock, LiteMLA
 from medssm.nn.epa import PairedAttention, PairedBlock
 from medssm.nn.gla import GatedLinearAttention
-from medssm.nn.mamba import BiMamba, Mamba, TriMamba
+from medssm.nn.mamba import BiMamba, FlipMamba, Mamba, TriMamba
 from medssm.nn.mamba2 import Mamba2
 from medssm.nn.mlla import MLLA, LinearAttention, MLLABlock
 from medssm.nn.rwkv import ChannelMix, SpatialMix, q_shift
@@ -24,6 +24,7 @@ __all__ = [
     "DeltaNet",
     "EfficientViTBlock",
     "Encoder",
+    "FlipMamba",
     "GatedLinearAttention",
     "LinearAttention",
     "LiteMLA",

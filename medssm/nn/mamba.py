@@ -59,7 +59,7 @@ class Mamba(Leaf):
         inner, rank = int(expand * d_model), step_rank(d_model, dt_rank)
         self.d_model, self.d_state, self.dt_rank = d_model, d_state, rank
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
-        for s in self.suffixes:
+        for s in dict.fromkeys(self.suffixes):
             self.register_parameter(f"A{s}_log", nn.Parameter(rates(inner, d_state)))
             self.register_parameter(f"D{s}", nn.Parameter(torch.ones(inner)))
             self.add_module(f"conv1d{s}", nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias))
@@ -139,6 +139,21 @@ class TriMamba(Mamba):
 
     def orders(self, x: Tensor) -> list[Order]:
         return tri3d(self.slices)
+
+
+class FlipMamba(Mamba):
+    """nnMamba's mixer (Gong et al., arXiv 2402.03526): the mean of one Mamba over the tokens as they are, in reverse, with their channels in reverse,
+    and both, each turned back. Arguments as Mamba."""
+
+    suffixes = ("", "")  # both directions have the same weights
+
+    def orders(self, x: Tensor) -> list[Order]:
+        return [raster(), raster(reverse=True)]
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) or (b, *spatial, d_model) -> the same shape."""
+        out = super().forward(x, cu_seqlens=cu_seqlens) + super().forward(x.flip(-1), cu_seqlens=cu_seqlens).flip(-1)
+        return out / 4
 
 
 def rates(channels: int, state: int) -> Tensor:

@@ -59,7 +59,9 @@ def test_ssnd_equals_a_sum_of_single_scans(dims):
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-@pytest.mark.parametrize("make", [lambda: nn.Mamba(8), lambda: nn.BiMamba(8), lambda: nn.TriMamba(8), lambda: nn.SSND(8, spatial_dims=3)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Mamba(8), lambda: nn.BiMamba(8), lambda: nn.TriMamba(8), lambda: nn.FlipMamba(8), lambda: nn.SSND(8, spatial_dims=3)]
+)
 def test_gradients_reach_every_weight_under_autocast(make, backend):
     torch.manual_seed(0)
     mixer, x = make(), torch.randn(1, 3, 4, 5, 8, requires_grad=True)
