@@ -7,6 +7,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     cmunext,
     efficientvit_seg,
     egeunet,
+    hvmunet,
     lightm_unet,
     malunet,
     mamba_unet,

@@ -8,7 +8,6 @@ and are brought to full resolution, and inputs must be multiples of 32. `create_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,9 +48,13 @@ def egeunet(
 def _parts(dims: int, in_channels: int, out_channels: int, features: Sequence[int], supervised: int) -> tuple[Encoder, Decoder]:
     """supervised: channels of the coarse predictions, 0 for none."""
     check_dims(dims)
-    mix, conv = partial(MultiAxisProduct, spatial_dims=dims), CONV[dims]
+    conv = CONV[dims]
+
+    def mix(_: int, a: int, b: int) -> nn.Module:
+        return MultiAxisProduct(a, b, spatial_dims=dims)
+
     stages = halving_stages(in_channels, features, dims, mix)
-    stages.append(nn.Sequential(mix(features[4], features[5]), nn.GELU()))
+    stages.append(nn.Sequential(mix(4, features[4], features[5]), nn.GELU()))
     encoder = Encoder(nn.Identity(), stages, features, [(2,) * dims] * 5 + [(1,) * dims])
     gates = [Gate(features[s + 1], features[s], supervised or 1, dims, not supervised) for s in range(4, -1, -1)]
     heads = [conv(features[s], supervised, 1) if supervised else None for s in range(4, -1, -1)]

@@ -45,10 +45,10 @@ def malunet(
     """
     check_dims(spatial_dims)
 
-    def down(a: int, b: int) -> nn.Module:
+    def down(_: int, a: int, b: int) -> nn.Module:
         return nn.Sequential(ExternalAttention(a, spatial_dims), DilatedGatedAttention(a, b, spatial_dims))
 
-    def up(a: int, b: int) -> nn.Module:
+    def up(_: int, a: int, b: int) -> nn.Module:
         return nn.Sequential(DilatedGatedAttention(a, b, spatial_dims), ExternalAttention(b, spatial_dims))
 
     joint = SkipAttention(features[:5], spatial_dims, attention) if bridge else None

@@ -46,7 +46,7 @@ class UltraLightVMUNet(LightUNet):
         super().__init__(spatial_dims, in_channels, out_channels, features, _mix, _mix, joint, activation, input_size)
 
 
-def _mix(channels_in: int, channels: int) -> ScaledMamba:
+def _mix(_level: int, channels_in: int, channels: int) -> ScaledMamba:
     return ScaledMamba(channels_in, channels, GROUPS, skip_norm=True)
 
 

@@ -61,11 +61,10 @@ class VMUNetV2(UNet):
         encoder = vss_encoder(in_channels, features, depths, spatial_dims, drop_path, d_state=d_state)
         width, levels = width or features[0] // 2, len(features)
         gates = [nn.Sequential(CBAM(c, spatial_dims), ConvNorm(c, width, 1, spatial_dims=spatial_dims)) for c in features]
-        ups = [nn.Identity(), *(TRANSPOSED_CONV[spatial_dims](width, width, 4, 2, 1, bias=False) for _ in range(levels - 1))]
+        ups = [TRANSPOSED_CONV[spatial_dims](width, width, 4, 2, 1, bias=False) for _ in range(levels - 1)]
         heads = [CONV[spatial_dims](width, out_channels, 1) if deep_supervision or s == levels - 1 else None for s in range(levels)]
         merge = TRANSPOSED_CONV[spatial_dims](out_channels, out_channels, 3, 2, 1, 1, out_channels) if deep_supervision else None
-        joins = [False] + ["sum"] * (levels - 1)  # the first level is the coarsest map itself, which has logits too
-        decoder = _Decoder(ups, [nn.Identity() for _ in ups], heads, joins, deep_supervision, merge=merge)
+        decoder = _Decoder(ups, [nn.Identity() for _ in ups], heads, ["sum" for _ in ups], deep_supervision, merge=merge)
         super().__init__(encoder, decoder, size=input_size, skips=gates)
         self.fusions = nn.ModuleList([ProductFusion(width, len(features), spatial_dims) for _ in features])
         self.in_channels = in_channels
@@ -75,8 +74,7 @@ class VMUNetV2(UNet):
         """(b, in_channels, *spatial) -> (b, out_channels, *spatial), or a list of coarser ones too."""
         assert self.skips is not None
         maps = [gate(m) for gate, m in zip(self.skips, self.maps(x), strict=True)]
-        fused = [fusion(maps, level) for level, fusion in enumerate(self.fusions)]
-        logits: Tensor | list[Tensor] = self.decoder([*fused, fused[-1]])
+        logits: Tensor | list[Tensor] = self.decoder([fusion(maps, level) for level, fusion in enumerate(self.fusions)])
         return logits
 
     def maps(self, x: Tensor) -> list[Tensor]:
@@ -131,7 +129,7 @@ def _map(deep_supervision: bool = True, **_: object) -> Map:
             (r"\.bn\.", ".norm."),
             (r"^sdi_(\d)\.", lambda m: f"fusions.{int(m[1]) - 1}."),
             (r"^seg_outs\.", "decoder.seg_layers."),
-            (r"^deconv([234])\.", lambda m: f"decoder.upsample_layers.{int(m[1]) - 1}."),
+            (r"^deconv([234])\.", lambda m: f"decoder.upsample_layers.{int(m[1]) - 2}."),
             (r"^deconv6\.", "decoder.merge." if deep_supervision else "unused.1."),
             (r"^deconv5\.", "unused.0."),
             (r"^vmunet\.", ""),

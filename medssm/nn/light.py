@@ -12,31 +12,30 @@ from medssm.nn.blocks import CONV, LINEAR, MAX_POOL, check_dims
 from medssm.nn.unet import AnySize, Encoder
 
 GROUPS = 4  # of the group norms, of which every number of channels is a multiple
-_MIXED = 2  # between the levels from this one on a layer mixes, above a 3 x 3 (x 3) convolution does
-Mix = Callable[[int, int], nn.Module]
+Mix = Callable[[int, int, int], nn.Module]
 
 
-def layers(features: Sequence[int], spatial_dims: int, mix: Mix) -> Callable[[int, int, int], nn.Module]:
-    """(level, channels_in, channels) -> the layer between that level and the one below it, either way: a convolution, or mix(channels_in, channels)
-    where there are few voxels. ValueError for features that are not six multiples of 4."""
+def layers(features: Sequence[int], spatial_dims: int, mix: Mix, mixed: int = 2) -> Mix:
+    """(level, channels_in, channels) -> the layer between that level and the one below it, either way: a convolution, or from the level `mixed` on,
+    where there are few voxels, what `mix` makes of the three. ValueError for features that are not six multiples of 4."""
     check_dims(spatial_dims)
     if len(features) != 6 or any(c % GROUPS for c in features):
         raise ValueError(f"features: expected six multiples of {GROUPS}, got {list(features)}")
-    return lambda level, a, b: mix(a, b) if level >= _MIXED else CONV[spatial_dims](a, b, 3, padding=1)
+    return lambda level, a, b: mix(level, a, b) if level >= mixed else CONV[spatial_dims](a, b, 3, padding=1)
 
 
-def halving_stages(in_channels: int, features: Sequence[int], spatial_dims: int, mix: Mix) -> list[nn.Module]:
+def halving_stages(in_channels: int, features: Sequence[int], spatial_dims: int, mix: Mix, mixed: int = 2) -> list[nn.Module]:
     """The five stages of the encoder, each gelu(max_pool(norm(layer(x))))."""
-    layer, widths = layers(features, spatial_dims, mix), [in_channels, *features]
+    layer, widths = layers(features, spatial_dims, mix, mixed), [in_channels, *features]
     return [
         nn.Sequential(layer(s - 1, widths[s], widths[s + 1]), nn.GroupNorm(GROUPS, widths[s + 1]), MAX_POOL[spatial_dims](2), nn.GELU())
         for s in range(5)
     ]
 
 
-def rising_stages(features: Sequence[int], spatial_dims: int, mix: Mix) -> list[nn.Module]:
+def rising_stages(features: Sequence[int], spatial_dims: int, mix: Mix, mixed: int = 2) -> list[nn.Module]:
     """The five stages of the decoder, norm(layer(x)), from coarse to fine."""
-    layer = layers(features, spatial_dims, mix)
+    layer = layers(features, spatial_dims, mix, mixed)
     return [nn.Sequential(layer(s, features[s + 1], features[s]), nn.GroupNorm(GROUPS, features[s])) for s in range(4, -1, -1)]
 
 
@@ -49,7 +48,7 @@ class LightUNet(AnySize):
     """Five stages that halve the resolution, one at the bottom, five on the way up that add the skips, and a head; (b, out_channels, *spatial).
 
     Args:
-        features: six multiples of 4. down, up: (channels_in, channels) -> the layer that mixes, at an eighth of the resolution and below.
+        features: six multiples of 4. down, up: (level, channels_in, channels) -> the layer that mixes, from the level `mixed` on; 0 is the image's.
         bridge: takes and gives the list of skips; None leaves them as they are.
         activation: None, or "sigmoid" on the output. input_size: "any" pads and crops inside, "strict" raises.
     """
@@ -65,15 +64,16 @@ class LightUNet(AnySize):
         bridge: nn.Module | None = None,
         activation: str | None = None,
         input_size: str = "any",
+        mixed: int = 2,
     ) -> None:
         if activation not in (None, "sigmoid"):
             raise ValueError(f"activation: expected None or 'sigmoid', got {activation!r}")
         super().__init__([32] * spatial_dims, input_size)
         self.activation = activation
-        stages = halving_stages(in_channels, features, spatial_dims, down)
+        stages = halving_stages(in_channels, features, spatial_dims, down, mixed)
         self.encoder = Encoder(nn.Identity(), stages, features[:5], [(2,) * spatial_dims] * 5)
-        self.bottom, self.bridge = down(features[4], features[5]), bridge
-        self.ups = nn.ModuleList(rising_stages(features, spatial_dims, up))
+        self.bottom, self.bridge = down(4, features[4], features[5]), bridge
+        self.ups = nn.ModuleList(rising_stages(features, spatial_dims, up, mixed))
         self.final = CONV[spatial_dims](features[0], out_channels, 1)
 
     def whole(self, x: Tensor) -> Tensor:
