@@ -13,10 +13,7 @@ struct Tokens {  // (b, l, h, d) with adjacent features
   const void* data;
   int64_t type, batch, token, head;
 };
-struct Scalars {  // (b, l, h): beta, g
-  const void* data;
-  int64_t type, batch, token, head;
-};
+using Scalars = Tokens;  // (b, l, h): beta, g
 struct Problem {
   Tokens q, k, v;
   Scalars beta, g;                            // g.data is null if there is no decay
@@ -51,14 +48,14 @@ struct Item {
   int lanes;
 };
 
-// All items: blocks of kVectors vectors of columns. They depend only on the shapes, not on the number of threads.
+// All items: blocks of `vectors` vectors of columns. They depend only on the shapes, not on the number of threads.
 template <class T> struct Items {
-  int64_t heads, columns, blocks, count;
-  Items(const Problem& p, int64_t width) :
-      heads(p.heads), columns(width), blocks(ceil_div(width, kVectors * kLanes<T>)), count(p.batch * heads * blocks) {}
+  int64_t heads, columns, lanes, blocks, count;
+  Items(const Problem& p, int64_t width, int vectors = kVectors) :
+      heads(p.heads), columns(width), lanes(vectors * kLanes<T>), blocks(ceil_div(width, lanes)), count(p.batch * heads * blocks) {}
   Item operator[](int64_t i) const {
-    const int64_t head = i / blocks, block = i % blocks, first = block * kVectors * kLanes<T>;
-    return {head / heads, head % heads, block, first, static_cast<int>(least<int64_t>(kVectors * kLanes<T>, columns - first))};
+    const int64_t head = i / blocks, block = i % blocks, first = block * lanes;
+    return {head / heads, head % heads, block, first, static_cast<int>(least(lanes, columns - first))};
   }
 };
 

@@ -16,6 +16,7 @@
 // dg is the running sum of these differences, from a segment's first token on: <S, X> of the initial state where a sequence begins, otherwise 0. (A
 // sum from the end would begin with the final state times its gradient, and only the rounding error of that would remain after a strong decay.) It
 // restarts from <S, X> every kChunk steps, so that the rounding error does not grow with the length, and from 0 where the decay is negligible.
+#include "gradients.h"
 #include "medssm/abi.h"
 #include "medssm/parallel.h"
 #include "passes.h"
@@ -23,8 +24,6 @@
 using namespace medssm;
 
 namespace {
-
-constexpr int64_t kChunk = 256;
 
 struct Backward {
   Problem problem;
@@ -34,13 +33,6 @@ struct Backward {
   void *dbeta, *dg;               // (b, l, h); dg is null if there is no g
   void* dinitial;                 // null without an initial state
 };
-
-// The tiles of steps [from, end), from the last to the first.
-template <class F> void each_tile_back(const Walk& walk, int64_t from, int64_t end, const F& f) {
-  Tile tiles[kTileSteps];
-  for (int64_t low = (end - 1) / kTileSteps * kTileSteps; low >= from; low -= kTileSteps)
-    for (int64_t i = walk.tiles(low, least(low + kTileSteps, end), tiles) - 1; i >= 0; --i) f(tiles[i]);
-}
 
 // Results that one pass computes for the next, and each item's share of the dbeta and dg of a token, indexed by step.
 template <class T> struct Intermediates {
@@ -63,22 +55,6 @@ template <class T> struct Intermediates {
     prefer_huge_pages(u.data(), p.batch * p.length * p.heads * p.values * static_cast<int64_t>(sizeof(T)));
   }
 };
-
-// The rows of an item in a contiguous (b, l, h, d) tensor.
-template <class T> struct Target {
-  T* data;
-  int64_t token;
-  Target(const void* tensor, const Problem& p, const Item& item, int64_t features) :
-      data(static_cast<T*>(const_cast<void*>(tensor)) + (item.batch * p.length * p.heads + item.head) * features + item.first),
-      token(p.heads * features) {}
-  T* operator[](int64_t t) const { return data + t * token; }
-};
-
-template <class T> MEDSSM_INLINE void put_shares(Vec<T>* sums, const Block& block, T* out) {
-  T sum[kBlock];
-  sum_all<T, kBlock>(sums, sum);
-  for (int j = 0; j < block.count; ++j) out[block.step[j]] = sum[j];
-}
 
 // First pass: computes dv, u, dinitial and shares of dbeta and dg. One column of S per lane, from the last token to the first.
 template <class T, int N>

@@ -152,6 +152,12 @@ template <class T> void decays(const Scalars& g, const Item& item, const Block& 
 template <class T, int kVectors> struct Lanes {
   Vec<T> v[kVectors];
 
+  static MEDSSM_INLINE Lanes all(T x) {
+    Lanes lanes;
+#pragma GCC unroll 2
+    for (int l = 0; l < kVectors; ++l) lanes.v[l] = splat(x);
+    return lanes;
+  }
   static MEDSSM_INLINE Lanes at(const T* row, int lanes) {
     Lanes x;
 #pragma GCC unroll 2

@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 import triton
 
+from medssm.kernels.delta_rule.general import defaults_back, is_general
 from medssm.kernels.delta_rule.triton_backward import entry_key_gradients, exit_key_gradients, outer, pair_gradients, query_gradients
 from medssm.kernels.delta_rule.triton_carry import carry, carry_back, compose
 from medssm.kernels.delta_rule.triton_forward import inverse, outputs
+from medssm.kernels.delta_rule.triton_general import walk, walk_back
+from medssm.kernels.matrix_state.triton_tiles import HEAD, KEY, NONE
 from medssm.kernels.native import lanes, like
 from medssm.kernels.pieces import cut
 from medssm.kernels.triton import on, plain, pointers, strided
@@ -28,6 +31,8 @@ CARRIED = 16  # value channels of a tile where the state of all keys is carried
 OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True}
 # Programs of `carry` that run at a time: two on each of some 130 multiprocessors. A constant, so that every GPU gives the same bits.
 PROGRAMS = 256
+WALKED = 1024  # numbers of a state's tile of the general form, as many as a warp holds in registers
+CHUNK_WALKED = 32  # steps of the general form whose states are kept on the way back
 SHORTEST = 32  # chunks of a segment: composing takes the time of two chunks of 64 keys, and three more launches the time of some ten
 
 
@@ -54,9 +59,33 @@ def segment(rows: int, chunks: int, dk: int, dv: int) -> int:
     return triton.cdiv(chunks, segments) if segments * tiles >= 2 * (across + tiles) else chunks
 
 
-def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save, final, sequences=None):
-    """Returns out (b,l,h,dv) contiguous, the state (b,h,dk,dv) or None, recalled (b,l,h,dv) or None: exp(g_t) S_{t-1}^T k_t, for backward."""
-    q, k, v, beta, g, initial_state = plain(q, k, v, beta, g, initial_state)
+def forward(
+    q,
+    k,
+    v,
+    beta,
+    g,
+    scale,
+    index,
+    starts,
+    reverse,
+    initial_state,
+    save,
+    final,
+    sequences=None,
+    erase=None,
+    erase_out=None,
+    write=None,
+    erase_first=False,
+):
+    """Returns out (b,l,h,dv) contiguous, the state (b,h,dk,dv) or None, recalled (b,l,h,dv) or None, for backward: exp(g_t) S_{t-1}^T k_t, in the
+    general form with a_t in place of k_t.
+    """
+    q, k, v, beta, g, erase, erase_out, write, initial_state = plain(q, k, v, beta, g, erase, erase_out, write, initial_state)
+    if is_general(g, erase, erase_out, write, erase_first):
+        with on(q):
+            general = _General(q, k, v, beta, g, erase, erase_out, write, erase_first, scale, index, starts, reverse, sequences)
+            return general.forward(initial_state, save, final)
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
     out, recalled = like(v), like(v, torch.float32)
@@ -73,15 +102,39 @@ def forward(q, k, v, beta, g, scale, index, starts, reverse, initial_state, save
     return out, state, recalled if save else None
 
 
-def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, reverse, initial_state, sequences=None):
-    """Gradients of q, k, v, beta, g and initial_state (None where that input is), each in its input's dtype and contiguous."""
-    dout, dstate, recalled, *inputs = plain(dout, dstate, recalled, q, k, v, beta, g, initial_state)
-    q, k, v, beta, g, initial_state = inputs
+def backward(
+    dout,
+    dstate,
+    recalled,
+    q,
+    k,
+    v,
+    beta,
+    g,
+    scale,
+    index,
+    starts,
+    reverse,
+    initial_state,
+    sequences=None,
+    erase=None,
+    erase_out=None,
+    write=None,
+    erase_first=False,
+):
+    """Gradients of q, k, v, beta, g, erase, erase_out, write, initial_state (None where that input is), each in its input's dtype and contiguous."""
+    dout, dstate, recalled, *inputs = plain(dout, dstate, recalled, q, k, v, beta, g, erase, erase_out, write, initial_state)
+    q, k, v, beta, g, erase, erase_out, write, initial_state = inputs
     if not v.numel():
         results = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
         if initial_state is not None and dstate is not None:
             results[-1].copy_(dstate)
         return tuple(results)
+    if is_general(g, erase, erase_out, write, erase_first):
+        with on(q):
+            general = _General(q, k, v, beta, g, erase, erase_out, write, erase_first, scale, index, starts, reverse, sequences)
+            gradients = general.backward(lanes(dout), dstate, recalled, initial_state)
+        return tuple(None if t is None else gradient.to(t.dtype) for gradient, t in zip(gradients, inputs, strict=True))
     results = [like(t) for t in inputs]
     with on(q):
         problem = _Problem(q, k, v, beta, g, scale, index, starts, reverse, sequences)
@@ -89,7 +142,7 @@ def backward(dout, dstate, recalled, q, k, v, beta, g, scale, index, starts, rev
         r, exits = problem.carry_back(lanes(dout), dstate)
         if initial_state is not None:
             results[-1].copy_(problem.leave(exits, dstate, back=True))
-        problem.gradients(lanes(dout), recalled, r, states, exits, *results[:-1])
+        problem.gradients(lanes(dout), recalled, r, states, exits, *results[:5])
     return tuple(results)
 
 
@@ -279,6 +332,113 @@ class _Problem:
         walks = self.segments if self.pieces is None else self.pieces.segments
         walks, width = (walks - 1, self.dv + self.dk) if across else (walks, self.dv)
         return self.rows * walks * triton.cdiv(width, CARRIED)
+
+
+class _General:
+    """The launches of one call of the general form."""
+
+    def __init__(self, q, k, v, beta, g, erase, erase_out, write, erase_first, scale, index, starts, reverse, sequences):
+        self.q, self.k, self.v, self.beta = lanes(q), lanes(k), lanes(v), beta
+        self.erase, self.erase_out, self.write = erase, erase_out, write
+        per_key, per_value = g is not None and g.dim() == 4, write is not None and write.dim() == 4
+        self.per_key, self.g, self.per_value = per_key, lanes(g) if per_key else g, per_value
+        batch, length, heads, dk = q.shape
+        dv = v.shape[-1]
+        keys = triton.next_power_of_2(dk)
+        values = min(triton.next_power_of_2(dv), max(1, WALKED // keys))
+        self.rows, self.shape, self.tiles, self.tile = batch * heads, (dk, dv), triton.cdiv(dv, values), (CHUNK_WALKED, keys, values)
+        if sequences is None:
+            self.pieces, self.segments, self.chunks = None, 1, triton.cdiv(length, CHUNK_WALKED)
+            self.fresh = at_starts(starts, length, reverse, 1.0, torch.float32)
+        else:
+            self.pieces, self.fresh = cut(starts, sequences, length, reverse, CHUNK_WALKED), None
+            self.segments, self.chunks = self.pieces.segments, self.pieces.count
+        a = beta[..., None].float() * k.float() if erase is None else lanes(erase)
+        given = {
+            "a": a,
+            "c": self.k if erase_out is None else lanes(erase_out),
+            "write": beta if write is None else lanes(write) if per_value else write,
+        }
+        self.shared = {
+            **strided(TOKENS, q, q=self.q, k=self.k, v=self.v, g=self.g, **given),
+            **pointers(
+                q,
+                fresh=self.fresh,
+                index=index,
+                pieces=None if self.pieces is None else self.pieces.table,
+                bounds=None if self.pieces is None else self.pieces.bounds,
+            ),
+            "scale": scale,
+            "length": length,
+            "heads": heads,
+            "dk": dk,
+            "dv": dv,
+            "chunks": self.chunks,
+            "segments": self.segments,
+            "DECAY": (NONE if g is None else KEY if per_key else HEAD).value,
+            "PER_VALUE": per_value,
+            "FIRST": erase_first,
+            "FRESH": self.fresh is not None,
+            "PACKED": self.pieces is not None,
+            "WALK": index is not None,
+            "REVERSE": reverse,
+            "CHUNK": CHUNK_WALKED,
+            "BK": keys,
+            "BV": values,
+            **OPTIONS,
+            "num_warps": max(1, min(8, keys * values // 512)),
+        }
+        self.grid = (self.rows * self.segments * self.tiles,)
+
+    def forward(self, initial_state, save, final):
+        """(out, the final state or None, recalled or None)."""
+        out, recalled, states = like(self.v), like(self.v, torch.float32), self._enter(initial_state)
+        if self.v.numel():
+            walk[self.grid](out=out, recalled=recalled, entering=states, leaving=states, states=states, KNOWN=False, **self.shared)
+        return out, self._leave(states, initial_state) if final else None, recalled if save else None
+
+    def backward(self, dout, dstate, recalled, initial_state):
+        """The gradients of q, k, v, beta, g, erase, erase_out, write and initial_state."""
+        q, k, v, (dk, dv) = self.q, self.k, self.v, self.shape
+        states, edges = _floats(q, self.rows, self.chunks, dk, dv), self._enter(initial_state)
+        walk[self.grid](out=recalled, recalled=recalled, entering=edges, leaving=edges, states=states, KNOWN=True, **self.shared)
+        edges = self._enter(dstate, back=True)
+        scratch = _floats(q, self.grid[0], *self.tile)
+        tiled = [_floats(q, self.tiles, *k.shape) for _ in range(4)]
+        of_v, of_write = like(v), like(v, torch.float32) if self.per_value else _floats(q, self.tiles, *v.shape[:3])
+        of_g = None if self.g is None else _floats(q, self.tiles, *self.g.shape)
+        made = dict(zip(("to_q", "to_k", "to_a", "to_c"), tiled, strict=True)) | {"to_v": of_v, "to_write": of_write}
+        walk_back[self.grid](
+            **strided(TOKENS, q, dout=dout),
+            recalled=recalled,
+            states=states,
+            scratch=scratch,
+            edges=edges,
+            **made,
+            **pointers(q, to_g=of_g),
+            **self.shared,
+        )
+        of_q, of_k, of_a, of_c = (t.sum(0) for t in tiled)
+        of_write = of_write if self.per_value else of_write.sum(0)
+        if self.erase_out is None:
+            of_k, of_c = of_k + of_c, None
+        of_k, of_beta, of_a, of_write = defaults_back(k, self.beta, self.erase, self.write, of_k, of_a, of_write)
+        of_g = None if of_g is None else of_g.sum(0)
+        return of_q, of_k, of_v, of_beta, of_g, of_a, of_c, of_write, self._leave(edges, dstate, back=True)
+
+    def _enter(self, given, back=False):
+        """(segments, b*h, dk, dv): the initial states, or (back) the gradients of the final ones; zeros where none are given. A copy."""
+        if self.pieces is not None:
+            return self.pieces.enter(given, (self.rows, *self.shape), back)
+        states = _floats(self.q, 1, self.rows, *self.shape)
+        _fill(states, given)
+        return states
+
+    def _leave(self, states, given, back=False):
+        """What leaves the walk, of what leaves its segments; given: what entered it."""
+        if self.pieces is None:
+            return states[0].unflatten(0, (-1, self.q.shape[2]))
+        return self.pieces.leave(states, given, back)
 
 
 def _fill(states, given):

@@ -128,3 +128,32 @@ def test_shapes_alone_decide_how_many_levels():
     assert kernel.segment(rows=4, chunks=128, dk=64, dv=64) == 128
     assert kernel.segment(rows=64, chunks=16384, dk=64, dv=64) == 16384
     assert kernel.segment(rows=1000, chunks=16384, dk=64, dv=64) == 16384
+
+
+# -- the general form -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_key, first", [(True, True), pytest.param(False, False, marks=pytest.mark.thorough)])
+def test_the_general_form_equals_the_reference(per_key, first):
+    """Two chunks, several tiles of value channels, begins within a chunk, against the walk."""
+    generator, length, dk, dv = torch.Generator().manual_seed(0), 34, 5, 130
+
+    def normal(*shape):
+        return torch.randn(1, length, 1, *shape, generator=generator)
+
+    unit = functional.normalize
+    tensors = {"q": normal(dk), "k": unit(normal(dk), dim=-1), "v": normal(dv), "beta": normal().sigmoid()}
+    tensors["g"] = -normal(dk).abs() if per_key else -normal().abs()
+    tensors |= {"erase": 0.5 * unit(normal(dk), dim=-1), "erase_out": unit(normal(dk), dim=-1)} if per_key else {}
+    tensors |= {"write": normal(dv).sigmoid() if per_key else normal().sigmoid(), "initial_state": torch.randn(1, 1, dk, dv, generator=generator)}
+    walk = {"index": torch.randperm(length, generator=generator), "starts": torch.tensor([0, 3, 32]), "reverse": True}
+    options = {"scale": 0.7, "erase_first": first, **walk}
+    out, state, recalled = kernel.forward(**tensors, **options, save=True, final=True)
+    absent = {name: None for name in ("erase", "erase_out") if name not in tensors}
+    gradients = kernel.backward(out, state, recalled, **tensors, **absent, **options)
+    got = [out, state, *(t for t in gradients if t is not None)]
+    leaves = {name: t.double().requires_grad_() for name, t in tensors.items()}
+    outputs = reference.delta_rule(**leaves, **options)
+    want = torch.autograd.grad(outputs, list(leaves.values()), [out.double(), state.double()], allow_unused=True, materialize_grads=True)
+    for g, w in zip(got, [*outputs, *want], strict=True):
+        assert (g - w).detach().abs().max() < 5e-6 * w.detach().abs().max().clamp_min(0.1)

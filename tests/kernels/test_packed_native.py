@@ -58,6 +58,17 @@ def delta_rule(length, count):
     return tokens | {"beta": draw(1, length, 2).sigmoid(), "g": -0.3 * draw(1, length, 2, seed=1).abs()}, {}, states, {"scale": 0.5}
 
 
+def delta_rule_general(length, count, first=False):
+    tokens, states = heads(length, count, 18, 21)
+    tokens |= {
+        "beta": draw(1, length, 2).sigmoid(),
+        "g": -0.3 * draw(1, length, 2, 18, seed=3).abs(),
+        "write": draw(1, length, 2, 21, seed=4).sigmoid(),
+    }
+    tokens |= {name: functional.normalize(draw(1, length, 2, 18, seed=seed), dim=-1) / 2 for name, seed in (("erase", 5), ("erase_out", 6))}
+    return tokens, {}, states, {"scale": 0.5, "erase_first": first}
+
+
 def ssd(length, count, heads=4, size=18, groups=2, state=21):
     tokens = {"x": draw(1, length, heads, size), "dt": draw(1, length, heads) - 2, "z": draw(1, length, heads, size, seed=1)}
     tokens |= {"B": draw(1, length, groups, state), "C": draw(1, length, groups, state, seed=1)}
@@ -73,6 +84,8 @@ CASES = {
     "decay per head": ("gated_linear_attention", decay_per_head),
     "decay per key": ("gated_linear_attention", decay_per_key),
     "delta_rule": ("delta_rule", delta_rule),
+    "delta_rule, general": ("delta_rule", delta_rule_general),
+    "delta_rule, erase first": ("delta_rule", partial(delta_rule_general, first=True)),
     "ssd": ("ssd", ssd),
 }
 # Of each op: what forward may be told, what it keeps for backward, the tokens that are shaped like the output, the tensors in the order of gradients.
@@ -81,7 +94,7 @@ OPS = {
     "causal_conv1d": ("final", "", "x", "x weight bias initial_state"),
     "linear_attention": ("", "kv z", "v", "q k v initial_kv initial_k"),
     "gated_linear_attention": ("final", "", "v", "q k v g initial_state"),
-    "delta_rule": ("save final", "recalled", "v", "q k v beta g initial_state"),
+    "delta_rule": ("save final", "recalled", "v", "q k v beta g erase erase_out write initial_state"),
     "ssd": ("save final", "y", "x", "x dt A B C D z dt_bias initial_state"),
 }
 every = pytest.mark.parametrize("case", CASES)

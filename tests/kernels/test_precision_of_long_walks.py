@@ -26,6 +26,16 @@ def delta():
     return tensors | {"k": normalize(tensors["k"], dim=-1), "beta": draw(1, LENGTH, 2, seed=3).sigmoid()}
 
 
+def per_key():
+    return {"g": logsigmoid(draw(1, LENGTH, 2, 16, seed=4) + 3)}
+
+
+def replacement():
+    """RWKV-7's: a key is taken away in part."""
+    kappa, rate = normalize(draw(1, LENGTH, 2, 16, seed=5), dim=-1), draw(1, LENGTH, 2, 16, seed=6).sigmoid()
+    return {"erase": kappa, "erase_out": rate * kappa, "beta": torch.ones(1, LENGTH, 2)}
+
+
 def ssd():
     return {
         "x": draw(1, LENGTH, 2, 16, seed=0),
@@ -45,6 +55,8 @@ CASES = {
     "decay per head": (ops.gated_linear_attention, lambda: heads() | {"g": logsigmoid(draw(1, LENGTH, 2, seed=3) + 3)}),
     "decay per key": (ops.gated_linear_attention, lambda: heads() | {"g": logsigmoid(draw(1, LENGTH, 2, 16, seed=3) + 3)}),
     "delta_rule": (ops.delta_rule, delta),
+    "delta_rule, decay per key": (ops.delta_rule, lambda: delta() | per_key()),
+    "delta_rule, RWKV-7": (partial(ops.delta_rule, erase_first=True), lambda: delta() | per_key() | replacement()),
     "ssd": (partial(ops.ssd, dt_softplus=True), ssd),
 }
 

@@ -41,6 +41,8 @@ KERNELS = {
         "query_gradients",
         "entry_key_gradients",
         "exit_key_gradients",
+        "walk",
+        "walk_back",
     },
 }
 

@@ -113,7 +113,8 @@ def _bi_wkv(mode, dtype, options, length=4096, channels=96):
     kernel.backward(k, *given)
 
 
-def _delta(dk, dv, dtype, options, length=4096, heads=2):
+def _delta(dk, dv, dtype, options, length=4096, heads=2, general=None):
+    """general: None, or whether the gates of the general form are per key and value."""
     from medssm.kernels.delta_rule import triton as kernel
 
     def new(*shape, dtype=dtype):
@@ -124,8 +125,12 @@ def _delta(dk, dv, dtype, options, length=4096, heads=2):
     given = [new(1, length, heads, dk), new(1, length, heads, dk), v, new(1, length, heads)]
     given += [new(1, length, heads) if options else None, 0.5]
     given += [torch.arange(length), torch.tensor([0, 64]), True, state] if options else [None, None, False, None]
-    _, _, recalled = kernel.forward(*given, True, bool(options), sequences)
-    kernel.backward(torch.empty_like(v), state if options else None, recalled, *given, sequences)
+    rest = [sequences]
+    if general is not None:
+        given[4] = torch.empty_like(given[0]) if general else given[4]
+        rest += [given[0], given[1], torch.empty_like(v), True] if general else [None, None, None, True]
+    _, _, recalled = kernel.forward(*given, True, bool(options), *rest)
+    kernel.backward(torch.empty_like(v), state if options else None, recalled, *given, *rest)
 
 
 def _linear(dk, dv, dtype, options, causal=False, length=4096, heads=4):
@@ -209,12 +214,20 @@ CALLS = {
     ],
     "linear_attention_causal": [lambda: _linear(32, 32, BF16, True, True), lambda: _linear(64, 64, FLOAT, PACKED, True)]
     + [lambda k=k, v=v, o=o: _linear(k, v, FLOAT, o, True) for (k, v), o in itertools.product(((16, 16), (64, 64), (40, 24)), (False, True))],
-    "delta_rule": [lambda: _delta(64, 64, BF16, True), lambda: _delta(64, 64, FLOAT, PACKED), lambda: _delta(130, 100, BF16, PACKED)]
+    "delta_rule": [
+        lambda: (_delta(64, 64, BF16, True), _delta(64, 64, BF16, True, general=True)),
+        lambda: _delta(64, 64, FLOAT, PACKED),
+        lambda: _delta(130, 100, BF16, PACKED),
+    ]
     + [
         lambda k=k, v=v, d=d, o=o: _delta(k, v, d, o)
         for (k, v), d, o in itertools.product(
             ((16, 16), (64, 64), (128, 128), (256, 256), (24, 40), (40, 24), (130, 100)), (BF16, FLOAT), (False, True)
         )
+    ]
+    + [
+        lambda k=k, v=v, o=o, g=g: _delta(k, v, FLOAT, o, general=g)
+        for (k, v), o, g in itertools.product(((16, 16), (64, 64), (256, 256), (1100, 20), (40, 24)), (False, True, PACKED), (False, True))
     ],
 }
 

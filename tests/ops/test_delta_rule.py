@@ -114,9 +114,114 @@ def test_wrong_arguments_are_named(backend):
         ({"k": k[..., :2]}, r"k: expected \(1, 4, 2, 3\), got \(1, 4, 2, 2\)"),
         ({"v": v[:, :3]}, r"v: expected \(1, 4, 2, dv\), got \(1, 3, 2, 5\)"),
         ({"beta": beta[..., None]}, r"beta: expected \(1, 4, 2\), got \(1, 4, 2, 1\)"),
-        ({"g": beta[:, :, :1]}, r"g: expected \(1, 4, 2\), got \(1, 4, 1\)"),
+        ({"g": beta[:, :, :1]}, r"g: expected \(1, 4, 2\) or \(1, 4, 2, 3\), got \(1, 4, 1\)"),
+        ({"erase": v}, r"erase: expected \(1, 4, 2, 3\), got \(1, 4, 2, 5\)"),
+        ({"erase_out": beta}, r"erase_out: expected \(1, 4, 2, 3\), got \(1, 4, 2\)"),
+        ({"write": k}, r"write: expected \(1, 4, 2\) or \(1, 4, 2, 5\), got \(1, 4, 2, 3\)"),
         ({"initial_state": v}, r"initial_state: expected \(1, 2, 3, 5\), got"),
         ({"q": q[..., :0], "k": k[..., :0]}, "q: expected .* with dk at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             delta_rule(**{"q": q, "k": k, "v": v, "beta": beta, **change}, backend=backend)
+
+
+# -- the published rules, each by its own formula ---------------------------------------------------------------------------------------
+
+
+def published(rule, length=9, batch=2, heads=2, dk=5, dv=7):
+    """(what delta_rule takes, the outputs of the rule's own recurrence), in float64. rule(S, t, tensors) gives the next state."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(batch, length, heads, *shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    unit = functional.normalize
+    t = {"q": draw(dk), "k": unit(draw(dk), dim=-1), "v": draw(dv), "beta": draw().sigmoid(), "g": -draw().abs(), "per_key": -draw(dk).abs()}
+    t |= {"b": draw(dk).sigmoid(), "w": draw(dv).sigmoid(), "p": unit(draw(dk), dim=-1), "rate": draw(dk).sigmoid()}
+    S, outputs = torch.zeros(batch, heads, dk, dv, dtype=torch.float64, device=DEVICE), []
+    for i in range(length):
+        now = {name: x[:, i] for name, x in t.items()}
+        S = rule(S, now)
+        outputs.append(torch.einsum("bhkv,bhk->bhv", S, now["q"]))
+    return t, torch.stack(outputs, 1)
+
+
+def outer(k, v):
+    return k[..., None] * v[..., None, :]
+
+
+def recall(S, k):
+    """S^T k."""
+    return torch.einsum("bhkv,bhk->bhv", S, k)
+
+
+def delta_net(S, t):  # arXiv 2406.06484, equation 2: S (I - beta k k^T) + beta v k^T, transposed
+    return S - outer(t["beta"][..., None] * t["k"], recall(S, t["k"])) + outer(t["beta"][..., None] * t["k"], t["v"])
+
+
+def gated_delta_net(S, t):  # arXiv 2412.06464: S alpha (I - beta k k^T) + beta v k^T
+    alpha = t["g"].exp()[..., None, None]
+    return alpha * (S - outer(t["beta"][..., None] * t["k"], recall(S, t["k"]))) + outer(t["beta"][..., None] * t["k"], t["v"])
+
+
+def kda(S, t):  # arXiv 2510.26692: (I - beta k k^T) Diag(alpha) S + beta k v^T
+    S = t["per_key"].exp()[..., None] * S
+    eye = torch.eye(S.shape[-2], dtype=S.dtype, device=S.device)
+    return (eye - t["beta"][..., None, None] * outer(t["k"], t["k"])) @ S + outer(t["beta"][..., None] * t["k"], t["v"])
+
+
+def gated_delta_net_2(S, t):  # arXiv 2605.22791: S' + k (w * v - S'^T (b * k))^T
+    S = t["per_key"].exp()[..., None] * S
+    return S + outer(t["k"], t["w"] * t["v"] - recall(S, t["b"] * t["k"]))
+
+
+def comba(S, t):  # arXiv 2506.02475: S (alpha - beta p k^T) of the decayed state, + beta v k^T
+    S = t["g"].exp()[..., None, None] * S
+    return S + outer(t["k"], t["beta"][..., None] * (t["v"] - recall(S, t["p"])))
+
+
+def rwkv_7(S, t):  # arXiv 2503.14456, equation 17: S (Diag(w) - kappa^T (a * kappa)) + v^T k, transposed
+    transition = torch.diag_embed(t["per_key"].exp()) - outer(t["rate"] * t["p"], t["p"])
+    return transition @ S + outer(t["k"], t["v"])
+
+
+PUBLISHED = {
+    "DeltaNet": (delta_net, lambda t: {}),
+    "gated DeltaNet": (gated_delta_net, lambda t: {"g": t["g"]}),
+    "KDA": (kda, lambda t: {"g": t["per_key"]}),
+    "gated DeltaNet-2": (gated_delta_net_2, lambda t: {"g": t["per_key"], "erase": t["b"] * t["k"], "write": t["w"]}),
+    "Comba": (comba, lambda t: {"g": t["g"], "erase": t["beta"][..., None] * t["p"]}),
+    "RWKV-7": (
+        rwkv_7,
+        lambda t: {"g": t["per_key"], "erase": t["p"], "erase_out": t["rate"] * t["p"], "erase_first": True, "beta": torch.ones_like(t["beta"])},
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", [backend for op, backend in available() if op == "delta_rule" and backend != "triton"])  # it has no float64
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_rule_is_a_setting_of_it(name, backend):
+    rule, settings = PUBLISHED[name]
+    t, want = published(rule)
+    got = delta_rule(**{name: t[name] for name in ("q", "k", "v", "beta")} | settings(t), scale=1.0, backend=backend)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@every
+def test_the_defaults_are_beta_k_and_k_and_beta(backend):
+    q, k, v, beta = draw(2, 11, 2, 5, 7)
+    g = -torch.rand(2, 11, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    want = delta_rule(q, k, v, beta, g=g, backend=backend)
+    for given in ({"erase": beta[..., None] * k}, {"erase_out": k}, {"write": beta}, {"write": beta[..., None].expand(v.shape)}):
+        torch.testing.assert_close(delta_rule(q, k, v, beta, g=g, **given, backend=backend), want, rtol=1e-5, atol=1e-5)
+    per_key = g[..., None].expand(k.shape)
+    torch.testing.assert_close(delta_rule(q, k, v, beta, g=per_key, backend=backend), want, rtol=1e-5, atol=1e-5)
+
+
+@every
+def test_what_is_no_number_stays_before_a_start(backend):
+    """Of the general form too: where an order begins anew, nothing of the state passes."""
+    q, k, v, beta = draw(1, 12, 1, 5, 7)
+    v[:, 2] = torch.nan
+    out = delta_rule(q, k, v, beta, erase=0.5 * k, cu_seqlens=torch.tensor([0, 6, 12], device=DEVICE), backend=backend)
+    assert out[:, 2:6].isnan().any() and torch.isfinite(out[:, 6:]).all()

@@ -1,4 +1,4 @@
-"""What the contract suite draws of delta_rule: keys of at most unit length and beta in [0, 1], where the recurrence is stable."""
+"""What the contract suite draws of delta_rule, half of it general: keys of at most unit length and beta in [0, 1], where the recurrence is stable."""
 
 import torch
 from hypothesis import strategies as st
@@ -27,11 +27,20 @@ def calls(draw, small=False):
         "v": normal((*tokens, dv), seed + 2),
         "beta": torch.sigmoid(2 * normal(tokens, seed + 3)),
     }
+    general = draw(st.booleans())
     if draw(st.booleans()):
-        tensors["g"] = -normal(tokens, seed + 4).abs() * draw(st.sampled_from([0.01, 1.0, 50.0]))
+        g = normal((*tokens, dk) if general and draw(st.booleans()) else tokens, seed + 4)
+        tensors["g"] = -g.abs() * draw(st.sampled_from([0.01, 1.0, 50.0]))
+    if general and draw(st.booleans()):
+        tensors["erase"] = 0.5 * functional.normalize(normal((*tokens, dk), seed + 6), dim=-1)
+        if draw(st.booleans()):
+            tensors["erase_out"] = functional.normalize(normal((*tokens, dk), seed + 7), dim=-1)
+    if general and draw(st.booleans()):
+        tensors["write"] = torch.sigmoid(normal((*tokens, dv) if draw(st.booleans()) else tokens, seed + 8))
     if draw(st.booleans()):
         tensors["initial_state"] = normal((batch, heads, dk, dv), seed + 5)
     options = {"scale": draw(st.sampled_from([None, 0.7])), "reverse": draw(st.booleans()), "return_final_state": draw(st.booleans()), "order": None}
+    options["erase_first"] = general and draw(st.booleans())
     if kind == "index":
         options["order"] = permutation(spatial[0], seed)
     elif kind == "order":
