@@ -14,7 +14,7 @@ from medssm.kernels.dtypes import compute_dtype
 from medssm.nn.blocks import CONV, check_dims, depthwise
 from medssm.nn.leaf import Leaf
 from medssm.nn.vss import MLP, DropPath
-from medssm.ops import modes
+from medssm.ops import cut, modes
 
 
 class LinearAttention(Leaf):
@@ -48,7 +48,7 @@ class LinearAttention(Leaf):
         spatial = x.shape[1:-1]
         q, k = self.qk(x).flatten(1, -2).unflatten(-1, (2, self.heads, -1)).unbind(2)
         v = x.flatten(1, -2).unflatten(-1, (self.heads, -1))
-        rotary, length = None, math.prod(spatial)
+        rotary, length = None, math.prod(cut.whole(spatial))
         feature_map: str | None = "elu"
         eps = 1e-6 * length
         if self.rotary:
@@ -56,12 +56,20 @@ class LinearAttention(Leaf):
                 like = x.detach() if self.turned is None else x.detach()[..., :1].expand(*x.shape[:-1], self.angles)  # the operator looks at the size
                 turns = torch.ops.medssm.rotations(like)
             else:
-                turns = rotations(spatial, self.angles, x.device, compute_dtype(x))
+                turns = self._turns(x)
             rotary = self.by_heads(turns)
         if modes.traced():  # an operator's number would be that of the traced size: the same quotient by k / l
             q, k, feature_map, eps = nn.functional.elu(q) + 1, (nn.functional.elu(k) + 1) / length, None, 1e-6
         o: Tensor = ops.linear_attention(q, k, v, feature_map=feature_map, rotary=rotary, eps=eps)
         return o.flatten(-2).view_as(x) + depthwise(self.lepe, x)
+
+    def _turns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`rotations` of x (b, *spatial, c)."""
+        spatial, over_ranks = x.shape[1:-1], cut.current()
+        if over_ranks is None:
+            return rotations(spatial, self.angles, x.device, compute_dtype(x))
+        axis, row = over_ranks.first_row(spatial)
+        return turned_from(row, spatial, self.angles, x.device, compute_dtype(x), axis)
 
     def by_heads(self, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(cos, sin) of all `angles` channels, (l, angles) each -> (l, heads, channels of a head), of the heads that are there."""
@@ -155,15 +163,17 @@ def _rotations(spatial: tuple[int, ...], channels: int, device: str, dtype: torc
     return turned_from(0, spatial, channels, device, dtype)
 
 
-def turned_from(row: int, spatial: Sequence[int], channels: int, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`rotations` of a slab (*spatial) that begins at `row` of its volume's first axis; not kept."""
+def turned_from(
+    row: int, spatial: Sequence[int], channels: int, device: torch.device | str, dtype: torch.dtype, cut_axis: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`rotations` of a slab (*spatial) that begins at `row` of its volume's cut axis; not kept."""
     with torch.inference_mode(False), torch.no_grad():
         pairs = channels // (2 * len(spatial))
         rates = 10000.0 ** (-torch.arange(pairs, device=device, dtype=torch.float64) / max(pairs, 1))
         cos = torch.ones(*spatial, channels, device=device, dtype=dtype)
         sin = torch.zeros_like(cos)
         for axis, size in enumerate(spatial):
-            at = torch.arange(size, device=device, dtype=torch.float64) + (row if axis == 0 else 0)
+            at = torch.arange(size, device=device, dtype=torch.float64) + (row if axis == cut_axis else 0)
             angles = (at[:, None] * rates).repeat_interleave(2, -1)
             shape = [size if i == axis else 1 for i in range(len(spatial))]
             part = slice(2 * pairs * axis, 2 * pairs * (axis + 1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from medssm import ops
 from medssm.nn.leaf import Leaf
+from medssm.ops import cut
 from medssm.orders import Order
 
 
@@ -31,9 +32,13 @@ def q_shift(
     width = int(channels * (1 / (2 * dims) if share is None else share))
     if width * 2 * dims > channels:
         raise ValueError(f"share: expected at most 1/{2 * dims}, a group for each direction, got {share!r}")
-    groups = []
+    groups, over_ranks = [], cut.current()
     for i, (axis, forward) in enumerate((axis, forward) for axis in range(dims, 0, -1) for forward in (True, False)):
         group = x[..., i * width : (i + 1) * width]
+        padded = None if over_ranks is None else over_ranks.around(group, axis, pixels)
+        if padded is not None:
+            groups.append(padded.narrow(axis, 0 if forward else 2 * pixels, x.shape[axis]))
+            continue
         padded = nn.functional.pad(group, (0, 0) * (dims + 1 - axis) + ((pixels, 0) if forward else (0, pixels)))
         groups.append(padded.narrow(axis, 0 if forward else pixels, x.shape[axis]))
     return torch.cat([*groups, x[..., 2 * dims * width :]], -1)
@@ -80,7 +85,7 @@ class SpatialMix(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, *spatial, d_model) -> the same shape."""
-        length = math.prod(x.shape[1:-1])
+        length = math.prod(cut.whole(x.shape[1:-1]))
         xk, xv, xr = mixed(self, x, "kvr")
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
         w, u = self.spatial_decay / max(length, 1), self.spatial_first / max(length, 1)

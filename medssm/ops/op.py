@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from medssm import dispatch
-from medssm.ops import modes, registration, shapes, walk
+from medssm.ops import cut, modes, registration, shapes, walk
 
 Draw = Callable[..., Tensor]  # draw(*shape): a normal sample
 _REMEMBERED = 256  # calls of an op whose shapes need no second check
@@ -120,7 +120,12 @@ class Op:
                 values[option] = default(sizes)
         if self.may_leave_out:
             tensors = tuple(given.with_every_axis(t, sizes) for given, t in zip(self.inputs, tensors, strict=True))
-        out, *states = self._outputs(tensors, sizes, values, self._path(tensors, sizes, order, reverse, cu_seqlens), return_final_state, backend)
+        over_ranks = cut.current()
+        if over_ranks is None:
+            out, *states = self._outputs(tensors, sizes, values, self._path(tensors, sizes, order, reverse, cu_seqlens), return_final_state, backend)
+        else:
+            call = {"order": order, "reverse": reverse, "cu_seqlens": cu_seqlens, "final": return_final_state, "backend": backend}
+            out, *states = over_ranks.call(self, tensors, sizes=sizes, options=values, **call)
         if layout != "bld":
             out = out.movedim(-1, 1)
         if not return_final_state:

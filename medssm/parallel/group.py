@@ -1,0 +1,129 @@
+"""What the ranks of a torch.distributed group give each other: parts of tensors, and sums. Gradients go the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from medssm.files import first_line
+
+
+class RankError(RuntimeError):
+    """Another rank has ended, or was late."""
+
+
+def start(timeout: float = 600.0, backend: str | None = None) -> None:
+    """Join the group that torchrun (or SLURM's variables, see docs/guides/ranks.md) describes: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one gives up with RankError
+        backend: gloo or nccl (default: nccl where there is a GPU; it has not been run yet)
+    """
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    with _said("joining the group"):
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+class Ranks:
+    """The processes of a group, as `Slabs` uses them."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_initialized():
+            raise ValueError("group: expected an initialized torch.distributed, got none: call medssm.parallel.start() under torchrun")
+        self.group: Any = dist.group.WORLD if group is None else group
+        self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError("group: expected one that this process belongs to, got another one")
+
+    def exchange(self, sends: Sequence[Tensor], shapes: Sequence[Sequence[int]], through: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor]]:
+        """(received, through): sends[q] goes to rank q, what comes from it has shapes[q]; sends[own rank] stays. All are of one type.
+
+        through: tensors that only pass. Backward sends gradients to where the tensors came from, so it must run on every rank. A rank that sends
+        nothing with a gradient must pass a tensor that has one; a rank that receives nothing must compute its result from one that passed.
+        """
+        found = _Exchange.apply(self, [tuple(shape) for shape in shapes], len(sends), *sends, *through)
+        return list(found[: self.count]), list(found[self.count :])
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks; its gradient is the sum of their gradients."""
+        y: Tensor = _Total.apply(self, x)
+        return y
+
+    def swapped(self, sends: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """`exchange` without gradients."""
+        like = sends[self.rank]
+        received = [sends[q] if q == self.rank else like.new_empty(shape) for q, shape in enumerate(shapes)]
+        messages = []
+        for q in range(self.count):
+            if q == self.rank:
+                continue
+            peer = dist.get_global_rank(self.group, q)
+            if sends[q].numel():
+                messages.append(dist.P2POp(dist.isend, sends[q].contiguous(), peer, self.group))
+            if received[q].numel():
+                messages.append(dist.P2POp(dist.irecv, received[q], peer, self.group))
+        if messages:
+            with _said(f"rank {self.rank} of {self.count}"):
+                for work in dist.batch_isend_irecv(messages):
+                    work.wait()
+        return received
+
+    def add(self, x: Tensor) -> Tensor:
+        """The sum over the ranks in place, without gradients."""
+        return self._reduced(x, dist.ReduceOp.SUM)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest values over the ranks in place, without gradients."""
+        return self._reduced(x, dist.ReduceOp.MAX)
+
+    def _reduced(self, x: Tensor, how: Any) -> Tensor:
+        with _said(f"rank {self.rank} of {self.count}"):
+            dist.all_reduce(x, how, self.group)
+        return x
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, shapes: list[tuple[int, ...]], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        sends, through = tensors[:count], tensors[count:]
+        ctx.ranks, ctx.shapes, ctx.like = ranks, [tuple(t.shape) for t in sends], sends[ranks.rank].new_empty(0)
+        ctx.taken = shapes
+        ctx.set_materialize_grads(False)
+        received = ranks.swapped(sends, shapes)
+        received[ranks.rank] = received[ranks.rank].view_as(received[ranks.rank])
+        return *received, *(t.view_as(t) for t in through)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        count = ctx.ranks.count
+        back = [ctx.like.new_zeros(shape) if g is None else g for g, shape in zip(gradients, ctx.taken, strict=False)]
+        return None, None, None, *ctx.ranks.swapped(back, ctx.shapes), *gradients[count:]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.add(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.ranks.add(gradient.clone(memory_format=torch.contiguous_format))
+
+
+@contextlib.contextmanager
+def _said(where: str) -> Iterator[None]:
+    """torch.distributed's errors as one clear line."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise RankError(f"{where}: another rank has ended, or did not answer in time ({first_line(error)})") from error
