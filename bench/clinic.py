@@ -10,6 +10,7 @@ counts.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -51,8 +52,9 @@ def main() -> None:
         for _ in range(args.rounds):
             for run, name in settings:
                 out = Path(folder) / run.name / name
-                one, (all_, memory) = segmented(run, name, scans[:1], out)[0], segmented(run, name, scans, out)
-                found[run, name].append({"cold": one, "scan": (all_ - one) / (len(scans) - 1), "memory": memory})
+                cold, one, _ = segmented(run, name, scans[:1], out)
+                _, every, memory = segmented(run, name, scans, out)
+                found[run, name].append({"cold": cold, "scan": (every - one) / (len(scans) - 1), "memory": memory})
                 print(run.name, name, found[run, name][-1], flush=True)
         rows = [
             {"network": run.name, "setting": name, **{key: min(row[key] for row in rounds) for key in rounds[0]}, "weights": weights(run)}
@@ -70,11 +72,11 @@ def lines(_: str, entry: dict[str, Any]) -> list[tuple[str, ...]]:
     return [tuple(form.format(**row).split("|")) for row in entry["rows"]]
 
 
-def segmented(run: Path, setting: str, scans: Sequence[Path], out: Path) -> tuple[float, float]:
-    """Seconds of a new process that segments these scans into the folder `out`, and its largest memory in MiB."""
+def segmented(run: Path, setting: str, scans: Sequence[Path], out: Path) -> tuple[float, float, float]:
+    """A new process that segments these scans into the folder `out`: its seconds, those that it says the scans took, its largest memory in MiB."""
     out.mkdir(parents=True, exist_ok=True)
     target = out / scans[0].name.replace("_0000.", ".") if len(scans) == 1 else out
-    common = [*map(str, scans), str(target), "--overwrite", "--quiet"]
+    common = [*map(str, scans), str(target), "--overwrite", "--quiet", "--json"]
     half = setting == HALF
     if run.suffix == ".onnx":
         threads = SETTINGS[setting]["OMP_NUM_THREADS"]
@@ -93,11 +95,15 @@ def segmented(run: Path, setting: str, scans: Sequence[Path], out: Path) -> tupl
             *(["--precision", "bf16-mixed"] if half else []),
         ]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT, **SETTINGS["1 thread" if half else setting]}, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    environment = {**os.environ, **ENVIRONMENT, **SETTINGS["1 thread" if half else setting]}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
-    return time.perf_counter() - begun, usage.ru_maxrss / 1024
+    seconds = json.loads(said)["seconds"]  # the runtime says them part by part
+    return time.perf_counter() - begun, sum(seconds.values()) if isinstance(seconds, dict) else seconds, usage.ru_maxrss / 1024
 
 
 def weights(run: Path) -> float:
