@@ -89,9 +89,14 @@ def window(size: int | Sequence[int], axes: Sequence[int] | None = None, reverse
     return Order("window", reverse, size=_positive(size, "size"), axes=_axes(axes))
 
 
-def dilated(step: int | Sequence[int], axes: Sequence[int] | None = None, reverse: bool = False) -> Order:
-    """The phases of a grid with this step (an int, or one per axis in array order), raster inside; each phase begins anew."""
-    return Order("dilated", reverse, step=_positive(step, "step"), axes=_axes(axes))
+def dilated(step: int | Sequence[int], axes: Sequence[int] | None = None, reverse: bool = False, fit: str | None = None) -> Order:
+    """The phases of a grid with this step (an int, or one per axis in array order), raster inside; each phase begins anew.
+
+    fit, for images of any size: "half" takes at most half of an axis as its step; "divide" takes a step of 1 where the given one does not divide all.
+    """
+    if fit not in (None, "half", "divide"):
+        raise ValueError(f"fit: expected None, 'half' or 'divide', got {fit!r}")
+    return Order("dilated", reverse, step=_positive(step, "step"), axes=_axes(axes), fit=fit)
 
 
 def interleaved(n: int | None = None, reverse: bool = False) -> Order:
@@ -195,8 +200,12 @@ def _window(shape: Shape, axes: Shape, size: int | Shape) -> Steps:
     return index, _ids(outer, index)
 
 
-def _dilated(shape: Shape, axes: Shape, step: int | Shape) -> Steps:
+def _dilated(shape: Shape, axes: Shape, step: int | Shape, fit: str | None = None) -> Steps:
     at, steps = _grid(shape), _per_axis(step, shape)
+    if fit == "half":
+        steps = tuple(min(s, max(1, n // 2)) for s, n in zip(steps, shape, strict=True))
+    elif fit == "divide" and any(n % s for s, n in zip(steps, shape, strict=True)):
+        steps = (1,) * len(shape)
     phase = [at[a] % steps[a] for a in axes]
     index = _sorted([*phase, *(at[a] // steps[a] for a in axes)])
     return index, _ids(phase, index)

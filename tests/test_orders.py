@@ -71,6 +71,14 @@ def test_windows_and_phases_begin_anew():
     assert orders.window(4).starts((4, 4)).tolist() == [0] and orders.raster().starts((0, 4)).tolist() == []
 
 
+def test_phases_fit_an_image_of_any_size():
+    half, divide = orders.dilated(4, fit="half"), orders.dilated((2, 3), fit="divide", reverse=True)
+    assert torch.equal(half.index((4, 9)), orders.dilated((2, 4)).index((4, 9))) and half.starts((1, 2)).tolist() == [0]
+    assert torch.equal(divide.index((4, 3)), orders.dilated((2, 3), reverse=True).index((4, 3)))
+    assert torch.equal(divide.index((4, 4)), orders.raster(reverse=True).index((4, 4)))
+    assert orders.parse(divide.spec) == divide
+
+
 def test_interleaved_is_chunk_stack_flatten():
     tokens = torch.arange(24)
     assert torch.equal(orders.interleaved(4).index((2, 3, 4)), torch.stack(tokens.chunk(4), -1).flatten())
@@ -98,6 +106,7 @@ def test_tables_are_copies():
         (lambda: orders.raster((0, 2)), "axes: expected a permutation of 0..1"),
         (lambda: orders.window(0), "size: expected a positive int"),
         (lambda: orders.dilated((2, -1)), "step: expected a positive int"),
+        (lambda: orders.dilated(2, fit="whole"), "fit: expected None, 'half' or 'divide', got 'whole'"),
         (lambda: orders.interleaved((2, 2)), "n: expected a positive int"),
         (lambda: orders.parse("spiral()"), "spec: expected one of raster"),
         (lambda: orders.raster((0, 1)).index((2, 3, 4)), "walks 2 spatial axes"),

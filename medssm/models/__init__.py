@@ -9,6 +9,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     egeunet,
     hvmunet,
     lightm_unet,
+    lkm_unet,
     malunet,
     mamba_unet,
     medmamba,

@@ -64,20 +64,8 @@ def umamba(
         input_size: "any" pads and crops inside, "strict" raises where strides do not divide the input.
         stem_channels: default features[0].
     """
-    check_dims(spatial_dims)
-    n = len(features)
-    shape = Stages(
-        list(features),
-        per_axis("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims),
-        per_axis("kernels", kernels, n, spatial_dims),
-        per_stage("blocks", blocks, n),
-        per_stage("decoder_blocks", decoder_blocks, n - 1),
-    )
-    if norm is None:
-        norm, norm_kwargs = INSTANCE_NORM[spatial_dims], {"affine": True, **(norm_kwargs or {})}
-    if act_kwargs is None and act is nn.LeakyReLU:
-        act_kwargs = {"inplace": True}
-    layers = Layers(CONV[spatial_dims], conv_bias, maker(norm, norm_kwargs), maker(act, act_kwargs), maker(dropout, dropout_kwargs))
+    shape = stages_of(spatial_dims, features, strides, kernels, blocks, decoder_blocks)
+    layers = layers_of(spatial_dims, conv_bias, norm, norm_kwargs, act, act_kwargs, dropout, dropout_kwargs)
     mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, None)
     return _network(layers, shape, in_channels, out_channels, mamba, deep_supervision, deep_supervision, input_size, stem_channels)
 
@@ -106,31 +94,91 @@ def upstream(
     stem_channels: int | None = None,
 ) -> UNet:
     """U-Mamba from the keywords of upstream's UMambaBot and UMambaEnc; classes may be given by name ("Conv3d")."""
+    dims, layers = upstream_layers(conv_op, conv_bias, norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs)
+    if kind == "enc" and (input_size is None or len(input_size) != dims):
+        raise ValueError(f"input_size: expected the {dims} sizes of the patch that the network was made for, got {input_size!r}")
+    shape = upstream_stages(dims, n_stages, features_per_stage, kernel_sizes, strides, n_conv_per_stage, n_conv_per_stage_decoder)
+    for s in range(math.ceil(n_stages / 2), n_stages):
+        shape.blocks[s] = 1
+    for s in range(math.ceil((n_stages - 1) / 2 + 0.5), n_stages - 1):
+        shape.decoder_blocks[s] = 1
+    mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, input_size)
+    return _network(layers, shape, input_channels, num_classes, mamba, deep_supervision, True, "any", stem_channels)
+
+
+def stages_of(
+    spatial_dims: int,
+    features: Sequence[int],
+    strides: Sequence[int | Sequence[int]] | None,
+    kernels: int | Sequence[int | Sequence[int]],
+    blocks: int | Sequence[int],
+    decoder_blocks: int | Sequence[int],
+) -> Stages:
+    """nnU-Net's lists, one entry per stage, from what create_model is given: strides default to 1, then 2."""
+    check_dims(spatial_dims)
+    n = len(features)
+    return Stages(
+        list(features),
+        per_axis("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims),
+        per_axis("kernels", kernels, n, spatial_dims),
+        per_stage("blocks", blocks, n),
+        per_stage("decoder_blocks", decoder_blocks, n - 1),
+    )
+
+
+def layers_of(
+    spatial_dims: int,
+    conv_bias: bool = True,
+    norm: Callable[..., nn.Module] | None = None,
+    norm_kwargs: Mapping[str, Any] | None = None,
+    act: Callable[..., nn.Module] = nn.LeakyReLU,
+    act_kwargs: Mapping[str, Any] | None = None,
+    dropout: Callable[..., nn.Module] | None = None,
+    dropout_kwargs: Mapping[str, Any] | None = None,
+) -> Layers:
+    """nnU-Net's layers from what create_model is given: by default instance norm with weights and leaky ReLU, no dropout."""
+    if norm is None:
+        norm, norm_kwargs = INSTANCE_NORM[spatial_dims], {"affine": True, **(norm_kwargs or {})}
+    if act_kwargs is None and act is nn.LeakyReLU:
+        act_kwargs = {"inplace": True}
+    return Layers(CONV[spatial_dims], conv_bias, maker(norm, norm_kwargs), maker(act, act_kwargs), maker(dropout, dropout_kwargs))
+
+
+def upstream_layers(
+    conv_op: Layer,
+    conv_bias: bool,
+    norm_op: Layer | None,
+    norm_op_kwargs: Mapping[str, Any] | None,
+    dropout_op: Layer | None,
+    dropout_op_kwargs: Mapping[str, Any] | None,
+    nonlin: Layer | None,
+    nonlin_kwargs: Mapping[str, Any] | None,
+) -> tuple[int, Layers]:
+    """The spatial dimensions and the layers from nnU-Net's keywords, whose classes may be given by name."""
     dims = {"Conv2d": 2, "Conv3d": 3}.get(getattr(_class("conv_op", conv_op), "__name__", ""))
     if dims is None:
         raise ValueError(f"conv_op: expected Conv2d or Conv3d, got {conv_op!r}")
-    if kind == "enc" and (input_size is None or len(input_size) != dims):
-        raise ValueError(f"input_size: expected the {dims} sizes of the patch that the network was made for, got {input_size!r}")
-    shape = Stages(
+    norm, act = maker(_class("norm_op", norm_op), norm_op_kwargs), maker(_class("nonlin", nonlin), nonlin_kwargs)
+    return dims, Layers(CONV[dims], conv_bias, norm, act, maker(_class("dropout_op", dropout_op), dropout_op_kwargs))
+
+
+def upstream_stages(
+    dims: int,
+    n_stages: int,
+    features_per_stage: int | Sequence[int],
+    kernel_sizes: int | Sequence[int | Sequence[int]],
+    strides: int | Sequence[int | Sequence[int]],
+    n_conv_per_stage: int | Sequence[int],
+    n_conv_per_stage_decoder: int | Sequence[int],
+) -> Stages:
+    """The lists from nnU-Net's keywords."""
+    return Stages(
         per_stage("features_per_stage", doubled(features_per_stage, n_stages), n_stages),
         per_axis("strides", strides, n_stages, dims),
         per_axis("kernel_sizes", kernel_sizes, n_stages, dims),
         per_stage("n_conv_per_stage", n_conv_per_stage, n_stages),
         per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
     )
-    for s in range(math.ceil(n_stages / 2), n_stages):
-        shape.blocks[s] = 1
-    for s in range(math.ceil((n_stages - 1) / 2 + 0.5), n_stages - 1):
-        shape.decoder_blocks[s] = 1
-    layers = Layers(
-        CONV[dims],
-        conv_bias,
-        maker(_class("norm_op", norm_op), norm_op_kwargs),
-        maker(_class("nonlin", nonlin), nonlin_kwargs),
-        maker(_class("dropout_op", dropout_op), dropout_op_kwargs),
-    )
-    mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, input_size)
-    return _network(layers, shape, input_channels, num_classes, mamba, deep_supervision, True, "any", stem_channels)
 
 
 class MambaLayer(Leaf):
@@ -226,16 +274,16 @@ def _class(name: str, given: Layer | None) -> Callable[..., nn.Module] | None:
 MAP = Map(drop=(r"^decoder\.encoder\.", r"\.all_modules\."), rename=((r"^mamba_layer\.", "bottleneck."),))
 
 
-def _from_plan(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+def from_plan(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     lists = {"strides": plan.strides, "kernels": plan.kernels}
     return lists if "features" in given else {**lists, "features": plan.features, "blocks": plan.blocks, "decoder_blocks": plan.decoder_blocks}
 
 
-def _of_width(width: float, patch: Sequence[int]) -> dict[str, Any]:
+def of_width(width: float, patch: Sequence[int]) -> dict[str, Any]:
     return {"features": widths(width, (1, 2, 4, 8, 10, 10)[: halvings(patch, 5) + 1])}
 
 
-_FACTS = Facts("2401.04722", "bowang-lab/U-Mamba", "Apache-2.0", small={"features": (4, 8, 16)}, from_plan=_from_plan, of_width=_of_width)
+_FACTS = Facts("2401.04722", "bowang-lab/U-Mamba", "Apache-2.0", small={"features": (4, 8, 16)}, from_plan=from_plan, of_width=of_width)
 for _kind in ("bot", "enc"):
     register_model(f"umamba_{_kind}", partial(umamba, _kind), _FACTS)
     register_upstream(f"umamba_{_kind}", builder=partial(upstream, _kind), map=MAP)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from medssm.nn.blocks import AVG_POOL
+
 
 class Layers(NamedTuple):
     """What makes the convolutions, norms, activations and dropouts of all blocks."""
@@ -44,17 +46,28 @@ class ResBlock(nn.Module):
 
 
 class ConvDropoutNorm(nn.Module):
-    """conv, dropout if any, norm, act if asked."""
+    """conv, dropout if any, norm, act if asked. channels_in: `channels` by default; bias: the layers' by default."""
 
-    def __init__(self, layers: Layers, channels: int, kernel: Sequence[int], act: bool) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        channels: int,
+        kernel: Sequence[int],
+        act: bool,
+        *,
+        channels_in: int | None = None,
+        stride: int | Sequence[int] = 1,
+        bias: bool | None = None,
+    ) -> None:
         super().__init__()
-        self.conv = layers.conv(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=layers.conv_bias)
+        bias = layers.conv_bias if bias is None else bias
+        self.conv = layers.conv(channels_in or channels, channels, kernel, stride, [k // 2 for k in kernel], bias=bias)
         self.dropout = layers.dropout()
         self.norm = layers.norm(channels)
         self.act = layers.act() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, channels, *spatial) -> the same shape."""
+        """(b, channels_in, *spatial) -> (b, channels, *(spatial / stride))."""
         y: Tensor = self.act(self.norm(self.dropout(self.conv(x))))
         return y
 
@@ -71,6 +84,28 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, *spatial) -> the same shape."""
         y: Tensor = self.act(self.conv2(self.conv1(x)) + x)
+        return y
+
+
+class StridedBlock(nn.Module):
+    """A BasicBlock to other channels or a lower resolution: the way around it is a mean over the stride's voxels, then a 1 x 1 convolution and norm,
+    each where it is needed."""
+
+    def __init__(self, layers: Layers, channels_in: int, channels: int, kernel: Sequence[int], stride: int | Sequence[int] = 1) -> None:
+        super().__init__()
+        steps = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride)
+        self.conv1 = ConvDropoutNorm(layers, channels, kernel, act=True, channels_in=channels_in, stride=steps)
+        self.conv2 = ConvDropoutNorm(layers, channels, kernel, act=False)
+        self.act = layers.act()
+        self.skip = nn.Sequential()
+        if max(steps) > 1:
+            self.skip.append(AVG_POOL[len(steps)](steps, steps))
+        if channels_in != channels:
+            self.skip.append(ConvDropoutNorm(layers, channels, [1] * len(steps), act=False, channels_in=channels_in, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels_in, *spatial) -> (b, channels, *(spatial / stride))."""
+        y: Tensor = self.act(self.conv2(self.conv1(x)) + self.skip(x))
         return y
 
 
@@ -91,6 +126,13 @@ def residual_stage(layers: Layers, channels_in: int, channels: int, kernel: Sequ
     """`count` blocks, the first a ResBlock with the stride, the others BasicBlocks."""
     more = [BasicBlock(layers, channels, kernel) for _ in range(count - 1)]
     return nn.Sequential(ResBlock(layers, channels_in, channels, kernel, stride), *more)
+
+
+def basic_stage(layers: Layers, channels_in: int, channels: int, kernel: Sequence[int], stride: int | Sequence[int], count: int) -> nn.Sequential:
+    """`count` blocks, the first a StridedBlock, the others BasicBlocks."""
+    return nn.Sequential(
+        StridedBlock(layers, channels_in, channels, kernel, stride), *(BasicBlock(layers, channels, kernel) for _ in range(count - 1))
+    )
 
 
 class Stages(NamedTuple):

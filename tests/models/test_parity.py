@@ -58,4 +58,4 @@ def test_parameter_counts_of_upstreams_sizes(entry):
         model = medssm.from_upstream(entry["model"], **entry["kwargs"])
     assert sum(p.numel() for p in model.parameters()) == entry["params"]
     if "umamba_" not in entry["case"]:  # upstream's U-Mamba lists its tensors several times
-        assert len(model.state_dict()) == entry["n_state"] - entry.get("dropped", 0)  # dropped: MLLA's rotations, what UNETR++ and nnMamba list twice
+        assert len(model.state_dict()) == entry["n_state"] - entry.get("dropped", 0)  # dropped: MLLA's rotations, what others list twice
