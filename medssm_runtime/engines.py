@@ -44,6 +44,7 @@ def _onnxruntime(path: Path, threads: int | None, ops: Path | None) -> tuple[Set
     engine = _engine("onnxruntime", path)
     options = engine.SessionOptions()
     options.log_severity_level = 3  # errors alone
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # no rounding to 8 bits that the file does not ask for
     if threads:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("medssm.threads", str(threads))
@@ -72,8 +73,9 @@ def _openvino(path: Path, threads: int | None, ops: Path | None) -> tuple[Settin
         raise UserError(f"ops: expected a file of ONNX with it, got {path}: OpenVINO's files need no operators of medssm")
     engine = _engine("openvino", path)
     version = f"openvino {engine.__version__.partition('-')[0]}"
-    # The network's own type: OpenVINO would take bfloat16 on a processor that has it, and the label map would be another one.
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+    # The network's own types: OpenVINO would take bfloat16 on a processor that has it, and 8 bits beside 8-bit weights, and label other voxels.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "PERFORMANCE_HINT": "LATENCY"}
+    options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     try:
         core = engine.Core()
         model = core.read_model(path)

@@ -53,7 +53,8 @@ def test_the_lowest_versions_are_those_that_the_metadata_allows():
     """What `make test-lowest` installs."""
     dependencies = ast.literal_eval(re.search(r"^dependencies = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)[1])
     wanted = {}
-    for line in (*dependencies, *(ROOT / "requirements-segment.txt").read_text().split("\n")):
+    extras = [line for name in ("segment", "export") for line in (ROOT / f"requirements-{name}.txt").read_text().split("\n")]
+    for line in (*dependencies, *extras):
         requirement = Requirement(line) if line else None
         for bound in requirement.specifier if requirement else ():
             if bound.operator == ">=":

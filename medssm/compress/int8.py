@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import wrap_torch_function
 
 from medssm.compress import fold
 from medssm.errors import UserError
@@ -122,13 +123,14 @@ def restructure(network: nn.Module, step: Mapping[str, Any]) -> nn.Module:
 # -- layers ----------------------------------------------------------------------------------------------------------------------------------------
 
 
-class _Int8(nn.Module):
+class Int8(nn.Module):
     """A layer with weights in 8 bits. A subclass is also the layer that it was made of, with that one's attributes.
 
     State: weight (int8, the layer's shape), weight_scale (channels out,), bias (channels out,) if any, input_scale (), input_zero_point ().
     """
 
     out_axis = 0  # of the weights
+    integers = True  # False: in floating point everywhere, with the same values on every processor
     weight: Tensor
     weight_scale: Tensor
     bias: Any  # Tensor or None
@@ -138,7 +140,7 @@ class _Int8(nn.Module):
 
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
         """As the layer that it was made of; the output has x's type."""
-        if not _direct(x) or not self._takes(x):
+        if not (self.integers and _direct(x) and self._takes(x)):
             return self._simulated(x)
         if self._packed is None:
             self._packed = float(self.input_scale), int(self.input_zero_point), *self._pack(*self._fitting())
@@ -152,8 +154,8 @@ class _Int8(nn.Module):
     def _simulated(self, x: Tensor) -> Tensor:
         """The same in floating point, from values that are rounded as the integers."""
         with torch.autocast(x.device.type, enabled=False):
-            weight = _floats(self.weight, self.weight_scale, self.out_axis)
-            return self._float(_rounded(x.float(), self.input_scale, self.input_zero_point), weight).to(x.dtype)
+            weight = floats(self.weight, self.weight_scale, self.out_axis)
+            return self._float(rounded(x.float(), self.input_scale, self.input_zero_point), weight).to(x.dtype)
 
     def _pack(self, weight: Tensor, scale: Tensor) -> list[Any]:
         """What `_product` needs of the weights, in the engine's layout."""
@@ -183,7 +185,7 @@ class _Int8(nn.Module):
         return {**self.__dict__, "_packed": None}  # the engine's layout cannot be copied
 
 
-class _Int8Conv(_Int8):
+class _Int8Conv(Int8):
     def _takes(self, x: Tensor) -> bool:
         return x.ndim == self.weight.ndim and x.shape[1] == self.in_channels
 
@@ -213,7 +215,7 @@ class Int8Conv3d(_Int8Conv, convolution.Conv3d):
     """nn.Conv3d with weights and input in 8 bits."""
 
 
-class _Int8Matrix(_Int8):
+class _Int8Matrix(Int8):
     """A product of tokens (*, channels) and a matrix."""
 
     def _matrix(self, weight: Tensor) -> Tensor:
@@ -270,7 +272,7 @@ class Int8ConvTranspose3d(_Int8ConvTranspose, nn.ConvTranspose3d):
     """nn.ConvTranspose3d with weights and input in 8 bits; its kernel is its stride."""
 
 
-_KINDS: dict[type[nn.Module], type[_Int8]] = {
+_KINDS: dict[type[nn.Module], type[Int8]] = {
     nn.Linear: Int8Linear,
     nn.Conv2d: Int8Conv2d,
     nn.Conv3d: Int8Conv3d,
@@ -352,7 +354,7 @@ def _rows(owner: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_rows(owner: nn.Module, q: Tensor, scale: Tensor) -> Tensor:
-    return _floats(_as_rows(owner, q), scale).reshape(q.shape)
+    return floats(_as_rows(owner, q), scale).reshape(q.shape)
 
 
 def _as_rows(owner: nn.Module, weight: Tensor) -> Tensor:
@@ -367,7 +369,8 @@ def _integer_weights(weight: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
     return (weight / _along(scale, weight, axis)).round().to(torch.int8), scale
 
 
-def _floats(weight: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
+@wrap_torch_function(lambda weight, *_: (weight,))  # an exporter may put its own in the place of it
+def floats(weight: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
     """Weights (int8) with a scale for each index of `axis`, in floating point."""
     return weight.float() * _along(scale, weight, axis)
 
@@ -430,7 +433,7 @@ def _range(seen: Sequence[_Seen], ranges: str, percentile: float) -> tuple[float
 
         def error(ends: tuple[float, float]) -> float:
             scale, zero = _affine(*ends)
-            return float((_rounded(values, torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)) - values).square().sum())
+            return float((rounded(values, torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)) - values).square().sum())
 
         _, most = min(((least, most * part) for part in _SHRUNK), key=error)
         least, _ = min(((least * part, most) for part in _SHRUNK), key=error)
@@ -495,7 +498,8 @@ def _integers(x: Tensor, scale: float, zero: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride())
 
 
-def _rounded(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+@wrap_torch_function(lambda x, *_: (x,))  # an exporter may put its own in the place of it
+def rounded(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """x as its 8 bits give it back; the gradient is that of x inside the range."""
     if torch.compiler.is_exporting():  # ONNX lacks PyTorch's operator
         return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale

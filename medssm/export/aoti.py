@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from medssm.compress.int8 import Int8
 from medssm.errors import UserError
 from medssm.export.check import Finest, check, shapes
-from medssm.export.command import Job, check_target
+from medssm.export.command import check_target, write_portable
 from medssm.export.command import show as show
-from medssm.export.metadata import KEY, text
+from medssm.export.metadata import KEY
 from medssm.export.program import export, quiet
 from medssm.files import atomic, first_line
 from medssm.segment.inference import OVERLAP
@@ -48,10 +49,7 @@ def export_aoti(
     """
     file = Path(file)
     check_target(file, ".pt2", _is_made_here, overwrite)
-    job = Job.of(run, file, overlap, mirror)
-    table = job.metadata()
-    error = _write(job.network, file, job.shape, {KEY: text(table)})
-    return job.finish(table, license, [], error)
+    return write_portable(run, file, _write, overlap=overlap, mirror=mirror, license=license)
 
 
 def to_aoti(
@@ -70,6 +68,8 @@ def _write(network: nn.Module, file: Path, shape: Sequence[int], properties: Map
     """Write the package; its difference from PyTorch."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         raise UserError("AOTInductor needs a C++ compiler (g++ or clang++)")
+    if any(isinstance(layer, Int8) for layer in network.modules()):
+        raise UserError("AOTInductor would compute 8-bit layers in floating point: export the network as it was before, or to ONNX or OpenVINO")
     program = export(Finest(network), shapes(network, shape).traced, portable=True)
     configs = {"freezing": True, "aot_inductor.metadata": dict(properties)}
     with atomic(file) as temporary:

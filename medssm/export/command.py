@@ -11,7 +11,7 @@ from torch import nn
 from medssm.errors import UserError
 from medssm.export import card
 from medssm.export.check import Shape
-from medssm.export.metadata import metadata, read_run
+from medssm.export.metadata import KEY, metadata, read_run, text
 from medssm.files import protect
 from medssm.segment import networks
 
@@ -49,6 +49,24 @@ class Job(NamedTuple):
             "operators": operators,
             "error": error,
         }
+
+
+def write_portable(
+    run: Path | str,
+    file: Path,
+    write: Callable[[nn.Module, Path, Shape, Mapping[str, str]], float],
+    *,
+    overlap: float,
+    mirror: bool,
+    license: Path | str | None,
+) -> dict[str, Any]:
+    """Write a file that needs no operators of medssm, and its model card; the command's result.
+
+    write: (network, file, (1, channels, *patch), texts by name that the file carries) -> its difference from PyTorch
+    """
+    job = Job.of(run, file, overlap, mirror)
+    table = job.metadata()
+    return job.finish(table, license, [], write(job.network, file, job.shape, {KEY: text(table)}))
 
 
 def check_target(file: Path, ending: str, made: Callable[[Path], bool], overwrite: bool) -> None:

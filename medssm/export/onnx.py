@@ -9,22 +9,24 @@ standard operators alone, so that any engine runs it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from medssm.compress import int8
 from medssm.errors import UserError
 from medssm.export import custom_ops
 from medssm.export.check import Finest, Run, check, shapes
 from medssm.export.command import Job, check_target
 from medssm.export.command import show as show
 from medssm.export.metadata import KEY, text
-from medssm.export.program import DOMAIN, VERSION, export, quiet
+from medssm.export.program import DOMAIN, VERSION, Replacements, Replacing, export, quiet
 from medssm.files import first_line, write_bytes
 from medssm.segment.inference import OVERLAP
 
@@ -109,6 +111,7 @@ def session(model: bytes | str, used: bool, threads: int | None = None) -> Run:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # no rounding to 8 bits that the file does not ask for
     if used:
         options.add_session_config_entry("medssm.threads", str(options.intra_op_num_threads))
         options.register_custom_ops_library(str(custom_ops()))
@@ -118,7 +121,7 @@ def session(model: bytes | str, used: bool, threads: int | None = None) -> Run:
 
 def model_of(network: nn.Module, shape: Sequence[int], portable: bool) -> tuple[onnx.ModelProto, list[str]]:
     """The network as a model, and the operators of medssm that it needs."""
-    program = export(Finest(network), shapes(network, shape).traced, portable)
+    program = export(Finest(network), shapes(network, shape).traced, portable, _INT8)
     with quiet():
         try:
             exported = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=["image"], output_names=["logits"], external_data=False)
@@ -140,19 +143,69 @@ def model_of(network: nn.Module, shape: Sequence[int], portable: bool) -> tuple[
     return model, sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN})
 
 
+def checked(model: onnx.ModelProto, network: nn.Module, shape: Sequence[int], opened: Callable[[onnx.ModelProto], Run], engine: str) -> float:
+    """The model's difference from PyTorch in an engine. opened: what runs a model there.
+
+    A model that rounds to 8 bits is first checked without the roundings, to the limit of floating point, then with them, in steps of 8 bits.
+    """
+
+    def run_of(model: onnx.ModelProto) -> Run:
+        try:
+            return opened(model)
+        except UserError:
+            raise
+        except Exception as error:  # engines have exceptions of their own
+            raise UserError(f"{engine} does not take the exported network: {first_line(error)}") from error
+
+    whole, sizes = Finest(network), shapes(network, shape).checked
+    rounds = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if rounds:
+        with Replacing({int8.rounded: _clamped}):
+            check(whole, run_of(_unrounded(model)), sizes, engine)
+    return check(whole, run_of(model), sizes, engine, rounds=rounds)
+
+
 def _checked(model: onnx.ModelProto, network: nn.Module, shape: Sequence[int], properties: Mapping[str, str]) -> float:
-    """The model's difference from PyTorch; its properties are set."""
+    """The model's difference from PyTorch in onnxruntime; its properties are set."""
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(properties))
     used = any(node.domain == DOMAIN for node in model.graph.node)
-    engine = f"onnxruntime {onnxruntime.__version__}"
-    try:
-        run = session(model.SerializeToString(), used)
-    except UserError:
-        raise
-    except Exception as error:  # onnxruntime's own, which share no base
-        raise UserError(f"{engine} does not take the exported network: {first_line(error)}") from error
-    return check(Finest(network), run, shapes(network, shape).checked, engine)
+    return checked(model, network, shape, lambda model: session(model.SerializeToString(), used), f"onnxruntime {onnxruntime.__version__}")
+
+
+def _quantized(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """An input in 8 bits, and what they give back."""
+    zero = zero.to(torch.uint8)
+    q = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape)
+    return torch.onnx.ops.symbolic("DequantizeLinear", (q, scale, zero), dtype=x.dtype, shape=x.shape)
+
+
+def _dequantized(weight: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
+    """Weights that the file has in 8 bits."""
+    zeros = torch.zeros_like(scale, dtype=torch.int8)  # onnxruntime 1.19 mistakes the type without them
+    return torch.onnx.ops.symbolic("DequantizeLinear", (weight, scale, zeros), {"axis": axis}, dtype=scale.dtype, shape=weight.shape)
+
+
+def _clamped(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """What `int8.rounded` gives, but for the rounding."""
+    return x.clamp(-zero * scale, (255 - zero) * scale)
+
+
+def _unrounded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the inputs of its layers clamped where it rounds them to 8 bits."""
+    found = onnx.ModelProto.FromString(model.SerializeToString())
+    values = {value.name: onnx.numpy_helper.to_array(value) for value in found.graph.initializer}
+    inputs = {node.output[0]: node.input for node in found.graph.node if node.op_type == "QuantizeLinear"}
+    for node in found.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in inputs:
+            x, (scale, zero) = inputs[node.input[0]][0], (values[name] for name in node.input[1:])
+            for end, step in (("least", 0), ("most", 255)):
+                found.graph.initializer.append(onnx.numpy_helper.from_array((step - zero.astype(np.float32)) * scale, f"{node.output[0]}_{end}"))
+            node.op_type, node.input[:] = "Clip", [x, f"{node.output[0]}_least", f"{node.output[0]}_most"]
+    return found
+
+
+_INT8: Replacements = {int8.rounded: _quantized, int8.floats: _dequantized}
 
 
 def _is_made_here(file: Path) -> bool:

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from medssm.errors import UserError
-from medssm.export.check import Finest, Run, check, shapes
-from medssm.export.command import Job, check_target
+from medssm.export.check import Run
+from medssm.export.command import check_target, write_portable
 from medssm.export.command import show as show
-from medssm.export.metadata import KEY, text
-from medssm.export.onnx import model_of
-from medssm.files import begins_with, first_line, write_bytes
+from medssm.export.metadata import KEY
+from medssm.export.onnx import checked, model_of
+from medssm.files import begins_with, write_bytes
 from medssm.segment.inference import OVERLAP
 
 
@@ -45,10 +45,7 @@ def export_openvino(
     """
     file = Path(file)
     _check_target(file, overwrite)
-    job = Job.of(run, file, overlap, mirror)
-    table = job.metadata()
-    error = _write(job.network, file, job.shape, {KEY: text(table)})
-    return job.finish(table, license, [], error)
+    return write_portable(run, file, _write, overlap=overlap, mirror=mirror, license=license)
 
 
 def to_openvino(
@@ -66,6 +63,7 @@ def to_openvino(
 def compiled(model: Any, threads: int | None = None) -> Run:
     """Runs a model (openvino.Model) on the CPU in float32. threads: PyTorch's number for None."""
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
+    options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # no rounding to 8 bits that the file does not ask for
     found = openvino.Core().compile_model(model, "CPU", options)
     return lambda image: found([image])[0]
 
@@ -74,16 +72,16 @@ def _write(network: nn.Module, file: Path, shape: Sequence[int], properties: Map
     """Write both files; the difference from PyTorch."""
     exported, _ = model_of(network, shape, portable=True)
     engine = f"openvino {openvino.__version__.partition('-')[0]}"
-    try:
-        model = openvino.Core().read_model(exported.SerializeToString())
-        run = compiled(model)
-    except Exception as error:
-        raise UserError(f"{engine} does not take the exported network: {first_line(error)}") from error
+
+    def read(model: Any) -> Any:
+        return openvino.Core().read_model(model.SerializeToString())
+
+    difference = checked(exported, network, shape, lambda model: compiled(read(model)), engine)
+    model = read(exported)
     for axis in (0, *range(2, len(shape))):
         for port in (*model.inputs, *model.outputs):
             if port.partial_shape[axis].is_static:
                 raise UserError(f"a size became fixed: axis {axis} of {port.any_name} is {port.partial_shape[axis].get_length()}")
-    difference = check(Finest(network), run, shapes(network, shape).checked, engine)
     for key, value in properties.items():
         model.set_rt_info(value, [key])
     with tempfile.TemporaryDirectory() as folder:

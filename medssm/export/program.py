@@ -26,16 +26,17 @@ from medssm.ops.op import OPS, Op
 
 DOMAIN, VERSION = "medssm", 1  # of the nodes that are medssm's own
 Program = torch.export.ExportedProgram
-Replacements: TypeAlias = "dict[Any, Callable[..., Any]]"  # of operators
+Replacements: TypeAlias = "dict[Any, Callable[..., Any]]"  # of operators, and of functions that torch.overrides wraps
 
 
-def export(network: nn.Module, shape: Sequence[int], portable: bool) -> Program:
+def export(network: nn.Module, shape: Sequence[int], portable: bool, also: Replacements | None = None) -> Program:
     """The network, in inference mode, traced with an image (b, c, *spatial) of this shape; the batch and the spatial sizes stay free.
 
-    portable: without nodes of the domain "medssm". UserError for what has no export, and where a free size became a fixed one.
+    portable: without nodes of the domain "medssm"; also: what else an engine has in the place of a function. UserError for what has no export, and
+    where a free size became a fixed one.
     """
     free = dict.fromkeys([0, *range(2, len(shape))], torch.export.Dim.DYNAMIC)
-    with quiet(), torch.no_grad(), Replacing(_TRACED | (_PORTABLE if portable else _NODES)):
+    with quiet(), torch.no_grad(), Replacing(_TRACED | (_PORTABLE if portable else _NODES) | (also or {})):
         try:
             program = torch.export.export(network.eval(), (torch.zeros(tuple(shape)),), dynamic_shapes=(free,))
         except UserError:
@@ -51,7 +52,8 @@ class Replacing(TorchFunctionMode):
 
     def __init__(self, replacements: Replacements) -> None:
         super().__init__()
-        self._replacements = {**replacements, **{operator.overloadpacket: function for operator, function in replacements.items()}}
+        packets = {getattr(called, "overloadpacket", called): function for called, function in replacements.items()}
+        self._replacements = {**replacements, **packets}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replacement = self._replacements.get(func)

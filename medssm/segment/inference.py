@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from medssm.segment.networks import memory_format
 from medssm.segment.preprocess import Fitted
 
 OVERLAP = 0.5  # of neighbouring windows
+_COUNTS, _TRIES, _VOXELS = (1, 2, 4), 2, 2**20  # of windows at a time that are tried, how often, and the most voxels that they may have
 _ON_DEVICE = 2 * 2**30  # up to so many bytes of probabilities are summed on the device, more in main memory
 
 
@@ -41,7 +44,7 @@ def stored_probabilities(
     half: torch.dtype | None = None,
     overlap: float = OVERLAP,
     mirror: bool | tuple[int, ...] = False,
-    batch: int = 1,
+    batch: int | Pace = 1,
     show: Callable[[float], None] = lambda fraction: None,
 ) -> Store:
     """Probabilities of an image, (x, outputs + 1, y, z) with the sum of the windows' weights last; the softmax, of regions the sigmoid, is taken in
@@ -56,7 +59,7 @@ def stored_probabilities(
         half: the type that the network runs in under autocast; None is float32
         overlap: of neighbouring windows, 0 to less than 1
         mirror: average over all mirrorings of the axes that training mirrored; axes are that one mirroring alone
-        batch: windows at a time
+        batch: windows at a time, or what finds out how many
         show: is called with the part of the windows that is done, 0 to 1
     """
     outputs, windows = len(fitted.outputs), Windows(image, fitted, overlap)
@@ -65,11 +68,11 @@ def stored_probabilities(
     sums = scratch.store(x, outputs + 1, y, z, device=device if small else None)
     predict = _predictor(network, fitted, mirror)
     weights = importance(fitted, device)[None, None]
-    calls = math.ceil(len(windows.places) / batch)
-    for call in range(calls):
-        chosen = windows.places[call * batch : (call + 1) * batch]
+    pace, done = batch if isinstance(batch, Pace) else Pace(batch), 0
+    while done < len(windows.places):
+        chosen = windows.places[done : done + pace.count(fitted.patch)]
         parts = torch.stack([windows.cut(place) for place in chosen]).to(device)
-        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+        with pace.timed(len(chosen), device), torch.autocast(device.type, dtype=half, enabled=half is not None):
             found = predict(parts)
         found *= weights
         for place, part in zip(chosen, found, strict=True):
@@ -77,12 +80,49 @@ def stored_probabilities(
             for values, channels in ((part, slice(outputs)), (weights[0], slice(outputs, outputs + 1))):
                 values = values if fitted.slice_axis is None else values.unsqueeze(1 + fitted.slice_axis)
                 sums.add((first, channels, *others), values[(slice(None), *kept)].movedim(0, 1))
-        show((call + 1) / calls)
+        done += len(chosen)
+        show(done / len(windows.places))
     for rows in sums.slabs():
         part = sums[rows]
         part[:, :-1] /= part[:, -1:]
         sums[rows] = part
     return sums
+
+
+class Pace:
+    """How many windows a network takes at a time: `given`, else 1, 2 or 4, whichever takes the least time a window on the first windows that it sees.
+
+    Each is tried twice, since its first call also prepares kernels. Large windows go alone (more than _VOXELS in a call). `say` is told the choice.
+    """
+
+    def __init__(self, given: int | None = None, say: Callable[[str], None] = lambda line: None) -> None:
+        self.chosen, self.say = given, say
+        self.seconds: dict[int, list[float]] = {count: [] for count in _COUNTS}
+
+    def count(self, patch: Sequence[int]) -> int:
+        """Windows (*patch) in the next call."""
+        if self.chosen is not None:
+            return self.chosen
+        fit = [count for count in _COUNTS if count * math.prod(patch) <= _VOXELS] or [1]
+        untried = [count for count in fit if len(self.seconds[count]) < _TRIES]
+        if len(fit) == 1 or torch.are_deterministic_algorithms_enabled():  # rounding may depend on the number
+            return 1
+        if untried:
+            return untried[0]
+        each = {count: min(self.seconds[count]) for count in fit}
+        self.chosen = min(each, key=each.__getitem__)
+        self.say(f"windows at a time: {self.chosen} ({', '.join(f'{count}: {least:.3g}' for count, least in each.items())} s a window)")
+        return self.chosen
+
+    @contextmanager
+    def timed(self, count: int, device: torch.device) -> Iterator[None]:
+        """Around a call of so many windows."""
+        begun = time.perf_counter()
+        yield
+        if self.chosen is None and count in self.seconds:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self.seconds[count].append((time.perf_counter() - begun) / count)
 
 
 class Windows:

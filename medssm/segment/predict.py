@@ -48,7 +48,7 @@ from medssm.segment.images import (
     read_label,
     write_image,
 )
-from medssm.segment.inference import OVERLAP, stored_probabilities
+from medssm.segment.inference import OVERLAP, Pace, stored_probabilities
 from medssm.segment.inputs import cases_of
 from medssm.segment.preprocess import Fitted
 from medssm.segment.progress import progress
@@ -81,7 +81,7 @@ def predict(
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
     overlap: float = OVERLAP,
     mirror: bool = False,
-    batch: int = 1,
+    batch: int | None = None,
     nan: float | None = None,
     stream: bool = False,
     explain: str | int | None = None,
@@ -126,7 +126,7 @@ def predict(
     Args: Inference
         overlap: of neighbouring windows, 0 to less than 1
         mirror: average over the mirrorings that the network was trained with
-        batch: windows at a time
+        batch: windows at a time (default: 1, 2 or 4, whichever is fastest on the first windows; 1 where they are large)
         stream: run the network over the whole volume at once, in slabs that bound the memory, instead of windows; for medssm_unet in 3D
         scratch: folder for temporary files, where memory cannot hold probabilities or maps (default: the folder of the output)
         postprocessing: auto does what raised the Dice of the held-out cases in training (postprocessing.json; of several runs, what did so in each)
@@ -147,7 +147,7 @@ def predict(
     """
     if not 0 <= overlap < 1:
         raise UserError(f"overlap: expected 0 to less than 1, got {overlap}")
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise UserError(f"batch: expected 1 or more, got {batch}")
     check_nan(nan)
     if not 0 < level < 1:
@@ -160,7 +160,9 @@ def predict(
     if explain is not None:
         runs = [Run(fold.network, fold.fitted) for fold in folds]
         where = None if scratch is None else Path(scratch)
-        explainer = Explainer(explain, runs, device=place, overlap=overlap, batch=batch, at=explain_at, nan=nan, scratch=where, overwrite=overwrite)
+        explainer = Explainer(
+            explain, runs, device=place, overlap=overlap, batch=batch or 1, at=explain_at, nan=nan, scratch=where, overwrite=overwrite
+        )
     steps = _postprocessing(folds, postprocessing, weights)
     if not quiet and any(steps.values()):
         print(f"post-processing: {postprocess.described(steps)}", file=sys.stderr)
@@ -198,7 +200,8 @@ def predict(
             check_streamed(fold.network, fold.fitted, fold.fitted.patch)
         infer: Infer = partial(streamed_probabilities, device=place, half=half, say=_silent if quiet else _said)
     else:
-        infer = partial(stored_probabilities, device=place, half=half, overlap=overlap, batch=batch)
+        pace = Pace(batch, _silent if quiet else _said)
+        infer = partial(stored_probabilities, device=place, half=half, overlap=overlap, batch=pace)
     written: dict[str, str] = {}
     said: set[tuple[str, ...]] = set()
 

@@ -24,6 +24,7 @@ from medssm.errors import UserError
 from medssm.segment import curves, networks, postprocess, report, runs
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED, load_dataset, split
+from medssm.segment.distil import Distillation, teacher_for
 from medssm.segment.fit import fit
 from medssm.segment.images import check_nan
 from medssm.segment.intensity import SCHEMES
@@ -242,8 +243,6 @@ def train(
     patches = Patches(volumes, fitted, seed=seed, foreground=foreground, augment=augment)
     criterion = criterion_for(fitted)
     if distil is not None:
-        from medssm.compress.distil import Distillation, teacher_for
-
         teacher = networks.placed(teacher_for(Path(distil), fitted, validation), fabric.device, spatial_dims)
         criterion = Distillation(criterion, network, teacher)
     loop = Loop(

@@ -47,7 +47,7 @@ def doubled(layer, kind):
     wide = copy.deepcopy(kind).double()
     weight, scale = int8._integer_weights(kind.weight.detach(), layer.axis)
     with torch.no_grad():
-        wide.weight.copy_(int8._floats(weight, scale, layer.axis))
+        wide.weight.copy_(int8.floats(weight, scale, layer.axis))
     return wide(x)
 
 
@@ -119,7 +119,7 @@ def test_weights_are_exact_products_that_give_themselves_again():
     weight = torch.randn(40, 3, 3, 3) * torch.logspace(-6, 3, 40).reshape(-1, 1, 1, 1)
     weight[7] = 0
     q, scale = int8._integer_weights(weight)
-    floats = int8._floats(q, scale)
+    floats = int8.floats(q, scale)
     assert torch.equal(floats.double(), q.double() * scale.double().reshape(-1, 1, 1, 1))
     again, scale_again = int8._integer_weights(floats)
     assert torch.equal(again, q)
@@ -147,7 +147,7 @@ def test_mse_leaves_out_a_rare_value_that_costs_the_others_their_steps():
     seen = [int8._Seen.of(x)]
 
     def error(scale, zero):
-        return float((int8._rounded(seen[0].values, torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)) - seen[0].values).square().sum())
+        return float((int8.rounded(seen[0].values, torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)) - seen[0].values).square().sum())
 
     mse = int8._range(seen, "mse", 100)
     assert 6 / 255 < mse[0] < 12 / 255

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from medssm.compress.int8 import quantize
 from medssm.errors import UserError
 from medssm.export.aoti import _is_made_here, to_aoti
 from tests.export.test_onnx import small
@@ -31,6 +32,14 @@ def test_a_package_runs_in_a_process_without_medssm(tmp_path):
     assert done.stdout.split() == ["False"], done.stderr
     want = network(image).detach().numpy()
     np.testing.assert_allclose(np.load(tmp_path / "found.npy"), want, atol=1e-4 * np.ptp(want), rtol=0)
+
+
+def test_8_bits_are_refused(tmp_path):
+    with pytest.raises(UserError, match="AOTInductor would compute 8-bit layers in floating point: export the network as it was before"):
+        to_aoti(
+            quantize(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), [torch.randn(1, 1, 8, 8)], layers="all")[0], tmp_path / "net.pt2", (1, 1, 16, 16)
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_operator_without_a_portable_form_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """ONNX files: any batch and size, PyTorch's numbers in onnxruntime, one clear error and no file where that cannot be."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import medssm
 from medssm import cli
+from medssm.compress.int8 import Int8, quantize
 from medssm.errors import UserError
 from medssm.segment import networks
 from medssm.segment.preprocess import Fitted
@@ -17,6 +19,7 @@ onnx = pytest.importorskip("onnx", reason="needs the package onnx")
 pytest.importorskip("onnxscript", reason="needs the package onnxscript")
 pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 
+from medssm.export.check import STEPS, check  # noqa: E402
 from medssm.export.command import check_target  # noqa: E402
 from medssm.export.onnx import _is_made_here, export_onnx, session, to_onnx  # noqa: E402
 
@@ -26,6 +29,19 @@ SMALL = {"features": (4, 6, 16), "depths": (0, 1, 1), "decoder_depths": (1, 0)}
 def small(mixer="ss_nd", dims=2):
     torch.manual_seed(0)
     return medssm.create_model("medssm_unet", spatial_dims=dims, in_channels=1, out_channels=3, mixer=mixer, **SMALL).eval()
+
+
+class Scaled(nn.Module):
+    """Gives another number when it is exported."""
+
+    def forward(self, x):
+        return x * (1.0005 if torch.compiler.is_exporting() else 1.0)
+
+
+def in_8_bits(*more):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 16, 2, 2), nn.ConvTranspose2d(16, 8, 2, 2, bias=False), nn.Conv2d(8, 3, 1)]
+    return quantize(nn.Sequential(*layers, *more), [torch.randn(2, 1, 16, 16)], layers="all")[0]
 
 
 def check_run(network, run, sizes):
@@ -93,6 +109,33 @@ def test_linear_attention_is_portable(tmp_path):
     result = to_onnx(network, tmp_path / "net.onnx", (1, 1, 16, 16), portable=True)
     assert result["operators"] == [] and {node.domain for node in onnx.load(tmp_path / "net.onnx").graph.node} == {""}
     check_run(network, session(str(tmp_path / "net.onnx"), False), [(2, 1, 17, 23), (1, 1, 32, 40)])
+
+
+def test_8_bit_layers_are_8_bit_layers_in_the_file(tmp_path):
+    result = to_onnx(in_8_bits(), tmp_path / "net.onnx", (1, 1, 16, 16), portable=True)
+    assert result["error"] <= STEPS / 255
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    kinds = Counter(node.op_type for node in graph.node)
+    assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"], kinds["Conv"], kinds["ConvTranspose"]) == (4, 8, 3, 1)
+    values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+    weights = [values[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in values]
+    assert sorted(weight.shape for weight in weights) == [(3, 8, 1, 1), (8, 1, 3, 3), (16, 8, 2, 2), (16, 8, 2, 2)]
+    assert {weight.dtype for weight in weights} == {np.dtype("int8")}
+    for layer in (layer for layer in in_8_bits() if isinstance(layer, Int8)):
+        assert any(np.array_equal(weight, layer.weight) for weight in weights)
+
+
+def test_8_bits_do_not_hide_another_number(tmp_path):
+    """A difference far below what 8 bits may have."""
+    fails(in_8_bits(Scaled()), tmp_path / "net.onnx", r"onnxruntime .* differs from PyTorch by [34]\.\de-04 of the output's spread", portable=True)
+
+
+def test_a_network_far_from_its_8_bits_is_refused():
+    network = in_8_bits()
+    with pytest.raises(
+        UserError, match=r"some engine differs from PyTorch in 8 bits by .* steps .* at most and .* on average for an image of 1x1x9x9"
+    ):
+        check(network, lambda image: 1.1 * network(torch.from_numpy(image)).numpy(), [(1, 1, 9, 9)], "some engine", rounds=True)
 
 
 def fails(network, file, match, shape=(1, 1, 16, 16), **options):

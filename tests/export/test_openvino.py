@@ -1,6 +1,7 @@
 """OpenVINO's files: any batch and size, PyTorch's numbers, one clear error and no file where that cannot be."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -10,8 +11,9 @@ from medssm.errors import UserError
 openvino = pytest.importorskip("openvino", reason="needs the package openvino")
 pytest.importorskip("onnx", reason="needs the package onnx")
 
+from medssm.export.check import STEPS  # noqa: E402
 from medssm.export.openvino import _check_target, compiled, to_openvino  # noqa: E402
-from tests.export.test_onnx import check_run, saved, small  # noqa: E402
+from tests.export.test_onnx import check_run, in_8_bits, saved, small  # noqa: E402
 
 
 @pytest.mark.thorough
@@ -26,6 +28,13 @@ def test_the_command_writes_checked_files_with_all_that_a_scan_needs(tmp_path, c
     file.unlink()
     with pytest.raises(UserError, match=r"net.bin is there already"):
         _check_target(file, overwrite=False)
+
+
+def test_8_bit_layers_are_8_bit_layers_in_the_file(tmp_path):
+    assert to_openvino(in_8_bits(), tmp_path / "net.xml", (1, 1, 16, 16))["error"] <= STEPS / 255
+    kinds = Counter(op.get_type_name() for op in openvino.Core().read_model(tmp_path / "net.xml").get_ops())
+    assert kinds["FakeQuantize"] == 4 or kinds["Convert"] >= 4
+    assert (tmp_path / "net.bin").stat().st_size < 4 * (72 + 512 + 512 + 24)  # the weights in floating point
 
 
 def test_an_operator_that_openvino_lacks_is_named(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import nn
 
-from medssm.segment.inference import mirrorings, probabilities
+from medssm.segment import inference
+from medssm.segment.inference import Pace, mirrorings, probabilities
 from medssm.segment.preprocess import Fitted, pad
 
 CPU = torch.device("cpu")
@@ -51,6 +52,34 @@ def test_slices_across_any_axis_are_mirrored(axis):
     flips = [flip for count in range(3) for flip in itertools.combinations((2, 3), count)]
     wanted = torch.stack([layer(slices.flip(flip)).softmax(1).flip(flip) for flip in flips]).mean(0).movedim(0, axis + 1)
     torch.testing.assert_close(found, wanted.detach(), atol=1e-5, rtol=0)
+
+
+def test_the_number_of_windows_at_a_time_is_the_fastest_of_the_first_ones(monkeypatch):
+    seconds = {1: 1.0, 2: 1.8, 4: 4.4}  # of a call
+    now, calls, lines = [0.0], [], []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: now[0])
+    layer = network(3)
+
+    def slow(x):
+        calls.append(len(x))
+        now[0] += seconds[len(x)]
+        return layer(x)
+
+    pace, image = Pace(say=lines.append), torch.randn(1, 20, 13, 8)
+    found = [probabilities(slow, image, fitted((8, 6, 5)), device=CPU, batch=batch) for batch in (pace, 1, pace)]
+    assert calls[:7] == [1, 1, 2, 2, 4, 4, 2] and calls[-1] in (1, 2) and calls[-2] == 2
+    assert lines == ["windows at a time: 2 (1: 1, 2: 0.9, 4: 1.1 s a window)"]
+    for one in found:
+        torch.testing.assert_close(one, found[1], atol=1e-6, rtol=0)
+
+
+def test_large_windows_go_alone_and_a_given_number_is_kept(monkeypatch):
+    assert Pace(3).count((128, 128, 128)) == 3
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    assert Pace().count((128, 128, 128)) == 1
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert Pace().count((8, 8, 8)) == 1  # other numbers may round otherwise
 
 
 def test_sides_change_places_where_left_and_right_do():

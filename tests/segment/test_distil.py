@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from medssm.compress.distil import Distillation, nearness, unexplained
+from medssm.segment.distil import Distillation, nearness, unexplained
 from medssm.segment.losses import RegionLoss, SegmentationLoss
 from tests.compress.networks import network_of
 
