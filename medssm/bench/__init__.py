@@ -38,6 +38,7 @@ def bench(
     docs: Path | str | None = None,
     seconds: float = 4.0,
     quick: bool = False,
+    resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Time our kernels on this machine against what people run on a CPU today and against the processor's ceiling, all in one run.
@@ -53,6 +54,7 @@ def bench(
         docs: with `mixers`, put the table into this page too (docs/mixers.md)
         seconds: for the rounds of each row
         quick: tiny shapes, in seconds: to see it work
+        resume: with `networks` or `mixers`, leave out those of which `out` has figures
 
     Returns:
         The results, as the JSON file holds them.
@@ -64,9 +66,9 @@ def bench(
         raise UserError(f"the benchmark needs the compiled kernels: {native.reason()}")
     folder = Path(out) if out else None
     if networks:
-        return _networks(networks, folder, quick, quiet)
+        return _networks(networks, folder, quick, resume, quiet)
     if mixers:
-        return _mixers(mixers, folder, Path(docs) if docs else None, quick, quiet)
+        return _mixers(mixers, folder, Path(docs) if docs else None, quick, resume, quiet)
     return _rows(rows, folder, seconds, quick, quiet)
 
 
@@ -109,7 +111,7 @@ def _rows(pattern: str, out: Path | None, seconds: float, quick: bool, quiet: bo
     return results
 
 
-def _networks(pattern: str, out: Path | None, quick: bool, quiet: bool) -> dict[str, Any]:
+def _networks(pattern: str, out: Path | None, quick: bool, resume: bool, quiet: bool) -> dict[str, Any]:
     names = list_models(pattern)
     if not names:
         raise UserError(f"--networks: expected a pattern of {', '.join(list_models('*'))}, got {pattern!r}")
@@ -118,10 +120,10 @@ def _networks(pattern: str, out: Path | None, quick: bool, quiet: bool) -> dict[
         if out:
             report.write_networks(results, out)
 
-    return _each("networks", names, sorted(list_models("*")), partial(networks.network, quick=quick), report.network_line, write, out, quiet)
+    return _each("networks", names, sorted(list_models("*")), partial(networks.network, quick=quick), report.network_line, write, out, resume, quiet)
 
 
-def _mixers(pattern: str, out: Path | None, docs: Path | None, quick: bool, quiet: bool) -> dict[str, Any]:
+def _mixers(pattern: str, out: Path | None, docs: Path | None, quick: bool, resume: bool, quiet: bool) -> dict[str, Any]:
     names = [name for name in MIXERS if fnmatch.fnmatch(name, pattern)]
     if not names:
         raise UserError(f"--mixers: expected a pattern of {', '.join(MIXERS)}, got {pattern!r}")
@@ -132,7 +134,7 @@ def _mixers(pattern: str, out: Path | None, docs: Path | None, quick: bool, quie
         if out:
             page.write(results, out, docs)
 
-    return _each("mixers", names, MIXERS, partial(mixers.mixer, quick=quick), page.line, write, out, quiet)
+    return _each("mixers", names, MIXERS, partial(mixers.mixer, quick=quick), page.line, write, out, resume, quiet)
 
 
 def _each(
@@ -143,12 +145,16 @@ def _each(
     line: Callable[[str, dict[str, Any]], str],
     write: Callable[[dict[str, Any]], None],
     out: Path | None,
+    resume: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Measure each of `names` into results[kind], written and printed one by one; earlier results of this machine in `out` stay."""
+    """Measure each of `names` into results[kind], written and printed one by one; earlier results of this machine in `out` stay, and with `resume`
+    they are not measured again."""
     results = origin()
     results[kind] = _earlier(out, f"{kind}.json", results).get(kind, {})
     for name in names:
+        if resume and name in results[kind]:
+            continue
         figures = measured(name) | {key: results[key] for key in ("commit", "date")}
         results[kind] = _inserted(results[kind], name, figures, order)
         write(results)

@@ -1,5 +1,5 @@
-"""medssm bench --networks: every network at a stated input, inference and one training step, on our kernels, under bf16 autocast, and on the
-PyTorch scans that it would run on without them."""
+"""medssm bench --networks: every network at a stated input, inference and one training step, on our kernels, under bf16 autocast, compiled, and by
+upstream's arithmetic in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from medssm.models import model_facts
 
 # The input for the reference backend, and for both peers in training: a full one takes minutes, and more memory than there is.
 SMALL = {2: (64, 64), 3: (64, 32, 32)}
-NATIVE, BF16, REFERENCE, CHUNKED = "native", "native, bf16", "reference backend", "time-chunked scan in PyTorch"
+NATIVE, BF16, COMPILED = "native", "native, bf16", "native, compiled"
+REFERENCE, PYTORCH = "reference backend", "upstream's arithmetic in PyTorch"
 _LIMIT = 3.0  # a side whose call takes longer, in seconds, is timed once
 Context: TypeAlias = Callable[[], AbstractContextManager[None]]
 
@@ -55,33 +56,43 @@ def main() -> None:
     threads = torch.get_num_threads()
     model, x = build(name, quick)
     scans = any(isinstance(part, (medssm.nn.Mamba, medssm.nn.SSND)) for part in model.modules())
-    ways: dict[str, Context] = {NATIVE: nullcontext, BF16: _autocast}
-    if scans:
-        ways[CHUNKED] = peers.in_pytorch
+    ways: dict[str, Context] = {NATIVE: nullcontext, BF16: _autocast, PYTORCH: peers.in_pytorch}
     model.eval()
     with torch.no_grad():
         memory = measure.peak_above(lambda: model(x))
     seconds = 0.1 if quick else 2.0
+    sides = {way: _infer(model, x, context) for way, context in ways.items()} | _compiled(model, x)
     result = {
         "input": list(x.shape),
         "classes": model_facts(name).classes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "memory": memory,
         "threads": threads,
-        "inference": measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT),
+        "inference": measure.times(sides, seconds, threads, _LIMIT),
     }
     result["small"] = _small(model, x, seconds, threads) if scans else None
     model.train()
-    ways.pop(CHUNKED, None)
+    ways.pop(PYTORCH)
     if x[0, 0].numel() > 64**3:  # two samples of these do not train in the memory of the machines that this is for
         ways = {}
     result["training"] = measure.times({way: _step(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)
     print(json.dumps(result | {"multiply_adds": multiply_adds(model, x)}))
 
 
+def _compiled(model: nn.Module, x: torch.Tensor) -> dict[str, measure.Side]:
+    """The compiled network's inference, its compilation done; nothing where it cannot be compiled, with the reason on standard error."""
+    compiled = _infer(torch.compile(model), x, nullcontext)
+    try:
+        compiled()
+    except Exception as error:  # whatever the compiler raises: the other ways are measured all the same
+        print(f"not compiled: {error}", file=sys.stderr)
+        return {}
+    return {COMPILED: compiled}
+
+
 def _small(model: nn.Module, x: torch.Tensor, seconds: float, threads: int) -> dict[str, Any]:
     """Inference and training of a small input, on both peers too: a full one would take them minutes."""
-    ways: dict[str, Context] = {NATIVE: nullcontext, CHUNKED: peers.in_pytorch, REFERENCE: _reference}
+    ways: dict[str, Context] = {NATIVE: nullcontext, PYTORCH: peers.in_pytorch, REFERENCE: _reference}
     x = torch.randn(*x.shape[:2], *SMALL[x.dim() - 2])
     model.eval()
     inference = measure.times({way: _infer(model, x, context) for way, context in ways.items()}, seconds, threads, _LIMIT)
@@ -90,7 +101,7 @@ def _small(model: nn.Module, x: torch.Tensor, seconds: float, threads: int) -> d
     return {"input": list(x.shape), "inference": inference, "training": training}
 
 
-def _infer(model: nn.Module, x: torch.Tensor, context: Context) -> measure.Side:
+def _infer(model: Callable[[torch.Tensor], Any], x: torch.Tensor, context: Context) -> measure.Side:
     def run() -> None:
         with torch.no_grad(), context():
             model(x)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu, softplus
 
+import medssm
 from medssm import ops
+from medssm.nn import convolution
 from medssm.orders import Order
 
 Scan: TypeAlias = Callable[..., Tensor]
@@ -107,8 +109,8 @@ PEERS: dict[str, Scan] = {"mamba_ssm reference": literal, "reference, unbound": 
 
 @contextlib.contextmanager
 def in_pytorch(scan: Scan = two_level) -> Iterator[None]:
-    """In this block medssm's networks run on `scan` and on PyTorch's convolutions, with a gather and a scatter for each order: as they would
-    without our kernels."""
+    """In this block medssm's networks run as they would without our kernels: on `scan`, with a gather and a scatter for each order, on PyTorch's
+    convolutions by its own choice of algorithms, on the reference of every other op, and on attention that makes the matrix of its weights."""
 
     def selective_scan(
         u: Tensor,
@@ -187,11 +189,27 @@ def in_pytorch(scan: Scan = two_level) -> Iterator[None]:
         y = convolution(x.movedim(-1, 1), weight[:, None], bias, padding=[k // 2 for k in weight.shape[1:]], groups=len(weight)).movedim(1, -1)
         return silu(y) if activation else y
 
-    ours = {f.__name__: getattr(ops, f.__name__) for f in (selective_scan, selective_scan_nd, causal_conv1d, depthwise_conv)}
-    for f in (selective_scan, selective_scan_nd, causal_conv1d, depthwise_conv):
-        setattr(ops, f.__name__, f)
+    with contextlib.ExitStack() as stack:
+        for f in (selective_scan, selective_scan_nd, causal_conv1d, depthwise_conv):
+            stack.enter_context(_replaced(ops, f.__name__, f))
+        stack.enter_context(_replaced(torch.nn.functional, "scaled_dot_product_attention", eager_attention))
+        stack.enter_context(_replaced(convolution, "_ONEDNN", False))  # no choice of ours
+        stack.enter_context(medssm.use_backend("reference"))
+        yield
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T + attn_mask) v on (..., l, d), as most networks' code has it; scale is by default 1 / sqrt(d)."""
+    weights = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (weights if attn_mask is None else weights + attn_mask).softmax(-1) @ v
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """The module with another value under a name."""
+    ours = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        for name, f in ours.items():
-            setattr(ops, name, f)
+        setattr(module, name, ours)

@@ -14,7 +14,22 @@ from medssm.models import create_model, list_models, list_upstream, model_facts
 
 MEASURED = Path(__file__).with_name("measured.json")  # what `medssm bench --networks` wrote
 Row = dict[str, Any]  # what is said of one network
-_COLUMNS = ("network", "dimensions", "parameters", "input", "multiply-adds", "memory", "CPU", "bf16", "source", "licence", "parity")
+_WAYS = ("native", "native, bf16", "native, compiled", "upstream's arithmetic in PyTorch")  # of inference, as the benchmark names them
+_COLUMNS = (
+    "network",
+    "dimensions",
+    "parameters",
+    "input",
+    "multiply-adds",
+    "memory",
+    "CPU",
+    "bf16",
+    "compiled",
+    "in PyTorch",
+    "source",
+    "licence",
+    "parity",
+)
 
 
 def models(pattern: str = "*", /, *, markdown: bool = False) -> dict[str, Any]:
@@ -92,9 +107,8 @@ def _cells(row: Row) -> list[str]:
     source = row["source"] + (f" (arXiv {row['paper']})" if row["paper"] else "")
     if m is None:
         sizes = ", ".join(_millions(n) for n in row["parameters"].values() if n is not None)
-        return [row["name"], dims, sizes, "", "", "", "", "", source, row["licence"], row["parity"]]
-    seconds = {way: t["median"] for way, t in m["inference"].items()}
-    times = (f"{seconds[way] * 1e3:.0f} ms" for way in ("native", "native, bf16"))
+        return [row["name"], dims, sizes, *[""] * (3 + len(_WAYS)), source, row["licence"], row["parity"]]
+    times = (f"{m['inference'][way]['median'] * 1e3:.0f} ms" if way in m["inference"] else "" for way in _WAYS)
     costs = [f"{m['multiply_adds'] / 1e9:.1f} G", f"{m['memory'] / 2**20:.0f} MiB", *times]
     size = " x ".join(map(str, m["input"][1:]))
     return [row["name"], dims, _millions(m["parameters"]), size, *costs, source, row["licence"], row["parity"]]
@@ -109,8 +123,9 @@ def _note(measured: Row) -> str:
     if not where:
         return "Nothing was measured for this release: medssm bench --networks."
     return (
-        "Parameters, multiply-adds of convolutions, matrix products and scans, memory above the network's own and median time of one inference, "
-        "float32 and under bf16 autocast, for one input of channels x spatial size; "
+        "Parameters, multiply-adds of convolutions, matrix products and scans, memory above the network's own and median time of one inference, in "
+        "float32, under bf16 autocast, compiled, and by the source's arithmetic in plain PyTorch (a time-chunked scan, attention with a matrix of "
+        "weights), for one input of channels x spatial size; "
         f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {measured['date']}. "
         "Parity: against values recorded from the source's own classes; no released checkpoint has been loaded."
     )

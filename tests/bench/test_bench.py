@@ -74,10 +74,14 @@ def test_an_unknown_row_is_one_line(capsys):
 def test_a_network_on_every_way(tmp_path, capsys):
     assert cli.main(["bench", "--networks", "ultralight*", "--quick", "--out", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "networks.json").read_text())["networks"]["ultralight_vmunet"]
-    assert set(figures["inference"]) == {"native", "native, bf16", "time-chunked scan in PyTorch"}
-    assert set(figures["small"]["training"]) == {"native", "time-chunked scan in PyTorch", "reference backend"}
+    assert set(figures["inference"]) == {"native", "native, bf16", "native, compiled", "upstream's arithmetic in PyTorch"}
+    assert set(figures["small"]["training"]) == {"native", "upstream's arithmetic in PyTorch", "reference backend"}
     assert figures["multiply_adds"] > 1e6 and figures["parameters"] == 49_484 and figures["memory"] > 0
     assert "ultralight_vmunet: native" in capsys.readouterr().out and "| ultralight_vmunet |" in (tmp_path / "networks.md").read_text()
+    assert cli.main(["bench", "--networks", "ultralight*", "--quick", "--resume", "--out", str(tmp_path)]) == 0
+    assert (
+        "native" not in capsys.readouterr().out and json.loads((tmp_path / "networks.json").read_text())["networks"]["ultralight_vmunet"] == figures
+    )
 
 
 @pytest.mark.thorough
@@ -110,11 +114,19 @@ def test_mixers_that_are_not_there_are_one_line(capsys):
     assert "--docs: goes with --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mixer", [nn.Mamba(8), nn.TriMamba(8, slices=3), nn.SSND(8, spatial_dims=3)])
-def test_networks_compute_the_same_on_pytorch_scans(mixer):
+@pytest.mark.parametrize(
+    "mixer", [nn.Mamba(8), nn.TriMamba(8, slices=3), nn.SSND(8, spatial_dims=3), nn.LiteMLA(8, dim=4, spatial_dims=3).eval(), nn.SpatialMix(8)]
+)
+def test_networks_compute_the_same_in_pytorch(mixer):
     x = torch.randn(2, 3, 4, 5, 8)
     with torch.no_grad():
         ours = mixer(x)
         with peers.in_pytorch():
             torch.testing.assert_close(mixer(x), ours, rtol=1e-3, atol=1e-4)
         assert torch.equal(mixer(x), ours)
+
+
+def test_eager_attention_is_pytorchs():
+    q, k, v, mask = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6), torch.randn(5, 7)
+    for options in ({}, {"attn_mask": mask}, {"scale": 0.3}):
+        torch.testing.assert_close(peers.eager_attention(q, k, v, **options), torch.nn.functional.scaled_dot_product_attention(q, k, v, **options))
