@@ -7,6 +7,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     cmunext,
     efficientvit_seg,
     egeunet,
+    emcad,
     hvmunet,
     lightm_unet,
     lkm_unet,

@@ -1,5 +1,4 @@
 """MedNeXt (Roy et al., arXiv 2303.09975): a U-Net of ConvNeXt blocks whose steps down and up are such blocks too; in 3D and 2D.
-
 Upstream's networks have a parameter of one number, `dummy_tensor`, that nothing reads: from_upstream keeps it.
 """
 
@@ -78,11 +77,12 @@ def _build(
     responses: bool = False,
     input_size: str = "any",
 ) -> UNet:
-    """kernels: on the way down and on the way up. residual, step_residual: shortcuts in blocks, and in those that change the resolution."""
+    """kernels: on the way down and up. residual, step_residual: shortcuts in blocks, and in those that change the resolution."""
     check_dims(dims)
     widths = [features * 2**s for s in range(5)]
     down, up = (partial(NeXtBlock, spatial_dims=dims, kernel=kernel, norm=norm, responses=responses) for kernel in kernels)
-    stages, ups, up_stages, heads = [], [], [], []
+    stages, ups, up_stages = [], [], []
+    heads: list[nn.Module | None] = []
     for s, width in enumerate(widths):
         steps = [down(widths[s - 1], width, expand=expand[s], residual=step_residual, step="down")] if s else []
         stages.append(nn.Sequential(*steps, *(down(width, width, expand=expand[s], residual=residual) for _ in range(depths[s]))))
@@ -137,14 +137,14 @@ def upstream(
     functions, in the place of exp_r, block_counts, do_res and do_res_up_down; in_ch: another word for in_channels."""
     only("norm_type", norm_type, "group", "layer")
     only("dim", dim, "2d", "3d")
-    kernels = (kernel_size or enc_kernel_size, kernel_size or dec_kernel_size)
+    kernels = (kernel_size or enc_kernel_size or 0, kernel_size or dec_kernel_size or 0)
     if not all(kernels):
         raise ValueError(f"kernel_size: expected a number, or enc_kernel_size and dec_kernel_size, got {kernel_size!r}")
-    expand, depths = per_stage("exp_r", exp_r, 9), block_counts
+    chosen = Size(per_stage("exp_r", exp_r, 9), block_counts)
     if size is not None:
-        (expand, depths), do_res, do_res_up_down = preset(_NAMES, size), True, True
+        chosen, do_res, do_res_up_down = preset(_NAMES, size), True, True
     network = _build(
-        int(dim[0]), in_ch or in_channels, n_classes, n_channels, expand, depths, kernels, deep_supervision, do_res, do_res_up_down, norm_type, grn
+        int(dim[0]), in_ch or in_channels, n_classes, n_channels, *chosen, kernels, deep_supervision, do_res, do_res_up_down, norm_type, grn
     )
     network.dummy_tensor = nn.Parameter(torch.ones(1))
     return network

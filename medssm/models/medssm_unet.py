@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from medssm.models.encoders import encoder as encoder_of
 from medssm.models.facts import Facts, Plan
 from medssm.models.options import per_axis, per_stage, preset
 from medssm.models.registry import register_model
-from medssm.nn import Decoder, Encoder, UNet
-from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, DenseBlock, Down, MixerBlock, Up, check_dims, half
+from medssm.nn import Encoder, UNet
+from medssm.nn.blocks import CONV, ChannelsLast, ConvBlock, Down, MixerBlock, check_dims, half
+from medssm.nn.conv_decoder import conv_decoder, conv_stage, on_encoder
 from medssm.nn.mixers import CONVOLUTIONS, MIXERS, make_mixer
 from medssm.orders import Order, parse
 
@@ -38,8 +40,8 @@ SIZES = {
 
 
 def _from_plan(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
-    steps = {} if "strides" in given else {"strides": plan.strides, "kernels": plan.kernels}
-    if "size" in given:
+    steps = {} if {"strides", "encoder"} & set(given) else {"strides": plan.strides, "kernels": plan.kernels}
+    if {"size", "encoder"} & set(given):
         return steps
     n = len(given.get("features", plan.features))
     return steps | {"features": plan.features, "depths": [1, 1, *[2] * n][:n], "decoder_depths": [1] * (n - 1)}
@@ -67,6 +69,8 @@ def medssm_unet(
     orders: Sequence[str | Order] | None = None,
     deep_supervision: bool = False,
     input_size: str = "any",
+    encoder: str | None = None,
+    encoder_options: Mapping[str, Any] | None = None,
 ) -> UNet:
     """A U-Net with mixers in its coarser stages: global context in linear time, any input size, 2D and 3D.
 
@@ -83,12 +87,21 @@ def medssm_unet(
         orders: of mixers that scan, also as text ("hilbert()", "raster(axes=(1, 0), reverse=True)"); default every axis, both ways.
         deep_supervision: a list of logits, the highest resolution first.
         input_size: "any" pads and crops inside, "strict" raises where strides do not divide the input.
+        encoder, encoder_options: the name of a network of create_model whose encoder is taken, or "pvt_v2_b0" to "pvt_v2_b5", and its options; the
+            decoder alone is ours then, and the options of the stages are None; `size` gives its channels at full resolution.
 
     Returns logits (b, out_channels, *spatial). At inference no statistics cross space: the two finest stages have batch norms, the others
     normalise a voxel's channels.
     """
     check_dims(spatial_dims)
     chosen = preset(SIZES, size)
+    if encoder is not None:
+        its_own = {"features": features, "depths": depths, "decoder_depths": decoder_depths, "strides": strides, "scans_from": scans_from}
+        for option, value in (its_own | {"expand": expand, "d_state": d_state, "orders": orders}).items():
+            if value is not None:
+                raise ValueError(f"{option}: expected None, as the encoder is {encoder}'s, got {value!r}")
+        maps = encoder_of(encoder, spatial_dims, in_channels, encoder_options)
+        return on_encoder(maps, in_channels, out_channels, spatial_dims, chosen.features[0], deep_supervision, input_size)
     kinds = MIXERS | CONVOLUTIONS
     if mixer not in kinds and mixer != _NONE:
         raise ValueError(f"mixer: expected one of {', '.join([*kinds, _NONE])}, got {mixer!r}")
@@ -108,43 +121,23 @@ def medssm_unet(
     if expand is None and mixer in kinds and "expand" in kinds[mixer].options:
         expand = chosen.expand
 
-    def stage(s: int, count: int, scans: bool) -> list[nn.Module]:
-        if scans and mixer == _NONE:
-            return [ConvBlock(widths[s], spatial_dims, sizes[s]) for _ in range(count)]
-        if scans:
-            make = partial(make_mixer, mixer, widths[s], spatial_dims, expand=expand, d_state=d_state, orders=walks)
-            return [MixerBlock(widths[s], spatial_dims, make(), sizes[s]) for _ in range(count)]
-        if s <= 1:
-            return [DenseBlock(widths[s], widths[s], spatial_dims, sizes[s]) for _ in range(count)]
-        return [ConvBlock(widths[s], spatial_dims, sizes[s]) for _ in range(count)]
+    def stage(s: int) -> list[nn.Module]:
+        if s < first_scans:
+            return conv_stage(s, widths[s], depths[s], spatial_dims, sizes[s])
+        if mixer == _NONE:
+            return [ConvBlock(widths[s], spatial_dims, sizes[s]) for _ in range(depths[s])]
+        make = partial(make_mixer, mixer, widths[s], spatial_dims, expand=expand, d_state=d_state, orders=walks)
+        return [MixerBlock(widths[s], spatial_dims, make(), sizes[s]) for _ in range(depths[s])]
 
     convolution = CONV[spatial_dims]
     bare = depths[0] == 0
     stem = [ChannelsLast(spatial_dims)] + ([] if bare else [convolution(in_channels, widths[0], sizes[0], padding=half(sizes[0]))])
-    stages: list[nn.Module] = [nn.Sequential(*stage(0, depths[0], first_scans <= 0))]
+    stages: list[nn.Module] = [nn.Sequential(*stage(0))]
     for s in range(1, n):
         down: nn.Module = Down(widths[s - 1], widths[s], spatial_dims, steps[s])
         if s == 1 and bare:
             down = convolution(in_channels, widths[1], sizes[1], steps[1], padding=half(sizes[1]))
-        stages.append(nn.Sequential(down, *stage(s, depths[s], s >= first_scans)))
+        stages.append(nn.Sequential(down, *stage(s)))
     skips = [in_channels if bare else widths[0], *widths[1:]]
-    ups, up_stages = [], []
-    heads: list[nn.Module | None] = []
-    for i, s in enumerate(range(n - 2, -1, -1)):
-        ups.append(Up(widths[s + 1], widths[s], spatial_dims, steps[s + 1]))
-        joined = widths[s] + skips[s]
-        depth, width = decoder_depths[i], widths[s]
-        blocks: list[nn.Module]
-        if s <= 1 and depth:
-            blocks = [DenseBlock(joined, width, spatial_dims, sizes[s]), *stage(s, depth - 1, False)]
-        elif s == 0:
-            blocks, width = [], joined
-        else:
-            blocks = [convolution(joined, width, 1), *stage(s, depth, False)]
-        up_stages.append(nn.Sequential(*blocks))
-        # Full kernels in the heads too: of many inputs, logits learn fast.
-        head = convolution(width, out_channels, sizes[s], padding=half(sizes[s]))
-        heads.append(head if deep_supervision or s == 0 else None)
-    return UNet(
-        Encoder(nn.Sequential(*stem), stages, skips, steps), Decoder(ups, up_stages, heads, deep_supervision=deep_supervision), None, input_size
-    )
+    decoder = conv_decoder(widths, skips, steps, sizes, decoder_depths, out_channels, spatial_dims, deep_supervision)
+    return UNet(Encoder(nn.Sequential(*stem), stages, skips, steps), decoder, None, input_size)

@@ -39,9 +39,10 @@ class NeXtBlock(nn.Module):
         self.conv1 = first(channels_in, channels_in, kernel, 2 if step else 1, kernel // 2, groups=channels_in)
         self.norm = ChannelNorm(channels_in) if norm == "layer" else nn.GroupNorm(channels_in, channels_in)
         self.conv2, self.conv3 = conv(channels_in, hidden, 1), conv(hidden, channels, 1)
-        # The way down takes every other voxel first: a strided 1 x 1 convolution crashes torch 2.13's backward on channels-last maps on a CPU.
-        shortcuts = {"down": lambda: conv(channels_in, channels, 1), "up": lambda: first(channels_in, channels, 1, 2)}
-        self.res_conv = shortcuts[step]() if step and residual else None
+        self.res_conv: nn.Module | None = None
+        if step and residual:
+            # The way down takes every other voxel first: a strided 1 x 1 convolution crashes torch 2.13's backward on channels-last maps on a CPU.
+            self.res_conv = first(channels_in, channels, 1, 2) if step == "up" else conv(channels_in, channels, 1)
         self.grn_beta = nn.Parameter(torch.zeros(1, hidden, *[1] * spatial_dims)) if responses else None
         self.grn_gamma = nn.Parameter(torch.zeros(1, hidden, *[1] * spatial_dims)) if responses else None
 
@@ -63,5 +64,6 @@ class NeXtBlock(nn.Module):
             return x
         if self.step == "up":
             return nn.functional.pad(self.res_conv(x), [1, 0] * dims)
-        y: Tensor = self.res_conv(x[(..., *[slice(None, None, 2)] * dims)])
+        every: tuple[Any, ...] = (..., *[slice(None, None, 2)] * dims)
+        y: Tensor = self.res_conv(x[every])
         return y
