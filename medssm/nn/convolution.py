@@ -20,6 +20,7 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 _FEW = 20480  # batch * channels * depth * height up to which PyTorch keeps a single volume from oneDNN
 _BATCH = 16  # below this batch, on one thread, PyTorch keeps kernels of one voxel in height and width from oneDNN
 _SMALL = 128  # voxels of an output below which oneDNN's reordering of the weights costs more than it saves
+_MANY = 1 << 16  # channels-last weights from which on PyTorch's own reordering of them, without gradients, costs more than oneDNN's
 
 
 class Conv3d(nn.Conv3d):
@@ -90,7 +91,8 @@ def _untraced(x: Tensor, weight: Tensor) -> bool:
 def _refused(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, last: bool) -> bool:
     """Whether PyTorch would compute this convolution without oneDNN, and slower."""
     out = _sizes(x, weight, stride, padding, dilation)
-    if min(out) < 1 or out[0] * out[1] * out[2] < _SMALL or (not last and list(stride) == list(weight.shape[2:])):
+    reordered = last and _is_channels_last(weight) and weight.numel() >= _MANY and not torch.is_grad_enabled()
+    if min(out) < 1 or (out[0] * out[1] * out[2] < _SMALL and not reordered) or (not last and list(stride) == list(weight.shape[2:])):
         return False
     flat = weight.shape[3] == weight.shape[4] == 1 and all(s == 1 for s in (*stride, *dilation))
     if flat and x.shape[0] < _BATCH and (torch.compiler.is_compiling() or torch.get_num_threads() == 1):

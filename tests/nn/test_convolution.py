@@ -105,6 +105,15 @@ def test_onednn_computes_what_pytorch_leaves_to_slow_kernels(shape, memory):
     assert any("slow_conv" in name for name in slow), "PyTorch has become faster: is this module still wanted?"
 
 
+def test_many_channels_last_weights_are_not_reordered_for_a_few_voxels():
+    x, layer = volume(1, 64, 3, 3, 3, memory="last"), Conv3d(64, 64, 3, padding=1).to(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        assert not any("slow_conv" in name for name in operators(lambda: layer(x)))
+        y = layer(x)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(y, torch.nn.functional.conv3d(x, layer.weight, layer.bias, padding=1), rtol=1e-4, atol=1e-5)
+
+
 def test_a_kernel_of_one_voxel_is_a_matrix_product_on_channels_last_memory():
     x = volume(2, 8, 6, 7, 8, memory="last").requires_grad_()
     layer = Conv3d(8, 4, 1)
