@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 class Facts(NamedTuple):
     """What a network's file says of it when it registers.
 
-    paper: an arXiv number. source: the repository that it follows; licence: that repository's.
+    paper: an arXiv number, or a DOI of what arXiv has not. source: the repository that it follows; licence: that repository's.
     task: "segment", logits (b, classes, *spatial), or "classify", logits (b, classes). dims: the numbers of spatial dimensions.
     small: the options that make it as small as it goes; tests build it so. sizes: the presets that timm's names are made of.
     input: (channels, *spatial) that benchmarks give it, with so many `classes`.

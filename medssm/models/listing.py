@@ -104,7 +104,8 @@ def _row(name: str, measured: Row | None) -> Row:
 
 def _cells(row: Row) -> list[str]:
     m, dims = row["measured"], ", ".join(map(str, row["dimensions"]))
-    source = row["source"] + (f" (arXiv {row['paper']})" if row["paper"] else "")
+    archive = "doi" if row["paper"].startswith("10.") else "arXiv"
+    source = row["source"] + (f" ({archive} {row['paper']})" if row["paper"] else "")
     if m is None:
         sizes = ", ".join(_millions(n) for n in row["parameters"].values() if n is not None)
         return [row["name"], dims, sizes, *[""] * (3 + len(_WAYS)), source, row["licence"], row["parity"]]

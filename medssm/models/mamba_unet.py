@@ -18,17 +18,17 @@ from medssm.models.options import doubled, only, per_stage
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.vmamba import EARLY, ENCODER
 from medssm.models.weights import Map
-from medssm.nn import Decoder, UNet
+from medssm.nn import Decoder
 from medssm.nn.blocks import ChannelNorm
 from medssm.nn.vss import drop_paths, start_linears, vss_encoder
-from medssm.nn.vss_decoder import entrances, repeated, vss_decoder
+from medssm.nn.vss_decoder import MirrorUNet, repeated, vss_decoder
 
 
 @register_model(
     "mamba_unet",
     facts=Facts("2402.05079", "ziyangwang007/Mamba-UNet", "Apache-2.0", small={"features": (8, 16), "depths": (1, 1)}, input=(3, 224, 224)),
 )
-class MambaUNet(UNet):
+class MambaUNet(MirrorUNet):
     """Mamba-UNet for any input size; logits (b, out_channels, *spatial).
 
     Args:
@@ -57,13 +57,6 @@ class MambaUNet(UNet):
         super().__init__(encoder, Decoder(**parts, deep_supervision=deep_supervision), ChannelNorm(features[-1]), input_size)
         self.in_channels = in_channels
         start_linears(self)
-
-    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(b, in_channels, *spatial) -> (b, out_channels, *spatial), or a list of coarser ones too."""
-        assert self.bottleneck is not None
-        skips, x = entrances(self.encoder, x)
-        logits: Tensor | list[Tensor] = self.decoder([*skips[:-1], self.bottleneck(x)])
-        return logits
 
 
 class _Upstream(MambaUNet):

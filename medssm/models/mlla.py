@@ -60,40 +60,32 @@ def mlla(
         mlp_ratio: hidden channels of the MLPs over outer.
     """
     preset_features, preset_depths, preset_heads, preset_drop_path = preset(SIZES, size)
-    return _build(
+    encoder = mlla_encoder(
         spatial_dims,
         in_channels,
-        out_channels,
         features or preset_features,
         depths or preset_depths,
         heads or preset_heads,
-        mlp_ratio,
         preset_drop_path if drop_path is None else drop_path,
+        mlp_ratio=mlp_ratio,
     )
+    return Classifier(encoder, out_channels)
 
 
-def _build(
-    dims: int,
-    in_channels: int,
-    classes: int,
-    features: Sequence[int],
-    depths: Sequence[int],
-    heads: Sequence[int],
-    mlp_ratio: float,
-    drop_path: float,
-    bias: bool = True,
-    dropout: float = 0.0,
-) -> Classifier:
+def mlla_encoder(
+    dims: int, in_channels: int, features: Sequence[int], depths: Sequence[int], heads: Sequence[int], drop_path: float, **options: Any
+) -> Encoder:
+    """MLLA's encoder: after the stem, stages of a step to half the resolution, but for the first, and of blocks, which take `options`."""
     check_dims(dims)
     if not len(features) == len(depths) == len(heads):
         raise ValueError(f"depths, heads: expected one entry for each of {len(features)} stages, got {list(depths)} and {list(heads)}")
     stages = []
     for s, rates in enumerate(drop_paths(depths, drop_path)):
         steps = {} if s == 0 else {"down": Shrink(features[s - 1], features[s], dims)}
-        blocks = nn.Sequential(*(OnImages(features[s], heads[s], dims, mlp_ratio, bias, dropout, rate) for rate in rates))
+        blocks = nn.Sequential(*(OnImages(features[s], heads[s], dims, drop_path=rate, **options) for rate in rates))
         stages.append(nn.Sequential(OrderedDict(**steps, blocks=blocks)))
     strides = [(4,) * dims] + [(2,) * dims] * (len(features) - 1)
-    return Classifier(Encoder(Stem(in_channels, features[0], dims), stages, features, strides), classes)
+    return Encoder(Stem(in_channels, features[0], dims), stages, features, strides)
 
 
 class OnImages(MLLABlock):
@@ -153,16 +145,14 @@ class SequenceBlock(MLLABlock):
         return super().forward(x.unflatten(1, self.resolution)).flatten(1, -2)
 
 
-_DROP = (r"attn\.rope\.rotations$",)
-MAP = Map(
-    drop=_DROP,
-    rename=(
-        (r"^layers\.(\d+)\.blocks\.(\d+)\.(in_proj|act_proj|dwc|attn|out_proj)\.", r"layers.\1.blocks.\2.mixer.\3."),
-        (r"^layers\.(\d+)\.downsample\.", lambda found: f"encoder.stages.{int(found[1]) + 1}.down."),
-        (r"^layers\.", "encoder.stages."),
-        (r"^patch_embed\.", "encoder.stem."),
-    ),
+ROTATIONS = (r"attn\.rope\.rotations$",)
+ENCODER = (
+    (r"\.blocks\.(\d+)\.(in_proj|act_proj|dwc|attn|out_proj)\.", r".blocks.\1.mixer.\2."),
+    (r"^layers\.(\d+)\.downsample\.", lambda found: f"encoder.stages.{int(found[1]) + 1}.down."),
+    (r"^layers\.", "encoder.stages."),
+    (r"^patch_embed\.", "encoder.stem."),
 )
+MAP = Map(ROTATIONS, ENCODER)
 
 
 @register_upstream("mlla", map=MAP)
@@ -185,11 +175,11 @@ def upstream(
     """MLLA from the keywords of upstream's class; img_size and use_checkpoint change no output."""
     only("patch_size", patch_size, 4)
     only("ape", ape, False)
-    features = doubled(embed_dim, len(depths))
-    return _build(2, in_chans, num_classes, features, depths, num_heads, mlp_ratio, drop_path_rate, qkv_bias, drop_rate)
+    features, options = doubled(embed_dim, len(depths)), {"mlp_ratio": mlp_ratio, "bias": qkv_bias, "dropout": drop_rate}
+    return Classifier(mlla_encoder(2, in_chans, features, depths, num_heads, drop_path_rate, **options), num_classes)
 
 
-BLOCK_MAP = Map(drop=_DROP, rename=((r"^(in_proj|act_proj|dwc|attn|out_proj)\.", r"mixer.\1."),))
+BLOCK_MAP = Map(drop=ROTATIONS, rename=((r"^(in_proj|act_proj|dwc|attn|out_proj)\.", r"mixer.\1."),))
 
 
 @register_upstream("mlla_block", map=BLOCK_MAP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -32,6 +33,14 @@ def per_stage(name: str, value: Any, stages: int) -> list[Any]:
     if len(entries) != stages:
         raise ValueError(f"{name}: expected {stages} entries, one per stage, got {entries}")
     return entries
+
+
+def within(name: str, steps: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The steps inside the stages, one per stage: each must divide the product of the later stages' strides, so that it divides every padded map."""
+    for s, step in enumerate(steps):
+        if math.prod(strides[s + 1 :]) % step:
+            raise ValueError(f"{name}: expected stage {s}'s to divide {math.prod(strides[s + 1 :])}, the later strides' product, got {step}")
+    return list(steps)
 
 
 def sides(name: str, value: int | Sequence[int], dims: int) -> list[int]:

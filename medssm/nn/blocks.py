@@ -71,6 +71,19 @@ def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None) -> Tens
     return nn.functional.silu(y) if activation == "silu" else y
 
 
+def enlarge(conv: nn.Module, x: Tensor) -> Tensor:
+    """The depthwise transposed convolution `conv`, whose kernel is its stride, on (b, c, *spatial): a voxel times the kernel is a block."""
+    if not plain(conv, (nn.ConvTranspose2d, nn.ConvTranspose3d, ConvTranspose3d)):
+        y: Tensor = conv(x)
+        return y
+    assert isinstance(conv, nn.ConvTranspose2d | nn.ConvTranspose3d)
+    t, weight = tokens(x), conv.weight.squeeze(1).movedim(0, -1)  # (b, *spatial, c), (*stride, c)
+    for axis in range(len(conv.stride)):
+        t, weight = t.unsqueeze(2 + 2 * axis), weight.unsqueeze(2 * axis)
+    y = t * weight if conv.bias is None else t * weight + conv.bias
+    return image(y.reshape(x.shape[0], *(x.shape[2 + axis] * step for axis, step in enumerate(conv.stride)), -1))
+
+
 def causal(conv: nn.Module, x: Tensor, order: Order | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """silu of the causal depthwise convolution `conv` along the tokens of (b, l, c), or along an order of (b, *spatial, c).
 

@@ -111,7 +111,7 @@ class PairedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, *spatial) -> the same shape."""
-        t = tokens(x)
+        t = tokens(x).contiguous()  # behind a transposed convolution the channels come first
         t = t + positions.resize_positions(self.pos_embed.unflatten(1, self.grid), t, self.interpolation)
         t = t + self.gamma * self.epa(self.norm(t))
         x = image(t)

@@ -1,14 +1,14 @@
-"""The decoder that mirrors VMamba's encoder (Swin-UMamba-D, Mamba-UNet): patch expansion, skips through a linear layer, SS-ND blocks."""
+"""The decoder that mirrors an encoder such as VMamba's (Swin-UMamba-D, Mamba-UNet, MLLA-UNet): steps up, skips through a linear layer, blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from medssm.nn.blocks import CONV, ChannelLinear, ChannelNorm
-from medssm.nn.unet import Encoder
+from medssm.nn.unet import Encoder, UNet
 from medssm.nn.vss import PatchExpand, VSSBlock
 
 
@@ -21,18 +21,23 @@ def vss_decoder(
     *,
     norm: bool = False,
     head_bias: bool = True,
+    up: Callable[[int, int], nn.Module] | None = None,
+    block: Callable[[int, float], nn.Module] | None = None,
     **options: Any,
 ) -> dict[str, list[Any]]:
     """Decoder's arguments for features from fine to coarse, the finest at a quarter of the resolution; its last level is the image's, without a skip.
 
-    rates: from coarse to fine, the stochastic depths of each level's VSSBlocks, which take `options`. heads: the number of finest levels that have
-    logits, of 1 x 1 convolutions with a bias or, by head_bias, none. norm: before the step to the image.
+    rates: from coarse to fine, the stochastic depths of each level's blocks: block(s, rate) for features[s], by default a VSSBlock with `options`.
+    up(channels_in, channels): the steps to twice the resolution, by default a PatchExpand. norm: before the step to the image. heads: the number of
+    finest levels that have logits, of 1 x 1 convolutions with a bias or, by head_bias, none.
     """
+    up = up or (lambda a, b: PatchExpand(a, b, spatial_dims))
+    block = block or (lambda s, rate: VSSBlock(features[s], spatial_dims, rate, **options))
     ups: list[nn.Module] = []
     stages: list[nn.Module] = []
     for level, s in enumerate(range(len(features) - 2, -1, -1)):
-        ups.append(PatchExpand(features[s + 1], features[s], spatial_dims))
-        blocks = [VSSBlock(features[s], spatial_dims, rate, **options) for rate in rates[level]]
+        ups.append(up(features[s + 1], features[s]))
+        blocks = [block(s, rate) for rate in rates[level]]
         stages.append(nn.Sequential(ChannelLinear(2 * features[s], features[s]), *blocks))
     last = PatchExpand(features[0], features[0], spatial_dims, 4)
     ups.append(nn.Sequential(ChannelNorm(features[0]), last) if norm else last)
@@ -52,6 +57,17 @@ def entrances(encoder: Encoder, x: Tensor) -> tuple[list[Tensor], Tensor]:
                 taken.append(x)
             x = part(x)
     return taken, x
+
+
+class MirrorUNet(UNet):
+    """A U-Net with `vss_decoder`'s decoder; its skips are what the blocks of the encoder's stages take. `bottleneck`: on what the last ones give."""
+
+    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(b, in_channels, *spatial) -> (b, out_channels, *spatial), or a list of coarser ones too."""
+        assert self.bottleneck is not None
+        skips, x = entrances(self.encoder, x)
+        logits: Tensor | list[Tensor] = self.decoder([*skips[:-1], self.bottleneck(x)])
+        return logits
 
 
 def repeated(x: Tensor, channels: int) -> Tensor:

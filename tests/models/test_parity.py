@@ -16,8 +16,8 @@ CARDS = parity_cards.names()  # {card: the name that from_upstream has for its c
 LOOSE = {"lightm_3d": 0.1}
 # Recorded with the paper's formula; other cards of WKV with the published kernels' arithmetic.
 MORE = {name: {"wkv_mode": "exact"} for name in ("rwkvunet_T_formula", "vrwkv_tiny_formula")}
-# Networks of a hundred million weights and maps of full size, for whose arithmetic a card of one block stands in the short tests.
-LARGE = {"unetrpp_acdc"}
+# A hundred million weights, or a map of 128^3: in the short tests a card of one block and a smaller network stand for them.
+LARGE = {"slimunetr", "unetrpp_acdc"}
 ALL = [pytest.param(name, marks=pytest.mark.thorough) if name in LARGE else name for name in CARDS]
 
 

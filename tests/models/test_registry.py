@@ -27,7 +27,7 @@ def lacks(name):
     parts = {
         "a source": facts.source,
         "a licence": facts.licence,
-        "an arXiv number": re.fullmatch(r"\d{4}\.\d{5}", facts.paper) or facts.source == "this project",
+        "an arXiv number or a DOI": re.fullmatch(r"\d{4}\.\d{5}|10\.\d{4,}/\S+", facts.paper) or facts.source == "this project",
         "a task": facts.task in ("segment", "classify"),
         "a docstring": inspect.getdoc(getattr(builder, "func", builder)),
         "a class of from_upstream, or a word on parity": upstream or facts.parity,
