@@ -20,7 +20,7 @@ from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, FlipMamba, UNet
 from medssm.nn.attention import ChannelAttention
 from medssm.nn.blocks import CONV, LINEAR, ChannelLinear, ChannelsLast, ConvNorm, check_dims, image, tokens
-from medssm.nn.resnet import BasicBlock, double_conv
+from medssm.nn.resnet import RELU, BasicBlock, double_conv
 
 SOURCE = ("2402.03526", "lhaof/nnMamba", "none given")
 
@@ -62,7 +62,7 @@ class MambaLayer(nn.Module):
 
     def __init__(self, channels: int, mamba: nn.Module, spatial_dims: int) -> None:
         super().__init__()
-        self.nin, self.nin2 = (ConvNorm(channels, channels, 1, spatial_dims=spatial_dims, act=nn.ReLU) for _ in range(2))
+        self.nin, self.nin2 = (ConvNorm(channels, channels, 1, spatial_dims=spatial_dims, act=RELU) for _ in range(2))
         self.mamba = mamba
 
     def forward(self, x: Tensor) -> Tensor:
