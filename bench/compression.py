@@ -21,11 +21,12 @@ from medssm.compare import compare
 RESULTS = Path(__file__).parent / "results"
 FURTHER = 300
 PRUNED, LAST = ("--prune", "0.35"), ("--steps", str(FURTHER))
-# The network, steps of its training, then ways to a smaller one: words of `medssm compress`; of `medssm train` where they begin with "train".
-SETTINGS: dict[str, tuple[str, int, dict[str, Sequence[str]]]] = {
+LIGHT = {"umamba_bot": '{"features": [16, 32, 64, 128]}', "segmamba": '{"features": [16, 32, 64, 128], "hidden": 128}'}
+# The network's name here and words of its training, then ways to a smaller one: words of `medssm compress`, of `medssm train` after "train".
+SETTINGS: dict[str, tuple[str, Sequence[str], dict[str, Sequence[str]]]] = {
     "medssm_unet": (
         "small",
-        800,
+        ("--max-steps", "800"),
         {
             "more": ("train", "--start", "{base}", "--max-steps", str(FURTHER)),
             "p35": (*PRUNED, *LAST),
@@ -40,14 +41,14 @@ SETTINGS: dict[str, tuple[str, int, dict[str, Sequence[str]]]] = {
     **{
         name: (
             short,
-            300,
+            ("--max-steps", "300", "--model-kwargs", kwargs),
             {
                 f"{short}-int8": ("--int8",),
                 f"{short}-p50": ("--prune", "0.5", "--steps", "150"),
                 f"{short}-r50": ("--low-rank", "0.5", "--steps", "150"),
             },
         )
-        for name, short in (("umamba_bot", "umamba"), ("segmamba", "segmamba"))
+        for (name, kwargs), short in zip(LIGHT.items(), ("umamba", "segmamba"), strict=True)
     },
 }
 HEAD = ("network", "Dice", "less than it", "non-inferior", "HD95, mm", "parameters", "multiply-adds", "s a scan", "over it")
@@ -61,11 +62,11 @@ def main() -> None:
     parser.add_argument("--fold", default="0")
     parser.add_argument("--out", type=Path, default=RESULTS / "compression")
     args = parser.parse_args()
-    base, steps, settings = SETTINGS[args.network]
+    base, words, settings = SETTINGS[args.network]
     training = ("--splits", str(RESULTS / "accuracy" / "splits.json"), "--fold", args.fold, "--validations", "1")
-    run(args.work / base, "train", args.dataset, "--model", args.network, *training, "--max-steps", steps)
-    for name, words in settings.items():
-        command, *rest = (word.format(base=args.work / base) for word in words)
+    run(args.work / base, "train", args.dataset, "--model", args.network, *training, *words)
+    for name, way in settings.items():
+        command, *rest = (word.format(base=args.work / base) for word in way)
         if command == "train":
             run(args.work / name, "train", args.dataset, *training, *rest)
         else:
@@ -78,7 +79,7 @@ def main() -> None:
         "dataset": args.dataset.name,
         "fold": args.fold,
         "patients": found["patients"],
-        "steps": steps,
+        "training": words,
         "settings": settings,
     }
     record(
