@@ -6,7 +6,7 @@ import torch
 from tests.models.test_models import ALL, CLASSIFIERS, build
 
 
-@pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("steps", [16, pytest.param(200, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", ALL)
 def test_every_step_is_finite_and_the_loss_falls(name, steps):
     """A few samples learned by heart with Adam, its steps large: the loss falls, and stays finite at every step."""
@@ -26,5 +26,5 @@ def test_every_step_is_finite_and_the_loss_falls(name, steps):
         losses.append(loss.item())
     losses = torch.tensor(losses)
     assert losses.isfinite().all(), f"step {int((~losses.isfinite()).nonzero()[0])}"
-    assert losses[-10:].mean() < losses[:5].mean()
+    assert losses[-5:].mean() < losses[:5].mean()
     assert all(p.isfinite().all() for p in model.parameters())
