@@ -231,21 +231,31 @@ void gated_linear_attention(const Call& call) {
   kernel(a);
 }
 
+// Tokens (b, *l, h, d) of that rank, or (b, *l, h).
+void add_heads(Arguments& arguments, const Tensor& t, size_t rank) {
+  const bool with_features = t.shape.size() == rank;
+  add_tokens(arguments, t, with_features ? 2 : 1);
+  if (!with_features) arguments.add(t.present ? 1 : 0);  // the stride of its heads
+}
+
 void delta_rule(const Call& call) {
-  static const Kernel kernel("delta_rule_forward");
-  const Tensor &q = call[0], &k = call[1], &v = call[2], &beta = call[3], &g = call[4];
+  static const Kernel kernel("delta_rule_forward"), general("delta_rule_general_forward");
+  const Tensor &q = call[0], &k = call[1], &v = call[2], &beta = call[3], &g = call[4], &erase = call[5], &erase_out = call[6], &write = call[7];
   const Tensor out = call.output(v.shape);
   if (!out.size()) return;
+  const size_t rank = q.shape.size();
+  const bool per_key = g.shape.size() == rank, first = call.attributes.erase_first;
   Arguments a;
-  for (const Tensor* t : {&q, &k, &v}) add_tokens(a, *t, 2);
-  for (const Tensor* t : {&beta, &g}) {
-    add_tokens(a, *t, 1);
-    a.add(t->present ? 1 : 0);  // the stride of its heads
-  }
-  a.add(call[5].data).add_walk(*walk_of(call.attributes.order, spatial(q, 2)), call.attributes.reverse);
+  for (const Tensor* t : {&q, &k, &v, &beta, &g}) add_heads(a, *t, rank);
+  a.add(call[8].data).add_walk(*walk_of(call.attributes.order, spatial(q, 2)), call.attributes.reverse);
   a.add(q.shape[0], length(q, 2), last(q, 1), last(q), last(v), 0, call.attributes.threads, call.attributes.scale);
+  const bool is_general = per_key || erase.present || erase_out.present || write.present || first;
+  if (is_general) {
+    for (const Tensor* t : {erase.present ? &erase : &k, &erase_out, write.present ? &write : &beta}) add_heads(a, *t, rank);
+    a.add(!erase.present, per_key, write.shape.size() == rank, first);
+  }
   a.add(out.data, nullptr, nullptr);
-  kernel(a);
+  (is_general ? general : kernel)(a);
 }
 
 void bi_wkv(const Call& call) {
@@ -285,7 +295,7 @@ const std::vector<Op>& ops() {
       {"ssd", "+++++????", ssd},
       {"linear_attention", "+++????", linear_attention},
       {"gated_linear_attention", "++++?", gated_linear_attention},
-      {"delta_rule", "++++??", delta_rule},
+      {"delta_rule", "++++?????", delta_rule},
       {"bi_wkv", "++++", bi_wkv},
   };
   return all;

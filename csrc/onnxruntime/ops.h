@@ -13,7 +13,7 @@ namespace medssm::ort {
 // What a node says beside its inputs. A node without an attribute has the value here.
 struct Attributes {
   std::string order, orders, activation, merge, mode, feature_map;
-  bool reverse = false, delta_softplus = false, dt_softplus = false, causal = false, normalize = false;
+  bool reverse = false, delta_softplus = false, dt_softplus = false, causal = false, normalize = false, erase_first = false;
   double scale = 1, eps = 0, low = 0, high = INFINITY;
   int64_t threads = 1;
 
@@ -24,7 +24,7 @@ struct Attributes {
     order = text("order"), orders = text("orders"), activation = text("activation");
     merge = text("merge"), mode = text("mode"), feature_map = text("feature_map");
     reverse = flag("reverse"), delta_softplus = flag("delta_softplus"), dt_softplus = flag("dt_softplus");
-    causal = flag("causal"), normalize = flag("normalize");
+    causal = flag("causal"), normalize = flag("normalize"), erase_first = flag("erase_first");
     scale = number("scale", scale), eps = number("eps", eps), low = number("low", low), high = number("high", high);
   }
 };

@@ -222,25 +222,28 @@ def _delta(groups: Groups, mixer: DeltaNet, x: Channels) -> Channels:
     of_head = torch.cat([rows([0, keys], count, key), rows([2 * keys], count, value)], 1)
     groups.along(x, mixer.qkv_proj, "weight", 1)
     groups.take(heads, mixer.qkv_proj, "weight", 0, of_head)
-    layers: list[Any] = [mixer.qkv_proj, mixer.b_proj, mixer.o_proj]
+    layers: list[Any] = [mixer.qkv_proj, mixer.o_proj]
     if mixer.conv is not None:
         groups.take(heads, mixer.convolution, "weight", 0, of_head)
         layers.append(mixer.convolution)
-    for layer, width in ((mixer.b_proj, 1), (mixer.a_proj, 1), (mixer.g_proj, value)):
-        if layer is not None:
-            groups.along(x, layer, "weight", 1)
-            groups.take(heads, layer, "weight", 0, rows([0], count, width))
-            layers.append(layer)
-    if mixer.a_proj is not None:
-        groups.take(heads, mixer, "dt_bias")
-        groups.take(heads, mixer, "A_log")
+    for layer, per_channel in ((mixer.b_proj, key), (mixer.a_proj, key), (mixer.w_proj, value), (mixer.g_proj, None)):
+        if layer is None:
+            continue
+        narrow, wide = layer if isinstance(layer, nn.Sequential) else (layer, layer)
+        width = value if per_channel is None else per_channel if narrow is not wide else 1
+        groups.along(x, narrow, "weight", 1)
+        groups.take(heads, wide, "weight", 0, rows([0], count, width))
+        layers += [narrow] if narrow is wide else [narrow, wide]
+    for name, width in (("dt_bias", 1 if mixer.rule == "delta" else key), ("A_log", 1), ("k_a", key)):
+        if hasattr(mixer, name):
+            groups.take(heads, mixer, name, 0, rows([0], count, width))
     groups.take(heads, mixer.o_proj, "weight", 1, rows([0], count, value))
     groups.along(x, mixer.o_proj, "weight", 0)
 
     def update() -> None:
         for layer in layers:
             resize(layer)
-        mixer.heads = mixer.b_proj.out_features
+        mixer.heads = mixer.o_proj.in_features // value
         mixer.split = (mixer.heads * key, mixer.heads * key, mixer.heads * value)
 
     groups.after(update)

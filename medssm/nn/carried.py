@@ -111,10 +111,7 @@ def _delta(m: DeltaNet, spatial: Sequence[int]) -> Carried | None:
         return depthwise(m.convolution, u, "silu") if m.conv == "space" else functional.silu(u)
 
     def scan(u: Tensor, x: Tensor, state: Tensor | None, total: Any, i: int) -> tuple[Tensor, Tensor]:
-        beta, g = torch.sigmoid(widened(m.b_proj(x))), None
-        if m.a_proj is not None:
-            g = -torch.exp(widened(m.A_log)) * functional.softplus(widened(m.a_proj(x)) + m.dt_bias)
-        y, state = ops.delta_rule(*m._heads(u), beta, g=g, order=m.orders[i], initial_state=state, return_final_state=True)
+        y, state = m.recur(*m._heads(u), m.gates(x), order=m.orders[i], initial_state=state, return_final_state=True)
         return y.flatten(-2), state
 
     def after(y: Tensor, u: Tensor, x: Tensor, row: int, total: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from medssm.nn.bottleneck import as_costly_as
-from medssm.nn.deltanet import DeltaNet
+from medssm.nn.deltanet import RULES, DeltaNet
 from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.mamba2 import Mamba2
 from medssm.nn.mlla import MLLA
@@ -44,6 +44,15 @@ MIXERS: dict[str, Kind] = {
         lambda c, dims, expand, orders: DeltaNet(c, heads(c, 32), expand_k=expand, expand_v=expand, spatial_dims=dims, orders=orders),
         {"expand": 1, "orders": None},
     ),
+    **{
+        rule: Kind(
+            lambda c, dims, expand, orders, rule=rule: DeltaNet(
+                c, heads(c, 32), rule=rule, expand_k=expand, expand_v=expand, spatial_dims=dims, orders=orders
+            ),
+            {"expand": 1, "orders": None},
+        )
+        for rule in RULES[1:]
+    },
     "mamba2": Kind(
         lambda c, dims, expand, d_state, orders: Mamba2(c, int(d_state), expand=expand, spatial_dims=dims, orders=orders),
         {"expand": 2, "d_state": 64, "orders": None},

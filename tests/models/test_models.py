@@ -309,7 +309,9 @@ def test_every_size_of_medssm_unet_trains(size, dims):
 
 
 @pytest.mark.parametrize("dims", [pytest.param(2, marks=pytest.mark.thorough), 3])
-@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "ss_nd"])
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(name, marks=pytest.mark.thorough if name in ("kda", "rwkv7") else ()) for name in MIXERS if name != "ss_nd"]
+)
 def test_every_mixer_in_medssm_unet(mixer, dims):
     options = {"features": (4, 6, 16), "depths": (0, 1, 1), "decoder_depths": (1, 0), "mixer": mixer}
     model = build("medssm_unet", dims, **options)

@@ -1,10 +1,12 @@
 """DeltaNet: orders, convolutions, gradients, arguments."""
 
+import math
+
 import pytest
 import torch
 
 import medssm
-from medssm import nn, orders
+from medssm import nn, ops, orders
 
 
 @pytest.mark.parametrize("conv", ["space", "order", None])
@@ -60,6 +62,41 @@ def test_backends_agree():
         torch.testing.assert_close(mixer(x), want, rtol=1e-4, atol=1e-5)
 
 
+def scan(rule):
+    """A layer of one order, its input, and its queries, keys and values."""
+    torch.manual_seed(0)
+    mixer = nn.DeltaNet(8, 2, rule=rule, gate=None, conv=None, orders=[orders.raster()])
+    x = torch.randn(1, 2, 3, 8)
+    q, k, v = mixer._heads(torch.nn.functional.silu(mixer.qkv_proj(x)))
+    return mixer, x, q, k, v
+
+
+def test_kda_has_a_decay_for_each_key():
+    mixer, x, q, k, v = scan("kda")
+    decay = -mixer.A_log.exp()[:, None] * torch.nn.functional.softplus(mixer.a_proj(x) + mixer.dt_bias).unflatten(-1, (2, 4))
+    want = ops.delta_rule(q, k, v, mixer.b_proj(x).sigmoid(), g=decay, order=orders.raster())
+    torch.testing.assert_close(mixer(x), mixer.o_proj(mixer.o_norm(want).flatten(-2)))
+
+
+def test_gdn2_erases_and_writes_by_gates_of_their_own():
+    mixer, x, q, k, v = scan("gdn2")
+    decay = -mixer.A_log.exp()[:, None] * torch.nn.functional.softplus(mixer.a_proj(x) + mixer.dt_bias).unflatten(-1, (2, 4))
+    b, w = (project(x).sigmoid().unflatten(-1, (2, 4)) for project in (mixer.b_proj, mixer.w_proj))
+    want = ops.delta_rule(q, k, v, torch.ones(1, 2, 3, 2), g=decay, erase=b * k, write=w, order=orders.raster())
+    torch.testing.assert_close(mixer(x), mixer.o_proj(mixer.o_norm(want).flatten(-2)))
+
+
+def test_rwkv7_erases_a_key_in_part():
+    mixer, x, q, k, v = scan("rwkv7")
+    torch.nn.init.normal_(mixer.k_a)
+    decay = -(math.e**-0.5) * torch.sigmoid(mixer.a_proj(x) + mixer.dt_bias).unflatten(-1, (2, 4))
+    b = mixer.b_proj(x).sigmoid().unflatten(-1, (2, 4))
+    written = k * (1 + (b - 1) * mixer.k_a.view(2, 4))
+    options = {"g": decay, "erase": k, "erase_out": b * k, "erase_first": True, "order": orders.raster()}
+    want = ops.delta_rule(q, written, v, torch.ones(1, 2, 3, 2), **options)
+    torch.testing.assert_close(mixer(x), mixer.o_proj(mixer.o_norm(want).flatten(-2)))
+
+
 def test_starts_with_mambas_steps():
     torch.manual_seed(0)
     dt = torch.nn.functional.softplus(nn.DeltaNet(64, 32).dt_bias)
@@ -71,6 +108,10 @@ def test_wrong_arguments_are_named():
         nn.DeltaNet(8, 3)
     with pytest.raises(ValueError, match="conv: expected 'space', 'order' or None, got 'time'"):
         nn.DeltaNet(8, conv="time")
+    with pytest.raises(ValueError, match="rule: expected one of delta, kda, gdn2, rwkv7, got 'comba'"):
+        nn.DeltaNet(8, rule="comba")
+    with pytest.raises(ValueError, match="gated: expected True with rule='kda', got False"):
+        nn.DeltaNet(8, rule="kda", gated=False)
     with pytest.raises(ValueError, match="gate: expected 'silu' or None, got 'relu'"):
         nn.DeltaNet(8, gate="relu")
     with pytest.raises(ValueError, match="orders: expected a list of orders for spatial_dims=1"):
