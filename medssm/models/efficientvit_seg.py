@@ -20,7 +20,7 @@ from medssm.nn import Encoder
 from medssm.nn.blocks import CUBIC, LINEAR, ChannelsLast, ConvNorm, check_dims
 from medssm.nn.efficientvit import EfficientViTBlock, MBConv, Residual
 from medssm.nn.leaf import Leaf
-from medssm.nn.unet import AnySize
+from medssm.nn.unet import NARROW, AnySize
 
 _gelu = partial(nn.GELU, approximate="tanh")
 
@@ -100,6 +100,7 @@ class EfficientViTSeg(AnySize):
 
     def __init__(self, encoder: Encoder, head: SegHead, enlarge: bool, input_size: str) -> None:
         super().__init__((32,) * len(encoder.strides[0]), input_size)
+        self.narrow = max(encoder.output_channels) <= NARROW
         self.encoder, self.seg_head, self.enlarge = encoder, head, enlarge
 
     def whole(self, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from medssm.nn import Decoder, Encoder, UNet
 from medssm.nn.blocks import CONV, check_dims
 from medssm.nn.grouped import Gate, GatedDecoder, MultiAxisProduct
 from medssm.nn.light import halving_stages, rising_stages
+from medssm.nn.unet import NARROW
 
 
 @register_model("egeunet", facts=Facts("2307.08473", "JCruan519/EGE-UNet", "Apache-2.0", small={"features": (4, 4, 8, 8, 8, 8)}, input=(3, 256, 256)))
@@ -42,7 +43,9 @@ def egeunet(
         deep_supervision: a list of logits, the highest resolution first; they gate the skips, which one channel at each level does without it.
         input_size: "any" pads and crops inside, "strict" raises.
     """
-    return UNet(*_parts(spatial_dims, in_channels, out_channels, features, out_channels if deep_supervision else 0), size=input_size)
+    network = UNet(*_parts(spatial_dims, in_channels, out_channels, features, out_channels if deep_supervision else 0), size=input_size)
+    network.narrow = max(features) <= NARROW
+    return network
 
 
 def _parts(dims: int, in_channels: int, out_channels: int, features: Sequence[int], supervised: int) -> tuple[Encoder, Decoder]:

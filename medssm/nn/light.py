@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate
 
 from medssm.nn.blocks import CONV, LINEAR, MAX_POOL, check_dims
-from medssm.nn.unet import AnySize, Encoder
+from medssm.nn.unet import NARROW, AnySize, Encoder
 
 GROUPS = 4  # of the group norms, of which every number of channels is a multiple
 Mix = Callable[[int, int, int], nn.Module]
@@ -69,7 +69,7 @@ class LightUNet(AnySize):
         if activation not in (None, "sigmoid"):
             raise ValueError(f"activation: expected None or 'sigmoid', got {activation!r}")
         super().__init__([32] * spatial_dims, input_size)
-        self.activation = activation
+        self.activation, self.narrow = activation, max(features) <= NARROW
         stages = halving_stages(in_channels, features, spatial_dims, down, mixed)
         self.encoder = Encoder(nn.Identity(), stages, features[:5], [(2,) * spatial_dims] * 5)
         self.bottom, self.bridge = down(4, features[4], features[5]), bridge

@@ -10,7 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from medssm.kernels.autocast import without_autocast
 from medssm.nn import sizes
+from medssm.nn.inner import weight_dtype
 
 Strides = Sequence[Sequence[int]]
 
@@ -125,15 +127,22 @@ class Decoder(nn.Module):
         return outputs
 
 
+NARROW = 128  # the most channels of a network whose layers are too narrow for bf16 on a CPU
+
+
 class AnySize(nn.Module):
     """A network for inputs (b, c, *spatial) of any size, though its strides divide few: `whole` sees multiples of `size_divisor` alone.
 
     `size="any"` pads the input with zeros behind it and crops the outputs, of any resolution; `size="strict"` raises ValueError and names
     the axis. Instance norms have no statistics of the single voxel that an input of one `size_divisor` becomes: such a network sees two.
     A subclass has `whole(x)`, which returns a tensor or a list of them, and sets `instance_norms` once it has its layers.
+
+    narrow: under bf16 autocast on a CPU the network computes in its weights' type all the same, and gives that. Of few channels bf16 is slower there:
+    oneDNN's kernels for it take 32 channels at a time, and each layer casts its input, its weights and its output.
     """
 
     instance_norms: bool = False
+    narrow: bool = False
 
     def whole(self, x: Tensor) -> Tensor | list[Tensor]:
         """The network on (b, c, *spatial) whose sizes `size_divisor` divides."""
@@ -147,6 +156,12 @@ class AnySize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, c, *spatial) -> `whole`'s output for it, (b, classes, *spatial) or a list of coarser ones too."""
+        if self.narrow and torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+            with without_autocast(x.device):
+                return self._cropped(x.to(weight_dtype(self, x)))
+        return self._cropped(x)
+
+    def _cropped(self, x: Tensor) -> Tensor | list[Tensor]:
         padded = sizes.pad_to(x, self.size_divisor, self.size, self.instance_norms)
         y = self.whole(padded)
         if padded is x:

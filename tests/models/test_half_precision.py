@@ -28,3 +28,17 @@ def test_every_step_is_finite_and_the_loss_falls(name, steps):
     assert losses.isfinite().all(), f"step {int((~losses.isfinite()).nonzero()[0])}"
     assert losses[-5:].mean() < losses[:5].mean()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["efficientvit_seg", "egeunet", "ultralight_vmunet"])
+def test_networks_of_few_channels_compute_in_float32_on_a_cpu(name):
+    """Where bf16 is slower."""
+    torch.manual_seed(0)
+    model, x = build(name, 2).eval(), torch.randn(1, 2, 33, 38)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(x), expected) and model(x.bfloat16()).dtype == torch.float32
+        wide = build(name, 2, **({"size": "b1"} if name == "efficientvit_seg" else {"features": (8, 8, 8, 8, 8, 136)})).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert wide(x).dtype == torch.bfloat16
