@@ -99,7 +99,7 @@ class Head(nn.Module):
         columns = [fuse[:, at : at + w] for at in range((len(self.linears) - 1) * w, -1, -w)]
         finest, *coarser = (image(linear(layer(tokens(x)), own)) for layer, x, own in zip(self.linears, maps, columns, strict=True))
         for x in coarser:
-            finest = finest + interpolate(x, maps[0].shape[2:], mode=self.interpolation)
+            finest += interpolate(x, maps[0].shape[2:], mode=self.interpolation)
         logits: Tensor = self.pred(self.dropout(relu(self.norm(finest), inplace=True)))
         return logits
 
