@@ -95,7 +95,7 @@ def compress(
     if not (trains or fold_norms or int8):
         raise UserError("expected at least one of --prune, --low-rank, --distil, --fold-norms and --int8, got none")
     _check(out, steps=steps, batches=batches, multiple=multiple)
-    source = _Source.read(run, None if data is None else Path(data), seed)
+    source = Source.read(run, None if data is None else Path(data), seed)
     if trains or steps:
         source.start.check_trainable("run")
     if int8 and "int8" in [step["kind"] for step in source.start.config.get("compression", [])]:
@@ -170,7 +170,7 @@ def _check(out: Path, *, steps: int | None, batches: int, multiple: int) -> None
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The training whose network becomes smaller.
 
     start      its network and what was fitted to its data
@@ -192,7 +192,7 @@ class _Source:
     example: Tensor
 
     @classmethod
-    def read(cls, run: Path, data: Path | None, seed: int) -> _Source:
+    def read(cls, run: Path, data: Path | None, seed: int) -> Source:
         """Raises UserError for a folder that is not that of a finished training, and a data set that is not the one that it was trained on."""
         if not (run / FITTED).is_file():
             folds = ", ".join(sorted(file.parent.name for file in run.glob(f"*/{FITTED}")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,13 +59,16 @@ def write_portable(
     overlap: float,
     mirror: bool,
     license: Path | str | None,
+    compression: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write a file that needs no operators of medssm, and its model card; the command's result.
 
     write: (network, file, (1, channels, *patch), texts by name that the file carries) -> its difference from PyTorch
+    compression: kinds of steps that `write` does itself
     """
     job = Job.of(run, file, overlap, mirror)
     table = job.metadata()
+    table["compression"] += compression
     return job.finish(table, license, [], write(job.network, file, job.shape, {KEY: text(table)}))
 
 
@@ -82,5 +85,6 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Print what was written."""
     needs = f"; needs medssm's operators {', '.join(result['operators'])}" if result["operators"] else ""
     print(f"{result['model']}, {result['parameters']:,} parameters{needs}")
-    print(f"differs from PyTorch by {result['error']:.1e} of the output's spread at two sizes")
+    where = "on average on patches of training cases" if options.get("int8") else "at two sizes"
+    print(f"differs from PyTorch by {result['error']:.1e} of the output's spread {where}")
     print(f"written: {result['file']} and {result['card']}")

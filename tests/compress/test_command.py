@@ -19,6 +19,7 @@ from medssm.segment import networks
 from medssm.segment.loop import Interrupted, Loop
 from medssm.segment.predict import predict
 from medssm.segment.train import train
+from tests.compress.conftest import KWARGS
 from tests.segment.synthetic import nnunet_folder
 
 LOGITS = """
@@ -35,6 +36,18 @@ def logits(network):
     x = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return network.eval()(x)[0]
+
+
+@pytest.mark.thorough
+def test_openvino_s_8_bits_have_ranges_from_the_training_cases(folder, tmp_path, capsys):
+    for package in ("openvino", "nncf", "onnxscript"):
+        pytest.importorskip(package, reason=f"needs the package {package}")
+    out, file = tmp_path / "run", tmp_path / "net.xml"
+    options = {"patch": (16, 16, 16), "fold": 0, "folds": 4, "max_steps": 2, "device": "cpu", "validations": 1, "quiet": True}
+    train(folder, out, model_kwargs=KWARGS | {"mixer": "linear_attention", "d_state": None}, **options)
+    assert cli.main(["export", "openvino", str(out), str(file), "--int8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["error"] < 0.05
+    assert "8-bit integers" in file.with_suffix(".md").read_text()
 
 
 def test_a_pruned_and_trained_run_is_a_run_like_any_other(run, tmp_path, capsys):
