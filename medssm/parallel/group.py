@@ -20,7 +20,7 @@ class RankError(RuntimeError):
 
 
 def start(timeout: float = 600.0, backend: str | None = None) -> None:
-    """Join the group that torchrun (or SLURM's variables, see docs/guides/ranks.md) describes: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+    """Join the processes that torchrun started; without torchrun, begin a group of this process alone. docs/guides/ranks.md has the lines to start.
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up with RankError
@@ -29,6 +29,9 @@ def start(timeout: float = 600.0, backend: str | None = None) -> None:
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
     with _said("joining the group"):
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 

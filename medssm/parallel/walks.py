@@ -50,7 +50,8 @@ def part(slabs: Slabs, order: Order, spatial: Sequence[int]) -> Part:
     order.check(whole)
     if order.kind == "raster" and (order.parameters["axes"] or range(len(whole)))[0] == axis:
         return Part(order, range(count))
-    return _part(order.spec, whole, axis, tuple(slabs.place(spatial[axis])), rank)
+    with torch.inference_mode(False):  # what is kept serves training too
+        return _part(order.spec, whole, axis, tuple(slabs.place(spatial[axis])), rank)
 
 
 @functools.lru_cache(maxsize=128)

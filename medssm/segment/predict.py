@@ -27,8 +27,10 @@ from medssm.compress.fold import fold as fold_norms
 from medssm.errors import UserError
 from medssm.files import first_line, protect
 from medssm.options import Option
+from medssm.parallel import RankError
 from medssm.scratch import Scratch, Store, slabs
 from medssm.segment import networks, postprocess
+from medssm.segment import ranks as over_ranks
 from medssm.segment.cases import Case
 from medssm.segment.data import FITTED
 from medssm.segment.explain.case import Explainer, summary
@@ -84,6 +86,8 @@ def predict(
     batch: int | None = None,
     nan: float | None = None,
     stream: bool = False,
+    ranks: int = 1,
+    rank_timeout: float = 600.0,
     explain: str | int | None = None,
     explain_at: tuple[float, float, float] | None = None,
     scratch: Path | str | None = None,
@@ -128,6 +132,9 @@ def predict(
         mirror: average over the mirrorings that the network was trained with
         batch: windows at a time (default: 1, 2 or 4, whichever is fastest on the first windows; 1 where they are large)
         stream: run the network over the whole volume at once, in slabs that bound the memory, instead of windows; for medssm_unet in 3D
+        ranks: processes that share each volume, which the network then sees at once, without windows: on this machine, or those that torchrun
+            started; for medssm_unet in 3D
+        rank_timeout: seconds after which a process that waits for another one gives up
         scratch: folder for temporary files, where memory cannot hold probabilities or maps (default: the folder of the output)
         postprocessing: auto does what raised the Dice of the held-out cases in training (postprocessing.json; of several runs, what did so in each)
         nan: number that takes the place of voxels that are not finite (default: such an image is an error)
@@ -152,9 +159,14 @@ def predict(
     check_nan(nan)
     if not 0 < level < 1:
         raise UserError(f"level: expected more than 0 and less than 1, got {level}")
+    if ranks < 1 or rank_timeout <= 0:
+        raise UserError(f"ranks: expected 1 or more, and a rank_timeout above 0, got {ranks} and {rank_timeout}")
     place, begun = device_of(device), time.perf_counter()
     half = half_of(precision, place)
-    folds = [_load(folder, model, weights, place) for folder in folders_of([*listed(run), *more_runs])]
+    folders = folders_of([*listed(run), *more_runs])
+    if ranks > 1 and over_ranks.joined(_networks, (folders, model, weights, place), rank_timeout):
+        return {"cases": {}, "volumes": {}, "failed": {}, "skipped": [], "seconds": round(time.perf_counter() - begun, 2)}
+    folds = [_load(folder, model, weights, place) for folder in folders]
     _check_alike(folds)
     explainer = None
     if explain is not None:
@@ -176,6 +188,11 @@ def predict(
             raise UserError("stream: dropout is not streamed: leave --stream out")
         if not quiet:
             print(f"uncertainty: from {'; '.join(ensemble.said)}", file=sys.stderr)
+    if ranks > 1:
+        if stream or any(member.seed is not None for member in members):
+            raise UserError("ranks: neither stream nor dropout is possible over ranks: leave --ranks out")
+        for fold in folds:
+            over_ranks.check(fold.network, fold.fitted)
     cases = cases_of([Path(path) for path in listed(inputs)], len(folds[0].fitted.channels), out=Path(out), section=section)
     targets = targets_of(cases, Path(out), format)
     table = None if Path(out) in targets.values() else Path(out) / VOLUMES
@@ -214,7 +231,10 @@ def predict(
 
     explained: dict[str, dict[str, Any]] = {}
     measured, failed = _measured_before(there, targets, structures(folds[0].fitted.classes, folds[0].fitted.regions), table)
-    with _written_at_the_end(table, measured), progress("predicting", quiet) as show:
+    with contextlib.ExitStack() as others, _written_at_the_end(table, measured), progress("predicting", quiet) as show:
+        if ranks > 1:
+            every = over_ranks.ranks(ranks, _networks, (folders, model, weights, place), [fold.network for fold in folds], rank_timeout)
+            infer = partial(others.enter_context(every).probabilities, half=half)
         for i, case in enumerate(cases):
 
             def show_case(part: float, i: int = i, case: Case = case) -> None:
@@ -235,6 +255,8 @@ def predict(
                 if len(cases) == 1 and not skipped:
                     raise
                 failed[case.name] = str(error)
+            except RankError:  # there is no one to go on with
+                raise
             except (MemoryError, OSError, RuntimeError) as error:  # torch reports a lack of memory as RuntimeError
                 failed[case.name] = f"{case.images[0]}: {type(error).__name__}: {first_line(error)}"
     result = {"cases": written, "volumes": measured, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - begun, 2)}
@@ -442,6 +464,10 @@ def _load(folder: Path, model: nn.Module | None, weights: str, device: torch.dev
     fitted = Fitted.load(folder / FITTED)
     network, _ = fold_norms(networks.load(folder, copy.deepcopy(model), name).eval())  # copied: every fold has weights of its own
     return _Fold(folder, networks.placed(network, device, len(fitted.patch)), fitted)
+
+
+def _networks(folders: Sequence[Path], model: nn.Module | None, weights: str, device: torch.device) -> list[nn.Module]:
+    return [_load(folder, model, weights, device).network for folder in folders]
 
 
 def _check_alike(folds: Sequence[_Fold]) -> None:

@@ -99,10 +99,13 @@ def _gated(order, final, by_head=False):
     return ops.gated_linear_attention, tensors | ({"initial_state": draw(2, 2, 3, 4, seed=9)} if final else {}), "q k v g", {}
 
 
-def _delta(order, final):
+def _delta(order, final, general=False):
     tensors = {"q": draw(2, *SHAPE, 2, 3), "k": functional.normalize(draw(2, *SHAPE, 2, 3, seed=1), dim=-1), "v": draw(2, *SHAPE, 2, 4, seed=2)}
     tensors |= {"beta": draw(2, *SHAPE, 2, seed=3).sigmoid() / 4, "g": -draw(2, *SHAPE, 2, seed=4).abs() / 8}
-    return ops.delta_rule, tensors | ({"initial_state": draw(2, 2, 3, 4, seed=9)} if final else {}), "q k v beta g", {}
+    if general:
+        tensors |= {"erase": tensors["k"] / 8, "erase_out": draw(2, *SHAPE, 2, 3, seed=5) / 8, "write": draw(2, *SHAPE, 2, 4, seed=6).sigmoid()}
+    tensors |= {"initial_state": draw(2, 2, 3, 4, seed=9)} if final else {}
+    return ops.delta_rule, tensors, "q k v beta g erase erase_out write", {"erase_first": general}
 
 
 def _taps(order, final):
@@ -156,6 +159,7 @@ def gated_linear_attention():
 
 def delta_rule():
     _scans(_delta)
+    _scan(_delta, orders.raster(), 0, final=True, general=True)
 
 
 def causal_conv1d():
@@ -333,6 +337,8 @@ def inference():
         found = slabs.gather(network(slabs.split(x)))
     with torch.inference_mode():
         same(found, network(x), "logits", 1e-5)
+    with slabs:
+        network(slabs.split(x)).sum().backward()  # what inference has kept does not stop a training
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------------------------------------

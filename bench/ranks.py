@@ -1,0 +1,107 @@
+"""A volume over two processes of one thread each, against one process of two threads: seconds and memory of a process.
+
+    python bench/ranks.py [--edge 96] [--ranks 2] [--size tiny] [--mixer ss_nd] [--repeats 3] [--out FILE]
+
+Both run medssm_unet on one volume, forward under inference_mode and a training step: the best of the repeats. Memory is the largest resident set of a
+process less what it had before its first step. Prints the row and its ratios; with --out it adds it to a JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from medssm import create_model
+from medssm.bench import origin as about
+from medssm.parallel import Slabs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edge", type=int, default=96)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--mixer", default="ss_nd")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    one, shared = measured(args, 1, args.ranks), measured(args, args.ranks, 1)
+    ratios = {key: round(shared[key] / one[key], 3) for key in one}
+    row = {
+        "edge": args.edge,
+        "size": args.size,
+        "mixer": args.mixer,
+        "ranks": args.ranks,
+        "one process": one,
+        "ranks of one thread": shared,
+        "ratio": ratios,
+    }
+    print(json.dumps(row, indent=1))
+    if args.out:
+        rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+        args.out.write_text(json.dumps({**about(), "rows": [*rows, row]}, indent=1) + "\n")
+
+
+def measured(args: argparse.Namespace, ranks: int, threads: int) -> dict[str, float]:
+    """The slowest rank's seconds, and the largest memory of a rank in MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(work, (args, ranks, threads, folder), nprocs=ranks, start_method="spawn")
+        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return {key: max(one[key] for one in found) for key in found[0]}
+
+
+def work(rank: int, args: argparse.Namespace, ranks: int, threads: int, folder: str) -> None:
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    network = create_model("medssm_unet", spatial_dims=3, in_channels=1, out_channels=2, size=args.size, mixer=args.mixer)
+    shape = (args.edge,) * 3
+    slabs = Slabs(network, shape)
+    x = slabs.padded(torch.randn(1, 1, slabs.rows.stop - slabs.rows.start, *shape[1:]))
+    block: Any = slabs if ranks > 1 else contextlib.nullcontext()
+
+    def predict() -> None:
+        network.eval()
+        with torch.inference_mode(), block:
+            network(x)
+
+    def train() -> None:
+        network.train().zero_grad(set_to_none=True)
+        with block:
+            y = network(x)
+        y.square().mean().backward()
+        slabs.add_gradients(network)
+
+    before, found = peak(), {}
+    for name, step in (("predict", predict), ("train", train)):
+        step()
+        seconds = []
+        for _ in range(args.repeats):
+            dist.barrier()
+            begun = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - begun)
+        found |= {f"{name}, s": round(min(seconds), 3), f"{name}, MB": round(peak() - before)}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def peak() -> float:
+    """The largest resident set so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
