@@ -42,6 +42,8 @@ def test_two_processes_train_as_one_with_the_double_batch(tmp_path):
         "--mirror",
         "none",
         "--no-augment",
+        "--optimizer",
+        "sgd",
         "--max-steps",
         3,
     ]
