@@ -13,6 +13,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     lkm_unet,
     malunet,
     mamba_unet,
+    mambavision,
     medmamba,
     mednext,
     medssm_unet,
@@ -22,6 +23,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     monai,
     nnmamba,
     nnmamba_cls,
+    restore_rwkv,
     rwkv_unet,
     segformer3d,
     segmamba,
@@ -36,6 +38,7 @@ from medssm.models import (  # noqa: F401  (imported for what they register)
     vmunet,
     vmunet_v2,
     vrwkv,
+    zigrir,
 )
 from medssm.models.facts import Facts
 from medssm.models.registry import (

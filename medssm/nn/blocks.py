@@ -64,7 +64,7 @@ def spread(y: Tensor, stride: Sequence[int]) -> Tensor:
 def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
     """The depthwise convolution `conv` on (b, *spatial, c), then the activation: None or "silu"."""
     if plain(conv):
-        assert isinstance(conv, Conv)
+        assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         y: Tensor = ops.depthwise_conv(x, conv.weight.squeeze(1), conv.bias, activation)
         return y
     y = tokens(conv(image(x)))

@@ -9,16 +9,16 @@ from medssm.nn.unet import Encoder
 
 
 class Classifier(nn.Module):
-    """Logits (b, classes): a linear layer on the mean over space of the coarsest map of the encoder's trunk, which a norm over channels may precede.
+    """Logits (b, classes): a linear layer on the mean over space of the coarsest map of the encoder's trunk, which a norm may precede.
 
-    Any input size that the encoder takes.
+    norm: True for a layer norm over channels, False for none, or the norm itself. Any input size that the encoder takes.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, norm: bool = True) -> None:
+    def __init__(self, encoder: Encoder, classes: int, norm: bool | nn.Module = True) -> None:
         super().__init__()
         channels = encoder.output_channels[-1]
         self.encoder = encoder.trunk()
-        self.norm = ChannelNorm(channels) if norm else nn.Identity()
+        self.norm = norm if isinstance(norm, nn.Module) else ChannelNorm(channels) if norm else nn.Identity()
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -91,6 +91,13 @@ def test_wrong_arguments_are_named():
         nn.SSND(8, spatial_dims=2, orders=[orders.raster((0, 1, 2))])(torch.randn(1, 4, 4, 8))
 
 
+def test_ssnd_on_sequences():
+    mixer, x = nn.SSND(8, spatial_dims=1, orders=[orders.raster()]), torch.randn(2, 7, 8)
+    u = torch.nn.functional.silu(mixer.conv1d(mixer.in_proj(x)[..., :16].mT).mT)
+    torch.testing.assert_close(mixer._local(mixer.in_proj(x)[..., :16]), u)
+    assert mixer(x).shape == x.shape
+
+
 @pytest.mark.parametrize("gate", ["silu", "linear", None])
 def test_ssnd_gates(gate):
     torch.manual_seed(0)
