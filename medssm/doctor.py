@@ -93,7 +93,7 @@ def _outputs(op: str, call: dict[str, Any], backend: str) -> list[torch.Tensor]:
     leaves = {name: value.detach().clone().to(device).requires_grad_() for name, value in call.items() if isinstance(value, torch.Tensor)}
     out = getattr(ops, op)(**{**call, **leaves}, backend=backend)
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).to(device)
-    return [t.cpu() for t in (out.detach(), *torch.autograd.grad(out, list(leaves.values()), weight))]
+    return [t.cpu() for t in (out.detach(), *torch.autograd.grad(out, list(leaves.values()), weight, materialize_grads=True))]
 
 
 def show(report: Mapping[str, Any], options: Mapping[str, Any]) -> None:
