@@ -65,7 +65,10 @@ def backward(op: str, call: dict, backend: str | None) -> list[torch.Tensor]:
     """The output and the gradient of every tensor."""
     leaves = {k: v.detach().clone().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     out = forward(op, leaves, backend)
-    return [out.detach(), *torch.autograd.grad(out, [v for v in leaves.values() if isinstance(v, torch.Tensor)], torch.ones_like(out), materialize_grads=True)]
+    return [
+        out.detach(),
+        *torch.autograd.grad(out, [v for v in leaves.values() if isinstance(v, torch.Tensor)], torch.ones_like(out), materialize_grads=True),
+    ]
 
 
 def pairs() -> list[tuple[str, str]]:
