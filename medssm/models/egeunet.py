@@ -61,7 +61,7 @@ def _parts(dims: int, in_channels: int, out_channels: int, features: Sequence[in
     encoder = Encoder(nn.Identity(), stages, features, [(2,) * dims] * 5 + [(1,) * dims])
     gates = [Gate(features[s + 1], features[s], supervised or 1, dims, not supervised) for s in range(4, -1, -1)]
     heads = [conv(features[s], supervised, 1) if supervised else None for s in range(4, -1, -1)]
-    decoder = GatedDecoder(gates, rising_stages(features, dims, mix), [*heads, conv(features[0], out_channels, 1)], bool(supervised))
+    decoder = GatedDecoder(gates, rising_stages(features, dims, mix), [*heads, conv(features[0], out_channels, 1)], bool(supervised), dims)
     return encoder, decoder
 
 

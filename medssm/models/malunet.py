@@ -18,6 +18,7 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.ultralight_vmunet import LEVELS
 from medssm.models.weights import Map
 from medssm.nn.blocks import CONV, check_dims
+from medssm.nn.leaf import Leaf
 from medssm.nn.light import GROUPS, LightUNet, SkipAttention
 
 _DILATIONS = (7, 5, 2, 1)
@@ -78,7 +79,7 @@ class ExternalAttention(nn.Module):
         return nn.functional.gelu(self.norm(self.out(y)) + x)
 
 
-class DilatedGatedAttention(nn.Module):
+class DilatedGatedAttention(Leaf):
     """Four groups of channels, each with its own dilated depthwise kernel, a norm and a 1 x 1 convolution; then gate(y) value(y), mixed, plus a
     1 x 1 convolution of y."""
 

@@ -64,7 +64,7 @@ class VMUNetV2(UNet):
         ups = [TRANSPOSED_CONV[spatial_dims](width, width, 4, 2, 1, bias=False) for _ in range(levels - 1)]
         heads = [CONV[spatial_dims](width, out_channels, 1) if deep_supervision or s == levels - 1 else None for s in range(levels)]
         merge = TRANSPOSED_CONV[spatial_dims](out_channels, out_channels, 3, 2, 1, 1, out_channels) if deep_supervision else None
-        decoder = _Decoder(ups, [nn.Identity() for _ in ups], heads, ["sum" for _ in ups], deep_supervision, merge=merge)
+        decoder = _Decoder(ups, [nn.Identity() for _ in ups], heads, ["sum" for _ in ups], deep_supervision, mode=LINEAR[spatial_dims], merge=merge)
         super().__init__(encoder, decoder, size=input_size, skips=gates)
         self.fusions = nn.ModuleList([ProductFusion(width, len(features), spatial_dims) for _ in features])
         self.in_channels = in_channels
@@ -88,12 +88,12 @@ class _Decoder(Decoder):
 
     finer = 4
 
-    def __init__(self, *args: Any, merge: nn.Module | None = None) -> None:
+    def __init__(self, *args: Any, mode: str, merge: nn.Module | None = None) -> None:
         super().__init__(*args)
-        self.merge: nn.Module | None = merge
+        self.mode, self.merge = mode, merge
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        outputs = [functional.interpolate(o, scale_factor=self.finer, mode=LINEAR[o.dim() - 2]) for o in self.logits(skips, self.merge is not None)]
+        outputs = [functional.interpolate(o, scale_factor=self.finer, mode=self.mode) for o in self.logits(skips, self.merge is not None)]
         if self.merge is not None:
             outputs[0] = outputs[0] + self.merge(outputs[1])
         return outputs if self.deep_supervision else outputs[0]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from medssm.nn.blocks import CONV
+from medssm.nn.leaf import Leaf
 
 
-class ChannelAttention(nn.Module):
+class ChannelAttention(Leaf):
     """x sigmoid(f(mean(x))), f(v) = W2 relu(W1 v), the mean over space (squeeze and excitation, Hu et al., arXiv 1709.01507); with `peaks`
     x sigmoid(f(mean(x)) + f(max(x))) (CBAM, Woo et al., arXiv 1807.06521).
 

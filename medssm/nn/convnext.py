@@ -35,7 +35,7 @@ class NeXtBlock(nn.Module):
         super().__init__()
         conv, hidden = CONV[spatial_dims], expand * channels_in
         first: Any = TRANSPOSED_CONV[spatial_dims] if step == "up" else conv
-        self.step, self.residual = step, residual
+        self.spatial_dims, self.step, self.residual = spatial_dims, step, residual
         self.conv1 = first(channels_in, channels_in, kernel, 2 if step else 1, kernel // 2, groups=channels_in)
         self.norm = ChannelNorm(channels_in) if norm == "layer" else nn.GroupNorm(channels_in, channels_in)
         self.conv2, self.conv3 = conv(channels_in, hidden, 1), conv(hidden, channels, 1)
@@ -48,22 +48,21 @@ class NeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial), of half or twice the size with a step."""
-        dims = x.dim() - 2
         y = self.conv1(x) if self.step else image(depthwise(self.conv1, tokens(x)))
         y = nn.functional.gelu(self.conv2(self.norm(y)))
         if self.grn_gamma is not None and self.grn_beta is not None:
-            size = y.norm(dim=list(range(2, 2 + dims)), keepdim=True)
+            size = y.norm(dim=list(range(2, 2 + self.spatial_dims)), keepdim=True)
             y = self.grn_gamma * (y * (size / (size.mean(1, keepdim=True) + 1e-6))) + self.grn_beta + y
         y = self.conv3(y)
         if self.step == "up":
-            y = nn.functional.pad(y, [1, 0] * dims)
-        return y + self._shortcut(x, dims) if self.residual else y
+            y = nn.functional.pad(y, [1, 0] * self.spatial_dims)
+        return y + self._shortcut(x) if self.residual else y
 
-    def _shortcut(self, x: Tensor, dims: int) -> Tensor:
+    def _shortcut(self, x: Tensor) -> Tensor:
         if self.res_conv is None:
             return x
         if self.step == "up":
-            return nn.functional.pad(self.res_conv(x), [1, 0] * dims)
-        every: tuple[Any, ...] = (..., *[slice(None, None, 2)] * dims)
+            return nn.functional.pad(self.res_conv(x), [1, 0] * self.spatial_dims)
+        every: tuple[Any, ...] = (..., *[slice(None, None, 2)] * self.spatial_dims)
         y: Tensor = self.res_conv(x[every])
         return y

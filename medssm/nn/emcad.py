@@ -54,12 +54,12 @@ class EMCADDecoder(Decoder):
         self.spatial = SpatialAttention(spatial_dims)
         self.gates = nn.ModuleList(Gate(width, spatial_dims, gate_kernel, act) for width in widths[1:])
         self.finer = encoder.strides[0][0]
-        self.steps = [float(step) for step in encoder.strides[0]]
+        self.steps, self.mode = [float(step) for step in encoder.strides[0]], LINEAR[spatial_dims]
 
     def logits(self, skips: Sequence[Tensor], all_heads: bool) -> list[Tensor]:
         """The logits of the finest level, or with all_heads of every level that has a head, the finest first."""
         outputs = self.coarse(skips, all_heads)
-        return outputs if self.finer == 1 else [interpolate(y, scale_factor=self.steps, mode=LINEAR[y.dim() - 2]) for y in outputs]
+        return outputs if self.finer == 1 else [interpolate(y, scale_factor=self.steps, mode=self.mode) for y in outputs]
 
     def coarse(self, skips: Sequence[Tensor], all_heads: bool) -> list[Tensor]:
         """The same at the resolutions of the maps."""

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssm.nn.blocks import CONV, LINEAR
+from medssm.nn.leaf import Leaf
 
 
-class ProductFusion(nn.Module):
+class ProductFusion(Leaf):
     """The product over maps of conv_i(map_i at the resolution of one of them), 3 x 3 (x 3) convolutions (SDI of U-Net v2, Peng et al.,
     arXiv 2311.17791). Finer maps are averaged, coarser ones interpolated linearly with the corners in place."""
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate
 
 from medssm.nn.blocks import CONV, LINEAR, ChannelNorm
-from medssm.nn.light import double
+from medssm.nn.leaf import Leaf
+from medssm.nn.light import doubling
 from medssm.nn.unet import Decoder
 
 _EPS = 1e-6
@@ -22,9 +23,11 @@ class GatedDecoder(Decoder):
     """Each level: a stage, to twice the resolution but for the first, GELU, plus what the level's gate makes of its skip, the gated skip below and
     the level's coarse prediction. The last head's output is brought to twice the resolution."""
 
-    def __init__(self, gates: Sequence[nn.Module], stages: Sequence[nn.Module], heads: Sequence[nn.Module | None], supervised: bool) -> None:
+    def __init__(
+        self, gates: Sequence[nn.Module], stages: Sequence[nn.Module], heads: Sequence[nn.Module | None], supervised: bool, spatial_dims: int
+    ) -> None:
         super().__init__([], [*stages, nn.Identity()], heads, deep_supervision=supervised)
-        self.gates = nn.ModuleList(gates)
+        self.gates, self.upsample = nn.ModuleList(gates), doubling(spatial_dims)
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Six maps, the finest first, the last two of one resolution -> logits, or their list, the finest first."""
@@ -32,16 +35,16 @@ class GatedDecoder(Decoder):
         outputs: list[Tensor] = []
         for level, (gate, skip) in enumerate(zip(self.gates, reversed(skips[:-1]), strict=True)):
             x, head = self.stages[level](x), self.seg_layers[level]
-            x = gelu(double(x) if level else x)
+            x = gelu(self.upsample(x) if level else x)
             coarse = gate.predict(x) if head is None else head(x)
             below = gate(below, skip, coarse)
             x = x + below
             outputs.insert(0, coarse)
-        finest = double(self.seg_layers[-1](x))
+        finest: Tensor = self.upsample(self.seg_layers[-1](x))
         return [finest, *outputs] if self.deep_supervision else finest
 
 
-class Gate(nn.Module):
+class Gate(Leaf):
     """Group aggregation bridge: quarters of the level below and of the skip, with the coarse prediction, each normed and convolved with its own
     dilation; a norm and a 1 x 1 convolution of all.
 
@@ -66,7 +69,7 @@ class Gate(nn.Module):
         return y
 
 
-class MultiAxisProduct(nn.Module):
+class MultiAxisProduct(Leaf):
     """Grouped multi-axis Hadamard product: groups of channels are multiplied by learned maps over all spatial axes, or over the channels and one
     axis; the last group is convolved. Norms over channels before and behind, then a depthwise and a 1 x 1 convolution.
 

@@ -51,11 +51,11 @@ class HighOrderScan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, *spatial, channels) -> the same shape."""
-        y, gates = tokens(self.proj_in(image(x))).split([self.widths[0], sum(self.widths)], -1)
-        first, *others = (self.local(gates) / 3).split(self.widths, -1)
-        y = self.scans[0](y * first)
-        for scan, widen, gate in zip(self.scans[1:], self.pws, others, strict=True):
-            y = scan(tokens(widen(image(y))) * gate)
+        y, a = tokens(self.proj_in(image(x))).split([self.widths[0], sum(self.widths)], -1)
+        gates = (self.local(a) / 3).split(self.widths, -1)
+        y = self.scans[0](y * gates[0])
+        for i, widen in enumerate(self.pws, 1):
+            y = self.scans[i](tokens(widen(image(y))) * gates[i])
         return tokens(self.proj_out(image(y)))
 
 

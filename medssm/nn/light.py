@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate
+from torch.nn.functional import gelu
 
 from medssm.nn.blocks import CONV, LINEAR, MAX_POOL, check_dims
 from medssm.nn.unet import NARROW, AnySize, Encoder
@@ -39,9 +39,9 @@ def rising_stages(features: Sequence[int], spatial_dims: int, mix: Mix, mixed: i
     return [nn.Sequential(layer(s, features[s + 1], features[s]), nn.GroupNorm(GROUPS, features[s])) for s in range(4, -1, -1)]
 
 
-def double(x: Tensor) -> Tensor:
-    """(b, c, *spatial) at twice the resolution, interpolated linearly with the corners in place."""
-    return interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2], align_corners=True)
+def doubling(spatial_dims: int) -> nn.Module:
+    """(b, c, *spatial) to twice the resolution, interpolated linearly with the corners in place."""
+    return nn.Upsample(scale_factor=2, mode=LINEAR[spatial_dims], align_corners=True)
 
 
 class LightUNet(AnySize):
@@ -74,7 +74,7 @@ class LightUNet(AnySize):
         self.encoder = Encoder(nn.Identity(), stages, features[:5], [(2,) * spatial_dims] * 5)
         self.bottom, self.bridge = down(4, features[4], features[5]), bridge
         self.ups = nn.ModuleList(rising_stages(features, spatial_dims, up, mixed))
-        self.final = CONV[spatial_dims](features[0], out_channels, 1)
+        self.final, self.upsample = CONV[spatial_dims](features[0], out_channels, 1), doubling(spatial_dims)
 
     def whole(self, x: Tensor) -> Tensor:
         """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
@@ -84,8 +84,8 @@ class LightUNet(AnySize):
             skips = self.bridge(skips)
         for level, (up, skip) in enumerate(zip(self.ups, reversed(skips), strict=True)):
             x = up(x)
-            x = gelu(double(x) if level else x) + skip
-        x = double(self.final(x))
+            x = gelu(self.upsample(x) if level else x) + skip
+        x = self.upsample(self.final(x))
         return torch.sigmoid(x) if self.activation else x
 
 
