@@ -25,9 +25,22 @@ for name, examples in (("ci", 16), ("brief", 8), ("few", 4), ("deep", 200)):
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# Of the networks, those that stand for a kind: scans, attention, WKV, windows, light layers, encoders and decoders of several sources.
+KINDS = {"medssm_unet", "umamba_bot", "vmunet", "vmamba", "mlla", "vrwkv", "egeunet", "emcad", "unetr_pp", "mednext", "monai_unet"}
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "each_network: over every network in `make test-all`, in `make test` over those that stand for a kind")
     config.addinivalue_line("markers", "thorough: for `make test-all` alone; `make test` leaves it out")
     config.addinivalue_line("markers", "long: takes many seconds, so it starts first")
+
+
+def pytest_itemcollected(item):
+    """`each_network` leaves networks to `make test-all`."""
+    if item.get_closest_marker("each_network"):
+        given = item.callspec.params
+        if given.get("model", given.get("name")) not in KINDS:
+            item.add_marker("thorough")
 
 
 @pytest.hookimpl(trylast=True)  # when tests that `-m` leaves out are gone

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medssm.kernels.dtypes import compute_dtype
 from medssm.models.facts import Facts
 from medssm.models.options import only
 from medssm.models.registry import register_model, register_upstream
@@ -73,7 +74,8 @@ class ExternalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, *spatial) -> the same shape."""
-        attention = self.keys(self.inner(x).flatten(2)).softmax(-1, dtype=torch.float32)
+        keys = self.keys(self.inner(x).flatten(2))
+        attention = keys.softmax(-1, dtype=compute_dtype(keys))
         # Over many voxels each weight is small: the sum over the memory stays in float32 under autocast.
         y = self.values((attention / (1e-9 + attention.sum(1, keepdim=True))).to(x.dtype)).unflatten(2, x.shape[2:])
         return nn.functional.gelu(self.norm(self.out(y)) + x)

@@ -46,6 +46,7 @@ def test_register_enters_every_model_with_an_encoder_and_may_be_called_again():
     assert {"resnet18", "efficientnet-b0"} <= set(FLEXUNET_BACKBONE.register_dict)
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", ALL)
 def test_every_encoder_trains_in_flexible_unet(small, name, dims):
@@ -115,6 +116,7 @@ def test_a_backbone_takes_and_gives_meta_tensors_and_learns(small):
     assert not [n for n, p in net.named_parameters() if p.grad is None]
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", SEGMENTING)
 def test_sliding_windows(name, dims):

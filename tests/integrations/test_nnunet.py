@@ -73,6 +73,7 @@ def label_sizes(configuration):
     return sizes[:-1]
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("name", ["2d", "3d_fullres"])
 @pytest.mark.parametrize("model", OPTIONS)
 def test_outputs_are_nnunets_labels_with_deep_supervision_and_one_tensor_without(model, name, rewritten):

@@ -6,6 +6,7 @@ import torch
 from tests.models.test_models import ALL, CLASSIFIERS, build
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("steps", [16, pytest.param(200, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", ALL)
 def test_every_step_is_finite_and_the_loss_falls(name, steps):

@@ -89,6 +89,7 @@ def test_a_classifier_on_any_encoder_learns_with_every_parameter(name):
     assert [n for n, _ in features.named_parameters()] == own  # the encoder that was given stays whole
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("size", [(3, 37, 5), (33, 2, 4), (1, 1, 1)])
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", [*ALL, *(name for name, network in NETWORKS.items() if network.divisor)])  # MONAI's UNETR takes one size
@@ -385,6 +386,7 @@ def test_forward_creates_no_attributes(name):
     assert {path: set(vars(module)) for path, module in model.named_modules()} == before
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("name", ALL)
 def test_export(name):
     model = build(name, 2).eval()

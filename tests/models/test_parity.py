@@ -18,13 +18,11 @@ LOOSE = {"lightm_3d": 0.1}
 MORE = {name: {"wkv_mode": "exact"} for name in ("rwkvunet_T_formula", "vrwkv_tiny_formula")}
 # A hundred million weights, or a map of 128^3: in the short tests a card of one block and a smaller network stand for them.
 LARGE = {"slimunetr", "unetrpp_acdc"}
-# Networks of a hundred million weights and maps of full size, for whose arithmetic a card of one block stands in the short tests.
-LARGE = {"unetrpp_acdc"}
-# Thousands of tokens, which the reference of WKV walks one by one.
-LONG = {"restore_rwkv_small"}
+# Whose reference runs in the short tests too: a scan, WKV and linear attention. Every other card's does in the long ones.
+REFERENCE = {"vmamba_v0", "vrwkv_tiny_formula", "mlla_block"}
 ALL = [pytest.param(name, marks=pytest.mark.thorough) if name in LARGE else name for name in CARDS]
 RUNS = [
-    pytest.param(name, backend, marks=[pytest.mark.thorough] if name in (LARGE | LONG if backend == "reference" else LARGE) else [])
+    pytest.param(name, backend, marks=[pytest.mark.thorough] if name in LARGE or (backend == "reference" and name not in REFERENCE) else [])
     for name in CARDS
     for backend in ("reference", "native")
 ]

@@ -17,8 +17,8 @@ from tests.ops.cases import SEQUENCE, available, example, flattened, tokens
 
 PAIRS = available()
 # Forms that take Triton's interpreter long: for `make test-all`.
-LONG = {("bi_wkv", "triton", form) for form in ("bfloat16", "begun_anew", "longer")}
-LONG |= {("selective_scan_nd", "triton", "bfloat16"), ("gated_linear_attention", "triton", "bfloat16")}
+SLOW = ("bi_wkv", "delta_rule", "gated_linear_attention", "linear_attention", "selective_scan_nd", "ssd")
+LONG = {(op, "triton", form) for op in SLOW for form in ("bfloat16", "begun_anew", "longer", "what_must_be_given")}
 
 
 def every_option(op: str) -> Call:

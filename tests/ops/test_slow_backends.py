@@ -1,6 +1,7 @@
 """Backends that need a GPU, without one: Triton's kernels in its interpreter, CUDA's emulated thread by thread.
 
-`make test` runs the core of the contract and what is special about each kernel; `make test-all` runs the whole contract. Each in a process of its
+`make test` runs the core of the contract, and what is special about each CUDA kernel; `make test-all` runs the whole contract, and what is special about
+each Triton kernel. Each in a process of its
 own, since the backend is chosen before anything is imported.
 """
 
@@ -62,12 +63,6 @@ def whole(backend: str, op: str, **environment: str) -> None:
 @pytest.mark.long
 def test_the_core_in_tritons_interpreter():
     core("triton", **INTERPRETED)
-
-
-@triton
-@pytest.mark.long
-def test_what_is_special_in_tritons_interpreter():
-    suite([], *special("triton"), at_least=60, **INTERPRETED)
 
 
 @triton
