@@ -51,7 +51,7 @@ SETTINGS: dict[str, tuple[str, Sequence[str], dict[str, Sequence[str]]]] = {
         for (name, kwargs), short in zip(LIGHT.items(), ("umamba", "segmamba"), strict=True)
     },
 }
-HEAD = ("network", "Dice", "less than it", "non-inferior", "HD95, mm", "parameters", "multiply-adds", "s a scan", "over it")
+HEAD = ("network", "Dice", "difference from the first", "verdict", "HD95, mm", "parameters", "multiply-adds", "s a scan, 2 threads", "over the first")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Backends that need a GPU, without one: Triton's kernels in its interpreter, CUDA's emulated thread by thread.
 
-`make test` runs the core of the contract, and what is special about each CUDA kernel; `make test-all` runs the whole contract, and what is special about
-each Triton kernel. Each in a process of its
+`make test` runs the core of the contract, and what is special about each CUDA kernel; `make test-all` runs the whole contract, and what is special
+about each Triton kernel. Each in a process of its
 own, since the backend is chosen before anything is imported.
 """
 
