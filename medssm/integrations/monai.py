@@ -5,7 +5,8 @@
     net = FlexibleUNet(in_channels=1, out_channels=3, backbone="medssm_umamba_enc", spatial_dims=3)
 
 FlexibleUNet wants one map at 1/2 of the resolution and each further one at half of the one before, five at most. So an encoder's map at full
-resolution is left out, and where its finest map is coarser than 1/2 (VMamba begins at 1/4), convolutions of stride 2 on the image fill in.
+resolution is left out, of several maps of one resolution the last is taken, and where its finest map is coarser than 1/2 (VMamba begins at 1/4),
+convolutions of stride 2 on the image fill in.
 Logits have the input's size where it is even along each axis, else one voxel less, as with MONAI's own EfficientNet backbones.
 """
 
@@ -74,10 +75,10 @@ class Backbone(nn.Module, BaseEncoder):
             raise ValueError("pretrained: expected False or a file of weights (nothing is downloaded), got True")
         network = medssm.create_model(model, spatial_dims, in_channels, pretrained=pretrained or None, **options)
         features = Features(network)
-        first, missing = _fit(model, features.strides)
-        self.encoder, self.first, self.divisor = features.encoder, first, features.strides[-1]
+        self.taken, missing = _fit(model, features.strides)
+        self.encoder, self.divisor = features.encoder, features.strides[-1]
         self.bottleneck = getattr(network, "bottleneck", None) or nn.Identity()  # U-Mamba Bot has its Mamba there
-        given = features.channels[first:]
+        given = [features.channels[i] for i in self.taken]
         filled = [max(1, given[0] // 2 ** (missing - i)) for i in range(missing)]
         self.channels = [*filled, *given]
         self.fine = nn.ModuleList(
@@ -93,7 +94,8 @@ class Backbone(nn.Module, BaseEncoder):
         if any(n < d for n, d in zip(size, self.divisor, strict=True)):
             raise ValueError(f"x: expected at least {self.divisor} voxels, the coarsest map's stride, got {tuple(size)}")
         x = sizes.pad_to(x, self.divisor)
-        coarse, maps = self.encoder(x)[self.first :], []
+        given, maps = self.encoder(x), []
+        coarse = [given[i] for i in self.taken]
         coarse[-1] = self.bottleneck(coarse[-1])
         for step in self.fine:
             x = step(x)
@@ -121,10 +123,11 @@ class Backbone(nn.Module, BaseEncoder):
         return [len(entry.channels) for entry in cls.entries.values()]
 
 
-def _fit(model: str, strides: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-    """From which of an encoder's maps on FlexibleUNet takes them, and how many finer ones must be made; ValueError where they do not fit."""
-    first = sum(max(stride) == 1 for stride in strides)
-    taken = [max(stride) for stride in strides[first:]]
+def _fit(model: str, strides: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
+    """Which of an encoder's maps FlexibleUNet takes, the last of each resolution, and how many finer ones must be made; ValueError where they do not
+    fit."""
+    last = {stride: i for i, stride in enumerate(strides) if max(stride) > 1}
+    taken = [max(stride) for stride in last]
     missing = taken[0].bit_length() - 2 if taken else 0
     wanted = [2 ** (missing + 1 + i) for i in range(len(taken))]
     if not taken or taken != wanted or any(min(stride) != max(stride) for stride in strides) or missing + len(taken) > _MOST:
@@ -132,7 +135,7 @@ def _fit(model: str, strides: Sequence[tuple[int, ...]]) -> tuple[int, int]:
             f"model: expected maps that FlexibleUNet takes, at 1/2, 1/4, ... of the resolution, {_MOST} at most; {model} has the "
             f"strides {list(strides)}"
         )
-    return first, missing
+    return list(last.values()), missing
 
 
 def _crop(x: Tensor, size: Sequence[int]) -> Tensor:

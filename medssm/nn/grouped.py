@@ -27,7 +27,11 @@ class GatedDecoder(Decoder):
         self, gates: Sequence[nn.Module], stages: Sequence[nn.Module], heads: Sequence[nn.Module | None], supervised: bool, spatial_dims: int
     ) -> None:
         super().__init__([], [*stages, nn.Identity()], heads, deep_supervision=supervised)
-        self.gates, self.upsample = nn.ModuleList(gates), doubling(spatial_dims)
+        self.gates, self.upsample, self.levels = nn.ModuleList(gates), doubling(spatial_dims), len(heads)
+
+    def supervise(self, levels: int) -> None:
+        """As Decoder's, but every head stays, and learns: its output gates a skip."""
+        self.levels = levels
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Six maps, the finest first, the last two of one resolution -> logits, or their list, the finest first."""
@@ -41,7 +45,7 @@ class GatedDecoder(Decoder):
             x = x + below
             outputs.insert(0, coarse)
         finest: Tensor = self.upsample(self.seg_layers[-1](x))
-        return [finest, *outputs] if self.deep_supervision else finest
+        return [finest, *outputs][: self.levels] if self.deep_supervision else finest
 
 
 class Gate(Leaf):

@@ -102,6 +102,11 @@ class Decoder(nn.Module):
             raise ValueError("deep_supervision: this decoder has a head for the finest level alone; build it with deep_supervision=True")
         self._deep_supervision = bool(value)
 
+    def supervise(self, levels: int) -> None:
+        """Give the logits of the `levels` finest levels alone under deep supervision: the heads of the others, which would learn nothing, go."""
+        for s in range(len(self.seg_layers) - levels):
+            self.seg_layers[s] = cast(nn.Module, None)  # which ModuleList takes too
+
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """The encoder's maps (b, c, *spatial), the finest first -> logits (b, classes, *spatial), or their list."""
         outputs = self.logits(skips, self.deep_supervision)

@@ -33,10 +33,10 @@ def Network(
             takes the resolutions that its loss compares at from here, and leaves out the last.
 
     Returns a network of (b, input_channels, *spatial). While `network.decoder.deep_supervision` is set it gives a list of logits, the highest
-    resolution first, else those of full resolution. Coarser heads than `strides` asks for are left out; the others are there with and without
-    deep supervision, so that training's weights load for prediction. They have create_model's names. Where all strides are 1 the list holds the
-    logits of full resolution again and again, so that nnU-Net's loss, a weighted mean over the list, is that of the one output; the weights'
-    names then begin with "network.".
+    resolution first, else those of full resolution. Coarser heads than `strides` asks for are left out, unless the network needs them itself; the
+    others are there with and without deep supervision, so that training's weights load for prediction. They have create_model's names. Where all
+    strides are 1 the list holds the logits of full resolution again and again, so that nnU-Net's loss, a weighted mean over the list, is that of
+    the one output; the weights' names then begin with "network.".
 
     Raises ValueError for a model or options that create_model refuses, and for strides that are not those of the model's outputs.
     """
@@ -51,8 +51,7 @@ def Network(
     if has[: len(outputs)] != outputs:
         raise ValueError(f"strides: expected {model}'s outputs, one voxel of which spans {has} of the input's, got {outputs}")
     decoder = cast(UNet, network).decoder
-    for level in range(len(outputs), len(decoder.seg_layers)):
-        decoder.seg_layers[len(decoder.seg_layers) - 1 - level] = cast(nn.Module, None)  # which ModuleList takes too
+    decoder.supervise(len(outputs))
     decoder.deep_supervision = deep_supervision
     return network
 
