@@ -26,7 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 # Of the networks, those that stand for a kind: scans, attention, WKV, windows, light layers, encoders and decoders of several sources.
-KINDS = {"medssm_unet", "umamba_bot", "vmunet", "vmamba", "mlla", "vrwkv", "egeunet", "emcad", "unetr_pp", "mednext", "monai_unet"}
+KINDS = {"medssm_unet", "umamba_bot", "vmunet", "vmamba", "mlla", "vrwkv", "egeunet", "emcad", "unetr_pp", "mednext", "monai_basicunet"}
 
 
 def pytest_configure(config):

@@ -64,21 +64,18 @@ class _Upstream(MambaUNet):
         return super().whole(repeated(x, self.in_channels))
 
 
-MAP = Map(
-    rename=(
-        (r"^mamba_unet\.", ""),
-        *EARLY,
-        *ENCODER,
-        (r"^norm\.", "bottleneck."),
-        (r"^layers_up\.0\.", "decoder.upsample_layers.0."),
-        (r"^layers_up\.(\d)\.upsample\.", r"decoder.upsample_layers.\1."),
-        (r"^layers_up\.(\d)\.blocks\.(\d+)\.", lambda m: f"decoder.stages.{int(m[1]) - 1}.{int(m[2]) + 1}."),
-        (r"^concat_back_dim\.(\d)\.", lambda m: f"decoder.stages.{int(m[1]) - 1}.0."),
-        (r"^norm_up\.", "decoder.upsample_layers.3.0."),
-        (r"^up\.", "decoder.upsample_layers.3.1."),
-        (r"^output\.", "decoder.seg_layers.3."),
-    )
+# The decoder of Swin-UNet, whose names Mamba-UNet and MLLA-UNet keep.
+MIRROR = (
+    (r"^norm\.", "bottleneck."),
+    (r"^layers_up\.0\.", "decoder.upsample_layers.0."),
+    (r"^layers_up\.(\d)\.upsample\.", r"decoder.upsample_layers.\1."),
+    (r"^layers_up\.(\d)\.blocks\.(\d+)\.", lambda m: f"decoder.stages.{int(m[1]) - 1}.{int(m[2]) + 1}."),
+    (r"^concat_back_dim\.(\d)\.", lambda m: f"decoder.stages.{int(m[1]) - 1}.0."),
+    (r"^norm_up\.", "decoder.upsample_layers.3.0."),
+    (r"^up\.", "decoder.upsample_layers.3.1."),
+    (r"^output\.", "decoder.seg_layers.3."),
 )
+MAP = Map(rename=((r"^mamba_unet\.", ""), *EARLY, *ENCODER, *MIRROR))
 
 
 @register_upstream("mamba_unet", map=MAP)

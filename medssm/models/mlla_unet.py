@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medssm.models.facts import Facts
+from medssm.models.mamba_unet import MIRROR
 from medssm.models.mlla import ENCODER, ROTATIONS, OnImages, mlla_encoder
 from medssm.models.options import doubled, only, per_stage
 from medssm.models.registry import register_model, register_upstream
@@ -109,21 +110,7 @@ class _Upstream(MLLAUNet):
         return super().whole(repeated(x, self.in_channels))
 
 
-MAP = Map(
-    ROTATIONS,
-    (
-        (r"^mlla_unet\.", ""),
-        *ENCODER,
-        (r"^norm\.", "bottleneck."),
-        (r"^layers_up\.0\.", "decoder.upsample_layers.0."),
-        (r"^layers_up\.(\d)\.upsample\.", r"decoder.upsample_layers.\1."),
-        (r"^layers_up\.(\d)\.blocks\.(\d+)\.", lambda m: f"decoder.stages.{int(m[1]) - 1}.{int(m[2]) + 1}."),
-        (r"^concat_back_dim\.(\d)\.", lambda m: f"decoder.stages.{int(m[1]) - 1}.0."),
-        (r"^norm_up\.", "decoder.upsample_layers.3.0."),
-        (r"^up\.", "decoder.upsample_layers.3.1."),
-        (r"^output\.", "decoder.seg_layers.3."),
-    ),
-)
+MAP = Map(ROTATIONS, ((r"^mlla_unet\.", ""), *ENCODER, *MIRROR))
 
 
 @register_upstream("mlla_unet", map=MAP)

@@ -57,7 +57,7 @@ LEVELS = (
     (r"^ebn(\d)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.1."),
     (r"^decoder(\d)\.0\.", lambda m: f"ups.{int(m[1]) - 1}.0."),
     (r"^dbn(\d)\.", lambda m: f"ups.{int(m[1]) - 1}.1."),
-    (r"^scab\.satt\.shared_conv2d\.0\.", "bridge.spatial."),
+    (r"^scab\.satt\.shared_conv2d\.0\.", "bridge.spatial.conv."),
     (r"^scab\.catt\.get_all_att\.", "bridge.means."),
     (r"^scab\.catt\.att(\d)\.", lambda m: f"bridge.channels.{int(m[1]) - 1}."),
 )

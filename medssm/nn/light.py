@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from medssm.nn.attention import SpatialAttention
 from medssm.nn.blocks import CONV, LINEAR, MAX_POOL, check_dims
 from medssm.nn.unet import NARROW, AnySize, Encoder
 
@@ -101,13 +102,13 @@ class SkipAttention(nn.Module):
         if kind not in ("linear", "convolution"):
             raise ValueError(f"attention: expected 'linear' or 'convolution', got {kind!r}")
         self.kind, self.spatial_dims, total = kind, spatial_dims, sum(features)
-        self.spatial = CONV[spatial_dims](2, 1, 7, padding=9, dilation=3)
+        self.spatial = SpatialAttention(spatial_dims, dilation=3, bias=True)
         self.means = nn.Conv1d(1, 1, 3, padding=1, bias=False)
         self.channels = nn.ModuleList([nn.Linear(total, c) if kind == "linear" else nn.Conv1d(total, c, 1) for c in features])
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
         """Maps (b, features[i], *spatial) -> the same shapes."""
-        seen = [torch.sigmoid(self.spatial(torch.cat((t.mean(1, keepdim=True), t.amax(1, keepdim=True)), 1))) * t for t in skips]
+        seen = [self.spatial(t) for t in skips]
         both = [s + t for s, t in zip(seen, skips, strict=True)]
         means = self.means(torch.cat([t.flatten(2).mean(-1) for t in both], 1)[:, None])[:, 0]
         out = []

@@ -9,6 +9,7 @@ import torch
 
 import medssm
 from medssm import models
+from tests.conftest import KINDS
 from tests.parity import parity_cards
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +80,8 @@ def test_every_file_of_a_network_is_imported():
 @pytest.mark.parametrize("card", CARDS)
 def test_every_card_has_its_class(card):
     assert CARDS[card] in models.list_upstream()
+
+
+def test_the_kinds_of_the_short_tests_are_networks():
+    """A name that no network has would leave its kind out of `make test` without a word."""
+    assert set(medssm.list_models()) >= KINDS
