@@ -1,6 +1,7 @@
 """Every image is read into one record: array, affine in millimetres, channels. NIfTI with channels or colours, labels along other axes."""
 
 import json
+import logging
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,7 @@ from medssm.segment.cases import cases_in
 from medssm.segment.data import load_dataset
 from medssm.segment.evaluate import evaluate
 from medssm.segment.images import aligned, nifti, open_image, read_image, read_label, write_image
+from medssm.segment.images.image import quiet_libraries
 from medssm.segment.preprocess import load_label
 from tests.segment.synthetic import nnunet_folder, write
 
@@ -184,3 +186,13 @@ def test_a_record_of_an_image_in_memory():
     image = nifti.record(nib.Nifti1Image(RANDOM[..., 0], OBLIQUE))
     np.testing.assert_array_equal(image.voxels()[0], RANDOM[..., 0])
     np.testing.assert_allclose(image.spacing, np.linalg.norm(OBLIQUE[:3, :3], axis=0))
+
+
+@pytest.mark.parametrize("name", ["nibabel.global", "pydicom", "pydicom.pixels.utils", "tifffile"])
+def test_libraries_say_nothing_while_they_read_and_what_they_like_afterwards(name, caplog):
+    logger = logging.getLogger(name)
+    with pytest.raises(KeyError), quiet_libraries():
+        logger.error("within")
+        raise KeyError
+    logger.error("afterwards")
+    assert caplog.messages == ["afterwards"]
