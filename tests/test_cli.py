@@ -105,6 +105,11 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it():
     ]
 
 
+def test_python_runs_the_package_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "medssm", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, medssm.__version__, "")
+
+
 def test_the_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{medssm.__version__}\n"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,7 @@ from medssm.segment.cases import cases_in
 from medssm.segment.data import load_dataset
 from medssm.segment.evaluate import evaluate
 from medssm.segment.images import aligned, nifti, open_image, read_image, read_label, write_image
-from medssm.segment.images.image import quiet_libraries
+from medssm.segment.images.quiet import quiet_libraries
 from medssm.segment.preprocess import load_label
 from tests.segment.synthetic import nnunet_folder, write
 
@@ -196,3 +197,14 @@ def test_libraries_say_nothing_while_they_read_and_what_they_like_afterwards(nam
         raise KeyError
     logger.error("afterwards")
     assert caplog.messages == ["afterwards"]
+
+
+def test_readers_in_several_threads_leave_the_libraries_as_they_were():
+    logger, filters = logging.getLogger("pydicom"), warnings.filters[:]
+    first, second = quiet_libraries(), quiet_libraries()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # the first to come is the first to leave, as threads do
+    assert logger.disabled and warnings.filters != filters
+    second.__exit__(None, None, None)
+    assert not logger.disabled and warnings.filters == filters

@@ -19,7 +19,8 @@ import numpy as np
 from medssm.errors import UserError
 from medssm.scratch import slabs
 from medssm.segment.images import formats, itk
-from medssm.segment.images.image import LPS, Image, Place, needed, quiet_libraries, reason
+from medssm.segment.images.image import LPS, Image, Place, needed, reason
+from medssm.segment.images.quiet import quiet_libraries
 
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"  # the class of DICOM-SEG
 _NO_IMAGES = (SEG, "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.481.2")  # label maps, and doses of radiotherapy

@@ -19,7 +19,8 @@ from medssm import __version__
 from medssm.errors import UserError
 from medssm.files import atomic
 from medssm.segment.images import dicom
-from medssm.segment.images.image import LPS, Image, needed, quiet_libraries, reason
+from medssm.segment.images.image import LPS, Image, needed, reason
+from medssm.segment.images.quiet import quiet_libraries
 
 ENDINGS = (".dcm",)
 _SCHEME = "99MEDSSM"  # of the codes that name our classes: the code is the class's value, its meaning the name

@@ -6,7 +6,6 @@ import importlib
 import logging
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from numpy.typing import DTypeLike
 
 from medssm import __version__, machine
 from medssm.errors import UserError, install_command
+from medssm.segment.images.quiet import quiet_libraries
 
 logger = logging.getLogger("medssm")
 
@@ -28,7 +28,6 @@ NO_SIZE = 'the file does not say how large a pixel is: 1 x 1 mm (NAME.json besid
 PICTURES = ("PNG", "JPEG", "TIFF")
 _LARGE = 2**28  # bytes; for less than that nobody asks how much memory is free
 _LONGEST = 200  # letters of a library's error
-_LIBRARIES = ("nibabel", "pydicom", "tifffile")
 _APART = 50  # times: cases whose spacings differ by more were not measured in one unit
 Place: TypeAlias = "tuple[slice, slice, slice, slice]"  # of a part of an image: channels, x, y, z
 
@@ -258,23 +257,6 @@ def needed(package: str, path: Path, what: str) -> Any:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: {what} needs the package {package.partition('.')[0]}: {install_command('io')}") from error
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Without the warnings of the libraries that read files: what matters is in our own lines."""
-    known = list(logging.root.manager.loggerDict.items())
-    loggers = [it for name, it in known if name.startswith(_LIBRARIES) and isinstance(it, logging.Logger)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = [logger.disabled for logger in loggers]
-        for logger in loggers:
-            logger.disabled = True  # a level that changes empties the cache of every logger in the process, which takes longer than a small file
-        try:
-            yield
-        finally:
-            for logger, disabled in zip(loggers, before, strict=True):
-                logger.disabled = disabled
 
 
 def reason(error: BaseException) -> str:

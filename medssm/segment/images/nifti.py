@@ -18,7 +18,8 @@ from medssm.errors import UserError
 from medssm.files import atomic
 from medssm.scratch import slabs
 from medssm.segment.images import formats
-from medssm.segment.images.image import MADE_BY, Image, Place, Voxels, needed, quiet_libraries, reason
+from medssm.segment.images.image import MADE_BY, Image, Place, Voxels, needed, reason
+from medssm.segment.images.quiet import quiet_libraries
 
 logger = logging.getLogger("medssm")
 

@@ -19,7 +19,8 @@ from numpy.typing import DTypeLike
 from medssm.errors import UserError
 from medssm.files import atomic, read_json
 from medssm.segment.images import itk
-from medssm.segment.images.image import LPS, MADE_BY, NO_SIZE, PICTURES, Image, needed, quiet_libraries, reason
+from medssm.segment.images.image import LPS, MADE_BY, NO_SIZE, PICTURES, Image, needed, reason
+from medssm.segment.images.quiet import quiet_libraries
 
 TIFF = (".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg")
