@@ -6,13 +6,15 @@ of the two it is Dice 0, surface Dice 0 and an HD95 of the image's diagonal.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+from medssm.compare import disturb as disturbances
 from medssm.compare import page, pictures, sources, table
-from medssm.compare.result import compared, worst_first
+from medssm.compare.result import change, compared, worst_first
 from medssm.compare.scores import Cases, score
 from medssm.errors import UserError
 from medssm.files import first_line, protect, read_json, write_json
@@ -46,6 +48,8 @@ def compare(
     fewest: int = 20,
     resamples: int = 9999,
     seed: int = 0,
+    disturb: Sequence[Literal["noise", "bias-field", "thick-slices"]] = (),
+    measure: bool = False,
     device: str = "auto",
     overwrite: bool = False,
     quiet: bool = False,
@@ -78,6 +82,10 @@ def compare(
         fewest: patients that a class needs to be judged
         resamples: how often the patients are drawn anew
         seed: of the draws
+    Args: What else is found of runs
+        disturb: they also segment their held-out scans with noise, a bias field or thick slices; each is compared with the baseline under the same
+            disturbance, and with itself without it
+        measure: also the calibration error of their probabilities, and of a new process with one scan the seconds and the largest memory
     Args: Machine
         device: that runs are predicted on: auto, cpu, cuda, cuda:1 or mps
 
@@ -95,15 +103,20 @@ def compare(
     chosen = sides[0].name if baseline is None else baseline
     if chosen not in [side.name for side in sides]:
         raise UserError(f"baseline: expected one of {', '.join(side.name for side in sides)}, got {baseline!r}")
+    kinds = _kinds(disturb, sides)
+    if measure and not any(side.runs for side in sides):
+        raise UserError(f"measure: expected a run, got folders of label maps: {', '.join(side.name for side in sides)}")
     values, ignored = (None, None) if classes is None else named(classes)
     ignore = ignored if ignore is None else ignore
     wanted, listed = _references(Path(references), section)
-    scans = None if images is None else pictures.scans(Path(images))
+    scans_given = None if images is None else pictures.scans(Path(images))
     if out is not None:
         _protect(Path(out), overwrite)
+    statistics: dict[str, Any] = {"dice_margin": dice_margin, "hd95_margin": hd95_margin, "fewest": fewest, "resamples": resamples, "seed": seed}
     with tempfile.TemporaryDirectory() as temporary:
+        places = Path(temporary) if out is None else Path(out) / PREDICTIONS
         for i, side in enumerate(sides):
-            sources.find(side, (Path(temporary) if out is None else Path(out) / PREDICTIONS) / f"{i}-{_as_folder(side.name)}", device, quiet)
+            sources.find(side, places / f"{i}-{_as_folder(side.name)}", device, quiet, wanted if measure else None, ignore)
         kept, left_out = _cases(sides, wanted, common, references)
         patients = {case: patient_of(case, patient, "patient") if patient is not None else listed.get(case, case) for case in kept}
         tables, failed = _scored(sides, kept, wanted, values, ignore, nsd_mm, quiet)
@@ -112,24 +125,34 @@ def compare(
             "baseline": chosen,
             "references": str(references),
             "nsd_mm": nsd_mm,
-            "dice_margin": dice_margin,
-            "hd95_margin": hd95_margin,
-            "fewest": fewest,
-            "resamples": resamples,
-            "seed": seed,
+            **statistics,
             "patients": len({patients[case] for case in kept}),
             "cases": {case: patients[case] for case in kept},
             "left_out": left_out,
             "failed": failed,
-            **compared(
-                tables, patients, baseline=chosen, dice_margin=dice_margin, hd95_margin=hd95_margin, fewest=fewest, resamples=resamples, seed=seed
-            ),
+            **compared(tables, patients, baseline=chosen, **statistics),
+            "disturbed": {},
         }
         for side in sides:
             result["sides"][side.name] |= {"folder": str(side.folder), "facts": side.facts, "cases": tables[side.name]}
+        for kind in kinds:
+            scans = Path(temporary) / "scans" / kind
+            under = [
+                sources.find_disturbed(side, kind, scans, places / kind / f"{i}-{_as_folder(side.name)}", seed, device, quiet)
+                for i, side in enumerate(sides)
+            ]
+            found, lost = _scored(under, kept, wanted, values, ignore, nsd_mm, quiet)
+            shutil.rmtree(scans)
+            failed |= {f"{case}, {kind}": why for case, why in lost.items()}
+            result["disturbed"][kind] = {
+                **compared(found, patients, baseline=chosen, **statistics),
+                "changes": {name: change(tables[name], cases, patients, **statistics) for name, cases in found.items()},
+            }
+            for name, cases in found.items():
+                result["disturbed"][kind]["sides"][name]["cases"] = cases
         if out is not None:
             worst = worst_first(tables, kept)
-            shown = pictures.pictures(worst, sides, wanted, scans) if scans is not None else {}
+            shown = pictures.pictures(worst, sides, wanted, scans_given) if scans_given is not None else {}
             write_json(Path(out) / RESULT, result)
             page.write(Path(out), PAGE, result, worst, shown)
             result["page"] = str(Path(out) / PAGE)
@@ -145,6 +168,17 @@ def _check(**lengths: float) -> None:
     for name, value in lengths.items():
         if not value >= 0:
             raise UserError(f"{name}: expected 0 or more, got {value}")
+
+
+def _kinds(disturb: Sequence[str], sides: Sequence[sources.Side]) -> list[str]:
+    """Each disturbance once. UserError for an unknown one, and for label maps, which no other scans can be given to."""
+    for kind in disturb:
+        if kind not in disturbances.KINDS:
+            raise UserError(f"disturb: expected {', '.join(disturbances.KINDS)}, got {kind!r}")
+    for side in sides:
+        if disturb and not side.runs:
+            raise UserError(f"disturb: expected runs, which can segment disturbed scans, got the folder of label maps {side.name}")
+    return list(dict.fromkeys(disturb))
 
 
 def _references(references: Path, section: str | None) -> tuple[dict[str, Path], dict[str, str]]:

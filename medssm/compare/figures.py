@@ -1,9 +1,9 @@
-"""The plots of a comparison: differences with their intervals, Dice of every patient, volumes against those of the references."""
+"""The plots of a comparison: differences with their intervals, Dice of every patient, volumes against those of the references, Dice over cost."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 130
+_COSTS = {  # facts that a network is better with less of: what to divide by, and the label
+    "inference_seconds": (1, "seconds a case"),
+    "multiply_adds": (1e9, "multiply-adds of a patch, G"),
+    "file_bytes": (2**20, "file, MiB"),
+    "peak_bytes": (2**20, "memory of a new process, MiB"),
+}
+_MARKS = "^sv"
 
 
 def plots(result: Mapping[str, Any]) -> dict[str, bytes]:
-    """{name: PNG}: differences (where there are any with an interval), dice, volumes."""
-    drawn = {"differences": _differences(result), "dice": _dice(result), "volumes": _volumes(result)}
+    """{name: PNG}: differences (where there are any with an interval), dice, volumes, pareto (where the cost of two sides is known)."""
+    drawn = {"differences": _differences(result), "dice": _dice(result), "volumes": _volumes(result), "pareto": _pareto(result)}
     return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
 
 
@@ -114,4 +121,46 @@ def _volumes(result: Mapping[str, Any]) -> Figure:
         lower.set_ylabel("prediction - reference, ml", fontsize=8)
         if column == 0 and ends:
             upper.legend(fontsize=7)
+    return figure
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The points (cost, value) that no other one beats: it costs no more and is worth no less, and is better in one. By their cost."""
+    kept: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not kept or points[i][1] > points[kept[-1]][1]:
+            kept.append(i)
+    return kept
+
+
+def _pareto(result: Mapping[str, Any]) -> Figure | None:
+    """The mean Dice of each side over each of its costs, and small marks for the Dice in disturbed scans."""
+    known = {name: [side for side, row in result["sides"].items() if row["facts"].get(name) is not None] for name in _COSTS}
+    costs = {name: sides for name, sides in known.items() if len(sides) > 1}
+    if not costs:
+        return None
+    figure = _figure(max(6.0, 4.2 * len(costs)), 4.4)
+    colours = {side: COLOURS[i % len(COLOURS)] for i, side in enumerate(result["sides"])}
+    for number, (name, sides) in enumerate(costs.items(), 1):
+        axes = figure.add_subplot(1, len(costs), number)
+        unit, label = _COSTS[name]
+        points = []
+        for side in sides:
+            cost, dice = result["sides"][side]["facts"][name] / unit, result["sides"][side][MEAN]["dice"]
+            points.append((cost, dice["mean"] or 0.0))
+            if dice["low"] is not None:
+                axes.plot((cost, cost), (dice["low"], dice["high"]), color=colours[side], linewidth=1.2)
+            axes.plot(*points[-1], "o", color=colours[side], markersize=7, label=side if number == 1 else None)
+            for mark, found in zip(_MARKS, result["disturbed"].values(), strict=False):
+                axes.plot(cost, found["sides"][side][MEAN]["dice"]["mean"], mark, color=colours[side], markersize=4, fillstyle="none")
+        line = [points[i] for i in front(points)]
+        axes.plot(*zip(*line, strict=True), color="grey", linewidth=1, zorder=0)
+        axes.set_xlabel(label, fontsize=8)
+        axes.set_xlim(0, 1.08 * max(cost for cost, _ in points))
+        axes.grid(alpha=0.3)
+        if number == 1:
+            for mark, kind in zip(_MARKS, result["disturbed"], strict=False):
+                axes.plot([], [], mark, color="grey", markersize=4, fillstyle="none", label=kind)
+            axes.set_ylabel("mean Dice")
+            axes.legend(fontsize=7)
     return figure

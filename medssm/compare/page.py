@@ -16,10 +16,15 @@ GENERATOR = "medssm compare"
 _FACTS = {
     "parameters": "parameters",
     "multiply_adds": "multiply-adds of a patch",
+    "file_bytes": "file",
     "training_seconds": "training",
     "training_joules": "energy of the training",
     "inference_seconds": "inference of a case",
     "inference_joules": "energy of the inference",
+    "cold_seconds": "first case of a new process",
+    "peak_bytes": "memory of that process",
+    "ece": "calibration error",
+    "ece_unsure": "the same of unsure voxels",
 }
 
 
@@ -39,7 +44,7 @@ def write(out: Path, name: str, result: Mapping[str, Any], worst: Sequence[str],
     plots = figures.plots(result)
     for plot, picture in plots.items():
         write_bytes(out / f"{plot}.png", picture)
-    sides = result["sides"]
+    sides, known = result["sides"], table.facts_of(result)
     text = pages.page(
         Path(__file__).with_name("compare.html"),
         GENERATOR,
@@ -56,8 +61,10 @@ def write(out: Path, name: str, result: Mapping[str, Any], worst: Sequence[str],
             for label, own in {**row["classes"], MEAN: row[MEAN]}.items()
         ],
         difference_headings=[table.HEADINGS[metric][0] for metric in COMPARED],
-        facts={side: [table.fact(row["facts"], fact) for fact in _FACTS] for side, row in sides.items() if row["facts"]},
-        fact_headings=list(_FACTS.values()),
+        facts={side: [table.fact(row["facts"], fact) for fact in known] for side, row in sides.items() if row["facts"]},
+        fact_headings=[_FACTS[fact] for fact in known],
+        disturbed=table.disturbed_rows(result),
+        disturbed_headings=table.DISTURBED,
         remarks=table.remarks(result),
         plots={plot: pages.inline(picture) for plot, picture in plots.items()},
         pictures=pictures,

@@ -82,6 +82,13 @@ def compared(
     }
 
 
+def change(before: Cases, after: Cases, patients: Mapping[str, str], **statistics: Any) -> dict[str, Any]:
+    """A side's differences of the cases `after` from the same cases `before`, as `compared` gives them."""
+    cases = {case: before[case] for case in after}
+    found: dict[str, Any] = compared({"before": cases, "after": after}, patients, baseline="before", **statistics)["differences"]["after"]
+    return found
+
+
 def worst_first(tables: Mapping[str, Cases], cases: Sequence[str]) -> list[str]:
     """The cases by their lowest Dice of any class of any side, the lowest first; those without a class last."""
 

@@ -20,11 +20,17 @@ HEADINGS = {
 FACTS = {
     "parameters": lambda value: f"{value / 1e6:.2f} M",
     "multiply_adds": lambda value: f"{value / 1e9:.2f} G",
+    "file_bytes": lambda value: f"{value / 2**20:.2f} MiB",
     "training_seconds": lambda value: f"{value:.0f} s",
     "training_joules": lambda value: f"{value / 1e3:.1f} kJ",
     "inference_seconds": lambda value: f"{value:.2f} s",
     "inference_joules": lambda value: f"{value:.0f} J",
+    "cold_seconds": lambda value: f"{value:.2f} s",
+    "peak_bytes": lambda value: f"{value / 2**20:.0f} MiB",
+    "ece": lambda value: f"{value:.5f}",
+    "ece_unsure": lambda value: f"{value:.4f}",
 }
+DISTURBED = ("Dice", "HD95 mm", "Dice less undisturbed", "Dice less baseline")
 NOT_MEASURED = "not measured"
 
 
@@ -58,14 +64,24 @@ def show(result: Mapping[str, Any]) -> None:
     console.print(differences)
     for side, row in result["differences"].items():
         console.print(f"{side}: {row['verdict']}", highlight=False)
+    if result["disturbed"]:
+        disturbed = Table(title="disturbed scans")
+        disturbed.add_column("")
+        disturbed.add_column("disturbance", no_wrap=True)
+        for heading in DISTURBED:
+            disturbed.add_column(heading, justify="right")
+        disturbed.add_column("verdict")
+        for side, kind, cells, verdict in disturbed_rows(result):
+            disturbed.add_row(side, kind, *(cell.replace(" [", "\n[") for cell in cells), verdict)
+        console.print(disturbed)
     known = {side: row["facts"] for side, row in result["sides"].items() if row["facts"]}
     if known:
         facts = Table(title="networks")
         facts.add_column("")
-        for name in FACTS:
+        for name in facts_of(result):
             facts.add_column(name.replace("_", " "), justify="right")
         for side, own in known.items():
-            facts.add_row(side, *(fact(own, name) for name in FACTS))
+            facts.add_row(side, *(fact(own, name) for name in facts_of(result)))
         console.print(facts)
     for line in remarks(result):
         console.print(line, highlight=False)
@@ -91,6 +107,27 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         if cases["no_reference"]:
             lines.append(f"{side}: without a reference: {_some(cases['no_reference'])}")
     return lines
+
+
+def disturbed_rows(result: Mapping[str, Any]) -> list[tuple[str, str, list[str], str]]:
+    """(side, disturbance, a cell for each heading of DISTURBED, verdict)."""
+    rows = []
+    for kind, found in result["disturbed"].items():
+        for side, own in found["sides"].items():
+            against = found["differences"].get(side)
+            cells = [
+                interval(own[MEAN]["dice"], 3),
+                interval(own[MEAN]["hd95"], 2),
+                interval(found["changes"][side][MEAN]["dice"], 4, True),
+                interval(against[MEAN]["dice"], 4, True) if against else "",
+            ]
+            rows.append((side, kind, cells, against["verdict"] if against else ""))
+    return rows
+
+
+def facts_of(result: Mapping[str, Any]) -> list[str]:
+    """The names of FACTS that any side has."""
+    return [name for name in FACTS if any(name in row["facts"] for row in result["sides"].values())]
 
 
 def interval(value: Mapping[str, Any], digits: int, signed: bool = False) -> str:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from medssm import cli
-from medssm.compare import compare, figures
+from medssm.compare import compare, disturb, figures, sources
 from medssm.errors import UserError
 from medssm.segment.evaluate import evaluate
+from medssm.segment.predict import predict
 from medssm.segment.train import train
 from tests.segment.browser import needs_browser, screenshot
 from tests.segment.synthetic import UNET, nnunet_folder, write
@@ -174,6 +175,9 @@ def test_the_command_prints_tables(folders, capsys):
         (["good", "bad"], {"dice_margin": float("nan")}, r"dice_margin: expected 0 or more, got nan"),
         (["good", "bad"], {"images": "nowhere"}, r"images: nowhere: no such folder"),
         (["good", "bad"], {"patient": r"(sub-\d+)"}, r"patient: .* is not in the name p00"),
+        (["good", "bad"], {"disturb": ["fog"]}, r"disturb: expected noise, bias-field, thick-slices, got 'fog'"),
+        (["good", "bad"], {"disturb": ["noise"]}, r"disturb: expected runs, which can segment disturbed scans, got the folder of label maps good"),
+        (["good", "bad"], {"measure": True}, r"measure: expected a run, got folders of label maps: good, bad"),
         (["good", "bad"], {"classes": {"other": 2}}, r"label value\(s\) 1 outside the classes"),
     ],
 )
@@ -191,12 +195,20 @@ def test_nothing_of_other_origin_is_written_over(folders, tmp_path):
         compare(sides, references=folders / "labels", out=tmp_path, resamples=200, overwrite=_ == 0, quiet=True)
 
 
-def test_runs_are_predicted(tmp_path):
-    """Two folds of one training against one of them: the held-out cases of both, with what is known of the training."""
-    folder, trained = nnunet_folder(tmp_path / "data", shape=(20, 18, 16)), tmp_path / "trained"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set, and two folds of one training on it."""
+    root = tmp_path_factory.mktemp("runs")
+    folder = nnunet_folder(root / "data", shape=(20, 18, 16))
     few = {"patch": (16, 16, 16), "max_steps": 2, "folds": 4, "validations": 0, "device": "cpu", "quiet": True}
     for fold in range(2):
-        train(folder, trained / f"fold_{fold}", model="monai.networks.nets.UNet", model_kwargs=UNET, fold=fold, **few)
+        train(folder, root / "trained" / f"fold_{fold}", model="monai.networks.nets.UNet", model_kwargs=UNET, fold=fold, **few)
+    return folder, root / "trained"
+
+
+def test_runs_are_predicted(trained, tmp_path):
+    """Two folds of one training against one of them: the held-out cases of both, with what is known of the training."""
+    folder, trained = trained
     with pytest.raises(UserError, match=r"fold_0 lacks case_\d, which another one has"):
         compare([trained, trained / "fold_0"], references=folder / "labelsTr", quiet=True)
     tmp_path = tmp_path / "compared"
@@ -211,11 +223,60 @@ def test_runs_are_predicted(tmp_path):
         and facts["steps"] == 2
         and facts["parameters"] > 1000
         and facts["multiply_adds"] > 1e6
+        and facts["file_bytes"] == (trained / "fold_0" / "model.safetensors").stat().st_size
         and facts["training_joules"] is None
     )
     assert result["differences"]["first"]["classes"]["1"]["dice"]["mean"] == 0.0
     text = (tmp_path / "compare.html").read_text()
-    assert "not measured" in text and f"{facts['parameters'] / 1e6:.2f} M" in text
+    assert result["disturbed"] == {} and (tmp_path / "pareto.png").is_file() and "cold_seconds" not in facts
+    assert "not measured" in text and "Disturbed scans" not in text and f"{facts['parameters'] / 1e6:.2f} M" in text
+
+
+def test_runs_segment_disturbed_scans(trained, tmp_path, capsys):
+    """The scans are those of `disturb`; each side is compared with the baseline under the same disturbance, and with itself without it."""
+    folder, trained = trained
+    words = [
+        "compare",
+        trained / "fold_0",
+        trained,
+        "--references",
+        folder / "labelsTr",
+        "--common",
+        "--names",
+        "first",
+        "both",
+        "--resamples",
+        "200",
+    ]
+    words += ["--disturb", "noise", "thick-slices", "noise", "--out", tmp_path / "compared"]
+    assert cli.main(list(map(str, words))) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "disturbed scans" in printed and "thick-slices" in printed
+    result = json.loads((tmp_path / "compared" / "compare.json").read_text())
+    assert list(result["disturbed"]) == ["noise", "thick-slices"]
+    (case,) = result["cases"]
+    listed, failed = disturb.write(sources._held_out(trained / "fold_0"), 1, "noise", tmp_path / "scans", 0)
+    predict(trained / "fold_0", listed, tmp_path / "found", format="nifti", postprocessing="none", device="cpu", quiet=True)
+    wanted = evaluate(tmp_path / "found", folder / "labelsTr", classes={"1": 1, "2": 2}, quiet=True)["cases"][case]
+    found = result["disturbed"]["noise"]
+    assert not failed and found["sides"]["first"]["cases"][case]["1"]["dice"] == pytest.approx(wanted["1"]["dice"])
+    assert found["differences"]["both"]["mean"]["dice"]["mean"] == 0.0
+    before, after = result["sides"]["first"]["mean"]["dice"]["mean"], found["sides"]["first"]["mean"]["dice"]["mean"]
+    assert found["changes"]["first"]["mean"]["dice"]["mean"] == pytest.approx(after - before)
+    assert "Disturbed scans" in (tmp_path / "compared" / "compare.html").read_text()
+
+
+@pytest.mark.thorough  # a new process
+def test_runs_are_measured(trained, tmp_path):
+    folder, trained = trained
+    out, references = tmp_path / "found", folder / "labelsTr"
+    side = sources.sides_of([trained / "fold_0", trained / "fold_1"], None)[0]
+    wanted = {file.name.removesuffix(".nii.gz"): file for file in references.iterdir()}
+    sources.find(side, out, "cpu", True, wanted)
+    facts = side.facts
+    assert 0 < facts["ece"] < 1 and 0 < facts["ece_unsure"] < 1 and facts["cold_seconds"] > 0.5 and facts["peak_bytes"] > 2**26
+    (case,) = side.files
+    assert [file.name for file in out.glob("*.nii.gz")] == [f"{case}.nii.gz"]
 
 
 def test_plots_of_one_patient_are_drawn_without_intervals(folders, tmp_path):

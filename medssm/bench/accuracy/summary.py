@@ -136,6 +136,7 @@ def _page(setting: Setting, nets: Sequence[Net], results: Mapping[str, Any], sid
         "patients": len({patients[case] for case in cases}),
         "cases": {case: patients[case] for case in cases},
         "left_out": {},
+        "disturbed": {},
         "sides": shown,
     }
     worst = worst_first(sides, cases)

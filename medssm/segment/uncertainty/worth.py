@@ -117,7 +117,7 @@ def assess(
             ranking = Ranking.of(pair.uncertainty(kind)[counted], wrong[counted])
             cases[name][kind] = _ranked(ranking, labelled)
             pooled[kind] = pooled[kind] + ranking if kind in pooled else ranking
-        if why := _add_probabilities(reliability, pair, names):
+        if why := add_probabilities(reliability, pair, names):
             missing[f"reliability of probabilities: {why}"] += 1
         reference = volumes(pair.truth, pair.image, classes)
         for label, row in table.get(name, {}).items():
@@ -169,7 +169,7 @@ def _summary(rows: Mapping[str, Mapping[str, float | None]], pooled: Ranking, bo
     return result
 
 
-def _add_probabilities(reliability: dict[str, Reliability], pair: Pair, names: Classes | None) -> str:
+def add_probabilities(reliability: dict[str, Reliability], pair: Pair, names: Classes | None) -> str:
     """Take the probabilities beside a prediction in; why not, where that cannot be done."""
     if not map_of(pair.prediction, PROBABILITIES).is_file():
         return "no probabilities beside the prediction (predict --save-probabilities)"
