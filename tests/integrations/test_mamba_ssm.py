@@ -93,14 +93,6 @@ def test_outputs_and_gradients_have_upstreams_dtypes(installed, dtype):
     assert [g.dtype for g in gradients(out, inputs)] == [t.dtype for t in inputs]
 
 
-def test_complex_is_refused_by_name(installed):
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    u, delta, A, B, C, *_ = scan_inputs()
-    with pytest.raises(ValueError, match=r"A: expected float32.*got complex64"):
-        selective_scan_fn(u, delta, A.to(torch.complex64), B, C)
-
-
 # -- the compiled modules ---------------------------------------------------------------------------------------------------------
 
 

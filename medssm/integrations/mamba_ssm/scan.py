@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from medssm import ops
-from medssm.integrations.mamba_ssm import states
+from medssm.integrations.mamba_ssm import complex_scan, states
 from medssm.integrations.mamba_ssm.norm import rms_norm_forward
 
 
@@ -25,12 +25,17 @@ def selective_scan_fn(
     """The selective scan in mamba_ssm's layout, `medssm.ops.selective_scan(..., layout="bdl")`.
 
     Args:
-        u, delta, z: (b, d, l). A: (d, n), real. D, delta_bias: (d,).
+        u, delta, z: (b, d, l). A: (d, n). D, delta_bias: (d,).
         B, C: (b, n, l), (b, g, n, l), or (d, n) for what does not change with the token (each channel is then a group of its own).
         return_last_state: return (out, last state (b, d, n) in float32), differentiable in both.
 
-    Returns out (b, d, l), contiguous, in u's dtype. Raises ValueError or TypeError as medssm.ops.selective_scan: a complex A, B or C is refused.
+    With a complex A the state is complex, and B and C are as in `complex_scan`, which is slow: it computes a token at a time in PyTorch.
+
+    Returns out (b, d, l), contiguous, in u's dtype. Raises ValueError or TypeError as medssm.ops.selective_scan.
     """
+    if A.is_complex():
+        both = complex_scan.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return both if return_last_state else both[0]
     B, C = grouped(B, C, u)
     out = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_final_state=return_last_state, layout="bdl")
     return (out[0].contiguous(), out[1]) if return_last_state else out.contiguous()
@@ -71,7 +76,7 @@ def mamba_inner_fn(
     project: Tensor | None = delta_proj_weight
     if dt_rms_weight is not None:
         delta, project = rms_norm_forward(linear(delta, delta_proj_weight), dt_rms_weight, None, b_c_dt_rms_eps), None
-    y = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=project)
+    y = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, project)
     return linear(y, out_proj_weight, out_proj_bias)
 
 
@@ -93,8 +98,7 @@ def mamba_inner_fn_no_out_proj(
 ) -> Tensor:
     """mamba_inner_fn without out_proj, as Vim's and SegMamba's forks have it; (b, d, l), contiguous."""
     u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
-    y = ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight)
-    return y.movedim(-1, 1).contiguous()
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj_weight).movedim(-1, 1).contiguous()
 
 
 def bimamba_inner_fn(
@@ -118,10 +122,7 @@ def bimamba_inner_fn(
 ) -> Tensor:
     """Vim's first bidirectional mixer: mamba_inner_fn with a second, reversed scan that has its own A_b (d, n) and shares the rest."""
     u, delta, B, C, z = _project(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
-    y, back = (
-        ops.selective_scan(u, delta, a, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj_weight, reverse=reverse)
-        for a, reverse in ((A, False), (A_b, True))
-    )
+    y, back = (_scan(u, delta, a, B, C, D, z, delta_bias, delta_softplus, delta_proj_weight, reverse) for a, reverse in ((A, False), (A_b, True)))
     return linear(y + back, out_proj_weight, out_proj_bias)
 
 
@@ -178,15 +179,43 @@ def _project(
     B_proj_bias: Tensor | None,
     C_proj_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u (b, l, d), the low-rank delta (b, l, r), B and C (b, l, g, n), z (b, l, d)."""
+    """u (b, l, d), the low-rank delta (b, l, r), B and C (b, l, g, n), z (b, l, d); with a complex A, B and C as `complex_scan` takes them."""
     u, z = xz.movedim(1, -1).chunk(2, dim=-1)
     u = ops.causal_conv1d(u, conv1d_weight.squeeze(1), conv1d_bias, "silu")
-    rows, rank, state = linear(u, x_proj_weight), delta_proj_weight.shape[1], A.shape[1]
+    rows, rank, state = linear(u, x_proj_weight), delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
+    along = _pairs_along if A.is_complex() else lambda t: t.movedim(-1, 1)
     if B is None:
         B = rows[..., rank : rank + state]
-        B = (B if B_proj_bias is None else B + B_proj_bias.to(B.dtype)).movedim(-1, 1)
+        B = along(B if B_proj_bias is None else B + B_proj_bias.to(B.dtype))
     if C is None:
         C = rows[..., -state:]
-        C = (C if C_proj_bias is None else C + C_proj_bias.to(C.dtype)).movedim(-1, 1)
-    B, C = (t.movedim(-1, 1) for t in grouped(B, C, xz))
+        C = along(C if C_proj_bias is None else C + C_proj_bias.to(C.dtype))
+    if not A.is_complex():
+        B, C = (t.movedim(-1, 1) for t in grouped(B, C, xz))
     return u, rows[..., :rank], B, C, z
+
+
+def _pairs_along(t: Tensor) -> Tensor:
+    """(b, l, 2 n), pairs of real and imaginary parts, as (b, n, 2 l)."""
+    return t.unflatten(-1, (-1, 2)).movedim(1, 2).flatten(2)
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    delta_proj: Tensor | None,
+    reverse: bool = False,
+) -> Tensor:
+    """The scan (b, l, d) of what `_project` gives."""
+    if not A.is_complex():
+        return ops.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_proj=delta_proj, reverse=reverse)
+    delta = delta if delta_proj is None else linear(delta, delta_proj)
+    u, delta, z = (t.movedim(-1, 1) for t in (u, delta, z))
+    return complex_scan.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)[0].movedim(1, -1)
