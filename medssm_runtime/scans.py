@@ -8,7 +8,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,9 @@ def read(case: Case, channels: int) -> tuple[np.ndarray, np.ndarray, Any]:
 
 def _open(path: Path) -> Any:
     """A NIfTI file with its header checked and its voxels not yet read."""
-    logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # what matters is in our own lines
     try:
-        image = nib.load(path)
+        with _quiet_nibabel():
+            image = nib.load(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except Exception as error:  # nibabel raises what its readers raise: ImageFileError, EOFError, zlib.error, HeaderDataError
@@ -131,6 +131,18 @@ def _open(path: Path) -> Any:
     if image.get_data_dtype().kind not in "iufb":
         raise UserError(f"{path}: expected numbers, got voxels of the type {image.get_data_dtype()}")
     return image
+
+
+@contextlib.contextmanager
+def _quiet_nibabel() -> Iterator[None]:
+    """Without nibabel's lines about a header: what matters is in our own. Each reader has a filter of its own, so several may read at once."""
+    log = logging.getLogger("nibabel.global")
+    nothing = logging.Filter("nothing but this name")
+    log.addFilter(nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(nothing)
 
 
 def _affine(image: Any) -> np.ndarray:

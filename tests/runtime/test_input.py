@@ -1,6 +1,8 @@
 """What cannot be predicted is one line, and no file is lost."""
 
+import gzip
 import json
+import logging
 
 import nibabel as nib
 import numpy as np
@@ -111,6 +113,19 @@ def test_scans_that_are_refused(model, tmp_path, scan):
         assert said in refused(model, path, out) and not out.exists(), said
     assert not list(tmp_path.glob(".partial*"))
     assert refused(model, tmp_path / "text.nii.gz", out).startswith(f"{tmp_path / 'text.nii.gz'}: ")
+
+
+def test_nibabel_says_nothing_while_it_reads_and_what_it_likes_afterwards(model, scan, tmp_path, caplog):
+    content = bytearray(gzip.decompress(scan.read_bytes()))
+    content[80:84] = np.float32(-1).tobytes()  # a size of voxels below 0
+    scan.write_bytes(gzip.compress(bytes(content)))
+    nib.load(scan)
+    assert len(caplog.messages) == 1 and "pixdim" in caplog.messages[0]
+    caplog.clear()
+    predict(model, scan, tmp_path / "labels.nii.gz")
+    assert caplog.messages == []
+    logging.getLogger("nibabel.global").error("afterwards")
+    assert caplog.messages == ["afterwards"]
 
 
 def test_channels_on_different_grids_or_missing(tmp_path):
