@@ -26,6 +26,7 @@ from medssm.classify.images import Fitted, Images, Sizes, fit
 from medssm.classify.loss import WeightedEntropy, balanced_weights
 from medssm.classify.predictions import write_predictions
 from medssm.classify.samples import Samples
+from medssm.classify.start import Start, teacher_for
 from medssm.classify.table import Columns, Sample, classes_of, load_samples
 from medssm.classify.validation import Validation
 from medssm.errors import UserError
@@ -33,6 +34,7 @@ from medssm.files import write_json
 from medssm.models import list_models, model_facts
 from medssm.segment import curves, networks, runs
 from medssm.segment.data import FITTED
+from medssm.segment.distil import Distillation
 from medssm.segment.images import check_nan
 from medssm.segment.intensity import SCHEMES
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
@@ -72,6 +74,8 @@ def train(
     model_kwargs: Mapping[str, Any] | None = None,
     size: str | None = None,
     spatial_dims: Literal[2, 3] | None = None,
+    start: Path | str | Start | None = None,
+    distil: Path | str | None = None,
     max_steps: int | None = None,
     max_seconds: float | None = None,
     batch: int | None = None,
@@ -128,6 +132,9 @@ def train(
         model_kwargs: more keywords for the model's constructor
         size: the model's size, where it has several, as tiny, small or base
         spatial_dims: 2 for planes, 3 for volumes (default: what the images are)
+        start: folder of a finished training to begin with: its network and weights, shape, spacing, mirrored axes and intensities take the place of
+            new ones
+        distil: folder of a finished training whose network, the teacher, is learnt from beside the labels (docs/guides/compress.md)
     Args: Optimisation
         max_steps: training steps (default: 1000 where `max_seconds` is not given)
         max_seconds: seconds of training steps, all resumptions together; reading and validating are not counted
@@ -166,6 +173,9 @@ def train(
     before = runs.finished(out, reads=(dataset,), written=_WRITTEN, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
     if before:
         return before
+    begun = Start.of(Path(start)) if isinstance(start, (str, Path)) else start
+    if begun:
+        begun.check_trainable("start")
     _check_arguments(spatial_dims, shape, mixup, smoothing, rotate)
     runs.check_recipe(
         optimizer=optimizer,
@@ -184,24 +194,30 @@ def train(
         max_steps = _STEPS
     lr = lr or _LEARNING_RATES[optimizer]
     samples, said = load_samples(dataset, Columns(path_column, label_column, group_column), group)
+    if begun:
+        begun.check(samples)
     training, held_out = split(samples, fold, folds, seed)
     fabric = fabric_for(device, devices, strategy, precision)
     fabric.launch()
     quiet = quiet or not fabric.is_global_zero
     with progress("reading", quiet) as show_reading:
-        fitted = fit(
-            training,
-            classes_of(samples),
-            spatial_dims=spatial_dims,
-            shape=shape,
-            sizes=sizes,
-            spacing=spacing,
-            mirror=axes_to_mirror(mirror),
-            modality=modality,
-            nan=nan,
-            gpu=fabric.device.type != "cpu",
-            seed=seed,
-            show=show_reading,
+        fitted = (
+            begun.fitted
+            if begun
+            else fit(
+                training,
+                classes_of(samples),
+                spatial_dims=spatial_dims,
+                shape=shape,
+                sizes=sizes,
+                spacing=spacing,
+                mirror=axes_to_mirror(mirror),
+                modality=modality,
+                nan=nan,
+                gpu=fabric.device.type != "cpu",
+                seed=seed,
+                show=show_reading,
+            )
         )
         images, others = Images(training, fitted, nan, show_reading), Images(held_out, fitted, nan, show_reading)
     dims = len(fitted.shape)
@@ -213,16 +229,23 @@ def train(
     sizes_of = {"in_channels": len(fitted.channels), "out_channels": len(fitted.classes)}
     kwargs = {"spatial_dims": dims, **sizes_of, **(model_kwargs or {}), **({} if size is None else {"size": size})}
     chosen_model = model if isinstance(model, nn.Module) else _by_task(model)
-    network = model if isinstance(model, nn.Module) else networks.build(str(chosen_model), **kwargs)
-    config = networks.describe(chosen_model, kwargs)
+    if begun:
+        network, config = begun.network, begun.config
+    else:
+        network = model if isinstance(model, nn.Module) else networks.build(str(chosen_model), **kwargs)
+        config = networks.describe(chosen_model, kwargs)
     network = networks.placed(network, fabric.device, dims)
     networks.check_classifier(network, fitted.shape, **sizes_of, device=fabric.device)
+    criterion: nn.Module = WeightedEntropy(weights, smoothing)
+    if distil is not None:
+        teacher = networks.placed(teacher_for(Path(distil), fitted, held_out), fabric.device, dims)
+        criterion = Distillation(criterion, network, teacher)
     loop = Loop(
         fabric,
         network,
         optimizer_for(optimizer, network, lr, weight_decay),
         Samples(images, labels, seed=seed, augment=augment, rotate=rotate, mixup=mixup),
-        WeightedEntropy(weights, smoothing),
+        criterion,
         out,
         batch=batch,
         lr=lr,
@@ -234,6 +257,7 @@ def train(
         ema=ema,
         settings={
             "model": config,
+            "distil": None if distil is None else str(Path(distil).resolve()),
             "images": [[sample.name, sample.label] for sample in training],
             **dataclasses.asdict(fitted),
             "batch": batch,
@@ -257,7 +281,7 @@ def train(
     if not quiet:
         runs.say(chosen)
     name = config["model"] or config["class"]
-    arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr}
+    arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr, "start": None if isinstance(start, Start) else start}
     cases = {"training": _files(training), "validation": _files(held_out)}
     runs.begin(loop, arguments, cases, resume=resume, written=_WRITTEN)
     if fabric.is_global_zero:

@@ -20,7 +20,7 @@ import openvino
 import torch
 from torch import Tensor, nn
 
-from medssm.compress.command import Source
+from medssm.compress.trainings import Training
 from medssm.errors import UserError
 from medssm.export.check import Finest, Run
 from medssm.export.command import check_target, write_portable
@@ -126,10 +126,10 @@ def _write(network: nn.Module, file: Path, shape: Sequence[int], properties: Map
 def _patches(run: Path, data: Path | str | None) -> list[Tensor]:
     """Images of training cases, (2, c, *patch)."""
     _nncf()
-    source = Source.read(run, None if data is None else Path(data), seed=0)
+    source = Training.read(run, None if data is None else Path(data), seed=0)
     if "int8" in [step["kind"] for step in source.start.config.get("compression", [])]:
         raise UserError(f"int8: {run}: its network is in 8 bits already: leave --int8 out")
-    return [image for image, _ in source.patches(_PATCHES, seed=0)]
+    return [image for image, _ in source.batches(_PATCHES, 0)]
 
 
 def _nncf() -> Any:

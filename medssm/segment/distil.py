@@ -29,6 +29,7 @@ class Distillation(nn.Module):
     (Hinton et al., arXiv 1503.02531). w_v = 1 + borders (1 - d_v / 4), where a voxel lies d_v < 4 voxels from the border of a class, else 1. S and T
     are the coarsest maps of the two encoders, with a row for each channel, and P is the linear map, with a constant, that takes S nearest to T: what
     is left is what the student's features do not say of the teacher's. Without two encoders that term is left out.
+    Logits without spatial axes, of a classifier, all weigh w_v = 1.
 
     Called as the criterion is, with the student's output and the label. The image, which the teacher needs, is taken from the student's call.
 
@@ -97,7 +98,7 @@ class Distillation(nn.Module):
             divergence = each.sum(1, keepdim=True)
         else:
             divergence = F.kl_div(learnt.log_softmax(1), taught.log_softmax(1), reduction="none", log_target=True).sum(1, keepdim=True)
-        weights = 1 + self.borders * nearness(label)
+        weights = 1 + self.borders * nearness(label) if label.ndim > 2 else torch.ones_like(divergence)
         return self.temperature**2 * (weights * divergence).sum() / weights.sum()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,15 +39,18 @@ class Start(NamedTuple):
 
     def check_trainable(self, argument: str) -> None:
         """UserError that names the argument, where a step of the network's compression is for inference alone."""
-        for step in self.config.get("compression", []):
-            if step["kind"] in ("fold", "int8"):
-                raise UserError(
-                    f"{argument}: its network has the step {step['kind']}, which is for inference alone: take the run that it was made of"
-                )
+        check_trainable(self.config, argument)
 
     def volumes(self, cases: Sequence[Case], arrays: Sequence[Arrays], seed: int) -> list[Volume]:
         """The cases' images and labels, ready for cropping."""
         return [prepare(case.name, *pair, self.fitted, seed) for case, pair in zip(cases, arrays, strict=True)]
+
+
+def check_trainable(config: Mapping[str, Any], argument: str) -> None:
+    """UserError that names the argument, where a step of a network's compression is for inference alone."""
+    for step in config.get("compression", []):
+        if step["kind"] in ("fold", "int8"):
+            raise UserError(f"{argument}: its network has the step {step['kind']}, which is for inference alone: take the run that it was made of")
 
 
 def _named(value: Any) -> str:
