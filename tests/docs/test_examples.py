@@ -56,6 +56,7 @@ def test_the_left_ventricle_is_trained_on_and_split_by_patients(tmp_path):
     assert result["cases"] + result["validation_cases"] == 21 and result["spacing"] == [1.5, 1.25, 0]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is not there")
 def test_the_real_hearts(tmp_path):
     cases = write(REAL, tmp_path / "data")

@@ -117,6 +117,7 @@ def test_the_bundle_does_the_post_processing_of_the_run(runs, scans, tmp_path):
         assert np.mean(plain != found) > 1e-3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["3d", pytest.param("2d", marks=pytest.mark.thorough)])
 def test_monais_runner_gives_predicts_labels(runs, bundles, scans, tmp_path, name):
     pytest.importorskip("ignite")

@@ -21,6 +21,7 @@ def python(*arguments, **environment):
     )
 
 
+@pytest.mark.thorough
 def test_its_own_tests_pass():
     pytest.importorskip("parameterized")
     done = python("test_umamba.py")

@@ -3,11 +3,23 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import medssm
 from medssm import cli
+from medssm.models import listing
 from medssm.models.listing import MEASURED
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_network_is_built_once():
+    """Every test of the table needs the sizes of every network."""
+    rows, row_of = {}, listing._row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "_row", lambda name, measured: rows.get(name) or rows.setdefault(name, row_of(name, measured)))
+        yield
 
 
 def test_every_network_has_facts(capsys):

@@ -256,6 +256,7 @@ def test_an_entry_that_holds_something_else_is_made_again(cached):
     assert load()[1] == 2 and load()[1] == 2
 
 
+@pytest.mark.thorough
 def test_processes_that_fill_a_cache_at_once_all_get_the_arrays(cached, tmp_path):
     load, folder, cache = cached
     code = (

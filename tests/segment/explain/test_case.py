@@ -101,6 +101,7 @@ def test_the_ball_depends_on_the_ball(only, tmp_path):
     assert abs(found["sanity"]["rank_correlation"]["integrated gradients"]["values"]) < 0.5
 
 
+@pytest.mark.thorough
 def test_turning_the_axes_turns_the_maps(only, tmp_path):
     image = volume(7, SMALL)[0][..., 0]
     turned = np.ascontiguousarray(image.transpose(2, 0, 1)[::-1])
@@ -113,6 +114,7 @@ def test_turning_the_axes_turns_the_maps(only, tmp_path):
         np.testing.assert_allclose(one.transpose(2, 0, 1)[::-1], other, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_runs_are_averaged(only, tmp_path):
     path = write(tmp_path / "a.nii.gz", volume(7, SMALL)[0][..., 0])
     one = explained(only, path, tmp_path / "one")
@@ -160,6 +162,7 @@ def test_what_the_scans_see(scans, tmp_path):
     assert page.count("reach of encoder.stages") >= 4 and "raster(axes=(0, 1, 2), reverse=True)" in page
 
 
+@pytest.mark.thorough
 def test_slices_channels_and_regions(tmp_path):
     labels = {"background": 0, "whole": [1, 2], "box": [2]}
     root = nnunet_folder(tmp_path / "data", 2, (20, 18, 6), channels=("T1", "T2"), labels=labels)
@@ -209,6 +212,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(only, tmp_path, capsys, mo
     assert "expected a point in the image, got 99 0 0 mm" in refused("--explain", "ball", "--explain-at", "99", "0", "0")
 
 
+@pytest.mark.thorough
 def test_without_the_option_nothing_changes_and_again_writes_over_its_own(only, tmp_path):
     path = write(tmp_path / "a.nii.gz", volume(7, SMALL)[0][..., 0])
     result = predict(only, path, tmp_path / "out", device="cpu", quiet=True)
