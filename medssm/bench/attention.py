@@ -81,6 +81,17 @@ def _ssd(length: int, heads: int, width: int, state: int, grad: bool = False, co
     return _sides(partial(ops.ssd, dt_softplus=True, backend="native"), peers.ssd, _CHUNKED, tensors, grad, compiled)
 
 
+def _ssd3(length: int, heads: int, width: int, state: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
+    """Of one rank, half of the channels turning."""
+    tokens, rows = (1, length, heads), (1, length, 1, state)
+    tensors = _draw(
+        x=(*tokens, width), dt=tokens, A=tokens, B=rows, C=rows, trap=tokens, angles=(*tokens, state // 4), D=(heads,), z=(*tokens, width)
+    )
+    tensors |= _draw(B_bias=(heads, state), C_bias=(heads, state))
+    tensors["dt"], tensors["A"] = torch.nn.functional.softplus(tensors["dt"] - 4), -1 - tensors["A"].abs()
+    return _sides(partial(ops.ssd3, backend="native"), peers.ssd3, _CHUNKED, tensors, grad, compiled)
+
+
 def _wkv(length: int, channels: int, grad: bool = False) -> dict[str, Side]:
     tensors = _draw(w=(channels,), u=(channels,), k=(1, length, channels), v=(1, length, channels))
     tensors["w"], tensors["u"] = tensors["w"] / length, tensors["u"] / length
@@ -121,6 +132,7 @@ def _rows() -> dict[str, Row]:
         "gla-keys": ("gated_linear_attention, decay per key", partial(_gated, per_key=True), 4, 64, {}),
         "delta": ("delta_rule", _delta, 4, 64, {}),
         "ssd": ("ssd, state 64", _ssd, 4, 64, {"state": 64}),
+        "ssd3": ("ssd3, state 64", _ssd3, 4, 64, {"state": 64}),
     }
     for name, (title, make, heads, width, more) in kinds.items():
         for grad in (False, True):

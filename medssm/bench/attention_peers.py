@@ -6,6 +6,7 @@ carry the states from chunk to chunk in a loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,6 +48,25 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Te
     heads = x.shape[1]
     y = _chunked(C.expand(-1, heads, -1, -1), B.expand(-1, heads, -1, -1), x * step[..., None], step * A[:, None])
     return (y + D[:, None, None] * x) * silu(z)
+
+
+def ssd3(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, trap: Tensor, angles: Tensor, D: Tensor, z: Tensor, B_bias: Tensor, C_bias: Tensor
+) -> Tensor:
+    """Mamba-3 of one rank: x, z (b, h, l, p); dt, A, trap (b, h, l); angles (b, h, l, a); B, C (b, 1, l, n), their biases (h, n); D (h,)."""
+    mix, turns = torch.sigmoid(trap), torch.cumsum(math.pi * torch.tanh(angles) * dt[..., None], 2)
+    q, k = _turned(C + C_bias[:, None], turns), _turned(B + B_bias[:, None], turns)
+    later = pad(((1 - mix) * dt)[..., 1:], (0, 1))
+    y = _chunked(q, k, x * (mix * dt + later)[..., None], dt * A) - (later * (q * k).sum(-1))[..., None] * x
+    return (y + D[:, None, None] * x) * silu(z)
+
+
+def _turned(t: Tensor, turns: Tensor) -> Tensor:
+    """The first pairs of channels (2i, 2i+1) turned."""
+    turning, rest = t.split([2 * turns.shape[-1], t.shape[-1] - 2 * turns.shape[-1]], -1)
+    one, two = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = torch.cos(turns), torch.sin(turns)
+    return torch.cat([torch.stack([one * cos - two * sin, one * sin + two * cos], -1).flatten(-2), rest], -1)
 
 
 def delta_step(state: Tensor, q: Tensor, k: Tensor, u: Tensor, w: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from medssm.ops.selective_scan import selective_scan_step as selective_scan_step
 from medssm.ops.selective_scan_nd import selective_scan_nd as selective_scan_nd
 from medssm.ops.ssd import ssd as ssd
 from medssm.ops.ssd import ssd_step as ssd_step
+from medssm.ops.ssd3 import ssd3 as ssd3
+from medssm.ops.ssd3 import ssd3_step as ssd3_step
 
 # torch.fx traces a call of medssm.ops.<op> as one node. It finds functions by the module that a call names them in.
 for _name in [name for name, value in globals().items() if callable(value) and not name.startswith("_")]:

@@ -12,6 +12,7 @@ MAKE = {
     "gla-keys": lambda: attention._gated(130, 2, 6, per_key=True, compiled=False),
     "delta": lambda: attention._delta(130, 2, 6, compiled=False),
     "ssd": lambda: attention._ssd(130, 2, 6, 5, compiled=False),
+    "ssd3": lambda: attention._ssd3(130, 2, 6, 8, compiled=False),
     "wkv": lambda: attention._wkv(130, 7),
 }
 
