@@ -130,6 +130,13 @@ def _no_form(op: Op) -> Callable[..., Any]:
     return refused
 
 
+def _no_node(op: Op) -> Callable[..., Any]:
+    def refused(*args: Any) -> Any:
+        raise UserError(f"the operator {op.name} has no export: it is not among the custom operators of onnxruntime")
+
+    return refused
+
+
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str) -> Tensor:
     convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.dim() - 2]
     padding = [side // 2 for side in weight.shape[1:]]
@@ -182,7 +189,8 @@ def _rotations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 # What networks do with sizes while PyTorch traces: PyTorch's own operators for every engine.
 _TRACED: Replacements = {torch.ops.medssm.pad.default: _pad, torch.ops.medssm.crop.default: _crop, torch.ops.medssm.rotations.default: _rotations}
-_NODES: Replacements = {op.operators.forward: _node(op) for op in OPS.values()}
+WITHOUT_NODE = ("ssd3",)  # csrc/onnxruntime has the others
+_NODES: Replacements = {op.operators.forward: (_no_node if op.name in WITHOUT_NODE else _node)(op) for op in OPS.values()}
 _PORTABLE: Replacements = {
     **{op.operators.forward: _no_form(op) for op in OPS.values()},
     OPS["depthwise_conv"].operators.forward: _depthwise_conv,
