@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# Modules are compiled when they are first imported: compiling all of them takes as long as the rest of an installation.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 INTEGRATIONS := build/integrations
 RELEASE := build/release
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
