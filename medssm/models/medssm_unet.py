@@ -77,8 +77,9 @@ def medssm_unet(
     Args:
         size: "tiny" (0.9 M parameters in 3D), "small", "base": presets of what follows.
         mixer: of the coarser stages: "ss_nd" (selective scans along all axes, both ways), "linear_attention" (MLLA's), "gla" (gated linear
-            attention), "delta" (gated DeltaNet), "kda", "gdn2", "rwkv7" (its kin), "mamba2" or "rwkv" (the spatial mix); docs/mixers.md says which to
-            take when. To see what a mixer is worth: "conv" has in its place convolutions of as many multiply-adds as "ss_nd", "none" has nothing.
+            attention), "delta" (gated DeltaNet), "kda", "gdn2", "rwkv7" (its kin), "mamba2", "mamba3" or "rwkv" (the spatial mix); docs/mixers.md
+            says which to take when. To see what a mixer is worth: "conv" has in its place convolutions of as many multiply-adds as "ss_nd", "none"
+            has nothing.
         features, depths: channels and blocks per stage, from full resolution down; decoder_depths: one entry fewer, from coarse to fine.
         strides: per stage, an int or one per axis (anisotropic spacing); default 1, then 2.
         kernels: of the convolutions, one odd number, or per stage an int or one per axis (1 along an axis of coarse spacing).

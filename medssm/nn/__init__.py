@@ -7,6 +7,7 @@ from medssm.nn.epa import PairedAttention, PairedBlock
 from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.mamba import BiMamba, FlipMamba, Mamba, TriMamba
 from medssm.nn.mamba2 import Mamba2
+from medssm.nn.mamba3 import Mamba3
 from medssm.nn.mlla import MLLA, LinearAttention, MLLABlock
 from medssm.nn.rwkv import ChannelMix, SpatialMix, q_shift
 from medssm.nn.ssnd import SSND
@@ -31,6 +32,7 @@ __all__ = [
     "MLLABlock",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "PairedAttention",
     "PairedBlock",
     "SpatialMix",

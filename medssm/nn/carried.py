@@ -19,6 +19,7 @@ from medssm.nn.deltanet import DeltaNet
 from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.inner import plain
 from medssm.nn.mamba2 import Mamba2
+from medssm.nn.mamba3 import Mamba3
 from medssm.nn.mlla import MLLA, turned_from
 from medssm.nn.rwkv import SpatialMix, mixed
 from medssm.nn.ssnd import SSND
@@ -143,6 +144,20 @@ def _mamba2(m: Mamba2, spatial: Sequence[int]) -> Carried | None:
     return Carried((0, 0), None, [(order, partial(scan, i=i)) for i, order in enumerate(m.orders)], after, (0, m.split[0]))
 
 
+def _mamba3(m: Mamba3, spatial: Sequence[int]) -> Carried | None:
+    if m.is_outproj_norm and m.is_mimo:  # the scans have an output for each rank
+        return None
+
+    def scan(u: Tensor, x: Tensor, state: Any, total: Any, i: int) -> tuple[Tensor, Any]:
+        y, state = ops.ssd3(**m._operands(x)[0], order=m.orders[i], initial_state=state, return_final_state=True)
+        return y.flatten(-2), state
+
+    def after(y: Tensor, u: Tensor, x: Tensor, row: int, total: Any) -> Tensor:
+        return m._out((y / len(m.orders)).unflatten(-1, (-1, m.headdim)), m.in_proj(x).split(m.split, dim=-1)[0])
+
+    return Carried((0, 0), None, [(order, partial(scan, i=i)) for i, order in enumerate(m.orders)], after, (0, m.split[0]))
+
+
 def _mlla(m: MLLA, spatial: Sequence[int]) -> Carried:
     """Not causal: a first walk sums keys times values, a second one gives each query the sums."""
     attention = m.attn
@@ -227,6 +242,7 @@ _KINDS: dict[type[nn.Module], Callable[[Any, Sequence[int]], Carried | None]] = 
     GatedLinearAttention: _gla,
     DeltaNet: _delta,
     Mamba2: _mamba2,
+    Mamba3: _mamba3,
     MLLA: _mlla,
     SpatialMix: _rwkv,
 }

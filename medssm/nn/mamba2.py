@@ -130,7 +130,7 @@ class GatedRMSNorm(nn.Module):
     def forward(
         self,
         y: Tensor,  # (*, channels)
-        z: Tensor,  # (*, channels)
+        z: Tensor | None = None,  # (*, channels); None: the norm alone
     ) -> Tensor:
         """The gated norm, of y's shape and dtype."""
         size = y.shape[-1] // self.groups

@@ -11,6 +11,7 @@ from medssm.nn.bottleneck import as_costly_as
 from medssm.nn.deltanet import RULES, DeltaNet
 from medssm.nn.gla import GatedLinearAttention
 from medssm.nn.mamba2 import Mamba2
+from medssm.nn.mamba3 import Mamba3
 from medssm.nn.mlla import MLLA
 from medssm.nn.rwkv import SpatialMix
 from medssm.nn.ssnd import SSND
@@ -55,6 +56,10 @@ MIXERS: dict[str, Kind] = {
     },
     "mamba2": Kind(
         lambda c, dims, expand, d_state, orders: Mamba2(c, int(d_state), expand=expand, spatial_dims=dims, orders=orders),
+        {"expand": 2, "d_state": 64, "orders": None},
+    ),
+    "mamba3": Kind(
+        lambda c, dims, expand, d_state, orders: Mamba3(c, int(d_state), expand=expand, spatial_dims=dims, orders=orders),
         {"expand": 2, "d_state": 64, "orders": None},
     ),
     "rwkv": Kind(lambda c, dims: SpatialMix(c), {}),

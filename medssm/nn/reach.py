@@ -28,12 +28,13 @@ _INPUTS = {
     "selective_scan": ("u", 1),
     "selective_scan_nd": ("x", 1),
     "ssd": ("x", 2),
+    "ssd3": ("x", 2),
     "gated_linear_attention": ("v", 2),
     "delta_rule": ("v", 2),
     "linear_attention": ("v", 2),
     "bi_wkv": ("v", 1),
 }
-_LEFT_OUT = ("D", "z", "initial_state", "return_final_state")  # what does not go through the state, or comes from elsewhere
+_LEFT_OUT = ("D", "z", "mimo_z", "initial_state", "return_final_state")  # what does not go through the state, or comes from elsewhere
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def influence(op: str, target: int | Sequence[int], /, *args: Any, **kwargs: Any
 
         h(q_i) = sum_d |sum_n C_t[n] exp(A[d, n] (s_{i+1} + … + s_t)) B_i[n] s_i|,   i <= t,   and 0 behind the target
 
-    The other ops: `selective_scan_nd` and `ssd` in x, `gated_linear_attention`, `delta_rule`, `linear_attention` and `bi_wkv` in v. Where heads share
-    v, their weights are added before the absolute value is taken.
+    The other ops: `selective_scan_nd`, `ssd` and `ssd3` in x, `gated_linear_attention`, `delta_rule`, `linear_attention` and `bi_wkv` in v. Where
+    heads share v, their weights are added before the absolute value is taken.
 
     Args:
         op: the op's name in medssm.ops

@@ -97,7 +97,7 @@ def test_a_network_sees_as_far_as_its_kernels_reach():
 
 
 def test_convolutions_do_at_least_as_many_multiply_adds_as_any_mixer():
-    measured = set(context.MIXERS) - {"kda", "gdn2", "rwkv7"}  # these are not in the page's tables
+    measured = set(context.MIXERS) - {"kda", "gdn2", "rwkv7", "mamba3"}  # these are not in the page's tables
     cost = {name: context.multiply_adds(context.NETWORKS[name](2), torch.zeros(1, 1, 48, 48)) for name in (*measured, "conv")}
     assert cost["conv"] == max(cost.values())
 

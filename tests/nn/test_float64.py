@@ -13,7 +13,7 @@ from medssm import models
 from medssm.integrations.mamba_ssm import block, second
 from medssm.integrations.mamba_ssm import mixer as first
 from medssm.models.monai import NETWORKS
-from medssm.nn import BiMamba, DeltaNet, Mamba, Mamba2, SpatialMix
+from medssm.nn import BiMamba, DeltaNet, Mamba, Mamba2, Mamba3, SpatialMix
 from medssm.nn.mixers import MIXERS, make_mixer
 from medssm.orders import raster
 
@@ -49,6 +49,7 @@ SEQUENCES = {
     "Mamba": lambda: Mamba(8),
     "BiMamba": lambda: BiMamba(8),
     "Mamba2": lambda: Mamba2(8),
+    "Mamba3": lambda: Mamba3(8, is_mimo=True, is_outproj_norm=True),
     "Vim's first": lambda: first.Mamba(8, bimamba_type="v1"),
     "mamba_ssm's Mamba2": lambda: second.Mamba2(8, headdim=4),
     "SpatialMix": lambda: SpatialMix(8, mode="upstream"),

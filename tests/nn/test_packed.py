@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import medssm
-from medssm.nn import MLLA, SSND, BiMamba, DeltaNet, GatedLinearAttention, Mamba, Mamba2, SpatialMix, TriMamba
+from medssm.nn import MLLA, SSND, BiMamba, DeltaNet, GatedLinearAttention, Mamba, Mamba2, Mamba3, SpatialMix, TriMamba
 from medssm.orders import raster, snake
 
 BOTH = [raster(), raster(reverse=True)]
@@ -24,6 +24,8 @@ LAYERS = {
     "BiMamba": lambda: BiMamba(8, d_state=4),
     "Mamba2": lambda: Mamba2(8, d_state=4, headdim=4, orders=[raster()]),
     "Mamba2, both ways": lambda: Mamba2(8, d_state=4, headdim=4),
+    "Mamba3": lambda: Mamba3(8, d_state=4, headdim=4, orders=[raster()]),
+    "Mamba3, both ways": lambda: Mamba3(8, d_state=4, headdim=4, is_mimo=True, mimo_rank=2),
     "gated linear attention": lambda: GatedLinearAttention(8, 2, orders=[raster()]),
     "gated linear attention, both ways": lambda: GatedLinearAttention(8, 2, decay="head", orders=BOTH),
     "DeltaNet": lambda: DeltaNet(8, 2, conv="order", d_conv=4, orders=[raster()]),

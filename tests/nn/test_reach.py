@@ -9,7 +9,7 @@ from torch import nn
 
 import medssm
 from medssm import ops, orders
-from medssm.nn import SSND, DeltaNet, GatedLinearAttention, LinearAttention, Mamba, Mamba2, SpatialMix
+from medssm.nn import SSND, DeltaNet, GatedLinearAttention, LinearAttention, Mamba, Mamba2, Mamba3, SpatialMix
 from medssm.nn.reach import influence, reach, share_by_distance, within
 
 DECAY = -0.3
@@ -133,6 +133,7 @@ MIXERS = {
     "gla": (GatedLinearAttention(8, 2, spatial_dims=2), 4),
     "delta": (DeltaNet(8, 2, spatial_dims=2), 4),
     "mamba2": (Mamba2(8, 4, spatial_dims=2), 4),
+    "mamba3": (Mamba3(8, 4, is_mimo=True, spatial_dims=2), 4),
     "mamba": (Mamba(8, 4), 1),
     "linear_attention": (LinearAttention(8, 2, 2), 1),
     "rwkv": (SpatialMix(8), 1),
