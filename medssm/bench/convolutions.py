@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import medssm
 from medssm.bench.measure import Side
 from medssm.bench.row import OURS, Row
-from medssm.nn.convolution import Conv3d, ConvTranspose3d, fast_convolutions
+from medssm.nn.convolution import Conv3d, ConvTranspose3d, fast_layers
 
 _PYTORCH = "PyTorch's convolutions"
 
@@ -41,7 +41,7 @@ def _sides(network: nn.Module, x: Tensor, grad: bool) -> dict[str, Side]:
 def _one(batch: int, channels: tuple[int, int], kernel: int, n: int, grad: bool = False) -> dict[str, Side]:
     torch.manual_seed(0)
     x = torch.randn(batch, channels[0], n, n, n).contiguous(memory_format=torch.channels_last_3d).requires_grad_(grad)
-    return _sides(fast_convolutions(nn.Conv3d(*channels, kernel, padding=kernel // 2)), x, grad)
+    return _sides(fast_layers(nn.Conv3d(*channels, kernel, padding=kernel // 2)), x, grad)
 
 
 def _unet(size: str, batch: int, spatial: tuple[int, int, int], grad: bool = False) -> dict[str, Side]:

@@ -18,6 +18,7 @@ from medssm.nn import MLLA, SSND, BiMamba, Classifier, Decoder, DeltaNet, Encode
 from medssm.nn.blocks import ChannelNorm, ChannelsLast, ConvBlock, ConvNorm, DenseBlock, Down, MixerBlock, Up
 from medssm.nn.bottleneck import Bottleneck
 from medssm.nn.convolution import Conv3d, ConvTranspose3d
+from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
 from medssm.nn.residual import BasicBlock, ConvDropoutNorm, ResBlock, Upsample
 from medssm.nn.unetr import ResidualBlock
 
@@ -370,7 +371,7 @@ DECLARATIONS: dict[type[nn.Module], Callable[..., Channels]] = {
     **dict.fromkeys([nn.Sequential, Down], _sequence),
     **dict.fromkeys([nn.Conv2d, nn.Conv3d, Conv3d], Groups.convolution),
     **dict.fromkeys([nn.ConvTranspose2d, nn.ConvTranspose3d, ConvTranspose3d], Groups.transposed),
-    **dict.fromkeys([*Norm, ChannelNorm], Groups.each),
+    **dict.fromkeys([*Norm, ChannelNorm, InstanceNorm2d, InstanceNorm3d], Groups.each),
     nn.Linear: _linear,
     ConvNorm: _conv_norm,
     DenseBlock: _dense,

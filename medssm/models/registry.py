@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medssm.models import weights
 from medssm.models.facts import Facts
 from medssm.nn import sizes
-from medssm.nn.convolution import fast_convolutions
+from medssm.nn.convolution import fast_layers
 from medssm.nn.unet import Encoder
 
 Builder = Callable[..., nn.Module]
@@ -114,7 +114,7 @@ def create_model(
         for option in options:
             if option not in known:
                 raise ValueError(f"{option}: expected one of {name}'s options {', '.join(known)}, got {option!r}")
-    model = fast_convolutions(builder(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **options))
+    model = fast_layers(builder(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **options))
     if pretrained:
         weights.fit(model, weights.read(pretrained))
     return Features(model) if features_only else model
@@ -128,7 +128,7 @@ def from_upstream(name: str, state_dict: Mapping[str, Tensor] | Path | str | Non
     """
     if name not in _upstream:
         raise ValueError(f"name: expected one of {', '.join(list_upstream())}, got {name!r}")
-    model = _upstream[name].builder(**kwargs)
+    model = fast_layers(_upstream[name].builder(**kwargs))
     if state_dict is None:
         return model
     return weights.fit(model, upstream_map(name, **kwargs)(state_dict if isinstance(state_dict, Mapping) else weights.read(state_dict)))

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn.functional import instance_norm, relu
+from torch.nn.functional import relu
 
 from medssm.models.facts import Facts, widths
 from medssm.models.options import only, per_stage
@@ -21,6 +21,7 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, TriMamba, UNet
 from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
+from medssm.nn.instance_norm import instance_norm
 from medssm.nn.unetr import ResidualBlock, residual_decoder
 
 

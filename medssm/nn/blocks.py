@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.nn.convolution import Conv3d, ConvTranspose3d
 from medssm.nn.inner import plain
+from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
 from medssm.nn.leaf import Leaf
 from medssm.orders import Order, raster
 
@@ -22,7 +23,7 @@ Conv = nn.Conv2d | nn.Conv3d
 CONV: dict[int, Callable[..., Conv]] = {2: nn.Conv2d, 3: Conv3d}
 TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: ConvTranspose3d}
 BATCH_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: InstanceNorm2d, 3: InstanceNorm3d}
 DROPOUT: dict[int, Callable[..., nn.Module]] = {2: nn.Dropout2d, 3: nn.Dropout3d}  # of whole channels
 AVG_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
+
 _ONEDNN = torch.backends.mkldnn.is_available()
 _FEW = 20480  # batch * channels * depth * height up to which PyTorch keeps a single volume from oneDNN
 _BATCH = 16  # below this batch, on one thread, PyTorch keeps kernels of one voxel in height and width from oneDNN
@@ -45,9 +47,15 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         return y.contiguous(memory_format=torch.channels_last_3d) if _is_channels_last(input) else y
 
 
-def fast_convolutions(network: nn.Module) -> nn.Module:
-    """Make the 3D convolutions of any network those of this module, in place: the same weights, names and hooks. Returns the network."""
-    ours: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: Conv3d, nn.ConvTranspose3d: ConvTranspose3d}
+def fast_layers(network: nn.Module) -> nn.Module:
+    """Make the 3D convolutions of any network those of this module, and its instance norms those of medssm.nn.instance_norm, in place: the same
+    weights, names and hooks. Returns the network."""
+    ours: dict[type[nn.Module], type[nn.Module]] = {
+        nn.Conv3d: Conv3d,
+        nn.ConvTranspose3d: ConvTranspose3d,
+        nn.InstanceNorm2d: InstanceNorm2d,
+        nn.InstanceNorm3d: InstanceNorm3d,
+    }
     for module in network.modules():
         module.__class__ = ours.get(type(module), type(module))
     return network
@@ -196,6 +204,6 @@ def memory_format(spatial_dims: int) -> torch.memory_format:
 
 
 def placed(network: nn.Module, device: torch.device, spatial_dims: int) -> nn.Module:
-    """The network on a device, with its weights in `memory_format` and the fast convolutions."""
-    there: nn.Module = fast_convolutions(network).to(device, memory_format=memory_format(spatial_dims))  # type: ignore[call-overload]  # torch's annotations lack it
+    """The network on a device, with its weights in `memory_format` and `fast_layers`."""
+    there: nn.Module = fast_layers(network).to(device, memory_format=memory_format(spatial_dims))  # type: ignore[call-overload]  # torch's annotations lack it
     return there

@@ -16,7 +16,7 @@ from medssm.compress.steps import restructured
 from medssm.errors import UserError
 from medssm.files import first_line, read_json, write_bytes, write_json
 from medssm.nn import Classifier, Encoder
-from medssm.nn.convolution import fast_convolutions
+from medssm.nn.convolution import fast_layers
 from medssm.nn.convolution import memory_format as memory_format
 from medssm.nn.convolution import placed as placed
 from medssm.segment.losses import finest_first
@@ -38,7 +38,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
             segments = medssm.create_model(name.removeprefix(ENCODER), **kwargs)
             if not hasattr(segments, "encoder"):
                 raise UserError(f"model: {name.removeprefix(ENCODER)} has no encoder of its own")
-            return fast_convolutions(Classifier(cast(Encoder, segments.encoder), kwargs["out_channels"]))
+            return fast_layers(Classifier(cast(Encoder, segments.encoder), kwargs["out_channels"]))
         if name.startswith(MONAI):
             from monai.networks import nets
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import medssm
-from medssm.nn.convolution import Conv3d, ConvTranspose3d, fast_convolutions
+from medssm.nn.convolution import Conv3d, ConvTranspose3d, fast_layers
 
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last_3d}
 SHAPES = {
@@ -100,7 +100,7 @@ def test_onednn_computes_what_pytorch_leaves_to_slow_kernels(shape, memory):
     batch = 2 if "flat" in shape else 1
     x, layer = volume(batch, 4, 7, 9, 8, memory=memory), nn.Conv3d(4, 6, **SHAPES[shape])
     slow = operators(lambda: layer(x))
-    ran = operators(lambda: fast_convolutions(layer)(x).sum().backward())
+    ran = operators(lambda: fast_layers(layer)(x).sum().backward())
     assert not any("slow_conv" in name for name in ran) and "aten::mkldnn_convolution" in ran
     assert any("slow_conv" in name for name in slow), "PyTorch has become faster: is this module still wanted?"
 
@@ -214,7 +214,7 @@ def test_any_networks_convolutions_become_fast_in_place():
     network = nn.Sequential(nn.Conv3d(4, 6, 3), nn.ModuleList([nn.Conv2d(4, 6, 3)]), nn.ConvTranspose3d(6, 4, 2), nn.LazyConv3d(3, 1))
     weights, seen = copy.deepcopy(network[0].state_dict()), []
     network[0].register_forward_hook(lambda *_: seen.append(1))
-    assert fast_convolutions(network) is network
+    assert fast_layers(network) is network
     assert [type(module) for module in network] == [Conv3d, nn.ModuleList, ConvTranspose3d, nn.LazyConv3d]
     assert all(torch.equal(value, weights[name]) for name, value in network[0].state_dict().items())
     network[0](volume(1, 4, 5, 5, 5))

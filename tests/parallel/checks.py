@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from medssm import ops, orders
 from medssm.models.medssm_unet import medssm_unet
+from medssm.nn.instance_norm import InstanceNorm3d
 from medssm.nn.mixers import MIXERS
 from medssm.nn.rwkv import q_shift
 from medssm.parallel import RankError, Slabs
@@ -223,6 +224,7 @@ LAYERS = {
     "pooling": (nn.MaxPool3d, (3, 2, 1), {}),
     "batch norm": (nn.BatchNorm3d, (3,), {}),
     "instance norm": (nn.InstanceNorm3d, (3,), {"affine": True}),
+    "instance norm, ours": (InstanceNorm3d, (3,), {"affine": True}),
     "group norm": (nn.GroupNorm, (3, 3), {}),
     "upsampling": (nn.Upsample, (), {"scale_factor": 2}),
 }
