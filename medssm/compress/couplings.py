@@ -5,6 +5,7 @@ A declaration takes the channels of the block's input and gives those of its out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,19 +14,43 @@ from torch import nn
 
 from medssm.compress.groups import Channels, Group, Groups, Norm, resize, rows, total
 from medssm.errors import UserError
-from medssm.models import segmamba, umamba
-from medssm.nn import MLLA, SSND, BiMamba, Classifier, Decoder, DeltaNet, Encoder, GatedLinearAttention, Mamba, Mamba2, SpatialMix, TriMamba, UNet
-from medssm.nn.blocks import ChannelNorm, ChannelsLast, ConvBlock, ConvNorm, DenseBlock, Down, MixerBlock, Up
+from medssm.models import efficientvit_seg, segmamba, umamba
+from medssm.models.monai import Padded
+from medssm.models.vmunet import VMUNet
+from medssm.nn import (
+    MLLA,
+    SSND,
+    BiMamba,
+    Classifier,
+    Decoder,
+    DeltaNet,
+    Encoder,
+    GatedLinearAttention,
+    Mamba,
+    Mamba2,
+    SpatialMix,
+    TriMamba,
+    UNet,
+    efficientvit,
+)
+from medssm.nn.blocks import ChannelLinear, ChannelNorm, ChannelsLast, ConvBlock, ConvNorm, DenseBlock, Down, MixerBlock, Up
 from medssm.nn.bottleneck import Bottleneck
 from medssm.nn.convolution import Conv3d, ConvTranspose3d
+from medssm.nn.efficientvit import EfficientViTBlock, LiteMLA, MBConv, Residual
 from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
 from medssm.nn.residual import BasicBlock, ConvDropoutNorm, ResBlock, Upsample
 from medssm.nn.unetr import ResidualBlock
+from medssm.nn.vss import PatchExpand, PatchMerging, VSSBlock
 
 
 def groups_of(network: nn.Module, in_channels: int) -> Groups:
     """The groups of a network whose images have so many channels. Raises UserError where a block declares nothing."""
-    groups = Groups(network, DECLARATIONS)
+    declarations = DECLARATIONS
+    if any(type(module).__module__.startswith("monai.") for module in network.modules()):
+        from medssm.compress import couplings_monai  # MONAI is optional
+
+        declarations = declarations | couplings_monai.DECLARATIONS
+    groups = Groups(network, declarations)
     groups.pass_through(network, (Group("image", in_channels, "fixed"),))
     return groups
 
@@ -47,9 +72,9 @@ def _linear(groups: Groups, layer: nn.Linear, x: Channels) -> Channels:
 # Blocks
 
 
-def _conv_norm(groups: Groups, block: ConvNorm, x: Channels) -> Channels:
-    y = groups.pass_through(block.conv, x)
-    return y if block.norm is None else groups.pass_through(block.norm, y)
+def _conv_norm(groups: Groups, block: ConvNorm, x: Channels, out: Channels | None = None) -> Channels:
+    y = groups.convolution(block.conv, x, out)
+    return y if block.norm is None else groups.each(block.norm, y)
 
 
 def _dense(groups: Groups, block: DenseBlock, x: Channels) -> Channels:
@@ -70,10 +95,7 @@ def _mixer_block(groups: Groups, block: MixerBlock, x: Channels) -> Channels:
 
 
 def _up(groups: Groups, layer: Up, x: Channels) -> Channels:
-    voxels = 1
-    for step in layer.stride:
-        voxels *= step
-    return groups.linear(layer.linear, x, repeat=voxels)
+    return groups.linear(layer.linear, x, repeat=math.prod(layer.stride))
 
 
 def _bottleneck(groups: Groups, mixer: Bottleneck, x: Channels) -> Channels:
@@ -268,7 +290,120 @@ def _spatial_mix(groups: Groups, mixer: SpatialMix, x: Channels) -> Channels:
     return x
 
 
+def _lite_mla(groups: Groups, mixer: LiteMLA, x: Channels, out: Channels | None = None) -> Channels:
+    count, scales = mixer.qkv.conv.out_channels // (3 * mixer.dim), 1 + len(mixer.aggreg)
+    heads = groups.new(mixer, count, "heads", what="heads")
+    scaled: list[Any] = list(mixer.aggreg)
+    inner, grouped = [mixer.qkv.conv, *(scale[0] for scale in scaled)], [scale[1] for scale in scaled]
+    groups.along(x, mixer.qkv.conv, "weight", 1)
+    for layer in (*inner, *grouped):
+        groups.take(heads, layer, "weight", 0, rows([0], count, 3 * mixer.dim))
+    wide = count * mixer.dim
+    out = (groups.new(mixer.proj, mixer.proj.conv.out_channels),) if out is None else out
+    groups.take(heads, mixer.proj.conv, "weight", 1, rows([i * wide for i in range(scales)], count, mixer.dim))
+    groups.along(out, mixer.proj.conv, "weight")
+
+    def update() -> None:
+        for layer in (*inner, mixer.proj.conv):
+            resize(layer)
+        for layer in grouped:
+            layer.in_channels = layer.out_channels = len(layer.weight)
+            layer.groups = len(layer.weight) // mixer.dim
+
+    groups.after(update)
+    return out if mixer.proj.norm is None else groups.each(mixer.proj.norm, out)
+
+
+# Blocks of VMamba's kin
+
+
+def _vss_block(groups: Groups, block: VSSBlock, x: Channels) -> Channels:
+    groups.each(block.norm, x)
+    groups.pass_through(block.op, x)
+    if block.mlp is not None:
+        groups.each(block.norm2, x)
+        groups.linear(block.mlp.fc2, groups.linear(block.mlp.fc1, x), x)
+    return x
+
+
+def _merging(groups: Groups, layer: PatchMerging, x: Channels) -> Channels:
+    parts = layer.reduction.in_features // total(x)
+    for name in ("weight", "bias"):
+        groups.along(x, layer.norm, name, repeat=parts)
+    out = (groups.new(layer.reduction, layer.reduction.out_features),)
+    groups.along(x, layer.reduction, "weight", 1, repeat=parts)
+    groups.along(out, layer.reduction, "weight")
+
+    def update() -> None:
+        resize(layer.norm)
+        resize(layer.reduction)
+
+    groups.after(update)
+    return out
+
+
+def _expand(groups: Groups, layer: PatchExpand, x: Channels, out: Channels | None = None) -> Channels:
+    return groups.each(layer.norm, groups.linear(layer.expand, x, out, repeat=math.prod(layer.stride)))
+
+
+# Blocks of EfficientViT: the last layer of each adds to `out`, where there is one
+
+
+def _mb_conv(groups: Groups, block: MBConv, x: Channels, out: Channels | None = None) -> Channels:
+    return _conv_norm(groups, block.point_conv, _conv_norm(groups, block.depth_conv, _conv_norm(groups, block.inverted_conv, x)), out)
+
+
+def _fused(groups: Groups, block: efficientvit_seg.FusedMBConv, x: Channels, out: Channels | None = None) -> Channels:
+    return _conv_norm(groups, block.point_conv, _conv_norm(groups, block.spatial_conv, x), out)
+
+
+def _ds_conv(groups: Groups, block: efficientvit_seg.DSConv, x: Channels, out: Channels | None = None) -> Channels:
+    return _conv_norm(groups, block.point_conv, _conv_norm(groups, block.depth_conv, x), out)
+
+
+def _two_convs(groups: Groups, block: efficientvit_seg.ResBlock, x: Channels, out: Channels | None = None) -> Channels:
+    return _conv_norm(groups, block.conv2, _conv_norm(groups, block.conv1, x), out)
+
+
+def _residual(groups: Groups, block: Residual, x: Channels) -> Channels:
+    return groups.pass_through(block.main, x, x)
+
+
+def _main(groups: Groups, block: efficientvit_seg._Main, x: Channels) -> Channels:
+    return groups.pass_through(block.main, x)
+
+
+def _efficientvit_block(groups: Groups, block: EfficientViTBlock, x: Channels) -> Channels:
+    return _sequence(groups, (block.context_module, block.local_module), x)
+
+
 # Networks
+
+
+def _efficientvit(groups: Groups, network: efficientvit_seg.EfficientViTSeg, x: Channels) -> Channels:
+    head, joined = network.seg_head, None
+    mixed: list[Any] = [op[0] if isinstance(op, nn.Sequential) else op for op in head.input_ops]
+    for op, found in zip(mixed, _encoder(groups, network.encoder, x)[:1:-1], strict=True):
+        joined = _conv_norm(groups, op, found, joined)
+    assert joined is not None
+    logits = _sequence(groups, (head.middle, head.output_ops), joined)
+    logits[0].kind = "fixed"
+    return logits
+
+
+def _vmunet(groups: Groups, network: VMUNet, x: Channels) -> Channels:
+    maps = _encoder(groups, network.encoder, x)
+    x = groups.pass_through(network.stages[0], maps[-1])
+    sums: list[Channels | None] = [*maps[-2:0:-1], None]  # what each step's channels are added to
+    for up, stage, out in zip(network.ups, network.stages[1:], sums, strict=True):
+        x = groups.pass_through(stage, groups.pass_through(up, x, out))
+    logits = groups.pass_through(network.final_conv, groups.pass_through(network.final_up, x))
+    logits[0].kind = "fixed"
+    return logits
+
+
+def _padded(groups: Groups, network: Padded, x: Channels) -> Channels:
+    return groups.pass_through(network.network, x)
 
 
 def _encoder(groups: Groups, encoder: Encoder, x: Channels) -> list[Channels]:
@@ -372,7 +507,7 @@ DECLARATIONS: dict[type[nn.Module], Callable[..., Channels]] = {
     **dict.fromkeys([nn.Conv2d, nn.Conv3d, Conv3d], Groups.convolution),
     **dict.fromkeys([nn.ConvTranspose2d, nn.ConvTranspose3d, ConvTranspose3d], Groups.transposed),
     **dict.fromkeys([*Norm, ChannelNorm, InstanceNorm2d, InstanceNorm3d], Groups.each),
-    nn.Linear: _linear,
+    **dict.fromkeys([nn.Linear, ChannelLinear], _linear),
     ConvNorm: _conv_norm,
     DenseBlock: _dense,
     ConvBlock: _conv_block,
@@ -386,6 +521,20 @@ DECLARATIONS: dict[type[nn.Module], Callable[..., Channels]] = {
     GatedLinearAttention: _gla,
     DeltaNet: _delta,
     SpatialMix: _spatial_mix,
+    VSSBlock: _vss_block,
+    PatchMerging: _merging,
+    PatchExpand: _expand,
+    EfficientViTBlock: _efficientvit_block,
+    **dict.fromkeys([LiteMLA, efficientvit._OnImages], _lite_mla),
+    MBConv: _mb_conv,
+    efficientvit_seg.FusedMBConv: _fused,
+    efficientvit_seg.DSConv: _ds_conv,
+    efficientvit_seg.ResBlock: _two_convs,
+    Residual: _residual,
+    efficientvit_seg._Main: _main,
+    efficientvit_seg.EfficientViTSeg: _efficientvit,
+    VMUNet: _vmunet,
+    Padded: _padded,
     UNet: _unet,
     Classifier: _classifier,
     ResBlock: _res_block,

@@ -95,15 +95,16 @@ class Groups:
         """Called when the slices are gone and the groups have their new sizes: attributes of modules that say how many there are."""
         self._after.append(update)
 
-    def pass_through(self, module: nn.Module, x: Channels) -> Channels:
-        """What the module makes of channels. Raises UserError for one that declares nothing."""
+    def pass_through(self, module: nn.Module, x: Channels, out: Channels | None = None) -> Channels:
+        """What the module makes of channels, or what it adds to `out`, where its declaration takes that. Raises UserError for one without."""
         self._check(module)
-        return self.declarations[type(module)](self, module, x)
+        return self.declarations[type(module)](self, module, x, *(() if out is None else (out,)))
 
     def _check(self, module: nn.Module) -> None:
         """UserError for a module that declares nothing."""
         if type(module) not in self.declarations:
-            layer, ours = self._names[module], [kind.__name__ for kind in self.declarations if kind.__module__.startswith("medssm.")]
+            named = dict.fromkeys(kind.__name__ for kind in self.declarations if kind.__module__.startswith("medssm."))
+            layer, ours = self._names[module], [name for name in named if not name.startswith("_")]
             raise UserError(
                 f"prune: {type(module).__name__}{f' ({layer})' if layer else ''} does not say which of its channels belong together: "
                 f"expected a network of PyTorch's layers and {', '.join(ours)}"
@@ -130,6 +131,10 @@ class Groups:
 
     def transposed(self, layer: Any, x: Channels, out: Channels | None = None) -> Channels:
         """A transposed convolution of all channels."""
+        if layer.groups > 1:
+            raise UserError(
+                f"prune: {self._names[layer]}: a transposed convolution of {layer.groups} groups of channels declares no coupled channels"
+            )
         out = (self.new(layer, layer.weight.shape[1]),) if out is None else out
         self.along(x, layer, "weight", 0)
         self.along(out, layer, "weight", 1)
@@ -146,6 +151,14 @@ class Groups:
                 self.along(x, layer, name)
         self.after(lambda: resize(layer, total(x)))
         return x
+
+    def in_parts(self, layer: nn.GroupNorm, x: Channels) -> Channels:
+        """A group norm: each of its groups keeps as many channels."""
+        (group, *others), parts = x, layer.num_groups
+        if others or (parts % group.banks and group.banks % parts):
+            raise UserError(f"prune: {self._names[layer]}: a group norm over joined channels declares no coupled channels")
+        group.banks = max(group.banks, parts)
+        return self.each(layer, x)
 
     def cut(self, kept: Mapping[str, Tensor]) -> None:
         """Remove all units but those kept, of the groups that are named, from the network: real removal, the tensors are smaller.
@@ -189,6 +202,10 @@ def resize(layer: Any, channels: int | None = None) -> None:
         layer.out_features, layer.in_features = layer.weight.shape
     elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         layer.normalized_shape = (channels if layer.weight is None else len(layer.weight),)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels = channels if layer.weight is None else len(layer.weight)
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = len(layer.weight)
     elif isinstance(layer, Norm):
         layer.num_features = channels if layer.weight is None else len(layer.weight)
     elif isinstance(layer, (nn.ConvTranspose2d, nn.ConvTranspose3d)):

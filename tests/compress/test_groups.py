@@ -13,9 +13,10 @@ from medssm.nn.mamba2 import GatedRMSNorm
 from medssm.nn.streaming import View, streamed
 from medssm.orders import raster
 from medssm.scratch import Scratch
+from medssm.segment import networks
 from tests.compress.networks import NETWORKS, network_of
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, GatedRMSNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, GatedRMSNorm)
 
 
 def some(group, generator):
@@ -31,9 +32,11 @@ def over_the_kept(norm, stays):
     for name in ("weight", "bias"):
         if getattr(small, name, None) is not None:
             setattr(small, name, nn.Parameter(getattr(small, name).detach()[stays]))
-    if not isinstance(norm, GatedRMSNorm):
+    if isinstance(norm, nn.GroupNorm):
+        small.num_channels = int(stays.sum())
+    elif not isinstance(norm, GatedRMSNorm):
         small.normalized_shape = (int(stays.sum()),)
-    axis = 1 if type(norm).__name__ == "ChannelNorm" else -1
+    axis = 1 if type(norm).__name__ in ("ChannelNorm", "GroupNorm") else -1
 
     def forward(*inputs):
         index = stays.nonzero().flatten()
@@ -151,7 +154,19 @@ def test_every_weight_but_the_ranks_is_in_a_group(name):
         for key, _ in module.named_parameters(recurse=False)
         if (id(module), key) not in known
     ]
-    assert [key for key in missing if not key.endswith(("o_norm.weight", "decay_in.bias"))] == []
+    assert [key for key in missing if not key.endswith(("o_norm.weight", "decay_in.bias", "adn.A.weight"))] == []
+
+
+def test_channels_that_cannot_go_alone_are_one_clear_line():
+    joined = nn.Sequential(nn.ConvTranspose2d(4, 8, 2, groups=2))
+    with pytest.raises(UserError, match=r"^prune: 0: a transposed convolution of 2 groups of channels declares no coupled channels"):
+        groups_of(joined, 4)
+    network = networks.build("monai.networks.nets.BasicUNet", spatial_dims=2, in_channels=1, out_channels=2, upsample="pixelshuffle")
+    with pytest.raises(UserError, match=r"^prune: SubpixelUpsample \(upcat_4\.upsample\.pixelshuffle\) does not say which of its channels"):
+        groups_of(network, 1)
+    parts = networks.build("monai.networks.nets.BasicUNet", spatial_dims=2, in_channels=1, out_channels=2, norm=["group", {"num_groups": 4}])
+    groups = groups_of(parts, 1)
+    assert {group.banks for group in groups.all if group.kind == "channels" and "upsample" not in group.name} == {4}
 
 
 def test_a_network_that_declares_nothing_is_one_clear_line():
