@@ -88,7 +88,8 @@ class Mamba3(Leaf):
         self.in_proj = nn.Linear(d_model, sum(self.split), bias=False)
         self.dt_bias = nn.Parameter(step_biases(heads, dt_min, dt_max, dt_init_floor))
         self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, ranks, d_state)) for _ in range(2))
-        self.B_norm, self.C_norm = (GatedRMSNorm(d_state) for _ in range(2))
+        self.B_norm: nn.Module = GatedRMSNorm(d_state)
+        self.C_norm: nn.Module = GatedRMSNorm(d_state)
         if is_mimo:
             ones = torch.ones(heads, ranks, headdim)
             self.mimo_x, self.mimo_z, self.mimo_o = nn.Parameter(ones / ranks), nn.Parameter(ones.clone()), nn.Parameter(ones / ranks)
@@ -134,8 +135,7 @@ class Mamba3(Leaf):
         """(the tensors of ops.ssd3, z (*, inner)); the gate is among them unless it comes after the norm."""
         z, x, B, C, dt, A, trap, angles = self.in_proj(x).split(self.split, dim=-1)
         B, C = (t.unflatten(-1, (self.mimo_rank, self.ngroups, self.d_state)) for t in (B, C))
-        A, dt = widened(A), functional.softplus(widened(dt) + self.dt_bias)
-        rate = torch.where(A >= 0, 1 + A, 1 / (1 - A.clamp_max(0)))
+        rate, dt = heavy_tail(widened(A)), functional.softplus(widened(dt) + self.dt_bias)
         operands = {"x": x.unflatten(-1, (-1, self.headdim)), "dt": dt, "A": -rate.clamp_min(self.A_floor), "trap": trap, "angles": angles}
         operands |= {"B": self.B_norm(B), "C": self.C_norm(C), "B_bias": self.B_bias, "C_bias": self.C_bias, "D": self.D}
         if self.is_mimo:
@@ -158,3 +158,8 @@ class Mamba3(Leaf):
             y = self.norm(y, z)
         out: Tensor = self.out_proj(y)
         return out
+
+
+def heavy_tail(x: Tensor) -> Tensor:
+    """1 + x where x >= 0, else 1 / (1 - x): positive, with one derivative everywhere."""
+    return x.clamp_min(0) + 1 / (1 - x.clamp_max(0))

@@ -9,7 +9,11 @@ from torch import nn
 
 from tests.integrations.compare import same
 
-MIXERS = {"Mamba1": {"d_state": 4}, "Mamba2": {"layer": "Mamba2", "d_state": 8, "headdim": 4}}
+MIXERS = {
+    "Mamba1": {"d_state": 4},
+    "Mamba2": {"layer": "Mamba2", "d_state": 8, "headdim": 4},
+    "Mamba3": {"layer": "Mamba3", "d_state": 8, "headdim": 4},
+}
 WEIGHTS = {
     "Mamba1": {
         "A_log": (32, 4),
@@ -30,6 +34,16 @@ WEIGHTS = {
         "conv1d.weight": (48, 1, 4),
         "conv1d.bias": (48,),
         "norm.weight": (32,),
+        "out_proj.weight": (16, 32),
+    },
+    "Mamba3": {
+        "B_bias": (8, 1, 8),
+        "C_bias": (8, 1, 8),
+        "D": (8,),
+        "dt_bias": (8,),
+        "in_proj.weight": (106, 16),
+        "B_norm.weight": (8,),
+        "C_norm.weight": (8,),
         "out_proj.weight": (16, 32),
     },
 }

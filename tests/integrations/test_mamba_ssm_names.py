@@ -36,11 +36,11 @@ def test_the_compiled_modules_import_too(installed):
 
 def test_what_is_not_there_may_be_inherited_from_and_names_itself_on_use(installed):
     from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear
-    from mamba_ssm.modules.mamba3 import Mamba3
+    from mamba_ssm.modules.mha import MHA
     from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd, init_to_zero
     from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_fwd_kernel
 
-    class Model(nn.Module, Mamba3):
+    class Model(nn.Module, MHA):
         pass
 
     for use, name in (
@@ -48,13 +48,13 @@ def test_what_is_not_there_may_be_inherited_from_and_names_itself_on_use(install
         (lambda: _mamba_chunk_scan_combined_bwd(1), "_mamba_chunk_scan_combined_bwd"),
         (lambda: init_to_zero(["x"]), "init_to_zero"),
         (lambda: _state_passing_fwd_kernel[(1,)](1), "_state_passing_fwd_kernel"),
-        (Model, "Mamba3"),
+        (Model, "MHA"),
     ):
         with pytest.raises(NotImplementedError, match=f"^{name} is not in this release of medssm, which stands in for mamba_ssm"):
             use()
-    with pytest.raises(AttributeError, match=r"^Mamba3 is not in this release"):
+    with pytest.raises(AttributeError, match=r"^MHA is not in this release"):
         Model.from_pretrained("weights")
-    assert not isinstance(nn.Identity(), Mamba3) and not hasattr(Mamba3, "forward")
+    assert not isinstance(nn.Identity(), MHA) and not hasattr(MHA, "forward")
 
 
 def test_autograd_functions_apply_the_functions(installed):

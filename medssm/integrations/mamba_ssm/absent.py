@@ -37,13 +37,12 @@ def refuse(**arguments: object) -> None:
             raise NotImplementedError(f"{name}: expected {'False' if value is True else 'None'} (it is not in this release of medssm), got {got}")
 
 
-# By upstream's module: Mamba-3, layers that need a process group, attention, CUDA graphs, and the Triton kernels with the functions that launch them.
+# By upstream's module: layers that need a process group, attention, CUDA graphs, and the Triton kernels with the functions that launch them.
 NAMES: dict[str, str] = {
     "mamba_ssm.distributed.distributed_utils": """all_gather_raw reduce_scatter_raw all_reduce_raw AllGatherFunc all_gather ReduceScatterFunc
         reduce_scatter AllReduceFunc all_reduce sync_shared_params allreduce_sequence_parallel_grad get_dim_for_local_rank""",
     "mamba_ssm.distributed.tensor_parallel": """ParallelLinearFunc parallel_linear_func ColumnParallelLinear RowParallelLinear
         VocabParallelEmbedding ColumnParallelEmbedding ParallelEmbeddings""",
-    "mamba_ssm.modules.mamba3": "heavy_tail_activation Mamba3",
     "mamba_ssm.modules.mha": "_update_kv_cache MHA",
     "mamba_ssm.modules.ssd_minimal": "test_correctness",
     "mamba_ssm.ops.cute": "",
@@ -52,7 +51,7 @@ NAMES: dict[str, str] = {
         selective_state_update_fused_ref_v2 _bytes_of""",
     "mamba_ssm.ops.tilelang": "",
     "mamba_ssm.ops.tilelang.mamba3": "",
-    "mamba_ssm.ops.tilelang.mamba3.mamba3_mimo": "_Mamba3Function mamba3_mimo",
+    "mamba_ssm.ops.tilelang.mamba3.mamba3_mimo": "_Mamba3Function",
     "mamba_ssm.ops.tilelang.mamba3.mamba3_mimo_bwd": "mamba_mimo_bwd_fwd mamba_mimo_bwd_bwd mamba_mimo_bwd_combined",
     "mamba_ssm.ops.tilelang.mamba3.mamba3_mimo_bwd_varlen": "mamba_mimo_bwd_fwd mamba_mimo_bwd_bwd mamba_mimo_bwd_combined_varlen",
     "mamba_ssm.ops.tilelang.mamba3.mamba3_mimo_fwd": "mamba_mimo_fwd mamba_mimo_forward",
@@ -77,7 +76,7 @@ NAMES: dict[str, str] = {
     "mamba_ssm.ops.triton.mamba3.mamba3_siso_bwd": """mamba3_siso_bwd_kernel_dzdo compute_dzdo mamba3_siso_bwd_kernel_dqkv compute_dqkv
         mamba3_siso_bwd_kernel_rotary_bias_angles mamba3_siso_bwd_kernel_dk_state_post compute_dqktheta apply_dk_state_post
         mamba3_siso_bwd_kernel_ddt_dtrap_dinput_states compute_ddt_dtrap_dinput_states _alloc_fn""",
-    "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined": "_triton_alloc_fn Mamba3Output _Mamba3Function mamba3_siso_combined",
+    "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined": "_triton_alloc_fn Mamba3Output _Mamba3Function",
     "mamba_ssm.ops.triton.mamba3.mamba3_siso_fwd": "_prune_mamba3_siso_fwd_configs mamba3_siso_fwd_kernel _alloc_fn mamba3_siso_fwd",
     "mamba_ssm.ops.triton.mamba3.mamba3_siso_step": "mamba3_siso_step_kernel _alloc_fn mamba3_siso_step",
     "mamba_ssm.ops.triton.mamba3.utils": "cos_approx sin_approx tanh_approx sech2_approx sigmoid_approx silu",

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from medssm.integrations.mamba_ssm import norm
 from medssm.integrations.mamba_ssm.mixer import Mamba
 from medssm.integrations.mamba_ssm.second import Mamba2
+from medssm.integrations.mamba_ssm.third import Mamba3
 from medssm.kernels.dtypes import widened
 from medssm.nn.inner import plain, weight_dtype
 from medssm.ops import shapes
 
-_LAYERS = {"Mamba1": Mamba, "Mamba2": Mamba2}
+_LAYERS: dict[str, Callable[..., nn.Module]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}
 
 
 class Block(nn.Module):
@@ -126,9 +127,9 @@ def create_block(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Block:
-    """A Block of Mamba or Mamba2 with a layer or RMS norm, and a GatedMLP behind it where d_intermediate > 0.
+    """A Block of Mamba, Mamba2 or Mamba3 with a layer or RMS norm, and a GatedMLP behind it where d_intermediate > 0.
 
-    ssm_cfg: the mixer's arguments, and "layer", "Mamba1" (the default) or "Mamba2"; mamba_ssm 1 has it in d_intermediate's place, as a call here may.
+    ssm_cfg: the mixer's arguments, and "layer", "Mamba1" (the default), "Mamba2" or "Mamba3"; mamba_ssm 1 has it in d_intermediate's place.
     Raises NotImplementedError for a layer_idx in attn_layer_idx (attention), ValueError for another layer. attn_cfg: of no effect.
     """
     if isinstance(d_intermediate, Mapping):

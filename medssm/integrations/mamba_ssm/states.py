@@ -16,8 +16,8 @@ from medssm import ops
 from medssm.nn.inner import plain
 
 
-def kept(mixer: Any, batch: int, inference_params: Any) -> tuple[Tensor, Tensor]:
-    """(conv_state, ssm_state) that inference_params keeps for this mixer under its layer_idx; zeros before the first call.
+def kept(mixer: Any, batch: int, inference_params: Any) -> Any:
+    """The states, (conv_state, ssm_state) or Mamba3's four, that inference_params keeps for this mixer under its layer_idx; at first zeros.
 
     Raises ValueError without a layer_idx, and for another batch than the states'.
     """

@@ -25,6 +25,7 @@ from medssm.integrations.mamba_ssm import (
     norm_gated,
     scan,
     ssd,
+    third,
 )
 from medssm.integrations.mamba_ssm.mixer import Mamba
 from medssm.integrations.mamba_ssm.second import Mamba2, Mamba2Simple
@@ -59,6 +60,7 @@ PRESENT: dict[str, dict[str, Any]] = {
     "mamba_ssm.modules.block": _of(block, "Block"),
     "mamba_ssm.modules.mamba2": {"Mamba2": Mamba2},
     "mamba_ssm.modules.mamba2_simple": {"Mamba2Simple": Mamba2Simple},
+    "mamba_ssm.modules.mamba3": _of(third, "Mamba3 heavy_tail_activation"),
     "mamba_ssm.modules.mlp": _of(block, "GatedMLP"),
     "mamba_ssm.modules.ssd_minimal": {**_of(ssd, "ssd_minimal_discrete"), **_of(chunks, "segsum segsum_unstable")},
     "mamba_ssm.ops": {},
@@ -74,6 +76,7 @@ PRESENT: dict[str, dict[str, Any]] = {
         **_twin("bimamba_inner_ref", scan.bimamba_inner_fn),
         "_check_selective_scan_cuda": lambda: None,
     },
+    "mamba_ssm.ops.tilelang.mamba3.mamba3_mimo": _of(third, "mamba3_mimo"),
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.ops.triton.k_activations": {"swiglu": ssd.swiglu, **_function("SwiGLU", ssd.swiglu)},
     "mamba_ssm.ops.triton.layer_norm": {
@@ -94,6 +97,7 @@ PRESENT: dict[str, dict[str, Any]] = {
         **_of(norm_gated, "RMSNorm LayerNorm rmsnorm_fn layernorm_fn rms_norm_ref"),
         **_function("LayerNormFn", norm_gated.layernorm_fn),
     },
+    "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined": _of(third, "mamba3_siso_combined"),
     "mamba_ssm.ops.triton.selective_state_update": {
         **_of(scan, "selective_state_update"),
         **_twin("selective_state_update_ref", scan.selective_state_update),
