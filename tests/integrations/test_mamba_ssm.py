@@ -488,8 +488,8 @@ def test_blocks_fused_or_not_are_the_same(installed, rms):
     once = fused(x)
     same(fused(*once), plain(*plain(x)), 1e-5)
     same([once[1]], [x])
-    with pytest.raises(ValueError, match=r"ssm_cfg\['layer'\]: expected 'Mamba1' or 'Mamba2', got 'Mamba3'"):
-        create_block(12, ssm_cfg={"layer": "Mamba3"})
+    with pytest.raises(ValueError, match=r"ssm_cfg\['layer'\]: expected 'Mamba1' or 'Mamba2' or 'Mamba3', got 'Mamba4'"):
+        create_block(12, ssm_cfg={"layer": "Mamba4"})
 
 
 def test_a_block_runs_its_mlp_on_the_second_norm(installed):
