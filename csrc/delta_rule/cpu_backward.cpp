@@ -123,7 +123,7 @@ void queries_pass(const Backward& a, const Walk& walk, const Intermediates<T>& i
   };
   begin(walk.first_sequence());
   for (int64_t from = 0; from < p.length;) {
-    const Tile tile = walk.tile(from, p.length);
+    const Tile tile = walk.tile(from, chunk_end(from));
     if (tile.begins_sequence())
       begin(tile.sequence);
     else if (tile.begins_segment)
@@ -222,7 +222,7 @@ template <class T> void add_shares(const Backward& a, const Walk& walk, const In
   T *const dbeta = static_cast<T*>(a.dbeta) + offset, *const dg = a.dg ? static_cast<T*>(a.dg) + offset : nullptr;
   T sum = T(0), g[kTileSteps];
   for (int64_t from = 0; from < p.length;) {
-    const Tile tile = walk.tile(from, p.length);
+    const Tile tile = walk.tile(from, chunk_end(from));
     if (from == 0 || tile.begins_sequence())
       sum = initial_product<T>(a, item, tile.sequence);
     else if (tile.begins_segment)

@@ -252,7 +252,7 @@ void queries_pass(const Backward& b, const Walk& walk, const Intermediates<T>& i
   };
   begin(walk.first_sequence());
   for (int64_t from = 0; from < p.length;) {
-    const Tile tile = walk.tile(from, p.length);
+    const Tile tile = walk.tile(from, chunk_end(from));
     if (tile.begins_sequence()) {
       begin(tile.sequence);
     } else if (tile.begins_segment) {

@@ -8,11 +8,16 @@ namespace {
 // Steps between the points where a running sum of the gradient of g begins anew.
 constexpr int64_t kChunk = 256;
 
+// The first step after `from` at which a chunk ends.
+MEDSSM_INLINE int64_t chunk_end(int64_t from) { return round_up(from + 1, kChunk); }
+
 // The tiles of steps [from, end), from the last to the first.
 template <class F> void each_tile_back(const Walk& walk, int64_t from, int64_t end, const F& f) {
-  Tile tiles[kTileSteps];
-  for (int64_t low = (end - 1) / kTileSteps * kTileSteps; low >= from; low -= kTileSteps)
-    for (int64_t i = walk.tiles(low, least(low + kTileSteps, end), tiles) - 1; i >= 0; --i) f(tiles[i]);
+  while (end > from) {
+    const Tile tile = walk.tile_before(end, from);
+    f(tile);
+    end = tile.from;
+  }
 }
 
 // The rows of an item in a contiguous (b, l, h, d) tensor.

@@ -40,7 +40,7 @@ class Resets {
 MEDSSM_INLINE int64_t state_row(const Problem& p, int64_t batch, int64_t sequence, int64_t group) { return (batch + sequence) * p.groups + group; }
 
 // The sums of R k' v^T and of k' over a task's segment, from its last start on, and of the initial sums if a sequence begins there. tiles and
-// v_tiles: scratch memory for the tiles of k and v of a block of groups; rotated: for one tile of k.
+// v_tiles: scratch memory for the tiles of k and v of a block of groups; rotated: for one tile of k. Tokens before that start are not read.
 template <class T> void sum_segment(const Plan<T>& plan, const Problem& p, const Walk& walk, const Task& task, const void* initial_kv,
                                     const void* initial_z, T* tiles, T* v_tiles, T* rotated, T* parts) {
   const auto begin = [&](bool sequence, int64_t number) {
@@ -53,7 +53,7 @@ template <class T> void sum_segment(const Plan<T>& plan, const Problem& p, const
     }
   };
   begin(false, 0);
-  each_tile(walk, task.begin, task.end, [&](const Tile& tile) {
+  each_tile(walk, walk.begin_of_last_segment(task.begin, task.end), task.end, [&](const Tile& tile) {
     if (tile.begins_segment) begin(tile.begins_sequence(), tile.sequence);
     load_tiles(p.k, p.feature_map, task.n, tile, task.first, task.count, plan.dk, tiles);
     load_tiles(p.v, kIdentity, task.n, tile, task.first, task.count, plan.dv, v_tiles);

@@ -162,7 +162,7 @@ template <class T> class Backward {
     // the outputs.
     void states(Slot& slot, int64_t from, int64_t end, T* rows) {
       for (int64_t chunk = from + (end - 1 - from) / b_.chunk_ * b_.chunk_; chunk >= from; chunk -= b_.chunk_) {
-        const int64_t tiles = b_.walk_.tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
+        const int64_t tiles = b_.walk_.aligned_tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
         load_starts(slot, chunk, tiles);
         for (int64_t i = tiles - 1; i >= 0; --i) {
           const Tile& tile = tiles_.data()[i];
@@ -341,7 +341,7 @@ template <class T> class Backward {
     void outputs_of_halves(Slot& slot, int64_t from, int64_t end, T* rows) {
       int64_t number = 0;
       for (int64_t at = from; at < end; ++number) {
-        const Tile tile = b_.walk_.tile(at, end);
+        const Tile tile = b_.walk_.aligned_tile(at, end);
         if (number % 2 == slot.from) {
           const Shared<T> shared = shared_rows<T>(p_, slot.channels.block, tile, buffers_);
           const Inputs<T> in = inputs(slot.channels, tile, shared.low);
@@ -363,7 +363,7 @@ template <class T> class Backward {
       if (slot.from != 0) return;
       T* total = sums(slot) + p_.state * W;
       for (int64_t chunk = from + (end - 1 - from) / b_.chunk_ * b_.chunk_; chunk >= from; chunk -= b_.chunk_) {
-        const int64_t tiles = b_.walk_.tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
+        const int64_t tiles = b_.walk_.aligned_tiles(chunk, least(end, chunk + b_.chunk_), tiles_.data());
         for (int64_t i = tiles - 1; i >= 0; --i) {
           const T* one = part(slot, tiles_.data()[i].from - from);
           for (int64_t v = 0; v < (p_.rank + 2) * W; v += W) store(total + v, load<T>(total + v) + load<T>(one + v));

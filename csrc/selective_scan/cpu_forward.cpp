@@ -148,7 +148,7 @@ template <class T> class Forward {
   }
 
   // The tile that begins at `from`. Checkpoints are stored between tiles.
-  Tile tile_at(int64_t from, int64_t end) const { return walk_.longest_tile(from, a_.checkpoints ? least(end, round_up(from + 1, chunk_)) : end); }
+  Tile tile_at(int64_t from, int64_t end) const { return walk_.tile(from, a_.checkpoints ? least(end, round_up(from + 1, chunk_)) : end); }
   // As many steps as the tile has, kTile steps later. If all tiles request these steps, a tile after a short one has been requested as a whole too.
   Tile ahead(const Tile& tile) const {
     const int64_t from = least(p_.length, tile.from + kTile);

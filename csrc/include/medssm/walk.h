@@ -42,11 +42,8 @@ class Walk {
   int64_t first_sequence() const { return sequences_ ? sequences_[reverse_ ? start_count_ - 1 : 0] : 0; }
   int64_t last_sequence() const { return sequences_ ? sequences_[reverse_ ? 0 : start_count_ - 1] : 0; }
 
-  // The tile that begins at `from`. It ends at `end`, the next multiple of kTileSteps or the next segment start, whichever comes first.
-  Tile tile(int64_t from, int64_t end) const { return longest_tile(from, least(end, round_up(from + 1, kTileSteps))); }
-
-  // The same, but multiples of kTileSteps do not end it: for callers that keep nothing per multiple.
-  Tile longest_tile(int64_t from, int64_t end) const {
+  // The longest tile that begins at `from`. It ends at `end` or at the next segment start at the latest.
+  Tile tile(int64_t from, int64_t end) const {
     end = least(least(end, length_), from + kTileSteps);
     const int64_t next = first_start(from);
     const bool begins = from > 0 && next < start_count_ && start(next) == from;
@@ -61,11 +58,23 @@ class Walk {
     return tile;
   }
 
-  // Writes the tiles of steps [from, end) to `tiles` (at most end - from of them) and returns their number.
-  int64_t tiles(int64_t from, int64_t end, Tile* tiles) const {
+  // The longest tile that ends at `end` and does not begin before `from`.
+  Tile tile_before(int64_t end, int64_t from) const { return tile(most(begin_of_last_segment(from, end), end - kTileSteps), end); }
+
+  // A tile that also ends at the next multiple of kTileSteps.
+  Tile aligned_tile(int64_t from, int64_t end) const { return tile(from, least(end, round_up(from + 1, kTileSteps))); }
+
+  // Writes the aligned tiles of steps [from, end) to `tiles` (at most end - from of them) and returns their number.
+  int64_t aligned_tiles(int64_t from, int64_t end, Tile* tiles) const {
     int64_t count = 0;
-    for (end = least(end, length_); from < end; from += tiles[count++].count) tiles[count] = tile(from, end);
+    for (end = least(end, length_); from < end; from += tiles[count++].count) tiles[count] = aligned_tile(from, end);
     return count;
+  }
+
+  // The last step in [from, end) at which a segment begins, or `from` if there is none.
+  int64_t begin_of_last_segment(int64_t from, int64_t end) const {
+    const int64_t next = first_start(end);
+    return next > 0 ? most(from, start(next - 1)) : from;
   }
 
  private:
