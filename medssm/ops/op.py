@@ -178,7 +178,7 @@ class Op:
         elif chosen != "reference" and modes.direct(tensors):
             found = self.forward(chosen, self.arguments(tensors, path, options), final=final)
         else:
-            return self.operators(tensors, path, options, chosen)
+            return self.operators(tensors, path, options, chosen, final)
         outputs = found if isinstance(found, tuple) else (found,)
         if chosen == "reference" and not main.numel():
             outputs = _connected(outputs, tensors)

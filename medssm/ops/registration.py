@@ -62,11 +62,14 @@ class Operators:
         torch.library.register_vmap(f"medssm::{op.name}_forward", self._vmap, lib=_library)
         self.eager = _function(self)
 
-    def __call__(self, tensors: Sequence[Tensor | None], path: Sequence[Any], options: Mapping[str, Any], backend: str) -> tuple[Tensor, ...]:
+    def __call__(
+        self, tensors: Sequence[Tensor | None], path: Sequence[Any], options: Mapping[str, Any], backend: str, final: bool
+    ) -> tuple[Tensor, ...]:
         save = [self.op.saves(tensors) and modes.needs_grad(tensors)] if self.op.saved else []
         main = tensors[self.op.main]
-        forward = self.eager if modes.plain(tensors) and main is not None and not main.is_meta else self.forward
-        outputs = forward(*tensors, *path, *options.values(), *save, backend)
+        arguments = (*tensors, *path, *options.values(), *save, backend)
+        straight = modes.plain(tensors) and main is not None and not main.is_meta
+        outputs = self.eager(*arguments, final) if straight else self.forward(*arguments)
         return outputs[: 1 + len(self.op.states)] if isinstance(outputs, tuple) else (outputs,)
 
     def _define(self, way: str, arguments: Sequence[str], outputs: int) -> Callable[..., Any]:
@@ -93,11 +96,11 @@ class Operators:
 
     # -- forward ------------------------------------------------------------------------------------------------------------------------
 
-    def _forward(self, *args: Any, traceable: bool = True) -> Any:
+    def _forward(self, *args: Any, traceable: bool = True, final: bool = True) -> Any:
         op, (tensors, path, options, rest) = self.op, self.split(args)
         main = tensors[op.main]
         assert main is not None
-        out, *others = op.forward(rest[-1], op.arguments(tensors, path, options), save=bool(op.saved) and rest[0])
+        out, *others = op.forward(rest[-1], op.arguments(tensors, path, options), save=bool(op.saved) and rest[0], final=final)
         with torch._C._AutoDispatchBelowADInplaceOrView():  # a view for PyTorch would be one that nothing in place may change
             out = op.shaped(out, tensors, options)
         if op.saved and others[-1] is not None and traceable:
@@ -170,7 +173,8 @@ class Operators:
         tensors, path, options, rest = self.split(inputs)
         outputs = output if isinstance(output, tuple) else (output,)
         kept = outputs[1 : 1 + len(self._kept)] if self.op.saves_states else outputs[len(outputs) - len(self._kept) :]
-        ctx.kept, ctx.count, ctx.rest = len(kept), len(inputs), (*options.values(), rest[-1])
+        ctx.kept, ctx.count, ctx.rest, ctx.out = len(kept), len(inputs), (*options.values(), rest[-1]), outputs[0].shape
+        ctx.set_materialize_grads(False)  # zeros for a state without a gradient would have to be made and read
         ctx.walked = [i for i, part in enumerate(path) if isinstance(part, Tensor)]
         ctx.path = [None if isinstance(part, Tensor) else part for part in path]
         ctx.save_for_backward(*kept, *tensors, *(path[i] for i in ctx.walked))
@@ -182,7 +186,10 @@ class Operators:
         path = list(ctx.path)
         for i, part in zip(ctx.walked, saved[ctx.kept + len(op.inputs) :], strict=True):
             path[i] = part
-        found = (backward or self.backward)(*douts[: 1 + len(op.states)], *kept, *tensors, *path, *ctx.rest)
+        dout, *dstates = douts[: 1 + len(op.states)]
+        if dout is None:
+            dout = tensors[op.main].new_zeros(ctx.out)
+        found = (backward or self.backward)(dout, *dstates, *kept, *tensors, *path, *ctx.rest)
         gradients = iter(found if isinstance(found, tuple) else (found,))
         back: list[Any] = [None] * ctx.count
         for i in self._differentiable:
@@ -222,13 +229,14 @@ def _function(operators: Operators) -> Callable[..., Any]:
     """The forward operator with its gradient, without PyTorch's dispatcher, which costs a call 0.2 ms where a gradient is wanted."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = operators._forward(*args, traceable=False)
-        operators._setup(ctx, args, output)
+        inputs, final = args[:-1], args[-1]  # final: whether the caller wants the final states
+        output = operators._forward(*inputs, traceable=False, final=final)
+        operators._setup(ctx, inputs, output)
         return output
 
     def backward(ctx: Any, *douts: Any) -> tuple[Any, ...]:
         straight = not torch.is_grad_enabled() and modes.plain(douts)  # else something traces, counts or differentiates backward
-        return operators._gradient(ctx, *douts, backward=operators._backward if straight else operators.backward)
+        return *operators._gradient(ctx, *douts, backward=operators._backward if straight else operators.backward), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(f"medssm_{operators.op.name}", (torch.autograd.Function,), members)

@@ -313,7 +313,7 @@ def test_opcheck(op, backend, monkeypatch):
     output(call.run(backend))
     assert seen, "the call asked for no gradient"
     torch.use_deterministic_algorithms(False)
-    torch.library.opcheck(operators.forward, seen[0])
+    torch.library.opcheck(operators.forward, seen[0][:-1])
 
 
 @every_kernel

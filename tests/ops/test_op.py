@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -130,7 +132,8 @@ def test_a_kernel_is_asked_for_what_the_call_needs(monkeypatch):
     out.sum().backward()  # asks for no second forward
     with torch.no_grad():
         call.leaves().run("native")
-    assert asked == [(False, False), (False, True), (False, True), (True, True), (False, True)]
+    call.leaves().run("native", return_final_state=False)
+    assert asked == [(False, False), (False, True), (False, True), (True, True), (False, True), (True, False)]
 
 
 @pytest.mark.parametrize("way", ["eager", "forward"])
@@ -140,10 +143,10 @@ def test_backward_computes_what_forward_did_not_keep(name, way, monkeypatch):
     eager, real = operators.eager, getattr(operators, way)
     monkeypatch.setattr(operators, "eager", lambda *args: seen.append(args) or eager(*args))
     example(name).leaves().run("native")
-    *rest, save, backend = seen[0]
+    *rest, save, backend, final = seen[0]
     assert save is True
     given = [t for t in rest if isinstance(t, torch.Tensor) and t.requires_grad]
-    kept, lost = real(*rest, True, backend), real(*rest, False, backend)
+    kept, lost = (real(*rest, saves, backend, *([final] if way == "eager" else [])) for saves in (True, False))
     assert kept[-1].numel() and lost[-1].shape == (0,)
     want, got = (torch.autograd.grad(outputs[0].square().sum(), given, retain_graph=True) for outputs in (kept, lost))
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)) and want[0].any()
@@ -165,6 +168,21 @@ def test_a_call_without_the_dispatcher_has_the_operators_gradients(name, monkeyp
     first = torch.autograd.grad(outputs, list(call.tensors.values()), outputs, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives need backend='reference'"):
         sum(g.square().sum() for g in first).backward()
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, lambda: FlopCounterMode(display=False)], ids=["eager", "operator"])
+@pytest.mark.parametrize("name", [name for name, declared in OPS.items() if declared.states])
+def test_an_output_without_a_gradient_counts_as_one_with_zeros(name, around):
+    call = example(name).leaves()
+    leaves = list(call.tensors.values())
+    with around():
+        outputs = flat(call.run("native"))
+        ones, zeros = [torch.ones_like(t) for t in outputs], [torch.zeros_like(t) for t in outputs]
+        for used in (slice(1), slice(1, None)):
+            got = torch.autograd.grad(outputs[used], leaves, ones[used], retain_graph=True)
+            given = [ones[i] if i in range(len(ones))[used] else zeros[i] for i in range(len(ones))]
+            want = torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+            assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)) and any(g.any() for g in got)
 
 
 def test_outputs_with_a_gradient_may_be_changed_in_place():
