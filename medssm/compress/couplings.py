@@ -28,6 +28,7 @@ from medssm.nn import (
     GatedLinearAttention,
     Mamba,
     Mamba2,
+    Mamba3,
     SpatialMix,
     TriMamba,
     UNet,
@@ -169,6 +170,33 @@ def _mamba2(groups: Groups, mixer: Mamba2, x: Channels) -> Channels:
         left, channels = len(mixer.dt_bias), mixer.conv1d.in_channels
         mixer.split = (left * width, channels, left)
         mixer.d_state = (channels - left * width) // (2 * shared)
+
+    groups.after(update)
+    return x
+
+
+def _mamba3(groups: Groups, mixer: Mamba3, x: Channels) -> Channels:
+    """Heads alone: states turn in pairs."""
+    inner, of_states, count, width = mixer.split[0], mixer.split[2], mixer.split[4], mixer.headdim
+    heads = groups.new(mixer, count, "heads", banks=mixer.ngroups, what="heads")
+    steps = 2 * inner + 2 * of_states  # dt, A and trap, behind z, x, B and C
+    groups.along(x, mixer.in_proj, "weight", 1)
+    of_head = [rows([0, inner], count, width), rows([steps, steps + count, steps + 2 * count], count)]
+    groups.take(heads, mixer.in_proj, "weight", 0, torch.cat(of_head, 1))
+    for name in ("dt_bias", "D", "B_bias", "C_bias", *(("mimo_x", "mimo_z", "mimo_o") if mixer.is_mimo else ())):
+        groups.take(heads, mixer, name, 0)
+    if mixer.is_outproj_norm:
+        groups.take(heads, mixer.norm, "weight", 0, rows([0], count, width))
+    groups.take(heads, mixer.out_proj, "weight", 1, rows([0], count, width))
+    groups.along(x, mixer.out_proj, "weight")
+
+    def update() -> None:
+        for layer in (mixer.in_proj, mixer.out_proj):
+            resize(layer)
+        left = len(mixer.dt_bias)
+        mixer.split = (left * width, left * width, of_states, of_states, left, left, left, mixer.split[7])
+        if mixer.is_outproj_norm:
+            mixer.norm.groups = left  # type: ignore[assignment]  # it is a GatedRMSNorm, a group for each head
 
     groups.after(update)
     return x
@@ -517,6 +545,7 @@ DECLARATIONS: dict[type[nn.Module], Callable[..., Channels]] = {
     SSND: _ssnd,
     **dict.fromkeys([Mamba, BiMamba, TriMamba], _mamba),
     Mamba2: _mamba2,
+    Mamba3: _mamba3,
     MLLA: _mlla,
     GatedLinearAttention: _gla,
     DeltaNet: _delta,

@@ -8,7 +8,7 @@ from torch import nn
 
 from medssm.compress.couplings import groups_of
 from medssm.errors import UserError
-from medssm.nn import MLLA, SSND, BiMamba, DeltaNet, GatedLinearAttention, Mamba2, SpatialMix
+from medssm.nn import MLLA, SSND, BiMamba, DeltaNet, GatedLinearAttention, Mamba2, Mamba3, SpatialMix
 from medssm.nn.mamba2 import GatedRMSNorm
 from medssm.nn.streaming import View, streamed
 from medssm.orders import raster
@@ -72,6 +72,8 @@ def zeroed(network, kept, in_channels=2):
     [
         lambda: Mamba2(16, 8, headdim=4, ngroups=2, D_has_hdim=True),
         lambda: Mamba2(16, 8, headdim=4, rmsnorm=False, bias=True),
+        lambda: Mamba3(16, 8, headdim=4, ngroups=2),
+        lambda: Mamba3(16, 8, headdim=4, is_mimo=True, mimo_rank=2),
         lambda: GatedLinearAttention(16, 4, decay="head", orders=[raster()]),
         lambda: GatedLinearAttention(16, 4, gate=None),
         lambda: DeltaNet(16, 4, gated=False, conv="order"),
@@ -93,6 +95,16 @@ def test_options_of_mixers(mixer):
     groups_of(small, 16).cut(kept)
     assert parameters(small) < parameters(network)
     torch.testing.assert_close(small(x), zeroed(network, kept, 16)(x), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_norm_of_each_head_goes_with_its_head():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 16), Mamba3(16, 8, headdim=4, is_mimo=True, mimo_rank=2, is_outproj_norm=True), nn.Linear(16, 2)).eval()
+    small, x = copy.deepcopy(network), torch.randn(1, 7, 16)
+    groups_of(small, 16).cut({"1.heads": torch.tensor([0, 2, 3, 6, 7])})
+    network[1].out_proj.weight.view(16, 8, 4)[:, [1, 4, 5]] = 0
+    torch.testing.assert_close(small(x), network(x), atol=1e-5, rtol=1e-4)
 
 
 def test_a_network_is_cut_twice():

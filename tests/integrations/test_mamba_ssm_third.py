@@ -137,6 +137,20 @@ def test_siso_combined_is_the_published_recurrence(installed, groups):
     same([mamba3_siso_combined(**given)], [published(given, tuple(map(torch.zeros_like, initial)))[0]])
 
 
+def test_siso_steps_are_the_published_recurrence(installed):
+    from mamba_ssm.ops.triton.mamba3.mamba3_siso_step import mamba3_siso_step
+
+    given, outs = arguments(2, 5), []
+    initial = draw(2, 2, 2).abs(), draw(2, 2, 4, 6), draw(2, 2, 6), draw(2, 2, 4)
+    want, states = published(given, initial), initial
+    weights, heads_first = ("Q_bias", "K_bias", "D"), ("ADT", "DT", "Trap")
+    for i in range(5):
+        token = {name: t if name in weights else t[..., i] if name in heads_first else t[:, i] for name, t in given.items()}
+        out, states = mamba3_siso_step(**token, Input_States=states)
+        outs.append(out)
+    same([torch.stack(outs, 1), *states], want)
+
+
 def test_siso_combined_of_packed_sequences(installed):
     from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
 

@@ -78,7 +78,7 @@ NAMES: dict[str, str] = {
         mamba3_siso_bwd_kernel_ddt_dtrap_dinput_states compute_ddt_dtrap_dinput_states _alloc_fn""",
     "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined": "_triton_alloc_fn Mamba3Output _Mamba3Function",
     "mamba_ssm.ops.triton.mamba3.mamba3_siso_fwd": "_prune_mamba3_siso_fwd_configs mamba3_siso_fwd_kernel _alloc_fn mamba3_siso_fwd",
-    "mamba_ssm.ops.triton.mamba3.mamba3_siso_step": "mamba3_siso_step_kernel _alloc_fn mamba3_siso_step",
+    "mamba_ssm.ops.triton.mamba3.mamba3_siso_step": "mamba3_siso_step_kernel _alloc_fn",
     "mamba_ssm.ops.triton.mamba3.utils": "cos_approx sin_approx tanh_approx sech2_approx sigmoid_approx silu",
     "mamba_ssm.ops.triton.selective_state_update": "_selective_scan_update_kernel",
     "mamba_ssm.ops.triton.ssd_bmm": "init_to_zero _bmm_chunk_fwd_kernel _bmm_chunk_bwd_kernel _bmm_chunk_bwd",

@@ -98,6 +98,7 @@ PRESENT: dict[str, dict[str, Any]] = {
         **_function("LayerNormFn", norm_gated.layernorm_fn),
     },
     "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined": _of(third, "mamba3_siso_combined"),
+    "mamba_ssm.ops.triton.mamba3.mamba3_siso_step": _of(third, "mamba3_siso_step"),
     "mamba_ssm.ops.triton.selective_state_update": {
         **_of(scan, "selective_state_update"),
         **_twin("selective_state_update_ref", scan.selective_state_update),

@@ -170,6 +170,29 @@ def mamba3_siso_combined(
     return (out, angle, S, k.squeeze(1), v) if return_final_states else out
 
 
+def mamba3_siso_step(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    ADT: Tensor,
+    DT: Tensor,
+    Trap: Tensor,
+    Q_bias: Tensor,
+    K_bias: Tensor,
+    Angles: Tensor,
+    D: Tensor | None,
+    Z: Tensor | None,
+    Input_States: State,
+) -> tuple[Tensor, State]:
+    """One token of mamba3_siso_combined: tensors without the axis of tokens -> (out (b, h, p), the four states behind it)."""
+    Q, K, V, Angles = (t.unsqueeze(1) for t in (Q, K, V, Angles))
+    ADT, DT, Trap = (t.unsqueeze(-1) for t in (ADT, DT, Trap))
+    gate = None if Z is None else Z.unsqueeze(1)
+    found = mamba3_siso_combined(Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, gate, Input_States, return_final_states=True)
+    out, angle, S, k, v = found
+    return out.squeeze(1), (angle, S, k, v)
+
+
 def mamba3_mimo(
     Q: Tensor,
     K: Tensor,
