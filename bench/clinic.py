@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from record import record
+
+from medssm.compare.cost import PREDICT, alone
 
 ENVIRONMENT = {"OMP_PROC_BIND": "true", "CUDA_VISIBLE_DEVICES": ""}
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MEDSSM_CPU_ISA": "v3"}
@@ -82,28 +81,10 @@ def segmented(run: Path, setting: str, scans: Sequence[Path], out: Path) -> tupl
         threads = SETTINGS[setting]["OMP_NUM_THREADS"]
         command = [sys.executable, "-m", "medssm_runtime", str(run), *common, "--threads", threads]
     else:
-        code = "import sys; from medssm.cli import main; sys.exit(main())"
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            "predict",
-            str(run),
-            *common,
-            "--postprocessing",
-            "none",
-            *(["--precision", "bf16-mixed"] if half else []),
-        ]
-    begun = time.perf_counter()
-    environment = {**os.environ, **ENVIRONMENT, **SETTINGS["1 thread" if half else setting]}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    seconds = json.loads(said)["seconds"]  # the runtime says them part by part
-    return time.perf_counter() - begun, sum(seconds.values()) if isinstance(seconds, dict) else seconds, usage.ru_maxrss / 1024
+        command = [*PREDICT, str(run), *common, "--postprocessing", "none", *(["--precision", "bf16-mixed"] if half else [])]
+    printed, taken, memory = alone(command, {**ENVIRONMENT, **SETTINGS["1 thread" if half else setting]})
+    seconds = json.loads(printed)["seconds"]  # the runtime says them part by part
+    return taken, sum(seconds.values()) if isinstance(seconds, dict) else seconds, (memory or 0) / 2**20
 
 
 def weights(run: Path) -> float:

@@ -1,22 +1,36 @@
 """What each way to a smaller network costs on patients: python bench/compression.py DATASET WORK [--network medssm_unet] [--fold 0] [--out FOLDER]
+[--controls SETTING]
 
 Trains the network, makes it smaller in the ways of SETTINGS, and compares all of them on the cases of the fold that is held out. WORK keeps the runs;
 called again, it goes on where it was. Then it writes Dice with intervals over patients, multiply-adds, parameters and the seconds of a scan. The
 splits are those of bench/results/accuracy. `more` is the control: the network trained further for as many steps as the others were.
+
+--controls SETTING, as best, adds MONAI's BasicUNet, DynUNet and SegResNet, trained from the beginning for as many steps as the first network, of the
+width at which one thread takes as long for a patch as with the network of that setting. WORK/controls.json keeps the widths.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from record import record
 
 from medssm import cli
+from medssm.bench.accuracy.specs import PARTS, nearest
 from medssm.compare import compare
+from medssm.compare.disturb import KINDS
+from medssm.compress.fold import fold
+from medssm.files import read_json, write_json
+from medssm.models import model_facts
+from medssm.segment import networks
+from medssm.segment.start import Start
 
 RESULTS = Path(__file__).parent / "results"
 FURTHER = 300
@@ -51,7 +65,24 @@ SETTINGS: dict[str, tuple[str, Sequence[str], dict[str, Sequence[str]]]] = {
         for (name, kwargs), short in zip(LIGHT.items(), ("umamba", "segmamba"), strict=True)
     },
 }
-HEAD = ("network", "Dice", "difference from the first", "verdict", "HD95, mm", "parameters", "multiply-adds", "s a scan, 2 threads", "over the first")
+CONTROLS = ("monai_basicunet", "monai_dynunet", "monai_segresnet")
+RUNS = 5  # of one inference, of which the fastest counts
+HEAD = (
+    "network",
+    "Dice",
+    "difference from the first",
+    "verdict",
+    "HD95, mm",
+    *(f"Dice, {kind}" for kind in KINDS),
+    "calibration error, unsure voxels",
+    "parameters",
+    "multiply-adds",
+    "file, MiB",
+    "s a scan, 2 threads",
+    "over the first",
+    "cold start, s",
+    "memory, MiB",
+)
 
 
 def main() -> None:
@@ -61,6 +92,7 @@ def main() -> None:
     parser.add_argument("--network", choices=SETTINGS, default="medssm_unet")
     parser.add_argument("--fold", default="0")
     parser.add_argument("--out", type=Path, default=RESULTS / "compression")
+    parser.add_argument("--controls", metavar="SETTING")
     args = parser.parse_args()
     base, words, settings = SETTINGS[args.network]
     training = ("--splits", str(RESULTS / "accuracy" / "splits.json"), "--fold", args.fold, "--validations", "1")
@@ -71,9 +103,14 @@ def main() -> None:
             run(args.work / name, "train", args.dataset, *training, *rest)
         else:
             run(args.work / name, "compress", args.work / base, command, *rest)
+    if args.controls:
+        for name, way in controls(args.work, base, args.controls).items():
+            run(args.work / name, "train", args.dataset, *training, *words, *way)
+            settings = {**settings, name: way}
     shutil.rmtree(args.work / "compare", ignore_errors=True)
     references = args.work / base / "cases.json"
-    found = compare([args.work / name for name in (base, *settings)], references=references, section="validation", out=args.work / "compare")
+    sides = [args.work / name for name in (base, *settings)]
+    found = compare(sides, references=references, section="validation", out=args.work / "compare", disturb=KINDS, measure=True)
     entry: dict[str, Any] = {
         "base": base,
         "dataset": args.dataset.name,
@@ -85,6 +122,52 @@ def main() -> None:
     record(
         args.out, args.network, entry | {"sides": {name: row(found, name) for name in found["sides"]}}, "Smaller networks on patients", HEAD, lines
     )
+
+
+def controls(work: Path, base: str, setting: str) -> dict[str, Sequence[str]]:
+    """{name: words of its training} of MONAI's networks that take as long for a patch as the run `setting`; the widths are found once."""
+    if not (work / "controls.json").exists():
+        like = Start.of(work / setting)
+        patch = like.fitted.patch
+        wanted = seconds(like.network, (1, len(like.fitted.channels), *patch))
+        sizes = {"spatial_dims": len(patch), "in_channels": len(like.fitted.channels), "out_channels": len(like.fitted.outputs)}
+        found = {name: at_latency(name, wanted, patch, sizes) for name in CONTROLS}
+        write_json(work / "controls.json", {"like": setting, "seconds": wanted, "patch": list(patch), "networks": found})
+    kept = read_json(work / "controls.json")
+    patch = ("--patch", *map(str, kept["patch"]))
+    return {name: ("--model", name, "--model-kwargs", json.dumps(way["kwargs"]), *patch) for name, way in kept["networks"].items()}
+
+
+def at_latency(name: str, wanted: float, patch: Sequence[int], sizes: dict[str, int]) -> dict[str, Any]:
+    """{"kwargs", "seconds"} of a network with the width whose seconds for a patch are nearest to those wanted."""
+    of_width = model_facts(name).of_width
+    assert of_width is not None
+    taken: dict[int, float] = {}
+
+    def at(parts: int) -> float:
+        if parts not in taken:
+            network = networks.build(name, **sizes, **of_width(parts / PARTS, patch))
+            taken[parts] = seconds(network, (1, sizes["in_channels"], *patch))
+        return taken[parts]
+
+    parts = nearest(at, wanted)
+    return {"kwargs": of_width(parts / PARTS, patch), "seconds": taken[parts]}
+
+
+@torch.inference_mode()
+def seconds(network: torch.nn.Module, shape: Sequence[int]) -> float:
+    """Of one inference on one thread, as `medssm predict` does it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    network = networks.placed(fold(network.eval())[0], torch.device("cpu"), len(shape) - 2)
+    x = torch.rand(tuple(shape)).contiguous(memory_format=networks.memory_format(len(shape) - 2))
+    found = []
+    for _ in range(RUNS + 1):  # the first one prepares
+        begun = time.perf_counter()
+        network(x)
+        found.append(time.perf_counter() - begun)
+    torch.set_num_threads(threads)
+    return min(found[1:])
 
 
 def run(folder: Path, command: str, first: Path, *words: object) -> None:
@@ -106,32 +189,44 @@ def row(found: dict[str, Any], name: str) -> dict[str, Any]:
         "scores": {score: side["mean"][score] for score in ("dice", "hd95")},
         "difference": difference and difference["mean"]["dice"],
         "verdict": difference["verdict"] if difference else "",
-        **{key: facts[key] for key in ("parameters", "multiply_adds", "inference_seconds")},
+        "disturbed": {kind: under["sides"][name]["mean"]["dice"] for kind, under in found["disturbed"].items()},
+        **{key: facts[key] for key in ("parameters", "multiply_adds", "file_bytes", "inference_seconds", "cold_seconds", "peak_bytes", "ece_unsure")},
     }
 
 
 def lines(network: str, entry: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The lines of the table."""
+    """The lines of the table; "" is not measured."""
     first = entry["sides"][entry["base"]]["inference_seconds"]
     return [
         (
             f"{network}: {name}",
             interval(side["scores"]["dice"], 4),
-            interval(side["difference"], 4) if side["difference"] else "",
+            interval(side["difference"], 4),
             side["verdict"],
             interval(side["scores"]["hd95"], 2),
+            *(interval(side.get("disturbed", {}).get(kind), 4) for kind in KINDS),
+            number(side.get("ece_unsure"), 1, 4),
             f"{side['parameters'] / 1e6:.2f} M",
             f"{side['multiply_adds'] / 1e9:.2f} G",
+            number(side.get("file_bytes"), 2**20, 2),
             f"{side['inference_seconds']:.3f}",
             f"{side['inference_seconds'] / first:.2f}",
+            number(side.get("cold_seconds"), 1, 2),
+            number(side.get("peak_bytes"), 2**20, 0),
         )
         for name, side in entry["sides"].items()
     ]
 
 
-def interval(score: dict[str, float], digits: int) -> str:
-    """A mean and its 95 % interval."""
-    return f"{score['mean']:.{digits}f} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
+def number(value: float | None, unit: float, digits: int) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f}"
+
+
+def interval(score: dict[str, Any] | None, digits: int) -> str:
+    """A mean and, where there are patients enough, its 95 % interval."""
+    if not score or score["mean"] is None:
+        return ""
+    return f"{score['mean']:.{digits}f}" + ("" if score["low"] is None else f" [{score['low']:.{digits}f}, {score['high']:.{digits}f}]")
 
 
 if __name__ == "__main__":

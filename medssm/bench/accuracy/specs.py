@@ -19,7 +19,7 @@ from medssm.models import list_models, model_facts
 from medssm.segment import networks
 from medssm.segment.stages import open_stages, strides_and_kernels
 
-_PARTS = 8  # of a channel: the steps in which a width is searched
+PARTS = 8  # of a channel: the steps in which a width is searched
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def sized(net: Net, wanted: int, shape: Sequence[int], spacing: Sequence[float],
     of_width, patch = facts.of_width, shape[2:]
 
     def wide(parts: int) -> Net:
-        return strided(Net(net.text, net.model, of_width(parts / _PARTS, patch)), shape, spacing)
+        return strided(Net(net.text, net.model, of_width(parts / PARTS, patch)), shape, spacing)
 
     return wide(nearest(cache(lambda parts: cost(wide(parts), shape, classes)), wanted))
 
@@ -99,7 +99,7 @@ def cost(net: Net, shape: Sequence[int], classes: int) -> int:
     return multiply_adds(net.build(len(shape) - 2, shape[1], classes), torch.empty(tuple(shape), device="meta"))
 
 
-def nearest(count: Callable[[int], int], wanted: int) -> int:
+def nearest(count: Callable[[int], float], wanted: float) -> int:
     """The number from 1 up whose count, which grows with it, is nearest to what is wanted."""
     low, high = 1, 2
     while count(high) < wanted:
