@@ -61,10 +61,10 @@ def cmunext(
         deep_supervision: a list of logits, the highest resolution first. input_size: "any" pads and crops inside, "strict" raises.
     """
     check_dims(spatial_dims)
-    chosen = preset(SIZES, size)
-    widths = list(features or chosen.features)
-    depths = per_stage("depths", depths or chosen.depths, len(widths))
-    kernels = per_stage("kernels", kernels or chosen.kernels, len(widths))
+    chosen = preset(SIZES, size, features=features, depths=depths, kernels=kernels)
+    widths = list(chosen.features)
+    depths = per_stage("depths", chosen.depths, len(widths))
+    kernels = per_stage("kernels", chosen.kernels, len(widths))
     levels, stages, ups, fusions, heads = len(widths), [], [], [], []
     for s, (depth, kernel) in enumerate(zip(depths, kernels, strict=True)):
         above = widths[max(s - 1, 0)]

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from medssm.models.facts import Facts
 from medssm.models.options import doubled, only, per_stage
 from medssm.models.registry import register_model, register_upstream
@@ -20,8 +18,9 @@ from medssm.models.vmamba import EARLY, ENCODER
 from medssm.models.weights import Map
 from medssm.nn import Decoder
 from medssm.nn.blocks import ChannelNorm
+from medssm.nn.unet import OneChannelToo
 from medssm.nn.vss import drop_paths, start_linears, vss_encoder
-from medssm.nn.vss_decoder import MirrorUNet, repeated, vss_decoder
+from medssm.nn.vss_decoder import MirrorUNet, vss_decoder
 
 
 @register_model(
@@ -59,9 +58,8 @@ class MambaUNet(MirrorUNet):
         start_linears(self)
 
 
-class _Upstream(MambaUNet):
-    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
-        return super().whole(repeated(x, self.in_channels))
+class _Upstream(OneChannelToo, MambaUNet):
+    pass
 
 
 # The decoder of Swin-UNet, whose names Mamba-UNet and MLLA-UNet keep.

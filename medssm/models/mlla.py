@@ -18,6 +18,7 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Classifier, Encoder, MLLABlock
 from medssm.nn.blocks import ChannelsLast, ConvNorm, check_dims, image, tokens
+from medssm.nn.mlla_steps import Shrink
 from medssm.nn.vss import drop_paths
 
 SIZES = {
@@ -111,25 +112,6 @@ class Stem(nn.Module):
         """(b, channels_in, *spatial) -> (b, channels, *(spatial / 4))."""
         x = self.conv1(self.memory(x))
         y: Tensor = self.conv3(self.conv2(x) + x)
-        return y
-
-
-class Shrink(nn.Module):
-    """Half the resolution: four times the new channels, a strided depthwise convolution, and back."""
-
-    def __init__(self, channels_in: int, channels: int, dims: int, ratio: int = 4) -> None:
-        super().__init__()
-        wide = ratio * channels
-        layer = partial(ConvNorm, spatial_dims=dims, bias=True)
-        self.conv = nn.Sequential(
-            layer(channels_in, wide, 1, norm=False, act=nn.ReLU),
-            layer(wide, wide, 3, 2, groups=wide, norm=False, act=nn.ReLU),
-            layer(wide, channels, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, channels_in, *spatial) -> (b, channels, *(spatial / 2))."""
-        y: Tensor = self.conv(x)
         return y
 
 

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-
 from medssm.models.facts import Facts
 from medssm.models.mamba_unet import MIRROR
 from medssm.models.mlla import ENCODER, ROTATIONS, OnImages, mlla_encoder
@@ -23,9 +21,11 @@ from medssm.models.options import doubled, only, per_stage
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder
-from medssm.nn.blocks import TRANSPOSED_CONV, ChannelNorm, ConvNorm
+from medssm.nn.blocks import ChannelNorm
+from medssm.nn.mlla_steps import Grow
+from medssm.nn.unet import OneChannelToo
 from medssm.nn.vss import drop_paths, start_linears
-from medssm.nn.vss_decoder import MirrorUNet, repeated, vss_decoder
+from medssm.nn.vss_decoder import MirrorUNet, vss_decoder
 
 
 @register_model(
@@ -85,29 +85,8 @@ class MLLAUNet(MirrorUNet):
         start_linears(self)
 
 
-class Grow(nn.Module):
-    """Twice the resolution: `ratio` times the channels, a strided depthwise transposed convolution, the new channels, a norm over them."""
-
-    def __init__(self, channels_in: int, channels: int, spatial_dims: int, ratio: int = 4) -> None:
-        super().__init__()
-        wide = ratio * channels_in
-        layer = partial(ConvNorm, kernel=1, spatial_dims=spatial_dims, bias=True)
-        self.conv = nn.Sequential(
-            layer(channels_in, wide, norm=False, act=nn.ReLU),
-            TRANSPOSED_CONV[spatial_dims](wide, wide, 3, 2, 1, 1, groups=wide, bias=False),
-            layer(wide, channels),
-        )
-        self.norm = ChannelNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, channels_in, *spatial) -> (b, channels, *(2 spatial))."""
-        y: Tensor = self.norm(self.conv(x))
-        return y
-
-
-class _Upstream(MLLAUNet):
-    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
-        return super().whole(repeated(x, self.in_channels))
+class _Upstream(OneChannelToo, MLLAUNet):
+    pass
 
 
 MAP = Map(ROTATIONS, ((r"^mlla_unet\.", ""), *ENCODER, *MIRROR))

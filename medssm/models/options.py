@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 Preset = TypeVar("Preset")
 
 
-def preset(sizes: Mapping[str, Preset], size: str) -> Preset:
-    """The preset of that name; ValueError for another name."""
+def preset(sizes: Mapping[str, Preset], size: str, **given: Any) -> Preset:
+    """The preset of that name, of a NamedTuple with what is given, unless it is None, in the place of its own; ValueError for another name."""
     if size not in sizes:
         raise ValueError(f"size: expected one of {', '.join(sizes)}, got {size!r}")
-    return sizes[size]
+    chosen: Any = sizes[size]
+    instead = {name: value for name, value in given.items() if value is not None}
+    return chosen._replace(**instead) if instead else chosen  # type: ignore[no-any-return]
 
 
 def only(name: str, value: object, *known: object) -> None:
@@ -33,6 +35,12 @@ def per_stage(name: str, value: Any, stages: int) -> list[Any]:
     if len(entries) != stages:
         raise ValueError(f"{name}: expected {stages} entries, one per stage, got {entries}")
     return entries
+
+
+def several(name: str, stages: Sequence[object]) -> None:
+    """ValueError for a list of fewer than two stages."""
+    if len(stages) < 2:
+        raise ValueError(f"{name}: expected two stages or more, got {list(stages)}")
 
 
 def within(name: str, steps: Sequence[int], strides: Sequence[int]) -> list[int]:

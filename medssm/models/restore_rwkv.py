@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medssm.models.facts import Facts
-from medssm.models.options import doubled
+from medssm.models.options import doubled, several
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, UNet
@@ -66,8 +66,7 @@ class RestoreRWKV(UNet):
                 f"residual: expected False, since {in_channels} input channels cannot be added to {out_channels} of the output, got True"
             )
         n, conv = len(depths), CONV[spatial_dims]
-        if n < 2:
-            raise ValueError(f"depths: expected two stages or more, got {list(depths)}")
+        several("depths", depths)
         features = doubled(features, n)
 
         def blocks(channels: int, depth: int) -> nn.Sequential:

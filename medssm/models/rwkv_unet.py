@@ -2,7 +2,7 @@
 
 What upstream's code does beside the paper, kept for its weights:
 - Every block has a spatial mix and norms that it may not use, the encoder a classifier: `from_upstream` has their weights too, `create_model` not.
-- The small and the base network repeat one input channel to three; the tiny one takes three.
+- The small and the base network repeat one input channel to three; the tiny one takes three. Here each takes both.
 - Its kernels compute another formula than the paper's (ops.bi_wkv): `mode="upstream"`. It takes square images of one size, `create_model` any.
 """
 
@@ -14,12 +14,13 @@ from functools import partial
 from torch import Tensor, nn
 
 from medssm.models.facts import Facts
-from medssm.models.options import only, per_stage, preset
+from medssm.models.options import only, per_stage, preset, several
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, SpatialMix, UNet
 from medssm.nn.blocks import CONV, ChannelNorm, ChannelsLast, check_dims
 from medssm.nn.rwkv_unet import EPS, GLSP, CrossChannelMix, UpBlock
+from medssm.nn.unet import OneChannelToo
 from medssm.nn.vss import drop_paths, start_linears
 
 # Blocks, channels and hidden channels over channels of each stage.
@@ -74,8 +75,7 @@ class RWKVUNet(UNet):
         preset_depths, preset_features, preset_expand = preset(SIZES, size)
         features = list(features or preset_features)
         n = len(features)
-        if n < 2:
-            raise ValueError(f"features: expected two stages or more, got {features}")
+        several("features", features)
         depths, expand = per_stage("depths", depths or preset_depths, n), per_stage("expand", expand or preset_expand, n)
         block, before, stages = partial(GLSP, spatial_dims=spatial_dims, kernel=kernel), stem, []
         for s, (channels, ratio, rates) in enumerate(zip(features, expand, drop_paths(depths, drop_path), strict=True)):
@@ -92,25 +92,24 @@ class RWKVUNet(UNet):
         heads = [*[None] * (n - 1), CONV[spatial_dims](stem, out_channels, 1)]
         decoder = Decoder(ups, [nn.Identity()] * n, heads, [*[True] * (n - 1), False])
         super().__init__(encoder, decoder, size=input_size)
-        self.ccm = CrossChannelMix(features[-2::-1], features[0], spatial_dims, drop_path)
+        self.ccm, self.in_channels = CrossChannelMix(features[-2::-1], features[0], spatial_dims, drop_path), in_channels
         start_linears(self)
         for name, parameter in self.named_parameters():
             if "spatial_" in name:
                 nn.init.constant_(parameter, 0.5 if "spatial_mix" in name else 0.0)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
         *fine, coarse = self.encoder(x)
         mixed = self.ccm(fine[::-1])
         logits: Tensor = self.decoder([*(mixed[i] for i in reversed(range(len(fine)))), coarse])
         return logits
 
 
-class Upstream(RWKVUNet):
-    """With the weights that upstream has and does not use; repeat: one input channel becomes three."""
+class Upstream(OneChannelToo, RWKVUNet):
+    """With the weights that upstream has and does not use."""
 
-    def __init__(self, repeat: bool, **options: object) -> None:
+    def __init__(self, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
-        self.repeat = repeat
         for block in [m for m in self.modules() if isinstance(m, (GLSP, UpBlock))]:
             hidden = block.conv.conv.out_channels
             if isinstance(block, GLSP):
@@ -118,9 +117,6 @@ class Upstream(RWKVUNet):
             block.ln1 = nn.LayerNorm(hidden)
         channels = self.encoder.output_channels[-1]
         self.encoder.norm, self.encoder.head = ChannelNorm(channels, EPS), nn.Linear(channels, 1000)
-
-    def whole(self, x: Tensor) -> Tensor:
-        return super().whole(x.expand(-1, 3, *x.shape[2:]) if self.repeat else x)
 
 
 MAP = Map(
@@ -144,9 +140,9 @@ def upstream(
     wkv_mode: str = "upstream",
 ) -> Upstream:
     """RWKV-UNet from upstream's keywords, of which in_channels and img_size change no output; wkv_mode, which upstream has not, is bi_wkv's mode.
-    The tiny network takes three channels, the others one. Weights come as `from_upstream`'s state_dict, not from pretrained_path."""
+    The network takes three channels, or one, which it repeats. Weights come as `from_upstream`'s state_dict, not from pretrained_path."""
     only("pretrained_path", pretrained_path, None)
-    return Upstream(size != "tiny", out_channels=num_classes, size=size, mode=wkv_mode)
+    return Upstream(out_channels=num_classes, size=size, mode=wkv_mode)
 
 
 register_upstream("rwkv_unet", builder=upstream, map=MAP)

@@ -11,17 +11,16 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear, relu
+from torch.nn.functional import interpolate
 
 from medssm.models.facts import Facts
 from medssm.models.options import per_stage, within
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import AnySize, Encoder
-from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, ChannelNorm, ChannelsLast, check_dims, image, tokens
-from medssm.nn.pvt import ReducedBlock
+from medssm.nn.blocks import CONV, LINEAR, ChannelNorm, ChannelsLast, check_dims
+from medssm.nn.pvt import LinearHead, ReducedBlock
 
 
 @register_model(
@@ -74,34 +73,11 @@ class SegFormer3D(AnySize):
             blocks = nn.Sequential(*(ReducedBlock(b, heads[s], reductions[s], ratios[s] * b, spatial_dims) for _ in range(depths[s])))
             stages.append(nn.Sequential(OrderedDict(down=down, blocks=blocks, norm=ChannelNorm(b))))
         self.encoder = Encoder(ChannelsLast(spatial_dims), stages, features, [(s,) * spatial_dims for s in strides])
-        self.decoder = Head(features, width, out_channels, spatial_dims, dropout)
+        self.decoder = LinearHead(features, width, out_channels, spatial_dims, dropout)
 
     def whole(self, x: Tensor) -> Tensor:
         """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
         return interpolate(self.decoder(self.encoder(x)), x.shape[2:], mode=LINEAR[len(self.size_divisor)])
-
-
-class Head(nn.Module):
-    """Logits at the finest map's size: pred(dropout(relu(norm(sum over the maps of enlarge(fuse linear(map)))))). Each map has its own linear layer
-    and its own columns of fuse (width, maps * width, 1, ...), the coarsest one the first."""
-
-    def __init__(self, features: Sequence[int], width: int, classes: int, spatial_dims: int, dropout: float) -> None:
-        super().__init__()
-        self.interpolation, self.width, inputs = LINEAR[spatial_dims], width, len(features) * width
-        self.linears = nn.ModuleList(nn.Sequential(OrderedDict(proj=nn.Linear(c, width), norm=nn.LayerNorm(width))) for c in features)
-        self.fuse = nn.Parameter(torch.empty(width, inputs, *[1] * spatial_dims).uniform_(-(inputs**-0.5), inputs**-0.5))
-        self.norm, self.dropout = BATCH_NORM[spatial_dims](width), nn.Dropout(dropout)
-        self.pred = CONV[spatial_dims](width, classes, 1)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (b, c, *spatial), the finest first -> (b, classes, *spatial) at the finest one's size."""
-        fuse, w = self.fuse.flatten(1), self.width
-        columns = [fuse[:, at : at + w] for at in range((len(self.linears) - 1) * w, -1, -w)]
-        finest, *coarser = (image(linear(layer(tokens(x)), own)) for layer, x, own in zip(self.linears, maps, columns, strict=True))
-        for x in coarser:
-            finest += interpolate(x, maps[0].shape[2:], mode=self.interpolation)
-        logits: Tensor = self.pred(self.dropout(relu(self.norm(finest), inplace=True)))
-        return logits
 
 
 MAP = Map(

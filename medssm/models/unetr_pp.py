@@ -10,22 +10,21 @@ What upstream's code does beside the paper, kept for its weights:
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from medssm.models.facts import Facts, groups_of, widths
+from medssm.models import mixers
+from medssm.models.facts import Facts, widths
 from medssm.models.options import only, per_stage, sides
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
-from medssm.nn import Decoder, Encoder, UNet
-from medssm.nn.blocks import CONV, TRANSPOSED_CONV, check_dims
-from medssm.nn.epa import PairedBlock
+from medssm.nn import Decoder, UNet
+from medssm.nn.blocks import check_dims
+from medssm.nn.paired_unet import paired_decoder, paired_encoder, paired_stages
 from medssm.nn.unetr import ResidualBlock
 
 
@@ -73,51 +72,31 @@ def unetr_pp(
     """
     check_dims(spatial_dims)
     only("norm", norm, "instance", "batch")
-    conv, up, n = CONV[spatial_dims], TRANSPOSED_CONV[spatial_dims], len(features)
-    up_depths, tokens = per_stage("decoder_depths", decoder_depths, n - 1), per_stage("projected", projected, n)
+    n = len(features)
     heads_down, heads_up = [heads] * 2 if isinstance(heads, int) else heads
     strides = [tuple(sides("patch", patch, spatial_dims)), *[(2,) * spatial_dims] * (n - 1)]
     whole = [math.prod(axis) for axis in zip(*strides, strict=True)]
     image = [math.ceil(a / b) * b for a, b in zip(sides("image_size", image_size, spatial_dims), whole, strict=True)]
-
-    def stage(s: int, depth: int, heads: int) -> nn.Sequential:
-        grid = [a // b // 2**s for a, b in zip(image, strides[0], strict=True)]
-        options = {"spatial_dims": spatial_dims, "dropout": dropout, "blocks": blocks, **(attention or {})}
-        return nn.Sequential(*(PairedBlock(features[s], grid, heads, tokens[s], **options) for _ in range(depth)))
-
-    stages = []
-    for s, (a, b) in enumerate(itertools.pairwise([in_channels, *features])):
-        down = nn.Sequential(conv(a, b, strides[s], strides[s], bias=False), nn.GroupNorm(groups_of(b, a), b))
-        stages.append(nn.Sequential(OrderedDict(down=down, blocks=stage(s, depths[s], heads_down))))
-    encoder = Encoder(nn.Identity(), stages, features, strides)
-    outs, levels = [features[0] // 2, *features], range(n - 1, -1, -1)
-    ups = [up(outs[s + 1], outs[s], strides[s], strides[s], bias=False) for s in levels]
-    up_stages: list[nn.Module] = [stage(s - 1, depth, heads_up) for s, depth in zip(levels, up_depths, strict=False)]
-    up_stages.append(ResidualBlock(outs[0], outs[0], spatial_dims, norm=norm))
-    seg_layers = [conv(outs[s], out_channels, 1) if s < (3 if deep_supervision else 1) else None for s in levels]
-    skips = [ResidualBlock(in_channels, outs[0], spatial_dims, norm=norm), *(nn.Identity() for _ in range(n))]
-    return UNet(encoder, Decoder(ups, up_stages, seg_layers, ["sum"] * n, deep_supervision), size=input_size, skips=skips)
+    grids = [[a // b // 2**s for a, b in zip(image, strides[0], strict=True)] for s in range(n)]
+    options = {"spatial_dims": spatial_dims, "dropout": dropout, "blocks": blocks, **(attention or {})}
+    stage = paired_stages(features, grids, per_stage("projected", projected, n), **options)
+    encoder = paired_encoder(in_channels, features, depths, heads_down, strides, stage)
+    up_depths, levels = per_stage("decoder_depths", decoder_depths, n - 1), 3 if deep_supervision else 1
+    decoder = Decoder(**paired_decoder(features, out_channels, up_depths, heads_up, strides, stage, levels, norm), deep_supervision=deep_supervision)
+    skips = [ResidualBlock(in_channels, features[0] // 2, spatial_dims, norm=norm), *(nn.Identity() for _ in range(n))]
+    return UNet(encoder, decoder, size=input_size, skips=skips)
 
 
-_APART, _SUM = {"shared": False}, {"bias": False, "fusion": "sum"}
-DATA: dict[str, tuple[int, Sequence[int], Sequence[int], dict[str, Any], int]] = {  # in_channels, patch, image_size, attention, blocks
-    "synapse": (1, (2, 4, 4), (64, 128, 128), {}, 1),
-    "acdc": (1, (1, 4, 4), (16, 160, 160), _APART, 2),
-    "lung": (1, (1, 4, 4), (32, 192, 192), _APART, 2),
-    "tumor": (4, (4, 4, 4), (128, 128, 128), _SUM, 1),
+_PAPER: dict[str, Any] = {"scrambled": True}
+_APART, _SUM = {**_PAPER, "shared": False}, {**_PAPER, "bias": False, "fusion": "sum"}
+DATA: dict[str, dict[str, Any]] = {
+    "synapse": {"in_channels": 1, "patch": (2, 4, 4), "image_size": (64, 128, 128), "attention": _PAPER},
+    "acdc": {"in_channels": 1, "patch": (1, 4, 4), "image_size": (16, 160, 160), "attention": _APART, "blocks": 2},
+    "lung": {"in_channels": 1, "patch": (1, 4, 4), "image_size": (32, 192, 192), "attention": _APART, "blocks": 2},
+    "tumor": {"in_channels": 4, "patch": (4, 4, 4), "image_size": (128, 128, 128), "attention": _SUM},
 }
-_TRANSPOSE = (r"\bepa_block\.[EF]\.weight$",)
-_BLOCK = (
-    (r"\bepa_block\.EF$", "epa.projections.E"),
-    (r"\bepa_block\.([EF])\.weight$", r"epa.projections.\1"),
-    (r"\bepa_block\.([EF])\.bias$", r"epa.biases.\1"),
-    (r"\bepa_block\.", "epa."),
-    (r"\bconv5(\d)\.", lambda m: f"local.{int(m[1]) - 1}."),
-    (r"\bconv8\.", "out."),
-    (r"\b(conv\d|transp_conv|conv)\.conv\.", r"\1."),
-)
 _NETWORK = (
-    *_BLOCK,
+    *mixers.PAIRED,
     (r"^unetr_pp_encoder\.downsample_layers\.(\d)\.(\d)\.(conv\.)?", r"encoder.stages.\1.down.\2."),
     (r"^unetr_pp_encoder\.stages\.(\d)\.", r"encoder.stages.\1.blocks."),
     (r"^encoder1\.", "skips.0."),
@@ -145,34 +124,23 @@ def upstream(
     do_ds: bool = True,
 ) -> UNet:
     """Upstream's UNETR_PP for a data set; img_size may have other edges, not more voxels; pos_embed, dropout_rate, conv_op change nothing."""
-    channels, patch, size, attention, blocks = DATA[data]
-    features = [feature_size * 2**s for s in range(1, 5)]
-    only("in_channels", in_channels, channels)
+    options, features = DATA[data], [feature_size * 2**s for s in range(1, 5)]
+    size = img_size or options["image_size"]
+    only("in_channels", in_channels, options["in_channels"])
     only("dims", None if dims is None else list(dims), features)
     only("hidden_size", hidden_size, features[-1])
-    only("img_size: voxels", math.prod(img_size or size), math.prod(size))
+    only("img_size: voxels", math.prod(size), math.prod(options["image_size"]))
     return unetr_pp(
-        in_channels=in_channels,
+        **{**options, "image_size": size},
         out_channels=out_channels,
         features=features,
         depths=depths or (3, 3, 3, 3),
         heads=(num_heads, 4),
-        blocks=blocks,
-        patch=patch,
-        image_size=img_size or size,
         norm=norm_name,
-        attention={**attention, "scrambled": True},
         deep_supervision=do_ds,
     )
 
 
-_TWICE = (r"\bepa_block\.F\.",)  # E again, where keys and values are projected alike
 for _data in DATA:
-    register_upstream(f"unetr_pp_{_data}", builder=partial(upstream, _data), map=Map(_TWICE if _data == "synapse" else (), _NETWORK, _TRANSPOSE))
-
-
-@register_upstream("unetr_pp_block", map=Map(_TWICE, _BLOCK, _TRANSPOSE))
-def upstream_block(input_size: int, hidden_size: int, proj_size: int, num_heads: int, dropout_rate: float = 0, pos_embed: bool = True) -> PairedBlock:
-    """Upstream's TransformerBlock for Synapse: (b, hidden_size, *spatial) of input_size voxels."""
-    only("pos_embed", pos_embed, True)
-    return PairedBlock(hidden_size, (input_size,), num_heads, proj_size, dropout=dropout_rate, scrambled=True)
+    _repeated = mixers.TWICE if _data == "synapse" else ()
+    register_upstream(f"unetr_pp_{_data}", builder=partial(upstream, _data), map=Map(_repeated, _NETWORK, mixers.TRANSPOSED))

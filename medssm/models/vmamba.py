@@ -72,17 +72,17 @@ def vmamba(
         features, depths: channels and blocks per stage; stage s works at 1/2^(s+2) of the resolution.
         expand, d_state, gate: of the scans. mlp_ratio: hidden channels of the MLPs over outer. drop_path: stochastic depth at the last block.
     """
-    chosen = preset(SIZES, size)
+    chosen = preset(SIZES, size, features=features, depths=depths, expand=expand, drop_path=drop_path)
     encoder = vss_encoder(
         in_channels,
-        chosen.features if features is None else features,
-        chosen.depths if depths is None else depths,
+        chosen.features,
+        chosen.depths,
         spatial_dims,
-        chosen.drop_path if drop_path is None else drop_path,
+        chosen.drop_path,
         stem="double",
         down="convolution",
         d_state=d_state,
-        expand=chosen.expand if expand is None else expand,
+        expand=chosen.expand,
         mlp_ratio=mlp_ratio,
         gate=gate,
         conv_bias=False,

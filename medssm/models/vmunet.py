@@ -20,8 +20,9 @@ from medssm.models.vmamba import EARLY, ENCODER
 from medssm.models.weights import Map
 from medssm.nn import AnySize, VSSBlock
 from medssm.nn.blocks import CONV, check_dims
+from medssm.nn.unet import OneChannelToo
 from medssm.nn.vss import PatchExpand, drop_paths, start_linears, vss_encoder
-from medssm.nn.vss_decoder import entrances, repeated
+from medssm.nn.vss_decoder import entrances
 
 
 @register_model(
@@ -72,7 +73,7 @@ class VMUNet(AnySize):
         self.final_conv = CONV[spatial_dims](features[0] // 4, out_channels, 1)
         start_linears(self)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
         skips, x = entrances(self.encoder, x)
         x = self.stages[0](x)
@@ -82,9 +83,8 @@ class VMUNet(AnySize):
         return torch.sigmoid(x) if self.activation else x
 
 
-class _Upstream(VMUNet):
-    def whole(self, x: Tensor) -> Tensor:
-        return super().whole(repeated(x, self.in_channels))
+class _Upstream(OneChannelToo, VMUNet):
+    pass
 
 
 MAP = Map(

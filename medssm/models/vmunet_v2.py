@@ -15,26 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medssm.models.facts import Facts
 from medssm.models.options import only
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.vmamba import EARLY, ENCODER
 from medssm.models.weights import Map
-from medssm.nn import Decoder, UNet
-from medssm.nn.attention import CBAM
-from medssm.nn.blocks import CONV, LINEAR, TRANSPOSED_CONV, ConvNorm
-from medssm.nn.fusion import ProductFusion
+from medssm.nn.blocks import CONV, TRANSPOSED_CONV
+from medssm.nn.enlarged import EnlargedDecoder
+from medssm.nn.fusion import AttendedFusion
+from medssm.nn.unet import OneChannelToo
 from medssm.nn.vss import start_linears, vss_encoder
-from medssm.nn.vss_decoder import entrances, repeated
+from medssm.nn.vss_decoder import MirrorUNet, entrances
 
 
 @register_model(
     "vmunet_v2",
     facts=Facts("2403.09157", "nobodyplayer1/VM-UNetV2", "Apache-2.0", small={"features": (8, 16), "depths": (1, 1)}, input=(3, 256, 256)),
 )
-class VMUNetV2(UNet):
+class VMUNetV2(MirrorUNet):
     """VM-UNet-V2 for any input size; logits (b, out_channels, *spatial).
 
     Args:
@@ -60,46 +59,31 @@ class VMUNetV2(UNet):
     ) -> None:
         encoder = vss_encoder(in_channels, features, depths, spatial_dims, drop_path, d_state=d_state)
         width, levels = width or features[0] // 2, len(features)
-        gates = [nn.Sequential(CBAM(c, spatial_dims), ConvNorm(c, width, 1, spatial_dims=spatial_dims)) for c in features]
         ups = [TRANSPOSED_CONV[spatial_dims](width, width, 4, 2, 1, bias=False) for _ in range(levels - 1)]
         heads = [CONV[spatial_dims](width, out_channels, 1) if deep_supervision or s == levels - 1 else None for s in range(levels)]
         merge = TRANSPOSED_CONV[spatial_dims](out_channels, out_channels, 3, 2, 1, 1, out_channels) if deep_supervision else None
-        decoder = _Decoder(ups, [nn.Identity() for _ in ups], heads, ["sum" for _ in ups], deep_supervision, mode=LINEAR[spatial_dims], merge=merge)
-        super().__init__(encoder, decoder, size=input_size, skips=gates)
-        self.fusions = nn.ModuleList([ProductFusion(width, len(features), spatial_dims) for _ in features])
+        parts: dict[str, Any] = {"fusion": AttendedFusion(features, width, spatial_dims), "merge": merge, "steps": encoder.strides[0]}
+        decoder = _Decoder(ups, [nn.Identity() for _ in ups], heads, ["sum" for _ in ups], deep_supervision, **parts)
+        super().__init__(encoder, decoder, nn.Identity(), input_size)
         self.in_channels = in_channels
         start_linears(self)
 
-    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(b, in_channels, *spatial) -> (b, out_channels, *spatial), or a list of coarser ones too."""
-        assert self.skips is not None
-        maps = [gate(m) for gate, m in zip(self.skips, self.maps(x), strict=True)]
-        logits: Tensor | list[Tensor] = self.decoder([fusion(maps, level) for level, fusion in enumerate(self.fusions)])
-        return logits
 
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """(b, in_channels, *spatial) -> what each stage's blocks take, and in the last one's place what its blocks give."""
-        taken, last = entrances(self.encoder, x)
-        return [*taken[:-1], last]
+class _Decoder(EnlargedDecoder):
+    """It takes fusion(skips); with `merge`, merge(the second logits) is added to the first."""
 
-
-class _Decoder(Decoder):
-    """Logits interpolated to the image; with `merge`, merge(the second) is added to the first."""
-
-    finer = 4
-
-    def __init__(self, *args: Any, mode: str, merge: nn.Module | None = None) -> None:
-        super().__init__(*args)
-        self.mode, self.merge = mode, merge
+    def __init__(self, *args: Any, fusion: nn.Module, merge: nn.Module | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fusion, self.merge = fusion, merge
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        outputs = [functional.interpolate(o, scale_factor=self.finer, mode=self.mode) for o in self.logits(skips, self.merge is not None)]
+        outputs = self.logits(self.fusion(skips), self.merge is not None)
         if self.merge is not None:
             outputs[0] = outputs[0] + self.merge(outputs[1])
         return outputs if self.deep_supervision else outputs[0]
 
 
-class _Upstream(VMUNetV2):
+class _Upstream(OneChannelToo, VMUNetV2):
     """With upstream's sigmoid and the layers that it does not use; supervised: its deep_supervision."""
 
     def __init__(self, supervised: bool, classes: int, **options: Any) -> None:
@@ -113,7 +97,7 @@ class _Upstream(VMUNetV2):
             self.unused.append(nn.ConvTranspose2d(1, 1, 3))
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        return entrances(self.encoder, repeated(x, self.in_channels))[0]
+        return entrances(self.encoder, x)[0]
 
     def whole(self, x: Tensor) -> Tensor | list[Tensor]:
         y = super().whole(x)
@@ -123,11 +107,11 @@ class _Upstream(VMUNetV2):
 def _map(deep_supervision: bool = True, **_: object) -> Map:
     return Map(
         rename=(
-            (r"^ca_(\d)\.", lambda m: f"skips.{int(m[1]) - 1}.0.0."),
-            (r"^sa_(\d)\.conv1\.", lambda m: f"skips.{int(m[1]) - 1}.0.1.conv."),
-            (r"^Translayer_(\d)\.", lambda m: f"skips.{int(m[1]) - 1}.1."),
+            (r"^ca_(\d)\.", lambda m: f"decoder.fusion.gates.{int(m[1]) - 1}.0.0."),
+            (r"^sa_(\d)\.conv1\.", lambda m: f"decoder.fusion.gates.{int(m[1]) - 1}.0.1.conv."),
+            (r"^Translayer_(\d)\.", lambda m: f"decoder.fusion.gates.{int(m[1]) - 1}.1."),
             (r"\.bn\.", ".norm."),
-            (r"^sdi_(\d)\.", lambda m: f"fusions.{int(m[1]) - 1}."),
+            (r"^sdi_(\d)\.", lambda m: f"decoder.fusion.products.{int(m[1]) - 1}."),
             (r"^seg_outs\.", "decoder.seg_layers."),
             (r"^deconv([234])\.", lambda m: f"decoder.upsample_layers.{int(m[1]) - 2}."),
             (r"^deconv6\.", "decoder.merge." if deep_supervision else "unused.1."),
@@ -155,5 +139,5 @@ def upstream(
     only("mid_channel", mid_channel, 48)
     only("load_ckpt_path", load_ckpt_path, None)
     if deep_supervision and num_classes != 1:
-        raise ValueError(f"num_classes: expected 1 with deep_supervision, as upstream's last convolution is of one class, got {num_classes}")
+        raise ValueError(f"num_classes: expected 1 with deep_supervision=True, as upstream's last convolution is of one class, got {num_classes}")
     return _Upstream(deep_supervision, num_classes, in_channels=input_channels, depths=depths, width=mid_channel, drop_path=drop_path_rate)

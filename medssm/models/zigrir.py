@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from medssm.models.facts import Facts
-from medssm.models.options import doubled, only, per_stage
+from medssm.models.options import doubled, only, per_stage, several
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, UNet
 from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, TRANSPOSED_CONV, check_dims
 from medssm.nn.vss import start_linears
-from medssm.nn.zigrir import SIDE, Mix, RiREncoder, ScrambledMix, UpConv, zigzag_mix
+from medssm.nn.zigrir import SIDE, Mix, RiREncoder, UpConv
+from medssm.nn.zigzag import ScrambledMix, zigzag_mix
 
 
 @register_model(
@@ -75,8 +76,7 @@ def _build(
     widths = doubled(features, len(depths))
     n = len(widths)
     per_stage("depths", depths, n)
-    if n < 2:
-        raise ValueError(f"features: expected two stages or more, got {widths}")
+    several("features", widths)
     conv, norm = CONV[dims], BATCH_NORM[dims]
     ups = [TRANSPOSED_CONV[dims](a, b, 2, 2) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)]
     stages = [nn.Sequential(conv(2 * c, c, 3, padding=1), norm(c), nn.ReLU()) for c in widths[-2::-1]]

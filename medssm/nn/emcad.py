@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from medssm.nn.attention import ChannelAttention, SpatialAttention
-from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, depthwise, image, tokens
-from medssm.nn.unet import Decoder, Encoder
+from medssm.nn.blocks import BATCH_NORM, CONV, depthwise, image, tokens
+from medssm.nn.enlarged import EnlargedDecoder
+from medssm.nn.unet import Encoder
 
 Act = Callable[[], nn.Module]
 _REDUCTION = 16  # of the channel attention
 
 
-class EMCADDecoder(Decoder):
+class EMCADDecoder(EnlargedDecoder):
     """Every level: to twice the resolution plus the gated skip, but for the coarsest; channel attention, spatial attention (one kernel for all
     levels), a multi-scale block; logits. All logits are brought up by the step that the encoder's first map has from the image.
 
     Args:
         encoder: any, of whose maps there is a level each. expand: hidden channels of the blocks over outer. kernels: their depthwise kernels, odd.
         parallel: whether each kernel sees the block's input, else each sees it plus what those before it gave. add: whether what they give is summed,
-            else it lies side by side. gate_kernel: of the gates. act: the activation.
+            else it lies side by side. gate_kernel: of the gates. act: the activation of the blocks; elsewhere it is ReLU.
     """
 
     def __init__(
@@ -46,23 +46,17 @@ class EMCADDecoder(Decoder):
         widths, steps = encoder.output_channels[::-1], encoder.strides[::-1]
         levels, conv = len(widths), CONV[spatial_dims]
         block = partial(MultiScaleBlock, spatial_dims=spatial_dims, expand=expand, kernels=kernels, parallel=parallel, add=add, act=act)
-        ups: list[nn.Module] = [nn.Identity(), *(_up(a, b, step, spatial_dims, act) for a, b, step in zip(widths, widths[1:], steps, strict=False))]
+        ups: list[nn.Module] = [nn.Identity(), *(_up(a, b, step, spatial_dims) for a, b, step in zip(widths, widths[1:], steps, strict=False))]
         heads = [conv(width, out_channels, 1) if deep_supervision or level == levels - 1 else None for level, width in enumerate(widths)]
-        super().__init__(ups, [block(width) for width in widths], heads, [False] + ["sum"] * (levels - 1), deep_supervision)
+        joins = [False] + ["sum"] * (levels - 1)
+        super().__init__(ups, [block(width) for width in widths], heads, joins, deep_supervision, steps=encoder.strides[0])
         pointwise = partial(conv, kernel_size=1, bias=False)
         self.channels = nn.ModuleList(ChannelAttention(w, max(1, w // _REDUCTION), pointwise, peaks=True) for w in widths)
         self.spatial = SpatialAttention(spatial_dims)
-        self.gates = nn.ModuleList(Gate(width, spatial_dims, gate_kernel, act) for width in widths[1:])
-        self.finer = encoder.strides[0][0]
-        self.steps, self.mode = [float(step) for step in encoder.strides[0]], LINEAR[spatial_dims]
-
-    def logits(self, skips: Sequence[Tensor], all_heads: bool) -> list[Tensor]:
-        """The logits of the finest level, or with all_heads of every level that has a head, the finest first."""
-        outputs = self.coarse(skips, all_heads)
-        return outputs if self.finer == 1 else [interpolate(y, scale_factor=self.steps, mode=self.mode) for y in outputs]
+        self.gates = nn.ModuleList(Gate(width, spatial_dims, gate_kernel) for width in widths[1:])
 
     def coarse(self, skips: Sequence[Tensor], all_heads: bool) -> list[Tensor]:
-        """The same at the resolutions of the maps."""
+        """The logits at the resolutions of the maps, the finest first."""
         x, outputs = skips[-1], list[Tensor]()
         levels = zip(self.upsample_layers, self.channels, self.stages, self.seg_layers, reversed(skips), strict=True)
         for level, (up, channel, block, head, skip) in enumerate(levels):
@@ -100,19 +94,19 @@ class MultiScaleBlock(nn.Module):
 
 
 class Gate(nn.Module):
-    """skip sigmoid(norm(psi(act(a(x) + b(skip))))), a and b grouped convolutions with a batch norm, psi to one channel (large-kernel grouped
+    """skip sigmoid(norm(psi(relu(a(x) + b(skip))))), a and b grouped convolutions with a batch norm, psi to one channel (large-kernel grouped
     attention gate)."""
 
-    def __init__(self, channels: int, spatial_dims: int, kernel: int, act: Act) -> None:
+    def __init__(self, channels: int, spatial_dims: int, kernel: int) -> None:
         super().__init__()
         conv, norm, inner = CONV[spatial_dims], BATCH_NORM[spatial_dims], max(1, channels // 2)
         groups = 1 if kernel == 1 else math.gcd(channels, inner)
         self.x, self.skip = (nn.Sequential(conv(channels, inner, kernel, padding=kernel // 2, groups=groups), norm(inner)) for _ in range(2))
-        self.act, self.psi = act(), nn.Sequential(conv(inner, 1, 1), norm(1))
+        self.psi = nn.Sequential(conv(inner, 1, 1), norm(1))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Two maps (b, channels, *spatial) -> the second one, gated."""
-        return skip * torch.sigmoid(self.psi(self.act(self.x(x) + self.skip(skip))))
+        return skip * torch.sigmoid(self.psi(torch.relu(self.x(x) + self.skip(skip))))
 
 
 def _depthwise(channels: int, kernel: int, dims: int, act: Act) -> nn.Sequential:
@@ -126,7 +120,7 @@ def _apply(layers: Any, x: Tensor) -> Tensor:
     return y
 
 
-def _up(channels_in: int, channels: int, stride: Sequence[int], dims: int, act: Act) -> nn.Sequential:
+def _up(channels_in: int, channels: int, stride: Sequence[int], dims: int) -> nn.Sequential:
     """Nearest neighbours, a depthwise and a 1 x 1 convolution."""
     up: Any = nn.Upsample(scale_factor=tuple(float(step) for step in stride))
-    return nn.Sequential(up, *_depthwise(channels_in, 3, dims, act), CONV[dims](channels_in, channels, 1))
+    return nn.Sequential(up, *_depthwise(channels_in, 3, dims, nn.ReLU), CONV[dims](channels_in, channels, 1))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medssm.nn.blocks import CONV, LINEAR
+from medssm.nn.attention import CBAM
+from medssm.nn.blocks import CONV, LINEAR, ConvNorm
 from medssm.nn.leaf import Leaf
 
 
@@ -26,6 +27,21 @@ class ProductFusion(Leaf):
         for other in others:
             product = product * other
         return product
+
+
+class AttendedFusion(nn.Module):
+    """The skips of U-Net v2 (arXiv 2311.17791): spatial and channel attention on each map and a 1 x 1 convolution to `width` channels; then for each
+    resolution the product of all of them."""
+
+    def __init__(self, features: Sequence[int], width: int, spatial_dims: int) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Sequential(CBAM(c, spatial_dims), ConvNorm(c, width, 1, spatial_dims=spatial_dims)) for c in features)
+        self.products = nn.ModuleList(ProductFusion(width, len(features), spatial_dims) for _ in features)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (b, features[i], *spatial), each of half the resolution of the one before -> (b, width, *spatial) each."""
+        gated = [gate(x) for gate, x in zip(self.gates, maps, strict=True)]
+        return [product(gated, level) for level, product in enumerate(self.products)]
 
 
 def at_level(x: Tensor, doublings: int) -> Tensor:

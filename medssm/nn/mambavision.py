@@ -1,4 +1,4 @@
-"""MambaVision's mixer and the stage of windows that it works in (Hatamizadeh and Kautz, arXiv 2407.08083), in 2D and 3D."""
+"""MambaVision's mixer, the stage of windows that it works in, the layers of finer stages (Hatamizadeh and Kautz, arXiv 2407.08083), in 2D and 3D."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from medssm import ops
 from medssm.kernels.dtypes import widened
-from medssm.nn.blocks import depthwise, image, tokens
+from medssm.nn.blocks import BATCH_NORM, CONV, depthwise, image, tokens
 from medssm.nn.inner import plain
 from medssm.nn.leaf import Leaf
 from medssm.nn.mamba import rates, start_steps, step_rank
@@ -108,3 +108,31 @@ class Windows(Leaf):
         for axis, n in enumerate(size, 2):
             y = y.narrow(axis, 0, n)
         return y
+
+
+def window_stage(
+    channels: int, heads: int, window: int, drop_paths: Sequence[float], mlp_ratio: float = 4.0, layer_scale: float | None = None
+) -> Windows:
+    """A layer in windows for each stochastic depth: the first half, rounded up, scan, and the rest attend."""
+    layers, scans = [], -(-len(drop_paths) // 2)
+    for i, rate in enumerate(drop_paths):
+        mixer = MambaVisionMixer(channels, 8, 3, 1) if i < scans else WindowAttention(channels, heads)
+        layers.append(MixerLayer(channels, mixer, mlp_ratio, rate, layer_scale))
+    return Windows(layers, window)
+
+
+class ConvLayer(nn.Module):
+    """x + norm2(conv2(gelu(norm1(conv1(x))))) on (b, c, *spatial)."""
+
+    def __init__(self, channels: int, spatial_dims: int, drop_path: float) -> None:
+        super().__init__()
+        conv, norm = CONV[spatial_dims], BATCH_NORM[spatial_dims]
+        self.conv1, self.conv2 = conv(channels, channels, 3, padding=1), conv(channels, channels, 3, padding=1)
+        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *spatial) -> the same shape."""
+        y = self.norm2(self.conv2(nn.functional.gelu(self.norm1(self.conv1(x)), approximate="tanh")))
+        out: Tensor = x + self.drop_path(y)
+        return out

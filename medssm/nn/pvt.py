@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medssm.nn.blocks import BATCH_NORM, CONV, check_dims, depthwise, image, tokens
+from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, check_dims, depthwise, image, tokens
 from medssm.nn.leaf import Leaf
 from medssm.nn.vss import DropPath
 
@@ -81,3 +85,26 @@ class ReducedBlock(nn.Module):
         t = tokens(x)
         t = t + self.drop_path(self.attention(self.norm1(t)))
         return image(t + self.drop_path(self.mlp(self.norm2(t))))
+
+
+class LinearHead(nn.Module):
+    """Logits at the finest map's size: pred(dropout(relu(norm(sum over the maps of enlarge(fuse linear(map)))))). Each map has its own linear layer
+    and its own columns of fuse (width, maps * width, 1, ...), the coarsest one the first."""
+
+    def __init__(self, features: Sequence[int], width: int, classes: int, spatial_dims: int, dropout: float) -> None:
+        super().__init__()
+        self.interpolation, self.width, inputs = LINEAR[spatial_dims], width, len(features) * width
+        self.linears = nn.ModuleList(nn.Sequential(OrderedDict(proj=nn.Linear(c, width), norm=nn.LayerNorm(width))) for c in features)
+        self.fuse = nn.Parameter(torch.empty(width, inputs, *[1] * spatial_dims).uniform_(-(inputs**-0.5), inputs**-0.5))
+        self.norm, self.dropout = BATCH_NORM[spatial_dims](width), nn.Dropout(dropout)
+        self.pred = CONV[spatial_dims](width, classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (b, c, *spatial), the finest first -> (b, classes, *spatial) at the finest one's size."""
+        fuse, w = self.fuse.flatten(1), self.width
+        columns = [fuse[:, at : at + w] for at in range((len(self.linears) - 1) * w, -1, -w)]
+        finest, *coarser = (image(functional.linear(layer(tokens(x)), own)) for layer, x, own in zip(self.linears, maps, columns, strict=True))
+        for x in coarser:
+            finest += functional.interpolate(x, maps[0].shape[2:], mode=self.interpolation)
+        logits: Tensor = self.pred(self.dropout(functional.relu(self.norm(finest), inplace=True)))
+        return logits

@@ -174,6 +174,16 @@ class AnySize(nn.Module):
         return [sizes.crop(o, padded, x) for o in y] if isinstance(y, list) else sizes.crop(y, padded, x)
 
 
+class OneChannelToo(AnySize):
+    """A network, the class behind this one, for inputs of `in_channels`; one channel alone is repeated to that many."""
+
+    in_channels: int
+
+    def whole(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(b, 1 or in_channels, *spatial) -> the network's output."""
+        return super().whole(x.expand(-1, self.in_channels, *x.shape[2:]) if x.shape[1] == 1 else x)
+
+
 def has_instance_norms(network: nn.Module) -> bool:
     """Whether a layer of the network is an instance norm."""
     return any(isinstance(m, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for m in network.modules())

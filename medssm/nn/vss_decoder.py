@@ -64,12 +64,11 @@ class MirrorUNet(UNet):
 
     def whole(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, in_channels, *spatial) -> (b, out_channels, *spatial), or a list of coarser ones too."""
-        assert self.bottleneck is not None
-        skips, x = entrances(self.encoder, x)
-        logits: Tensor | list[Tensor] = self.decoder([*skips[:-1], self.bottleneck(x)])
+        logits: Tensor | list[Tensor] = self.decoder(self.maps(x))
         return logits
 
-
-def repeated(x: Tensor, channels: int) -> Tensor:
-    """(b, 1, *spatial) -> (b, channels, *spatial), the one channel for all of them; an input of more channels as it is."""
-    return x.expand(-1, channels, *x.shape[2:]) if x.shape[1] == 1 else x
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """(b, in_channels, *spatial) -> what the decoder takes, the finest first."""
+        assert self.bottleneck is not None
+        skips, x = entrances(self.encoder, x)
+        return [*skips[:-1], self.bottleneck(x)]
