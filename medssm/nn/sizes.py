@@ -81,15 +81,16 @@ def _front(x: Tensor, sizes: Sequence[int]) -> Tensor:
     return x
 
 
+# Contiguous outputs, whatever the memory of the inputs is: a compiler may give them another one than it traced.
 @torch.library.custom_op("medssm::pad", mutates_args=())
 def _pad(x: Tensor, divisor: list[int], two: bool, least: int) -> Tensor:
     y = _behind(x, _padded(x.shape[2:], divisor, two, least))
-    return y.clone() if y is x else y
+    return y.clone(memory_format=torch.contiguous_format) if y is x else y.contiguous()
 
 
 @torch.library.custom_op("medssm::crop", mutates_args=())
 def _crop(y: Tensor, padded: Tensor, x: Tensor) -> Tensor:
-    return _front(y, _kept(y, padded, x)).clone()
+    return _front(y, _kept(y, padded, x)).clone(memory_format=torch.contiguous_format)
 
 
 _pad.register_fake(lambda x, divisor, two, least: x.new_empty(x.shape[:2] + tuple(_padded(x.shape[2:], divisor, two, least))))
