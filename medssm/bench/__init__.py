@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -120,7 +121,9 @@ def _networks(pattern: str, out: Path | None, quick: bool, resume: bool, quiet: 
         if out:
             report.write_networks(results, out)
 
-    return _each("networks", names, sorted(list_models("*")), partial(networks.network, quick=quick), report.network_line, write, out, resume, quiet)
+    return _each(
+        "networks", names, sorted(list_models("*")), partial(networks.network, quick=quick), report.network_line, write, out, quick, resume, quiet
+    )
 
 
 def _mixers(pattern: str, out: Path | None, docs: Path | None, quick: bool, resume: bool, quiet: bool) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def _mixers(pattern: str, out: Path | None, docs: Path | None, quick: bool, resu
         if out:
             page.write(results, out, docs)
 
-    return _each("mixers", names, MIXERS, partial(mixers.mixer, quick=quick), page.line, write, out, resume, quiet)
+    return _each("mixers", names, MIXERS, partial(mixers.mixer, quick=quick), page.line, write, out, quick, resume, quiet)
 
 
 def _each(
@@ -145,21 +148,29 @@ def _each(
     line: Callable[[str, dict[str, Any]], str],
     write: Callable[[dict[str, Any]], None],
     out: Path | None,
+    quick: bool,
     resume: bool,
     quiet: bool,
 ) -> dict[str, Any]:
     """Measure each of `names` into results[kind], written and printed one by one; earlier results of this machine in `out` stay, and with `resume`
-    they are not measured again."""
-    results = origin()
+    they are not measured again, but for quick ones where these are not. UserError names those that failed, once the others are measured."""
+    results, failed = origin(), list[str]()
     results[kind] = _earlier(out, f"{kind}.json", results).get(kind, {})
     for name in names:
-        if resume and name in results[kind]:
+        if resume and name in results[kind] and results[kind][name].get("quick", False) == quick:
             continue
-        figures = measured(name) | {key: results[key] for key in ("commit", "date")}
+        try:
+            figures = measured(name) | {key: results[key] for key in ("commit", "date")} | ({"quick": True} if quick else {})
+        except RuntimeError as error:  # of the process that measures it, which has said more
+            print(error, file=sys.stderr)
+            failed.append(name)
+            continue
         results[kind] = _inserted(results[kind], name, figures, order)
         write(results)
         if not quiet:
             print(line(name, figures), flush=True)
+    if failed:
+        raise UserError(f"not measured: {', '.join(failed)}; --resume measures them alone")
     return results
 
 

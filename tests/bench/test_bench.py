@@ -130,3 +130,27 @@ def test_eager_attention_is_pytorchs():
     q, k, v, mask = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6), torch.randn(5, 7)
     for options in ({}, {"attn_mask": mask}, {"scale": 0.3}):
         torch.testing.assert_close(peers.eager_attention(q, k, v, **options), torch.nn.functional.scaled_dot_product_attention(q, k, v, **options))
+
+
+def test_a_table_goes_on_behind_what_fails_and_is_resumed(tmp_path, monkeypatch, capsys):
+    broken, measured = {"unext"}, []
+
+    def network(name, quick):
+        measured.append(name)
+        if name in broken:
+            raise RuntimeError(f"bench: {name} ended with status 1")
+        way = {"native": {"median": 1.0 if quick else 2.0}}
+        return {"input": [1, 3, 64, 64], "inference": way, "training": way, "small": None}
+
+    monkeypatch.setattr("medssm.bench.networks.network", network)
+    table = ["bench", "--networks", "un*", "--resume", "--out", str(tmp_path)]
+    assert cli.main([*table, "--quick"]) == 2 and measured == ["unetr_pp", "unext"]
+    assert "not measured: unext; --resume measures them alone" in capsys.readouterr().err
+    broken.clear(), measured.clear()
+    assert cli.main([*table, "--quick"]) == 0 and measured == ["unext"]
+    measured.clear()
+    assert cli.main(table) == 0 and measured == ["unetr_pp", "unext"]  # quick figures are no full ones
+    figures = json.loads((tmp_path / "networks.json").read_text())["networks"]
+    assert [each["inference"]["native"]["median"] for each in figures.values()] == [2.0, 2.0]
+    measured.clear()
+    assert cli.main(table) == 0 and measured == []
