@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from medssm.kernels.autocast import without_autocast
 from medssm.kernels.dtypes import compute_dtype
-from medssm.kernels.ssd3.reference import paired, rotated
+from medssm.kernels.ssd3.reference import paired
 from medssm.kernels.ssd3.steps import Steps
 from medssm.kernels.triton import plain
 
@@ -44,9 +44,9 @@ def forward(kernel, *, save, final, **arguments):
         y, state = kernel.forward(**_inner(f), final=final)
         y = y.view(given.shape)
         for i in range(given.ranks):  # what key i of a token adds to the token's own outputs
-            y += (_weights(f, i) * (f.q * f.k[:, :, i : i + 1]).sum(-1)).unsqueeze(-1) * _rank(f.v, i)
+            y.addcmul_((_weights(f, i) * (f.q * _rank(f.k, i)).sum(-1)).unsqueeze(-1), _rank(f.v, i))
         if given.D is not None:
-            y += given.D[:, None] * f.v
+            y.addcmul_(given.D[:, None], f.v)
         states = (None,) * 4
         if final:
             states = _last(given, f, state)
@@ -93,12 +93,11 @@ def _factors(given):
     initial = [steps.with_tokens(getattr(given, name)) for name in _STATES]
     mix = torch.sigmoid(given.trap)
     rate = torch.tanh(given.angles)
-    revolutions = 0.5 * rate.double() * given.dt.unsqueeze(-1)
-    angle, angle_last = steps.angles(revolutions, None if initial[0] is None else initial[0].double() / (2 * math.pi))
-    angle = (angle * (2 * math.pi)).to(given.dtype).unsqueeze(2)
+    angle, angle_last = steps.angles(rate, given.dt, initial[0])
+    turn = torch.cos(angle).unsqueeze(2), torch.sin(angle).unsqueeze(2)
     held = (1 - mix) * given.dt
-    f = SimpleNamespace(steps=steps, initial=initial, mix=mix, rate=rate, angle=angle, angle_last=angle_last, before=None)
-    f.q, f.k, f.v = _turned(given.C, given.C_bias, angle, given), _turned(given.B, given.B_bias, angle, given), _ranked(given, given.x, 2)
+    f = SimpleNamespace(steps=steps, initial=initial, mix=mix, rate=rate, turn=turn, angle_last=angle_last, before=None)
+    f.q, f.k, f.v = _turned(given.C, given.C_bias, turn, given), _turned(given.B, given.B_bias, turn, given), _ranked(given, given.x, 2)
     f.now, f.later, f.g = mix * given.dt, steps.following(held), given.dt * given.A
     if initial[0] is not None:  # S'_0 = S_0 + later_0 x_0 k_0^T; a sequence without tokens keeps its S_0
         f.v0 = _ranked(given, initial[3], 1)
@@ -109,12 +108,36 @@ def _factors(given):
     return f
 
 
-def _turned(t, bias, angle, given):
+def _turned(t, bias, turn, given):
     """B or C of every head (b,l,r,h,n), with its bias, turned."""
-    t = t.repeat_interleave(given.x.shape[2] // t.shape[3], dim=3)
-    if bias is not None:
-        t += bias
-    return rotated(t, angle, given.pairs, out=t)
+    if bias is None:
+        t = t.repeat_interleave(given.x.shape[2] // t.shape[3], dim=3)
+    else:
+        t = (t.unsqueeze(4) + bias.unflatten(1, (t.shape[3], -1))).flatten(3, 4)
+    _turn(t, *turn, given.pairs)
+    return t
+
+
+def _turn(t, cos, sin, pairs):
+    """Turns t (b,l,r,h,n) in place."""
+    angles = cos.shape[-1]
+    if _complex(t, pairs):
+        _numbers(t, angles).mul_(torch.complex(cos, sin))
+    else:
+        one, two = (t[..., channels] for channels in paired(pairs, angles, t.shape[-1]))
+        first = one * cos - two * sin
+        two.mul_(cos).addcmul_(one, sin)
+        one.copy_(first)
+
+
+def _complex(t, pairs):
+    """Whether pairs of channels are complex numbers in memory: then turning is one multiplication."""
+    return pairs == "adjacent" and t.shape[-1] % 2 == 0
+
+
+def _numbers(t, angles):
+    """The pairs that turn as complex numbers, a view."""
+    return torch.view_as_complex(t[..., : 2 * angles].unflatten(-1, (angles, 2)))
 
 
 def _ranked(given, x, dim):
@@ -168,7 +191,7 @@ def _unmoved(given):
 
 def _last(given, f, state):
     """The states after the last step; state: of the kernel."""
-    angle, k, x = (f.angle_last * (2 * math.pi)).to(given.dtype), f.steps.at(f.k, f.steps.last), f.steps.at(given.x, f.steps.last)
+    angle, k, x = f.angle_last, f.steps.at(f.k, f.steps.last), f.steps.at(given.x, f.steps.last)
     if f.steps.rows is not None:  # a sequence without tokens keeps its own
         before = _unmoved(given)
         angle, k, x = (t.index_copy_(0, f.steps.rows, rows) for t, rows in zip((before[0], *before[2:]), (angle, k, x), strict=True))
@@ -212,20 +235,21 @@ def _gradients(kernel, given, dout, dstates, y, found):
     inner = kernel.backward(dout=dy.flatten(1, 2), dstate=None if dstate is None else dstate.transpose(2, 3), **_inner(f))
     dq, dk, dw = (t.view(t.shape[0], -1, ranks, *t.shape[2:]) for t in inner[:3])
     dg, dbefore = inner[3].view(*given.shape[:4])[:, :, 0], inner[4]
-    dv = dw * (f.now + f.later)[:, :, None, :, None]
     dnow = (dw * f.v).sum((2, 4))
     dlater = dnow.clone()
+    dv = dw.mul_((f.now + f.later)[:, :, None, :, None])
     for i in range(ranks):
-        weights, product, along = _weights(f, i), (f.q * f.k[:, :, i : i + 1]).sum(-1), (dy * _rank(f.v, i)).sum(-1)
-        dv[:, :, i] += ((weights * product).unsqueeze(-1) * dy).sum(2)
-        dproduct, dweights = (weights * along).unsqueeze(-1), along * product
-        dq += dproduct * f.k[:, :, i : i + 1]
-        dk[:, :, i] += (dproduct * f.q).sum(2)
+        weights, product, along = _weights(f, i), (f.q * _rank(f.k, i)).sum(-1), (dy * _rank(f.v, i)).sum(-1)
+        dvalue, dproduct, dweights = (weights * product).unsqueeze(-1), (weights * along).unsqueeze(-1), along * product
+        dq.addcmul_(dproduct, _rank(f.k, i))
+        for j in range(ranks):
+            dv[:, :, i].addcmul_(dvalue[:, :, j], dy[:, :, j])
+            dk[:, :, i].addcmul_(dproduct[:, :, j], f.q[:, :, j])
         dnow += dweights[:, :, :i].sum(2)
         dlater -= dweights[:, :, i:].sum(2)
     if given.D is not None:
         found["D"] = _total(dy * f.v, (3,))
-        dv += given.D[:, None] * dy
+        dv.addcmul_(given.D[:, None], dy)
     if dk_last is not None:
         steps.add(dk, steps.last, steps.with_tokens(dk_last))
 
@@ -250,10 +274,9 @@ def _gradients(kernel, given, dout, dstates, y, found):
     found["x"] = dx
 
     # The rotations: the turned channels and their gradients give the angle's, and turning back gives those of B and C.
-    one, two = paired(given.pairs, f.angle.shape[-1], f.k.shape[-1])
-    dangle = sum((d[..., two] * t[..., one] - d[..., one] * t[..., two]).sum(2) for d, t in ((dq, f.q), (dk, f.k)))
+    dangle = _angle_gradient(dq, f.q, given) + _angle_gradient(dk, f.k, given)
     for name, d in (("C", dq), ("B", dk)):
-        d = rotated(d, -f.angle, given.pairs, out=d)
+        _turn(d, f.turn[0], -f.turn[1], given.pairs)
         if getattr(given, f"{name}_bias") is not None:
             found[f"{name}_bias"] = _total(d, (2, 3, 4)).transpose(0, 1)
         found[name] = d.unflatten(3, (given.B.shape[3], -1)).sum(4)
@@ -269,6 +292,15 @@ def _gradients(kernel, given, dout, dstates, y, found):
     found["dt"] = f.mix * dnow + (1 - f.mix) * dheld + given.A * dg + (dturn * f.rate).sum(-1)
     found["A"] = given.dt * dg
     found["trap"] = given.dt * (dnow - dheld) * f.mix * (1 - f.mix)
+
+
+def _angle_gradient(d, t, given):
+    """The gradient (b,l,h,a) of the angles that turned t, from its own."""
+    angles = given.angles.shape[-1]
+    if _complex(t, given.pairs):
+        return (_numbers(d, angles) * _numbers(t, angles).conj()).imag.sum(2)
+    one, two = paired(given.pairs, angles, t.shape[-1])
+    return (d[..., two] * t[..., one] - d[..., one] * t[..., two]).sum(2)
 
 
 def _at_start(given, steps, gradient, dlast, initial):

@@ -101,12 +101,11 @@ def rotated(
     t: torch.Tensor,  # (*, n)
     angle: torch.Tensor,  # (*, a), in radians
     pairs: str,
-    out: torch.Tensor | None = None,  # t itself, to turn it in place
 ) -> torch.Tensor:
     """t with pair i of its channels turned by angle i, for the first a pairs: (2i, 2i+1), or (i, i + n/2) where they are "halves"."""
     one, two = paired(pairs, angle.shape[-1], t.shape[-1])
     cos, sin = torch.cos(angle), torch.sin(angle)
-    out = t.clone() if out is None else out
+    out = t.clone()
     out[..., one], out[..., two] = t[..., one] * cos - t[..., two] * sin, t[..., one] * sin + t[..., two] * cos
     return out
 

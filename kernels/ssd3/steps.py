@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-_REVOLUTION = 52  # bits: angles are added as whole numbers, a revolution being 2**52, which divides what an int64 overflows at
+_SPARE = 12  # bits of an int64 above a revolution
+_REVOLUTION = 2 ** (64 - _SPARE)  # angles are added as whole numbers: this many make a revolution, and it divides what an int64 overflows at
 
 
 class Steps:
@@ -17,7 +20,7 @@ class Steps:
     def __init__(self, length, index, starts, reverse, sequences, device):
         self.index = index if not reverse else torch.arange(length - 1, -1, -1, device=device) if index is None else index.flip(0)
         self.starts, self.sequences = starts, sequences
-        self._back = None if self.index is None else torch.argsort(self.index)
+        self._back = None if self.index is None else torch.empty_like(self.index).scatter_(0, self.index, torch.arange(length, device=device))
         if starts is None:
             self._begins = self._ends = None
         else:
@@ -66,19 +69,18 @@ class Steps:
             out[:, self._begins] = 0
         return self._to_tokens(out)
 
-    def angles(self, revolutions, initial):
-        """(angle in [-1/2, 1/2), at the last tokens in [0, 1)): sums along the walk of revolutions (b,l,…) in float64, from `initial` (rows, …).
+    def angles(self, rate, dt, initial):
+        """(angles (b,l,h,a) from -pi to pi, at the last tokens from 0 to 2 pi): pi rate dt summed along the walk, from `initial` (rows,h,a) or 0.
 
-        Whole numbers add exactly in any order, and lose whole revolutions where they overflow.
+        rate (b,l,h or 1,a), dt (b,l,h). Whole numbers add exactly in any order, and lose whole revolutions where they overflow.
         """
-        fixed = _fixed(revolutions)
+        fixed = _fixed(rate.double() * (dt.double() * 0.5 * _REVOLUTION).unsqueeze(-1))
         if initial is not None:
-            self.add(fixed, self.first, _fixed(initial.double()))
-        total = self._sums(fixed)
-        drop = 64 - _REVOLUTION
-        signed = torch.bitwise_right_shift(torch.bitwise_left_shift(total, drop), drop)
-        last = torch.bitwise_and(self.at(total, self.last), 2**_REVOLUTION - 1)
-        return signed.double() * 2.0**-_REVOLUTION, last.double() * 2.0**-_REVOLUTION
+            self.add(fixed, self.first, _fixed(initial.double() * (_REVOLUTION / (2 * math.pi))))
+        total, unit = self._sums(fixed), 2 * math.pi / _REVOLUTION
+        last = torch.bitwise_and(self.at(total, self.last), _REVOLUTION - 1)
+        signed = total.bitwise_left_shift_(_SPARE).bitwise_right_shift_(_SPARE)
+        return signed.to(dt.dtype).mul_(unit), last.to(dt.dtype).mul_(unit)
 
     def remaining(self, t):
         """The sum (b,l,…) over a token's step and those that follow until the walk begins anew.
@@ -118,6 +120,6 @@ class Steps:
         return self._to_tokens(total)
 
 
-def _fixed(revolutions):
-    """Revolutions in float64 as whole numbers."""
-    return (torch.remainder(revolutions, 1.0) * 2.0**_REVOLUTION).round().to(torch.int64)
+def _fixed(angle):
+    """An angle in units of a revolution over _REVOLUTION, in float64, as a whole number without whole revolutions."""
+    return torch.remainder(angle, _REVOLUTION).to(torch.int64)
