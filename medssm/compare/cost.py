@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 from medssm.errors import UserError
-from medssm.files import write_json
+from medssm.files import read_json, write_json
 from medssm.segment.cases import Case
 from medssm.segment.data import load_classes
 from medssm.segment.uncertainty.reliability import Reliability
@@ -52,25 +51,32 @@ def cold_start(run: Path, case: Case, device: str) -> dict[str, float | None]:
     return {"cold_seconds": seconds, "peak_bytes": memory}
 
 
+# Runs a command and writes [its status, its seconds, its largest memory] into a file. It is small, for a process begins with the peak of its parent.
+_WATCH = """
+import json, os, subprocess, sys, time
+begun = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:])
+if hasattr(os, "wait4"):
+    _, status, usage = os.wait4(process.pid, 0)
+    code, memory = os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+else:
+    code, memory = process.wait(), None
+seconds = time.perf_counter() - begun
+with open(sys.argv[1], "w") as file:
+    json.dump([code, seconds, memory], file)
+"""
+
+
 def alone(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[str, float, int | None]:
     """What a new process prints, its seconds, and its largest memory in bytes; None where the system does not count it.
 
     Raises UserError with what it said where it fails.
     """
-    begun, memory = time.perf_counter(), None
-    with (
-        tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(command, env=environment and {**os.environ, **environment}, stdout=subprocess.PIPE, stderr=said, text=True) as process,
-    ):
-        assert process.stdout
-        printed = process.stdout.read()
-        if sys.platform == "win32":
-            process.wait()
-        else:
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        said.seek(0)
-        if process.returncode:
-            raise UserError(f"{' '.join(command)}: failed: {said.read().strip()[-500:]}")
-    return printed, time.perf_counter() - begun, memory
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        watch = [sys.executable, "-c", _WATCH, str(found), *command]
+        done = subprocess.run(watch, env=environment and {**os.environ, **environment}, capture_output=True, text=True)
+        code, seconds, memory = read_json(found) if found.exists() else (done.returncode, 0.0, None)
+    if code:
+        raise UserError(f"{' '.join(command)}: failed: {done.stderr.strip()[-500:]}")
+    return done.stdout, seconds, memory

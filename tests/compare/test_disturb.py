@@ -92,9 +92,12 @@ def test_calibration_error_of_known_probabilities(tmp_path):
 
 
 def test_a_process_alone_is_measured():
-    code = "import os, time; x = bytearray(200 * 2**20); time.sleep(0.3); print(os.environ['SAID'])"
+    code = "import os, time; x = b'1' * (200 * 2**20); time.sleep(0.3); print(os.environ['SAID'])"
     printed, seconds, memory = alone([sys.executable, "-c", code], {"SAID": "yes"})
-    assert printed == "yes\n" and 0.3 < seconds < 60 and (memory is None or 200 * 2**20 < memory < 2**30)
+    assert printed == "yes\n" and 0.3 < seconds < 60 and (memory is None or 200 * 2**20 < memory < 280 * 2**20)
+    held = np.ones(2**26)  # 512 MiB of this process are none of the other one's
+    *_, memory = alone([sys.executable, "-c", "pass"])
+    assert held.all() and (memory is None or 2**20 < memory < 2**26)
     with pytest.raises(UserError, match=r"(?s)failed: .*ZeroDivisionError"):
         alone([sys.executable, "-c", "1 / 0"])
 
