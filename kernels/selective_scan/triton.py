@@ -30,6 +30,7 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 TOKENS, RATES, GROUPS, ROWS = ("batch", "token", "channel"), ("channel", "state"), ("batch", "token", "group", "state"), ("batch", "token")
 CHUNKS, STATES_OF = ("batch", "chunk"), ("batch", "channel", "state")
 UNSPILLED = {"maxnreg": 255}  # without it the assembler may spill a few registers so that more programs run at a time
+WIDE = {"maxnreg": 168}  # likewise, of two channels in a lane: three programs for each quarter of a multiprocessor
 
 
 class _Scan(NamedTuple):
@@ -85,6 +86,7 @@ class _Scan(NamedTuple):
             "chunks": chunks,
             "N": n,
             "K": 4 if n > 4 else 8,
+            "BYTES": _bytes(self.B, self.C),
             "RANK": 0 if self.proj is None else self.proj.shape[0],
             "BIAS": self.bias is not None,
             "SOFTPLUS": self.softplus,
@@ -260,7 +262,7 @@ def _forward(scan, scale, total, checkpoints, state):
             EARLIER=earlier is not None,
             SAVE=saved is not None,
             FINAL=final is not None,
-            **shared,
+            **shared | (WIDE if tile > LANES else {}),
         )
     if pieces is not None and state is not None:
         state.copy_(pieces.leave(left, initial))
@@ -389,6 +391,20 @@ def _scan_of_walk(i, walk, x, delta, A, B, C, D, z, delta_bias, softplus, delta_
 
 def _launches(A) -> int:
     return triton.cdiv(A.shape[-1], STATES)
+
+
+def _bytes(*rows: torch.Tensor) -> int:
+    """How many bytes of rows (b,l,g,n) one load may read, 8 or 4, where the states are adjacent and every row is aligned; else 0: a number a load."""
+
+    def fits(bytes: int) -> bool:
+        return all(
+            t.stride(-1) == 1
+            and t.shape[-1] * t.element_size() % bytes == 0
+            and all(stride * t.element_size() % bytes == 0 for stride in (t.data_ptr() // t.element_size(), *t.stride()[:-1]))
+            for t in rows
+        )
+
+    return next((bytes for bytes in (8, 4) if fits(bytes)), 0)
 
 
 def _by_chunk(state, pieces):

@@ -29,7 +29,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medssm.kernels.selective_scan.triton_steps import LN_2, decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors
+from medssm.kernels.selective_scan.triton_steps import (
+    LN_2,
+    decay,
+    drives,
+    numbers,
+    offsets,
+    places,
+    positive,
+    rates,
+    raw_steps,
+    rows,
+    sigmoid,
+    tile_of,
+    vectors,
+    visits,
+)
 from medssm.kernels.triton_tiles import span_of, where_live
 
 
@@ -56,13 +71,14 @@ def sums(values):
 
 
 @triton.jit
-def upstream(dout, z, tokens, here, live, scale, dout_token, z_token, K: tl.constexpr, GATE: tl.constexpr):
+def upstream(dout, z, tokens, here, live, scale, dout_token, z_token, K: tl.constexpr, GATE: tl.constexpr, NEXT: tl.constexpr = 0):
     """dy of K tokens, and the gradient of z over y (zeros without a gate); both 0 past the end."""
     dy, dgate = (), ()
+    dout_at, z_at = offsets(tokens, dout_token, K, NEXT), offsets(tokens, z_token, K, NEXT)
     for k in tl.static_range(K):
-        g = tl.load(dout + tokens[k] * dout_token, mask=where_live(here, live[k]), other=0.0).to(tl.float32) * scale
+        g = tl.load(dout + dout_at[k], mask=where_live(here, live[k]), other=0.0).to(tl.float32) * scale
         if GATE:
-            gate = tl.load(z + tokens[k] * z_token, mask=here, other=0.0).to(tl.float32)
+            gate = tl.load(z + z_at[k], mask=here, other=0.0).to(tl.float32)
             open = sigmoid(gate)
             dgate = dgate + (g * open * (1.0 + gate * (1.0 - open)),)
             g *= gate * open
@@ -88,18 +104,37 @@ def store_rows(to, values, tokens, live, token_step, K: tl.constexpr):
 
 @triton.jit
 def walk_forwards(
-    h, a, s, su, dy, fades, tokens, B, C, B_token, B_state, C_token, C_state, N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr
+    h,
+    a,
+    s,
+    su,
+    dy,
+    fades,
+    tokens,
+    B,
+    C,
+    B_token,
+    B_state,
+    C_token,
+    C_state,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BYTES: tl.constexpr,
+    GATE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """K steps: (h after them, dC's products, y without D u, zero where no gate needs it)."""
     products, outputs = (), ()
     for k in tl.static_range(K):
+        B_t = numbers(B + tokens[k] * B_token, B_state, N, BYTES)
+        if GATE:
+            C_t = numbers(C + tokens[k] * C_token, C_state, N, BYTES)
         after = ()
         y = tl.zeros_like(s[k])
         for n in tl.static_range(N):
-            B_t = tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32)
-            v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t
+            v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t[n]
             if GATE:
-                y += v * tl.load(C + tokens[k] * C_token + n * C_state).to(tl.float32)
+                y += v * C_t[n]
             products = products + (dy[k] * v,)
             after = after + (v,)
         h = after
@@ -109,27 +144,48 @@ def walk_forwards(
 
 @triton.jit
 def walk_backwards(
-    g, A_sums, h, a, s, su, dy, fades, tokens, B, C, B_token, B_state, C_token, C_state, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr
+    g,
+    A_sums,
+    h,
+    a,
+    s,
+    su,
+    dy,
+    fades,
+    tokens,
+    B,
+    C,
+    B_token,
+    B_state,
+    C_token,
+    C_state,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BYTES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """K steps from the last, h the state before them: (g before them, A_sums, dB's products, sum_n dh_t B_t, sum_n w_t A log2 e)."""
     before, decays = (), ()  # h_{t-1} and e_t, N of each token
     for k in tl.static_range(K):
+        B_t = numbers(B + tokens[k] * B_token, B_state, N, BYTES)
         after = ()
         for n in tl.static_range(N):
             e = decay(s[k], a[n], fades[k], KEEP)
             before = before + (h[n],)
             decays = decays + (e,)
-            after = after + (e * h[n] + su[k] * tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32),)
+            after = after + (e * h[n] + su[k] * B_t[n],)
         h = after
     products, along_B, along_A = (), (), ()
     for k in tl.static_range(K - 1, -1, -1):
         by_B = tl.zeros_like(s[k])
         by_A = tl.zeros_like(s[k])
+        B_t = numbers(B + tokens[k] * B_token, B_state, N, BYTES)
+        C_t = numbers(C + tokens[k] * C_token, C_state, N, BYTES)
         earlier, totals, row = (), (), ()
         for n in tl.static_range(N):
-            dh = g[n] + dy[k] * tl.load(C + tokens[k] * C_token + n * C_state).to(tl.float32)
+            dh = g[n] + dy[k] * C_t[n]
             row = row + (dh * su[k],)
-            by_B += dh * tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32)
+            by_B += dh * B_t[n]
             dh *= decays[k * N + n]
             w = dh * before[k * N + n]
             by_A += w * a[n]
@@ -138,6 +194,58 @@ def walk_backwards(
         g, A_sums = earlier, totals
         products, along_B, along_A = row + products, (by_B,) + along_B, (by_A,) + along_A
     return g, A_sums, products, along_B, along_A
+
+
+@triton.jit
+def local_steps_back(
+    g,
+    total,
+    a,
+    shift,
+    dout,
+    delta,
+    C,
+    z,
+    proj,
+    index,
+    keep,
+    scale,
+    first,
+    length,
+    d,
+    here,
+    channels,
+    dout_token,
+    delta_token,
+    delta_channel,
+    C_token,
+    C_state,
+    z_token,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BYTES: tl.constexpr,
+    RANK: tl.constexpr,
+    GATE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WALK: tl.constexpr,
+    KEEP: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """g and the sum of the steps before K steps from `first`."""
+    NEXT: tl.constexpr = 0 if WALK else (-1 if REVERSE else 1)
+    tokens, live, fades = visits(index, keep, first, length, K, WALK, KEEP, REVERSE)
+    raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK, NEXT)
+    dy, _ = upstream(dout, z, tokens, here, live, scale, dout_token, z_token, K, GATE, NEXT)
+    s = positive(raw, live, K, SOFTPLUS)
+    C_at = offsets(tokens, C_token, K, NEXT)
+    for k in tl.static_range(K - 1, -1, -1):
+        total += s[k]
+        C_t = numbers(C + C_at[k], C_state, N, BYTES)
+        before = ()
+        for n in tl.static_range(N):
+            before = before + (decay(s[k], a[n], fades[k], KEEP) * (g[n] + dy[k] * C_t[n]),)
+        g = before
+    return g, total
 
 
 @triton.jit
@@ -179,6 +287,7 @@ def local_adjoint(
     ends_chunk,
     N: tl.constexpr,
     K: tl.constexpr,
+    BYTES: tl.constexpr,
     TILE: tl.constexpr,
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
@@ -207,20 +316,17 @@ def local_adjoint(
     total = tl.zeros((TILE,), tl.float32)
     begin, end, _segment = span_of(chunk, pieces, length, steps, PACKED)
     end = tl.minimum(begin + steps, end)
-    blocks = tl.cdiv(end - begin, K)
-    for block in range(blocks):
-        first = begin + (blocks - 1 - block) * K
-        tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
-        raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
-        dy, _ = upstream(dout, z, tokens, here, live, scale, dout_token, z_token, K, GATE)
-        s = positive(raw, live, K, SOFTPLUS)
-        for k in tl.static_range(K - 1, -1, -1):
-            total += s[k]
-            before = ()
-            for n in tl.static_range(N):
-                C_t = tl.load(C + tokens[k] * C_token + n * C_state).to(tl.float32)
-                before = before + (decay(s[k], a[n], fades[k], KEEP) * (g[n] + dy[k] * C_t),)
-            g = before
+    whole = end - (end - begin) % K
+    for i in range(end - whole):
+        g, total = local_steps_back(
+            g, total, a, shift, dout, delta, C, z, proj, index, keep, scale, end - 1 - i, length, d, here, channels,
+            dout_token, delta_token, delta_channel, C_token, C_state, z_token, N, 1, BYTES, RANK, GATE, SOFTPLUS, WALK, KEEP, REVERSE,
+        )  # fmt: skip
+    for block in range((whole - begin) // K):
+        g, total = local_steps_back(
+            g, total, a, shift, dout, delta, C, z, proj, index, keep, scale, whole - (block + 1) * K, length, d, here, channels,
+            dout_token, delta_token, delta_channel, C_token, C_state, z_token, N, K, BYTES, RANK, GATE, SOFTPLUS, WALK, KEEP, REVERSE,
+        )  # fmt: skip
     for n in tl.static_range(N):
         tl.store(ends + b * ends_batch + tl.cast(chunk, tl.int64) * ends_chunk + n * channels + d, g[n], mask=here)
     tl.store(totals + (b * chunks + chunk) * channels + d, total, mask=here)
@@ -315,6 +421,7 @@ def adjoint(
     dinitial_state,
     N: tl.constexpr,
     K: tl.constexpr,
+    BYTES: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     RANK: tl.constexpr,
@@ -399,7 +506,9 @@ def adjoint(
                     gate_sums = rows(dz_earlier + b * dz_earlier_batch + d, tokens, here, dz_earlier_token, K)
                 s = positive(raw, live, K, SOFTPLUS)
                 su = drives(s, inputs, live, K)
-                h, products, y = walk_forwards(h, a, s, su, dy, fades, tokens, B_at, C_at, B_token, B_state, C_token, C_state, N, K, GATE, KEEP)
+                h, products, y = walk_forwards(
+                    h, a, s, su, dy, fades, tokens, B_at, C_at, B_token, B_state, C_token, C_state, N, K, BYTES, GATE, KEEP
+                )
                 store_rows(dC + row, products, tokens, live, groups * N, K)
                 if GATE:
                     for k in tl.static_range(K):
@@ -422,7 +531,7 @@ def adjoint(
                 su = drives(s, inputs, live, K)
                 before = vectors(saved_states + block * N * TILE, lane >= 0, TILE, N, True, shift)
                 g, A_sums, products, along_B, along_A = walk_backwards(
-                    g, A_sums, before, a, s, su, dy, fades, tokens, B_at, C_at, B_token, B_state, C_token, C_state, N, K, KEEP
+                    g, A_sums, before, a, s, su, dy, fades, tokens, B_at, C_at, B_token, B_state, C_token, C_state, N, K, BYTES, KEEP
                 )
                 store_rows(dB + row, products, tokens, live, groups * N, K)
                 dsteps = ()

@@ -13,15 +13,77 @@ Where batch and channels alone would leave the GPU idle, the walk is cut into ch
 With one chunk there is only `apply`.
 """
 
-# ruff: noqa: RUF005, SIM108 (Triton compiles neither starred tuples nor every conditional expression)
+# ruff: noqa: RUF005 (Triton does not compile starred tuples)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from medssm.kernels.selective_scan.triton_steps import decay, drives, places, positive, rates, raw_steps, rows, sigmoid, tile_of, vectors
+from medssm.kernels.selective_scan.triton_steps import (
+    decay,
+    drives,
+    numbers,
+    offsets,
+    positive,
+    rates,
+    raw_steps,
+    rows,
+    sigmoid,
+    tile_of,
+    vectors,
+    visits,
+)
 from medssm.kernels.triton_tiles import span_of, where_live
+
+
+@triton.jit
+def local_steps(
+    h,
+    total,
+    a,
+    shift,
+    u,
+    delta,
+    B,
+    proj,
+    index,
+    keep,
+    first,
+    length,
+    d,
+    here,
+    channels,
+    u_token,
+    delta_token,
+    delta_channel,
+    B_token,
+    B_state,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BYTES: tl.constexpr,
+    RANK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WALK: tl.constexpr,
+    KEEP: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """h and the sum of the steps after K steps from `first`."""
+    NEXT: tl.constexpr = 0 if WALK else (-1 if REVERSE else 1)
+    tokens, live, fades = visits(index, keep, first, length, K, WALK, KEEP, REVERSE)
+    raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK, NEXT)
+    inputs = rows(u, tokens, here, u_token, K, NEXT)
+    s = positive(raw, live, K, SOFTPLUS)
+    su = drives(s, inputs, live, K)
+    B_at = offsets(tokens, B_token, K, NEXT)
+    for k in tl.static_range(K):
+        total += s[k]
+        B_t = numbers(B + B_at[k], B_state, N, BYTES)
+        after = ()
+        for n in tl.static_range(N):
+            after = after + (decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t[n],)
+        h = after
+    return h, total
 
 
 @triton.jit
@@ -58,6 +120,7 @@ def local(
     ends_chunk,
     N: tl.constexpr,
     K: tl.constexpr,
+    BYTES: tl.constexpr,
     TILE: tl.constexpr,
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
@@ -84,19 +147,17 @@ def local(
     total = tl.zeros((TILE,), tl.float32)
     begin, end, _segment = span_of(chunk, pieces, length, steps, PACKED)
     end = tl.minimum(begin + steps, end)
-    for first in range(begin, end, K):
-        tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
-        raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
-        inputs = rows(u, tokens, here, u_token, K)
-        s = positive(raw, live, K, SOFTPLUS)
-        su = drives(s, inputs, live, K)
-        for k in tl.static_range(K):
-            total += s[k]
-            after = ()
-            for n in tl.static_range(N):
-                B_t = tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32)
-                after = after + (decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t,)
-            h = after
+    whole = end - (end - begin) % K
+    for first in range(begin, whole, K):
+        h, total = local_steps(
+            h, total, a, shift, u, delta, B, proj, index, keep, first, length, d, here, channels,
+            u_token, delta_token, delta_channel, B_token, B_state, N, K, BYTES, RANK, SOFTPLUS, WALK, KEEP, REVERSE,
+        )  # fmt: skip
+    for first in range(whole, end):
+        h, total = local_steps(
+            h, total, a, shift, u, delta, B, proj, index, keep, first, length, d, here, channels,
+            u_token, delta_token, delta_channel, B_token, B_state, N, 1, BYTES, RANK, SOFTPLUS, WALK, KEEP, REVERSE,
+        )  # fmt: skip
     for n in tl.static_range(N):
         tl.store(ends + b * ends_batch + chunk.to(tl.int64) * ends_chunk + n * channels + d, h[n], mask=here)
     tl.store(sums + (b * chunks + chunk) * channels + d, total, mask=here)
@@ -182,6 +243,88 @@ def carry(
 
 
 @triton.jit
+def apply_steps(
+    h,
+    a,
+    shift,
+    skip,
+    u,
+    delta,
+    B,
+    C,
+    z,
+    proj,
+    index,
+    keep,
+    earlier,
+    out,
+    scale,
+    first,
+    length,
+    d,
+    here,
+    channels,
+    u_token,
+    delta_token,
+    delta_channel,
+    B_token,
+    B_state,
+    C_token,
+    C_state,
+    z_token,
+    out_token,
+    earlier_token,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BYTES: tl.constexpr,
+    RANK: tl.constexpr,
+    SKIP: tl.constexpr,
+    GATE: tl.constexpr,
+    EARLIER: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WALK: tl.constexpr,
+    KEEP: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """h after K steps from `first`, whose outputs it writes."""
+    NEXT: tl.constexpr = 0 if WALK else (-1 if REVERSE else 1)
+    tokens, live, fades = visits(index, keep, first, length, K, WALK, KEEP, REVERSE)
+    raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK, NEXT)
+    inputs = rows(u, tokens, here, u_token, K, NEXT)
+    if GATE:
+        gates = rows(z, tokens, here, z_token, K, NEXT)
+    if EARLIER:
+        y = rows(earlier, tokens, here, earlier_token, K, NEXT)
+    s = positive(raw, live, K, SOFTPLUS)
+    su = drives(s, inputs, live, K)
+    B_at, C_at = offsets(tokens, B_token, K, NEXT), offsets(tokens, C_token, K, NEXT)
+    # Stores come after all loads: a store that might alias a load would delay it.
+    results = ()
+    for k in tl.static_range(K):
+        B_t = numbers(B + B_at[k], B_state, N, BYTES)
+        C_t = numbers(C + C_at[k], C_state, N, BYTES)
+        after = ()
+        result = tl.zeros_like(s[k])
+        for n in tl.static_range(N):
+            v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t[n]
+            result += v * C_t[n]
+            after = after + (v,)
+        h = after
+        if SKIP:
+            result += skip * inputs[k]
+        if EARLIER:
+            result += y[k]
+        result *= scale
+        if GATE:
+            result *= gates[k] * sigmoid(gates[k])
+        results = results + (result,)
+    out_at = offsets(tokens, out_token, K, NEXT)
+    for k in tl.static_range(K):
+        tl.store(out + out_at[k], results[k].to(out.dtype.element_ty), mask=here)
+    return h
+
+
+@triton.jit
 def apply(
     u,
     delta,
@@ -241,6 +384,7 @@ def apply(
     state_state,
     N: tl.constexpr,
     K: tl.constexpr,
+    BYTES: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     RANK: tl.constexpr,
@@ -271,6 +415,7 @@ def apply(
     shift = tl.zeros((TILE,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, mask=here, other=0.0)
+    skip = shift
     if SKIP:
         skip = tl.load(D + d, mask=here, other=0.0)
     u += b * u_batch + d * u_channel
@@ -291,38 +436,20 @@ def apply(
             saved = checkpoints + b * checkpoints_batch + tl.cast(run // CHUNK, tl.int64) * checkpoints_chunk + d
             for n in tl.static_range(N):
                 tl.store(saved + n * channels, h[n], mask=where_live(here, run >= begin))
-        for first in range(tl.maximum(run, begin), tl.minimum(run + CHUNK, end), K):
-            tokens, live, fades = places(index, keep, first, end, length, K, WALK, KEEP, REVERSE)
-            raw = raw_steps(delta, proj, shift, tokens, d, here, channels, delta_token, delta_channel, K, RANK)
-            inputs = rows(u, tokens, here, u_token, K)
-            if GATE:
-                gates = rows(z, tokens, here, z_token, K)
-            if EARLIER:
-                y = rows(earlier, tokens, here, earlier_token, K)
-            else:
-                y = vectors(out, here, 0, K, False, shift)
-            s = positive(raw, live, K, SOFTPLUS)
-            su = drives(s, inputs, live, K)
-            # Stores come after all loads: a store that might alias a load would delay it.
-            results = ()
-            for k in tl.static_range(K):
-                after = ()
-                result = tl.zeros((TILE,), tl.float32)
-                for n in tl.static_range(N):
-                    B_t = tl.load(B + tokens[k] * B_token + n * B_state).to(tl.float32)
-                    C_t = tl.load(C + tokens[k] * C_token + n * C_state).to(tl.float32)
-                    v = decay(s[k], a[n], fades[k], KEEP) * h[n] + su[k] * B_t
-                    result += v * C_t
-                    after = after + (v,)
-                h = after
-                if SKIP:
-                    result += skip * inputs[k]
-                result = (result + y[k]) * scale
-                if GATE:
-                    result *= gates[k] * sigmoid(gates[k])
-                results = results + (result,)
-            for k in tl.static_range(K):
-                tl.store(out + tokens[k] * out_token, results[k].to(out.dtype.element_ty), mask=where_live(here, live[k]))
+        start, stop = tl.maximum(run, begin), tl.minimum(run + CHUNK, end)
+        whole = stop - (stop - start) % K
+        for first in range(start, whole, K):
+            h = apply_steps(
+                h, a, shift, skip, u, delta, B, C, z, proj, index, keep, earlier, out, scale, first, length, d, here, channels,
+                u_token, delta_token, delta_channel, B_token, B_state, C_token, C_state, z_token, out_token, earlier_token,
+                N, K, BYTES, RANK, SKIP, GATE, EARLIER, SOFTPLUS, WALK, KEEP, REVERSE,
+            )  # fmt: skip
+        for first in range(whole, stop):
+            h = apply_steps(
+                h, a, shift, skip, u, delta, B, C, z, proj, index, keep, earlier, out, scale, first, length, d, here, channels,
+                u_token, delta_token, delta_channel, B_token, B_state, C_token, C_state, z_token, out_token, earlier_token,
+                N, 1, BYTES, RANK, SKIP, GATE, EARLIER, SOFTPLUS, WALK, KEEP, REVERSE,
+            )  # fmt: skip
     if FINAL:
         closes, row = chunk == chunks - 1, b
         if PACKED:

@@ -67,6 +67,38 @@ def places(index, keep, first, end, length, K: tl.constexpr, WALK: tl.constexpr,
 
 
 @triton.jit
+def visits(index, keep, first, length, K: tl.constexpr, WALK: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr):
+    """As `places`, for K steps that all exist."""
+    tokens, live, fades = (), (), ()
+    for k in tl.static_range(K):
+        token = first + k
+        if REVERSE:
+            token = length - 1 - token
+        if WALK:
+            token = tl.load(index + token).to(tl.int32)
+        tokens = tokens + (token.to(tl.int64),)
+        live = live + (True,)
+        if KEEP:
+            fades = fades + (tl.load(keep + first + k),)
+        else:
+            fades = fades + (0.0,)
+    return tokens, live, fades
+
+
+@triton.jit
+def offsets(tokens, step, K: tl.constexpr, NEXT: tl.constexpr):
+    """Of K tokens, each `step` numbers apart. NEXT: each token is the one before plus NEXT, and one product serves all; 0: they are anywhere."""
+    step = tl.cast(step, tl.int64)
+    at = ()
+    for k in tl.static_range(K):
+        if NEXT == 0:
+            at = at + (tokens[k] * step,)
+        else:
+            at = at + (tokens[0] * step + k * NEXT * step,)
+    return at
+
+
+@triton.jit
 def decay(s, a, fade, KEEP: tl.constexpr):
     """exp(s A), with a = A log2 e; 0 where the state begins anew."""
     if KEEP:
@@ -96,21 +128,48 @@ def vectors(values, here, step, N: tl.constexpr, PRESENT: tl.constexpr, like):
 
 
 @triton.jit
-def rows(values, tokens, here, step, K: tl.constexpr):
-    """K tokens' channels in float32. values: pointers to token 0's."""
+def numbers(values, step, N: tl.constexpr, BYTES: tl.constexpr):
+    """N numbers in float32, `step` apart, the same for all lanes. BYTES: how many one load reads, 4 or 8, where the step is 1; 0: a number a load."""
+    bits: tl.constexpr = values.dtype.element_ty.primitive_bitwidth
+    several: tl.constexpr = BYTES * 8 // bits
     v = ()
-    for k in tl.static_range(K):
-        v = v + (tl.load(values + tokens[k] * step, mask=here, other=0.0).to(tl.float32),)
+    if several > 1:
+        word: tl.constexpr = tl.int64 if BYTES == 8 else tl.int32
+        words = values.to(tl.pointer_type(word), bitcast=True)
+        for w in tl.static_range(N // several):
+            read = tl.load(words + w)
+            for i in tl.static_range(several):
+                part = read >> (i * bits)
+                if bits == 32:
+                    v = v + (part.to(tl.int32).to(tl.float32, bitcast=True),)
+                elif values.dtype.element_ty == tl.bfloat16 and i % 2 == 1:  # the upper half of a register is a float32 once the lower one is zero
+                    v = v + (((read >> (i - 1) * bits).to(tl.int32) & -65536).to(tl.float32, bitcast=True),)
+                else:
+                    v = v + (part.to(tl.int16).to(values.dtype.element_ty, bitcast=True).to(tl.float32),)
+    else:
+        for n in tl.static_range(N):
+            v = v + (tl.load(values + n * step).to(tl.float32),)
     return v
 
 
 @triton.jit
-def raw_steps(delta, proj, bias, tokens, d, here, channels, delta_token, delta_channel, K: tl.constexpr, RANK: tl.constexpr):
+def rows(values, tokens, here, step, K: tl.constexpr, NEXT: tl.constexpr = 0):
+    """K tokens' channels in float32. values: pointers to token 0's."""
+    v = ()
+    at = offsets(tokens, step, K, NEXT)
+    for k in tl.static_range(K):
+        v = v + (tl.load(values + at[k], mask=here, other=0.0).to(tl.float32),)
+    return v
+
+
+@triton.jit
+def raw_steps(delta, proj, bias, tokens, d, here, channels, delta_token, delta_channel, K: tl.constexpr, RANK: tl.constexpr, NEXT: tl.constexpr = 0):
     """delta + bias of K tokens. delta: pointer to the first token. RANK > 0: delta is low-rank and proj (r,d) expands it, read once for K tokens."""
     s = ()
+    at = offsets(tokens, delta_token, K, NEXT)
     if RANK == 0:
         for k in tl.static_range(K):
-            s = s + (tl.load(delta + tokens[k] * delta_token + d * delta_channel, mask=here, other=0.0).to(tl.float32) + bias,)
+            s = s + (tl.load(delta + at[k] + d * delta_channel, mask=here, other=0.0).to(tl.float32) + bias,)
     else:
         for _ in tl.static_range(K):
             s = s + (bias,)
@@ -118,7 +177,7 @@ def raw_steps(delta, proj, bias, tokens, d, here, channels, delta_token, delta_c
             p = tl.load(proj + r * channels + d, mask=here, other=0.0)
             sums = ()
             for k in tl.static_range(K):
-                sums = sums + (s[k] + tl.load(delta + tokens[k] * delta_token + r * delta_channel).to(tl.float32) * p,)
+                sums = sums + (s[k] + tl.load(delta + at[k] + r * delta_channel).to(tl.float32) * p,)
             s = sums
     return s
 

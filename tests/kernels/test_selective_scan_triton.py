@@ -196,3 +196,20 @@ def test_orders_merge_in_place_and_in_chunks(merge, own, state):
         1e-6,
         1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    "dtype, loads", [(torch.bfloat16, {0: 8, 2: 4, 1: 0}), (torch.float16, {0: 8, 2: 4, 1: 0}), (torch.float32, {0: 8, 2: 8, 1: 4})]
+)
+def test_rows_of_b_and_c_that_share_a_load_give_the_same_bits(dtype, loads):
+    """One load reads 8 or 4 bytes of a row that is so aligned, or else one number. loads: the bytes for each number of columns after a row."""
+    p = problem(batch=1, length=2 * RUN + 3, channels=3, state=4).map(lambda t: t.to(dtype))
+    u, delta, A, B, C, *rest = p.arguments()
+    found = []
+    for columns, bytes in loads.items():
+        rows = [torch.nn.functional.pad(t, (0, columns), value=float("nan"))[..., :4] for t in (B, C)]
+        assert kernel._bytes(*rows) == bytes
+        out, state, checkpoints = kernel.forward(u, delta, A, *rows, *rest, True, True)
+        found.append((out, state, *kernel.backward(out, state, checkpoints, u, delta, A, *rows, *rest)))
+    for other in found[1:]:
+        assert all(a is b or torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -16,7 +16,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -44,7 +46,7 @@ def _sequences(options):
     return (Sequences(2, torch.arange(2)), 2) if options == PACKED else (None, 1)
 
 
-def _scan(n, dtype, options, rank=None, length=65536, channels=96):
+def _scan(n, dtype, options, rank=None, length=65536, channels=96, batch=1):
     """Forward and backward of selective_scan, over several chunks; with options every one that there is."""
     from medssm.kernels.selective_scan import plan
     from medssm.kernels.selective_scan import triton as kernel
@@ -54,14 +56,14 @@ def _scan(n, dtype, options, rank=None, length=65536, channels=96):
 
     weight = torch.float32
     sequences, rows = _sequences(options)
-    u, few = new(1, length, channels), torch.tensor([0, 64])
-    given = [u, new(1, length, rank or channels), new(channels, n, dtype=weight), new(1, length, 1, n), new(1, length, 1, n)]
-    given += [new(channels, dtype=weight), new(1, length, channels), new(channels, dtype=weight)] if options else [None] * 3
+    u, few = new(batch, length, channels), torch.tensor([0, 64])
+    given = [u, new(batch, length, rank or channels), new(channels, n, dtype=weight), new(batch, length, 1, n), new(batch, length, 1, n)]
+    given += [new(channels, dtype=weight), new(batch, length, channels), new(channels, dtype=weight)] if options else [None] * 3
     given += [True, None if rank is None else new(channels, rank, dtype=weight)]
     state = new(rows, channels, n, dtype=weight) if options else None
     given += [torch.arange(length), few, True, state] if options else [None, None, False, None]
     kernel.forward(*given, True, bool(options), sequences)
-    saved = torch.empty(1, plan.chunks(length, n), n, channels)
+    saved = torch.empty(batch, plan.chunks(length, n), n, channels)
     kernel.backward(torch.empty_like(u), state, saved, *given, sequences)
 
 
@@ -94,10 +96,10 @@ def _causal(width, dtype, options, length=4096, channels=96):
     kernel.backward(torch.empty_like(x), initial if options else None, *given, sequences)
 
 
-def _depthwise(side, dims, dtype, options, channels=96):
+def _depthwise(side, dims, dtype, options, channels=96, size=12):
     from medssm.kernels.depthwise_conv import triton as kernel
 
-    x = torch.empty(1, *(12,) * dims, channels, dtype=dtype)
+    x = torch.empty(1, *(size,) * dims, channels, dtype=dtype)
     given = [x, torch.empty(channels, *(side,) * dims), torch.empty(channels) if options else None, "silu" if options else None]
     kernel.forward(*given)
     kernel.backward(torch.empty_like(x), *given)
@@ -235,24 +237,34 @@ CALLS = {
 # -- recording and compiling --------------------------------------------------------------------------------------------------------
 
 
-def recorded(everything: bool, ops: list[str]) -> list[tuple]:
-    """(op, kernel, arguments and options by name) of every launch that the calls of ops make."""
-    seen, launches = [], []
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: dict  # and options, by name
+    grid: tuple[int, ...]
+    backward: bool  # made by a function of that name
+
+
+def launches(call) -> list[Launch]:
+    """Those that a call makes, recorded in place of them."""
+    seen = []
 
     def record(self, *args, grid, warmup, **kwargs):
-        seen.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+        backward = any(frame.name == "backward" for frame in traceback.extract_stack())
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        seen.append(Launch(self, arguments, grid(arguments) if callable(grid) else grid, backward))
 
     real, JITFunction.run = JITFunction.run, record
     try:
-        for op in ops:
-            seen.clear()
-            calls = CALLS[op]
-            for call in calls if everything else calls[:1]:
-                call()
-            launches += [(op, *launch) for launch in seen]
+        call()
     finally:
         JITFunction.run = real
-    return launches
+    return seen
+
+
+def recorded(everything: bool, ops: list[str]) -> list[tuple]:
+    """(op, kernel, arguments and options by name) of every launch that the calls of ops make."""
+    calls = [(op, call) for op in ops for call in (CALLS[op] if everything else CALLS[op][:1])]
+    return [(op, launch.kernel, launch.arguments) for op, call in calls for launch in launches(call)]
 
 
 def source(kernel, arguments):
