@@ -1,9 +1,9 @@
 """A volume over two processes of one thread each, against one process of two threads: seconds and memory of a process.
 
-    python bench/ranks.py [--edge 96] [--ranks 2] [--size tiny] [--mixer ss_nd] [--repeats 3] [--out FILE]
+    python bench/ranks.py [--edge 96] [--ranks 2] [--size tiny] [--mixer ss_nd] [--repeats 3] [--out FOLDER]
 
 Both run medssm_unet on one volume, forward under inference_mode and a training step: the best of the repeats. Memory is the largest resident set of a
-process less what it had before its first step. Prints the row and its ratios; with --out it adds it to a JSON file.
+process less what it had before its first step. Prints both and their ratios. --out puts them into results.json and results.md.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from record import record
 
 from medssm import create_model
-from medssm.bench import origin as about
 from medssm.parallel import Slabs
 
 
@@ -38,19 +38,18 @@ def main() -> None:
     args = parser.parse_args()
     one, shared = measured(args, 1, args.ranks), measured(args, args.ranks, 1)
     ratios = {key: round(shared[key] / one[key], 3) for key in one}
-    row = {
-        "edge": args.edge,
-        "size": args.size,
-        "mixer": args.mixer,
-        "ranks": args.ranks,
-        "one process": one,
-        "ranks of one thread": shared,
-        "ratio": ratios,
-    }
-    print(json.dumps(row, indent=1))
+    entry = {"ranks": args.ranks, "one process": one, "ranks of one thread": shared, "ratio": ratios}
+    print(json.dumps(entry, indent=1))
     if args.out:
-        rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
-        args.out.write_text(json.dumps({**about(), "rows": [*rows, row]}, indent=1) + "\n")
+        args.out.mkdir(parents=True, exist_ok=True)
+        name = f"{args.size}, {args.mixer}, {args.edge}^3, {args.ranks} ranks"
+        record(args.out, name, entry, "A volume over several processes", ("medssm_unet", "step", "one process", "a rank", "ratio"), lines)
+
+
+def lines(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The lines of the table."""
+    one, shared, ratios = found["one process"], found["ranks of one thread"], found["ratio"]
+    return [(name, step, str(one[step]), str(shared[step]), str(ratios[step])) for step in one]
 
 
 def measured(args: argparse.Namespace, ranks: int, threads: int) -> dict[str, float]:
