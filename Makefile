@@ -50,9 +50,9 @@ format: $(VENV)/installed-dev
 sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m "" tests/kernels/test_sanitizers.py
 
-# Every Triton kernel in every configuration, compiled for three generations of GPUs: registers, stack and memory of each.
+# The Triton kernels of every op compiled for two generations of GPUs without one: instructions of each pipe, and the time that they bound.
 gpu-kernels: $(VENV)/installed-dev
-	$(BIN)/python tests/kernels/triton_resources.py --all
+	$(BIN)/python bench/gpu_kernels.py
 
 bench: $(VENV)/installed-dev
 	$(BIN)/medssm bench
