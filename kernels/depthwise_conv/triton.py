@@ -22,7 +22,7 @@ from medssm.kernels.triton import INTERPRETED, on, plain, pointers, strided
 from medssm.kernels.triton_tiles import where_live
 
 POSITIONS, CHANNELS = (256, 64) if INTERPRETED else (128, 32)  # of a tile
-TAPS = 4  # at most, along x, of a program of the weights' gradient
+TAPS = 3  # at most, along x, of a program of the weights' gradient
 SHARE = 2048  # positions that one program sums the gradient of a weight over
 
 
