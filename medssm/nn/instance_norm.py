@@ -68,7 +68,7 @@ class _ChannelsLast(torch.autograd.Function):
 
 def _eager(x: Tensor) -> bool:
     """Whether x is a tensor of PyTorch's, or of a subclass that only sees functions (MONAI's MetaTensor): values, and no part of a trace."""
-    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return isinstance(x, Tensor) and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _is_channels_last(x: Tensor) -> bool:
