@@ -80,7 +80,7 @@ def selective_scan_nd(
         backend: reference | native | triton | cuda | auto; None takes use_backend's or MEDSSM_BACKEND's choice.
 
     Raises:
-        ValueError and TypeError as `selective_scan` does.
+        ValueError, TypeError: as `selective_scan` does.
 
     Source: Liu et al., VMamba, arXiv 2401.10166.
     """
