@@ -18,7 +18,7 @@ from medssm.segment.uncertainty.reliability import Reliability
 from medssm.segment.uncertainty.sums import PROBABILITIES, map_of
 from medssm.segment.uncertainty.worth import Pair, add_probabilities
 
-PREDICT = (sys.executable, "-c", "import sys; from medssm.cli import main; sys.exit(main())", "predict")
+PREDICT = (sys.executable, "-m", "medssm", "predict")
 
 
 def calibration(run: Path, predictions: Mapping[str, Path], references: Mapping[str, Path], ignore: int | None) -> dict[str, float | None]:
