@@ -14,7 +14,7 @@ from medssm.errors import UserError
 from medssm.files import read_json
 from medssm.segment import networks
 from medssm.segment.data import FITTED
-from medssm.segment.runs import CASES
+from medssm.segment.distil import checked_teacher
 from medssm.segment.start import check_trainable
 
 
@@ -49,13 +49,5 @@ def teacher_for(run: Path, fitted: Fitted, held_out: Sequence[Sample]) -> nn.Mod
 
     Raises UserError where it sees other images or gives other classes, or has learnt from one of the images that are held out.
     """
-    theirs = Fitted.load(run / FITTED)
-    for what in ("channels", "classes", "shape", "sizes", "spacing", "intensity"):
-        if getattr(theirs, what) != getattr(fitted, what):
-            raise UserError(f"distil: expected a teacher with the {what} {getattr(fitted, what)}, got {getattr(theirs, what)} of {run}")
-    learnt = read_json(run / CASES)["training"]
-    files, moved = {entry["image"] for entry in learnt}, {entry["name"] for entry in learnt if not Path(entry["image"]).exists()}
-    known = sorted(sample.name for sample in held_out if str(sample.path.resolve()) in files or sample.name in moved)
-    if known:
-        raise UserError(f"distil: {run} was trained on {len(known)} of the images that are held out, {known[0]} among them")
-    return networks.load(run)
+    alike = ("channels", "classes", "shape", "sizes", "spacing", "intensity")
+    return checked_teacher(run, Fitted.load(run / FITTED), fitted, alike, [(sample.name, sample.path) for sample in held_out], "image", "images")

@@ -131,13 +131,23 @@ def teacher_for(run: Path, fitted: Fitted, held_out: Sequence[Case]) -> nn.Modul
 
     Raises UserError where it sees other images or gives other classes, or has learnt from one of the cases that are held out.
     """
-    theirs = Fitted.load(run / FITTED)
-    for what in ("channels", "classes", "regions", "spacing", "intensity", "slice_axis"):
+    alike = ("channels", "classes", "regions", "spacing", "intensity", "slice_axis")
+    return checked_teacher(run, Fitted.load(run / FITTED), fitted, alike, [(case.name, case.label_file) for case in held_out], "label", "cases")
+
+
+def checked_teacher(
+    run: Path, theirs: Any, fitted: Any, alike: Sequence[str], held_out: Sequence[tuple[str, Path]], entry: str, things: str
+) -> nn.Module:
+    """The network of a run whose settings agree with `fitted` in `alike`, and that has learnt from none of `held_out`.
+
+    held_out: name and file of each. entry: of cases.json, where such a file stands. things: what they are called.
+    """
+    for what in alike:
         if getattr(theirs, what) != getattr(fitted, what):
             raise UserError(f"distil: expected a teacher with the {what} {getattr(fitted, what)}, got {getattr(theirs, what)} of {run}")
     learnt = read_json(run / CASES)["training"]
-    files, moved = {entry["label"] for entry in learnt}, {entry["name"] for entry in learnt if not Path(entry["label"]).exists()}
-    known = sorted(case.name for case in held_out if str(case.label_file.resolve()) in files or case.name in moved)
+    files, moved = {row[entry] for row in learnt}, {row["name"] for row in learnt if not Path(row[entry]).exists()}
+    known = sorted(name for name, file in held_out if str(file.resolve()) in files or name in moved)
     if known:
-        raise UserError(f"distil: {run} was trained on {len(known)} of the cases that are held out, {known[0]} among them")
+        raise UserError(f"distil: {run} was trained on {len(known)} of the {things} that are held out, {known[0]} among them")
     return networks.load(run)
