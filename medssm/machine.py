@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -47,9 +48,11 @@ def commit() -> str:
 
 
 def cores() -> int:
-    """The number of cores that this process may run on; of all cores where the system has no such limit (macOS)."""
+    """The number of cores that this process may run on; of all cores where the system has no such limit (macOS), or where OpenMP has bound this
+    thread to one of them (OMP_PROC_BIND)."""
     process = psutil.Process()
-    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
+    bound = os.environ.get("OMP_PROC_BIND", "false").lower() != "false"
+    return psutil.cpu_count() or 1 if bound or not hasattr(process, "cpu_affinity") else len(process.cpu_affinity())
 
 
 def free_memory() -> int:

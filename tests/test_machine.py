@@ -28,11 +28,15 @@ def test_the_numbers_are_those_of_linux():
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
-def test_cores_are_those_the_process_may_use():
+def test_cores_are_those_the_process_may_use(monkeypatch):
+    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
         assert machine.cores() == 1
+        monkeypatch.setenv("OMP_PROC_BIND", "true")  # then this thread's core is OpenMP's choice and says nothing of the process
+        assert machine.cores() == os.cpu_count()
+        monkeypatch.delenv("OMP_PROC_BIND")
     finally:
         os.sched_setaffinity(0, allowed)
     assert machine.cores() == len(allowed)

@@ -72,10 +72,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{where['processor']}, {where['cores']} cores, {where['medssm']}, torch {where['torch']}, threads bound; "
         "the sides of a row take turns of at least 0.3 s in one process, of its own; medians, ratios within a row.",
     ]
-    if results.get("goals"):
+    goals = [goal for goal in results.get("goals", []) if goal["met"] is not None]  # those whose rows were measured
+    if goals:
         lines += ["", "| goal | wanted | reached | |", "|---|---|---|---|"]
-    for goal in results.get("goals", []):
-        mark = {None: "", True: "met", False: "**missed**"}[goal["met"]]
+    for goal in goals:
+        mark = "met" if goal["met"] else "**missed**"
         lines.append(f"| {goal['name']} | {goal['wanted']} | {goal['reached']} | {mark} |")
     for row in results["rows"].values():
         lines += [

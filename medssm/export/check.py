@@ -17,8 +17,10 @@ from medssm.files import first_line
 
 LIMIT = 1e-4  # the largest difference from eager that an exported network may have, over the spread of eager's output
 # Of a network in 8 bits a number between two steps is rounded up by one engine and down by another, and so on from layer to layer. In steps, 1/255 of
-# the output's spread: the largest difference, and the mean one.
+# the output's spread: the difference that 999 of 1,000 numbers may have, and the mean one. Where one voxel of the input lies between two steps, the
+# few numbers around it may differ by more.
 STEPS, MEAN_STEPS = 8.0, 0.5
+FEW = 0.001
 _STEP = 32  # sizes of a network that does not say what divides them differ by this, or by what of it divides the patch
 
 Shape = tuple[int, ...]
@@ -75,7 +77,7 @@ def shapes(network: nn.Module, shape: Sequence[int]) -> Shapes:
 def check(network: nn.Module, run: Run, shapes: Sequence[Shape], engine: str, *, rounds: bool = False) -> float:
     """The largest difference between what `run` gives and the network itself, over the spread of the latter, for random images of these shapes.
 
-    rounds: to 8 bits, so that the difference may be up to STEPS and on average up to MEAN_STEPS, else LIMIT.
+    rounds: to 8 bits, so that the difference may be up to STEPS, but for FEW of the numbers, and on average up to MEAN_STEPS, else LIMIT.
 
     Raises UserError where the engine fails, gives another shape, or differs by more.
     """
@@ -97,10 +99,11 @@ def check(network: nn.Module, run: Run, shapes: Sequence[Shape], engine: str, *,
             raise UserError(f"a size became fixed: for an image of {text} the exported network gives {found.shape}, expected {wanted.shape}")
         apart = np.abs(found - wanted) / (float(wanted.max() - wanted.min()) or 1.0)
         largest, mean = float(apart.max()), float(apart.mean())
-        if rounds and not (255 * largest <= STEPS and 255 * mean <= MEAN_STEPS):
+        most = float(np.quantile(apart, 1 - FEW)) if rounds else largest
+        if rounds and not (255 * most <= STEPS and 255 * mean <= MEAN_STEPS):
             raise UserError(
-                f"{engine} differs from PyTorch in 8 bits by {255 * largest:.1f} steps (1/255 of the output's spread) at most and {255 * mean:.2f} "
-                f"on average for an image of {text}, expected at most {STEPS:g} and {MEAN_STEPS:g}"
+                f"{engine} differs from PyTorch in 8 bits by {255 * most:.1f} steps (1/255 of the output's spread) in {FEW:.1%} of the numbers and "
+                f"{255 * mean:.2f} on average for an image of {text}, expected at most {STEPS:g} and {MEAN_STEPS:g}"
             )
         if not rounds and not largest <= LIMIT:  # also of what is no number
             raise UserError(f"{engine} differs from PyTorch by {largest:.1e} of the output's spread for an image of {text}, expected {LIMIT:.0e}")

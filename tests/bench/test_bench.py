@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medssm import cli, nn, ops
-from medssm.bench import convolutions, goals, page, peers, scans
+from medssm.bench import convolutions, goals, page, peers, report, scans
 from medssm.nn.mixers import MIXERS
 
 
@@ -54,6 +54,14 @@ def test_goals_are_ratios_of_a_run():
     assert found["262,144 tokens: time per token against 4,096"].reached == "1.5" and not found["262,144 tokens: time per token against 4,096"].met
     assert not found["call overhead without gradients, microseconds"].met
     assert found["forward, mamba_ssm reference / ours"].met is None
+
+
+def test_a_page_has_the_goals_that_were_measured():
+    about = {"date": "", "commit": "", "machine": {"processor": "", "cores": 2, "medssm": "", "torch": ""}, "rows": {}}
+    found = [goals.Goal("a", "at least 2", "3", True), goals.Goal("b", "at least 2", "1", False), goals.Goal("c", "at least 2", "not measured", None)]
+    page = report.markdown({**about, "goals": [goal._asdict() for goal in found]})
+    assert "| a | at least 2 | 3 | met |" in page and "| b | at least 2 | 1 | **missed** |" in page and "| c |" not in page
+    assert "goal" not in report.markdown({**about, "goals": [found[2]._asdict()]})
 
 
 def test_a_quick_run_writes_its_files(tmp_path):

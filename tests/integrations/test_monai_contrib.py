@@ -28,6 +28,7 @@ def test_its_own_tests_pass():
     assert done.returncode == 0 and "OK" in done.stderr and "skipped" not in done.stderr, done.stderr
 
 
+@pytest.mark.thorough
 def test_without_medssm_it_names_what_is_missing():
     done = python("-c", "import sys; sys.modules['medssm'] = None; import umamba; umamba.UMamba(2, 1, 2)")
     assert "OptionalImportError" in done.stderr and "medssm" in done.stderr

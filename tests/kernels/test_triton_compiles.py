@@ -50,9 +50,10 @@ KERNELS = {
 @pytest.mark.long
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_kernels_compile_and_do_not_spill(everything):
-    """One configuration an op for one generation of GPUs; in `make test-all` every configuration for all of them."""
+    """One configuration an op for one generation of GPUs, compiled where a kernel or Triton changed since the committed record; in `make test-all`
+    every configuration for all of them, compiled anew."""
     targets = triton_resources.TARGETS if everything else ["90"]
-    rows = triton_resources.rows(*targets, *(["--all"] if everything else []))
+    rows = triton_resources.rows(*targets, "--all" if everything else "--known")
     for target in targets:
         for op, kernels in KERNELS.items():
             assert {row["kernel"] for row in rows if row["op"] == op and row["target"] == f"sm_{target}"} == kernels, (op, target)
@@ -63,3 +64,21 @@ def test_kernels_compile_and_do_not_spill(everything):
         assert {row["constants"]["ACROSS"] for row in rows if row["op"] == "delta_rule" and row["kernel"] == kernel} == {False, True}, kernel
     spilled = [row for row in rows if row["stack"] or row["local"]]
     assert not spilled, spilled
+
+
+@pytest.mark.thorough
+def test_the_record_is_what_is_compiled_now():
+    """After a change of a kernel: python tests/kernels/triton_resources.py 90 --record"""
+    known, anew = triton_resources.rows("90", "--known"), triton_resources.rows("90")
+    assert sorted(map(str, known)) == sorted(map(str, anew))
+
+
+def test_a_changed_kernel_is_not_taken_from_the_record(monkeypatch):
+    launch, other = triton_resources.distinct(False, ["causal_conv1d"])[:2]
+    key = triton_resources.digest(launch, "90")
+    assert key == triton_resources.digest(launch, "90")
+    assert len({key, triton_resources.digest(launch, "100"), triton_resources.digest(other, "90")}) == 3
+    changed = (*launch[:2], launch[2] | {"num_warps": 16})
+    assert triton_resources.digest(changed, "90") != key
+    monkeypatch.setattr(type(launch[1]), "cache_key", "another source")
+    assert triton_resources.digest(launch, "90") != key

@@ -1,13 +1,19 @@
-"""Compiles the Triton kernels for GPUs that are not here, and reads what they take: triton_resources.py [--all] [--op OP] [TARGET ...]
+"""Compiles the Triton kernels for GPUs that are not here, and reads what they take.
+
+    python tests/kernels/triton_resources.py [--all | --known | --record] [--op OP] [TARGET ...]
 
 The ops' own wrappers run on tensors of the CPU with the launcher replaced by a recorder, so that what is compiled is what they would launch: the same
 kernels, constants, types and divisibilities. Prints a line of JSON a kernel. --all: every configuration of the table, else the first of each op.
+
+A compiler gives the same code for the same source, so what was found is kept in triton_resources.json, by a digest of the source of a kernel with all
+that it calls, its types and constants, and Triton's version. --known compiles only what is not there; --record compiles all and writes the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import itertools
 import json
 import math
@@ -29,10 +35,12 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from medssm.files import read_json, write_json  # noqa: E402 (found by the path above)
 from medssm.kernels.walks import Sequences  # noqa: E402 (found by the path above)
 from tests.kernels import resources  # noqa: E402
 
 TARGETS = ("80", "90", "100")
+RECORD = Path(__file__).with_suffix(".json")
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
 
 
@@ -312,6 +320,12 @@ def compiled(number: int, target: str, everything: bool, ops: list[str]) -> dict
     }
 
 
+def digest(launch: tuple, target: str) -> str:
+    """Of all that decides what a launch compiles to."""
+    _, kernel, arguments = launch
+    return hashlib.sha256("\n".join([triton.__version__, target, kernel.cache_key, source(kernel, arguments)[2]]).encode()).hexdigest()[:32]
+
+
 def distinct(everything: bool, ops: list[str]) -> list[tuple]:
     found = {}
     for launch in recorded(everything, ops):
@@ -324,12 +338,19 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", default=TARGETS)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--op", choices=CALLS, action="append", help="of this op alone; may be given again")
+    parser.add_argument("--known", action="store_true", help="compile only what triton_resources.json does not have")
+    parser.add_argument("--record", action="store_true", help="write triton_resources.json")
     args = parser.parse_args()
     ops = args.op or list(CALLS)
-    jobs = [(i, target, args.all, ops) for i in range(len(distinct(args.all, ops))) for target in args.targets]
+    jobs = [(i, digest(launch, target), target) for i, launch in enumerate(distinct(args.all, ops)) for target in args.targets]
+    known = read_json(RECORD) if args.known else {}
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(compiled, *zip(*jobs, strict=True)):
-            print(json.dumps(row), flush=True)
+        found = {key: pool.submit(compiled, i, target, args.all, ops) for i, key, target in jobs if key not in known}
+        rows = {key: known[key] if key in known else found[key].result() for _, key, _ in jobs}
+    for row in rows.values():
+        print(json.dumps(row), flush=True)
+    if args.record:
+        write_json(RECORD, rows)
 
 
 def rows(*arguments: str) -> list[dict]:

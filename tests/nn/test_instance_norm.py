@@ -51,8 +51,9 @@ def test_a_network_trained_one_sample_at_a_time_has_the_right_gradient():
     exact(x.double()).square().mean().backward()
     last = network.to(memory_format=torch.channels_last_3d)
     last(x.contiguous(memory_format=torch.channels_last_3d)).square().mean().backward()
+    noise = 1e-6 * max(theirs.grad.abs().max() for theirs in exact.parameters())  # a bias before a norm has the gradient 0
     for (name, ours), theirs in zip(last.named_parameters(), exact.parameters(), strict=True):
-        assert (ours.grad - theirs.grad).abs().max() <= 1e-4 * theirs.grad.abs().max() + 1e-7, name
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-4 * theirs.grad.abs().max() + noise, name
 
 
 def test_second_derivatives():

@@ -17,7 +17,7 @@ from tests.ops.cases import SEQUENCE, available, example, flattened, tokens
 
 PAIRS = available()
 # Forms that take Triton's interpreter long: for `make test-all`.
-SLOW = ("bi_wkv", "delta_rule", "gated_linear_attention", "linear_attention", "selective_scan_nd", "ssd")
+SLOW = ("bi_wkv", "delta_rule", "gated_linear_attention", "linear_attention", "selective_scan_nd", "ssd", "ssd3")
 LONG = {(op, "triton", form) for op in SLOW for form in ("bfloat16", "begun_anew", "longer", "what_must_be_given")}
 
 
