@@ -38,6 +38,7 @@ from medssm.segment.distil import Distillation
 from medssm.segment.images import check_nan
 from medssm.segment.intensity import SCHEMES
 from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
+from medssm.segment.processes import launch, over_processes
 from medssm.segment.progress import progress
 from medssm.segment.runs import CURVES, REPORT
 from medssm.segment.train import axes_to_mirror, fabric_for, optimizer_for, workers_for
@@ -50,6 +51,7 @@ _WRITTEN = (calibration.CALIBRATION, SCORES, PREDICTIONS)
 _CURVES = ("loss (cross-entropy)", "balanced accuracy of the held-out images")
 
 
+@over_processes
 def train(
     dataset: Path | str,
     out: Path | str,
@@ -91,6 +93,7 @@ def train(
     device: str = "auto",
     devices: int | str = 1,
     strategy: str = "auto",
+    rank_timeout: float = 1800.0,
     precision: str = "auto",
     workers: int | None = None,
     save_seconds: float = 60.0,
@@ -152,6 +155,7 @@ def train(
         device: auto, cpu, cuda, cuda:1 or mps
         devices: number of processes or GPUs
         strategy: Lightning's, for several devices, as in ddp
+        rank_timeout: seconds after which a process that waits for another one ends
         precision: Lightning's, as in 32-true, bf16-mixed; auto is bf16-mixed on CUDA (16-mixed before Ampere) and on a CPU with AMX, else 32-true
         workers: processes that read and augment images (default: 0 on a CPU, 4 on a GPU)
         save_seconds: time between checkpoints
@@ -188,6 +192,7 @@ def train(
         batch=batch,
         lr=lr,
         clip=clip,
+        rank_timeout=rank_timeout,
     )
     check_nan(nan)
     if max_steps is None and max_seconds is None:
@@ -198,7 +203,7 @@ def train(
         begun.check(samples)
     training, held_out = split(samples, fold, folds, seed)
     fabric = fabric_for(device, devices, strategy, precision)
-    fabric.launch()
+    launch(fabric, out, rank_timeout)
     quiet = quiet or not fabric.is_global_zero
     with progress("reading", quiet) as show_reading:
         fitted = (

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,9 +17,46 @@ from torch import Tensor
 
 from medssm.files import first_line
 
+_ROLL_CALL = 5.0  # seconds in which ranks that wait for the same one give up
+
 
 class RankError(RuntimeError):
-    """Another rank has ended, or was late."""
+    """Another rank has ended, or was late. first: whether this rank is the first of those that say so, where one line is enough."""
+
+    def __init__(self, message: str, first: bool = True) -> None:
+        super().__init__(message)
+        self.first = first
+
+
+def is_of_ranks(error: BaseException) -> bool:
+    """Whether an error says that another rank has ended, or was late."""
+    return isinstance(error, (RankError, dist.DistError)) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def absent() -> tuple[list[int], bool]:
+    """(the ranks that have ended or are late, whether this one is the first of those that are there). To be called where an exchange has failed.
+
+    Every rank that gives up says so in the store of the group. Those that do not say it within some seconds are the ones that the others wait for.
+    """
+    rank, count = dist.get_rank(), dist.get_world_size()
+    there, failed = {rank}, threading.Event()
+    store = dist.distributed_c10d._get_default_store()
+
+    def call() -> None:
+        try:
+            store.set(f"medssm/there/{rank}", "")
+            until = time.monotonic() + _ROLL_CALL
+            while len(there) < count - 1 and time.monotonic() < until:
+                time.sleep(0.05)
+                there.update(q for q in range(count) if q not in there and store.check([f"medssm/there/{q}"]))
+        except RuntimeError:  # rank 0 holds the store
+            failed.set()
+
+    asking = threading.Thread(target=call, daemon=True)  # where rank 0 is stopped its store does not answer
+    asking.start()
+    asking.join(_ROLL_CALL + 1)
+    missing = [0] if rank and (failed.is_set() or asking.is_alive()) else [q for q in range(count) if q not in there]
+    return missing, min(there) == rank
 
 
 def start(timeout: float = 600.0, backend: str | None = None) -> None:
@@ -32,8 +72,10 @@ def start(timeout: float = 600.0, backend: str | None = None) -> None:
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    with _said("joining the group"):
+    try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, dist.DistError) as error:
+        raise RankError(f"joining the group: another rank has ended, or did not come in time ({_reason(error)})") from error
 
 
 class Ranks:
@@ -75,7 +117,7 @@ class Ranks:
             if received[q].numel():
                 messages.append(dist.P2POp(dist.irecv, received[q], peer, self.group))
         if messages:
-            with _said(f"rank {self.rank} of {self.count}"):
+            with said():
                 for work in dist.batch_isend_irecv(messages):
                     work.wait()
         return received
@@ -89,7 +131,7 @@ class Ranks:
         return self._reduced(x, dist.ReduceOp.MAX)
 
     def _reduced(self, x: Tensor, how: Any) -> Tensor:
-        with _said(f"rank {self.rank} of {self.count}"):
+        with said():
             dist.all_reduce(x, how, self.group)
         return x
 
@@ -124,9 +166,28 @@ class _Total(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _said(where: str) -> Iterator[None]:
-    """torch.distributed's errors as one clear line."""
+def said() -> Iterator[None]:
+    """torch.distributed's errors as RankError, one clear line."""
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        raise RankError(f"{where}: another rank has ended, or did not answer in time ({first_line(error)})") from error
+        if isinstance(error, RankError) or not is_of_ranks(error):
+            raise
+        raise of_absent(error) from error
+
+
+def of_absent(error: BaseException) -> RankError:
+    """The RankError that says which rank an error of torch.distributed comes from."""
+    missing, first = absent()
+    return RankError(f"rank {dist.get_rank()}: {named(missing)} ended, or did not answer in time ({_reason(error)})", first)
+
+
+def named(ranks: Sequence[int]) -> str:
+    """The subject of a sentence: "rank 1 of 4 has", "ranks 1, 3 of 4 have"."""
+    numbers, count = ", ".join(map(str, ranks)), dist.get_world_size()
+    return f"rank {numbers} of {count} has" if len(ranks) == 1 else f"ranks {numbers} of {count} have" if ranks else f"one of {count} ranks has"
+
+
+def _reason(error: BaseException) -> str:
+    """Of gloo's message what went wrong, without the place in its source and its advice."""
+    return re.sub(r"^\[[^]]*\] ", "", first_line(error)).split(". ")[0]

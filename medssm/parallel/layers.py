@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from medssm.nn import blocks, convolution, deltanet, gla, instance_norm, mamba, mamba2, mlla, rwkv, ssnd, unet
+from medssm.nn import blocks, convolution, deltanet, gla, instance_norm, mamba, mamba2, mamba3, mlla, rwkv, ssnd, unet
 
 # Each was read for what it does along space: voxel by voxel, by functions of medssm.parallel.functions, or by ops of medssm.ops.
 KNOWN: tuple[type[nn.Module], ...] = (
@@ -18,8 +18,8 @@ KNOWN: tuple[type[nn.Module], ...] = (
     *(nn.Dropout, nn.Dropout2d, nn.Dropout3d),
     *(unet.UNet, unet.Encoder, unet.Decoder),
     *(blocks.ChannelNorm, blocks.ConvNorm, blocks.DenseBlock, blocks.ConvBlock, blocks.MixerBlock, blocks.Down, blocks.Up, blocks.ChannelsLast),
-    *(ssnd.SSND, gla.GatedLinearAttention, deltanet.DeltaNet, mamba2.Mamba2, mamba2.GatedRMSNorm, mlla.MLLA, mlla.LinearAttention),
-    *(rwkv.SpatialMix, rwkv.ChannelMix, mamba.Mamba, mamba.BiMamba, mamba.TriMamba),
+    *(ssnd.SSND, gla.GatedLinearAttention, deltanet.DeltaNet, mamba2.Mamba2, mamba2.GatedRMSNorm, mamba3.Mamba3),
+    *(mlla.MLLA, mlla.LinearAttention, rwkv.SpatialMix, rwkv.ChannelMix, mamba.Mamba, mamba.BiMamba, mamba.TriMamba),
 )
 
 

@@ -4,6 +4,7 @@ A recurrence is linear in its state: what a run of the walk makes of the state b
 
     last = end + decay . first        end: the last state from zeros;   decay: a number per element, or a matrix, from the decays alone
 
+(ssd3's state has an angle too, by which what the run makes is turned: see `_after_ssd3`.)
 So every rank scans its run from zeros for its end, the ranks give each other ends and decays, each finds the state that its run begins with, and
 scans with that. The first rank's first scan is its result, and the last rank's end is not needed: each of two ranks scans once.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medssm.kernels.dtypes import compute_dtype
+from medssm.kernels.ssd3.reference import rotated
 from medssm.ops import shapes
 from medssm.ops.op import OPS, Op
 from medssm.orders import Order, raster
@@ -200,6 +202,8 @@ def _first(scan: _Scan, told: Sequence[Sequence[Tensor]]) -> list[Tensor]:
             first = list(state)
         elif decay is None:
             first = [end + before for end, before in zip(state, first, strict=True)]
+        elif scan.call.op.name == "ssd3":
+            first = _after_ssd3(scan, first, *state)
         else:
             first = [state[0] + decay.apply(state[1], first[0])]
     return first
@@ -219,14 +223,17 @@ def _zeros(scan: _Scan) -> list[Tensor]:
 
 def _last_tokens(scan: _Scan, taps: int) -> Tensor:
     """(b, d, taps): those at the last steps of a part."""
-    x, order = scan.main, scan.part.order
-    index = order.index(x.shape[1:-1]) if isinstance(order, Order) else order
-    flat = x.flatten(1, -2)
-    index = torch.arange(flat.shape[1]) if index is None else index
+    flat, index = _walked(scan, scan.main)
     if len(index) < taps:
         raise ValueError(f"x: expected at least {taps} tokens, the taps of causal_conv1d, in each rank's part, got {len(index)}")
-    index = index[:taps].flip(0) if scan.reverse else index[len(index) - taps :]
-    return flat.index_select(1, index.to(x.device)).mT
+    return flat.index_select(1, index[len(index) - taps :]).mT
+
+
+def _walked(scan: _Scan, t: Tensor) -> tuple[Tensor, Tensor]:
+    """((b, l, c) of tokens (b, *l, c), the token at each step of a part)."""
+    order, flat = scan.part.order, t.flatten(1, -2)
+    index = order.index(t.shape[1:-1]) if isinstance(order, Order) else torch.arange(flat.shape[1]) if order is None else order
+    return flat, (index.flip(0) if scan.reverse else index).to(t.device)
 
 
 def _last(slabs: Slabs, scan: _Scan) -> list[Tensor]:
@@ -302,12 +309,34 @@ def _delta(scan: _Scan) -> Tensor:
     return scan.call(named | ({"write": None} if "write" in named else {}), scan.part.order, scan.reverse)[1][0]
 
 
+def _ssd3(scan: _Scan) -> Tensor:
+    """(2, b, h): how much of the state before a part is left of it, and how much the part's first step holds of the token before it."""
+    wide = _state_type(scan)
+    dt, A, trap = (scan.named[name].to(wide) for name in ("dt", "A", "trap"))
+    held, index = _walked(scan, (1 - torch.sigmoid(trap)) * dt)
+    return torch.stack([torch.exp(_summed(dt * A, 1)), held[:, index[0]]])
+
+
+def _after_ssd3(scan: _Scan, first: Sequence[Tensor], angle: Tensor, S: Tensor, k: Tensor, x: Tensor, decay: Tensor) -> list[Tensor]:
+    """ssd3's state after a part that begins with the state `first`; angle, S, k, x: after the part from zeros.
+
+    All keys of the part are turned by first's angle. The last token before the part enters S at its first step.
+    """
+    (begun, matrix, key, value), pairs, mimo = first, scan.call.options["pairs"], scan.named["mimo_x"]
+    values = value.unsqueeze(1).expand(-1, key.shape[1], -1, -1) if mimo is None else value.unsqueeze(1) * mimo.transpose(0, 1).to(value.dtype)
+    entered = torch.einsum("brhp,brhn->bhpn", values, key)
+    left, held = (t[..., None, None] for t in decay)
+    S = rotated(S, begun.unsqueeze(2), pairs) + left * (matrix + held * entered)
+    return [torch.remainder(begun + angle, 2 * math.pi), S, rotated(k, begun.unsqueeze(1), pairs), x]
+
+
 _DECAYS: dict[str, _Decay | None] = {
     "selective_scan": _Decay(lambda scan: shapes.shape(("b", "d", "n"), scan.call.sizes), _selective),
     "ssd": _Decay(lambda scan: (*shapes.shape(("b", "h"), scan.call.sizes), 1, 1), _ssd),
     "gated_linear_attention": _Decay(
         lambda scan: (*shapes.shape(("b", "h"), scan.call.sizes), 1 if _by_head(scan) else scan.call.sizes["dk"], 1), _gated
     ),
+    "ssd3": _Decay(lambda scan: (2, *shapes.shape(("b", "h"), scan.call.sizes)), _ssd3),
     "delta_rule": _Decay(lambda scan: shapes.shape(("b", "h", "dk", "dk"), scan.call.sizes), _delta, torch.matmul),
     "linear_attention": None,  # sums do not decay
     "causal_conv1d": None,  # its state is the last tokens

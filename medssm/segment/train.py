@@ -32,6 +32,7 @@ from medssm.segment.loop import CHECKPOINT, LOG, Budget, Loop
 from medssm.segment.losses import RegionLoss, SegmentationLoss
 from medssm.segment.patches import Patches
 from medssm.segment.preprocess import Fitted
+from medssm.segment.processes import launch, over_processes
 from medssm.segment.runs import CURVES, REPORT
 from medssm.segment.stages import open_stages, strides_and_kernels, supervised
 from medssm.segment.start import Start
@@ -44,6 +45,7 @@ _WRITTEN = (postprocess.POSTPROCESSING, conformal.CONFORMAL)
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 
 
+@over_processes
 def train(
     dataset: Path | str,
     out: Path | str,
@@ -81,6 +83,7 @@ def train(
     device: str = "auto",
     devices: int | str = 1,
     strategy: str = "auto",
+    rank_timeout: float = 1800.0,
     precision: str = "auto",
     workers: int | None = None,
     save_seconds: float = 60.0,
@@ -138,6 +141,7 @@ def train(
         device: auto, cpu, cuda, cuda:1 or mps
         devices: number of processes or GPUs
         strategy: Lightning's, for several devices, as in ddp
+        rank_timeout: seconds after which a process that waits for another one ends
         precision: Lightning's, as in 32-true, 16-mixed; auto is bf16-mixed on CUDA (16-mixed before Ampere) and on a CPU with AMX, else 32-true
         workers: processes that cut patches (default: 0 on a CPU, 4 on a GPU)
         save_seconds: time between checkpoints
@@ -174,6 +178,7 @@ def train(
         batch=batch,
         lr=lr,
         clip=clip,
+        rank_timeout=rank_timeout,
     )
     check_nan(nan)
     if max_steps is None and max_seconds is None:
@@ -183,7 +188,7 @@ def train(
     table = load_dataset(dataset)
     training, validation = split(table, fold, folds=folds, splits=splits, group=group, seed=seed)
     fabric = fabric_for(device, devices, strategy, precision)
-    fabric.launch()
+    launch(fabric, out, rank_timeout)
     quiet = quiet or not fabric.is_global_zero
     asked = {"spatial_dims": spatial_dims, **(model_kwargs or {}), **_given(size=size, mixer=mixer)}
     stages, heads = (None, {}) if begun else (open_stages(model, asked), supervised(model, asked))

@@ -30,7 +30,6 @@ ORDERS = [
 ]
 SEGMENTED = [orders.window((2, 3, 2)), orders.window(3, reverse=True), orders.dilated((2, 1, 2)), orders.dilated(2, reverse=True)]
 SHAPE = (7, 5, 4)
-SHARED = [mixer for mixer in MIXERS if mixer != "mamba3"]  # its op is not done over ranks
 
 
 def draw(*shape, seed=0):
@@ -95,6 +94,22 @@ def _ssd(order, final):
     return ops.ssd, tensors, "x dt B C", {"dt_softplus": True, "dt_limit": (0.0, 1.0)}
 
 
+def _ssd3(order, final, several=False):
+    """several: ranks of a token, whose outputs are not summed."""
+    r = (3,) if several else ()
+    tensors = {"x": draw(2, *SHAPE, 2, 3), "dt": draw(2, *SHAPE, 2, seed=1).sigmoid() / 4, "A": -draw(2, *SHAPE, 2, seed=2).abs() / 4}
+    tensors |= {"B": draw(2, *SHAPE, *r, 1, 4, seed=3), "C": draw(2, *SHAPE, *r, 1, 4, seed=4), "trap": draw(2, *SHAPE, 2, seed=5)}
+    tensors |= {"angles": draw(2, *SHAPE, 1, seed=6), "D": draw(2, seed=7), "z": draw(2, *SHAPE, 2, 3, seed=8)}
+    tensors |= {"B_bias": draw(2, *r, 4, seed=10), "C_bias": draw(2, *r, 4, seed=11)} | ({"mimo_x": draw(2, 3, 3, seed=12)} if several else {})
+    if final:
+        tensors |= {"angle": draw(2, 2, 1, seed=13), "state": draw(2, 2, 3, 4, seed=14), "k": draw(2, *r, 2, 4, seed=15), "v": draw(2, 2, 3, seed=16)}
+
+    def call(angle=None, state=None, k=None, v=None, **given):
+        return ops.ssd3(**given, initial_state=None if angle is None else (angle, state, k, v))
+
+    return call, tensors, "x dt A B C trap angles z", {"pairs": "halves" if several else "adjacent"}
+
+
 def _gated(order, final, by_head=False):
     tensors = {"q": draw(2, *SHAPE, 2, 3), "k": draw(2, *SHAPE, 2, 3, seed=1), "v": draw(2, *SHAPE, 2, 4, seed=2)}
     tensors |= {"g": -draw(*(2, *SHAPE, 2), *(() if by_head else (3,)), seed=3).abs() / 8}
@@ -152,6 +167,11 @@ def selective_scan():
 
 def ssd():
     _scans(_ssd)
+
+
+def ssd3():
+    _scans(_ssd3)
+    _scan(_ssd3, orders.raster((1, 0, 2)), 1, final=True, several=True)
 
 
 def gated_linear_attention():
@@ -305,8 +325,8 @@ def _trained(network, shape, axis, dtype=torch.float32, tolerance=1e-5):
 
 
 def networks():
-    """Every mixer that ranks can share, slabs of 12 and 8 rows of 18, the last two rows zeros."""
-    for mixer in SHARED:
+    """Every mixer, slabs of 12 and 8 rows of 18, the last two rows zeros."""
+    for mixer in MIXERS:
         try:
             _trained(_network(mixer=mixer), (18, 8, 12), 0)
         except Exception as error:
@@ -318,7 +338,7 @@ def other_axes():
 
 
 def other_axes_of_every_mixer():
-    for mixer in SHARED:
+    for mixer in MIXERS:
         if mixer != "rwkv":  # its sequence of voxels is cut along the first axis alone
             _along_other_axes(mixer)
 
@@ -385,5 +405,5 @@ def late():
     if slabs.ranks.rank == 1:
         time.sleep(2)
         return
-    with pytest.raises(RankError, match=r"^rank 0 of 2: another rank has ended, or did not answer in time \(.*\)$"):
+    with pytest.raises(RankError, match=r"^rank 0: rank 1 of 2 has ended, or did not answer in time \(.*\)$"):
         slabs.gather(torch.zeros(1, 1, 2, 3, 3))

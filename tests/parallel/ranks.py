@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = ["torch", "medssm.models", "medssm.parallel", "tests.parallel.checks", "tests.segment.dying", "medssm.segment.train"]
 TIMEOUT = 30  # seconds that a rank waits for another one, whose check may have failed
 
 
 def run(count, checks, folder):
     """Run functions of tests.parallel.checks, the same on all ranks; AssertionError says what went wrong first."""
-    mp.set_forkserver_preload(["torch", "medssm.models", "medssm.parallel", "tests.parallel.checks"])
+    mp.set_forkserver_preload(PRELOADED)
     mp.start_processes(_work, (count, str(folder), checks), nprocs=count, start_method="forkserver")
     wrong = [file.read_text() for file in sorted(Path(folder).glob("rank-*"))]
     assert not wrong, "\n".join(wrong)

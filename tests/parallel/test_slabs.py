@@ -12,7 +12,7 @@ from tests.parallel.ranks import run
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/guides/ranks.md"
 
-SCANS = ["selective_scan", "ssd", "gated_linear_attention", "delta_rule", "causal_conv1d", "linear_attention", "selective_scan_nd", "bi_wkv"]
+SCANS = ["selective_scan", "ssd", "ssd3", "gated_linear_attention", "delta_rule", "causal_conv1d", "linear_attention", "selective_scan_nd", "bi_wkv"]
 NETWORKS = ["networks", "deep_supervision", "inference"]
 
 
