@@ -1,13 +1,18 @@
-"""Which GPU backend `auto` asks first, by size: the one table, filled from what bench/gpu.py measures.
+"""Which GPU backend `auto` asks first, by size: the one table.
 
 FIRST[op]: rows (elements, backend) by rising size; the first row that holds a call's first tensor names the backend. The others follow where it
-cannot serve. Not measured yet: an op that has no rows asks CUDA first, whose launches pass through no Python, and Triton where it has no CUDA kernel
-or the compiled library is missing.
+cannot serve. No GPU has measured it yet: bench/gpu.py does. Until then it follows docs/gpu-predicted.md, where both backends of an op are counted.
+An op that has no rows asks CUDA first, whose launches pass through no Python, and Triton where it has no CUDA kernel or the compiled library is
+missing.
 """
 
 from __future__ import annotations
 
-FIRST: dict[str, tuple[tuple[float, str], ...]] = {}
+# Selective scan, counted for sm_90: CUDA 21.3 ps for a token and channel forward, Triton 10.7; backward 52.4 and 26.3. Triton's three launches take
+# some 20 microseconds of Python each (assumed), which these 10.6 ps outweigh from about 2**22 elements on.
+_SCAN = ((2.0**22, "cuda"), (float("inf"), "triton"))
+
+FIRST: dict[str, tuple[tuple[float, str], ...]] = {"selective_scan": _SCAN, "selective_scan_nd": _SCAN}
 
 
 def first(op: str, elements: int) -> str:

@@ -58,8 +58,10 @@ def test_on_a_gpu_the_table_of_thresholds_says_which_backend_is_asked_first(monk
         def __init__(self, elements):
             self.numel = lambda: elements
 
-    assert all(set(thresholds.FIRST) <= set(OPS) and rows[-1][0] == float("inf") for rows in thresholds.FIRST.values())
+    assert set(thresholds.FIRST) <= set(OPS) and all(rows[-1][0] == float("inf") for rows in thresholds.FIRST.values())
     assert dispatch._priority("an op that the table does not name", OnGpu(1)) == dispatch.PRIORITY
+    for op in ("selective_scan", "selective_scan_nd"):  # by the counts of docs/gpu-predicted.md
+        assert [dispatch._priority(op, OnGpu(elements))[:2] for elements in (2**22, 2**23)] == [("cuda", "triton"), ("triton", "cuda")]
     monkeypatch.setitem(thresholds.FIRST, "selective_scan", ((1000, "triton"), (float("inf"), "cuda")))
     assert dispatch._priority("selective_scan", OnGpu(1000)) == ("triton", "cuda", "native", "reference")
     assert dispatch._priority("selective_scan", OnGpu(1001)) == dispatch.PRIORITY
