@@ -263,6 +263,7 @@ CASES = {
         lambda t: t._gated(64, 64, True, t.BF16, False, length=SIDE, heads=2), SIDE, 128, Floor(10), Floor(18), "2 heads of 64, a decay per key"
     ),
     "ssd": Case(lambda t: t._ssd(64, 64, t.BF16, False, length=SIDE, heads=2), SIDE, 128, Floor(6), Floor(10), "2 heads of 64, 64 states"),
+    "ssd3": Case(lambda t: t._ssd3(64, 64, t.BF16, length=SIDE // 4), SIDE // 4, 128, Floor(4), Floor(6), "2 heads of 64, 64 states, one rank"),
     "delta_rule": Case(lambda t: t._delta(64, 64, t.BF16, False, length=SIDE, heads=2), SIDE, 128, Floor(8), Floor(14), "2 heads of 64"),
     "bi_wkv": Case(lambda t: t._bi_wkv("exact", t.BF16, False, length=SIDE), SIDE, 96, Floor(6, 5, 20), Floor(10, 8, 60), "96 channels"),
 }
@@ -311,7 +312,7 @@ PASSES: dict[tuple[str, str], Callable[[dict], list[float]]] = {
     ("bi_wkv", "carry"): _blocks("chunks", "GROUP"),
 }
 # Cases that use the kernels of the matrix states, and those of another case's op.
-MATRIX = {"linear_attention, causal", "gated_linear_attention", "ssd"}
+MATRIX = {"linear_attention, causal", "gated_linear_attention", "ssd", "ssd3"}
 _OWN = {"selective_scan, 128 channels": "selective_scan", "selective_scan, one pass": "selective_scan"}
 
 

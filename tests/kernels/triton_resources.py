@@ -188,6 +188,20 @@ def _ssd(p, n, dtype, options, length=4096, heads=4):
     kernel.backward(x, state if options else None, torch.empty(x.shape) if options else None, *given, sequences)
 
 
+def _ssd3(p, n, dtype, length=4096, heads=2):
+    """ssd3 of one rank with a rotation, by gated linear attention's kernels."""
+    from medssm.kernels.ssd3 import triton as kernel
+
+    x, steps = torch.empty(1, length, heads, p, dtype=dtype), torch.empty(1, length, heads)
+    rows = torch.empty(1, length, 1, 1, n, dtype=dtype)
+    given = {"x": x, "dt": steps, "A": steps, "B": rows, "C": rows, "trap": steps, "angles": torch.empty(1, length, n // 4, dtype=dtype)}
+    given |= dict.fromkeys(("D", "z", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o"))
+    given |= dict.fromkeys(("initial_angle", "initial_state", "initial_k", "initial_v"))
+    walk = {"index": None, "starts": None, "reverse": False, "pairs": "adjacent", "per_rank": False}
+    *_, y = kernel.forward(save=True, final=False, **given, **walk)
+    kernel.backward(dout=x, dangle=None, dstate=None, dk=None, dv=None, y=y, **given, **walk)
+
+
 BF16, FLOAT = torch.bfloat16, torch.float32
 LONG = {"length": 65536, "heads": 2}
 CALLS = {
