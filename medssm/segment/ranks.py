@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from medssm.errors import UserError
 from medssm.parallel import RankError, Slabs, layers, start
+from medssm.parallel.group import is_of_ranks, said
 from medssm.scratch import Scratch, Store
 from medssm.segment.inference import activated, mirrorings, stored_scaling
 from medssm.segment.losses import finest_first
@@ -44,7 +48,8 @@ class Ranks:
 
     def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
         self.networks, self.device = list(networks), device
-        self._words = dist.new_group(backend="gloo", timeout=_IDLE)
+        with said():
+            self._words = dist.new_group(backend="gloo", timeout=_IDLE)
 
     @torch.inference_mode()
     def probabilities(
@@ -76,18 +81,21 @@ class Ranks:
 
     def serve(self) -> None:
         """The other ranks: compute what rank 0 asks for, until it says that this is the end."""
-        while True:
-            said: list[Any] = [None]
-            dist.broadcast_object_list(said, 0, self._words)
-            if said[0] is None:
-                return
+        while (volume := self._told()) is not None:
             with torch.inference_mode():
-                for _ in self._run(said[0], None):
+                for _ in self._run(volume, None):
                     pass
 
     def end(self) -> None:
         """Rank 0: no more volumes."""
-        dist.broadcast_object_list([None], 0, self._words)
+        self._told()
+
+    def _told(self, volume: _Volume | None = None) -> _Volume | None:
+        """What rank 0 says."""
+        word = [volume]
+        with said():
+            dist.broadcast_object_list(word, 0, self._words)
+        return word[0]
 
     def _run(self, volume: _Volume, read: Callable[[slice], Tensor] | None) -> Iterator[tuple[slice, Tensor]]:
         """On rank 0 the rows and the logits (1, classes, rows, y, z) of every slab; on the others nothing."""
@@ -100,7 +108,7 @@ class Ranks:
         rows = [slice(low, min(high, spatial[0])) for low, high in zip(slabs.bounds, slabs.bounds[1:], strict=False)]
         empty = torch.empty(0, device=self.device)
         if read is not None:
-            dist.broadcast_object_list([volume], 0, self._words)
+            self._told(volume)
             sends = [read(some).to(self.device) for some in rows]
         else:
             sends = [empty] * ranks.count
@@ -135,53 +143,82 @@ def ranks(
     """
     device = next(networks[0].parameters()).device
     threads = torch.get_num_threads()
+    others: list[Any] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            others = None
             if "WORLD_SIZE" in os.environ:
                 start(timeout)
                 if dist.get_world_size() != count:
                     raise UserError(f"ranks: expected {dist.get_world_size()}, as torchrun started, got {count}")
             else:
                 torch.set_num_threads(max(1, threads // count))
-                store = f"file://{folder}/store"
-                others = mp.start_processes(
-                    _serve, (count, store, timeout, torch.get_num_threads(), load, arguments), nprocs=count - 1, join=False, start_method="spawn"
-                )
-                dist.init_process_group("gloo", init_method=store, rank=0, world_size=count, timeout=timedelta(seconds=timeout))
+                given = (count, folder, timeout, torch.get_num_threads(), load, arguments, os.getpid())
+                others = mp.start_processes(_serve, given, nprocs=count - 1, join=False, start_method="spawn").processes
+                _join(folder, 0, count, timeout, lambda: next((i + 1 for i, other in enumerate(others) if not other.is_alive()), None))
             every = Ranks(networks, device)
             yield every
             every.end()
-            if others is not None:
-                others.join()
-    except (RankError, dist.DistError) as error:
-        raise UserError(f"ranks: {error}") from error
+            for other in others:
+                other.join(timeout)
+    except RuntimeError as error:
+        if not is_of_ranks(error):
+            raise
+        raise UserError(f"ranks: {error}: the cases that were written stay, --skip-existing goes on after them") from error
     finally:
+        for other in others:
+            other.kill()  # it may be stopped
         torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def joined(load: Callable[..., list[nn.Module]], arguments: tuple[Any, ...], timeout: float) -> bool:
-    """Whether this process is another rank than 0 of torchrun's; it has then served rank 0 to the end."""
+    """Whether this process is another rank than 0 of torchrun's; it has then served rank 0 to the end.
+
+    Raises UserError, or where another rank says it SystemExit, if a rank ends or is late.
+    """
     if int(os.environ.get("RANK", 0)) == 0:
         return False
     start(timeout)
-    _serve_all(load(*arguments))
+    try:
+        _serve_all(load(*arguments))
+    except RankError as error:
+        if not error.first:
+            raise SystemExit(2) from error
+        raise UserError(f"ranks: {error}") from error
     return True
 
 
 def _serve(
-    index: int, count: int, store: str, timeout: float, threads: int, load: Callable[..., list[nn.Module]], arguments: tuple[Any, ...]
+    index: int, count: int, folder: str, timeout: float, threads: int, load: Callable[..., list[nn.Module]], arguments: tuple[Any, ...], first: int
 ) -> None:
+    """Another process of this machine. first: the process of rank 0, which ends this one where it fails itself."""
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=store, rank=index + 1, world_size=count, timeout=timedelta(seconds=timeout))
-    _serve_all(load(*arguments))
+    try:
+        networks = load(*arguments)
+        _join(folder, index + 1, count, timeout, lambda: None if os.getppid() == first else 0)
+        _serve_all(networks)
+    except (RankError, KeyboardInterrupt) as error:  # torch.multiprocessing interrupts it when rank 0 has ended
+        if isinstance(error, RankError) and error.first:
+            print(f"ranks: {error}", file=sys.stderr)
+        elif os.getppid() != first:
+            print(f"ranks: rank {index + 1}: rank 0 of {count} has ended", file=sys.stderr)
+        os._exit(2)
+
+
+def _join(folder: str, rank: int, count: int, timeout: float, ended: Callable[[], int | None]) -> None:
+    """Begin the group when all ranks have loaded their networks. ended: a rank whose process has ended, or None."""
+    Path(folder, f"ready-{rank}").touch()
+    while not all(Path(folder, f"ready-{q}").exists() for q in range(count)):
+        gone = ended()
+        if gone is not None:
+            raise RankError(f"rank {rank}: rank {gone} of {count} has ended")
+        time.sleep(0.02)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
 
 
 def _serve_all(networks: list[nn.Module]) -> None:
-    with contextlib.suppress(RankError, RuntimeError):  # rank 0 has ended; it says why
-        Ranks(networks, next(networks[0].parameters()).device).serve()
+    Ranks(networks, next(networks[0].parameters()).device).serve()
     dist.destroy_process_group()
 
 

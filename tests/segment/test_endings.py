@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from tests.parallel.ranks import PRELOADED
 from tests.segment.dying import member
-from tests.segment.synthetic import nnunet_folder
+from tests.segment.synthetic import nnunet_folder, volume, write
+from tests.segment.test_stream import weights
 from tests.segment.test_train import COMMAND, records
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -71,3 +74,24 @@ def test_a_training_goes_on_where_it_was(rank, tmp_path):
     assert status == 0, said
     first, second = ([record["loss"] for record in records(folder) if "loss" in record][-1] for folder in (out, tmp_path / "whole"))
     assert first == second
+
+
+@MARKED
+@pytest.mark.parametrize("how", [(1, "SIGKILL"), (1, "SIGSTOP")])
+def test_a_prediction_ends_when_another_process_does(how, tmp_path):
+    (tmp_path / "run").mkdir()
+    weights(tmp_path / "run")
+    for name in ("a", "b"):
+        write(tmp_path / "scans" / f"{name}.nii.gz", volume(7, (37, 8, 8))[0][..., 0])
+    words = ["predict", tmp_path / "run", tmp_path / "scans", tmp_path / "out", "--ranks", 2, "--rank-timeout", 10]
+    status, said = ended((*how, 2), words)
+    assert status
+    line = the_line(said, "medssm predict: ranks: ")
+    assert f"rank {how[0]} of 2 has ended" in line
+    left = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "a.nii.gz" in left and "b.nii.gz" not in left
+    assert left <= {"a.nii.gz", "volumes.csv"} and line.endswith("--skip-existing goes on after them")
+    assert np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj).shape == (37, 8, 8)
+    status, said = ended((), [*words, "--skip-existing"])
+    assert status == 0, said
+    assert (tmp_path / "out" / "b.nii.gz").exists()
