@@ -140,14 +140,14 @@ def parameters(network):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("kinds", [("channels",), ("states", "heads"), ("channels", "states", "heads")])
 def test_the_cut_network_is_the_whole_one_with_zeros(name, kinds):
-    network, x = network_of(name)
+    network, x = (part.double() for part in network_of(name))  # float32 adds fewer numbers in another order: up to 1e-4 apart
     generator = torch.Generator().manual_seed(1)
     kept = {group.name: some(group, generator) for group in groups_of(network, 2).all if group.kind in kinds}
     small = copy.deepcopy(network)
     groups_of(small, 2).cut(kept)
     assert not kept or parameters(small) < parameters(network)
     for found, wanted in zip(outputs(small, x), outputs(zeroed(network, kept), x), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, wanted, atol=1e-12 * float(wanted.abs().max()), rtol=0)
 
 
 def outputs(network, x):
