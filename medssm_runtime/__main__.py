@@ -1,4 +1,4 @@
-"""python -m medssm_runtime MODEL SCAN [SCAN ...] LABELS"""
+"""python -m medssm_runtime MODEL SCAN [SCAN ...] LABELS, and with a classifier MODEL IMAGE [IMAGE ...] FOUND.csv"""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from medssm_runtime import UserError, __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a case failed, 2 for a user's error, 130 for an interrupt."""
-    parser = argparse.ArgumentParser("python -m medssm_runtime", description="Segment NIfTI files by an exported network, without PyTorch.")
+    about = "Segment NIfTI files, or classify images, by an exported network, without PyTorch."
+    parser = argparse.ArgumentParser("python -m medssm_runtime", description=about)
     parser.add_argument("model", type=Path, help="FILE.onnx or FILE.xml, written by medssm export")
     parser.add_argument(
-        "scans", type=Path, nargs="+", help="NIfTI files, or folders of them; a scan's channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ..."
+        "scans",
+        type=Path,
+        nargs="+",
+        help="NIfTI files, or folders of them; a scan's channels are CASE_0000.nii.gz, CASE_0001.nii.gz, ...; a classifier takes PNG and JPEG too",
     )
-    parser.add_argument("labels", type=Path, help="file for one case, else a folder for CASE.nii.gz")
+    parser.add_argument("out", type=Path, help="file for one case, else a folder for CASE.nii.gz; of a classifier FILE.csv")
     parser.add_argument("--threads", type=int, help="of the engine (default: its own choice)")
     parser.add_argument("--overlap", type=float, help="of neighbouring windows, 0 to less than 1 (default: what the file says)")
     parser.add_argument(
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from medssm_runtime import predict
 
-        result = predict(given.pop("model"), given.pop("scans"), given.pop("labels"), **given)
+        result = predict(given.pop("model"), given.pop("scans"), given.pop("out"), **given)
     except UserError as error:
         print(f"medssm_runtime: {error}", file=sys.stderr)
         return 2
@@ -52,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result, indent=2))
     elif not given["quiet"]:
         seconds = result["seconds"]
-        print(f"{len(result['cases'])} case(s): {', '.join(f'{what} {value:.2f} s' for what, value in seconds.items())}")
+        done = f"{len(result['images'])} image(s)" if "images" in result else f"{len(result['cases'])} case(s)"
+        print(f"{done}: {', '.join(f'{what} {value:.2f} s' for what, value in seconds.items())}")
     for line in result["failed"].values():
         print(f"medssm_runtime: {line}", file=sys.stderr)
     return int(bool(result["failed"]))

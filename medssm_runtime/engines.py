@@ -13,14 +13,15 @@ import numpy as np
 
 from medssm_runtime import onnx_file
 from medssm_runtime.errors import UserError, first_line
-from medssm_runtime.settings import KEY, Settings, parse
+from medssm_runtime.settings import KEY, ClassSettings, Settings, parse
 
-Run: TypeAlias = "Callable[[np.ndarray], np.ndarray]"  # images (batch, channels, *patch), float32 -> logits (batch, outputs, *patch)
+# Images (batch, channels, *patch), float32 -> logits (batch, outputs, *patch), of a classifier (batch, classes).
+Run: TypeAlias = "Callable[[np.ndarray], np.ndarray]"
 
 LIBRARY = "libmedssm_onnx" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
-def open_network(path: Path, threads: int | None, ops: Path | None) -> tuple[Settings, Run]:
+def open_network(path: Path, threads: int | None, ops: Path | None) -> tuple[Settings | ClassSettings, Run]:
     """The settings of an exported file, and what runs its network.
 
     Args:
@@ -39,7 +40,7 @@ def open_network(path: Path, threads: int | None, ops: Path | None) -> tuple[Set
     return kinds[path.suffix.lower()](path, threads, ops)
 
 
-def _onnxruntime(path: Path, threads: int | None, ops: Path | None) -> tuple[Settings, Run]:
+def _onnxruntime(path: Path, threads: int | None, ops: Path | None) -> tuple[Settings | ClassSettings, Run]:
     settings = parse(onnx_file.metadata(path, KEY), path)
     engine = _engine("onnxruntime", path)
     options = engine.SessionOptions()
@@ -68,7 +69,7 @@ def _onnxruntime(path: Path, threads: int | None, ops: Path | None) -> tuple[Set
     return settings, run
 
 
-def _openvino(path: Path, threads: int | None, ops: Path | None) -> tuple[Settings, Run]:
+def _openvino(path: Path, threads: int | None, ops: Path | None) -> tuple[Settings | ClassSettings, Run]:
     if ops:
         raise UserError(f"ops: expected a file of ONNX with it, got {path}: OpenVINO's files need no operators of medssm")
     engine = _engine("openvino", path)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from medssm_runtime import postprocess
+from medssm_runtime.classifier import Classifier
 from medssm_runtime.engines import Run, open_network
 from medssm_runtime.errors import UserError
 from medssm_runtime.geometry import at_spacing, edges_of, from_ras, resampled, to_ras
-from medssm_runtime.settings import Settings
+from medssm_runtime.settings import ClassSettings, Settings
 from medssm_runtime.windows import probabilities
 
 _APART = 50  # times: scans whose spacings differ by more were not measured in one unit
@@ -71,8 +72,8 @@ class Network:
         return postprocess.processed(from_ras(labels, affine), how.postprocessing, how.structures, voxel_ml)
 
 
-def load(model: Path | str, *, threads: int | None = None, ops: Path | str | None = None) -> Network:
-    """Open an exported network.
+def load(model: Path | str, *, threads: int | None = None, ops: Path | str | None = None) -> Network | Classifier:
+    """Open an exported network: one that segments, or one that classifies.
 
     Args:
         model: FILE.onnx (ONNX Runtime) or FILE.xml (OpenVINO), written by medssm export
@@ -85,4 +86,4 @@ def load(model: Path | str, *, threads: int | None = None, ops: Path | str | Non
     if threads is not None and threads < 1:
         raise UserError(f"threads: expected 1 or more, got {threads}")
     settings, run = open_network(Path(model), threads, None if ops is None else Path(ops))
-    return Network(Path(model), settings, run)
+    return Classifier(Path(model), settings, run) if isinstance(settings, ClassSettings) else Network(Path(model), settings, run)

@@ -80,8 +80,10 @@ def _has_all(file: Path, channels: int) -> bool:
     return False
 
 
-def read(case: Case, channels: int) -> tuple[np.ndarray, np.ndarray, Any]:
+def read(case: Case, channels: int | None) -> tuple[np.ndarray, np.ndarray, Any]:
     """A case's channels (c, x, y, z) in float32, the affine in millimetres, and nibabel's image of the first file. A plane becomes (c, x, y, 1).
+
+    channels: their number; None takes any.
 
     Raises UserError if a file cannot be read, has another number of channels, lies on another grid, or holds voxels that are not finite or all equal.
     """
@@ -105,14 +107,19 @@ def read(case: Case, channels: int) -> tuple[np.ndarray, np.ndarray, Any]:
             raise UserError(f"{file}: truncated or corrupt ({first_line(error)})") from error
         parts.append(np.moveaxis(data, -1, 0))
     found = np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])
-    if len(found) != channels:
+    if channels is not None and len(found) != channels:
         raise UserError(f"{case.files[0]}: expected {channels} channel(s), got {len(found)}")
+    check_values(found, case.files[0])
+    return found, affine, first
+
+
+def check_values(found: np.ndarray, file: Path) -> None:
+    """UserError where voxels are not finite, or all equal."""
     low, high = found.min(), found.max()
     if not np.isfinite([low, high]).all():
-        raise UserError(f"{case.files[0]}: {int((~np.isfinite(found)).sum())} voxel(s) are not finite (NaN or infinite)")
+        raise UserError(f"{file}: {int((~np.isfinite(found)).sum())} voxel(s) are not finite (NaN or infinite)")
     if low == high:
-        raise UserError(f"{case.files[0]}: every voxel of the image is {low:g}")
-    return found, affine, first
+        raise UserError(f"{file}: every voxel of the image is {low:g}")
 
 
 def _open(path: Path) -> Any:
@@ -164,6 +171,8 @@ def targets(cases: Sequence[Case], out: Path, overwrite: bool) -> dict[str, Path
 
     Raises UserError where `out` is one file for several cases, or a file would be lost: one that is read, or one of other origin without `overwrite`.
     """
+    if out.suffix.lower() == ".csv":
+        raise UserError(f"out: a CSV is what a classifier writes, and the network segments: expected {' or '.join(ENDINGS)} or a folder, got {out}")
     if _ending(out) and not out.is_dir():
         if len(cases) != 1:
             raise UserError(f"out: expected a folder for {len(cases)} case(s), got the file {out}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,30 @@ class Settings:
         return {name: ((value,), value) for name, value in self.classes.items() if value}
 
 
-def parse(text: str | None, path: Path) -> Settings:
+@dataclass(frozen=True)
+class ClassSettings:
+    """Of a classifier. All axes are RAS.
+
+    channels     as `Settings` has them
+    classes      their names, in the order of the outputs
+    shape        voxels that every image is brought to, an entry for each of the network's axes
+    sizes        how: "resize", or "pad" (padded and cropped about the middle)
+    spacing      millimetres along x, y and z that an image is resampled to before; None leaves its own
+    temperature  that the network divides its logits by; None where none was fitted, so that the probabilities are not calibrated
+    custom_ops   as `Settings` has it
+    """
+
+    model: str
+    channels: tuple[dict[str, Any], ...]
+    classes: tuple[str, ...]
+    shape: tuple[int, ...]
+    sizes: str
+    spacing: tuple[float, ...] | None
+    temperature: float | None
+    custom_ops: dict[str, Any] | None
+
+
+def parse(text: str | None, path: Path) -> Settings | ClassSettings:
     """The settings in the file `path`. Raises UserError where it carries none, those of another schema, or damaged ones."""
     if not text:
         raise UserError(f"{path}: nothing in it says how a scan is prepared: expected a file of medssm export")
@@ -88,8 +112,8 @@ def parse(text: str | None, path: Path) -> Settings:
     if schema != SCHEMA:
         raise UserError(f"{path}: its metadata have the schema {schema}, this medssm_runtime reads {SCHEMA}: install the version of the export")
     try:
-        return _checked(table)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return _READERS[table.get("task", "segment")](table)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a task that is not known here too
         what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}: its metadata {KEY!r} are damaged: {what}") from error
 
@@ -112,9 +136,8 @@ def _checked(table: dict[str, Any]) -> Settings:
         postprocessing={str(name): dict(steps) for name, steps in table["postprocessing"].items()},
         custom_ops=None if table["custom_ops"] is None else dict(table["custom_ops"]),
     )
-    numbers = [channel[key] for channel in found.channels if channel["scheme"] in ("ct", "picture") for key in ("low", "high", "mean", "deviation")]
     checks = {
-        "channels": bool(found.channels) and all(channel["scheme"] in _SCHEMES for channel in found.channels) and all(map(math.isfinite, numbers)),
+        "channels": _are_channels(found.channels),
         "classes": len(found.classes) > 1 and len({*found.classes.values()}) == len(found.classes),
         "regions": len(found.written) == len(found.regions) and {0, *found.written} <= {*found.classes.values()},
         "spacing": len(found.spacing) == 3 and all(0 <= edge < math.inf for edge in found.spacing),
@@ -125,7 +148,43 @@ def _checked(table: dict[str, Any]) -> Settings:
         "postprocessing": found.postprocessing.keys() <= found.structures.keys()
         and all(step in _STEPS for steps in found.postprocessing.values() for step in steps),
     }
+    _check(table, checks)
+    return found
+
+
+def _checked_classifier(table: dict[str, Any]) -> ClassSettings:
+    spacing, temperature = table["spacing"], table["temperature"]
+    found = ClassSettings(
+        model=str(table["model"]),
+        channels=tuple(dict(channel) for channel in table["channels"]),
+        classes=tuple(map(str, table["classes"])),
+        shape=tuple(map(int, table["shape"])),
+        sizes=str(table["sizes"]),
+        spacing=None if spacing is None else tuple(map(float, spacing)),
+        temperature=None if temperature is None else float(temperature),
+        custom_ops=None if table["custom_ops"] is None else dict(table["custom_ops"]),
+    )
+    checks = {
+        "channels": _are_channels(found.channels),
+        "classes": len(found.classes) > 1 and len({*found.classes}) == len(found.classes),
+        "shape": len(found.shape) == table["spatial_dims"] in (2, 3) and min(found.shape) > 0,
+        "sizes": found.sizes in ("resize", "pad"),
+        "spacing": found.spacing is None or (len(found.spacing) == 3 and all(0 < edge < math.inf for edge in found.spacing)),
+        "temperature": found.temperature is None or 0 < found.temperature < math.inf,
+    }
+    _check(table, checks)
+    return found
+
+
+def _are_channels(channels: tuple[dict[str, Any], ...]) -> bool:
+    numbers = [channel[key] for channel in channels if channel["scheme"] in ("ct", "picture") for key in ("low", "high", "mean", "deviation")]
+    return bool(channels) and all(channel["scheme"] in _SCHEMES for channel in channels) and all(map(math.isfinite, numbers))
+
+
+def _check(table: dict[str, Any], checks: dict[str, bool]) -> None:
     for entry, right in checks.items():
         if not right:
             raise ValueError(f"{entry}: unexpected {table[entry]!r}")
-    return found
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Settings | ClassSettings]] = {"segment": _checked, "classify": _checked_classifier}

@@ -17,20 +17,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from medssm.classify import calibration, report
-from medssm.classify.figures import FIGURES, confusion, figures
+from medssm.classify.figures import FIGURES
 from medssm.classify.folds import split
 from medssm.classify.images import Fitted, Images, Sizes, fit
 from medssm.classify.loss import WeightedEntropy, balanced_weights
-from medssm.classify.predictions import write_predictions
 from medssm.classify.samples import Samples
+from medssm.classify.scores import WRITTEN, save, scored
 from medssm.classify.start import Start, teacher_for
 from medssm.classify.table import Columns, Sample, classes_of, load_samples
 from medssm.classify.validation import Validation
 from medssm.errors import UserError
-from medssm.files import write_json
 from medssm.models import list_models, model_facts
 from medssm.segment import curves, networks, runs
 from medssm.segment.data import FITTED
@@ -44,10 +43,8 @@ from medssm.segment.runs import CURVES, REPORT
 from medssm.segment.train import axes_to_mirror, fabric_for, optimizer_for, workers_for
 from medssm.tasks import CLASSIFY
 
-PREDICTIONS, SCORES = "predictions.csv", "figures.json"
 _STEPS, _LEARNING_RATES = 1000, {"adamw": 1e-3, "sgd": 1e-2}
 _BATCH = {2: 32, 3: 4}
-_WRITTEN = (calibration.CALIBRATION, SCORES, PREDICTIONS)
 _CURVES = ("loss (cross-entropy)", "balanced accuracy of the held-out images")
 
 
@@ -174,7 +171,7 @@ def train(
     out = Path(out)
     if task != CLASSIFY:
         raise UserError(f"task: expected classify, got {task!r} (medssm.segment.train trains a network that segments)")
-    before = runs.finished(out, reads=(dataset,), written=_WRITTEN, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
+    before = runs.finished(out, reads=(dataset,), written=WRITTEN, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
     if before:
         return before
     begun = Start.of(Path(start)) if isinstance(start, (str, Path)) else start
@@ -288,7 +285,7 @@ def train(
     name = config["model"] or config["class"]
     arguments |= {"model": name, "max_steps": max_steps, "batch": batch, "lr": lr, "start": None if isinstance(start, Start) else start}
     cases = {"training": _files(training), "validation": _files(held_out)}
-    runs.begin(loop, arguments, cases, resume=resume, written=_WRITTEN)
+    runs.begin(loop, arguments, cases, resume=resume, written=WRITTEN)
     if fabric.is_global_zero:
         fitted.save(out / FITTED)
 
@@ -317,14 +314,12 @@ def train(
     if found:
         temperatures = {"last": calibration.temperature(validate.logits, validate.labels)}
         temperatures["best"] = temperatures["last"] if loop.best["step"] == loop.done.step else _of_best(out, network, validate)
-        raw, calibrated, scores = _scored(held_out, validate.logits, validate.labels, seed)
-        result |= {"temperature": temperatures["last"], **scores}
+        scores = scored(held_out, validate.logits, validate.labels, seed)
+        raw, calibrated = scores.raw, scores.calibrated
+        result |= {"temperature": temperatures["last"], **scores.table}
     if fabric.is_global_zero:
         if found:
-            calibration.save(out / calibration.CALIBRATION, temperatures, len(held_out), result["validation_groups"])
-            write_json(out / SCORES, {key: result[key] for key in ("classes", "figures", "uncalibrated", "confusion", "temperature")})
-            absolute = [dataclasses.replace(sample, path=sample.path.resolve()) for sample in held_out]
-            write_predictions(out / PREDICTIONS, absolute, calibrated, fitted.classes)
+            save(out, scores, held_out, fitted.classes, temperatures)
         loop.log({"finished": result})
         networks.save(out, loop.trained, config)
         (out / CHECKPOINT).unlink(missing_ok=True)
@@ -353,17 +348,6 @@ def described(values: Mapping[str, Mapping[str, float | None]]) -> str:
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         parts.append(f"{name} {'-' if value is None else f'{value:.3f}'}{interval}")
     return ", ".join(parts)
-
-
-def _scored(held_out: Sequence[Sample], logits: Tensor, labels: Tensor, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """(probabilities at temperature 1, those at the temperature of the other half, the figures of both)."""
-    groups, truth = [sample.unit for sample in held_out], labels.tolist()
-    raw = calibration.scaled(logits, 1.0)
-    halves = calibration.cross_scaled(logits, labels, groups, seed)
-    calibrated = raw if halves is None else halves
-    uncalibrated = {key: value["value"] for key, value in figures(truth, raw, ["one"] * len(truth)).items()}
-    table = confusion(labels.numpy(), calibrated.argmax(1), logits.shape[1])
-    return raw, calibrated, {"figures": figures(truth, calibrated, groups, seed), "uncalibrated": uncalibrated, "confusion": table}
 
 
 def _of_best(out: Path, network: nn.Module, validate: Validation) -> float:

@@ -20,7 +20,7 @@ from medssm.files import disk_error, make_folder, read_json, write_json
 from medssm.segment import networks, runs
 from medssm.segment.loop import CHECKPOINT, Interrupted
 from medssm.segment.networks import BEST, CONFIG, WEIGHTS
-from medssm.segment.runs import ARGUMENTS
+from medssm.segment.runs import ARGUMENTS, REPORT
 from medssm.segment.uncertainty import conformal
 
 _SHARE_OF_STEPS = 0.5  # of the run's own, where nothing else is said
@@ -49,7 +49,8 @@ def compress(
 ) -> dict[str, Any]:
     """Make a trained network smaller: prune it, write its layers in low rank, train it further, compute it in 8 bits, in this order, as far as asked.
 
-    OUT is then a folder like that of any training, of a network that segments or of a classifier: predict takes it. It is written whole or not.
+    OUT is then a folder like that of any training, of a network that segments or of a classifier: predict takes it. It is written whole or not. Of a
+    classifier in 8 bits the held-out images are classified anew: its temperature, figures and predictions are its own.
 
     Args: Data
         run: folder of a finished training, or one that this command wrote
@@ -74,7 +75,7 @@ def compress(
 
     Returns:
         {"out", "model", "steps": kinds of what was done, "before", "after": {"parameters", "multiply_adds", "file"}, "validation", "score": what its
-        mean is}
+        mean is, "measured": whether that is of the network as it is now, or of the one before 8 bits and folded norms}
 
     Raises:
         UserError: for what the user can mend.
@@ -116,16 +117,21 @@ def compress(
             source.untrained(start, work)
         if fold_norms or int8:
             start = _for_inference(work, start, source.example.ndim - 2, fold_norms, [image for image, _ in patches] if int8 else None)
+        measured = source.measure(work, start.network) if int8 and source.measure else {}
+        if measured:
+            (work / REPORT).unlink(missing_ok=True)  # of the network as it was
+        validation = {**finished(work), **measured}["validation"]
         result = {
             "out": str(out),
             "model": start.config["model"],
             "steps": [step["kind"] for step in start.config["compression"]],
             "before": _size(source.start, run, source.example),
             "after": _size(start, work, source.example),
-            "validation": finished(work)["validation"],
+            "validation": validation,
             "score": source.score,
+            "measured": bool(validation) and (bool(measured) or not (fold_norms or int8)),
         }
-        _settle(work, out, result)
+        _settle(work, out, result, measured)
     except Interrupted:
         raise  # what was learnt stays in `work`, for resume
     except BaseException as error:
@@ -144,7 +150,7 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         before, after = result["before"][key], result["after"][key]
         print(f"{name:<24} {before:>16,} -> {after:>16,}  ({after / before:.2f})")
     if result["validation"]:
-        later = ", before 8 bits and folded norms" if result["steps"][-1] in ("fold", "int8") else ""
+        later = "" if result["measured"] else ", before 8 bits and folded norms"
         print(f"{result['score']} {result['validation']['mean']:.3f}{later}")
     print(f"written: {result['out']}")
 
@@ -192,11 +198,11 @@ def _size(start: Start, folder: Path, example: Tensor) -> dict[str, int]:
     }
 
 
-def _settle(work: Path, out: Path, result: Mapping[str, Any]) -> None:
-    """Make the folder `out`, with its own name in its files."""
+def _settle(work: Path, out: Path, result: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+    """Make the folder `out`, with its own name in its files, and with what was measured in place of what its training returned."""
     written = yaml.safe_load((work / ARGUMENTS).read_text(encoding="utf-8"))
     runs.save_arguments(work / ARGUMENTS, {**written, "out": out})
-    add_end(work, {**finished(work), "out": str(out), "parameters": result["after"]["parameters"]})
+    add_end(work, {**finished(work), **measured, "out": str(out), "parameters": result["after"]["parameters"]})
     write_json(work / _RESULT, result)
     if out.is_dir():
         out.rmdir()

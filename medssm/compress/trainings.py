@@ -15,11 +15,13 @@ import yaml
 from torch import Tensor, nn
 
 from medssm import tasks
-from medssm.classify import calibration, folds, samples, table
+from medssm.classify import calibration, folds, samples, scores, table
 from medssm.classify import start as classifiers
 from medssm.classify import train as classifying
+from medssm.classify.figures import recalls
 from medssm.classify.images import Images
 from medssm.classify.loss import WeightedEntropy
+from medssm.classify.validation import logits_of
 from medssm.compress import factorize as low_ranks
 from medssm.compress import prune as pruning
 from medssm.errors import UserError
@@ -54,6 +56,8 @@ class Training:
     train      the function that trains such a network
     of_run     files of its folder that a network made of it has too
     of_network files of its folder that say something of the network as it was
+    measure    (folder, network) -> what a training returns of the held-out images, for this network, and the folder's files about them; None where
+               that takes another command
     """
 
     run: Path
@@ -68,6 +72,7 @@ class Training:
     train: Callable[..., dict[str, Any]]
     of_run: Sequence[str]
     of_network: Sequence[str]
+    measure: Callable[[Path, nn.Module], dict[str, Any]] | None = None
 
     @classmethod
     def read(cls, run: Path, data: Path | None, seed: int) -> Training:
@@ -153,6 +158,20 @@ def _classifier(run: Path, recipe: dict[str, Any], dataset: Path, seed: int) -> 
         labels = [fitted.classes.index(str(sample.label)) for sample in some]
         return _pairs(samples.Samples(Images(some, fitted, recipe["nan"]), labels, seed=seed, augment=False), count)
 
+    def measure(folder: Path, network: nn.Module) -> dict[str, Any]:
+        if not sides[1]:
+            return {}
+        images = Images(sides[1], fitted, recipe["nan"])
+        labels = torch.tensor([fitted.classes.index(str(sample.label)) for sample in sides[1]])
+        logits = logits_of(network.eval(), images, range(len(images)), torch.device("cpu"))
+        temperature = calibration.temperature(logits, labels)
+        found = scores.scored(sides[1], logits, labels, recipe["seed"])
+        scores.save(folder, found, sides[1], fitted.classes, {"last": temperature})
+        recall = recalls(labels.numpy(), logits.argmax(1).numpy(), fitted.classes)
+        mean = sum(recall.values()) / len(recall)
+        best = {"step": finished(folder)["steps"], "mean": mean}
+        return {"validation": {**recall, "mean": mean}, "best": best, "temperature": temperature, **found.table}
+
     return Training(
         run,
         start,
@@ -166,6 +185,7 @@ def _classifier(run: Path, recipe: dict[str, Any], dataset: Path, seed: int) -> 
         classifying.train,
         (),
         (calibration.CALIBRATION,),
+        measure,
     )
 
 

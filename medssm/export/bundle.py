@@ -28,6 +28,7 @@ from torch import nn
 
 import medssm
 import medssm_runtime.postprocess
+from medssm.classify.images import Fitted as Classifies
 from medssm.errors import UserError
 from medssm.export.metadata import read_run
 from medssm.files import disk_error, write_bytes, write_json
@@ -71,6 +72,8 @@ def export_bundle(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out: expected a new folder, {out} exists")
     fitted, config = read_run(run)
+    if isinstance(fitted, Classifies):
+        raise UserError(f"run: {run} classifies: a bundle takes networks that segment; medssm export onnx, openvino and aoti take this one")
     if config.get("compression"):
         raise UserError(f"run: {run}: compressed, and a bundle builds its network by name alone: export the run that it was made of")
     network, kwargs = _with_one_output(networks.load(run), config, fitted)

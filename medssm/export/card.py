@@ -50,10 +50,6 @@ def card(file: Path, run: Path, table: Mapping[str, Any], *, license: Path | str
     """The text of the card, in Markdown; arguments as `write`."""
     structures = ", ".join(table["regions"]["values"] if table["regions"] else [name for name, value in table["classes"].items() if value])
     channels = ", ".join(channel["name"] for channel in table["channels"])
-    files = "\n".join(f"| {part.name} | {part.stat().st_size / 2**20:.1f} MiB | {sha256(part)} |" for part in _parts(file))
-    ops = table["custom_ops"]
-    needs = f"the operators {ops['domain']}, version {ops['version']}, of medssm" if ops else "an inference engine, no operators of medssm"
-    compressed = ", ".join(_STEPS.get(kind, kind) for kind in table["compression"]) or "no"
     scaled = "; ".join(f"{channel['name']} {SCHEMES[channel['scheme']]}" for channel in table["channels"])
     spacing = " x ".join(f"{edge:.3g}" if edge else "the image's own" for edge in table["spacing"])
     values = ", ".join(f"{value} {name}" for name, value in table["classes"].items())
@@ -61,17 +57,7 @@ def card(file: Path, run: Path, table: Mapping[str, Any], *, license: Path | str
 
 Segments {structures} in {len(table["spacing"]) if table["spatial_dims"] == 3 else "slices of 3"}D images of {channels}. **Not a medical device.**
 
-| file | size | SHA-256 |
-|---|---|---|
-{files}
-
-| | |
-|---|---|
-| network | {table["model"]}, {table["spatial_dims"]}D, windows of {" x ".join(map(str, table["patch"]))} voxels |
-| compressed | {compressed} |
-| weights | {table["weights"]["file"]}, SHA-256 {table["weights"]["sha256"]} |
-| needs | {needs} |
-| written by | medssm {table["medssm"]}, torch {torch.__version__.partition("+")[0]} |
+{described_file(file, table, f"windows of {' x '.join(map(str, table['patch']))} voxels")}
 
 ## Intended use
 Research on {structures} in images of {channels} like those that it was trained on. It is not a medical device: nobody has assessed or approved it
@@ -91,11 +77,30 @@ Images are turned to RAS, resampled to {spacing} mm and scaled: {scaled}. Labels
 {_LIMITS}
 
 ## Licence of the weights
-{_licence(license)}
+{licence(license)}
 """
 
 
-def _parts(file: Path) -> list[Path]:
+def described_file(file: Path, table: Mapping[str, Any], sees: str) -> str:
+    """Two tables: the files with their hashes, and what network is in them. sees: what the network takes at a time."""
+    files = "\n".join(f"| {part.name} | {part.stat().st_size / 2**20:.1f} MiB | {sha256(part)} |" for part in parts(file))
+    ops = table["custom_ops"]
+    needs = f"the operators {ops['domain']}, version {ops['version']}, of medssm" if ops else "an inference engine, no operators of medssm"
+    compressed = ", ".join(_STEPS.get(kind, kind) for kind in table["compression"]) or "no"
+    return f"""| file | size | SHA-256 |
+|---|---|---|
+{files}
+
+| | |
+|---|---|
+| network | {table["model"]}, {table["spatial_dims"]}D, {sees} |
+| compressed | {compressed} |
+| weights | {table["weights"]["file"]}, SHA-256 {table["weights"]["sha256"]} |
+| needs | {needs} |
+| written by | medssm {table["medssm"]}, torch {torch.__version__.partition("+")[0]} |"""
+
+
+def parts(file: Path) -> list[Path]:
     """The file, and what belongs to it: OpenVINO's weights, ONNX's external data."""
     beside = [file.with_suffix(".bin")] if file.suffix == ".xml" else [file.with_name(f"{file.name}.data")]
     return [file, *(part for part in beside if part.is_file())]
@@ -118,8 +123,7 @@ def _counted(cases: list[dict[str, Any]]) -> str:
 
 def _validation(run: Path, table: Mapping[str, Any]) -> str:
     """The Dice that the folder of the training has, with what it is."""
-    ends = [line["finished"] for line in read_json_lines(run / LOG) if "finished" in line] if (run / LOG).is_file() else []
-    finished = ends[-1] if ends else {}
+    finished = finished_training(run)
     dice = finished.get("validation")
     if not dice:
         return "Not measured: no case was held out, or the folder of the training does not say."
@@ -138,7 +142,14 @@ cases. These are no figures of other data.
 {rows}"""
 
 
-def _licence(path: Path | str | None) -> str:
+def finished_training(run: Path) -> dict[str, Any]:
+    """What the training of a folder returned; nothing where its log does not say."""
+    ends = [line["finished"] for line in read_json_lines(run / LOG) if "finished" in line] if (run / LOG).is_file() else []
+    return ends[-1] if ends else {}
+
+
+def licence(path: Path | str | None) -> str:
+    """The text of a licence. Raises UserError where it cannot be read."""
     if path is None:
         return _NO_LICENCE
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Finest(nn.Module):
                 module.integers = False
 
     def forward(self, image: Tensor) -> Tensor:
-        """(b, c, *spatial) -> (b, classes, *spatial)."""
+        """(b, c, *spatial) -> (b, classes, *spatial), or of a classifier (b, classes)."""
         output = self.network(image)
         if isinstance(output, Tensor):
             return output.select(1, 0) if output.dim() == image.dim() + 1 else output
@@ -49,28 +49,49 @@ class Finest(nn.Module):
         return finest
 
 
+class Tempered(nn.Module):
+    """A classifier's logits over its temperature: their softmax is what `medssm predict` gives."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(b, c, *spatial) -> (b, classes)."""
+        logits: Tensor = self.network(image) / self.temperature
+        return logits
+
+
 class Shapes(NamedTuple):
-    """Of images (b, c, *spatial): what a network is traced with, and what the file is checked with."""
+    """Of images (b, c, *spatial): what a network is traced with, what the file is checked with, and whether sizes are free; the batch always is."""
 
     traced: Shape
     checked: tuple[Shape, Shape]
+    free: bool
 
 
-def shapes(network: nn.Module, shape: Sequence[int]) -> Shapes:
+def shapes(network: nn.Module, shape: Sequence[int], sizes: Literal["free", "fixed"] = "free") -> Shapes:
     """Two shapes to check, both other than the traced one: the given one with a batch of 1, and a batch of 2 in another size.
+
+    Fixed sizes are those of the given shape: then only the batches differ.
 
     A network that pads its input is traced and checked at sizes that its strides do not divide, besides the given one: an exporter may hold what is
     equal in the traced shape to be equal always. Traced sizes differ along the axes, and leave more than one voxel of the coarsest map.
     """
+    if sizes not in ("free", "fixed"):
+        raise UserError(f"sizes: expected free or fixed, got {sizes!r}")
     channels, *spatial = shape[1:]
+    if sizes == "fixed":
+        traced, one, three = ((batch, channels, *spatial) for batch in (2, 1, 3))
+        return Shapes(traced, (one, three), False)
     divisor: Sequence[int] = getattr(network, "size_divisor", ())
     known = len(divisor) == len(spatial)
     steps = divisor if known else [math.gcd(n, _STEP) for n in spatial]
     least = [2 * d for d in steps] if known else spatial
     odd = 1 if known and getattr(network, "size", "") == "any" else 0
-    traced = tuple(n + (1 + i) * d + odd for i, (n, d) in enumerate(zip(least, steps, strict=True)))
+    moved = tuple(n + (1 + i) * d + odd for i, (n, d) in enumerate(zip(least, steps, strict=True)))
     other = tuple(n + (2 - i) * d + odd for i, (n, d) in enumerate(zip(least, steps, strict=True)))
-    return Shapes((2, channels, *traced), ((1, channels, *spatial), (2, channels, *other)))
+    return Shapes((2, channels, *moved), ((1, channels, *spatial), (2, channels, *other)), True)
 
 
 @torch.no_grad()
@@ -88,9 +109,7 @@ def check(network: nn.Module, run: Run, shapes: Sequence[Shape], engine: str, *,
         try:
             wanted = network.eval()(image).numpy()
         except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the network itself does not take an image of {text}, so no file for free sizes can be made: {first_line(error)}"
-            ) from error
+            raise UserError(f"the network itself does not take an image of {text}, which the file would have to take: {first_line(error)}") from error
         try:
             found = run(image.numpy())
         except Exception as error:  # engines have exceptions of their own

@@ -1,4 +1,4 @@
-"""medssm export onnx: a trained network as an ONNX file with a free batch and free sizes.
+"""medssm export onnx: a trained network as an ONNX file with a free batch, and of a network that segments with free sizes.
 
     medssm export onnx RUN FILE.onnx [--portable]
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from medssm.compress import int8
 from medssm.errors import UserError
-from medssm.export import custom_ops
-from medssm.export.check import Finest, Run, check, shapes
+from medssm.export import custom_ops, weights
+from medssm.export.check import Finest, Run, Shapes, check, shapes
 from medssm.export.command import Job, check_target
 from medssm.export.command import show as show
 from medssm.export.metadata import KEY, text
 from medssm.export.program import DOMAIN, VERSION, Replacements, Replacing, export, quiet
 from medssm.files import first_line, write_bytes
-from medssm.segment.inference import OVERLAP
 
 OPS = {"domain": DOMAIN, "version": VERSION}  # of the metadata: what a file with nodes of medssm's needs
 
@@ -38,7 +37,7 @@ def export_onnx(
     file: Path | str,
     *,
     portable: bool = False,
-    overlap: float = OVERLAP,
+    overlap: float | None = None,
     mirror: bool = False,
     license: Path | str | None = None,
     overwrite: bool = False,
@@ -49,14 +48,14 @@ def export_onnx(
         run: folder written by medssm train or medssm compress; of folds, one of them
         file: to write, FILE.onnx; FILE.md beside it is the model card
         portable: standard operators alone, which any engine runs; for networks of linear attention and of convolutions
-        overlap: of neighbouring windows, 0 to less than 1, for who runs the file
+        overlap: of neighbouring windows, 0 to less than 1, for who runs the file (default: 0.5)
         mirror: say to who runs the file that the mirrorings of the training are averaged
         license: text file, the weights' licence; without it the card says that none was stated
         overwrite: write over a file that this command did not write
 
     Returns:
-        {"file", "card", "model", "parameters", "operators": those of medssm that it needs, "error": the largest difference from PyTorch over the
-        spread of the output}
+        {"file", "card", "model", "parameters", "bytes": of the file, "operators": those of medssm that it needs, "error": the largest difference
+        from PyTorch over the spread of the output}
 
     Raises:
         UserError: what cannot be read, exported, run or written; no file is left then.
@@ -64,9 +63,9 @@ def export_onnx(
     file = Path(file)
     check_target(file, ".onnx", _is_made_here, overwrite)
     job = Job.of(run, file, overlap, mirror)
-    model, used = model_of(job.network, job.shape, portable)
+    model, used = model_of(job.network, job.images, portable)
     table = job.metadata(OPS if used else None)
-    error = _checked(model, job.network, job.shape, {KEY: text(table)})
+    error = _checked(model, job.network, job.images, {KEY: text(table)})
     write_bytes(file, model.SerializeToString())
     return job.finish(table, license, used, error)
 
@@ -77,18 +76,21 @@ def to_onnx(
     shape: Sequence[int],
     *,
     portable: bool = False,
+    sizes: Literal["free", "fixed"] = "free",
     properties: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write any network as an ONNX file: input `image` (batch, channels, *spatial), output `logits` (batch, classes, *spatial), float32.
+    """Write any network as an ONNX file: input `image` (batch, channels, *spatial), output `logits` (batch, classes, *spatial), float32, or
+    (batch, classes) of a classifier.
 
-    Batch and sizes are free. The file is written once onnxruntime has given PyTorch's output at two sizes other than the traced one.
+    The batch is free. The file is written once onnxruntime has given PyTorch's output for two shapes other than the traced one.
 
     Args:
         network: in inference mode when this returns; of a list of outputs the first is taken
         file: to write, FILE.onnx
-        shape: (1, channels, *spatial), an image that the network takes; one of the two sizes that are checked
+        shape: (1, channels, *spatial), an image that the network takes; one of the two shapes that are checked
         portable: standard operators alone
+        sizes: free, or fixed to those of `shape`, for a network that takes no other ones
         properties: texts by name for the file's metadata_props
         overwrite: write over a file that is there
 
@@ -100,8 +102,9 @@ def to_onnx(
     """
     file = Path(file)
     check_target(file, ".onnx", _is_made_here, overwrite)
-    model, used = model_of(network, shape, portable)
-    error = _checked(model, network, shape, properties or {})
+    images = shapes(network, shape, sizes)
+    model, used = model_of(network, images, portable)
+    error = _checked(model, network, images, properties or {})
     write_bytes(file, model.SerializeToString())
     return {"file": str(file), "operators": used, "error": error}
 
@@ -119,9 +122,9 @@ def session(model: bytes | str, used: bool, threads: int | None = None) -> Run:
     return lambda image: found.run(None, {"image": image})[0]
 
 
-def model_of(network: nn.Module, shape: Sequence[int], portable: bool) -> tuple[onnx.ModelProto, list[str]]:
+def model_of(network: nn.Module, images: Shapes, portable: bool) -> tuple[onnx.ModelProto, list[str]]:
     """The network as a model, and the operators of medssm that it needs."""
-    program = export(Finest(network), shapes(network, shape).traced, portable, _INT8)
+    program = export(Finest(network), images, portable, _INT8)
     with quiet():
         try:
             exported = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=["image"], output_names=["logits"], external_data=False)
@@ -129,10 +132,10 @@ def model_of(network: nn.Module, shape: Sequence[int], portable: bool) -> tuple[
             raise UserError(f"the network does not export to ONNX: {_reason(error)}") from error
     assert exported is not None
     model = exported.model_proto
-    free = ["batch", *(f"size{axis}" for axis in range(len(shape) - 2))]
+    free = ["batch", *(f"size{axis}" for axis in range(len(images.traced) - 2 if images.free else 0))]
     for value in (*model.graph.input, *model.graph.output):
         axes = value.type.tensor_type.shape.dim
-        for name, axis in zip(free, (axes[0], *axes[2:]), strict=True):
+        for name, axis in zip(free, (axes[0], *axes[2:]), strict=False):  # a classifier's output has a batch alone
             if not axis.dim_param:
                 raise UserError(f"a size became fixed: {name} of {value.name} is {axis.dim_value}")
             axis.dim_param = name
@@ -140,10 +143,11 @@ def model_of(network: nn.Module, shape: Sequence[int], portable: bool) -> tuple[
     del model.graph.value_info[:]
     for part in (model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del part.metadata_props[:]
+    weights.store(model, network)
     return model, sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN})
 
 
-def checked(model: onnx.ModelProto, network: nn.Module, shape: Sequence[int], opened: Callable[[onnx.ModelProto], Run], engine: str) -> float:
+def checked(model: onnx.ModelProto, network: nn.Module, images: Shapes, opened: Callable[[onnx.ModelProto], Run], engine: str) -> float:
     """The model's difference from PyTorch in an engine. opened: what runs a model there.
 
     A model that rounds to 8 bits is first checked without the roundings, to the limit of floating point, then with them, in steps of 8 bits.
@@ -157,20 +161,20 @@ def checked(model: onnx.ModelProto, network: nn.Module, shape: Sequence[int], op
         except Exception as error:  # engines have exceptions of their own
             raise UserError(f"{engine} does not take the exported network: {first_line(error)}") from error
 
-    whole, sizes = Finest(network), shapes(network, shape).checked
+    whole = Finest(network)
     rounds = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if rounds:
         with Replacing({int8.rounded: _clamped}):
-            check(whole, run_of(_unrounded(model)), sizes, engine)
-    return check(whole, run_of(model), sizes, engine, rounds=rounds)
+            check(whole, run_of(_unrounded(model)), images.checked, engine)
+    return check(whole, run_of(model), images.checked, engine, rounds=rounds)
 
 
-def _checked(model: onnx.ModelProto, network: nn.Module, shape: Sequence[int], properties: Mapping[str, str]) -> float:
+def _checked(model: onnx.ModelProto, network: nn.Module, images: Shapes, properties: Mapping[str, str]) -> float:
     """The model's difference from PyTorch in onnxruntime; its properties are set."""
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(properties))
     used = any(node.domain == DOMAIN for node in model.graph.node)
-    return checked(model, network, shape, lambda model: session(model.SerializeToString(), used), f"onnxruntime {onnxruntime.__version__}")
+    return checked(model, network, images, lambda model: session(model.SerializeToString(), used), f"onnxruntime {onnxruntime.__version__}")
 
 
 def _quantized(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""medssm export openvino: a trained network as OpenVINO's FILE.xml and FILE.bin with a free batch and free sizes.
+"""medssm export openvino: a trained network as OpenVINO's FILE.xml and FILE.bin with a free batch, and of a network that segments with free sizes.
 
 It has standard operators alone, so it serves networks of linear attention and of convolutions; OpenVINO knows none of medssm's operators.
 """
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openvino
@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from medssm.compress.trainings import Training
 from medssm.errors import UserError
-from medssm.export.check import Finest, Run
+from medssm.export.check import Finest, Run, Shapes, shapes
 from medssm.export.command import check_target, write_portable
 from medssm.export.command import show as show
 from medssm.export.metadata import KEY
 from medssm.export.onnx import checked, model_of
 from medssm.export.program import quiet
 from medssm.files import begins_with, first_line, write_bytes
-from medssm.segment.inference import OVERLAP
 
 _PATCHES = 8  # pairs of patches that NNCF finds ranges with
 _MEAN = 0.05  # the largest mean difference that 8 bits may make, over the spread of the output
@@ -41,7 +40,7 @@ def export_openvino(
     *,
     int8: bool = False,
     data: Path | str | None = None,
-    overlap: float = OVERLAP,
+    overlap: float | None = None,
     mirror: bool = False,
     license: Path | str | None = None,
     overwrite: bool = False,
@@ -53,26 +52,32 @@ def export_openvino(
         file: to write, FILE.xml; beside it FILE.bin, the weights, and FILE.md, the model card
         int8: convolutions and matrix products in 8 bits by NNCF, with ranges from patches of the run's training cases; the package nncf is needed
         data: for int8, the data set that `run` was trained on, where it is now (default: where it was)
-        overlap: of neighbouring windows, 0 to less than 1, for who runs the file
+        overlap: of neighbouring windows, 0 to less than 1, for who runs the file (default: 0.5)
         mirror: say to who runs the file that the mirrorings of the training are averaged
         license: text file, the weights' licence; without it the card says that none was stated
         overwrite: write over a file that this command did not write
 
     Returns:
-        {"file", "card", "model", "parameters", "operators": [], "error": the largest difference from PyTorch over the spread of the output}; with
-        `int8` the mean difference, on those patches
+        {"file", "card", "model", "parameters", "bytes": of both files, "operators": [], "error": the largest difference from PyTorch over the
+        spread of the output}; with `int8` the mean difference, on those patches
 
     Raises:
         UserError: what cannot be read, exported, run or written; no file is left then.
     """
     file = Path(file)
     _check_target(file, overwrite)
-    images, done = (_patches(Path(run), data), ["int8"]) if int8 else ([], [])
-    return write_portable(run, file, partial(_write, images=images), overlap=overlap, mirror=mirror, license=license, compression=done)
+    patches, done = (_patches(Path(run), data), ["int8"]) if int8 else ([], [])
+    return write_portable(run, file, partial(_write, patches=patches), overlap=overlap, mirror=mirror, license=license, compression=done)
 
 
 def to_openvino(
-    network: nn.Module, file: Path | str, shape: Sequence[int], *, properties: Mapping[str, str] | None = None, overwrite: bool = False
+    network: nn.Module,
+    file: Path | str,
+    shape: Sequence[int],
+    *,
+    sizes: Literal["free", "fixed"] = "free",
+    properties: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write any network that has a portable form as OpenVINO's files; arguments as `medssm.export.to_onnx`, the properties go to rt_info.
 
@@ -80,7 +85,7 @@ def to_openvino(
     """
     file = Path(file)
     _check_target(file, overwrite)
-    return {"file": str(file), "error": _write(network, file, shape, properties or {})}
+    return {"file": str(file), "error": _write(network, file, shapes(network, shape, sizes), properties or {})}
 
 
 def compiled(model: Any, threads: int | None = None) -> Run:
@@ -91,23 +96,23 @@ def compiled(model: Any, threads: int | None = None) -> Run:
     return lambda image: found([image])[0]
 
 
-def _write(network: nn.Module, file: Path, shape: Sequence[int], properties: Mapping[str, str], images: Sequence[Tensor] = ()) -> float:
-    """Write both files; the difference from PyTorch. With images in 8 bits, whose ranges they give."""
-    exported, _ = model_of(network, shape, portable=True)
+def _write(network: nn.Module, file: Path, images: Shapes, properties: Mapping[str, str], patches: Sequence[Tensor] = ()) -> float:
+    """Write both files; the difference from PyTorch. With patches in 8 bits, whose ranges they give."""
+    exported, _ = model_of(network, images, portable=True)
     engine = f"openvino {openvino.__version__.partition('-')[0]}"
 
     def read(model: Any) -> Any:
         return openvino.Core().read_model(model.SerializeToString())
 
-    difference = checked(exported, network, shape, lambda model: compiled(read(model)), engine)
+    difference = checked(exported, network, images, lambda model: compiled(read(model)), engine)
     model = read(exported)
-    for axis in (0, *range(2, len(shape))):
-        for port in (*model.inputs, *model.outputs):
+    for port in (*model.inputs, *model.outputs):
+        for axis in (0, *range(2, len(port.partial_shape))) if images.free else (0,):
             if port.partial_shape[axis].is_static:
                 raise UserError(f"a size became fixed: axis {axis} of {port.any_name} is {port.partial_shape[axis].get_length()}")
-    if images:
-        model = _in_8_bits(model, images)
-        difference = _mean_difference(network, compiled(model), images)
+    if patches:
+        model = _in_8_bits(model, patches)
+        difference = _mean_difference(network, compiled(model), patches)
         if not difference <= _MEAN:
             raise UserError(
                 f"int8: {engine} in 8 bits differs from PyTorch by {difference:.3f} of the output's spread on average on patches of training cases, "

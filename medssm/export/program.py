@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from medssm.errors import UserError
+from medssm.export.check import Shapes
 from medssm.kernels.linear_attention.reference import feature, rotate
 from medssm.nn import sizes
 from medssm.ops.op import OPS, Op
@@ -29,20 +30,21 @@ Program = torch.export.ExportedProgram
 Replacements: TypeAlias = "dict[Any, Callable[..., Any]]"  # of operators, and of functions that torch.overrides wraps
 
 
-def export(network: nn.Module, shape: Sequence[int], portable: bool, also: Replacements | None = None) -> Program:
-    """The network, in inference mode, traced with an image (b, c, *spatial) of this shape; the batch and the spatial sizes stay free.
+def export(network: nn.Module, shapes: Shapes, portable: bool, also: Replacements | None = None) -> Program:
+    """The network, in inference mode, traced with images (b, c, *spatial); the batch stays free, and so do the spatial sizes where `shapes` says so.
 
     portable: without nodes of the domain "medssm"; also: what else an engine has in the place of a function. UserError for what has no export, and
     where a free size became a fixed one.
     """
-    free = dict.fromkeys([0, *range(2, len(shape))], torch.export.Dim.DYNAMIC)
+    free = dict.fromkeys([0, *(range(2, len(shapes.traced)) if shapes.free else ())], torch.export.Dim.DYNAMIC)
     with quiet(), torch.no_grad(), Replacing(_TRACED | (_PORTABLE if portable else _NODES) | (also or {})):
         try:
-            program = torch.export.export(network.eval(), (torch.zeros(tuple(shape)),), dynamic_shapes=(free,))
+            program = torch.export.export(network.eval(), (torch.zeros(shapes.traced),), dynamic_shapes=(free,))
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"the network does not export with a free batch and free sizes: {first_line(error)}") from error
+            sizes = "a free batch and free sizes" if shapes.free else "a free batch"
+            raise UserError(f"the network does not export with {sizes}: {first_line(error)}") from error
     _check(program)
     return program
 

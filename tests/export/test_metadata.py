@@ -29,6 +29,7 @@ def test_it_names_all_that_prediction_reads(tmp_path):
     weights = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
     assert json.loads(text(metadata(run, mirror=True, custom_ops={"domain": "medssm", "version": 1}))) == {
         "schema": 1,
+        "task": "segment",
         "medssm": medssm.__version__,
         "model": MODEL,
         "compression": [],

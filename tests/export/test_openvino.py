@@ -16,7 +16,7 @@ openvino = pytest.importorskip("openvino", reason="needs the package openvino")
 pytest.importorskip("onnx", reason="needs the package onnx")
 
 from medssm.export import openvino as export  # noqa: E402
-from medssm.export.check import STEPS  # noqa: E402
+from medssm.export.check import STEPS, shapes  # noqa: E402
 from medssm.export.openvino import _check_target, _write, compiled, to_openvino  # noqa: E402
 from tests.export.test_onnx import check_run, in_8_bits, saved, small  # noqa: E402
 
@@ -50,7 +50,9 @@ def convolutions():
 @pytest.mark.thorough
 def test_nncf_gives_8_bits(tmp_path):
     pytest.importorskip("nncf", reason="needs the package nncf")
-    error = _write(convolutions(), tmp_path / "net.xml", (1, 1, 16, 16), {}, [torch.randn(2, 1, 16, 16) for _ in range(2)])
+    error = _write(
+        network := convolutions(), tmp_path / "net.xml", shapes(network, (1, 1, 16, 16)), {}, [torch.randn(2, 1, 16, 16) for _ in range(2)]
+    )
     assert 0 < error < 0.01
     model = openvino.Core().read_model(tmp_path / "net.xml")
     assert Counter(op.get_type_name() for op in model.get_ops())["FakeQuantize"] == 2
@@ -62,7 +64,7 @@ def test_8_bits_that_are_far_from_pytorch_leave_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_in_8_bits", lambda model, images: model)
     monkeypatch.setattr(export, "_mean_difference", lambda network, run, images: 0.06)
     with pytest.raises(UserError, match=r"int8: openvino .* in 8 bits differs from PyTorch by 0.060 .* on average .* at most 0.05"):
-        _write(convolutions(), tmp_path / "net.xml", (1, 1, 16, 16), {}, [torch.randn(2, 1, 16, 16)])
+        _write(network := convolutions(), tmp_path / "net.xml", shapes(network, (1, 1, 16, 16)), {}, [torch.randn(2, 1, 16, 16)])
     assert not list(tmp_path.iterdir())
 
 
