@@ -15,6 +15,7 @@ import torch
 from medssm import machine, ops
 from medssm.bench import apart, measure, mixers, networks, page, report
 from medssm.bench.goals import judge
+from medssm.bench.network_goals import network_goals
 from medssm.bench.peers import PEERS, installed
 from medssm.bench.row import OURS
 from medssm.bench.rows import QUICK, ROWS
@@ -39,6 +40,7 @@ def bench(
     docs: Path | str | None = None,
     seconds: float = 4.0,
     quick: bool = False,
+    compiled: bool = False,
     resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def bench(
         docs: with `mixers`, put the table into this page too (docs/mixers.md)
         seconds: for the rounds of each row
         quick: tiny shapes, in seconds: to see it work
+        compiled: with `networks`, also what torch.compile makes of each, which takes it a minute or more
         resume: with `networks` or `mixers`, leave out those of which `out` has figures
 
     Returns:
@@ -67,7 +70,7 @@ def bench(
         raise UserError(f"the benchmark needs the compiled kernels: {native.reason()}")
     folder = Path(out) if out else None
     if networks:
-        return _networks(networks, folder, quick, resume, quiet)
+        return _networks(networks, folder, quick, compiled, resume, quiet)
     if mixers:
         return _mixers(mixers, folder, Path(docs) if docs else None, quick, resume, quiet)
     return _rows(rows, folder, seconds, quick, quiet)
@@ -112,7 +115,7 @@ def _rows(pattern: str, out: Path | None, seconds: float, quick: bool, quiet: bo
     return results
 
 
-def _networks(pattern: str, out: Path | None, quick: bool, resume: bool, quiet: bool) -> dict[str, Any]:
+def _networks(pattern: str, out: Path | None, quick: bool, compiled: bool, resume: bool, quiet: bool) -> dict[str, Any]:
     names = list_models(pattern)
     if not names:
         raise UserError(f"--networks: expected a pattern of {', '.join(list_models('*'))}, got {pattern!r}")
@@ -121,9 +124,9 @@ def _networks(pattern: str, out: Path | None, quick: bool, resume: bool, quiet: 
         if out:
             report.write_networks(results, out)
 
-    return _each(
-        "networks", names, sorted(list_models("*")), partial(networks.network, quick=quick), report.network_line, write, out, quick, resume, quiet
-    )
+    measured = partial(networks.network, quick=quick, compiled=compiled)
+    results = _each("networks", names, sorted(list_models("*")), measured, report.network_line, write, out, quick, resume, quiet)
+    return results if quick else {**results, "goals": [goal._asdict() for goal in network_goals(results["networks"])]}
 
 
 def _mixers(pattern: str, out: Path | None, docs: Path | None, quick: bool, resume: bool, quiet: bool) -> dict[str, Any]:

@@ -15,7 +15,9 @@ Side = Callable[[], object]
 _TURN = 0.3  # seconds
 
 
-def times(sides: dict[str, Side], seconds: float, threads: int, limit: float | None = None) -> dict[str, dict[str, Any]]:
+def times(
+    sides: dict[str, Side], seconds: float, threads: int, limit: float | None = None, *, once: float | None = None
+) -> dict[str, dict[str, Any]]:
     """Seconds of each side: {"min", "median", "calls"}.
 
     The sides take turns until the time is spent, for three rounds at least. A turn is one call, or several calls of a short side: the first call
@@ -26,10 +28,14 @@ def times(sides: dict[str, Side], seconds: float, threads: int, limit: float | N
         seconds: of all rounds together
         threads: of PyTorch and of our kernels
         limit: a side whose first call takes longer, in seconds, is called in one round only
+        once: a side whose first call takes longer is not called again: that call counts
     """
     torch.set_num_threads(threads)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     first = {name: _time(side) for name, side in sides.items()}
+    if once is not None:
+        taken |= {name: [t] for name, t in first.items() if t > once}
+    sides = {name: side for name, side in sides.items() if not taken[name]}
     begun, rounds, live = time.perf_counter(), 0, dict(sides)
     while live and (rounds < 3 or (time.perf_counter() - begun < seconds and rounds < 200)):
         if rounds == 1 and limit is not None:

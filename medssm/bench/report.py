@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medssm.bench.goals import Goal
+from medssm.bench.network_goals import network_goals
 from medssm.bench.row import OURS
 from medssm.files import atomic, write_json, write_text
 
@@ -32,9 +34,9 @@ def networks_markdown(results: Mapping[str, Any]) -> str:
         f"# Networks, {results['date']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
         "",
         f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the kinds of a network take turns in one "
-        "process, medians; a kind that takes over 3 s was timed once, after a first call. "
-        "Training: forward, cross-entropy, backward, an SGD step, on two samples.",
+        "process, medians; a kind that takes over 3 s was called once. Training: forward, cross-entropy, backward, an SGD step, on two samples.",
     ]
+    lines += _goal_table(network_goals(results["networks"]))
     small = {name: n["small"] for name, n in results["networks"].items() if n["small"]}
     lines += _network_table("Inference", "inference", results["networks"]) + _network_table("Training", "training", results["networks"])
     lines += _network_table("Inference of a small input", "inference", small) + _network_table("Training on small inputs", "training", small)
@@ -48,9 +50,16 @@ def _network_table(title: str, kind: str, networks: Mapping[str, Any]) -> list[s
     lines = ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, n in networks.items():
         ours = next(iter(n[kind].values()))["median"]
-        cells = [name, " x ".join(map(str, n["input"][1:])), *(_against(n[kind][way]["median"], ours) if way in n[kind] else "" for way in ways)]
+        size = n.get("training_input", n["input"]) if kind == "training" else n["input"]
+        cells = [name, " x ".join(map(str, size[1:])), *(_against(n[kind][way]["median"], ours) if way in n[kind] else "" for way in ways)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _goal_table(goals: Sequence[Goal]) -> list[str]:
+    """Of those whose rows were measured."""
+    rows = [f"| {goal.name} | {goal.wanted} | {goal.reached} | {'met' if goal.met else '**missed**'} |" for goal in goals if goal.met is not None]
+    return ["", "| goal | wanted | reached | |", "|---|---|---|---|", *rows] if rows else []
 
 
 def network_line(name: str, figures: Mapping[str, Any]) -> str:
@@ -72,12 +81,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{where['processor']}, {where['cores']} cores, {where['medssm']}, torch {where['torch']}, threads bound; "
         "the sides of a row take turns of at least 0.3 s in one process, of its own; medians, ratios within a row.",
     ]
-    goals = [goal for goal in results.get("goals", []) if goal["met"] is not None]  # those whose rows were measured
-    if goals:
-        lines += ["", "| goal | wanted | reached | |", "|---|---|---|---|"]
-    for goal in goals:
-        mark = "met" if goal["met"] else "**missed**"
-        lines.append(f"| {goal['name']} | {goal['wanted']} | {goal['reached']} | {mark} |")
+    lines += _goal_table([Goal(**goal) for goal in results.get("goals", [])])
     for row in results["rows"].values():
         lines += [
             "",

@@ -10,15 +10,15 @@ What upstream's code does beside the paper, kept for its weights:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from medssm.models.facts import Facts
+from medssm.models.nnunet import Keywords, from_plan, layers_of, of_width, stages_of
 from medssm.models.options import only
 from medssm.models.registry import register_model, register_upstream
-from medssm.models.umamba import Layer, from_plan, layers_of, of_width, stages_of, upstream_layers, upstream_stages
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, UNet
 from medssm.nn.blocks import TRANSPOSED_CONV
@@ -101,30 +101,9 @@ MAP = Map(
 
 
 @register_upstream("lkm_unet", map=MAP)
-def upstream(
-    *,
-    input_channels: int,
-    n_stages: int,
-    features_per_stage: int | Sequence[int],
-    conv_op: Layer,
-    kernel_sizes: int | Sequence[int | Sequence[int]],
-    strides: int | Sequence[int | Sequence[int]],
-    n_conv_per_stage: int | Sequence[int],
-    num_classes: int,
-    n_conv_per_stage_decoder: int | Sequence[int],
-    conv_bias: bool = False,
-    norm_op: Layer | None = None,
-    norm_op_kwargs: Mapping[str, Any] | None = None,
-    dropout_op: Layer | None = None,
-    dropout_op_kwargs: Mapping[str, Any] | None = None,
-    nonlin: Layer | None = None,
-    nonlin_kwargs: Mapping[str, Any] | None = None,
-    deep_supervision: bool = False,
-    bottleneck_channels: None = None,
-    stem_channels: int | None = None,
-) -> UNet:
-    """LKM-UNet from upstream's keywords; classes may be given by name ("Conv3d")."""
+def upstream(*, bottleneck_channels: None = None, **keywords: Any) -> UNet:
+    """LKM-UNet from upstream's keywords, those of nnU-Net's `Keywords`."""
     only("bottleneck_channels", bottleneck_channels, None)
-    dims, layers = upstream_layers(conv_op, conv_bias, norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs)
-    shape = upstream_stages(dims, n_stages, features_per_stage, kernel_sizes, strides, n_conv_per_stage, n_conv_per_stage_decoder)
-    return _network(layers, shape, input_channels, num_classes, deep_supervision, True, stem_channels=stem_channels, exact=True)
+    given = Keywords(**keywords)
+    options: dict[str, Any] = {"stem_channels": given.stem_channels, "exact": True}
+    return _network(given.layers(), given.stages(), given.input_channels, given.num_classes, given.deep_supervision, True, **options)

@@ -19,10 +19,12 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.ultralight_vmunet import LEVELS
 from medssm.models.weights import Map
 from medssm.nn.blocks import CONV, check_dims
+from medssm.nn.fused import chain
 from medssm.nn.leaf import Leaf
 from medssm.nn.light import GROUPS, LightUNet, SkipAttention
 
 _DILATIONS = (7, 5, 2, 1)
+_GELU = nn.GELU()
 
 
 @register_model("malunet", facts=Facts("2211.01784", "JCruan519/MALUNet", "none given", small={"features": (4, 4, 8, 8, 8, 8)}, input=(3, 256, 256)))
@@ -97,10 +99,10 @@ class DilatedGatedAttention(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
-        gelu = nn.functional.gelu
         y = torch.cat([group(part) for group, part in zip(self.groups, x.chunk(GROUPS, 1), strict=True)], 1)
-        y = gelu(self.conv(self.norm(y)))
-        out: Tensor = gelu(self.out(torch.sigmoid(self.gate(y)) * gelu(self.value(y)))) + self.skip(y)
+        y = chain((self.norm, self.conv, _GELU), y)
+        both = chain((*self.gate, nn.Sigmoid()), y) * chain((*self.value, _GELU), y)
+        out: Tensor = chain((*self.out, _GELU), both) + self.skip(y)
         return out
 
 

@@ -19,17 +19,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from medssm.kernels.autocast import without_autocast
-from medssm.models.facts import Facts, Plan, halvings, widths
-from medssm.models.options import doubled, per_axis, per_stage
+from medssm.models.facts import Facts
+from medssm.models.nnunet import Keywords, from_plan, layers_of, of_width, stages_of
 from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, Mamba, UNet
-from medssm.nn.blocks import CONV, INSTANCE_NORM, check_dims, image, tokens
+from medssm.nn.blocks import image, tokens
 from medssm.nn.inner import weight_dtype
 from medssm.nn.leaf import Leaf
-from medssm.nn.residual import Layers, Stages, maker, residual_decoder, residual_encoder
-
-Layer = Callable[..., nn.Module] | str  # a class of layers, or the name of one of torch.nn
+from medssm.nn.residual import Layers, Stages, residual_decoder, residual_encoder
 
 
 def umamba(
@@ -70,115 +68,18 @@ def umamba(
     return _network(layers, shape, in_channels, out_channels, mamba, deep_supervision, deep_supervision, input_size, stem_channels)
 
 
-def upstream(
-    kind: str,
-    *,
-    input_channels: int,
-    n_stages: int,
-    features_per_stage: int | Sequence[int],
-    conv_op: Layer,
-    kernel_sizes: int | Sequence[int | Sequence[int]],
-    strides: int | Sequence[int | Sequence[int]],
-    n_conv_per_stage: int | Sequence[int],
-    num_classes: int,
-    n_conv_per_stage_decoder: int | Sequence[int],
-    input_size: Sequence[int] | None = None,
-    conv_bias: bool = False,
-    norm_op: Layer | None = None,
-    norm_op_kwargs: Mapping[str, Any] | None = None,
-    dropout_op: Layer | None = None,
-    dropout_op_kwargs: Mapping[str, Any] | None = None,
-    nonlin: Layer | None = None,
-    nonlin_kwargs: Mapping[str, Any] | None = None,
-    deep_supervision: bool = False,
-    stem_channels: int | None = None,
-) -> UNet:
-    """U-Mamba from the keywords of upstream's UMambaBot and UMambaEnc; classes may be given by name ("Conv3d")."""
-    dims, layers = upstream_layers(conv_op, conv_bias, norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs)
+def upstream(kind: str, *, input_size: Sequence[int] | None = None, **keywords: Any) -> UNet:
+    """U-Mamba from the keywords of upstream's UMambaBot and UMambaEnc: nnU-Net's `Keywords`, and for Enc the size of the patch."""
+    given = Keywords(**keywords)
+    dims, layers, shape, n_stages = given.dims(), given.layers(), given.stages(), given.n_stages
     if kind == "enc" and (input_size is None or len(input_size) != dims):
         raise ValueError(f"input_size: expected the {dims} sizes of the patch that the network was made for, got {input_size!r}")
-    shape = upstream_stages(dims, n_stages, features_per_stage, kernel_sizes, strides, n_conv_per_stage, n_conv_per_stage_decoder)
     for s in range(math.ceil(n_stages / 2), n_stages):
         shape.blocks[s] = 1
     for s in range(math.ceil((n_stages - 1) / 2 + 0.5), n_stages - 1):
         shape.decoder_blocks[s] = 1
     mamba = MambaLayer(shape.features[-1]) if kind == "bot" else _mamba_layers(shape, input_size)
-    return _network(layers, shape, input_channels, num_classes, mamba, deep_supervision, True, "any", stem_channels)
-
-
-def stages_of(
-    spatial_dims: int,
-    features: Sequence[int],
-    strides: Sequence[int | Sequence[int]] | None,
-    kernels: int | Sequence[int | Sequence[int]],
-    blocks: int | Sequence[int],
-    decoder_blocks: int | Sequence[int],
-) -> Stages:
-    """nnU-Net's lists, one entry per stage, from what create_model is given: strides default to 1, then 2."""
-    check_dims(spatial_dims)
-    n = len(features)
-    return Stages(
-        list(features),
-        per_axis("strides", [1] + [2] * (n - 1) if strides is None else strides, n, spatial_dims),
-        per_axis("kernels", kernels, n, spatial_dims),
-        per_stage("blocks", blocks, n),
-        per_stage("decoder_blocks", decoder_blocks, n - 1),
-    )
-
-
-def layers_of(
-    spatial_dims: int,
-    conv_bias: bool = True,
-    norm: Callable[..., nn.Module] | None = None,
-    norm_kwargs: Mapping[str, Any] | None = None,
-    act: Callable[..., nn.Module] = nn.LeakyReLU,
-    act_kwargs: Mapping[str, Any] | None = None,
-    dropout: Callable[..., nn.Module] | None = None,
-    dropout_kwargs: Mapping[str, Any] | None = None,
-) -> Layers:
-    """nnU-Net's layers from what create_model is given: by default instance norm with weights and leaky ReLU, no dropout."""
-    if norm is None:
-        norm, norm_kwargs = INSTANCE_NORM[spatial_dims], {"affine": True, **(norm_kwargs or {})}
-    if act_kwargs is None and act is nn.LeakyReLU:
-        act_kwargs = {"inplace": True}
-    return Layers(CONV[spatial_dims], conv_bias, maker(norm, norm_kwargs), maker(act, act_kwargs), maker(dropout, dropout_kwargs))
-
-
-def upstream_layers(
-    conv_op: Layer,
-    conv_bias: bool,
-    norm_op: Layer | None,
-    norm_op_kwargs: Mapping[str, Any] | None,
-    dropout_op: Layer | None,
-    dropout_op_kwargs: Mapping[str, Any] | None,
-    nonlin: Layer | None,
-    nonlin_kwargs: Mapping[str, Any] | None,
-) -> tuple[int, Layers]:
-    """The spatial dimensions and the layers from nnU-Net's keywords, whose classes may be given by name."""
-    dims = {"Conv2d": 2, "Conv3d": 3}.get(getattr(_class("conv_op", conv_op), "__name__", ""))
-    if dims is None:
-        raise ValueError(f"conv_op: expected Conv2d or Conv3d, got {conv_op!r}")
-    norm, act = maker(_class("norm_op", norm_op), norm_op_kwargs), maker(_class("nonlin", nonlin), nonlin_kwargs)
-    return dims, Layers(CONV[dims], conv_bias, norm, act, maker(_class("dropout_op", dropout_op), dropout_op_kwargs))
-
-
-def upstream_stages(
-    dims: int,
-    n_stages: int,
-    features_per_stage: int | Sequence[int],
-    kernel_sizes: int | Sequence[int | Sequence[int]],
-    strides: int | Sequence[int | Sequence[int]],
-    n_conv_per_stage: int | Sequence[int],
-    n_conv_per_stage_decoder: int | Sequence[int],
-) -> Stages:
-    """The lists from nnU-Net's keywords."""
-    return Stages(
-        per_stage("features_per_stage", doubled(features_per_stage, n_stages), n_stages),
-        per_axis("strides", strides, n_stages, dims),
-        per_axis("kernel_sizes", kernel_sizes, n_stages, dims),
-        per_stage("n_conv_per_stage", n_conv_per_stage, n_stages),
-        per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
-    )
+    return _network(layers, shape, given.input_channels, given.num_classes, mamba, given.deep_supervision, True, "any", given.stem_channels)
 
 
 class MambaLayer(Leaf):
@@ -260,27 +161,8 @@ def _mamba_layers(shape: Stages, size: Sequence[int] | None) -> list[nn.Module]:
     return layers
 
 
-def _class(name: str, given: Layer | None) -> Callable[..., nn.Module] | None:
-    """A class, or one of torch.nn by name, in nnU-Net's long form too ("torch.nn.modules.conv.Conv3d")."""
-    if not isinstance(given, str):
-        return given
-    found: Callable[..., nn.Module] | None = getattr(nn, given.rsplit(".", 1)[-1], None)
-    if found is None:
-        raise ValueError(f"{name}: expected a class of torch.nn, got {given!r}")
-    return found
-
-
 # Upstream registers the encoder again inside the decoder, and every convolution and norm again in `all_modules`.
 MAP = Map(drop=(r"^decoder\.encoder\.", r"\.all_modules\."), rename=((r"^mamba_layer\.", "bottleneck."),))
-
-
-def from_plan(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
-    lists = {"strides": plan.strides, "kernels": plan.kernels}
-    return lists if "features" in given else {**lists, "features": plan.features, "blocks": plan.blocks, "decoder_blocks": plan.decoder_blocks}
-
-
-def of_width(width: float, patch: Sequence[int]) -> dict[str, Any]:
-    return {"features": widths(width, (1, 2, 4, 8, 10, 10)[: halvings(patch, 5) + 1])}
 
 
 _FACTS = Facts("2401.04722", "bowang-lab/U-Mamba", "Apache-2.0", small={"features": (4, 8, 16)}, from_plan=from_plan, of_width=of_width)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medssm import ops
 from medssm.nn.convolution import Conv3d, ConvTranspose3d
+from medssm.nn.fused import chain, folded, stored
 from medssm.nn.inner import plain
 from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
 from medssm.nn.leaf import Leaf
@@ -29,6 +30,7 @@ AVG_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3
 MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 LINEAR = {2: "bilinear", 3: "trilinear"}  # modes of nn.functional.interpolate
 CUBIC = {2: "bicubic", 3: "trilinear"}  # PyTorch has no tricubic mode
+_SILU = nn.SiLU()
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -62,13 +64,20 @@ def spread(y: Tensor, stride: Sequence[int]) -> Tensor:
     return y.reshape(y.shape[0], *(n * s for n, s in zip(coarse, stride, strict=True)), -1)
 
 
-def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
-    """The depthwise convolution `conv` on (b, *spatial, c), then the activation: None or "silu"."""
+def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None, norm: nn.Module | None = None) -> Tensor:
+    """The depthwise convolution `conv` on (b, *spatial, c), then `norm` on (b, c, *spatial), a batch norm if any, then the activation: None or
+    "silu"."""
     if plain(conv):
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        y: Tensor = ops.depthwise_conv(x, conv.weight.squeeze(1), conv.bias, activation)
-        return y
-    y = tokens(conv(image(x)))
+        weight, bias = conv.weight, conv.bias
+        if norm is not None and not torch.is_grad_enabled() and stored(norm):
+            (weight, bias), norm = folded(weight, bias, norm), None
+        y: Tensor = ops.depthwise_conv(x, weight.squeeze(1), bias, activation if norm is None else None)
+        if norm is None:
+            return y
+    else:
+        y = tokens(conv(image(x)))
+    y = y if norm is None else tokens(norm(image(y)))
     return nn.functional.silu(y) if activation == "silu" else y
 
 
@@ -160,9 +169,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *(spatial / stride))."""
-        x = self.conv(x)
-        x = x if self.norm is None else self.norm(x)
-        return x if self.act is None else self.act(x)
+        return chain((self.conv, self.norm, self.act), x)
 
 
 class DenseBlock(nn.Module):
@@ -179,7 +186,7 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
-        y = self.norm2(self.conv2(nn.functional.silu(self.norm1(self.conv1(x)))))
+        y = chain((self.conv1, self.norm1, _SILU, self.conv2, self.norm2), x)
         return nn.functional.silu(y + self.skip(x))
 
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from medssm.nn.blocks import CONV, TRANSPOSED_CONV, ChannelNorm, depthwise, image, tokens
+from medssm.nn.fused import chain
+
+_GELU = nn.GELU()
 
 
 class NeXtBlock(nn.Module):
@@ -49,7 +52,7 @@ class NeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial), of half or twice the size with a step."""
         y = self.conv1(x) if self.step else image(depthwise(self.conv1, tokens(x)))
-        y = nn.functional.gelu(self.conv2(self.norm(y)))
+        y = chain((self.norm, self.conv2, _GELU), y)
         if self.grn_gamma is not None and self.grn_beta is not None:
             size = y.norm(dim=list(range(2, 2 + self.spatial_dims)), keepdim=True)
             y = self.grn_gamma * (y * (size / (size.mean(1, keepdim=True) + 1e-6))) + self.grn_beta + y

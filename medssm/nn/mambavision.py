@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import BATCH_NORM, CONV, depthwise, image, tokens
+from medssm.nn.fused import chain
 from medssm.nn.inner import plain
 from medssm.nn.leaf import Leaf
 from medssm.nn.mamba import rates, start_steps, step_rank
 from medssm.nn.vss import MLP, DropPath
 from medssm.nn.windows import cut, joined
+
+_GELU = nn.GELU("tanh")
 
 
 class MambaVisionMixer(Leaf):
@@ -133,6 +136,5 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, *spatial) -> the same shape."""
-        y = self.norm2(self.conv2(nn.functional.gelu(self.norm1(self.conv1(x)), approximate="tanh")))
-        out: Tensor = x + self.drop_path(y)
+        out: Tensor = x + self.drop_path(chain((self.conv1, self.norm1, _GELU, self.conv2, self.norm2), x))
         return out

@@ -54,8 +54,7 @@ class MixMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, *spatial, channels) -> the same shape."""
-        t = tokens(self.norm(image(depthwise(self.dwconv, self.fc1(x)))))
-        y: Tensor = self.fc2(functional.gelu(t))
+        y: Tensor = self.fc2(functional.gelu(depthwise(self.dwconv, self.fc1(x), norm=self.norm)))
         return y
 
 

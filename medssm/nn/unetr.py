@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu
 
 from medssm.nn.blocks import BATCH_NORM, CONV, INSTANCE_NORM, TRANSPOSED_CONV
+from medssm.nn.fused import chain
 
+_ACT = nn.LeakyReLU(0.01, inplace=True)
 NORMS = {"instance": INSTANCE_NORM, "batch": BATCH_NORM}
 
 
@@ -32,10 +33,11 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
         # In place where autograd allows it: at full resolution the pages of a fresh map cost as much as the arithmetic on it.
-        y = self.norm2(self.conv2(leaky_relu(self.norm1(self.conv1(x)), 0.01, inplace=True)))
+        y = chain((self.conv1, self.norm1, _ACT, self.conv2, self.norm2), x)
         if self.residual:
-            y += x if self.conv3 is None or self.norm3 is None else self.norm3(self.conv3(x))
-        return leaky_relu(y, 0.01, inplace=True)
+            y += x if self.conv3 is None else chain((self.conv3, self.norm3), x)
+        out: Tensor = _ACT(y)
+        return out
 
 
 def residual_decoder(features: Sequence[int], out_channels: int, spatial_dims: int, heads: int, residual: bool = True) -> dict[str, list[Any]]:

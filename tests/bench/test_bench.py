@@ -1,13 +1,16 @@
 """The benchmark: peers compute what we compute, goals are read off a run, a quick run writes its files. No times are asserted."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from medssm import cli, nn, ops
-from medssm.bench import convolutions, goals, page, peers, report, scans
+from medssm.bench import convolutions, goals, measure, networks, page, peers, report, scans
+from medssm.bench.network_goals import network_goals
+from medssm.nn.blocks import ConvNorm
 from medssm.nn.mixers import MIXERS
 
 
@@ -80,10 +83,11 @@ def test_an_unknown_row_is_one_line(capsys):
 
 @pytest.mark.thorough
 def test_a_network_on_every_way(tmp_path, capsys):
-    assert cli.main(["bench", "--networks", "ultralight*", "--quick", "--out", str(tmp_path)]) == 0
+    assert cli.main(["bench", "--networks", "ultralight*", "--quick", "--compiled", "--out", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "networks.json").read_text())["networks"]["ultralight_vmunet"]
     assert set(figures["inference"]) == {"native", "native, bf16", "native, compiled", "upstream's arithmetic in PyTorch"}
-    assert set(figures["small"]["training"]) == {"native", "upstream's arithmetic in PyTorch", "reference backend"}
+    assert set(figures["small"]["training"]) == {"native", "upstream's arithmetic in PyTorch"}
+    assert figures["ops"] == ["causal_conv1d", "selective_scan"] and figures["training_input"] == figures["input"]
     assert figures["multiply_adds"] > 1e6 and figures["parameters"] == 49_484 and figures["memory"] > 0
     assert "ultralight_vmunet: native" in capsys.readouterr().out and "| ultralight_vmunet |" in (tmp_path / "networks.md").read_text()
     assert cli.main(["bench", "--networks", "ultralight*", "--quick", "--resume", "--out", str(tmp_path)]) == 0
@@ -140,15 +144,53 @@ def test_eager_attention_is_pytorchs():
         torch.testing.assert_close(peers.eager_attention(q, k, v, **options), torch.nn.functional.scaled_dot_product_attention(q, k, v, **options))
 
 
+def test_goals_of_networks_follow_from_the_ops_that_they_call():
+    def figures(ours, theirs, bf16, *ops, small=None):
+        sides = {networks.NATIVE: ours, networks.BF16: bf16, networks.PYTORCH: theirs}
+        return {"ops": list(ops), "inference": {side: {"median": t} for side, t in sides.items() if t}, "small": small}
+
+    small = {"inference": {networks.NATIVE: {"median": 1.0}, networks.PYTORCH: {"median": 4.0}}}
+    found = network_goals(
+        {
+            "light": figures(1.0, 0.98, 1.02, "depthwise_conv"),
+            "linear": figures(1.0, 1.4, 1.1, "linear_attention"),
+            "scan": figures(1.0, None, 0.5, "selective_scan_nd", "linear_attention", small=small),
+        }
+    )
+    assert [(goal.wanted, goal.reached, goal.met) for goal in found] == [
+        ("at least 1", "0.98", True),
+        ("at most 1", "1.02", True),
+        ("at least 1.5", "1.4", False),
+        ("at most 1", "1.1", False),
+        ("at least 3", "4", True),
+        ("at most 1", "0.5", True),
+    ]
+    assert found[4].name == "scan: upstream's arithmetic in PyTorch / ours, small input"
+
+
+def test_a_side_that_takes_long_is_called_once():
+    calls = []
+    found = measure.times({"slow": lambda: (calls.append(1), time.sleep(0.01)), "fast": lambda: None}, 0.01, 1, once=0.005)
+    assert len(calls) == found["slow"]["calls"] == 1 and found["slow"]["min"] > 0.005 and found["fast"]["calls"] > 1
+
+
+def test_networks_run_without_our_fused_convolutions_in_pytorch():
+    conv, norm, called = ConvNorm(4, 4, spatial_dims=2, act=torch.nn.SiLU).eval(), torch.nn.functional.batch_norm, []
+    with torch.no_grad(), peers.in_pytorch(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "batch_norm", lambda *args, **options: called.append(1) or norm(*args, **options))
+        conv(torch.randn(1, 4, 32, 32))
+    assert called
+
+
 def test_a_table_goes_on_behind_what_fails_and_is_resumed(tmp_path, monkeypatch, capsys):
     broken, measured = {"unext"}, []
 
-    def network(name, quick):
+    def network(name, quick, compiled):
         measured.append(name)
         if name in broken:
             raise RuntimeError(f"bench: {name} ended with status 1")
         way = {"native": {"median": 1.0 if quick else 2.0}}
-        return {"input": [1, 3, 64, 64], "inference": way, "training": way, "small": None}
+        return {"input": [1, 3, 64, 64], "inference": way, "training": way, "small": None, "ops": []}
 
     monkeypatch.setattr("medssm.bench.networks.network", network)
     table = ["bench", "--networks", "un*", "--resume", "--out", str(tmp_path)]
