@@ -58,7 +58,8 @@ class EMCADDecoder(EnlargedDecoder):
 
     def coarse(self, skips: Sequence[Tensor], all_heads: bool) -> list[Tensor]:
         """The logits at the resolutions of the maps, the finest first."""
-        x, outputs = skips[-1], list[Tensor]()
+        x = skips[-1]
+        outputs: list[Tensor] = []  # torch.compile cannot call list[Tensor]
         levels = zip(self.upsample_layers, self.channels, self.stages, self.seg_layers, reversed(skips), strict=True)
         for level, (up, channel, block, head, skip) in enumerate(levels):
             if level:

@@ -52,7 +52,8 @@ def chain(layers: Iterable[nn.Module | None], x: Tensor) -> Tensor:
         weight, bias = layer.weight, layer.bias
         if _folds(rest[-1], weight.numel() * layer.stride[0] ** (x.dim() - 2), x):
             weight, bias = folded(weight, bias, rest.pop())
-        name, numbers, algorithm = "none", list[float](), ""
+        name, algorithm = "none", ""
+        numbers: list[float] = []
         if rest and _is_activation(rest[-1]):
             activation: Any = rest.pop()
             name, algorithm = _NAMES[type(activation)], getattr(activation, "approximate", "")
