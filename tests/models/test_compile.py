@@ -40,4 +40,3 @@ def test_captured(name, dims):
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_compiled(name):
     compared(name, 2, "inductor")
-
