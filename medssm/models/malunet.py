@@ -24,7 +24,6 @@ from medssm.nn.leaf import Leaf
 from medssm.nn.light import GROUPS, LightUNet, SkipAttention
 
 _DILATIONS = (7, 5, 2, 1)
-_GELU = nn.GELU()
 
 
 @register_model("malunet", facts=Facts("2211.01784", "JCruan519/MALUNet", "none given", small={"features": (4, 4, 8, 8, 8, 8)}, input=(3, 256, 256)))
@@ -95,14 +94,14 @@ class DilatedGatedAttention(Leaf):
         self.gate = _separable(channels_in, channels_in, 3, spatial_dims)
         self.value = _separable(channels_in, channels_in, 5, spatial_dims)
         self.out = _separable(channels_in, channels, 3, spatial_dims)
-        self.skip = conv(channels_in, channels, 1)
+        self.skip, self.gelu, self.sigmoid = conv(channels_in, channels, 1), nn.GELU(), nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
         y = torch.cat([group(part) for group, part in zip(self.groups, x.chunk(GROUPS, 1), strict=True)], 1)
-        y = chain((self.norm, self.conv, _GELU), y)
-        both = chain((*self.gate, nn.Sigmoid()), y) * chain((*self.value, _GELU), y)
-        out: Tensor = chain((*self.out, _GELU), both) + self.skip(y)
+        y = chain((self.norm, self.conv, self.gelu), y)
+        both = chain((*self.gate, self.sigmoid), y) * chain((*self.value, self.gelu), y)
+        out: Tensor = chain((*self.out, self.gelu), both) + self.skip(y)
         return out
 
 

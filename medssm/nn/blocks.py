@@ -30,7 +30,6 @@ AVG_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3
 MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 LINEAR = {2: "bilinear", 3: "trilinear"}  # modes of nn.functional.interpolate
 CUBIC = {2: "bicubic", 3: "trilinear"}  # PyTorch has no tricubic mode
-_SILU = nn.SiLU()
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -182,11 +181,12 @@ class DenseBlock(nn.Module):
         self.norm1 = BATCH_NORM[spatial_dims](channels)
         self.conv2 = CONV[spatial_dims](channels, channels, kernel, padding=half(kernel), bias=False)
         self.norm2 = BATCH_NORM[spatial_dims](channels)
+        self.act = nn.SiLU()
         self.skip = nn.Identity() if channels_in == channels else CONV[spatial_dims](channels_in, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
-        y = chain((self.conv1, self.norm1, _SILU, self.conv2, self.norm2), x)
+        y = chain((self.conv1, self.norm1, self.act, self.conv2, self.norm2), x)
         return nn.functional.silu(y + self.skip(x))
 
 

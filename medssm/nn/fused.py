@@ -42,7 +42,7 @@ class Chain(nn.Sequential):
 def chain(layers: Iterable[nn.Module | None], x: Tensor) -> Tensor:
     """The layers one after the other (None is none), on (b, c, *spatial). At inference on a CPU a convolution takes along the batch norm behind it,
     where that is less work than a pass over the map, and the activation."""
-    rest = [layer for layer in layers if layer is not None]
+    rest = [layer for layer in layers if layer is not None and type(layer) is not nn.Identity]
     rest.reverse()
     while rest:
         layer = rest.pop()

@@ -17,8 +17,6 @@ from medssm.nn.mamba import rates, start_steps, step_rank
 from medssm.nn.vss import MLP, DropPath
 from medssm.nn.windows import cut, joined
 
-_GELU = nn.GELU("tanh")
-
 
 class MambaVisionMixer(Leaf):
     """A scan of half of the channels, beside which the other half goes:
@@ -131,10 +129,10 @@ class ConvLayer(nn.Module):
         super().__init__()
         conv, norm = CONV[spatial_dims], BATCH_NORM[spatial_dims]
         self.conv1, self.conv2 = conv(channels, channels, 3, padding=1), conv(channels, channels, 3, padding=1)
-        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.norm1, self.norm2, self.act = norm(channels), norm(channels), nn.GELU("tanh")
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, *spatial) -> the same shape."""
-        out: Tensor = x + self.drop_path(chain((self.conv1, self.norm1, _GELU, self.conv2, self.norm2), x))
+        out: Tensor = x + self.drop_path(chain((self.conv1, self.norm1, self.act, self.conv2, self.norm2), x))
         return out
