@@ -16,7 +16,9 @@
 // Over a long walk the rounding errors of this sum would add up, all with the same sign. So every exact_steps steps dg is computed exactly, as the
 // sum over S times X; the second pass stores X at these steps. And where the decay is negligible, dg is set to 0: otherwise A, which may be large,
 // would multiply a rounding error.
-#include "group_sum.h"
+#include "medssm/gate.h"
+#include "medssm/group_sum.h"
+#include "problem.h"
 
 using namespace medssm;
 
@@ -239,44 +241,11 @@ template <class T> class GradientX : public Reader<T, true, false, false> {
   const Scratch<T> memory_;  // x of a block
 };
 
-// dy = dout silu(z) and dz = dout y silu'(z).
-template <class T> void gate(const Arguments& a, const HeadOutput& dy) {
-  constexpr int W = kLanes<T>;
-  const Problem& p = a.problem;
-  const Walk raster(p.length);
-  const int64_t tiles = ceil_div(p.length, kTileSteps);
-  const int64_t threads = threads_for(p, p.batch * tiles, kTileSteps * p.heads * p.size);
-  const PerThread<Scratch<T>> memory(threads, [] { return Scratch<T>(5 * kTileSteps * W); });
-  parallel(threads, [&](const Team& team) {
-    T *const out_buffer = memory[team.rank].data(), *const y_buffer = out_buffer + kTileSteps * W, *const z_buffer = y_buffer + kTileSteps * W;
-    T *const gated = z_buffer + kTileSteps * W, *const slopes = gated + kTileSteps * W;
-    const Range mine = share(p.batch * tiles, team);
-    for (int64_t item = mine.begin; item < mine.end; ++item) {
-      const int64_t batch = item / tiles;
-      const Tile tile = raster.tile(item % tiles * kTileSteps, p.length);
-      for (int64_t head = 0; head < p.heads; ++head)
-        for (int64_t from = 0; from < p.size; from += W) {
-          const int width = static_cast<int>(least<int64_t>(W, p.size - from));
-          const View<T> dout = rows_of<T>(a.dout, batch, head, from, width, W, tile, out_buffer);
-          const View<T> y = rows_of<T>(a.y, batch, head, from, width, W, tile, y_buffer);
-          const View<T> z = rows_of<T>(p.z, batch, head, from, width, W, tile, z_buffer);
-          for (int64_t t = 0; t < tile.count; ++t) {
-            const Silu<T> silu = silu_and_slope<T>(load<T>(z[t]));
-            store(gated + t * W, load<T>(dout[t]) * silu.value);
-            store(slopes + t * W, load<T>(dout[t]) * load<T>(y[t]) * silu.slope);
-          }
-          write_rows<T>(dy, batch, head, from, width, tile, [&](int64_t t) { return load<T>(gated + t * W); });
-          write_rows<T>(a.dz, batch, head, from, width, tile, [&](int64_t t) { return load<T>(slopes + t * W); });
-        }
-    }
-  });
-}
-
 // ddt, and the sums dA and dbias, from what the passes stored.
 template <class T> void write_step_gradients(const Arguments& a, const Steps<T>& steps, const Shared<T>& shared, const Walk& walk) {
   const Problem& p = a.problem;
   const int64_t items = p.batch * p.heads;
-  parallel(threads_for(p, items, p.length), [&](const Team& team) {
+  parallel(useful_threads(p.threads, items, p.length), [&](const Team& team) {
     const Range mine = share(items, team);
     for (int64_t item = mine.begin; item < mine.end; ++item) {
       const int64_t batch = item / p.heads, head = item % p.heads;
@@ -307,7 +276,7 @@ template <class T> void backward(const Arguments& a) {
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, p.starts, p.sequences, p.start_count, p.reverse),
       back(p.length, p.index, p.starts, p.sequences, p.start_count, !p.reverse);
-  prefer_huge_pages_for(p, a.dx, a.dB, a.dC, a.dz);
+  prefer_huge_pages_for(p.batch, a.dx, a.dB, a.dC, a.dz);
   const Steps<T> steps(p, walk);
   const Shared<T> shared(p);
   const int64_t token = p.heads * p.size;
@@ -315,11 +284,12 @@ template <class T> void backward(const Arguments& a) {
   HeadTokens dy = a.dout;
   if (p.z.data) {
     const HeadOutput to{gated.data(), kStorage<T>, p.length * token, token, p.size};
-    prefer_huge_pages_for(p, to);
-    gate<T>(a, to);
+    prefer_huge_pages_for(p.batch, to);
+    gate_gradient<T>(MatrixShape{p.batch, p.heads, 1, p.size, 0}, p.length, p.threads, a.dout, a.y, p.z, to, a.dz);
     dy = {to.data, to.type, to.batch, to.token, to.head};
   }
-  const GroupSum<T> of_B(p, a.dB), of_C(p, a.dC);
+  const GroupShape shared_by{p.batch, p.length, p.heads, p.groups, p.states, p.threads};
+  const GroupSum<T> of_B(shared_by, a.dB), of_C(shared_by, a.dC);
   const MatrixShape transposed_shape{p.batch, p.heads, of_B.heads_per_piece(), p.size, p.states}, shape{p.batch, p.heads, 1, p.states, p.size};
   scan<T>(shape, back, p.length, p.threads, a.dstate, a.dinitial, {}, GradientX<T>::kCarry, [&] { return GradientX<T>(a, dy, steps); });
   scan<T>(transposed_shape, back, p.length, p.threads, transposed(a.dstate), {}, {shared.every, p.length}, 0,

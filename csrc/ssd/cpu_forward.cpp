@@ -45,7 +45,7 @@ template <class T> class Forward : public Reader<T, false, false, true> {
 template <class T> void forward(const Arguments& a) {
   const Problem& p = a.problem;
   const Walk walk(p.length, p.index, p.starts, p.sequences, p.start_count, p.reverse);
-  prefer_huge_pages_for(p, a.out, a.y);
+  prefer_huge_pages_for(p.batch, a.out, a.y);
   const Steps<T> steps(p, walk);
   scan<T>({p.batch, p.heads, 1, p.states, p.size}, walk, p.length, p.threads, p.initial, a.final, {}, 0, [&] { return Forward<T>(a, steps); });
 }

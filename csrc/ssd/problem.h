@@ -1,6 +1,7 @@
 // The arguments of ssd, and what its passes share: the step sizes and decays of all tokens, and the operands of a tile.
 #pragma once
 #include "medssm/activation.h"
+#include "medssm/heads.h"
 #include "medssm/matrix_scan.h"
 
 namespace medssm {
@@ -21,17 +22,6 @@ struct Problem {
 // The same memory with rows and lanes exchanged.
 MEDSSM_INLINE StateTensor transposed(const StateTensor& s) { return {s.data, s.type, s.batch, s.head, s.lane, s.row}; }
 
-// Asks for large pages for contiguous outputs (b, l, ...), before the first write. Null outputs are skipped.
-template <class... Outputs> void prefer_huge_pages_for(const Problem& p, const Outputs&... outputs) {
-  const auto bytes = [&](const HeadOutput& to) { return p.batch * to.batch * (to.type == kFloat64 ? 8 : to.type == kFloat32 ? 4 : 2); };
-  ((outputs.data ? prefer_huge_pages(outputs.data, bytes(outputs)) : void()), ...);
-}
-
-// The number of threads for `items` independent pieces of work, each on so many `numbers`.
-MEDSSM_INLINE int64_t threads_for(const Problem& p, int64_t items, int64_t numbers) {
-  return least(least(p.threads, items), ceil_div(items * numbers, int64_t{1} << 15));
-}
-
 // For every step of the walk: the step size s, the decay exp(s A), and the slope of s, its derivative by dt. Each is [b, h][step].
 template <class T> class Steps {
  public:
@@ -42,7 +32,7 @@ template <class T> class Steps {
       decay_(p.batch * p.heads * p.length),
       slope_(p.batch * p.heads * p.length) {
     const int64_t items = p.batch * p.heads;
-    parallel(threads_for(p, items, p.length), [&](const Team& team) {
+    parallel(useful_threads(p.threads, items, p.length), [&](const Team& team) {
       const Range mine = share(items, team);
       for (int64_t item = mine.begin; item < mine.end; ++item) compute(p, walk, item / p.heads, item % p.heads);
     });

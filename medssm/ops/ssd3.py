@@ -119,8 +119,9 @@ def ssd3(
         backend: reference | native | triton | auto; None takes use_backend's or MEDSSM_BACKEND's choice.
 
     Returns:
-        out, x's shape and dtype, or (out, state). The recurrence runs in float32, in float64 if any input is; autocast never reaches it. The kernels
-        are gated linear attention's: q and k, turned beforehand, take memory for 2 b l r h n numbers, and in backward their gradients for as many.
+        out, x's shape and dtype, or (out, state). The recurrence runs in float32, in float64 if any input is; autocast never reaches it. Of one rank
+        with adjacent pairs the CPU has a kernel of its own. Otherwise the kernels are gated linear attention's: q and k, turned beforehand, take
+        memory for 2 b l r h n numbers, and in backward their gradients for as many.
 
     Raises:
         ValueError: a wrong shape, dtype, device or order, or a backend that cannot serve. TypeError: what is no tensor.

@@ -48,6 +48,12 @@ def _ssd(length, heads):
     return (x, dt, A, B, C), lambda: ops.ssd(x, dt, -A, B, C, backend="native")
 
 
+def _ssd3(length, heads):
+    x, dt, A, trap = _draw((1, length, heads, 1), *[(1, length, heads)] * 3)
+    B, C, angles = _draw((1, length, 1, 16), (1, length, 1, 16), (1, length, heads, 8))
+    return (x, dt, A, B, C, trap, angles), lambda: ops.ssd3(x, dt, -A, B, C, trap, angles, backend="native")
+
+
 def _linear_attention(length, heads, causal=False):
     q, k, v = _draw(*[(1, length, heads, 64)] * 3)
     return (q, k, v), lambda: ops.linear_attention(q, k, v, causal=causal, backend="native")
@@ -75,6 +81,7 @@ CALLS = {
     "causal_conv1d": (_causal_conv1d, (16, 16384), (5, 3)),
     "depthwise_conv": (_depthwise_conv, (16, 4096), (3, 3)),
     "ssd": (_ssd, (4096, 16), (5, 2)),
+    "ssd3": (_ssd3, (4096, 16), (5, 2)),
     "linear_attention": (_linear_attention, (64, 32), (5, 2)),
     "causal_linear_attention": (lambda *sizes: _linear_attention(*sizes, causal=True), (64, 32), (5, 2)),
     "gated_linear_attention": (_gated_linear_attention, (64, 16, 128), (5, 2, 3)),

@@ -1,15 +1,21 @@
-// The gradients of B and C. They are sums over the heads of a group.
+// Gradients that the heads of a group share, such as those of B and C: sums over these heads.
 #pragma once
-#include "problem.h"
+#include "medssm/heads.h"
+#include "medssm/matrix_scan.h"
 
 namespace medssm {
 namespace {
 
-// The gradient of B or of C. If there are few groups and few states, several threads must share a group: its heads are then divided into pieces. Each
-// piece has its own sum, and finish() adds the sums up. The number of pieces depends on shapes only, so any number of threads gives the same bits.
+struct GroupShape {
+  int64_t batch, length, heads, groups, states, threads;  // groups divides heads
+};
+
+// The gradient (batch, length, groups, states) of B or of C. If there are few groups and few states, several threads must share a group: its heads
+// are then divided into pieces. Each piece has its own sum, and finish() adds the sums up. The number of pieces depends on shapes only, so any number
+// of threads gives the same bits.
 template <class T> class GroupSum {
  public:
-  GroupSum(const Problem& p, const HeadOutput& to) :
+  GroupSum(const GroupShape& p, const HeadOutput& to) :
       p_(p), to_(to), pieces_(pieces(p)), own_(pieces_ > 1 ? p.batch * p.length * p.groups * pieces_ * p.states : 0) {}
 
   // The number of heads in a piece.
@@ -31,7 +37,7 @@ template <class T> class GroupSum {
     const Walk raster(p_.length);
     const HeadOutput from = own();
     const int64_t tiles = ceil_div(p_.length, kTileSteps), items = p_.batch * tiles;
-    const int64_t threads = threads_for(p_, items, kTileSteps * p_.groups * pieces_ * p_.states);
+    const int64_t threads = useful_threads(p_.threads, items, kTileSteps * p_.groups * pieces_ * p_.states);
     const PerThread<Scratch<T>> memory(threads, [] { return Scratch<T>(2 * kTileSteps * W); });
     parallel(threads, [&](const Team& team) {
       T *const buffer = memory[team.rank].data(), *const sum = buffer + kTileSteps * W;
@@ -58,7 +64,7 @@ template <class T> class GroupSum {
   static constexpr int64_t kMinSums = 4;  // independent sums wanted, to occupy several threads
 
   // The number of pieces. It divides the number of heads in a group.
-  static int64_t pieces(const Problem& p) {
+  static int64_t pieces(const GroupShape& p) {
     const int64_t sharing = p.heads / p.groups, sums = p.batch * p.groups * ceil_div(p.states, W);
     int64_t count = least(sharing, ceil_div(kMinSums, most<int64_t>(sums, 1)));
     while (sharing % count) ++count;
@@ -69,7 +75,7 @@ template <class T> class GroupSum {
     return {own_.data(), kStorage<T>, p_.length * token, token, p_.states};
   }
 
-  const Problem& p_;
+  const GroupShape p_;
   const HeadOutput to_;
   const int64_t pieces_;
   const Scratch<T> own_;  // (b, l, g * pieces, n)
