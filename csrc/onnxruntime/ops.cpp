@@ -193,6 +193,35 @@ void ssd(const Call& call) {
   kernel(a);
 }
 
+// Of one rank with adjacent pairs, without initial states: medssm/export/program.py refuses the rest.
+void ssd3(const Call& call) {
+  static const Kernel kernel("ssd3_forward");
+  const Tensor &x = call[0], &angles = call[6], &D = call[7], &z = call[8], &B_bias = call[9], &C_bias = call[10];
+  Tensor B = call[3], C = call[4];
+  for (size_t i = 11; i < 18; ++i)
+    if (call[i].present) throw std::runtime_error("ssd3: several ranks and initial states have no kernel here");
+  const Tensor out = call.output(x.shape);
+  if (!out.size()) return;
+  for (Tensor* t : {&B, &C}) t->shape.erase(t->shape.end() - 3);  // the axis of ranks
+  const bool per_head = angles.shape.size() == x.shape.size();
+  Arguments a;
+  for (const Tensor* t : {&x, &z, static_cast<const Tensor*>(&B), static_cast<const Tensor*>(&C)}) add_tokens(a, *t, 2);
+  for (size_t i : {1, 2, 5}) {  // dt, A, trap
+    add_tokens(a, call[i], 1);
+    a.add(1);  // the stride of its heads
+  }
+  add_tokens(a, angles, per_head ? 2 : 1);
+  if (!per_head) a.add(0);
+  add_state(a, {});
+  a.add(nullptr, D.data, B_bias.data, C_bias.data).add_walk(*walk_of(call.attributes.order, spatial(x, 2)), call.attributes.reverse);
+  a.add(x.shape[0], length(x, 2), last(x, 1), last(x), last(B, 1), last(B), last(angles), 0, call.attributes.threads);
+  add_tokens(a, out, 2);
+  add_tokens(a, {}, 2);
+  add_state(a, {});
+  a.add(nullptr);
+  kernel(a);
+}
+
 void linear_attention(const Call& call) {
   static const Kernel whole("linear_attention_forward"), causal("linear_attention_causal_forward");
   const Tensor &q = call[0], &k = call[1], &v = call[2], &cos = call[3], &sin = call[4];
@@ -293,6 +322,7 @@ const std::vector<Op>& ops() {
       {"causal_conv1d", "++??", causal_conv1d},
       {"depthwise_conv", "++?", depthwise_conv},
       {"ssd", "+++++????", ssd},
+      {"ssd3", "+++++++???????????", ssd3},
       {"linear_attention", "+++????", linear_attention},
       {"gated_linear_attention", "++++?", gated_linear_attention},
       {"delta_rule", "++++?????", delta_rule},

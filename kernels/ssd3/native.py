@@ -66,6 +66,9 @@ def forward(*, save, final, **arguments):
     states = (None,) * 4
     if final:
         turned = (torch.remainder(angle, 1) * _REVOLUTION).to(given.dtype)
+        if given.sequences is not None and given.initial_angle is not None:  # a sequence without tokens keeps its own, with whole revolutions
+            rows = at_ends.steps.rows
+            turned = given.initial_angle.clone().index_copy_(0, rows, turned.index_select(0, rows))
         states = turned, state, *at_ends.last_token(turned)
     return out, *states, None if y is None else y.unsqueeze(2)
 

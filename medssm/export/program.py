@@ -105,6 +105,11 @@ def described(op: Op, args: Sequence[Any]) -> tuple[Sequence[Tensor | None], dic
     walk = dict(zip(_WALKS[op.walk], path, strict=True))
     if walk.get("index") is not None or walk.get("cu_seqlens") is not None:
         raise UserError(f"the operator {op.name}: an order that is a tensor and packed sequences have no export; take an Order of medssm.orders")
+    if op.name == "ssd3":
+        given = dict(zip(op.names, tensors, strict=True))
+        absent = [t for name, t in given.items() if name.startswith(("mimo", "initial"))]
+        if given["B"].shape[-3] > 1 or options["pairs"] != "adjacent" or any(t is not None for t in absent):
+            raise UserError("the operator ssd3 has no export with several ranks (MIMO), pairs of halves or initial states: only one rank has")
     return tensors, {name: value for name, value in {**walk, **options}.items() if not (value is None or value is False or value == "")}
 
 
@@ -128,13 +133,6 @@ def _no_form(op: Op) -> Callable[..., Any]:
     def refused(*args: Any) -> Any:
         able = "depthwise_conv, and linear_attention where it is not causal"
         raise UserError(f"the operator {op.name} has no portable form ({able}, have one): only `medssm export onnx` without --portable takes it")
-
-    return refused
-
-
-def _no_node(op: Op) -> Callable[..., Any]:
-    def refused(*args: Any) -> Any:
-        raise UserError(f"the operator {op.name} has no export: it is not among the custom operators of onnxruntime")
 
     return refused
 
@@ -191,8 +189,7 @@ def _rotations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 # What networks do with sizes while PyTorch traces: PyTorch's own operators for every engine.
 _TRACED: Replacements = {torch.ops.medssm.pad.default: _pad, torch.ops.medssm.crop.default: _crop, torch.ops.medssm.rotations.default: _rotations}
-WITHOUT_NODE = ("ssd3",)  # csrc/onnxruntime has the others
-_NODES: Replacements = {op.operators.forward: (_no_node if op.name in WITHOUT_NODE else _node)(op) for op in OPS.values()}
+_NODES: Replacements = {op.operators.forward: _node(op) for op in OPS.values()}
 _PORTABLE: Replacements = {
     **{op.operators.forward: _no_form(op) for op in OPS.values()},
     OPS["depthwise_conv"].operators.forward: _depthwise_conv,

@@ -87,7 +87,7 @@ def test_the_command_writes_a_checked_file_with_all_that_a_scan_needs(tmp_path, 
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("mixer", ["linear_attention", "gla", "delta", "mamba2", "rwkv", "ss_nd"])
+@pytest.mark.parametrize("mixer", ["linear_attention", "gla", "delta", "mamba2", "mamba3", "rwkv", "ss_nd"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_mixer(mixer, dims, tmp_path):
     network = small(mixer, dims)
