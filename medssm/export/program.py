@@ -106,9 +106,8 @@ def described(op: Op, args: Sequence[Any]) -> tuple[Sequence[Tensor | None], dic
     if walk.get("index") is not None or walk.get("cu_seqlens") is not None:
         raise UserError(f"the operator {op.name}: an order that is a tensor and packed sequences have no export; take an Order of medssm.orders")
     if op.name == "ssd3":
-        given = dict(zip(op.names, tensors, strict=True))
-        absent = [t for name, t in given.items() if name.startswith(("mimo", "initial"))]
-        if given["B"].shape[-3] > 1 or options["pairs"] != "adjacent" or any(t is not None for t in absent):
+        given = {name: t for name, t in zip(op.names, tensors, strict=True) if t is not None}
+        if given["B"].shape[-3] > 1 or options["pairs"] != "adjacent" or any(name.startswith(("mimo", "initial")) for name in given):
             raise UserError("the operator ssd3 has no export with several ranks (MIMO), pairs of halves or initial states: only one rank has")
     return tensors, {name: value for name, value in {**walk, **options}.items() if not (value is None or value is False or value == "")}
 
