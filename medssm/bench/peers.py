@@ -17,7 +17,7 @@ from torch.nn.functional import pad, silu, softplus
 
 import medssm
 from medssm import ops
-from medssm.nn import blocks, convolution, fused
+from medssm.nn import convolution
 from medssm.orders import Order
 
 Scan: TypeAlias = Callable[..., Tensor]
@@ -110,8 +110,7 @@ PEERS: dict[str, Scan] = {"mamba_ssm reference": literal, "reference, unbound": 
 @contextlib.contextmanager
 def in_pytorch(scan: Scan = two_level) -> Iterator[None]:
     """In this block medssm's networks run as they would without our kernels: on `scan`, with a gather and a scatter for each order, on PyTorch's
-    convolutions by its own choice of algorithms, with norms and activations of their own, on the reference of every other op, and on attention that
-    makes the matrix of its weights."""
+    convolutions by its own choice of algorithms, on the reference of every other op, and on attention that makes the matrix of its weights."""
 
     def selective_scan(
         u: Tensor,
@@ -194,8 +193,7 @@ def in_pytorch(scan: Scan = two_level) -> Iterator[None]:
         for f in (selective_scan, selective_scan_nd, causal_conv1d, depthwise_conv):
             stack.enter_context(_replaced(ops, f.__name__, f))
         stack.enter_context(_replaced(torch.nn.functional, "scaled_dot_product_attention", eager_attention))
-        for module, name, value in ((convolution, "_ONEDNN", False), (fused, "_ONEDNN", False), (blocks, "stored", lambda norm: False)):
-            stack.enter_context(_replaced(module, name, value))  # no choice of ours
+        stack.enter_context(_replaced(convolution, "_ONEDNN", False))  # no choice of ours
         stack.enter_context(medssm.use_backend("reference"))
         yield
 

@@ -13,7 +13,6 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, UNet
 from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, MAX_POOL, ChannelsLast, check_dims, depthwise, image, tokens
-from medssm.nn.fused import Chain
 
 
 class Size(NamedTuple):
@@ -70,15 +69,15 @@ def cmunext(
     for s, (depth, kernel) in enumerate(zip(depths, kernels, strict=True)):
         above = widths[max(s - 1, 0)]
         blocks = nn.Sequential(*(LargeKernelBlock(above, kernel, spatial_dims) for _ in range(depth)))
-        stages.append(Chain(MAX_POOL[spatial_dims](2) if s else nn.Identity(), blocks, *_conv(above, widths[s], spatial_dims)))
+        stages.append(nn.Sequential(MAX_POOL[spatial_dims](2) if s else nn.Identity(), blocks, *_conv(above, widths[s], spatial_dims)))
     for s in range(levels - 2, -1, -1):
         width, conv = widths[s], CONV[spatial_dims]
-        ups.append(Chain(nn.Upsample(scale_factor=2, mode=LINEAR[spatial_dims]), *_conv(widths[s + 1], width, spatial_dims)))
+        ups.append(nn.Sequential(nn.Upsample(scale_factor=2, mode=LINEAR[spatial_dims]), *_conv(widths[s + 1], width, spatial_dims)))
         mix = conv(2 * width, 2 * width, 3, padding=1, groups=2)  # the skip and the level below apart
-        fusions.append(Chain(mix, nn.GELU(), BATCH_NORM[spatial_dims](2 * width), *_pointwise(2 * width, 4 * width, width, spatial_dims)))
+        fusions.append(nn.Sequential(mix, nn.GELU(), BATCH_NORM[spatial_dims](2 * width), *_pointwise(2 * width, 4 * width, width, spatial_dims)))
         heads.append(conv(width, out_channels, 1) if deep_supervision or s == 0 else None)
     encoder = Encoder(
-        Chain(*_conv(in_channels, widths[0], spatial_dims), ChannelsLast(spatial_dims)),
+        nn.Sequential(*_conv(in_channels, widths[0], spatial_dims), ChannelsLast(spatial_dims)),
         stages,
         widths,
         [(1,) * spatial_dims] + [(2,) * spatial_dims] * (levels - 1),
@@ -93,7 +92,7 @@ class LargeKernelBlock(nn.Module):
         super().__init__()
         self.conv = CONV[spatial_dims](channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.norm = BATCH_NORM[spatial_dims](channels)
-        self.mix = Chain(*_pointwise(channels, 4 * channels, channels, spatial_dims))
+        self.mix = nn.Sequential(*_pointwise(channels, 4 * channels, channels, spatial_dims))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, *spatial) -> the same shape."""

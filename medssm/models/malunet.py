@@ -19,7 +19,6 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.ultralight_vmunet import LEVELS
 from medssm.models.weights import Map
 from medssm.nn.blocks import CONV, check_dims
-from medssm.nn.fused import chain
 from medssm.nn.leaf import Leaf
 from medssm.nn.light import GROUPS, LightUNet, SkipAttention
 
@@ -94,14 +93,14 @@ class DilatedGatedAttention(Leaf):
         self.gate = _separable(channels_in, channels_in, 3, spatial_dims)
         self.value = _separable(channels_in, channels_in, 5, spatial_dims)
         self.out = _separable(channels_in, channels, 3, spatial_dims)
-        self.skip, self.gelu, self.sigmoid = conv(channels_in, channels, 1), nn.GELU(), nn.Sigmoid()
+        self.skip = conv(channels_in, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
+        gelu = nn.functional.gelu
         y = torch.cat([group(part) for group, part in zip(self.groups, x.chunk(GROUPS, 1), strict=True)], 1)
-        y = chain((self.norm, self.conv, self.gelu), y)
-        both = chain((*self.gate, self.sigmoid), y) * chain((*self.value, self.gelu), y)
-        out: Tensor = chain((*self.out, self.gelu), both) + self.skip(y)
+        y = gelu(self.conv(self.norm(y)))
+        out: Tensor = gelu(self.out(torch.sigmoid(self.gate(y)) * gelu(self.value(y)))) + self.skip(y)
         return out
 
 

@@ -17,7 +17,6 @@ from medssm.models.vmamba import EARLY, ENCODER
 from medssm.models.weights import Map
 from medssm.nn import SSND, Classifier
 from medssm.nn.blocks import BATCH_NORM, CONV, image, tokens
-from medssm.nn.fused import Chain
 from medssm.nn.vss import DropPath, start_linears, vss_encoder
 
 SIZES = {"tiny": ((96, 192, 384, 768), (2, 2, 4, 2)), "small": ((96, 192, 384, 768), (2, 2, 8, 2)), "base": ((128, 256, 512, 1024), (2, 2, 12, 2))}
@@ -108,7 +107,7 @@ class SplitBlock(nn.Module):
         self.norm = nn.LayerNorm(half)
         self.op = SSND(half, d_state, spatial_dims=spatial_dims)
         self.drop_path = DropPath(drop_path)
-        self.local = Chain(
+        self.local = nn.Sequential(
             norm(half),
             conv(half, half, 3, padding=1),
             norm(half),

@@ -17,7 +17,6 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, Encoder, UNet
 from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, MAX_POOL, ChannelNorm, check_dims
-from medssm.nn.fused import Chain
 from medssm.nn.shift import ShiftedBlock
 from medssm.nn.vss import drop_paths
 
@@ -65,7 +64,7 @@ def _build(
     conv, norm, widths = CONV[dims], BATCH_NORM[dims], [in_channels, *features]
     rates = drop_paths([1, 1, 1], drop_path)
     stages: list[nn.Module] = [
-        Chain(conv(widths[s], widths[s + 1], 3, padding=1), norm(widths[s + 1]), MAX_POOL[dims](2), nn.ReLU(True)) for s in range(3)
+        nn.Sequential(conv(widths[s], widths[s + 1], 3, padding=1), norm(widths[s + 1]), MAX_POOL[dims](2), nn.ReLU()) for s in range(3)
     ]
     for s in (3, 4):
         down = conv(widths[s], widths[s + 1], 3, 2, 1)
@@ -73,7 +72,7 @@ def _build(
     ups, after, heads = [], [], []
     for s in range(4, -1, -1):
         out = features[max(s - 1, 0)]
-        ups.append(Chain(conv(features[s], out, 3, padding=1), norm(out) if s else nn.Identity(), _Double(dims), nn.ReLU(True)))
+        ups.append(nn.Sequential(conv(features[s], out, 3, padding=1), norm(out) if s else nn.Identity(), _Double(dims), nn.ReLU()))
         after.append(nn.Sequential(*_mixed(out, dims, rates[4 - s][0], dropout)) if s > 2 else nn.Identity())
         heads.append(conv(out, classes, 1) if deep_supervision or s == 0 else None)
     encoder = Encoder(nn.Identity(), stages, features, [(2,) * dims] * 5)

@@ -21,7 +21,6 @@ from medssm.models.registry import register_model, register_upstream
 from medssm.models.weights import Map
 from medssm.nn import Decoder, UNet
 from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, TRANSPOSED_CONV, check_dims
-from medssm.nn.fused import Chain
 from medssm.nn.vss import start_linears
 from medssm.nn.zigrir import SIDE, Mix, RiREncoder, UpConv
 from medssm.nn.zigzag import ScrambledMix, zigzag_mix
@@ -80,7 +79,7 @@ def _build(
     several("features", widths)
     conv, norm = CONV[dims], BATCH_NORM[dims]
     ups = [TRANSPOSED_CONV[dims](a, b, 2, 2) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)]
-    stages = [Chain(conv(2 * c, c, 3, padding=1), norm(c), nn.ReLU()) for c in widths[-2::-1]]
+    stages = [nn.Sequential(conv(2 * c, c, 3, padding=1), norm(c), nn.ReLU()) for c in widths[-2::-1]]
     head = nn.Sequential(conv(widths[0], classes, 1, bias=False), Quadruple(dims))
     encoder = RiREncoder(in_channels, widths, inner, depths, dims, mode, mix, drop_path)
     model = UNet(encoder, Decoder(ups, stages, [*[None] * (n - 2), head]), size=size, skips=[UpConv(c, dims) for c in widths])

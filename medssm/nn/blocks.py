@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from medssm import ops
 from medssm.nn.convolution import Conv3d, ConvTranspose3d
-from medssm.nn.fused import chain, folded, stored
 from medssm.nn.inner import plain
 from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
 from medssm.nn.leaf import Leaf
@@ -63,20 +62,13 @@ def spread(y: Tensor, stride: Sequence[int]) -> Tensor:
     return y.reshape(y.shape[0], *(n * s for n, s in zip(coarse, stride, strict=True)), -1)
 
 
-def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None, norm: nn.Module | None = None) -> Tensor:
-    """The depthwise convolution `conv` on (b, *spatial, c), then `norm` on (b, c, *spatial), a batch norm if any, then the activation: None or
-    "silu"."""
+def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
+    """The depthwise convolution `conv` on (b, *spatial, c), then the activation: None or "silu"."""
     if plain(conv):
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        weight, bias = conv.weight, conv.bias
-        if norm is not None and not torch.is_grad_enabled() and stored(norm):
-            (weight, bias), norm = folded(weight, bias, norm), None
-        y: Tensor = ops.depthwise_conv(x, weight.squeeze(1), bias, activation if norm is None else None)
-        if norm is None:
-            return y
-    else:
-        y = tokens(conv(image(x)))
-    y = y if norm is None else tokens(norm(image(y)))
+        y: Tensor = ops.depthwise_conv(x, conv.weight.squeeze(1), conv.bias, activation)
+        return y
+    y = tokens(conv(image(x)))
     return nn.functional.silu(y) if activation == "silu" else y
 
 
@@ -168,7 +160,9 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *(spatial / stride))."""
-        return chain((self.conv, self.norm, self.act), x)
+        x = self.conv(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.act is None else self.act(x)
 
 
 class DenseBlock(nn.Module):
@@ -181,12 +175,11 @@ class DenseBlock(nn.Module):
         self.norm1 = BATCH_NORM[spatial_dims](channels)
         self.conv2 = CONV[spatial_dims](channels, channels, kernel, padding=half(kernel), bias=False)
         self.norm2 = BATCH_NORM[spatial_dims](channels)
-        self.act = nn.SiLU()
         self.skip = nn.Identity() if channels_in == channels else CONV[spatial_dims](channels_in, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
-        y = chain((self.conv1, self.norm1, self.act, self.conv2, self.norm2), x)
+        y = self.norm2(self.conv2(nn.functional.silu(self.norm1(self.conv1(x)))))
         return nn.functional.silu(y + self.skip(x))
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from medssm.nn.blocks import CONV, TRANSPOSED_CONV, ChannelNorm, depthwise, image, tokens
-from medssm.nn.fused import chain
 
 
 class NeXtBlock(nn.Module):
@@ -40,7 +39,6 @@ class NeXtBlock(nn.Module):
         self.conv1 = first(channels_in, channels_in, kernel, 2 if step else 1, kernel // 2, groups=channels_in)
         self.norm = ChannelNorm(channels_in) if norm == "layer" else nn.GroupNorm(channels_in, channels_in)
         self.conv2, self.conv3 = conv(channels_in, hidden, 1), conv(hidden, channels, 1)
-        self.act = nn.GELU()
         self.res_conv: nn.Module | None = None
         if step and residual:
             # The way down takes every other voxel first: a strided 1 x 1 convolution crashes torch 2.13's backward on channels-last maps on a CPU.
@@ -51,7 +49,7 @@ class NeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial), of half or twice the size with a step."""
         y = self.conv1(x) if self.step else image(depthwise(self.conv1, tokens(x)))
-        y = chain((self.norm, self.conv2, self.act), y)
+        y = nn.functional.gelu(self.conv2(self.norm(y)))
         if self.grn_gamma is not None and self.grn_beta is not None:
             size = y.norm(dim=list(range(2, 2 + self.spatial_dims)), keepdim=True)
             y = self.grn_gamma * (y * (size / (size.mean(1, keepdim=True) + 1e-6))) + self.grn_beta + y

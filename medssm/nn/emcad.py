@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from medssm.nn.attention import ChannelAttention, SpatialAttention
 from medssm.nn.blocks import BATCH_NORM, CONV, depthwise, image, tokens
 from medssm.nn.enlarged import EnlargedDecoder
-from medssm.nn.fused import Chain
 from medssm.nn.unet import Encoder
 
 Act = Callable[[], nn.Module]
@@ -77,10 +76,10 @@ class MultiScaleBlock(nn.Module):
     def __init__(self, channels: int, *, spatial_dims: int, expand: float, kernels: Sequence[int], parallel: bool, add: bool, act: Act) -> None:
         super().__init__()
         conv, norm, hidden = CONV[spatial_dims], BATCH_NORM[spatial_dims], int(channels * expand)
-        self.up = Chain(conv(channels, hidden, 1, bias=False), norm(hidden), act())
+        self.up = nn.Sequential(conv(channels, hidden, 1, bias=False), norm(hidden), act())
         self.scales = nn.ModuleList(_depthwise(hidden, kernel, spatial_dims, act) for kernel in kernels)
         joined = hidden if add else hidden * len(kernels)
-        self.down = Chain(conv(joined, channels, 1, bias=False), norm(channels))
+        self.down = nn.Sequential(conv(joined, channels, 1, bias=False), norm(channels))
         self.parallel, self.add, self.groups = parallel, add, math.gcd(joined, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,8 +102,8 @@ class Gate(nn.Module):
         super().__init__()
         conv, norm, inner = CONV[spatial_dims], BATCH_NORM[spatial_dims], max(1, channels // 2)
         groups = 1 if kernel == 1 else math.gcd(channels, inner)
-        self.x, self.skip = (Chain(conv(channels, inner, kernel, padding=kernel // 2, groups=groups), norm(inner)) for _ in range(2))
-        self.psi = Chain(conv(inner, 1, 1), norm(1))
+        self.x, self.skip = (nn.Sequential(conv(channels, inner, kernel, padding=kernel // 2, groups=groups), norm(inner)) for _ in range(2))
+        self.psi = nn.Sequential(conv(inner, 1, 1), norm(1))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Two maps (b, channels, *spatial) -> the second one, gated."""
@@ -118,7 +117,7 @@ def _depthwise(channels: int, kernel: int, dims: int, act: Act) -> nn.Sequential
 
 def _apply(layers: Any, x: Tensor) -> Tensor:
     """A `_depthwise` on (b, c, *spatial)."""
-    y: Tensor = layers[2](image(depthwise(layers[0], tokens(x), norm=layers[1])))
+    y: Tensor = layers[2](layers[1](image(depthwise(layers[0], tokens(x)))))
     return y
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate
 
 from medssm.nn.blocks import CONV, LINEAR, ChannelNorm
-from medssm.nn.fused import Chain
 from medssm.nn.leaf import Leaf
 from medssm.nn.light import doubling
 from medssm.nn.unet import Decoder
@@ -90,7 +89,7 @@ class MultiAxisProduct(Leaf):
         whole, *axes, rest = self.sizes
         self.maps = nn.ParameterList([torch.ones(1, whole, *[_START] * spatial_dims), *(torch.ones(1, 1, c, _START) for c in axes)])
         self.convs = nn.ModuleList([_depthwise_first(conv, whole, whole), *(_depthwise_first(nn.Conv1d, c, c) for c in axes)])
-        self.rest = Chain(conv(rest, rest, 1), nn.GELU(), conv(rest, rest, 3, padding=1, groups=rest))
+        self.rest = nn.Sequential(conv(rest, rest, 1), nn.GELU(), conv(rest, rest, 3, padding=1, groups=rest))
         self.norm1, self.norm2 = ChannelNorm(channels_in, _EPS), ChannelNorm(channels_in, _EPS)
         self.out = _depthwise_first(conv, channels_in, channels)
 
@@ -106,5 +105,5 @@ class MultiAxisProduct(Leaf):
         return y
 
 
-def _depthwise_first(conv: Any, channels_in: int, channels: int) -> Chain:
-    return Chain(conv(channels_in, channels_in, 3, padding=1, groups=channels_in), nn.GELU(), conv(channels_in, channels, 1))
+def _depthwise_first(conv: Any, channels_in: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(conv(channels_in, channels_in, 3, padding=1, groups=channels_in), nn.GELU(), conv(channels_in, channels, 1))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from medssm import ops
 from medssm.kernels.dtypes import widened
 from medssm.nn.blocks import BATCH_NORM, CONV, depthwise, image, tokens
-from medssm.nn.fused import chain
 from medssm.nn.inner import plain
 from medssm.nn.leaf import Leaf
 from medssm.nn.mamba import rates, start_steps, step_rank
@@ -129,10 +128,11 @@ class ConvLayer(nn.Module):
         super().__init__()
         conv, norm = CONV[spatial_dims], BATCH_NORM[spatial_dims]
         self.conv1, self.conv2 = conv(channels, channels, 3, padding=1), conv(channels, channels, 3, padding=1)
-        self.norm1, self.norm2, self.act = norm(channels), norm(channels), nn.GELU("tanh")
+        self.norm1, self.norm2 = norm(channels), norm(channels)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, *spatial) -> the same shape."""
-        out: Tensor = x + self.drop_path(chain((self.conv1, self.norm1, self.act, self.conv2, self.norm2), x))
+        y = self.norm2(self.conv2(nn.functional.gelu(self.norm1(self.conv1(x)), approximate="tanh")))
+        out: Tensor = x + self.drop_path(y)
         return out

@@ -54,7 +54,8 @@ class MixMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, *spatial, channels) -> the same shape."""
-        y: Tensor = self.fc2(functional.gelu(depthwise(self.dwconv, self.fc1(x), norm=self.norm)))
+        t = tokens(self.norm(image(depthwise(self.dwconv, self.fc1(x)))))
+        y: Tensor = self.fc2(functional.gelu(t))
         return y
 
 

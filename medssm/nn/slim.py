@@ -10,7 +10,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from medssm.nn import positions
 from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, TRANSPOSED_CONV, depthwise, enlarge, image, tokens
-from medssm.nn.fused import Chain
 from medssm.nn.leaf import Leaf
 
 
@@ -44,8 +43,8 @@ class SlimBlock(nn.Module):
         def around() -> nn.Module:
             return conv(channels, channels, 3, padding=1, groups=channels, bias=False)
 
-        def mlp() -> Chain:
-            return Chain(conv(channels, 4 * channels, 1, bias=False), nn.GELU(), conv(4 * channels, channels, 1, bias=False))
+        def mlp() -> nn.Sequential:
+            return nn.Sequential(conv(channels, 4 * channels, 1, bias=False), nn.GELU(), conv(4 * channels, channels, 1, bias=False))
 
         self.place1, self.place2, self.mlp1, self.mlp2 = around(), around(), mlp(), mlp()
         self.before = nn.Sequential(norm(channels), conv(channels, channels, 1, bias=False))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
 from medssm.nn.blocks import BATCH_NORM, CONV, INSTANCE_NORM, TRANSPOSED_CONV
-from medssm.nn.fused import chain
 
 NORMS = {"instance": INSTANCE_NORM, "batch": BATCH_NORM}
 
@@ -25,18 +25,17 @@ class ResidualBlock(nn.Module):
         conv, make, self.residual = CONV[spatial_dims], NORMS[norm][spatial_dims], residual
         self.conv1 = conv(channels_in, channels, 3, padding=1, bias=False)
         self.conv2 = conv(channels, channels, 3, padding=1, bias=False)
-        self.norm1, self.norm2, self.act = make(channels), make(channels), nn.LeakyReLU(0.01, inplace=True)
+        self.norm1, self.norm2 = make(channels), make(channels)
         self.conv3 = conv(channels_in, channels, 1, bias=False) if residual and channels_in != channels else None
         self.norm3 = make(channels) if self.conv3 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels_in, *spatial) -> (b, channels, *spatial)."""
         # In place where autograd allows it: at full resolution the pages of a fresh map cost as much as the arithmetic on it.
-        y = chain((self.conv1, self.norm1, self.act, self.conv2, self.norm2), x)
+        y = self.norm2(self.conv2(leaky_relu(self.norm1(self.conv1(x)), 0.01, inplace=True)))
         if self.residual:
-            y += x if self.conv3 is None else chain((self.conv3, self.norm3), x)
-        out: Tensor = self.act(y)
-        return out
+            y += x if self.conv3 is None or self.norm3 is None else self.norm3(self.conv3(x))
+        return leaky_relu(y, 0.01, inplace=True)
 
 
 def residual_decoder(features: Sequence[int], out_channels: int, spatial_dims: int, heads: int, residual: bool = True) -> dict[str, list[Any]]:

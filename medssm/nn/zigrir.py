@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from medssm.nn import sizes
 from medssm.nn.blocks import BATCH_NORM, CONV, TRANSPOSED_CONV, ChannelNorm, ChannelsLast, image, tokens
-from medssm.nn.fused import Chain
 from medssm.nn.leaf import Leaf
 from medssm.nn.rerwkv import QShift, ShiftedChannelMix
 from medssm.nn.unet import Encoder
@@ -61,9 +60,9 @@ class RiRStem(Leaf):
         super().__init__()
         self.memory = ChannelsLast(spatial_dims)
 
-        def layers(*steps: tuple[int, int, int]) -> Chain:
+        def layers(*steps: tuple[int, int, int]) -> nn.Sequential:
             conv, norm = CONV[spatial_dims], BATCH_NORM[spatial_dims]
-            return Chain(*(m for a, b, step in steps for m in (conv(a, b, 3, step, 1), norm(b), nn.ReLU())))
+            return nn.Sequential(*(m for a, b, step in steps for m in (conv(a, b, 3, step, 1), norm(b), nn.ReLU())))
 
         self.common_conv = layers((channels_in, 2 * inner, 2))
         self.inner_convs = layers((2 * inner, inner, 1))

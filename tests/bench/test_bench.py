@@ -10,7 +10,6 @@ import torch
 from medssm import cli, nn, ops
 from medssm.bench import convolutions, goals, measure, networks, page, peers, report, scans
 from medssm.bench.network_goals import network_goals
-from medssm.nn.blocks import ConvNorm
 from medssm.nn.mixers import MIXERS
 
 
@@ -172,14 +171,6 @@ def test_a_side_that_takes_long_is_called_once():
     calls = []
     found = measure.times({"slow": lambda: (calls.append(1), time.sleep(0.01)), "fast": lambda: None}, 0.01, 1, once=0.005)
     assert len(calls) == found["slow"]["calls"] == 1 and found["slow"]["min"] > 0.005 and found["fast"]["calls"] > 1
-
-
-def test_networks_run_without_our_fused_convolutions_in_pytorch():
-    conv, norm, called = ConvNorm(4, 4, spatial_dims=2, act=torch.nn.SiLU).eval(), torch.nn.functional.batch_norm, []
-    with torch.no_grad(), peers.in_pytorch(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "batch_norm", lambda *args, **options: called.append(1) or norm(*args, **options))
-        conv(torch.randn(1, 4, 32, 32))
-    assert called
 
 
 def test_a_table_goes_on_behind_what_fails_and_is_resumed(tmp_path, monkeypatch, capsys):

@@ -336,8 +336,9 @@ def compiled(number: int, target: str, everything: bool, ops: list[str]) -> dict
 
 def digest(launch: tuple, target: str) -> str:
     """Of all that decides what a launch compiles to."""
-    _, kernel, arguments = launch
-    return hashlib.sha256("\n".join([triton.__version__, target, kernel.cache_key, source(kernel, arguments)[2]]).encode()).hexdigest()[:32]
+    op, kernel, arguments = launch
+    text = "\n".join([triton.__version__, target, op, kernel.cache_key, source(kernel, arguments)[2]])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def distinct(everything: bool, ops: list[str]) -> list[tuple]:
