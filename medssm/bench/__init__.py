@@ -188,8 +188,13 @@ def _earlier(out: Path | None, name: str, results: Mapping[str, Any]) -> dict[st
     if not out or not (out / name).is_file():
         return {}
     kept = read_json(out / name)
-    same = all(kept["machine"][key] == results["machine"][key] for key in ("processor", "cores", "threads", "GPU", "torch"))
-    return kept if same else {}
+    return kept if _same(kept["machine"], results["machine"]) else {}
+
+
+def _same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two descriptions are of one machine. Hosts call different processors by one name, so the kernels' instruction set counts too."""
+    kernels = (about["medssm"].partition(" ")[2] for about in (one, other))  # behind the version
+    return len(set(kernels)) == 1 and all(one[key] == other[key] for key in ("processor", "cores", "threads", "GPU", "torch"))
 
 
 def origin() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medssm import cli, nn, ops
+from medssm import bench, cli, nn, ops
 from medssm.bench import convolutions, goals, measure, networks, page, peers, report, scans
 from medssm.bench.network_goals import network_goals
 from medssm.nn.mixers import MIXERS
@@ -56,6 +56,19 @@ def test_goals_are_ratios_of_a_run():
     assert found["262,144 tokens: time per token against 4,096"].reached == "1.5" and not found["262,144 tokens: time per token against 4,096"].met
     assert not found["call overhead without gradients, microseconds"].met
     assert found["forward, mamba_ssm reference / ours"].met is None
+
+
+def test_figures_of_another_machine_are_not_kept(tmp_path):
+    here = {
+        "machine": {"processor": "CPU", "cores": "2", "threads": "2", "GPU": "none", "torch": "2", "medssm": "1.0 (compiled, instruction set v4)"}
+    }
+    (tmp_path / "results.json").write_text(json.dumps(here))
+    newer, other = (
+        {"machine": here["machine"] | {"medssm": text}} for text in ("1.1 (compiled, instruction set v4)", "1.0 (compiled, instruction set v3)")
+    )
+    assert bench._earlier(tmp_path, "results.json", newer) == here
+    assert bench._earlier(tmp_path, "results.json", other) == {}  # the host gives both processors one name
+    assert bench._earlier(tmp_path, "results.json", {"machine": here["machine"] | {"threads": "1"}}) == {}
 
 
 def test_a_page_has_the_goals_that_were_measured():
