@@ -8,8 +8,6 @@ from tests.conftest import KINDS
 from tests.models.test_models import ALL, MONAIS, build
 
 SIZE = {2: (32, 64), 3: (32, 32, 32)}
-# torch.compile captures these in several graphs.
-BROKEN: set[str] = set()
 CASES = [(name, dims) for name in [*ALL, *MONAIS] for dims in models.model_facts(name).dims]
 
 
@@ -33,7 +31,7 @@ def compared(name, dims, backend, **options):
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_captured(name, dims):
     """As one graph, without code generation."""
-    compared(name, dims, "aot_eager", fullgraph=name not in BROKEN)
+    compared(name, dims, "aot_eager", fullgraph=True)
 
 
 @pytest.mark.thorough
