@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from medssm_runtime import __version__
 from medssm_runtime.errors import UserError, first_line
+from medssm_runtime.files import whole
 
 ENDINGS = (".nii.gz", ".nii")
 _OTHER = {".nrrd", ".nhdr", ".mha", ".mhd", ".png", ".tif", ".tiff", ".dcm", ".hdr", ".img", ".mgz", ".npy", ".npz", ".gz", ".zst", ".zip", ".json"}
@@ -213,18 +213,8 @@ def write(path: Path, labels: np.ndarray, like: Any) -> None:
     header["aux_file"] = header["intent_name"] = b""
     header["cal_min"] = header["cal_max"] = 0
     header.extensions.clear()
-    temporary = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
         nib.save(type(like)(labels, like.affine, header), temporary)
-        with open(temporary, "r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or first_line(error)}); nothing half written is left") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _ending(path: Path) -> str:

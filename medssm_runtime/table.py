@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from medssm_runtime.errors import UserError, first_line
+from medssm_runtime.errors import UserError
+from medssm_runtime.files import whole
 
 ENDING = ".csv"
 _BEGIN = "path,group,label,p_"
@@ -31,18 +29,7 @@ def check(out: Path, reads: Sequence[Path], overwrite: bool) -> None:
 
 def write(out: Path, rows: Mapping[str, np.ndarray], classes: Sequence[str]) -> None:
     """Write a row for each image, {its path: (classes,)}; whole or, with UserError, not at all."""
-    temporary = out.with_name(f".partial-{secrets.token_hex(4)}-{out.name}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("path", "group", "label", *(f"p_{name}" for name in classes)))
-            table.writerows((path, "", classes[int(row.argmax())], *(f"{value:.6f}" for value in row)) for path, row in rows.items())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or first_line(error)}); nothing half written is left") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with whole(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("path", "group", "label", *(f"p_{name}" for name in classes)))
+        table.writerows((path, "", classes[int(row.argmax())], *(f"{value:.6f}" for value in row)) for path, row in rows.items())
