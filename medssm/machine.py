@@ -55,6 +55,11 @@ def cores() -> int:
     return psutil.cpu_count() or 1 if bound or not hasattr(process, "cpu_affinity") else len(process.cpu_affinity())
 
 
+def has_bf16() -> bool:
+    """Whether the processor has instructions that compute with bfloat16; without them each number is converted on its way."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*cpuinfo.get_cpu_info().get("flags", ())})
+
+
 def free_memory() -> int:
     """Bytes of memory that can be had without swapping, also by the limits of this process and of its control group (a container, a job)."""
     return max(0, min([psutil.virtual_memory().available, *_limits_of_process(), *_limits_of_group(Path("/"))]))

@@ -42,6 +42,12 @@ def test_cores_are_those_the_process_may_use(monkeypatch):
     assert machine.cores() == len(allowed)
 
 
+@pytest.mark.parametrize(("flags", "found"), [(["avx2", "avx512f"], False), (["avx512f", "avx512_bf16"], True), (["amx_bf16"], True), (None, False)])
+def test_arithmetic_in_bfloat16_is_read_from_the_processor(monkeypatch, flags, found):
+    monkeypatch.setattr("cpuinfo.get_cpu_info", lambda: {} if flags is None else {"flags": flags})
+    assert machine.has_bf16() is found
+
+
 def test_a_package_that_is_missing_is_said():
     assert machine._version("no-such-package-here") == "not installed"
 

@@ -1,5 +1,5 @@
-"""medssm bench --networks: every network at a stated input, inference and one training step, on our kernels, under bf16 autocast, compiled if asked,
-and by upstream's arithmetic in plain PyTorch."""
+"""medssm bench --networks: every network at a stated input, inference and one training step, on our kernels, under bf16 autocast where the processor
+computes in it, compiled if asked, and by upstream's arithmetic in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import medssm
+from medssm import machine
 from medssm.bench import apart, measure, peers
 from medssm.models import model_facts
 from medssm.ops.op import Op
@@ -73,7 +74,9 @@ def main() -> None:
         "ops": sorted(called),
         "small": _small(model, x, seconds, threads) if called & {*RECURRENT, "linear_attention"} else None,
     }
-    ways: dict[str, Context] = {NATIVE: nullcontext, BF16: _autocast, PYTORCH: peers.in_pytorch}
+    ways: dict[str, Context] = {NATIVE: nullcontext, PYTORCH: peers.in_pytorch}
+    if machine.has_bf16():
+        ways[BF16] = _autocast
     if result["small"] and result["small"]["inference"][PYTORCH]["median"] * x.numel() > _LONG * math.prod(result["small"]["input"]):
         del ways[PYTORCH]
     model.eval()
