@@ -185,8 +185,10 @@ def in_pytorch(scan: Scan = two_level) -> Iterator[None]:
         return y.unflatten(1, spatial)
 
     def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any) -> Tensor:
-        convolution = {2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[x.dim() - 2]
-        y = convolution(x.movedim(-1, 1), weight[:, None], bias, padding=[k // 2 for k in weight.shape[1:]], groups=len(weight)).movedim(1, -1)
+        of_axes = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
+        y = of_axes[x.dim() - 2](x.movedim(-1, 1), weight[:, None], bias, padding=[k // 2 for k in weight.shape[1:]], groups=len(weight)).movedim(
+            1, -1
+        )
         return silu(y) if activation else y
 
     with contextlib.ExitStack() as stack:

@@ -151,6 +151,14 @@ def test_networks_compute_the_same_in_pytorch(mixer):
         assert torch.equal(mixer(x), ours)
 
 
+@pytest.mark.parametrize("kernel", [(3,), (3, 1), (3, 5, 1)])
+def test_depthwise_convolutions_are_the_same_in_pytorch(kernel):
+    x, weight, bias = torch.randn(2, *(4, 5, 6)[: len(kernel)], 3), torch.randn(3, *kernel), torch.randn(3)
+    ours = ops.depthwise_conv(x, weight, bias, "silu")
+    with peers.in_pytorch():
+        torch.testing.assert_close(ops.depthwise_conv(x, weight, bias, "silu"), ours)
+
+
 def test_eager_attention_is_pytorchs():
     q, k, v, mask = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6), torch.randn(5, 7)
     for options in ({}, {"attn_mask": mask}, {"scale": 0.3}):
