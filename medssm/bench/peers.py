@@ -200,10 +200,13 @@ def in_pytorch(scan: Scan = two_level) -> Iterator[None]:
         yield
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T + attn_mask) v on (..., l, d), as most networks' code has it; scale is by default 1 / sqrt(d)."""
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, *, scale: float | None = None
+) -> Tensor:
+    """dropout(softmax(scale q k^T + attn_mask)) v on (..., l, d), as most networks' code has it; scale is by default 1 / sqrt(d)."""
     weights = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return (weights if attn_mask is None else weights + attn_mask).softmax(-1) @ v
+    weights = (weights if attn_mask is None else weights + attn_mask).softmax(-1)
+    return torch.nn.functional.dropout(weights, dropout_p) @ v
 
 
 @contextlib.contextmanager

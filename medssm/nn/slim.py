@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from medssm.nn import positions
 from medssm.nn.blocks import BATCH_NORM, CONV, LINEAR, TRANSPOSED_CONV, depthwise, enlarge, image, tokens
@@ -28,7 +28,7 @@ class SparseAttention(Leaf):
         every = (slice(None), *[slice(None, None, self.step)] * (x.dim() - 2))
         t = tokens(self.qkv(image(tokens(x)[every].contiguous())))
         q, k, v = t.flatten(1, -2).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)  # (b, heads, n, d) each
-        y = scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(-2)
+        y = functional.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(-2)
         return image(y.unflatten(1, t.shape[1:-1]))
 
 

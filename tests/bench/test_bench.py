@@ -161,8 +161,9 @@ def test_depthwise_convolutions_are_the_same_in_pytorch(kernel):
 
 def test_eager_attention_is_pytorchs():
     q, k, v, mask = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6), torch.randn(5, 7)
-    for options in ({}, {"attn_mask": mask}, {"scale": 0.3}):
+    for options in ({}, {"attn_mask": mask}, {"scale": 0.3}, {"dropout_p": 0.0}):
         torch.testing.assert_close(peers.eager_attention(q, k, v, **options), torch.nn.functional.scaled_dot_product_attention(q, k, v, **options))
+    assert not peers.eager_attention(q, k, v, dropout_p=1.0).any()
 
 
 def test_goals_of_networks_follow_from_the_ops_that_they_call():
