@@ -34,7 +34,7 @@ def networks_markdown(results: Mapping[str, Any]) -> str:
         f"# Networks, {results['date']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
         "",
         f"{where['processor']}, {where['threads']} threads, {where['medssm']}, torch {where['torch']}; the kinds of a network take turns in one "
-        "process, medians; a kind that takes over 3 s was called once. Training: forward, cross-entropy, backward, an SGD step, on two samples.",
+        "process, medians; a kind that takes over 6 s was called once. Training: forward, cross-entropy, backward, an SGD step, on two samples.",
     ]
     lines += _goal_table(network_goals(results["networks"]))
     small = {name: n["small"] for name, n in results["networks"].items() if n["small"]}
