@@ -58,23 +58,31 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     if options["markdown"]:
         print(markdown(rows, note))
         return
-    table = [_COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(_COLUMNS))]
+    table = _table(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table))
     print(note)
 
 
 def markdown(rows: list[Row], note: str) -> str:
     """The docs' page."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in _table(rows))
     lines = [
         "# Networks",
         "",
         "`medssm models` prints this table, `medssm models --markdown` this page.",
         "",
-        f"| {' | '.join(_COLUMNS)} |",
-        f"|{'---|' * len(_COLUMNS)}",
+        head,
+        f"|{'---|' * (head.count('|') - 1)}",
     ]
-    return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in rows), "", note])
+    return "\n".join([*lines, *body, "", note])
+
+
+def _table(rows: list[Row]) -> list[list[str]]:
+    """The head and each network's cells, without the columns that are empty."""
+    body = [_cells(row) for row in rows]
+    kept = [i for i in range(len(_COLUMNS)) if any(cells[i] for cells in body)]
+    return [[cells[i] for i in kept] for cells in (_COLUMNS, *body)]
 
 
 def _row(name: str, measured: Row | None) -> Row:
@@ -124,9 +132,9 @@ def _note(measured: Row) -> str:
     if not where:
         return "Nothing was measured for this release: medssm bench --networks."
     return (
-        "Parameters, multiply-adds of convolutions, matrix products and scans, memory above the network's own and median time of one inference, in "
-        "float32, under bf16 autocast, compiled, and by the source's arithmetic in plain PyTorch (a time-chunked scan, attention with a matrix of "
-        "weights), for one input of channels x spatial size; "
+        "Parameters, multiply-adds of convolutions, matrix products and scans, memory above the network's own and median time of one inference: CPU, in "
+        "float32; bf16, under autocast, where the processor computes in it; compiled, by torch.compile; in PyTorch, by the source's arithmetic (a "
+        "time-chunked scan, attention with a matrix of weights). One input of channels x spatial size; a way that was not measured has no column; "
         f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {measured['date']}. "
         "Parity: against values recorded from the source's own classes; no released checkpoint has been loaded."
     )

@@ -45,3 +45,15 @@ def test_the_docs_are_the_commands_table(capsys):
 def test_a_pattern_that_fits_nothing_is_one_line(capsys):
     assert cli.main(["models", "resnet*"]) == 2
     assert "no model matches 'resnet*'" in capsys.readouterr().err
+
+
+def test_a_column_without_a_figure_is_left_out():
+    facts = {"name": "a", "task": "", "dimensions": [2], "parameters": {"2d": 1000}, "paper": "1", "source": "s", "licence": "l", "parity": ""}
+    assert listing._table([facts | {"measured": None}]) == [
+        ["network", "dimensions", "parameters", "source", "licence"],
+        ["a", "2", "1 k", "s (arXiv 1)", "l"],
+    ]
+    times = {"native": {"median": 0.25}}
+    measured = {"parameters": 1000, "input": [1, 3, 8, 8], "multiply_adds": 2e9, "memory": 2**20, "inference": times}
+    head, cells = listing._table([facts | {"measured": measured}])
+    assert "CPU" in head and not {"bf16", "compiled", "in PyTorch"} & {*head} and "250 ms" in cells
