@@ -36,7 +36,7 @@ from medssm.nn import (
 )
 from medssm.nn.blocks import ChannelLinear, ChannelNorm, ChannelsLast, ConvBlock, ConvNorm, DenseBlock, Down, MixerBlock, Up
 from medssm.nn.bottleneck import Bottleneck
-from medssm.nn.convolution import Conv3d, ConvTranspose3d
+from medssm.nn.convolution import Conv3d, ConvTranspose2d, ConvTranspose3d
 from medssm.nn.efficientvit import EfficientViTBlock, LiteMLA, MBConv, Residual
 from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
 from medssm.nn.residual import BasicBlock, ConvDropoutNorm, ResBlock, Upsample
@@ -533,7 +533,7 @@ DECLARATIONS: dict[type[nn.Module], Callable[..., Channels]] = {
     **dict.fromkeys([nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, ChannelsLast], _same),
     **dict.fromkeys([nn.Sequential, Down], _sequence),
     **dict.fromkeys([nn.Conv2d, nn.Conv3d, Conv3d], Groups.convolution),
-    **dict.fromkeys([nn.ConvTranspose2d, nn.ConvTranspose3d, ConvTranspose3d], Groups.transposed),
+    **dict.fromkeys([nn.ConvTranspose2d, nn.ConvTranspose3d, ConvTranspose2d, ConvTranspose3d], Groups.transposed),
     **dict.fromkeys([*Norm, ChannelNorm, InstanceNorm2d, InstanceNorm3d], Groups.each),
     **dict.fromkeys([nn.Linear, ChannelLinear], _linear),
     ConvNorm: _conv_norm,

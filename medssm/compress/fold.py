@@ -14,7 +14,7 @@ from medssm.nn import convolution
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _STRAIGHT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, convolution.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, convolution.ConvTranspose3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, convolution.ConvTranspose2d, convolution.ConvTranspose3d)
 
 
 def fold(network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:

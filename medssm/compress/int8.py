@@ -279,6 +279,7 @@ _KINDS: dict[type[nn.Module], type[Int8]] = {
     convolution.Conv3d: Int8Conv3d,
     nn.ConvTranspose2d: Int8ConvTranspose2d,
     nn.ConvTranspose3d: Int8ConvTranspose3d,
+    convolution.ConvTranspose2d: Int8ConvTranspose2d,
     convolution.ConvTranspose3d: Int8ConvTranspose3d,
 }
 _ROUNDED = (nn.Conv1d, nn.ConvTranspose1d, *_KINDS)  # layers that can have a rounded weight

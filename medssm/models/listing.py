@@ -132,8 +132,8 @@ def _note(measured: Row) -> str:
     if not where:
         return "Nothing was measured for this release: medssm bench --networks."
     return (
-        "Parameters, multiply-adds of convolutions, matrix products and scans, memory above the network's own and median time of one inference: CPU, in "
-        "float32; bf16, under autocast, where the processor computes in it; compiled, by torch.compile; in PyTorch, by the source's arithmetic (a "
+        "Parameters, multiply-adds of convolutions, matrix products and scans, memory above the network's own and median time of one inference: CPU, "
+        "in float32; bf16, under autocast, where the processor computes in it; compiled, by torch.compile; in PyTorch, by the source's arithmetic (a "
         "time-chunked scan, attention with a matrix of weights). One input of channels x spatial size; a way that was not measured has no column; "
         f"{where['threads']} threads of {where['processor']}, torch {where['torch']}, {measured['date']}. "
         "Parity: against values recorded from the source's own classes; no released checkpoint has been loaded."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medssm import ops
-from medssm.nn.convolution import Conv3d, ConvTranspose3d
+from medssm.nn.convolution import Conv3d, ConvTranspose2d, ConvTranspose3d
 from medssm.nn.inner import plain
 from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
 from medssm.nn.leaf import Leaf
@@ -21,7 +21,7 @@ from medssm.orders import Order, raster
 
 Conv = nn.Conv2d | nn.Conv3d
 CONV: dict[int, Callable[..., Conv]] = {2: nn.Conv2d, 3: Conv3d}
-TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: ConvTranspose3d}
+TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {2: ConvTranspose2d, 3: ConvTranspose3d}
 BATCH_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: InstanceNorm2d, 3: InstanceNorm3d}
 DROPOUT: dict[int, Callable[..., nn.Module]] = {2: nn.Dropout2d, 3: nn.Dropout3d}  # of whole channels
@@ -74,7 +74,7 @@ def depthwise(conv: nn.Module, x: Tensor, activation: str | None = None) -> Tens
 
 def enlarge(conv: nn.Module, x: Tensor) -> Tensor:
     """The depthwise transposed convolution `conv`, whose kernel is its stride, on (b, c, *spatial): a voxel times the kernel is a block."""
-    if not plain(conv, (nn.ConvTranspose2d, nn.ConvTranspose3d, ConvTranspose3d)):
+    if not plain(conv, (nn.ConvTranspose2d, nn.ConvTranspose3d, ConvTranspose2d, ConvTranspose3d)):
         y: Tensor = conv(x)
         return y
     assert isinstance(conv, nn.ConvTranspose2d | nn.ConvTranspose3d)

@@ -3,7 +3,8 @@
 PyTorch computes a float32 convolution on a CPU by oneDNN, or by im2col and matrix products that take up to ten times as long. It takes the second
 way for a single volume of few channels and slices and, on one thread, for kernels of one voxel in height and width (`use_mkldnn` in
 aten/src/ATen/native/Convolution.cpp). The classes here are PyTorch's own, weights and names included, but take oneDNN there, forward and backward,
-and a matrix product for kernels of one voxel. torch.export, torch.jit.trace and torch.fx see PyTorch's own operators.
+and a matrix product for kernels of one voxel. Transposed convolutions, those of 2D too, take `spaced` where PyTorch has no fast kernel. torch.export,
+torch.jit.trace and torch.fx see PyTorch's own operators.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from medssm.nn.instance_norm import InstanceNorm2d, InstanceNorm3d
+from medssm.nn.spaced import is_spaced, spaced
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _FEW = 20480  # batch * channels * depth * height up to which PyTorch keeps a single volume from oneDNN
@@ -35,11 +37,23 @@ class Conv3d(nn.Conv3d):
         return conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d, the same values faster on a CPU."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
+        if output_size is None and _takes_spaced(self, input):
+            return spaced(input, self.weight, self.bias, self.stride, self.output_padding)
+        return super().forward(input, output_size)
+
+
 class ConvTranspose3d(nn.ConvTranspose3d):
     """nn.ConvTranspose3d, the same values faster on a CPU."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(b, in_channels, *spatial) -> (b, out_channels, *spatial)."""
+        if output_size is None and _takes_spaced(self, input):
+            return spaced(input, self.weight, self.bias, self.stride, self.output_padding)
         slow = _untraced(input, self.weight) and _refused_by_size(input, self.weight, self.groups) and self.kernel_size != self.stride
         if not slow or torch.compiler.is_compiling() or type(input) is not Tensor:  # of a subclass there are no oneDNN tensors
             return super().forward(input, output_size)
@@ -48,10 +62,11 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
 
 def fast_layers(network: nn.Module) -> nn.Module:
-    """Make the 3D convolutions of any network those of this module, and its instance norms those of medssm.nn.instance_norm, in place: the same
-    weights, names and hooks. Returns the network."""
+    """Make the 3D and the transposed convolutions of any network those of this module, and its instance norms those of medssm.nn.instance_norm, in
+    place: the same weights, names and hooks. Returns the network."""
     ours: dict[type[nn.Module], type[nn.Module]] = {
         nn.Conv3d: Conv3d,
+        nn.ConvTranspose2d: ConvTranspose2d,
         nn.ConvTranspose3d: ConvTranspose3d,
         nn.InstanceNorm2d: InstanceNorm2d,
         nn.InstanceNorm3d: InstanceNorm3d,
@@ -85,8 +100,8 @@ def conv3d(
 
 
 def _untraced(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is a float32 convolution of a batch of volumes on a CPU with oneDNN, and no tracer or transform asks for PyTorch's operator."""
-    if not (_ONEDNN and isinstance(x, Tensor) and x.dim() == 5 and x.device.type == "cpu" and x.layout == torch.strided):
+    """Whether this is a float32 convolution of a batch of maps on a CPU with oneDNN, and no tracer or transform asks for PyTorch's operator."""
+    if not (_ONEDNN and isinstance(x, Tensor) and x.dim() == weight.dim() and x.device.type == "cpu" and x.layout == torch.strided):
         return False
     if not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
@@ -94,6 +109,13 @@ def _untraced(x: Tensor, weight: Tensor) -> bool:
         return not torch.compiler.is_exporting()
     watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or torch._C._functorch.peek_interpreter_stack()
     return not watched and forward_ad._current_level < 0 and bool(torch.backends.mkldnn.enabled)
+
+
+def _takes_spaced(layer: nn.ConvTranspose2d | nn.ConvTranspose3d, x: Tensor) -> bool:
+    """Whether PyTorch would compute this transposed convolution slower than `spaced`, and no mode asks for its function (medssm.parallel)."""
+    if not _untraced(x, layer.weight) or torch.compiler.is_compiling() or not is_spaced(layer) or torch._C._is_torch_function_mode_enabled():
+        return False
+    return type(x) is Tensor and x.shape[1] == layer.in_channels > 1 and x.numel() > 0 and _is_channels_last(x)
 
 
 def _refused(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, last: bool) -> bool:
@@ -116,7 +138,7 @@ def _refused_by_size(x: Tensor, weight: Tensor, groups: int) -> bool:
 
 def _is_channels_last(x: Tensor) -> bool:
     """By its strides: a single channel's memory is contiguous either way."""
-    return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    return x.stride(1) == 1 and x.is_contiguous(memory_format=memory_format(x.dim() - 2))
 
 
 def _sizes(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:

@@ -10,7 +10,8 @@ from medssm.nn import blocks, convolution, deltanet, gla, instance_norm, mamba, 
 
 # Each was read for what it does along space: voxel by voxel, by functions of medssm.parallel.functions, or by ops of medssm.ops.
 KNOWN: tuple[type[nn.Module], ...] = (
-    *(nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, convolution.Conv3d, convolution.ConvTranspose3d, nn.Conv1d),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(convolution.Conv3d, convolution.ConvTranspose2d, convolution.ConvTranspose3d),
     *(nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
     *(instance_norm.InstanceNorm2d, instance_norm.InstanceNorm3d),
     *(nn.MaxPool2d, nn.MaxPool3d, nn.Linear, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import medssm
-from medssm.nn.convolution import Conv3d, ConvTranspose3d, fast_layers
+from medssm.nn.convolution import Conv3d, ConvTranspose2d, ConvTranspose3d, fast_layers
 
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last_3d}
 SHAPES = {
@@ -77,6 +77,36 @@ def test_transposed_convolutions_too(options, memory):
     assert_equals_pytorch(ConvTranspose3d(4, 6, 3, **options), nn.ConvTranspose3d(4, 6, 3, **options), volume(1, 4, 5, 6, 7, memory=memory))
     layer = ConvTranspose3d(4, 6, 3, stride=2)
     assert layer(volume(1, 4, 5, 6, 7), output_size=[12, 14, 16]).shape == (1, 6, 12, 14, 16)
+
+
+@pytest.mark.parametrize("ours", [ConvTranspose2d, ConvTranspose3d])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 4},
+        {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1, "groups": 4, "bias": False},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 1, "stride": 3, "output_padding": 2, "bias": False},
+    ],
+)
+def test_transposed_convolutions_between_zeros(ours, options):
+    torch.manual_seed(0)
+    pytorchs, x = getattr(nn, ours.__name__), volume(2, 4, 5, 6, 7, memory="last")
+    x = x if ours is ConvTranspose3d else x[..., 0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    layer = ours(4, 4, **options)
+    assert_equals_pytorch(layer, pytorchs(4, 4, **options), x)
+    assert layer(x).movedim(1, -1).is_contiguous()
+    assert not any("transpose" in name and "conv" in name for name in operators(lambda: layer(x)))
+    for other in (x.contiguous(), x[:0], x.double()):  # by PyTorch's operator
+        torch.testing.assert_close(layer.to(other.dtype)(other), pytorchs.forward(layer, other), rtol=0, atol=0)
+
+
+def test_other_transposed_convolutions_are_pytorchs():
+    x = volume(1, 4, 5, 6, 7, memory="last")
+    for options in ({"groups": 2}, {"groups": 4, "padding": 0}, {"groups": 4, "dilation": 2}, {"groups": 4, "stride": 1}):
+        layer = ConvTranspose3d(4, 4, 3, **{"padding": 1, "stride": 2} | options)
+        torch.testing.assert_close(layer(x), nn.ConvTranspose3d.forward(layer, x), rtol=1e-5, atol=1e-6)
+        assert not any("depthwise_conv" in name for name in operators(lambda layer=layer: layer(x)))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
@@ -211,11 +241,14 @@ def test_tracers_see_pytorchs_own_operators():
 
 def test_any_networks_convolutions_become_fast_in_place():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv3d(4, 6, 3), nn.ModuleList([nn.Conv2d(4, 6, 3)]), nn.ConvTranspose3d(6, 4, 2), nn.LazyConv3d(3, 1))
+    network = nn.Sequential(
+        nn.Conv3d(4, 6, 3), nn.ModuleList([nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 2)]), nn.ConvTranspose3d(6, 4, 2), nn.LazyConv3d(3, 1)
+    )
     weights, seen = copy.deepcopy(network[0].state_dict()), []
     network[0].register_forward_hook(lambda *_: seen.append(1))
     assert fast_layers(network) is network
     assert [type(module) for module in network] == [Conv3d, nn.ModuleList, ConvTranspose3d, nn.LazyConv3d]
+    assert [type(module) for module in network[1]] == [nn.Conv2d, ConvTranspose2d]
     assert all(torch.equal(value, weights[name]) for name, value in network[0].state_dict().items())
     network[0](volume(1, 4, 5, 5, 5))
     assert seen and isinstance(copy.deepcopy(network)[0], Conv3d)
