@@ -34,24 +34,24 @@ struct Backward {
   void* dinitial;                 // null without an initial state
 };
 
-// Results that one pass computes for the next, and each item's share of the dbeta and dg of a token, indexed by step.
+// Results that one pass computes for the next, and each part's share of the dbeta and dg of a token, indexed by step.
 template <class T> struct Intermediates {
   const Items<T> by_values, by_keys;
   const int64_t length, chunks;
   const Scratch<T> u;                      // (b, l, h, dv)
-  const Scratch<T> dbeta, later, earlier;  // shares (item, l): of the items by_values, by_values and by_keys
-  const Scratch<T> inner;                  // <S, X> at the end of each chunk: shares (item, chunk) of the items by_keys
+  const Scratch<T> dbeta, later, earlier;  // shares (part, l): of the parts by_values, by_values and by_keys
+  const Scratch<T> inner;                  // <S, X> at the end of each chunk: shares (part, chunk) of the parts by_keys
 
   explicit Intermediates(const Problem& p) :
-      by_values(p, p.values),
-      by_keys(p, p.keys),
+      by_values(p, p.values, p.keys),
+      by_keys(p, p.keys, p.values),
       length(p.length),
       chunks(ceil_div(p.length, kChunk)),
       u(p.batch * p.length * p.heads * p.values),
-      dbeta(by_values.count * length),
-      later(by_values.count * length),
-      earlier(by_keys.count * length),
-      inner(by_keys.count * chunks) {
+      dbeta(p.batch * p.heads * by_values.parts * length),
+      later(p.batch * p.heads * by_values.parts * length),
+      earlier(p.batch * p.heads * by_keys.parts * length),
+      inner(p.batch * p.heads * by_keys.parts * chunks) {
     prefer_huge_pages(u.data(), p.batch * p.length * p.heads * p.values * static_cast<int64_t>(sizeof(T)));
   }
 };
@@ -65,44 +65,47 @@ void values_pass(const Backward& a, const Walk& walk, const Intermediates<T>& in
   const auto at_state = [&](int64_t sequence) { return state_offset(p, item, sequence) + item.first; };
   const T scale = static_cast<T>(p.scale);
   memory.clear();
-  Rows<T> q(p.q, item, 0, p.keys, memory), k(p.k, item, 0, p.keys, memory), v(p.v, item, item.first, item.lanes, memory),
-      dout(a.dout, item, item.first, item.lanes, memory), recalled(dense<T>(a.recalled, p, p.values), item, item.first, item.lanes, memory);
+  Rows<T> q(p.q, item, 0, p.keys, memory), k(p.k, item, 0, p.keys, memory), v(p.v, item, item.first, item.columns, memory),
+      dout(a.dout, item, item.first, item.columns, memory), recalled(dense<T>(a.recalled, p, p.values), item, item.first, item.columns, memory);
   const Target<T> dv(a.dv, p, item, p.values), u(intermediates.u.data(), p, item, p.values);
-  State<T, N, 2, 2> state(p.keys, memory);
-  state.set(a.dstate, at_state(walk.last_sequence()), p.values, 1, item.lanes);
+  State<T, N, 2, 2> state(p.keys, item, memory);
+  state.set(a.dstate, at_state(walk.last_sequence()), p.values, 1);
   each_tile_back(walk, 0, p.length, [&](const Tile& tile) {
     each_block(tile, false, [&](const Block& block) {
-      T e[kBlock], beta[kBlock];
+      T e[kBlock], beta[kBlock], products[kProducts];
       decays(p.g, item, block, e);
       scalars(p.beta, item, block, T(0), beta);
-      L x[kBlock];
-      for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(dout.of(block)[j], item.lanes);
-      const T *const *values = v.of(block), *const *recalled_rows = recalled.of(block);
-      Vec<T> of_beta[kBlock] = {}, of_g[kBlock] = {};
-      read_between(state, {q.of(block), k.of(block)}, e, prefetch(walk, p.length, block, false, q, k, v, dout, recalled), x,
-                   [&](int j, const L& later, T own) {
-                     const L du = later + own * x[j], v_j = L::at(values[j], item.lanes), recalled_j = L::at(recalled_rows[j], item.lanes),
-                             error = v_j - recalled_j;
-                     const L y = beta[j] * du;
-                     of_beta[j] = (du * error).sum();
-                     of_g[j] = -beta[j] * (own * (recalled_j * x[j]) + v_j * later).sum();
-                     if (j < block.count) {
-                       y.put(dv[block.token[j]], item.lanes);
-                       (beta[j] * error).put(u[block.token[j]], item.lanes);
-                     }
-                     return y;
-                   });
-      put_shares(of_beta, block, intermediates.dbeta.data() + i * p.length);
-      put_shares(of_g, block, intermediates.later.data() + i * p.length);
+      const T *const *values = v.of(block), *const *recalled_rows = recalled.of(block), *const *douts = dout.of(block);
+      const Prefetch ahead = prefetch(walk, p.length, block, false, q, k, v, dout, recalled);
+      state.pack_block({q.of(block), k.of(block)}, products);
+      each_part<T, N>(item, [&](const Part& part) {
+        L x[kBlock];
+        for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(douts[j] + part.first, part.lanes);
+        Vec<T> of_beta[kBlock] = {}, of_g[kBlock] = {};
+        read_between(state, part.index, products, e, ahead, x, [&](int j, const L& later, T own) {
+          const L du = later + own * x[j], v_j = L::at(values[j] + part.first, part.lanes),
+                  recalled_j = L::at(recalled_rows[j] + part.first, part.lanes), error = v_j - recalled_j;
+          const L y = beta[j] * du;
+          of_beta[j] = (du * error).sum();
+          of_g[j] = -beta[j] * (own * (recalled_j * x[j]) + v_j * later).sum();
+          if (j < block.count) {
+            y.put(dv[block.token[j]] + part.first, part.lanes);
+            (beta[j] * error).put(u[block.token[j]] + part.first, part.lanes);
+          }
+          return y;
+        });
+        put_shares(of_beta, block, intermediates.dbeta.data() + part.all * p.length);
+        put_shares(of_g, block, intermediates.later.data() + part.all * p.length);
+      });
     });
     if (tile.begins_sequence()) {
-      if (a.dinitial) state.get(a.dinitial, at_state(tile.sequence), p.values, item.lanes);
-      state.set(a.dstate, at_state(tile.previous), p.values, 1, item.lanes);
+      if (a.dinitial) state.get(a.dinitial, at_state(tile.sequence), p.values);
+      state.set(a.dstate, at_state(tile.previous), p.values, 1);
     } else if (tile.begins_segment) {
       state.clear();
     }
   });
-  if (a.dinitial) state.get(a.dinitial, at_state(walk.first_sequence()), p.values, item.lanes);
+  if (a.dinitial) state.get(a.dinitial, at_state(walk.first_sequence()), p.values);
 }
 
 // Second pass: computes dq, the term -S' dv of dk, and shares of dg. If `kept` is not null, stores S at the end of each chunk there. One row of S per
@@ -115,12 +118,10 @@ void queries_pass(const Backward& a, const Walk& walk, const Intermediates<T>& i
   const T scale = static_cast<T>(p.scale);
   memory.clear();
   Rows<T> u(dense<T>(intermediates.u.data(), p, p.values), item, 0, p.values, memory), dv(dense<T>(a.dv, p, p.values), item, 0, p.values, memory),
-      dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.lanes, memory), k(p.k, item, item.first, item.lanes, memory);
+      dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.columns, memory), k(p.k, item, item.first, item.columns, memory);
   const Target<T> dq(a.dq, p, item, p.keys), dk(a.dk, p, item, p.keys);
-  State<T, N, 3, 1> state(p.values, memory);
-  const auto begin = [&](int64_t sequence) {
-    state.set(p.initial, state_offset(p, item, sequence) + item.first * p.values, 1, p.values, item.lanes);
-  };
+  State<T, N, 3, 1> state(p.values, item, memory);
+  const auto begin = [&](int64_t sequence) { state.set(p.initial, state_offset(p, item, sequence) + item.first * p.values, 1, p.values); };
   begin(walk.first_sequence());
   for (int64_t from = 0; from < p.length;) {
     const Tile tile = walk.tile(from, chunk_end(from));
@@ -129,21 +130,25 @@ void queries_pass(const Backward& a, const Walk& walk, const Intermediates<T>& i
     else if (tile.begins_segment)
       state.clear();
     each_block(tile, true, [&](const Block& block) {
-      T e[kBlock];
+      T e[kBlock], products[kProducts];
       decays(p.g, item, block, e);
       const T *const *queries = q.of(block), *const *keys = k.of(block);
-      Vec<T> of_g[kBlock] = {};
-      write_then_read(
-          state, {u.of(block), dv.of(block), dout.of(block)}, e, prefetch(walk, p.length, block, true, u, dv, dout, q, k),
-          [&](int j, const L& before) {
-            if (j < block.count) (T(-1) * before).put(dk[block.token[j]], item.lanes);
-            return L::at(keys[j], item.lanes);
-          },
-          [&](int j, const L& after, T own, const L& x) {
-            of_g[j] = scale * (L::at(queries[j], item.lanes) * after).sum();
-            if (j < block.count) (scale * (after + own * x)).put(dq[block.token[j]], item.lanes);
-          });
-      put_shares(of_g, block, intermediates.earlier.data() + i * p.length);
+      const Prefetch ahead = prefetch(walk, p.length, block, true, u, dv, dout, q, k);
+      state.pack_block({u.of(block), dv.of(block), dout.of(block)}, products);
+      each_part<T, N>(item, [&](const Part& part) {
+        Vec<T> of_g[kBlock] = {};
+        write_then_read(
+            state, part.index, products, e, ahead,
+            [&](int j, const L& before) {
+              if (j < block.count) (T(-1) * before).put(dk[block.token[j]] + part.first, part.lanes);
+              return L::at(keys[j] + part.first, part.lanes);
+            },
+            [&](int j, const L& after, T own, const L& x) {
+              of_g[j] = scale * (L::at(queries[j] + part.first, part.lanes) * after).sum();
+              if (j < block.count) (scale * (after + own * x)).put(dq[block.token[j]] + part.first, part.lanes);
+            });
+        put_shares(of_g, block, intermediates.earlier.data() + part.all * p.length);
+      });
     });
     from += tile.count;
     if (kept && from % kChunk == 0)
@@ -161,31 +166,37 @@ void keys_pass(const Backward& a, const Walk& walk, const Intermediates<T>& inte
   const T scale = static_cast<T>(p.scale);
   memory.clear();
   Rows<T> u(dense<T>(intermediates.u.data(), p, p.values), item, 0, p.values, memory), dv(dense<T>(a.dv, p, p.values), item, 0, p.values, memory),
-      dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.lanes, memory), k(p.k, item, item.first, item.lanes, memory),
-      partial(dense<T>(a.dk, p, p.keys), item, item.first, item.lanes, memory);
+      dout(a.dout, item, 0, p.values, memory), q(p.q, item, item.first, item.columns, memory), k(p.k, item, item.first, item.columns, memory),
+      partial(dense<T>(a.dk, p, p.keys), item, item.first, item.columns, memory);
   const Target<T> dk(a.dk, p, item, p.keys);
-  State<T, N, 3, 2> state(p.values, memory);
-  const auto begin = [&](int64_t sequence) { state.set(a.dstate, state_offset(p, item, sequence) + item.first * p.values, 1, p.values, item.lanes); };
+  State<T, N, 3, 2> state(p.values, item, memory);
+  const auto begin = [&](int64_t sequence) { state.set(a.dstate, state_offset(p, item, sequence) + item.first * p.values, 1, p.values); };
   begin(walk.last_sequence());
   for (int64_t chunk = intermediates.chunks - 1; chunk >= 0; --chunk) {
     if (kept && chunk + 1 < intermediates.chunks) {
       const T *x = state.value(), *s = kept + chunk * state.size();
-      Vec<T> sum{};
-      for (int64_t at = 0; at < state.size(); at += kLanes<T>) sum = fma(load<T>(x + at), load<T>(s + at), sum);
-      intermediates.inner.data()[i * intermediates.chunks + chunk] = sum_lanes(sum);
+      each_part<T, N>(item, [&](const Part& part) {
+        Vec<T> sum{};
+        for (int64_t at = 0; at < state.of_part(); at += kLanes<T>) sum = fma(load<T>(x + at), load<T>(s + at), sum);
+        intermediates.inner.data()[part.all * intermediates.chunks + chunk] = sum_lanes(sum);
+        x += state.of_part(), s += state.of_part();
+      });
     }
     each_tile_back(walk, chunk * kChunk, least((chunk + 1) * kChunk, p.length), [&](const Tile& tile) {
       each_block(tile, false, [&](const Block& block) {
-        T e[kBlock];
+        T e[kBlock], products[kProducts];
         decays(p.g, item, block, e);
-        L x[kBlock];
-        for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(q.of(block)[j], item.lanes);
-        const T *const *keys = k.of(block), *const *before = partial.of(block);
-        read_between(state, {dout.of(block), dv.of(block), u.of(block)}, e, prefetch(walk, p.length, block, false, u, dv, dout, q, k, partial), x,
-                     [&](int j, const L& later, T own) {
-                       if (j < block.count) (L::at(before[j], item.lanes) + later + own * x[j]).put(dk[block.token[j]], item.lanes);
-                       return L::at(keys[j], item.lanes);
-                     });
+        const T *const *queries = q.of(block), *const *keys = k.of(block), *const *before = partial.of(block);
+        const Prefetch ahead = prefetch(walk, p.length, block, false, u, dv, dout, q, k, partial);
+        state.pack_block({dout.of(block), dv.of(block), u.of(block)}, products);
+        each_part<T, N>(item, [&](const Part& part) {
+          L x[kBlock];
+          for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(queries[j] + part.first, part.lanes);
+          read_between(state, part.index, products, e, ahead, x, [&](int j, const L& later, T own) {
+            if (j < block.count) (L::at(before[j] + part.first, part.lanes) + later + own * x[j]).put(dk[block.token[j]] + part.first, part.lanes);
+            return L::at(keys[j] + part.first, part.lanes);
+          });
+        });
       });
       if (tile.begins_sequence())
         begin(tile.previous);
@@ -209,12 +220,12 @@ template <class T> T initial_product(const Backward& a, const Item& head, int64_
   return sum_lanes(sum);
 }
 
-// Computes dbeta and dg of one head: adds the shares of its items.
+// Computes dbeta and dg of one head: adds the shares of its parts.
 template <class T> void add_shares(const Backward& a, const Walk& walk, const Intermediates<T>& intermediates, int64_t head) {
   const Problem& p = a.problem;
   const auto add = [&](const Scratch<T>& shares, const Items<T>& items, int64_t length, int64_t at) {
     T sum = T(0);
-    for (int64_t block = 0; block < items.blocks; ++block) sum += shares.data()[(head * items.blocks + block) * length + at];
+    for (int64_t part = 0; part < items.parts; ++part) sum += shares.data()[(head * items.parts + part) * length + at];
     return sum;
   };
   const Item item{head / p.heads, head % p.heads, 0, 0, 0};
@@ -246,10 +257,10 @@ template <class T> void add_shares(const Backward& a, const Walk& walk, const In
 }
 
 // The largest amount of memory that a pass needs: rows of keys or of values, rows of an item's columns, and a state.
-template <class T> int64_t pass_size(const Problem& p) {
-  const int64_t of_lanes = 3 * Rows<T>::size(kVectors * kLanes<T>);
-  return of_lanes + most(2 * Rows<T>::size(p.keys) + State<T, kVectors, 2, 2>::size(p.keys),
-                         3 * Rows<T>::size(p.values) + State<T, kVectors, 3, 2>::size(p.values));
+template <class T> int64_t pass_size(const Problem& p, const Intermediates<T>& intermediates) {
+  const int64_t of_values = intermediates.by_values.most_columns(), of_keys = intermediates.by_keys.most_columns();
+  return most(2 * Rows<T>::size(p.keys) + 3 * Rows<T>::size(of_values) + State<T, kVectors, 2, 2>::size(p.keys, of_values),
+              3 * Rows<T>::size(p.values) + 3 * Rows<T>::size(of_keys) + State<T, kVectors, 3, 2>::size(p.values, of_keys));
 }
 
 template <class T> void backward(const Backward& a) {
@@ -264,8 +275,8 @@ template <class T> void backward(const Backward& a) {
     Workspace<T> memory;
     Scratch<T> kept;  // the state of an item at the end of each chunk
   };
-  const PerThread<Own> own(
-      threads, [&] { return Own{Workspace<T>(pass_size<T>(p)), Scratch<T>(a.dg ? intermediates.chunks * p.values * kVectors * kLanes<T> : 0)}; });
+  const int64_t kept_size = intermediates.chunks * p.values * intermediates.by_keys.most_columns();
+  const PerThread<Own> own(threads, [&] { return Own{Workspace<T>(pass_size(p, intermediates)), Scratch<T>(a.dg ? kept_size : 0)}; });
   parallel_phases(threads, [&](PhasedTeam& team) {
     const Range values = share(intermediates.by_values.count, team), keys = share(intermediates.by_keys.count, team),
                 heads = share(p.batch * p.heads, team);

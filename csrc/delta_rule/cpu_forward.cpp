@@ -23,48 +23,53 @@ template <class T, int kVectors> void run(const Forward& a, const Walk& walk, co
   const auto at = [&](int64_t token) { return ((item.batch * p.length + token) * p.heads + item.head) * p.values + item.first; };
   const T scale = static_cast<T>(p.scale);
   memory.clear();
-  Rows<T> k(p.k, item, 0, p.keys, memory), q(p.q, item, 0, p.keys, memory), v(p.v, item, item.first, item.lanes, memory);
-  State<T, kVectors, 2, 1> state(p.keys, memory);
-  state.set(p.initial, at_state(walk.first_sequence()), p.values, 1, item.lanes);
+  Rows<T> k(p.k, item, 0, p.keys, memory), q(p.q, item, 0, p.keys, memory), v(p.v, item, item.first, item.columns, memory);
+  State<T, kVectors, 2, 1> state(p.keys, item, memory);
+  state.set(p.initial, at_state(walk.first_sequence()), p.values, 1);
   for (int64_t from = 0; from < p.length;) {
     const Tile tile = walk.tile(from, p.length);
     if (tile.begins_sequence()) {
-      if (a.state) state.get(a.state, at_state(tile.previous), p.values, item.lanes);
-      state.set(p.initial, at_state(tile.sequence), p.values, 1, item.lanes);
+      if (a.state) state.get(a.state, at_state(tile.previous), p.values);
+      state.set(p.initial, at_state(tile.sequence), p.values, 1);
     } else if (tile.begins_segment) {
       state.clear();
     }
     each_block(tile, true, [&](const Block& block) {
-      T e[kBlock], beta[kBlock];
+      T e[kBlock], beta[kBlock], products[kProducts];
       decays(p.g, item, block, e);
       scalars(p.beta, item, block, T(0), beta);
       const T* const* values = v.of(block);
-      write_then_read(
-          state, {k.of(block), q.of(block)}, e, prefetch(walk, p.length, block, true, k, q, v),
-          [&](int j, const L& recalled) {
-            if (a.recalled && j < block.count) recalled.put(static_cast<T*>(a.recalled) + at(block.token[j]), item.lanes);
-            return beta[j] * (L::at(values[j], item.lanes) - recalled);
-          },
-          [&](int j, const L& after, T own, const L& x) {
-            if (j >= block.count) return;
-            const L o = scale * (after + own * x);
-            with_storage(p.v.type, a.out, [&](auto* out) { o.put(out + at(block.token[j]), item.lanes); });
-          });
+      const Prefetch ahead = prefetch(walk, p.length, block, true, k, q, v);
+      state.pack_block({k.of(block), q.of(block)}, products);
+      each_part<T, kVectors>(item, [&](const Part& part) {
+        write_then_read(
+            state, part.index, products, e, ahead,
+            [&](int j, const L& recalled) {
+              if (a.recalled && j < block.count) recalled.put(static_cast<T*>(a.recalled) + at(block.token[j]) + part.first, part.lanes);
+              return beta[j] * (L::at(values[j] + part.first, part.lanes) - recalled);
+            },
+            [&](int j, const L& after, T own, const L& x) {
+              if (j >= block.count) return;
+              const L o = scale * (after + own * x);
+              with_storage(p.v.type, a.out, [&](auto* out) { o.put(out + at(block.token[j]) + part.first, part.lanes); });
+            });
+      });
     });
     from += tile.count;
   }
-  if (a.state) state.get(a.state, at_state(walk.last_sequence()), p.values, item.lanes);
+  if (a.state) state.get(a.state, at_state(walk.last_sequence()), p.values);
 }
 
 template <class T> void forward(const Forward& a) {
   const Problem& p = a.problem;
   const Walk walk = p.walk();
-  const Items<T> items(p, p.values);
+  const Items<T> items(p, p.values, p.keys);
   const int64_t elements = p.batch * p.length * p.heads * p.values;
   prefer_huge_pages(a.out, elements * element_size(p.v.type));
   if (a.recalled) prefer_huge_pages(a.recalled, elements * static_cast<int64_t>(sizeof(T)));
-  const int64_t threads = team_size(p, items.count), rows = 2 * Rows<T>::size(p.keys) + Rows<T>::size(kVectors * kLanes<T>);
-  const PerThread<Workspace<T>> own(threads, [&] { return Workspace<T>(rows + State<T, kVectors, 2, 1>::size(p.keys)); });
+  const int64_t threads = team_size(p, items.count), columns = items.most_columns();
+  const int64_t memory = 2 * Rows<T>::size(p.keys) + Rows<T>::size(columns) + State<T, kVectors, 2, 1>::size(p.keys, columns);
+  const PerThread<Workspace<T>> own(threads, [&] { return Workspace<T>(memory); });
   parallel(threads, [&](const Team& team) {
     const Range mine = share(items.count, team);
     for (int64_t i = mine.begin; i < mine.end; ++i)

@@ -22,33 +22,37 @@ template <class T, int N, int kUpdates> void run(const Forward& f, const Walk& w
   memory.clear();
   Rows<T> q(p.q, item, 0, p.keys, memory), k(p.k, item, 0, p.keys, memory), g(p.g, item, 0, if_given(a.per_key, p.keys), memory),
       erase(a.erase, item, 0, p.keys, memory), erase_out(a.erase_out, item, 0, if_given(kUpdates > 1, p.keys), memory),
-      v(p.v, item, item.first, item.lanes, memory),
-      write(a.write, item, if_given(a.per_value, item.first), if_given(a.per_value, item.lanes), memory);
-  State<T, N, kUpdates + 2, kUpdates, 2, Decay::kRows> state(p.keys, memory);
-  state.set(p.initial, at_state(walk.first_sequence()), p.values, 1, item.lanes);
+      v(p.v, item, item.first, item.columns, memory),
+      write(a.write, item, if_given(a.per_value, item.first), if_given(a.per_value, item.columns), memory);
+  State<T, N, kUpdates + 2, kUpdates, 2, Decay::kRows> state(p.keys, item, memory);
+  state.set(p.initial, at_state(walk.first_sequence()), p.values, 1);
   for (int64_t from = 0; from < p.length;) {
     const Tile tile = walk.tile(from, p.length);
     if (tile.begins_sequence()) {
-      if (f.state) state.get(f.state, at_state(tile.previous), p.values, item.lanes);
-      state.set(p.initial, at_state(tile.sequence), p.values, 1, item.lanes);
+      if (f.state) state.get(f.state, at_state(tile.previous), p.values);
+      state.set(p.initial, at_state(tile.sequence), p.values, 1);
     } else if (tile.begins_segment) {
       state.clear();
     }
     each_block(tile, true, [&](const Block& block) {
       RowDecays<T> e{a.per_key ? g.of(block) : nullptr, {}};
-      T share[kBlock], w[kBlock];
+      T share[kBlock], w[kBlock], products[kUpdates * kProducts];
       if (!a.per_key) decays(p.g, item, block, e.e);
       shares(a, item, block, share);
       if (!a.per_value) scalars(a.write, item, block, T(0), w);
       const T *const *values = v.of(block), *const *gates = a.per_value ? write.of(block) : nullptr;
-      const auto step = [&](const auto&... rows) {
+      const Prefetch ahead = prefetch(walk, p.length, block, true, q, k, g, erase, erase_out, v, write);
+      if constexpr (kUpdates == 1)
+        pack_forward<T, N, kUpdates>(state, {k.of(block), erase.of(block), q.of(block)}, products, e, share, a.first);
+      else
+        pack_forward<T, N, kUpdates>(state, {k.of(block), erase_out.of(block), erase.of(block), q.of(block)}, products, e, share, a.first);
+      each_part<T, N>(item, [&](const Part& part) {
         write_then_read<T, N, kUpdates>(
-            state, {rows..., erase.of(block), q.of(block)}, e, share, a.first,
-            prefetch(walk, p.length, block, true, q, k, g, erase, erase_out, v, write),
+            state, part.index, products, ahead,
             [&](int j, const L& recalled, L* x) {
-              if (f.recalled && j < block.count) recalled.put(static_cast<T*>(f.recalled) + at(block.token[j]), item.lanes);
-              L value = L::at(values[j], item.lanes);
-              value = gates ? L::at(gates[j], item.lanes) * value : w[j] * value;
+              if (f.recalled && j < block.count) recalled.put(static_cast<T*>(f.recalled) + at(block.token[j]) + part.first, part.lanes);
+              L value = L::at(values[j] + part.first, part.lanes);
+              value = gates ? L::at(gates[j] + part.first, part.lanes) * value : w[j] * value;
               if constexpr (kUpdates == 1) {
                 x[0] = value - recalled;
               } else {
@@ -59,38 +63,31 @@ template <class T, int N, int kUpdates> void run(const Forward& f, const Walk& w
             [&](int j, const L& after) {
               if (j >= block.count) return;
               const L o = scale * after;
-              with_storage(p.v.type, f.out, [&](auto* out) { o.put(out + at(block.token[j]), item.lanes); });
+              with_storage(p.v.type, f.out, [&](auto* out) { o.put(out + at(block.token[j]) + part.first, part.lanes); });
             });
-      };
-      if constexpr (kUpdates == 1)
-        step(k.of(block));
-      else
-        step(k.of(block), erase_out.of(block));
+      });
     });
     from += tile.count;
   }
-  if (f.state) state.get(f.state, at_state(walk.last_sequence()), p.values, item.lanes);
+  if (f.state) state.get(f.state, at_state(walk.last_sequence()), p.values);
 }
 
 template <class T, int kUpdates> void forward(const Forward& f) {
   constexpr int N = kVectorsOf<kUpdates>;
   const Problem& p = f.general.problem;
   const Walk walk = p.walk();
-  const Items<T> items(p, p.values, N);
+  const Items<T> items(p, p.values, p.keys, N);
   const int64_t elements = p.batch * p.length * p.heads * p.values;
   prefer_huge_pages(f.out, elements * element_size(p.v.type));
   if (f.recalled) prefer_huge_pages(f.recalled, elements * static_cast<int64_t>(sizeof(T)));
-  const int64_t threads = team_size(p, items.count), rows = 5 * Rows<T>::size(p.keys) + 2 * Rows<T>::size(N * kLanes<T>);
-  const PerThread<Workspace<T>> own(threads, [&] { return Workspace<T>(rows + State<T, N, kUpdates + 2, kUpdates, 2, Decay::kRows>::size(p.keys)); });
+  const int64_t threads = team_size(p, items.count), columns = items.most_columns();
+  const int64_t memory =
+      5 * Rows<T>::size(p.keys) + 2 * Rows<T>::size(columns) + State<T, N, kUpdates + 2, kUpdates, 2, Decay::kRows>::size(p.keys, columns);
+  const PerThread<Workspace<T>> own(threads, [&] { return Workspace<T>(memory); });
   parallel(threads, [&](const Team& team) {
     const Range mine = share(items.count, team);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const Item item = items[i];
-      if (N > 1 && item.lanes > kLanes<T>)
-        run<T, N, kUpdates>(f, walk, item, own[team.rank]);
-      else
-        run<T, 1, kUpdates>(f, walk, item, own[team.rank]);
-    }
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      with_vectors<T, N>(items[i], [&](auto n) { run<T, n, kUpdates>(f, walk, items[i], own[team.rank]); });
   });
 }
 

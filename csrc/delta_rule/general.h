@@ -18,11 +18,11 @@ namespace {
 struct General {
   Problem problem;                 // g: (b, l, h), or with per_key (b, l, h, dk)
   Tokens erase, erase_out, write;  // a, c, w. erase_out.data is null if c is k. write: (b, l, h), or with per_value (b, l, h, dv)
-  int64_t shares;                  // a is beta times `erase`
+  int64_t shares;                  // `erase` is k, and a is beta times that
   int64_t per_key, per_value, first;
 };
 
-// How many outer products a token adds to the state: kUpdates 1 if c is k. The number of lane vectors of an item is smaller with 2: each of them
+// How many outer products a token adds to the state: kUpdates 1 if c is k. The number of lane vectors of a part is smaller with 2: each of them
 // needs more registers.
 template <int kUpdates> constexpr int kVectorsOf = kUpdates == 1 ? kVectors : 1;
 
@@ -156,21 +156,36 @@ template <class T, int kReads, bool kDecays, bool kFirst> __attribute__((noinlin
   sum_all<T, kReads * kProducts>(sums, products);
 }
 
+// As pack_forward and pack_back, into the panel of the state. With keys as lanes there are no decays and shares of rows.
+template <class T, int N, int kUpdates, Decay kDecay>
+MEDSSM_INLINE void pack_forward(State<T, N, kUpdates + 2, kUpdates, 2, kDecay>& state, const T* const* const (&rows)[kUpdates + 2], T* products,
+                                const RowDecays<T>& decays = {}, const T* share = nullptr, bool first = false) {
+  constexpr bool kDecays = kDecay == Decay::kRows;
+  state.pack_with([&](T* panel) {
+    first ? pack_forward<T, kUpdates, kDecays, kDecays>(rows, decays, share, state.rows(), panel, products)
+          : pack_forward<T, kUpdates, kDecays, false>(rows, decays, share, state.rows(), panel, products);
+  });
+}
+template <class T, int N, int kReads, Decay kDecay>
+MEDSSM_INLINE void pack_back(State<T, N, 2 + kReads, 2, kReads, kDecay>& state, const T* const* const (&rows)[2 + kReads], T* products,
+                             const RowDecays<T>& decays = {}, const T* share = nullptr, bool first = false) {
+  constexpr bool kDecays = kDecay == Decay::kRows;
+  state.pack_with([&](T* panel) {
+    first ? pack_back<T, kReads, kDecays, kDecays>(rows, decays, share, state.rows(), panel, products)
+          : pack_back<T, kReads, kDecays, false>(rows, decays, share, state.rows(), panel, products);
+  });
+}
+
 // -- keys as rows -------------------------------------------------------------------------------------------------------------------
 
-// x_of(j, recalled, x) gets R_t and writes the values of token j's updates to x[kUpdates]. out(j, after) gets S_t^T q_t.
+// For a part of a packed block. x_of(j, recalled, x) gets R_t and writes the values of token j's updates to x[kUpdates]. out(j, after) gets S_t^T
+// q_t.
 template <class T, int N, int kUpdates, class X, class Out>
-MEDSSM_INLINE void write_then_read(State<T, N, kUpdates + 2, kUpdates, 2, Decay::kRows>& state, const T* const* const (&rows)[kUpdates + 2],
-                                   const RowDecays<T>& decays, const T* share, bool first, const Prefetch& prefetch, const X& x_of, const Out& out) {
+MEDSSM_INLINE void write_then_read(State<T, N, kUpdates + 2, kUpdates, 2, Decay::kRows>& state, int part, const T* products, const Prefetch& prefetch,
+                                   const X& x_of, const Out& out) {
   using L = Lanes<T, N>;
-  T products[kUpdates * kProducts];
   L read[2 * kBlock], x[kBlock][kUpdates];
-  state.read_packed(
-      [&](T* panel) {
-        first ? pack_forward<T, kUpdates, true, true>(rows, decays, share, state.rows(), panel, products)
-              : pack_forward<T, kUpdates, true, false>(rows, decays, share, state.rows(), panel, products);
-      },
-      prefetch, read);
+  state.read(part, prefetch, read);
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {
     L recalled = read[j], after = read[kBlock + j];
@@ -182,25 +197,18 @@ MEDSSM_INLINE void write_then_read(State<T, N, kUpdates + 2, kUpdates, 2, Decay:
     for (int i = 0; i <= j; ++i)
       for (int u = 0; u < kUpdates; ++u) after = after + products[u * kProducts + upto(i, j)] * x[i][u];
     out(j, after);
-    for (int u = 0; u < kUpdates; ++u) state.update(u, j, x[j][u]);
+    for (int u = 0; u < kUpdates; ++u) state.update(part, u, j, x[j][u]);
   }
 }
 
 // The adjoint, from the last token to the first: dS_t = X_t + q_t x_t^T;  read_t = dS_t^T r_t;  X_{t-1} = e_t (dS_t + a_t y_t^T), or with `first`
 // e_t dS_t + a_t y_t^T. x[j] is x of token j. y_of(j, read) gets kReads read-outs and returns y of token j.
-template <class T, int N, int kReads, class Y> MEDSSM_INLINE void read_between(State<T, N, 2 + kReads, 2, kReads, Decay::kRows>& state,
-                                                                               const T* const* const (&rows)[2 + kReads], const RowDecays<T>& decays,
-                                                                               const T* share, bool first, const Prefetch& prefetch,
-                                                                               const Lanes<T, N>* x, const Y& y_of) {
+template <class T, int N, int kReads, class Y> MEDSSM_INLINE void read_between(State<T, N, 2 + kReads, 2, kReads, Decay::kRows>& state, int part,
+                                                                               const T* products, const Prefetch& prefetch, const Lanes<T, N>* x,
+                                                                               const Y& y_of) {
   using L = Lanes<T, N>;
-  T products[kReads * kProducts];
   L read[kReads * kBlock], y[kBlock];
-  state.read_packed(
-      [&](T* panel) {
-        first ? pack_back<T, kReads, true, true>(rows, decays, share, state.rows(), panel, products)
-              : pack_back<T, kReads, true, false>(rows, decays, share, state.rows(), panel, products);
-      },
-      prefetch, read);
+  state.read(part, prefetch, read);
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {
     L sum[kReads];
@@ -210,8 +218,8 @@ template <class T, int N, int kReads, class Y> MEDSSM_INLINE void read_between(S
       for (int i = 0; i < j; ++i) sum[r] = sum[r] + products[r * kProducts + upto(i, j)] * x[i] + products[r * kProducts + before(i, j)] * y[i];
     }
     y[j] = y_of(j, sum);
-    state.update(0, j, x[j]);
-    state.update(1, j, y[j]);
+    state.update(part, 0, j, x[j]);
+    state.update(part, 1, j, y[j]);
   }
 }
 
@@ -219,14 +227,12 @@ template <class T, int N, int kReads, class Y> MEDSSM_INLINE void read_between(S
 
 // The same as write_then_read above with the transposed state, where all updates are known: x[u][j], with decays e[j]. out(j, recalled, after, own)
 // gets S' a_t (with `first`, S_{t-1} a_t) and, in two parts, S_t q_t = after + own: `own` comes from the updates of token j.
-template <class T, int N, int kUpdates, class Out> MEDSSM_INLINE void write_then_read(State<T, N, kUpdates + 2, kUpdates, 2, Decay::kLanes>& state,
-                                                                                      const T* const* const (&rows)[kUpdates + 2],
-                                                                                      const Lanes<T, N>* e, bool first, const Prefetch& prefetch,
-                                                                                      const Lanes<T, N> (&x)[kUpdates][kBlock], const Out& out) {
+template <class T, int N, int kUpdates, class Out>
+MEDSSM_INLINE void write_then_read(State<T, N, kUpdates + 2, kUpdates, 2, Decay::kLanes>& state, int part, const T* products, const Lanes<T, N>* e,
+                                   bool first, const Prefetch& prefetch, const Lanes<T, N> (&x)[kUpdates][kBlock], const Out& out) {
   using L = Lanes<T, N>;
-  T products[kUpdates * kProducts];
   L read[2 * kBlock], faded[kUpdates][kBlock], kept = L::all(T(1));
-  state.read_packed([&](T* panel) { pack_forward<T, kUpdates, false, false>(rows, {}, nullptr, state.rows(), panel, products); }, prefetch, read);
+  state.read(part, prefetch, read);
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {
     const auto sum = [&](int of_read, const auto& product) {
@@ -248,20 +254,18 @@ template <class T, int N, int kUpdates, class Out> MEDSSM_INLINE void write_then
     out(j, recalled, sum(1, upto), own);
   }
   for (int u = 0; u < kUpdates; ++u)
-    for (int j = 0; j < kBlock; ++j) state.update(u, j, faded[u][j]);
-  state.decay(kept);
+    for (int j = 0; j < kBlock; ++j) state.update(part, u, j, faded[u][j]);
+  state.decay(part, kept);
 }
 
 // The same as read_between above with the transposed state, where x[j] and y[j] are known, with decays e[j]. out(j, later, own) gets kReads read-outs
 // in two parts: later[r] + own[r] * x[j].
-template <class T, int N, int kReads, class Out> MEDSSM_INLINE void read_between(State<T, N, 2 + kReads, 2, kReads, Decay::kLanes>& state,
-                                                                                 const T* const* const (&rows)[2 + kReads], const Lanes<T, N>* e,
-                                                                                 bool first, const Prefetch& prefetch, const Lanes<T, N>* x,
-                                                                                 const Lanes<T, N>* y, const Out& out) {
+template <class T, int N, int kReads, class Out>
+MEDSSM_INLINE void read_between(State<T, N, 2 + kReads, 2, kReads, Decay::kLanes>& state, int part, const T* products, const Lanes<T, N>* e,
+                                bool first, const Prefetch& prefetch, const Lanes<T, N>* x, const Lanes<T, N>* y, const Out& out) {
   using L = Lanes<T, N>;
-  T products[kReads * kProducts];
   L read[kReads * kBlock], one[kBlock], two[kBlock], kept = L::all(T(1));
-  state.read_packed([&](T* panel) { pack_back<T, kReads, false, false>(rows, {}, nullptr, state.rows(), panel, products); }, prefetch, read);
+  state.read(part, prefetch, read);
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {
     L later[kReads];
@@ -283,10 +287,10 @@ template <class T, int N, int kReads, class Out> MEDSSM_INLINE void read_between
     kept = e[j] * kept;
   }
   for (int j = 0; j < kBlock; ++j) {
-    state.update(0, j, one[j]);
-    state.update(1, j, two[j]);
+    state.update(part, 0, j, one[j]);
+    state.update(part, 1, j, two[j]);
   }
-  state.decay(kept);
+  state.decay(part, kept);
 }
 
 }  // namespace

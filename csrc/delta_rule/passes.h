@@ -9,15 +9,14 @@ namespace {
 //
 //   S' = e_t S_{t-1};  before_t = S'^T r_t;  S_t = S' + c_t x_t^T;  after_t = S_t^T s_t
 //
-// coefficients: c, r, s (kSlots 3), or c = r, s (kSlots 2). x_of(j, before) returns x of token j. out(j, after, own, x) gets the read-out after the
-// update in two parts: after_t = after + own * x.
+// The coefficients that the state has packed: c, r, s (kSlots 3), or c = r, s (kSlots 2); products: theirs. part: of the item. x_of(j, before)
+// returns x of token j. out(j, after, own, x) gets the read-out after the update in two parts: after_t = after + own * x.
 template <class T, int kVectors, int kSlots, class X, class Out>
-MEDSSM_INLINE void write_then_read(State<T, kVectors, kSlots, 1>& state, const T* const* const (&coefficients)[kSlots], const T* e,
-                                   const Prefetch& prefetch, const X& x_of, const Out& out) {
+MEDSSM_INLINE void write_then_read(State<T, kVectors, kSlots, 1>& state, int part, const T* products, const T* e, const Prefetch& prefetch,
+                                   const X& x_of, const Out& out) {
   using L = Lanes<T, kVectors>;
-  T products[kProducts];
   L read[2 * kBlock], x[kBlock];
-  state.read_block(coefficients, prefetch, products, read);
+  state.read(part, prefetch, read);
   T decay = T(1), since[kBlock];  // decay: of the state before the block; since[i]: of token i's update, since token i
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {
@@ -34,23 +33,22 @@ MEDSSM_INLINE void write_then_read(State<T, kVectors, kSlots, 1>& state, const T
     out(j, after, products[upto(j, j)], x[j]);
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < kBlock; ++j) state.update(0, j, since[j] * x[j]);
-  state.decay(decay);
+  for (int j = 0; j < kBlock; ++j) state.update(part, 0, j, since[j] * x[j]);
+  state.decay(part, decay);
 }
 
 // The adjoint, from the last token to the first. For each token: an update, a read-out, and a second update.
 //
 //   read_t = (X_t + c_t x_t^T)^T r_t;  X_{t-1} = e_t (X_t + c_t x_t^T - d_t y_t^T)
 //
-// coefficients: c, d, r (kSlots 3), or c, d = r (kSlots 2). x[j] is x of token j. y_of(j, later, own) returns y of token j. It gets the read-out in
-// two parts: read_t = later + own * x[j].
-template <class T, int kVectors, int kSlots, class Y>
-MEDSSM_INLINE void read_between(State<T, kVectors, kSlots, 2>& state, const T* const* const (&coefficients)[kSlots], const T* e,
-                                const Prefetch& prefetch, const Lanes<T, kVectors>* x, const Y& y_of) {
+// The packed coefficients: c, d, r (kSlots 3), or c, d = r (kSlots 2). x[j] is x of token j. y_of(j, later, own) returns y of token j. It gets the
+// read-out in two parts: read_t = later + own * x[j].
+template <class T, int kVectors, int kSlots, class Y> MEDSSM_INLINE void read_between(State<T, kVectors, kSlots, 2>& state, int part,
+                                                                                      const T* products, const T* e, const Prefetch& prefetch,
+                                                                                      const Lanes<T, kVectors>* x, const Y& y_of) {
   using L = Lanes<T, kVectors>;
-  T products[kProducts];
   L read[kBlock], y[kBlock];
-  state.read_block(coefficients, prefetch, products, read);
+  state.read(part, prefetch, read);
   T decay = T(1), since[kBlock];
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {
@@ -66,10 +64,10 @@ MEDSSM_INLINE void read_between(State<T, kVectors, kSlots, 2>& state, const T* c
   }
 #pragma GCC unroll 4
   for (int j = 0; j < kBlock; ++j) {
-    state.update(0, j, since[j] * x[j]);
-    state.update(1, j, -since[j] * y[j]);
+    state.update(part, 0, j, since[j] * x[j]);
+    state.update(part, 1, j, -since[j] * y[j]);
   }
-  state.decay(decay);
+  state.decay(part, decay);
 }
 
 }  // namespace

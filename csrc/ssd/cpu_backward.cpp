@@ -13,11 +13,12 @@
 // strong decay all terms of the sum are as small as dg is. (A sum from the end would begin with the final state times its gradient, and only the
 // rounding error of that would remain after a strong decay.)
 //
-// Over a long walk the rounding errors of this sum would add up, all with the same sign. So every exact_steps steps dg is computed exactly, as the
+// Over a long walk the rounding errors of this sum would add up, all with the same sign. So every so many steps dg is computed exactly, as the
 // sum over S times X; the second pass stores X at these steps. And where the decay is negligible, dg is set to 0: otherwise A, which may be large,
 // would multiply a rounding error.
 #include "medssm/gate.h"
 #include "medssm/group_sum.h"
+#include "medssm/stored_states.h"
 #include "problem.h"
 
 using namespace medssm;
@@ -33,39 +34,18 @@ struct Arguments {
   StateTensor dinitial;            // the compute type; null without an initial state
 };
 
-// Steps between two exact sums. The states stored for them need as much memory as x, or twice as much where n is not a multiple of a vector.
-MEDSSM_INLINE int64_t exact_steps(const Problem& p) { return p.states <= 16 ? 16 : p.states <= 32 ? 32 : round_up(p.states, kTileSteps); }
-
 // What one pass stores for the next ones, for each batch element, head and block of states.
-template <class T> struct Shared {
-  static constexpr int W = kLanes<T>;
-  const int64_t length, heads;
-  const int64_t blocks, every, saved, state;  // blocks of states; steps between stored states; stored states per head; elements of a block's S
-  const Scratch<T> states;                    // X every `every` steps: [saved][block][channel][lane]
-  const Scratch<T> terms, sums;               // B_t dS_t x_t of a block's states, without and with step t's own token: [block][step]
-  const Scratch<double> rates;                // dA
+template <class T> struct Shared : StoredStates<T> {
+  const Scratch<T> terms, sums;  // B_t dS_t x_t of a block's states, without and with step t's own token: [block][step]; sums: later ds
+  const Scratch<double> rates;   // dA
 
   explicit Shared(const Problem& p) :
-      length(p.length),
-      heads(p.heads),
-      blocks(ceil_div(p.states, W)),
-      every(exact_steps(p)),
-      saved(ceil_div(p.length, every)),
-      state(padded_rows(p.size) * W),
-      states(p.batch * heads * saved * blocks * state),
-      terms(p.batch * heads * blocks * length),
-      sums(p.batch * heads * blocks * length),
-      rates(p.batch * heads * blocks) {
-    prefer_huge_pages(states.data(), p.batch * heads * saved * blocks * state * static_cast<int64_t>(sizeof(T)));
-  }
+      StoredStates<T>(p),
+      terms(p.batch * p.heads * this->blocks * p.length),
+      sums(p.batch * p.heads * this->blocks * p.length),
+      rates(p.batch * p.heads * this->blocks) {}
 
-  T* state_at(const Slot<T>& slot, int64_t block, int64_t step) const {
-    return states.data() + (((slot.batch * heads + slot.head) * saved + step / every) * blocks + block) * state;
-  }
-  T* terms_of(int64_t batch, int64_t head, int64_t block) const { return terms.data() + ((batch * heads + head) * blocks + block) * length; }
-  // The sums are later replaced by ds.
-  T* sums_of(int64_t batch, int64_t head, int64_t block) const { return sums.data() + ((batch * heads + head) * blocks + block) * length; }
-  double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * heads + head) * blocks + block]; }
+  double& rate_of(int64_t batch, int64_t head, int64_t block) const { return rates.data()[(batch * this->heads + head) * this->blocks + block]; }
 };
 
 // dB, and the terms of ds and dg: a pass in reverse. The gradient of the state is transposed: rows are channels, lanes are states.
@@ -100,8 +80,8 @@ template <class T> class GradientB : public Reader<T, true, true, false> {
     T *const strict = own() + kTileSteps, *const all = strict + kTileSteps;
     lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * load<T>(o + t * W); }, strict);
     lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(B[t]) * whole(t); }, all);
-    T* const terms = shared_.terms_of(slot.batch, slot.head, block) + this->first(tile);
-    T* const sums = shared_.sums_of(slot.batch, slot.head, block) + this->first(tile);
+    T* const terms = shared_.of(shared_.terms, slot.batch, slot.head, block) + this->first(tile);
+    T* const sums = shared_.of(shared_.sums, slot.batch, slot.head, block) + this->first(tile);
     for (int64_t t = 0; t < tile.count; ++t) {
       terms[-t] = strict[t];
       sums[-t] = all[t];
@@ -165,8 +145,8 @@ template <class T> class GradientC : public Reader<T, false, true, true> {
     const View<T> C = this->block_of({a_.problem.C, this->sharing_}, slot, tile, block, memory_.data()), s = this->step(slot, tile);
     T* const tile_sums = own() + kTileSteps;
     lane_sums<T>(tile.count, [&](int64_t t) { return load<T>(C[t]) * load<T>(o + t * W); }, tile_sums);
-    const T* const terms = shared_.terms_of(slot.batch, slot.head, block) + tile.from;
-    T* const sums = shared_.sums_of(slot.batch, slot.head, block) + tile.from;
+    const T* const terms = shared_.of(shared_.terms, slot.batch, slot.head, block) + tile.from;
+    T* const sums = shared_.of(shared_.sums, slot.batch, slot.head, block) + tile.from;
     const double A = static_cast<double>(static_cast<const T*>(a_.problem.A)[slot.head]);
     Carried c = carried(slot, block);
     for (int64_t t = 0; t < tile.count; ++t) {
@@ -259,7 +239,7 @@ template <class T> void write_step_gradients(const Arguments& a, const Steps<T>&
           ddt += batch * a.ddt.batch + head * a.ddt.head;
           for (int64_t t = 0; t < tile.count; ++t) {
             T ds = 0;
-            for (int64_t block = 0; block < shared.blocks; ++block) ds += shared.sums_of(batch, head, block)[from + t];
+            for (int64_t block = 0; block < shared.blocks; ++block) ds += shared.of(shared.sums, batch, head, block)[from + t];
             bias += static_cast<double>(ds * slope[t]);
             ddt[tile.token(t) * a.ddt.token] = to_storage<S>(ds * slope[t]);
           }

@@ -11,6 +11,7 @@
 // The gradient of an angle is that of its pair in q and in k, summed over the later steps of its segment. Turned back, dq and dk give dC and dB.
 #include "medssm/gate.h"
 #include "medssm/group_sum.h"
+#include "medssm/stored_states.h"
 #include "problem.h"
 
 using namespace medssm;
@@ -30,46 +31,27 @@ struct Arguments {
   double* dinitial_angle;          // (b,h,a); may be null
 };
 
-// Steps between two exact sums, as in csrc/ssd.
-MEDSSM_INLINE int64_t exact_steps(const Problem& p) { return p.states <= 16 ? 16 : p.states <= 32 ? 32 : round_up(p.states, kTileSteps); }
-
 // What one pass stores for the next ones, for each batch element, head and block of states.
-template <class T> struct Shared {
-  static constexpr int W = kLanes<T>;
-  const int64_t length, heads;
-  const int64_t blocks, every, saved, state;  // blocks of states; steps between stored states; stored states per head; elements of a block's S
-  const Scratch<T> states;                    // X every `every` steps: [saved][block][channel][lane]
-  const Scratch<T> later, now, decay;         // a block's part of dlater, of dnow and of dg: [block][step]
-  const Scratch<T> own;                       // x_t . dy_t: [step]
-  const Scratch<T> angles;                    // the gradients of the angles: [step][angle], as many as Steps has
+template <class T> struct Shared : StoredStates<T> {
+  const Scratch<T> later, now, decay;  // a block's part of dlater, of dnow and of dg: [block][step]
+  const Scratch<T> own;                // x_t . dy_t: [step]
+  const Scratch<T> angles;             // the gradients of the angles: [step][angle], as many as Steps has
 
   Shared(const Problem& p, const Steps<T>& steps) :
-      length(p.length),
-      heads(p.heads),
-      blocks(ceil_div(p.states, W)),
-      every(exact_steps(p)),
-      saved(ceil_div(p.length, every)),
-      state(padded_rows(p.size) * W),
-      states(p.batch * heads * saved * blocks * state),
-      later(p.batch * heads * blocks * length),
-      now(p.batch * heads * blocks * length),
-      decay(p.batch * heads * blocks * length),
-      own(p.batch * heads * length),
-      angles(p.batch * heads * length * steps.padded()),
+      StoredStates<T>(p),
+      later(p.batch * p.heads * this->blocks * p.length),
+      now(p.batch * p.heads * this->blocks * p.length),
+      decay(p.batch * p.heads * this->blocks * p.length),
+      own(p.batch * p.heads * p.length),
+      angles(p.batch * p.heads * p.length * steps.padded()),
       padded_(steps.padded()) {
-    prefer_huge_pages(states.data(), p.batch * heads * saved * blocks * state * static_cast<int64_t>(sizeof(T)));
-    prefer_huge_pages(angles.data(), p.batch * heads * length * padded_ * static_cast<int64_t>(sizeof(T)));
+    prefer_huge_pages(angles.data(), p.batch * p.heads * p.length * padded_ * static_cast<int64_t>(sizeof(T)));
   }
 
-  T* state_at(const Slot<T>& slot, int64_t block, int64_t step) const {
-    return states.data() + (((slot.batch * heads + slot.head) * saved + step / every) * blocks + block) * state;
+  T* own_of(int64_t batch, int64_t head) const { return own.data() + (batch * this->heads + head) * this->length; }
+  T* angles_of(int64_t batch, int64_t head, int64_t step) const {
+    return angles.data() + ((batch * this->heads + head) * this->length + step) * padded_;
   }
-  // The numbers of one block, from step 0 on.
-  T* of(const Scratch<T>& table, int64_t batch, int64_t head, int64_t block) const {
-    return table.data() + ((batch * heads + head) * blocks + block) * length;
-  }
-  T* own_of(int64_t batch, int64_t head) const { return own.data() + (batch * heads + head) * length; }
-  T* angles_of(int64_t batch, int64_t head, int64_t step) const { return angles.data() + ((batch * heads + head) * length + step) * padded_; }
 
  private:
   const int64_t padded_;

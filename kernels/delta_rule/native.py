@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from medssm.kernels import native
-from medssm.kernels.delta_rule.general import defaults_back, is_general
+from medssm.kernels.delta_rule.general import is_general
 from medssm.kernels.dtypes import compute_dtype
 from medssm.kernels.native import fields
 
@@ -22,7 +22,7 @@ _general_forward = native.Kernel("delta_rule", "general_forward", fields(("gener
 _general_backward = native.Kernel(
     "delta_rule",
     "general_backward",
-    fields(("general", _GENERAL), ("dout", _TOKENS), "dstate recalled", "dq dk dv derase derase_out", "dwrite dg dinitial"),
+    fields(("general", _GENERAL), ("dout", _TOKENS), "dstate recalled", "dq dk dv derase derase_out", "dwrite dg dinitial dbeta"),
 )
 
 
@@ -93,10 +93,12 @@ def backward(
     given = (dout.data_ptr(), native.DTYPES[dout.dtype], *dout.stride()[:3], native.pointer(dstate), recalled.data_ptr())
     dq, dk, dv, dg, derase_out = (native.like(t, dtype) for t in (q, k, v, g, erase_out))
     if call.general:
-        derase, dwrite = native.like(k, dtype), native.like(beta if write is None else write, dtype)
-        made = (dq, dk, dv, derase, derase_out, dwrite, dg, dinitial)
+        derase, dwrite = native.like(erase, dtype), native.like(beta if write is None else write, dtype)
+        dbeta = native.like(beta, dtype) if erase is None else torch.zeros(beta.shape, dtype=dtype)
+        made = (dq, dk, dv, derase, derase_out, dwrite, dg, dinitial, dbeta if erase is None else None)
         _general_backward(*call.fields(), *given, *(native.pointer(t) for t in made))
-        dk, dbeta, derase, dwrite = defaults_back(k, beta, erase, write, dk, derase, dwrite)
+        if write is None:
+            dbeta, dwrite = dbeta + dwrite, None
     else:
         dbeta, derase, dwrite = native.like(beta, dtype), None, None
         _backward(*call.fields(), *given, *(native.pointer(t) for t in (dq, dk, dv, dbeta, dg, dinitial)))

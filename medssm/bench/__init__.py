@@ -16,7 +16,7 @@ from medssm import machine, ops
 from medssm.bench import apart, measure, mixers, networks, page, report
 from medssm.bench.goals import judge
 from medssm.bench.network_goals import network_goals
-from medssm.bench.peers import PEERS, installed
+from medssm.bench.peers import PEERS, absent, installed
 from medssm.bench.row import OURS
 from medssm.bench.rows import QUICK, ROWS
 from medssm.bench.scans import channel_first, scan_inputs
@@ -90,7 +90,7 @@ def _rows(pattern: str, out: Path | None, seconds: float, quick: bool, quiet: bo
     if not chosen and not lengths:
         raise UserError(f"--rows: expected a pattern of {', '.join((*table, 'lengths'))}, got {pattern!r}")
     about = origin()
-    results = about | {"threads": torch.get_num_threads(), "absent": [name for name in PEERS if not installed(name)], "rows": {}, "extra": _extra()}
+    results = about | {"threads": torch.get_num_threads(), "absent": absent(), "rows": {}, "extra": _extra()}
     kept = {} if quick else _earlier(out, "results.json", results)
     results |= {"lengths": kept["lengths"]} if "lengths" in kept else {}
     results["rows"] = {name: {key: kept[key] for key in ("commit", "date")} | row for name, row in kept.get("rows", {}).items()}
@@ -101,6 +101,8 @@ def _rows(pattern: str, out: Path | None, seconds: float, quick: bool, quiet: bo
         if text and not quiet:
             print(text, flush=True)
 
+    if results["absent"] and not quiet:
+        print(f"not installed: {', '.join(results['absent'])}; rows lack these sides", flush=True)
     for name in chosen:
         row = apart.row(name, 0.1 if quick else seconds, quick) | {key: about[key] for key in ("commit", "date")}
         results["rows"] = _inserted(results["rows"], name, row, table)

@@ -1,21 +1,23 @@
-"""Rows of the other linear-time mixers: linear attention, gated linear attention, the delta rule, SSD and bidirectional WKV, each against the
-PyTorch form that it replaces, and that form under torch.compile."""
+"""Rows of the other linear-time mixers: linear attention, gated linear attention, the delta rule and its kin, SSD and bidirectional WKV, each against
+the PyTorch form that it replaces, that form under torch.compile, and onnxruntime's op where it has one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from medssm import ops, orders
 from medssm.bench import attention_peers as peers
+from medssm.bench import onnxruntime_peer
 from medssm.bench.measure import Side
 from medssm.bench.row import COMPILED, OURS, Row, call
 
 Peer: TypeAlias = Callable[..., torch.Tensor]
 _EAGER, _HEADS_FIRST, _CHUNKED, _LOOP = "eager PyTorch", "eager PyTorch, heads in front", "chunked PyTorch", "loop over tokens in PyTorch"
+GATED, FORWARD = "medssm, gated delta rule", "medssm, forward alone"
 
 
 def _sides(ours: Peer, theirs: Peer, name: str, tensors: dict[str, torch.Tensor], grad: bool, compiled: bool | Peer = True) -> dict[str, Side]:
@@ -24,6 +26,16 @@ def _sides(ours: Peer, theirs: Peer, name: str, tensors: dict[str, torch.Tensor]
     other = {k: (t.movedim(1, 2).contiguous() if t.dim() > 2 and name != _LOOP else t.clone()).requires_grad_(grad) for k, t in tensors.items()}
     sides = {OURS: call(ours, mine), name: call(theirs, other)}
     return sides | {COMPILED: call(torch.compile(theirs) if compiled is True else compiled, other)} if compiled else sides
+
+
+def _with_onnxruntime(
+    sides: dict[str, Side], ours: Peer, theirs: Peer, tensors: dict[str, torch.Tensor], grad: bool, name: str = onnxruntime_peer.NAME
+) -> dict[str, Side]:
+    """The sides, and onnxruntime's on the same tensors where it is installed: once its output is ours. It has no backward."""
+    if grad or not onnxruntime_peer.installed():
+        return sides
+    onnxruntime_peer.check(ours, theirs, tensors)
+    return sides | {name: call(theirs, tensors)}
 
 
 def _draw(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -49,20 +61,64 @@ def _causal(length: int, heads: int, width: int, grad: bool = False, compiled: b
     return _sides(ours, peers.causal_linear_attention, _CHUNKED, _heads(length, heads, width), grad, compiled)
 
 
+def _plain(length: int, heads: int, width: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
+    """The sums alone: no feature map, no normaliser."""
+    tensors, ours = _heads(length, heads, width), partial(ops.linear_attention, causal=True, feature_map=None, normalize=False, backend="native")
+    sides = _sides(ours, peers.plain_linear_attention, _CHUNKED, tensors, grad, compiled)
+    return _with_onnxruntime(sides, ours, partial(onnxruntime_peer.linear_attention, "linear", scale=1.0), tensors, grad)
+
+
+def _decays(*shape: int) -> torch.Tensor:
+    """Logarithms of decays of 0.95, more or less."""
+    return torch.nn.functional.logsigmoid(torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 3)
+
+
 def _gated(length: int, heads: int, width: int, grad: bool = False, per_key: bool = False, compiled: bool = True) -> dict[str, Side]:
-    tensors = _heads(length, heads, width)
-    g = torch.randn(tensors["k"].shape if per_key else (1, length, heads), generator=torch.Generator().manual_seed(1))
-    tensors["g"] = torch.nn.functional.logsigmoid(g + 3)
-    return _sides(partial(ops.gated_linear_attention, backend="native"), peers.gated_linear_attention, _CHUNKED, tensors, grad, compiled)
+    tensors, ours = _heads(length, heads, width), partial(ops.gated_linear_attention, backend="native")
+    tensors["g"] = _decays(*tensors["k"].shape[: 4 if per_key else 3])
+    sides = _sides(ours, peers.gated_linear_attention, _CHUNKED, tensors, grad, compiled)
+    return _with_onnxruntime(sides, ours, partial(onnxruntime_peer.linear_attention, "gated"), tensors, grad)
 
 
-def _delta(length: int, heads: int, width: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
+def _delta_tensors(length: int, heads: int, width: int) -> dict[str, torch.Tensor]:
     tensors = _heads(length, heads, width)
     tensors["k"] = torch.nn.functional.normalize(tensors["k"], dim=-1)
     tensors["beta"] = torch.rand((1, length, heads), generator=torch.Generator().manual_seed(1))
+    return tensors
+
+
+def _delta(length: int, heads: int, width: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
+    tensors, ours = _delta_tensors(length, heads, width), partial(ops.delta_rule, backend="native")
     # Compiling the loop unrolled over 512 chunks takes more than a quarter of an hour, so one chunk is compiled, not the whole.
     whole = partial(peers.delta_rule, step=torch.compile(peers.delta_step))
-    return _sides(partial(ops.delta_rule, backend="native"), peers.delta_rule, _CHUNKED, tensors, grad, compiled and whole)
+    sides = _sides(ours, peers.delta_rule, _CHUNKED, tensors, grad, compiled and whole) | ({FORWARD: call(ours, tensors)} if grad else {})
+    return _with_onnxruntime(sides, ours, partial(onnxruntime_peer.linear_attention, "delta"), tensors, grad)
+
+
+def _gated_delta(length: int, heads: int, width: int, grad: bool = False, rule: str = "gated") -> dict[str, Side]:
+    """The delta rule with decays, "gated", "kda" or "gdn2": beside the first of these and, in training, beside its own forward."""
+    tensors = _delta_tensors(length, heads, width)
+    gated = tensors | {"g": _decays(1, length, heads)}
+    ours = partial(ops.delta_rule, backend="native")
+    given = dict(gated)
+    if rule != "gated":
+        given["g"] = _decays(*tensors["k"].shape)
+    if rule == "gdn2":
+        ours = partial(ours, beta=given.pop("beta"))  # which the two gates replace
+        gates = torch.rand((2, *tensors["k"].shape), generator=torch.Generator().manual_seed(2))
+        given |= {"erase": gates[0] * tensors["k"], "write": gates[1]}
+
+    def leaves(of: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k: t.clone().requires_grad_(grad) for k, t in of.items()}
+
+    sides = {OURS: call(ours, leaves(given))}
+    if rule != "gated":
+        sides[GATED] = call(partial(ops.delta_rule, backend="native"), leaves(gated))
+    if grad:
+        sides[FORWARD] = call(ours, given)
+    if rule == "gdn2":
+        return sides
+    return _with_onnxruntime(sides, ours, partial(onnxruntime_peer.linear_attention, "gated_delta"), given, grad)
 
 
 def _ssd(length: int, heads: int, width: int, state: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
@@ -78,7 +134,9 @@ def _ssd(length: int, heads: int, width: int, state: int, grad: bool = False, co
     )
     tensors["A"] = -torch.linspace(1, 16, heads)
     tensors["dt_bias"] -= 4
-    return _sides(partial(ops.ssd, dt_softplus=True, backend="native"), peers.ssd, _CHUNKED, tensors, grad, compiled)
+    ours = partial(ops.ssd, dt_softplus=True, backend="native")
+    sides = _sides(ours, peers.ssd, _CHUNKED, tensors, grad, compiled)
+    return _with_onnxruntime(sides, ours, onnxruntime_peer.ssd, tensors, grad, onnxruntime_peer.WITH_PYTORCH)
 
 
 def _ssd3(length: int, heads: int, width: int, state: int, grad: bool = False, compiled: bool = True) -> dict[str, Side]:
@@ -125,12 +183,16 @@ def _mamba2(length: int, channels: int) -> dict[str, Side]:
 
 def _rows() -> dict[str, Row]:
     rows = {}
-    kinds: dict[str, tuple[str, Callable[..., dict[str, Side]], int, int, dict[str, int]]] = {
+    kinds: dict[str, tuple[str, Callable[..., dict[str, Side]], int, int, dict[str, Any]]] = {
         "linear-attention": ("linear_attention, non-causal", _linear, 6, 16, {}),
         "linear-attention-causal": ("linear_attention, causal", _causal, 4, 32, {}),
+        "linear-attention-sums": ("linear_attention, causal, no feature map, not normalised", _plain, 4, 64, {}),
         "gla": ("gated_linear_attention, decay per head", _gated, 4, 64, {}),
         "gla-keys": ("gated_linear_attention, decay per key", partial(_gated, per_key=True), 4, 64, {}),
         "delta": ("delta_rule", _delta, 4, 64, {}),
+        "gated-delta": ("delta_rule with a decay per head", _gated_delta, 4, 64, {}),
+        "kda": ("delta_rule as KDA: a decay per key", _gated_delta, 4, 64, {"rule": "kda"}),
+        "gdn2": ("delta_rule as gated DeltaNet-2: a decay and an erase gate per key, a write gate per value", _gated_delta, 4, 64, {"rule": "gdn2"}),
         "ssd": ("ssd, state 64", _ssd, 4, 64, {"state": 64}),
         "ssd3": ("ssd3, state 64", _ssd3, 4, 64, {"state": 64}),
     }

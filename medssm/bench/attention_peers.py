@@ -36,6 +36,11 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o[..., :-1] / (o[..., -1:] + 1e-6)
 
 
+def plain_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal, no feature map, not normalised."""
+    return _chunked(q, k, v, torch.zeros_like(q[..., 0]))
+
+
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Decay g (b, h, l) per head, or (b, h, l, dk) per key."""
     q = q * q.shape[-1] ** -0.5

@@ -17,6 +17,7 @@ from torch.nn.functional import pad, silu, softplus
 
 import medssm
 from medssm import ops
+from medssm.bench import onnxruntime_peer
 from medssm.nn import convolution
 from medssm.orders import Order
 
@@ -101,7 +102,14 @@ def installed(name: str) -> bool:
     """Whether a peer can run here. One that cannot is reported as absent, never as slower."""
     from importlib.util import find_spec
 
+    if name == onnxruntime_peer.NAME:
+        return onnxruntime_peer.installed()
     return name != "mambapy" or find_spec("mambapy") is not None
+
+
+def absent() -> list[str]:
+    """The peers that cannot run here."""
+    return [name for name in (*PEERS, onnxruntime_peer.NAME) if not installed(name)]
 
 
 PEERS: dict[str, Scan] = {"mamba_ssm reference": literal, "reference, unbound": unbound, "mambapy": mambapy, "two-level": two_level}

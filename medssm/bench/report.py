@@ -81,6 +81,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{where['processor']}, {where['cores']} cores, {where['medssm']}, torch {where['torch']}, threads bound; "
         "the sides of a row take turns of at least 0.3 s in one process, of its own; medians, ratios within a row.",
     ]
+    if results.get("absent"):
+        lines[-1] += f" Not installed: {', '.join(results['absent'])}."
     lines += _goal_table([Goal(**goal) for goal in results.get("goals", [])])
     for row in results["rows"].values():
         lines += [

@@ -76,7 +76,8 @@ def influence(op: str, target: int | Sequence[int], /, *args: Any, **kwargs: Any
         h(q_i) = sum_d |sum_n C_t[n] exp(A[d, n] (s_{i+1} + … + s_t)) B_i[n] s_i|,   i <= t,   and 0 behind the target
 
     The other ops: `selective_scan_nd`, `ssd` and `ssd3` in x, `gated_linear_attention`, `delta_rule`, `linear_attention` and `bi_wkv` in v. Where
-    heads share v, their weights are added before the absolute value is taken.
+    heads share v, their weights are added before the absolute value is taken. Of `ssd3` with an output for each rank (MIMO without mimo_o)
+    the absolute values of all ranks are added.
 
     Args:
         op: the op's name in medssm.ops
@@ -108,15 +109,18 @@ def influence(op: str, target: int | Sequence[int], /, *args: Any, **kwargs: Any
         inner = _outside(given).to(wide).clone().requires_grad_()
         out = function(**{**fixed, name: inner})
         along = out.movedim(1, -1) if channels_first else out
-        spatial = along.shape[1 : along.dim() - behind]
+        ranked = op == "ssd3" and along.dim() > given.dim()  # (b, *spatial, r, h, p)
+        spatial = along.shape[1 : along.dim() - behind - ranked]
         at = (target,) if isinstance(target, int) else tuple(target)
         if len(at) != len(spatial) or not all(0 <= t < n for t, n in zip(at, spatial, strict=True)):
             raise ValueError(f"target: expected a token of {tuple(spatial)}, got {at}")
-        row = along[(slice(None), *at)].sum()
-        (gradient,) = torch.autograd.grad(row, inner)
+        row = along[(slice(None), *at)]
+        rows = row.unbind(1) if ranked else (row,)
+        gradients = [torch.autograd.grad(one.sum(), inner, retain_graph=one is not rows[-1])[0].abs() for one in rows]
+        gradient = torch.stack(gradients).sum(0) if ranked else gradients[0]
     if channels_first:
         gradient = gradient.movedim(1, -1)
-    h: Tensor = gradient.abs().flatten(gradient.dim() - behind).sum(-1)
+    h: Tensor = gradient.flatten(gradient.dim() - behind).sum(-1)
     return h.movedim(-1, 1) if several else h
 
 

@@ -42,12 +42,18 @@ def test_goals_are_ratios_of_a_run():
     def t(x):
         return {"median": x, "min": x, "calls": 1}
 
+    family = ("delta", "gated-delta", "kda", "gdn2")
     results = {
         "threads": 2,
         "extra": {"overhead_us": 9.0, "checkpoint_share": 0.25},
         "rows": {
             "scan": {"times": {"1": {"medssm": t(1.0), "ceiling": t(0.9), "two-level": t(70.0)}, "2": {"medssm": t(0.5)}}},
             "scan-long": {"times": {"1": {"medssm": t(64 * 1.5)}}},
+            "delta": {"times": {"1": {"medssm": t(1.0), "onnxruntime": t(2.5)}}},
+            "gla": {"times": {"1": {"medssm": t(1.0), "chunked PyTorch": t(3.0), "onnxruntime": t(4.0)}}},
+            "gla-keys": {"times": {"1": {"medssm": t(1.0), "chunked PyTorch": t(9.0)}}},
+            "kda": {"times": {"1": {"medssm": t(1.2), "medssm, gated delta rule": t(1.0)}}},
+            **{f"{name}-train": {"times": {"1": {"medssm": t(4.0 + i), "medssm, forward alone": t(1.0)}}} for i, name in enumerate(family)},
         },
     }
     found = {g.name: g for g in goals.judge(results)}
@@ -56,6 +62,11 @@ def test_goals_are_ratios_of_a_run():
     assert found["262,144 tokens: time per token against 4,096"].reached == "1.5" and not found["262,144 tokens: time per token against 4,096"].met
     assert not found["call overhead without gradients, microseconds"].met
     assert found["forward, mamba_ssm reference / ours"].met is None
+    assert found["delta_rule: onnxruntime / ours, forward"].reached == "2.5"
+    assert found["gated_linear_attention, decay per head: the best peer / ours, forward"].reached == "3"
+    assert found["gated_linear_attention, decay per key: the best peer / ours, forward"].met is None  # which may be the one that is missing
+    assert found["delta_rule, KDA / a decay per head, forward"].reached == "1.2"
+    assert found["delta_rule, all four: backward / forward, the slowest"].reached == "6"
 
 
 def test_figures_of_another_machine_are_not_kept(tmp_path):
@@ -76,6 +87,7 @@ def test_a_page_has_the_goals_that_were_measured():
     found = [goals.Goal("a", "at least 2", "3", True), goals.Goal("b", "at least 2", "1", False), goals.Goal("c", "at least 2", "not measured", None)]
     page = report.markdown({**about, "goals": [goal._asdict() for goal in found]})
     assert "| a | at least 2 | 3 | met |" in page and "| b | at least 2 | 1 | **missed** |" in page and "| c |" not in page
+    assert "Not installed" not in page and "Not installed: onnxruntime." in report.markdown({**about, "absent": ["onnxruntime"]})
     assert "goal" not in report.markdown({**about, "goals": [found[2]._asdict()]})
 
 

@@ -70,6 +70,11 @@ def _calls():
     shape = (2, 3)
     yield "selective_scan", "u", dict(u=normal(b, l, 4), delta=normal(b, l, 4), A=-normal(4, n).abs(), B=normal(b, l, n), C=normal(b, l, n))
     yield "ssd", "x", dict(x=normal(b, l, h, 4), dt=normal(b, l, h).abs(), A=-normal(h).abs(), B=normal(b, l, 1, n), C=normal(b, l, 1, n))
+    ranks, tokens = (2, 2, 4), (b, l, h)
+    rows = dict(B=normal(b, l, 2, 1, 4), C=normal(b, l, 2, 1, 4), dt=normal(*tokens).abs(), A=-normal(*tokens).abs(), trap=normal(*tokens))
+    rows |= dict(x=normal(*tokens, 4), angles=normal(b, l, 2), mimo_x=normal(*ranks), pairs="halves")
+    yield "ssd3", "x", rows | dict(mimo_o=normal(*ranks))
+    yield "ssd3", "x", rows  # an output for each rank
     yield "gated_linear_attention", "v", dict(q=normal(b, l, h, n), k=key, v=normal(b, l, h, 4), g=-normal(b, l, h, n).abs())
     yield "delta_rule", "v", dict(q=normal(b, l, h, n), k=key, v=normal(b, l, h, 4), beta=torch.rand(b, l, h), g=-normal(b, l, h).abs())
     yield "linear_attention", "v", dict(q=normal(b, l, h, n), k=key, v=normal(b, l, h, 4))
@@ -134,6 +139,7 @@ MIXERS = {
     "delta": (DeltaNet(8, 2, spatial_dims=2), 4),
     "mamba2": (Mamba2(8, 4, spatial_dims=2), 4),
     "mamba3": (Mamba3(8, 4, is_mimo=True, spatial_dims=2), 4),
+    "mamba3_normed": (Mamba3(8, 4, is_mimo=True, is_outproj_norm=True, spatial_dims=2), 4),
     "mamba": (Mamba(8, 4), 1),
     "linear_attention": (LinearAttention(8, 2, 2), 1),
     "rwkv": (SpatialMix(8), 1),
