@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print errors alone")
     parser.add_argument("--version", action="version", version=__version__)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_intermixed_args(argv))  # options between the files too
     as_json = given.pop("json")
     try:
         from medssm_runtime import predict

@@ -18,6 +18,7 @@ from medssm_runtime.settings import KEY, ClassSettings, Settings, parse
 # Images (batch, channels, *patch), float32 -> logits (batch, outputs, *patch), of a classifier (batch, classes).
 Run: TypeAlias = "Callable[[np.ndarray], np.ndarray]"
 
+OPERATORS = 1  # version of the operators in the library below: a file with others may mean something else by the same name
 LIBRARY = "libmedssm_onnx" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
@@ -77,25 +78,33 @@ def _openvino(path: Path, threads: int | None, ops: Path | None) -> tuple[Settin
     # The network's own types: OpenVINO would take bfloat16 on a processor that has it, and 8 bits beside 8-bit weights, and label other voxels.
     options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "PERFORMANCE_HINT": "LATENCY"}
     options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    if not path.with_suffix(".bin").is_file():
+        raise UserError(f"{path}: no {path.with_suffix('.bin').name} beside it, which has the weights")
     try:
         core = engine.Core()
         model = core.read_model(path)
     except Exception as error:
-        raise UserError(f"{path}: {version} does not take it: {first_line(error)}") from error
+        raise UserError(f"{path}: {version} does not take it: {_reason(error)}") from error
     settings = parse(model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None, path)
     try:
         compiled = core.compile_model(model, "CPU", options)
     except Exception as error:
-        raise UserError(f"{path}: {version} does not take it: {first_line(error)}") from error
+        raise UserError(f"{path}: {version} does not take it: {_reason(error)}") from error
 
     def run(images: np.ndarray) -> np.ndarray:
         try:
             found: np.ndarray = compiled([images])[0]
         except Exception as error:
-            raise UserError(f"{path}: {version}: {first_line(error)}") from error
+            raise UserError(f"{path}: {version}: {_reason(error)}") from error
         return found
 
     return settings, run
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an error of OpenVINO's that says what is wrong: the first ones name places in its source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.startswith(("Exception from ", "Check '"))), first_line(error))
 
 
 def _engine(package: str, path: Path) -> Any:
@@ -107,6 +116,11 @@ def _engine(package: str, path: Path) -> Any:
 
 def _operators(path: Path, wanted: dict[str, Any], ops: Path | None) -> Path:
     """The library of medssm's operators: the one that is given, or that of this package, or that of an installed medssm, which is not imported."""
+    if (version := wanted.get("version")) != OPERATORS:
+        raise UserError(
+            f"{path}: needs the operators {wanted.get('domain')} of version {version}, this medssm_runtime has those of version {OPERATORS}: "
+            "install the version of the export"
+        )
     if ops:
         if not ops.is_file():
             raise UserError(f"ops: {ops}: no such file")

@@ -174,6 +174,9 @@ def train(
     before = runs.finished(out, reads=(dataset,), written=WRITTEN, resume=resume, overwrite=overwrite, max_steps=max_steps, quiet=quiet)
     if before:
         return before
+    for argument, folder in (("start", start), ("distil", distil)):
+        if isinstance(folder, (str, Path)):
+            networks.check_run(Path(folder), argument, CLASSIFY)
     begun = Start.of(Path(start)) if isinstance(start, (str, Path)) else start
     if begun:
         begun.check_trainable("start")

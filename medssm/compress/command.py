@@ -22,6 +22,7 @@ from medssm.segment.loop import CHECKPOINT, Interrupted
 from medssm.segment.networks import BEST, CONFIG, WEIGHTS
 from medssm.segment.runs import ARGUMENTS, REPORT
 from medssm.segment.uncertainty import conformal
+from medssm.tasks import CLASSIFY, is_run
 
 _SHARE_OF_STEPS = 0.5  # of the run's own, where nothing else is said
 _RESULT = "compression.json"
@@ -81,11 +82,14 @@ def compress(
         UserError: for what the user can mend.
         loop.Interrupted: a KeyboardInterrupt; the training is saved beside `out`.
     """
-    run, out = Path(run), Path(out)
+    run, given, out = Path(run), out, Path(os.path.abspath(out))  # `.` too has a name then
     trains = prune is not None or low_rank is not None or distil is not None
     if not (trains or fold_norms or int8):
         raise UserError("expected at least one of --prune, --low-rank, --distil, --fold-norms and --int8, got none")
-    _check(out, steps=steps, batches=batches, multiple=multiple)
+    _check(out, {"prune": prune, "low_rank": low_rank}, steps=steps, batches=batches, multiple=multiple)
+    networks.check_run(run, "run")
+    if distil is not None:
+        networks.check_run(Path(distil), "distil", CLASSIFY if is_run(run) else "segment")
     source = Training.read(run, None if data is None else Path(data), seed)
     if trains or steps:
         source.start.check_trainable("run")
@@ -122,7 +126,7 @@ def compress(
             (work / REPORT).unlink(missing_ok=True)  # of the network as it was
         validation = {**finished(work), **measured}["validation"]
         result = {
-            "out": str(out),
+            "out": str(given),
             "model": start.config["model"],
             "steps": [step["kind"] for step in start.config["compression"]],
             "before": _size(source.start, run, source.example),
@@ -144,7 +148,7 @@ def compress(
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Print what became smaller."""
-    print(f"{result['model']}: {', '.join(result['steps'])}")
+    print(f"{result['model']}: {', '.join(result['steps']) or 'trained further'}")
     names = {"parameters": "parameters", "multiply_adds": "multiply-adds of a patch", "file": "bytes of the file"}
     for key, name in names.items():
         before, after = result["before"][key], result["after"][key]
@@ -155,9 +159,12 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     print(f"written: {result['out']}")
 
 
-def _check(out: Path, *, steps: int | None, batches: int, multiple: int) -> None:
+def _check(out: Path, shares: Mapping[str, float | None], *, steps: int | None, batches: int, multiple: int) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out: expected a new folder, {out} exists")
+    for name, share in shares.items():
+        if share is not None and not 0 < share < 1:
+            raise UserError(f"{name}: expected a share of the multiply-adds to keep, above 0 and below 1, got {share}")
     if steps is not None and steps < 0:
         raise UserError(f"steps: expected 0 or more, got {steps}")
     if batches < 1:

@@ -31,7 +31,6 @@ from medssm.segment import start as segmenters
 from medssm.segment import train as segmenting
 from medssm.segment.data import FITTED, load_dataset, split
 from medssm.segment.loop import LOG
-from medssm.segment.networks import WEIGHTS
 from medssm.segment.patches import Patches
 from medssm.segment.runs import ARGUMENTS, CASES
 from medssm.segment.uncertainty import conformal
@@ -77,15 +76,7 @@ class Training:
     @classmethod
     def read(cls, run: Path, data: Path | None, seed: int) -> Training:
         """Raises UserError for a folder that is not that of a finished training, and a data set that is not the one that it was trained on."""
-        if not (run / FITTED).is_file():
-            names = ", ".join(sorted(file.parent.name for file in run.glob(f"*/{FITTED}")))
-            raise UserError(
-                f"run: {run}: expected one network, got the folds {names}: name one of them"
-                if names
-                else f"run: {run}: no {FITTED} in it: not written by medssm train"
-            )
-        if not (run / WEIGHTS).is_file():
-            raise UserError(f"run: {run / WEIGHTS}: no such file (the training is not finished)")
+        networks.check_run(run, "run")
         classifies = tasks.is_run(run)
         recipe = _recipe(run / ARGUMENTS, classifying.train if classifies else segmenting.train)
         dataset = Path(recipe["dataset"]) if data is None else data

@@ -20,11 +20,15 @@ from torch import nn
 from medssm.compress.int8 import Int8
 from medssm.errors import UserError
 from medssm.export.check import Finest, Shapes, check, shapes
-from medssm.export.command import check_target, write_portable
+from medssm.export.command import check_card, check_target, write_portable
 from medssm.export.command import show as show
 from medssm.export.metadata import KEY
 from medssm.export.program import export, quiet
 from medssm.files import atomic, first_line
+
+_USE = (
+    "`torch._inductor.aoti_load_package` opens the file, which takes images so prepared; what is before and behind the network is for its user to do."
+)
 
 
 def export_aoti(
@@ -40,7 +44,7 @@ def export_aoti(
 
     Args: AOTInductor
         run: folder written by medssm train or medssm compress; of folds, one of them; a network of linear attention or of convolutions
-        file: to write, FILE.pt2; FILE.md beside it is the model card
+        file: to write, FILE.pt2; FILE.pt2.md beside it is the model card
         overlap: of neighbouring windows, 0 to less than 1, for who runs the file (default: 0.5)
         mirror: say to who runs the file that the mirrorings of the training are averaged
         license: text file, the weights' licence; without it the card says that none was stated
@@ -54,7 +58,9 @@ def export_aoti(
     """
     file = Path(file)
     check_target(file, ".pt2", _is_made_here, overwrite)
-    return write_portable(run, file, _write, overlap=overlap, mirror=mirror, license=license)
+    check_card(file, license, overwrite)
+    needs = f"torch {torch.__version__} and a processor like that of the export"
+    return write_portable(run, file, _write, overlap=overlap, mirror=mirror, license=license, use=_USE, needs=needs)
 
 
 def to_aoti(

@@ -1,12 +1,11 @@
-"""medssm export bundle: a trained network as a MONAI bundle, which MONAI's own runner takes from a NIfTI file to its label map.
+"""medssm export bundle: a trained network as a MONAI bundle, which MONAI's own runner takes from files to label maps or to probabilities.
 
     medssm export bundle RUN OUT
     cd OUT && python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json --dataset_dir SCANS
 
-The bundle repeats `medssm predict` in MONAI's transforms: RAS, spacing, intensities by channel, padding to the patch, a gaussian sliding window over
-probabilities, probabilities back to the scan's grid, the largest of them, and the run's post-processing, which is a script of the bundle. It does not
-mirror, takes every header's unit of length for the millimetre, and does not tell padding such as -3024 from tissue.
-The weights are a PyTorch state dict. Networks of MONAI run without medssm; medssm's are built by `medssm.create_model`.
+The bundle repeats `medssm predict` in MONAI's transforms (`bundle_segmenter`, `bundle_classifier`). It takes every header's unit of length for the
+millimetre, and does not tell padding such as -3024 from tissue. The weights are a PyTorch state dict. Networks of MONAI and of timm run without
+medssm; medssm's are built by `medssm.create_model`.
 """
 
 from __future__ import annotations
@@ -14,33 +13,27 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated, Any
 
 import monai
-import nibabel
 import numpy as np
-import scipy
 import torch
 from monai.utils import IgniteInfo
-from torch import nn
 
 import medssm
-import medssm_runtime.postprocess
 from medssm.classify.images import Fitted as Classifies
 from medssm.errors import UserError
-from medssm.export.metadata import read_run
-from medssm.files import disk_error, write_bytes, write_json
+from medssm.export import bundle_classifier, bundle_segmenter, card, card_classifier
+from medssm.export.metadata import metadata, read_run
+from medssm.files import disk_error, make_folder, write_bytes, write_json
 from medssm.options import Option
-from medssm.segment import networks, postprocess
-from medssm.segment.losses import finest_first
-from medssm.segment.preprocess import Fitted
+from medssm.segment import networks
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
-_SCRIPT = "scripts/postprocess.py"
-# MONAI's NormalizeIntensity leaves zeros where they are; training moved them too.
-_ZSCORE = "$lambda x: (x - x[x != 0].double().mean().nan_to_num()) / (x[x != 0].double().std(correction=0).nan_to_num() or 1.0)"
+_WEIGHTS, _USE = "models/model.pt", "`docs/README.md` of the bundle says how to run it."
 
 
 def export_bundle(
@@ -55,7 +48,7 @@ def export_bundle(
     """Write a trained network as a MONAI bundle, whole or not at all.
 
     Args: Bundle
-        run: folder written by medssm train; of folds, one of them
+        run: folder written by medssm train, of a network that segments or of a classifier; of folds, one of them
         out: new folder for the bundle
         name: of the bundle (default: the folder's)
         version: of the bundle
@@ -68,45 +61,44 @@ def export_bundle(
     Raises:
         UserError: for what cannot be read, or written, or be a bundle.
     """
-    run, out = Path(run), Path(out)
+    run, given, out = Path(run), out, Path(os.path.abspath(out))  # `.` too has a name then
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"out: expected a new folder, {out} exists")
+        raise UserError(f"out: expected a new folder, {given} exists")
     fitted, config = read_run(run)
-    if isinstance(fitted, Classifies):
-        raise UserError(f"run: {run} classifies: a bundle takes networks that segment; medssm export onnx, openvino and aoti take this one")
     if config.get("compression"):
         raise UserError(f"run: {run}: compressed, and a bundle builds its network by name alone: export the run that it was made of")
-    network, kwargs = _with_one_output(networks.load(run), config, fitted)
-    steps = {name: how for name, how in postprocess.load([run], list(fitted.structures)).items() if how}
-    requires = {"nibabel": nibabel.__version__, "pytorch-ignite": str(IgniteInfo.OPT_IMPORT_VERSION.value)}
-    if steps:
-        requires["scipy"] = scipy.__version__
-    if not config["model"].startswith(networks.MONAI):
-        requires = {"medssm": medssm.__version__, **requires}
-    name = name or out.resolve().name
-    metadata = _metadata(config["model"], fitted, name, version, authors, requires)
-    licence = _read_text(license) if license else "No licence was stated for these weights. Ask their authors before you use or share them.\n"
+    if isinstance(fitted, Classifies):
+        found, write_card = bundle_classifier.contents(run, config, fitted), card_classifier.card
+    else:
+        found, write_card = bundle_segmenter.contents(run, config, fitted), card.card
+    requires = {**_builder(config["model"]), **found.packages, "pytorch-ignite": str(IgniteInfo.OPT_IMPORT_VERSION.value)}
+    name = name or out.name
+    licence = card.licence(license)
 
     weights = io.BytesIO()
-    torch.save({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, weights)
+    torch.save({key: value.detach().cpu().contiguous() for key, value in found.network.state_dict().items()}, weights)
     temporary = out.with_name(f".partial-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for folder in ("configs", "models", "docs", *(["scripts"] if steps else [])):
-            (temporary / folder).mkdir(parents=True)
-        write_json(temporary / "configs/metadata.json", metadata)
-        write_json(temporary / "configs/inference.json", _inference(config["model"], kwargs, fitted, steps))
-        if steps:
-            write_bytes(temporary / _SCRIPT, Path(medssm_runtime.postprocess.__file__).read_bytes())
-        write_bytes(temporary / "models/model.pt", weights.getvalue())
-        write_bytes(temporary / "docs/README.md", _readme(name, config["model"], fitted, steps, requires).encode())
-        write_bytes(temporary / "LICENSE", licence.encode())
+        for folder in ("configs", "models", "docs"):
+            make_folder(temporary / folder)
+        write_json(temporary / "configs/metadata.json", _metadata(found.metadata, name, version, authors, requires))
+        write_json(temporary / "configs/inference.json", found.inference)
+        for path, text in found.scripts.items():
+            write_bytes(temporary / path, text)
+        write_bytes(temporary / _WEIGHTS, weights.getvalue())
+        write_bytes(temporary / "docs/README.md", found.readme(name, requires).encode())
+        needs = ", ".join(f"{needed} {number}" for needed, number in requires.items())
+        about = write_card(temporary / _WEIGHTS, run, metadata(run), license=license, use=_USE, needs=f"MONAI with {needs}")
+        write_bytes(temporary / "docs/model_card.md", about.encode())
+        write_bytes(temporary / "LICENSE", Path(license).read_bytes() if license else f"{licence}\n".encode())
         os.replace(temporary, out)
     except OSError as error:
         raise disk_error(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {"out": str(out), "name": name, "model": config["model"], "parameters": sum(p.numel() for p in network.parameters()), "requires": requires}
+    parameters = sum(p.numel() for p in found.network.parameters())
+    return {"out": str(given), "name": name, "model": config["model"], "parameters": parameters, "requires": requires}
 
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -115,149 +107,8 @@ def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     print(f"written: {result['out']} (docs/README.md says how to run it)")
 
 
-@torch.no_grad()
-def _with_one_output(network: nn.Module, config: dict, fitted: Fitted) -> tuple[nn.Module, dict]:
-    """The network and its keywords; where it gives a list (deep supervision), the same network built to give the finest logits alone."""
-    kwargs, patch = dict(config["kwargs"]), torch.rand(1, len(fitted.channels), *fitted.patch, generator=torch.Generator().manual_seed(0))
-    output = network.eval()(patch)
-    if isinstance(output, torch.Tensor) and output.ndim == patch.ndim:
-        return network, kwargs
-    if "deep_supervision" in kwargs:
-        kwargs["deep_supervision"] = False
-        single = networks.build(config["model"], **kwargs).eval()
-        weights = network.state_dict()
-        missing = single.load_state_dict({key: weights[key] for key in single.state_dict() if key in weights}, strict=False).missing_keys
-        if not missing and torch.equal(single(patch), finest_first(output, patch.ndim)[0]):
-            return single, kwargs
-    raise UserError(f"run: {config['model']} with {kwargs} gives several outputs; a bundle takes a network that gives one")
-
-
-def _inference(model: str, kwargs: dict, fitted: Fitted, steps: postprocess.Steps) -> dict:
-    """configs/inference.json."""
-    target = {"_target_": model} if model.startswith(networks.MONAI) else {"_target_": "medssm.create_model", "name": model}
-    files, keys, joined = "{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii*'))", ["image"], []
-    if len(fitted.channels) > 1:
-        keys = [f"image_{i}" for i in range(len(fitted.channels))]
-        files = (
-            f"{{f'image_{{i}}': path.replace('_0000.nii', f'_{{i:04d}}.nii') for i in range({len(keys)})}} "
-            "for path in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))"
-        )
-        # Joined here, not by LoadImage: MONAI 1.6 cannot save the label map of an image that it stacked where its first two axes lie in a plane.
-        joined = [{"_target_": "ConcatItemsd", "keys": keys, "name": "image"}, {"_target_": "DeleteItemsd", "keys": keys}]
-    window = (
-        {"_target_": "SlidingWindowInfererAdapt"} if fitted.slice_axis is None else {"_target_": "SliceInferer", "spatial_dim": fitted.slice_axis}
-    )
-    values = list(fitted.classes.values())
-    decision: list[dict[str, Any]] = [{"_target_": "AsDiscreted", "keys": "pred", "argmax": True}]
-    if fitted.regions:  # a later region is written over an earlier one
-        over = "torch.where(pair[0] > 0.5, pair[1], label)"
-        written = f"zip(x.split(1), {list(fitted.regions.written)})"
-        decision = [{"_target_": "Lambdad", "keys": "pred", "func": f"$lambda x: functools.reduce(lambda label, pair: {over}, {written}, x[:1] * 0)"}]
-    elif values != list(range(len(values))):
-        decision.append({"_target_": "MapLabelValued", "keys": "pred", "orig_labels": list(range(len(values))), "target_labels": values})
-    if steps:
-        decision.append(_processing(fitted, steps))
-    last = "Sigmoid()" if fitted.regions else "Softmax(1)"
-    memory = str(networks.memory_format(len(fitted.patch)))
-    return {
-        "imports": ["$import glob", "$import functools", "$import runpy"],
-        "bundle_root": ".",
-        "dataset_dir": "$@bundle_root + '/data'",
-        "output_dir": "$@bundle_root + '/eval'",
-        "datalist": f"$[{files}]",
-        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
-        "network_def": {**target, **kwargs},
-        "network": f"$torch.nn.Sequential(@network_def, torch.nn.{last}).to(@device, memory_format={memory})",
-        "intensity": [_intensity(how) for how in fitted.intensity],
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": keys, "ensure_channel_first": True},
-                *joined,
-                {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
-                {
-                    "_target_": "Spacingd",
-                    "keys": "image",
-                    "pixdim": list(fitted.spacing),
-                    "mode": "bilinear",
-                    "padding_mode": "border",
-                    "dtype": "$np.float32",
-                },
-                {
-                    "_target_": "Lambdad",
-                    "keys": "image",
-                    "func": "$lambda x, scales=@intensity: torch.cat([scale(channel) for scale, channel in zip(scales, x.split(1))])",
-                },
-                # The margin is each channel's minimum, which SpatialPad cannot be told: infinity marks it, then it is filled.
-                {"_target_": "SpatialPadd", "keys": "image", "spatial_size": list(fitted.volume_patch), "value": "$float('inf')"},
-                {"_target_": "Lambdad", "keys": "image", "func": "$lambda x: torch.where(x.isinf(), x.amin((1, 2, 3), keepdim=True), x)"},
-            ],
-        },
-        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
-        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
-        "inferer": {**window, "roi_size": list(fitted.patch), "sw_batch_size": 1, "overlap": 0.5, "mode": "gaussian"},
-        "postprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False},
-                *decision,
-                {
-                    "_target_": "SaveImaged",
-                    "keys": "pred",
-                    "output_dir": "@output_dir",
-                    "output_postfix": "seg",
-                    "separate_folder": False,
-                    "output_dtype": f"$np.{np.result_type(*(np.min_scalar_type(value) for value in (0, *values)))}",
-                },
-            ],
-        },
-        "evaluator": {
-            "_target_": "SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "amp": "$@device.type == 'cuda'",
-        },
-        "initialize": ["$@network_def.load_state_dict(torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True))"],
-        "run": ["$@evaluator.run()"],
-    }
-
-
-def _processing(fitted: Fitted, steps: postprocess.Steps) -> dict:
-    """The run's post-processing. MONAI's own transforms differ: its holes take in other classes, its small objects are values, not parts."""
-    values = list(fitted.classes.values())
-    every = {name: (tuple(values[i] for i in positions), values[written]) for name, (positions, written) in fitted.to_process.items()}
-    chosen, structures = dict(enumerate(steps.values())), dict(enumerate(every[name] for name in steps))  # MONAI would read an @ in a name
-    labels, voxel_ml = "x[0].cpu().numpy()", "abs(float(x.affine[:3, :3].double().det())) / 1000"
-    return {
-        "_target_": "Lambdad",
-        "keys": "pred",
-        "func": f"$lambda x, processed=runpy.run_path(@bundle_root + '/{_SCRIPT}')['processed']: "
-        f"x * 0 + torch.as_tensor(processed({labels}, {chosen}, {structures}, {voxel_ml}), device=x.device)[None]",
-    }
-
-
-def _intensity(how: dict) -> dict:
-    """What scales one channel, as `preprocess.scaling` does."""
-    if how["scheme"] == "ct":
-        low, high, mean, deviation = (how[key] for key in ("low", "high", "mean", "deviation"))
-        return {
-            "_target_": "ScaleIntensityRange",
-            "a_min": low,
-            "a_max": high,
-            "b_min": (low - mean) / deviation,
-            "b_max": (high - mean) / deviation,
-            "clip": True,
-        }
-    return {"_target_": "Identity"} if how["scheme"] == "none" else {"_target_": "Lambda", "func": _ZSCORE}
-
-
-def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str, requires: dict) -> dict:
-    """configs/metadata.json, by MONAI's schema."""
-    names, ct = list(fitted.structures), all(how["scheme"] == "ct" for how in fitted.intensity)
-    tensor = {"type": "image", "spatial_shape": list(fitted.patch), "dtype": "float32", "value_range": [], "is_patch_data": True}
+def _metadata(own: Mapping[str, Any], name: str, version: str, authors: str, requires: Mapping[str, str]) -> dict[str, Any]:
+    """configs/metadata.json, by MONAI's schema; own: what it says of this network alone."""
     return {
         "schema": SCHEMA,
         "version": version,
@@ -267,82 +118,19 @@ def _metadata(model: str, fitted: Fitted, name: str, version: str, authors: str,
         "numpy_version": _number(np.__version__),
         "required_packages_version": requires,
         "name": name,
-        "task": f"Segmentation of {', '.join(names)}",
-        "description": f"{model}, trained by medssm on {', '.join(fitted.channels)} to segment {', '.join(names)}",
         "authors": authors,
         "copyright": f"Copyright (c) {authors}" if authors != "not stated" else "not stated",
-        "data_type": "nibabel",
-        "pred_classes": ", ".join(f"{value} is {name}" for name, value in fitted.classes.items()),
         "intended_use": "Research; not a medical device",
-        "network_data_format": {
-            "inputs": {
-                "image": {
-                    **tensor,
-                    "format": "hounsfield" if ct else "magnitude",
-                    "modality": ", ".join(fitted.channels),
-                    "num_channels": len(fitted.channels),
-                    "channel_def": _numbered(fitted.channels),
-                }
-            },
-            "outputs": {"pred": {**tensor, "format": "labels", "num_channels": len(fitted.outputs), "channel_def": _numbered(fitted.outputs)}},
-        },
+        **own,
     }
 
 
-def _readme(name: str, model: str, fitted: Fitted, steps: postprocess.Steps, requires: dict) -> str:
-    several = len(fitted.channels) > 1
-    files = "CASE_0000.nii.gz, CASE_0001.nii.gz, ..., one for each channel" if several else "CASE.nii.gz"
-    scaled = {
-        "ct": "clipped, less the training cases' mean, over their deviation",
-        "none": "as it is",
-        "zscore": "less the mean, over the deviation of the image's own nonzero voxels",
-    }
-    channels = "\n".join(
-        f"| {i} | {channel} | {scaled[how['scheme']]} |" for i, (channel, how) in enumerate(zip(fitted.channels, fitted.intensity, strict=True))
-    )
-    classes = "\n".join(f"| {value} | {label} |" for label, value in fitted.classes.items())
-    spacing = " x ".join(f"{edge:g}" if edge else "the image's own" for edge in fitted.spacing)
-    window = f"{' x '.join(map(str, fitted.patch))} voxels"
-    if fitted.slice_axis is not None:
-        window += f", slice by slice across axis {fitted.slice_axis}"
-    processing = f"\nThen post-processing by {_SCRIPT}: {postprocess.described(steps)}." if steps else ""
-    return f"""# {name}
-
-{model}, trained by medssm. Segments {", ".join(fitted.structures)}. For research; not a medical device.
-
-## Run
-Needs MONAI with fire, {", ".join(f"{package} {number}" for package, number in requires.items())}. In this folder:
-
-    python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json --dataset_dir SCANS --output_dir LABELS
-
-SCANS holds 3D NIfTI files ({files}); LABELS gets CASE{"_0000" if several else ""}_seg.nii.gz on each scan's own grid.
-
-## What it does
-Turned to RAS, resampled to {spacing} mm, scaled by channel, padded to the window; windows of {window}, half overlapping, gaussian weights;
-probabilities resampled back, the largest taken.{processing}
-These are the steps of `medssm predict` without mirroring, which besides averages folds, takes planes and four-dimensional files, and refuses voxels
-that are not finite.
-
-| channel | name | intensity |
-|---|---|---|
-{channels}
-
-| label | class |
-|---|---|
-{classes}
-"""
-
-
-def _read_text(path: Path | str) -> str:
-    try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"license: {path}: not a readable text file ({error})") from error
+def _builder(model: str) -> dict[str, str]:
+    """The package that builds the network, with its version; nothing for MONAI, which every bundle needs."""
+    if model.startswith(networks.MONAI):
+        return {}
+    return {"timm": installed("timm")} if model.startswith(networks.TIMM) else {"medssm": medssm.__version__}
 
 
 def _number(version: str) -> str:
     return version.partition("+")[0]
-
-
-def _numbered(names: Sequence[str]) -> dict[str, str]:
-    return {str(i): name for i, name in enumerate(names)}

@@ -29,35 +29,36 @@ _LIMITS = """- It knows only images like those that it was trained on. Another s
 - Small and rare structures are found less well than the mean Dice says."""
 
 
-def write(file: Path | str, run: Path | str, table: Mapping[str, Any], *, license: Path | str | None = None) -> Path:
-    """Write FILE.md beside an exported file, and return its path.
+def write(file: Path | str, run: Path | str, table: Mapping[str, Any], *, license: Path | str | None = None, use: str = "", needs: str = "") -> Path:
+    """Write FILE.md, as net.onnx.md, beside an exported file, and return its path.
 
     Args:
         file: the exported file; of OpenVINO the .xml, beside its .bin
         run: folder written by medssm train or medssm compress, which was exported
         table: what `metadata` gave for it
         license: text file, the weights' licence; without it the card says that none was stated
+        use: a sentence that says how the file is used (default: with medssm_runtime)
+        needs: what the file needs (default: an inference engine, with medssm's operators where `table` says so)
 
     Raises:
         UserError: what cannot be read or written.
     """
-    path = Path(file).with_suffix(".md")
-    write_text(path, card(Path(file), Path(run), table, license=license))
+    path = path_of(file)
+    write_text(path, card(Path(file), Path(run), table, license=license, use=use, needs=needs))
     return path
 
 
-def card(file: Path, run: Path, table: Mapping[str, Any], *, license: Path | str | None = None) -> str:
+def card(file: Path, run: Path, table: Mapping[str, Any], *, license: Path | str | None = None, use: str = "", needs: str = "") -> str:
     """The text of the card, in Markdown; arguments as `write`."""
     structures = ", ".join(table["regions"]["values"] if table["regions"] else [name for name, value in table["classes"].items() if value])
     channels = ", ".join(channel["name"] for channel in table["channels"])
     scaled = "; ".join(f"{channel['name']} {SCHEMES[channel['scheme']]}" for channel in table["channels"])
     spacing = " x ".join(f"{edge:.3g}" if edge else "the image's own" for edge in table["spacing"])
     values = ", ".join(f"{value} {name}" for name, value in table["classes"].items())
-    return f"""# {file.name}
-
+    return f"""{heading(file)}
 Segments {structures} in {len(table["spacing"]) if table["spatial_dims"] == 3 else "slices of 3"}D images of {channels}. **Not a medical device.**
 
-{described_file(file, table, f"windows of {' x '.join(map(str, table['patch']))} voxels")}
+{described_file(file, table, f"windows of {' x '.join(map(str, table['patch']))} voxels", needs)}
 
 ## Intended use
 Research on {structures} in images of {channels} like those that it was trained on. It is not a medical device: nobody has assessed or approved it
@@ -65,7 +66,7 @@ for patients, and no decision about a patient may rest on it. A person who knows
 
 ## Input and output
 Images are turned to RAS, resampled to {spacing} mm and scaled: {scaled}. Labels: {values}. Post-processing: {described(table["postprocessing"])}.
-`python -m medssm_runtime {file.name} SCAN LABELS` does all of this, and the metadata in the file say it to other programs.
+{use or runtime(file, "SCAN LABELS")}
 
 ## Training data
 {_data(run)}
@@ -81,11 +82,26 @@ Images are turned to RAS, resampled to {spacing} mm and scaled: {scaled}. Labels
 """
 
 
-def described_file(file: Path, table: Mapping[str, Any], sees: str) -> str:
-    """Two tables: the files with their hashes, and what network is in them. sees: what the network takes at a time."""
+def path_of(file: Path | str) -> Path:
+    """Where the card of an exported file is: beside it, and not that of another file of the same stem."""
+    return Path(file).with_name(f"{Path(file).name}.md")
+
+
+def heading(file: Path) -> str:
+    """The first line of the card of an exported file."""
+    return f"# {file.name}\n"
+
+
+def runtime(file: Path, words: str) -> str:
+    """How a file for `medssm_runtime` is used."""
+    return f"`python -m medssm_runtime {file.name} {words}` does all of this, and the metadata in the file say it to other programs."
+
+
+def described_file(file: Path, table: Mapping[str, Any], sees: str, needs: str = "") -> str:
+    """Two tables: the files with their hashes, and what network is in them. sees: what the network takes at a time; needs: as for `write`."""
     files = "\n".join(f"| {part.name} | {part.stat().st_size / 2**20:.1f} MiB | {sha256(part)} |" for part in parts(file))
     ops = table["custom_ops"]
-    needs = f"the operators {ops['domain']}, version {ops['version']}, of medssm" if ops else "an inference engine, no operators of medssm"
+    needs = needs or (f"the operators {ops['domain']}, version {ops['version']}, of medssm" if ops else "an inference engine, no operators of medssm")
     compressed = ", ".join(_STEPS.get(kind, kind) for kind in table["compression"]) or "no"
     return f"""| file | size | SHA-256 |
 |---|---|---|

@@ -13,7 +13,7 @@ from typing import Any
 from medssm.classify.calibration import CALIBRATION
 from medssm.classify.figures import FIGURES
 from medssm.classify.scores import SCORES
-from medssm.export.card import described_file, finished_training, licence
+from medssm.export.card import described_file, finished_training, heading, licence, path_of, runtime
 from medssm.files import read_json, write_text
 from medssm.segment import networks
 from medssm.segment.intensity import SCHEMES
@@ -27,25 +27,24 @@ _LIMITS = """- It knows only images like those that it was trained on. Another s
 - Classes with few images are found less well than the mean over all says."""
 
 
-def write(file: Path | str, run: Path | str, table: Mapping[str, Any], *, license: Path | str | None = None) -> Path:
-    """Write FILE.md beside an exported file, and return its path; arguments and errors as `card.write`."""
-    path = Path(file).with_suffix(".md")
-    write_text(path, card(Path(file), Path(run), table, license=license))
+def write(file: Path | str, run: Path | str, table: Mapping[str, Any], *, license: Path | str | None = None, use: str = "", needs: str = "") -> Path:
+    """Write FILE.md, as net.onnx.md, beside an exported file, and return its path; arguments and errors as `card.write`."""
+    path = path_of(file)
+    write_text(path, card(Path(file), Path(run), table, license=license, use=use, needs=needs))
     return path
 
 
-def card(file: Path, run: Path, table: Mapping[str, Any], *, license: Path | str | None = None) -> str:
+def card(file: Path, run: Path, table: Mapping[str, Any], *, license: Path | str | None = None, use: str = "", needs: str = "") -> str:
     """The text of the card, in Markdown; arguments as `write`."""
     classes, channels = ", ".join(table["classes"]), ", ".join(channel["name"] for channel in table["channels"])
     shape = " x ".join(map(str, table["shape"]))
     scaled = "; ".join(f"{channel['name']} {SCHEMES[channel['scheme']]}" for channel in table["channels"])
     at = f"resampled to {' x '.join(f'{edge:g}' for edge in table['spacing'])} mm, " if table["spacing"] else ""
     how = "resized" if table["sizes"] == "resize" else "padded and cropped about the middle"
-    return f"""# {file.name}
-
+    return f"""{heading(file)}
 Says of a {table["spatial_dims"]}D image of {channels} which of these classes it is: {classes}. **Not a medical device.**
 
-{described_file(file, table, f"whole images of {shape} voxels")}
+{described_file(file, table, f"whole images of {shape} voxels", needs)}
 
 ## Intended use
 Research on {classes} in images like those that it was trained on. It is not a medical device: nobody has assessed or approved it for patients, and no
@@ -54,7 +53,7 @@ decision about a patient may rest on it. A person who knows such images looks at
 ## Input and output
 Images are turned to RAS, {at}scaled ({scaled}) and {how} to {shape} voxels. The output is a logit for each class, in the order
 {classes}, divided by the temperature; the softmax of it is the probabilities.
-`python -m medssm_runtime {file.name} IMAGES FOUND.csv` does all of this, and the metadata in the file say it to other programs.
+{use or runtime(file, "IMAGES FOUND.csv")}
 
 ## Training data
 {_data(run, table["classes"])}

@@ -14,7 +14,7 @@ from medssm.errors import UserError
 from medssm.export import card, card_classifier
 from medssm.export.check import Shapes, Tempered, shapes
 from medssm.export.metadata import KEY, metadata, read_run, text
-from medssm.files import protect
+from medssm.files import begins_with, protect, read_json
 from medssm.segment import networks
 from medssm.segment.inference import OVERLAP
 from medssm.tasks import CLASSIFY
@@ -49,11 +49,13 @@ class Job(NamedTuple):
         """What the file says of itself."""
         return metadata(self.run, **self.options, custom_ops=custom_ops)
 
-    def finish(self, table: Mapping[str, Any], license: Path | str | None, operators: list[str], error: float) -> dict[str, Any]:
-        """The model card beside the file that is written, and the command's result."""
+    def finish(
+        self, table: Mapping[str, Any], license: Path | str | None, operators: list[str], error: float, use: str = "", needs: str = ""
+    ) -> dict[str, Any]:
+        """The model card beside the file that is written, and the command's result; use and needs as `card.write` has them."""
         write = card_classifier.write if table["task"] == CLASSIFY else card.write
-        written = write(self.file, self.run, table, license=license)
-        parameters = sum(p.numel() for p in self.network.parameters())
+        written = write(self.file, self.run, table, license=license, use=use, needs=needs)
+        parameters = networks.count_parameters(read_json(self.run / networks.CONFIG))
         return {
             "file": str(self.file),
             "card": str(written),
@@ -74,16 +76,19 @@ def write_portable(
     mirror: bool,
     license: Path | str | None,
     compression: Sequence[str] = (),
+    use: str = "",
+    needs: str = "",
 ) -> dict[str, Any]:
     """Write a file that needs no operators of medssm, and its model card; the command's result.
 
     write: (network, file, images, texts by name that the file carries) -> its difference from PyTorch
     compression: kinds of steps that `write` does itself
+    use, needs: as `card.write` has them
     """
     job = Job.of(run, file, overlap, mirror)
     table = job.metadata()
     table["compression"] += compression
-    return job.finish(table, license, [], write(job.network, file, job.images, {KEY: text(table)}))
+    return job.finish(table, license, [], write(job.network, file, job.images, {KEY: text(table)}), use, needs)
 
 
 def check_target(file: Path, ending: str, made: Callable[[Path], bool], overwrite: bool) -> None:
@@ -93,6 +98,15 @@ def check_target(file: Path, ending: str, made: Callable[[Path], bool], overwrit
     if file.is_dir():
         raise UserError(f"file: {file}: expected a file, got a folder")
     protect(file, made=made, overwrite=overwrite, argument="file")
+
+
+def check_card(file: Path, license: Path | str | None, overwrite: bool) -> None:
+    """UserError where the model card cannot be written later: a licence that cannot be read, or a file of other origin in its place."""
+    card.licence(license)
+    place = card.path_of(file)
+    protect(
+        place, reads=[Path(license)] if license else [], made=lambda path: begins_with(path, card.heading(file)), overwrite=overwrite, argument="file"
+    )
 
 
 def show(result: Mapping[str, Any], options: Mapping[str, Any]) -> None:

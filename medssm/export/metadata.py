@@ -30,13 +30,7 @@ def read_run(run: Path | str, weights: str = "last") -> tuple[Fitted | Classifie
     Raises UserError for several folds, for a folder without those weights, and for a network that was given to `train` as a module.
     """
     run = Path(run)
-    if not (run / FITTED).is_file():
-        folds = sorted(file.parent.name for file in run.glob(f"*/{FITTED}"))
-        raise UserError(
-            f"run: {run}: expected one network, got the folds {', '.join(folds)}: name one of them"
-            if folds
-            else f"run: {run}: no {FITTED} in it: not written by medssm train"
-        )
+    networks.check_run(run, "run")
     weights_of(run, weights)
     config = read_json(run / networks.CONFIG)
     if not config.get("model"):

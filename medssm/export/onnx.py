@@ -23,7 +23,7 @@ from medssm.compress import int8
 from medssm.errors import UserError
 from medssm.export import custom_ops, weights
 from medssm.export.check import Finest, Run, Shapes, check, shapes
-from medssm.export.command import Job, check_target
+from medssm.export.command import Job, check_card, check_target
 from medssm.export.command import show as show
 from medssm.export.metadata import KEY, text
 from medssm.export.program import DOMAIN, VERSION, Replacements, Replacing, export, quiet
@@ -46,7 +46,7 @@ def export_onnx(
 
     Args: ONNX
         run: folder written by medssm train or medssm compress; of folds, one of them
-        file: to write, FILE.onnx; FILE.md beside it is the model card
+        file: to write, FILE.onnx; FILE.onnx.md beside it is the model card
         portable: standard operators alone, which any engine runs; for networks of linear attention and of convolutions
         overlap: of neighbouring windows, 0 to less than 1, for who runs the file (default: 0.5)
         mirror: say to who runs the file that the mirrorings of the training are averaged
@@ -62,6 +62,7 @@ def export_onnx(
     """
     file = Path(file)
     check_target(file, ".onnx", _is_made_here, overwrite)
+    check_card(file, license, overwrite)
     job = Job.of(run, file, overlap, mirror)
     model, used = model_of(job.network, job.images, portable)
     table = job.metadata(OPS if used else None)

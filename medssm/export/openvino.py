@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from medssm.compress.trainings import Training
 from medssm.errors import UserError
 from medssm.export.check import Finest, Run, Shapes, shapes
-from medssm.export.command import check_target, write_portable
+from medssm.export.command import check_card, check_target, write_portable
 from medssm.export.command import show as show
 from medssm.export.metadata import KEY
 from medssm.export.onnx import checked, model_of
@@ -49,7 +49,7 @@ def export_openvino(
 
     Args: OpenVINO
         run: folder written by medssm train or medssm compress; of folds, one of them; a network of linear attention or of convolutions
-        file: to write, FILE.xml; beside it FILE.bin, the weights, and FILE.md, the model card
+        file: to write, FILE.xml; beside it FILE.bin, the weights, and FILE.xml.md, the model card
         int8: convolutions and matrix products in 8 bits by NNCF, with ranges from patches of the run's training cases; the package nncf is needed
         data: for int8, the data set that `run` was trained on, where it is now (default: where it was)
         overlap: of neighbouring windows, 0 to less than 1, for who runs the file (default: 0.5)
@@ -66,6 +66,7 @@ def export_openvino(
     """
     file = Path(file)
     _check_target(file, overwrite)
+    check_card(file, license, overwrite)
     patches, done = (_patches(Path(run), data), ["int8"]) if int8 else ([], [])
     return write_portable(run, file, partial(_write, patches=patches), overlap=overlap, mirror=mirror, license=license, compression=done)
 

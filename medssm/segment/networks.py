@@ -20,6 +20,7 @@ from medssm.nn.convolution import fast_layers
 from medssm.nn.convolution import memory_format as memory_format
 from medssm.nn.convolution import placed as placed
 from medssm.segment.losses import finest_first
+from medssm.tasks import CLASSIFY, FITTED, is_fitted
 
 MONAI, TIMM, ENCODER = "monai.networks.nets.", "timm:", "encoder:"
 WEIGHTS, BEST, CONFIG = "model.safetensors", "model_best.safetensors", "config.json"
@@ -85,6 +86,25 @@ def save_weights(path: Path, network: nn.Module) -> None:
     write_bytes(path, safetensors.torch.save(weights))
 
 
+def check_run(run: Path, argument: str, task: str | None = None) -> None:
+    """UserError that names the argument, for what is not the folder of one finished training, or not of the task (`segment` or `classify`)."""
+    if not run.is_dir():
+        raise UserError(f"{argument}: {run}: expected a folder that medssm train wrote, {'got a file' if run.exists() else 'there is none'}")
+    if not (run / FITTED).is_file():
+        folds = sorted(file.parent.name for file in run.glob(f"*/{FITTED}"))
+        raise UserError(
+            f"{argument}: {run}: expected one network, got the folds {', '.join(folds)}: name one of them"
+            if folds
+            else f"{argument}: {run}: no {FITTED} in it: not written by medssm train"
+        )
+    if not (run / WEIGHTS).is_file():
+        raise UserError(f"{argument}: {run / WEIGHTS}: no such file (the training is not finished)")
+    if task is not None and is_fitted(run / FITTED) != (task == CLASSIFY):
+        kinds = ("a network that segments", "a classifier")
+        wanted, found = kinds if task != CLASSIFY else reversed(kinds)
+        raise UserError(f"{argument}: {run}: expected {wanted}, got {found}")
+
+
 def load(folder: Path, network: nn.Module | None = None, name: str = WEIGHTS) -> nn.Module:
     """The network of a folder with its weights, of the file `name`; `network` is needed for one that was given to `train` as a module."""
     config = read_json(folder / CONFIG)
@@ -97,6 +117,12 @@ def of_config(config: Mapping[str, Any], network: nn.Module | None = None) -> nn
     """The network that a config.json describes, compressed where it says so, without trained weights; `network` as for `load`."""
     network = build(config["model"], **config["kwargs"]) if network is None else network
     return restructured(network, config.get("compression", []))
+
+
+def count_parameters(config: Mapping[str, Any]) -> int:
+    """The parameters of the network that a config.json describes; in 8 bits there are as many as before."""
+    steps = [step for step in config.get("compression", []) if step["kind"] != "int8"]
+    return sum(p.numel() for p in of_config({**config, "compression": steps}).parameters())
 
 
 def load_weights(path: Path, network: nn.Module) -> nn.Module:

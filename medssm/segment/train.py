@@ -162,6 +162,9 @@ def train(
         return before
     if task != "segment":
         raise UserError(f"task: expected segment, got {task!r} (medssm.classify.train.train trains a classifier)")
+    for argument, folder in (("start", start), ("distil", distil)):
+        if isinstance(folder, (str, Path)):
+            networks.check_run(Path(folder), argument, "segment")
     begun = Start.of(Path(start)) if isinstance(start, (str, Path)) else start
     if begun:
         begun.check_trainable("start")

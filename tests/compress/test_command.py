@@ -47,7 +47,7 @@ def test_openvino_s_8_bits_have_ranges_from_the_training_cases(folder, tmp_path,
     train(folder, out, model_kwargs=KWARGS | {"mixer": "linear_attention", "d_state": None}, **options)
     assert cli.main(["export", "openvino", str(out), str(file), "--int8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["error"] < 0.05
-    assert "8-bit integers" in file.with_suffix(".md").read_text()
+    assert "8-bit integers" in file.with_name(f"{file.name}.md").read_text()
 
 
 def test_a_pruned_and_trained_run_is_a_run_like_any_other(run, tmp_path, capsys):
@@ -105,8 +105,16 @@ def test_folded_norms_give_the_same_logits_and_nothing_is_trained(run, tmp_path)
         train(run.parent, tmp_path / "no", start=tmp_path / "folded")
 
 
+def test_the_folder_where_one_stands(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compress(run, ".", fold_norms=True, quiet=True)["out"] == "." and (tmp_path / "model.safetensors").is_file()
+    assert not list(tmp_path.parent.glob(".partial*"))
+
+
 def test_eight_bits(run, tmp_path):
     result = compress(run, tmp_path / "int8", int8=True, batches=1, quiet=True)
+    config = json.loads((tmp_path / "int8/config.json").read_text())  # what export prints is counted by it
+    assert networks.count_parameters(config) == result["before"]["parameters"] > sum(p.numel() for p in networks.load(tmp_path / "int8").parameters())
     assert result["steps"] == ["int8"] and result["after"]["file"] < 0.6 * result["before"]["file"]
     one, two = logits(networks.load(tmp_path / "int8")), logits(networks.load(run))
     assert 0 < (one - two).abs().max() < 0.2 * two.std()
@@ -140,7 +148,7 @@ def test_an_interrupted_training_goes_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "_step", step)
     compress(run, tmp_path / "stopped", **options, resume=True)
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[0] == 2 and steps[-1] == 3
+    assert steps == sorted(steps) and 2 in steps and steps[-1] == 3  # a slow machine has a line of step 1 too
 
 
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
@@ -169,11 +177,11 @@ def test_weights_that_do_not_fit_the_steps_are_one_clear_line(run, tmp_path):
     [
         ([], "expected at least one of --prune, --low-rank, --distil, --fold-norms and --int8, got none"),
         (["--prune", "1.5"], "prune: expected a share of the multiply-adds to keep, above 0 and below 1, got 1.5"),
-        (["--low-rank", "0"], "factorize: expected a share of each layer's multiply-adds, above 0 and below 1, got 0.0"),
+        (["--low-rank", "0"], "low_rank: expected a share of the multiply-adds to keep, above 0 and below 1, got 0.0"),
         (["--prune", "0.5", "--steps", "-1"], "steps: expected 0 or more, got -1"),
         (["--prune", "0.5", "--multiple", "6"], "multiple: expected a multiple of 4, got 6"),
         (["--prune", "0.5", "--batches", "0"], "batches: expected at least 1, got 0"),
-        (["--distil", "nowhere", "--steps", "0"], "steps: expected at least 1 to learn from a teacher, got 0"),
+        (["--distil", "nowhere"], "distil: nowhere: expected a folder that medssm train wrote, there is none"),
         (["--prune", "0.5", "--data", "nowhere"], "data: nowhere: no such file or folder"),
     ],
 )
@@ -195,6 +203,18 @@ def test_a_wrong_run_data_set_or_teacher_is_one_clear_line(run, folder, tmp_path
     refused("^out: expected a new folder", out=tmp_path / "full")
     refused("^run: .*: no fitted.json in it: not written by medssm train", run=tmp_path / "full")
     refused("^run: .*: expected one network, got the folds run: name one of them", run=run.parent)
+    refused("^run: .*: expected a folder that medssm train wrote, got a file", run=run / "config.json")
+    refused("^steps: expected at least 1 to learn from a teacher, got 0", prune=None, distil=run, steps=0)
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    (unfinished / "model.safetensors").unlink()
+    refused("^distil: .*model.safetensors: no such file", distil=unfinished)
+    fitted = json.loads((run / "fitted.json").read_text())
+    (unfinished / "fitted.json").write_text(json.dumps({**fitted, "task": "classify"}))
+    (unfinished / "model.safetensors").touch()
+    refused("^distil: .*: expected a network that segments, got a classifier", distil=unfinished)
+    for argument in ("start", "distil"):
+        with pytest.raises(UserError, match=f"^{argument}: .*: expected a network that segments, got a classifier"):
+            train(folder, tmp_path / "no", **{argument: unfinished})
     other = nnunet_folder(tmp_path / "ct", shape=(24, 20, 16), channels=("CT",))
     refused(r"^dataset: .*: expected the channels that the network was trained for, MR, got CT", data=other)
     more = nnunet_folder(tmp_path / "more", cases=6, shape=(24, 20, 16))

@@ -149,7 +149,7 @@ def test_monais_runner_gives_predicts_labels(runs, bundles, scans, tmp_path, nam
 @pytest.mark.parametrize("name", ["3d", "2d"])
 def test_a_bundle_is_whole(bundles, name):
     files = sorted(str(file.relative_to(bundles / name)) for file in (bundles / name).rglob("*") if file.is_file())
-    assert files == ["LICENSE", "configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.pt"]
+    assert files == ["LICENSE", "configs/inference.json", "configs/metadata.json", "docs/README.md", "docs/model_card.md", "models/model.pt"]
     weights = torch.load(bundles / name / "models/model.pt", weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in weights.values())
     assert "python -m monai.bundle run" in (bundles / name / "docs/README.md").read_text()
@@ -228,13 +228,23 @@ def test_what_cannot_be_a_bundle_is_one_line_and_leaves_nothing(runs, tmp_path):
         (folds, "got the folds fold_0, fold_1: name one of them"),
         (given, "trained from a my.Net given as a module"),
         (unfinished, "the training is not finished"),
-        (tmp_path / "none", "not written by medssm train"),
+        (tmp_path / "none", "run: .*none: expected a folder that medssm train wrote, there is none"),
     ):
         with pytest.raises(UserError, match=message):
             export_bundle(run, tmp_path / "out")
     with pytest.raises(UserError, match=r"license: .* not a readable text file"):
         export_bundle(runs / "2d", tmp_path / "out", license=tmp_path / "none.txt")
     assert {path.name for path in tmp_path.iterdir()} == {"folds", "module", "unfinished"}
+
+
+def test_pictures_are_scaled_as_in_the_training(runs, tmp_path):
+    copy = shutil.copytree(runs / "2d", tmp_path / "run")
+    fitted = json.loads((copy / "fitted.json").read_text())
+    fitted["intensity"] = [{"scheme": "picture", "low": 0.0, "high": 255.0, "mean": 100.0, "deviation": 50.0}] * 3
+    (copy / "fitted.json").write_text(json.dumps(fitted))
+    export_bundle(copy, tmp_path / "out")
+    scales = json.loads((tmp_path / "out/configs/inference.json").read_text())["intensity"]
+    assert [(scale["_target_"], scale["b_min"], scale["b_max"]) for scale in scales] == [("ScaleIntensityRange", -2.0, 3.1)] * 3
 
 
 def test_networks_of_several_outputs_are_refused(runs, tmp_path):

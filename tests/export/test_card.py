@@ -34,7 +34,7 @@ def test_it_says_what_the_file_is_and_names_no_person(run, tmp_path):
     file.write_bytes(b"network")
     written = card.write(file, run, metadata(run, custom_ops={"domain": "medssm", "version": 1}))
     text = written.read_text()
-    assert written == tmp_path / "model.md" and text.startswith("# model.onnx\n")
+    assert written == tmp_path / "model.onnx.md" and text.startswith("# model.onnx\n")
     assert f"| model.onnx | 0.0 MiB | {hashlib.sha256(b'network').hexdigest()} |" in text
     assert hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest() in text
     assert SAID in text and "**Not a medical device.**" in text and "the operators medssm, version 1, of medssm" in text
@@ -42,6 +42,19 @@ def test_it_says_what_the_file_is_and_names_no_person(run, tmp_path):
     assert "| ball | 0.910 |" in text and "| mean | 0.805 |" in text and "Post-processing: ball largest component." in text
     assert "No licence was stated" in text
     assert "rossi" not in text.lower() and str(tmp_path) not in text
+
+
+def test_two_files_of_one_stem_have_cards_of_their_own(run, tmp_path):
+    for ending in ("onnx", "xml"):
+        (tmp_path / f"model.{ending}").touch()
+        card.write(tmp_path / f"model.{ending}", run, metadata(run))
+    assert [(tmp_path / f"model.{ending}.md").read_text().splitlines()[0] for ending in ("onnx", "xml")] == ["# model.onnx", "# model.xml"]
+
+
+def test_a_card_says_how_its_own_kind_of_file_is_used(run, tmp_path):
+    (tmp_path / "model.pt2").touch()
+    text = card.card(tmp_path / "model.pt2", run, metadata(run), use="Torch opens it.", needs="torch 9")
+    assert "medssm_runtime" not in text and "Torch opens it." in text and "| needs | torch 9 |" in text
 
 
 def test_the_best_weights_have_their_own_figure(run, tmp_path):

@@ -77,13 +77,25 @@ def test_the_command_writes_a_checked_file_with_all_that_a_scan_needs(tmp_path, 
     table = json.loads({entry.key: entry.value for entry in model.metadata_props}["medssm"])
     assert table["custom_ops"] == {"domain": "medssm", "version": 1} and table["patch"] == [20, 16]
     assert table["classes"] == {"background": 0, "ball": 1, "box": 5} and table["channels"][1]["high"] == 90
-    assert "Not a medical device" in (tmp_path / "net.md").read_text()
+    assert "Not a medical device" in (tmp_path / "net.onnx.md").read_text()
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)  # they would name files of this machine
     network = networks.load(run).eval()
     check_run(lambda x: network(x)[0], session(str(file), True), [(1, 2, 20, 16), (3, 2, 37, 24), (2, 2, 16, 41)])
     check_target(file, ".onnx", _is_made_here, overwrite=False)  # its own file is written again
     file.write_text("a file of somebody's")
     assert cli.main(["export", "onnx", str(run), str(file)]) == 2 and "--overwrite" in capsys.readouterr().err
+
+
+def test_what_the_card_lacks_is_said_before_a_file_is_written(tmp_path, capsys):
+    run, file, card = saved(tmp_path / "run"), tmp_path / "out/net.onnx", tmp_path / "out/net.onnx.md"
+    for words in ([], ["--license", str(card)]):
+        card.parent.mkdir(exist_ok=True)
+        card.write_text("notes of somebody's")
+        assert cli.main(["export", "onnx", str(run), str(file), *words]) == 2
+        err = capsys.readouterr().err
+        assert f"file: {card} is " in err and err.count("\n") == 1 and card.read_text() == "notes of somebody's"
+    assert cli.main(["export", "onnx", str(run), str(file), "--overwrite", "--license", str(tmp_path / "none.txt")]) == 2
+    assert "license: " in capsys.readouterr().err and not file.exists()
 
 
 @pytest.mark.thorough

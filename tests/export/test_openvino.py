@@ -27,7 +27,7 @@ def test_the_command_writes_checked_files_with_all_that_a_scan_needs(tmp_path, c
     assert cli.main(["export", "openvino", str(run), str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["error"] < 1e-4
     model = openvino.Core().read_model(file)
-    assert json.loads(model.get_rt_info(["medssm"]).astype(str))["custom_ops"] is None and (tmp_path / "net.md").is_file()
+    assert json.loads(model.get_rt_info(["medssm"]).astype(str))["custom_ops"] is None and (tmp_path / "net.xml.md").is_file()
     check_run(small("linear_attention"), compiled(model), [(1, 1, 16, 16), (3, 1, 37, 24), (2, 1, 16, 41)])
     _check_target(file, overwrite=False)  # its own files are written again
     file.unlink()

@@ -111,7 +111,7 @@ def test_the_file_says_what_it_is_and_its_batch_is_free(in_2d, model):
 
 
 def test_the_card_has_classes_figures_and_calibration(model, in_2d):
-    text = model.with_suffix(".md").read_text()
+    text = model.with_name("cells.onnx.md").read_text()
     figures = json.loads((in_2d / "figures.json").read_text())["figures"]
     assert "**Not a medical device.**" in text and "which of these classes it is: bar, dark, disc" in text
     assert f"| balanced accuracy | {figures['balanced_accuracy']['value']:.3f} [" in text and "| found of dark |" in text
@@ -150,7 +150,7 @@ def test_nncf(in_2d, pictures, tmp_path):
     pytest.importorskip("nncf")
     assert cli.main(["export", "openvino", str(in_2d), str(tmp_path / "net.xml"), "--int8", "--quiet"]) == 0
     medssm_runtime.predict(tmp_path / "net.xml", pictures, tmp_path / "found.csv", quiet=True)
-    assert "before its numbers became 8-bit integers" in (tmp_path / "net.md").read_text()
+    assert "before its numbers became 8-bit integers" in (tmp_path / "net.xml.md").read_text()
 
 
 @pytest.mark.thorough
@@ -200,6 +200,11 @@ def refused(capsys, *words):
     return err
 
 
+def test_options_may_stand_between_the_files(model, pictures, tmp_path):
+    words = [model, pictures / "disc", "--threads", "1", pictures / "bar", "--quiet", tmp_path / "found.csv"]
+    assert main([str(word) for word in words]) == 0 and len(rows(tmp_path / "found.csv")[1]) == 10
+
+
 def test_wrong_combinations_are_one_line(model, pictures, tmp_path, capsys, monkeypatch):
     one = pictures / "disc" / "grey.png"
     assert "out: expected a file that ends in .csv, as the network classifies" in refused(capsys, model, one, tmp_path / "labels.nii.gz")
@@ -228,7 +233,6 @@ def test_export_refuses_what_a_classifier_has_not(in_2d, tmp_path, capsys):
     for words, said in (
         (["onnx", tmp_path / "net.onnx", "--mirror"], "mirror: "),
         (["onnx", tmp_path / "net.onnx", "--overlap", "0.5"], "overlap: "),
-        (["bundle", tmp_path / "bundle"], "run: "),
     ):
         assert cli.main(["export", words[0], str(in_2d), *map(str, words[1:])]) == 2
         err = capsys.readouterr().err

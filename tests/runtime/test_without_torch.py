@@ -12,6 +12,7 @@ import pytest
 
 import medssm
 import medssm_runtime
+from medssm_runtime import engines
 from tests.runtime.runs import write_onnx, write_run
 from tests.segment.synthetic import volume, write
 
@@ -79,5 +80,13 @@ def test_operators_that_are_not_there_are_named(tmp_path, scan, monkeypatch):
         medssm_runtime.load(model)
 
 
-def test_the_version_is_that_of_medssm():
-    assert medssm_runtime.__version__ == medssm.__version__
+def test_operators_of_another_version_are_named(tmp_path):
+    model = write_onnx(write_run(tmp_path / "run"), tmp_path / "model.onnx", custom_ops={"domain": "medssm", "version": 7})
+    with pytest.raises(medssm_runtime.UserError, match=r"needs the operators medssm of version 7, this medssm_runtime has those of version 1"):
+        medssm_runtime.load(model)
+
+
+def test_the_versions_are_those_of_medssm():
+    from medssm.export.program import VERSION
+
+    assert medssm_runtime.__version__ == medssm.__version__ and engines.OPERATORS == VERSION
