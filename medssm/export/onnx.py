@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import onnxruntime
+import onnxscript  # noqa: F401  (torch's exporter needs it, and does not name it where it is missing)
 import torch
 from torch import Tensor, nn
 
