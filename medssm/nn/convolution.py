@@ -115,7 +115,9 @@ def _takes_spaced(layer: nn.ConvTranspose2d | nn.ConvTranspose3d, x: Tensor) -> 
     """Whether PyTorch would compute this transposed convolution slower than `spaced`, and no mode asks for its function (medssm.parallel)."""
     if not _untraced(x, layer.weight) or torch.compiler.is_compiling() or not is_spaced(layer) or torch._C._is_torch_function_mode_enabled():
         return False
-    return type(x) is Tensor and x.shape[1] == layer.in_channels > 1 and x.numel() > 0 and _is_channels_last(x)
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a subclass that wants to see operators
+        return False
+    return x.shape[1] == layer.in_channels > 1 and x.numel() > 0 and _is_channels_last(x)
 
 
 def _refused(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, last: bool) -> bool:

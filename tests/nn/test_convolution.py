@@ -274,3 +274,5 @@ def test_tensors_with_metadata_go_through():
         assert type(y) is monai_data.MetaTensor
         y.sum().backward()
         torch.testing.assert_close(y.as_tensor(), layer(x.as_tensor()))
+    x, layer = x.contiguous(memory_format=torch.channels_last_3d), ConvTranspose3d(4, 4, 3, 2, 1, groups=4)
+    assert type(layer(x)) is monai_data.MetaTensor and torch.equal(layer(x).as_tensor(), layer(x.as_tensor()))
