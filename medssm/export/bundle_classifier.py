@@ -21,7 +21,7 @@ from medssm.classify import calibration
 from medssm.classify.images import Fitted
 from medssm.classify.predictions import PROBABILITY
 from medssm.errors import UserError
-from medssm.export.bundle_parts import SCALED, Contents, intensity, network_of, numbered, start
+from medssm.export.bundle_parts import SCALED, Contents, evaluation, intensity, network_of, numbered, start
 from medssm.segment import networks
 
 _TABLE = "predictions.csv"
@@ -95,17 +95,7 @@ def _inference(model: str, kwargs: dict[str, Any], fitted: Fitted, pictures: boo
                 "output_transform": "$monai.handlers.from_engine('pred')",
             }
         ],
-        "evaluator": {
-            "_target_": "SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "val_handlers": "@handlers",
-            "amp": "$@device.type == 'cuda'",
-        },
-        "initialize": ["$@network_def.load_state_dict(torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True))"],
+        **evaluation(val_handlers="@handlers"),
         "run": [
             "$os.makedirs(@output_dir, exist_ok=True)",
             f"$pathlib.Path(@output_dir, '{_TABLE}').write_text({_heading(fitted.classes)})",

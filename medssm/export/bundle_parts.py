@@ -50,6 +50,23 @@ def start(datalist: str) -> dict[str, str]:
     }
 
 
+def evaluation(**options: str) -> dict[str, Any]:
+    """What runs the network, with its weights, over the data; options: of the evaluator."""
+    return {
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "device": "@device",
+            "val_data_loader": "@dataloader",
+            "network": "@network",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "amp": "$@device.type == 'cuda'",
+            **options,
+        },
+        "initialize": ["$@network_def.load_state_dict(torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True))"],
+    }
+
+
 def network_of(model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What builds the network, `network_def`: MONAI and timm their own, medssm the others."""
     if model.startswith(networks.MONAI):

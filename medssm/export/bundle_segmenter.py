@@ -18,7 +18,7 @@ from torch import nn
 
 import medssm_runtime.postprocess
 from medssm.errors import UserError
-from medssm.export.bundle_parts import SCALED, Contents, intensity, network_of, numbered, start
+from medssm.export.bundle_parts import SCALED, Contents, evaluation, intensity, network_of, numbered, start
 from medssm.segment import networks, postprocess
 from medssm.segment.losses import finest_first
 from medssm.segment.preprocess import Fitted
@@ -116,16 +116,7 @@ def _inference(model: str, kwargs: dict, fitted: Fitted, steps: postprocess.Step
                 },
             ],
         },
-        "evaluator": {
-            "_target_": "SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "amp": "$@device.type == 'cuda'",
-        },
-        "initialize": ["$@network_def.load_state_dict(torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True))"],
+        **evaluation(),
         "run": ["$@evaluator.run()"],
     }
 
