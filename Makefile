@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 # Modules are compiled when they are first imported: compiling all of them takes as long as the rest of an installation.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
+# So they must be kept, whatever this says.
+unexport PYTHONDONTWRITEBYTECODE
+# Kernels for this machine alone; what is released is compiled for all.
+export MEDSSM_CPU_ISAS ?= native
 INTEGRATIONS := build/integrations
 RELEASE := build/release
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard requirements-*.txt) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
@@ -98,6 +102,7 @@ test-versions: $(VENV)/installed-dev
 # dist/ as the release has it: a source archive and a wheel built from it, each checked, and the wheel tried in an environment of its own.
 wheel: export PATH := $(CURDIR)/$(RELEASE)/bin:$(PATH)
 wheel: export MEDSSM_OBJECTS = $(CURDIR)/build/objects
+wheel runtime-wheel: export MEDSSM_CPU_ISAS = base v3 v4
 wheel: $(RELEASE)/installed
 	rm -rf dist build/lib* build/bdist* build/try
 	python -m build

@@ -5,9 +5,9 @@ and the torch of this environment has CUDA. Compiled objects stay in build/objec
 again only what changed.
 
 Environment variables: CXX, NVCC, CUDA_HOME; MEDSSM_CPU and MEDSSM_CUDA=auto|0|1 (0: do not build, 1: build, and fail where that fails);
-MEDSSM_CPU_ISAS ("base v3 v4") and MEDSSM_CUDA_ARCHS ("80 90 100"): what to compile for; MEDSSM_OBJECTS: another folder for objects, which
-several checkouts may share; MEDSSM_SANITIZE=address or address,undefined (the sanitizers' names); MEDSSM_EMULATE=1 (the CUDA kernels for the CPU, see
-tests/emulation).
+MEDSSM_CPU_ISAS ("base v3 v4", or native: base and what this processor runs) and MEDSSM_CUDA_ARCHS ("80 90 100"): what to compile for;
+MEDSSM_OBJECTS: another folder for objects, which several checkouts may share; MEDSSM_SANITIZE=address or address,undefined (the sanitizers' names);
+MEDSSM_EMULATE=1 (the CUDA kernels for the CPU, see tests/emulation).
 """
 
 import functools
@@ -36,8 +36,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The libraries. Windows has no compiler that this build knows; onnxruntime's is found by POSIX means.
 KINDS = ("cpu", "cuda", "onnx") if sys.platform != "win32" else ("cpu", "cuda")
 # One object per kernel and instruction set; the library picks at run time. Other processors get the portable C++ alone.
-ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {"base": []}
-ISAS = {name: flags for name, flags in ISAS.items() if name in os.environ.get("MEDSSM_CPU_ISAS", "base v3 v4").split()}
+ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 # Never -ffast-math: at link time it makes the loader flip denormals for the whole process, torch included.
 FLAGS = [
     "-std=c++17",
@@ -66,6 +65,18 @@ def sanitize() -> list[str]:
     """The sanitizers' flags, where they are wanted."""
     wanted = os.environ.get("MEDSSM_SANITIZE")
     return [f"-fsanitize={wanted}", *SANITIZE] if wanted else []
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets to compile for: those of MEDSSM_CPU_ISAS. Where nobody can say what this processor runs, native is all of them."""
+    wanted = os.environ.get("MEDSSM_CPU_ISAS", " ".join(ISAS)).split()
+    if wanted == ["native"]:
+        info = Path("/proc/cpuinfo")
+        flags = set(info.read_text().split()) if info.is_file() else {"avx2", "avx512vl"}
+        wanted = ["base", *(name for name, flag in (("v3", "avx2"), ("v4", "avx512vl")) if flag in flags)]
+    if not wanted or not set(wanted) <= set(ISAS):
+        raise SystemExit(f"MEDSSM_CPU_ISAS: expected native, or some of {' '.join(ISAS)}, got {' '.join(wanted)!r}")
+    return [name for name in wanted if X86 or name == "base"]
 
 
 def nvcc() -> str | None:
@@ -187,11 +198,12 @@ class Build(build_ext):
 
     def build_cpu(self, out: Path):
         command = self.cpu_command()
-        compiled = [f"-DMEDSSM_HAS_{isa}" for isa in ISAS]
+        isas = instruction_sets()
+        compiled = [f"-DMEDSSM_HAS_{isa}" for isa in isas]
         jobs = [([*command, *compiled, *self.named(source)], source, f"csrc_{source.stem}") for source in sorted((ROOT / "csrc").glob("*.cpp"))]
         for source in sorted((ROOT / "csrc").glob("*/cpu*.cpp")):
-            for isa, march in ISAS.items():
-                jobs.append(([*command, *march, f"-DMEDSSM_ISA={isa}"], source, f"{source.parent.name}_{source.stem}_{isa}"))
+            for isa in isas:
+                jobs.append(([*command, *ISAS[isa], f"-DMEDSSM_ISA={isa}"], source, f"{source.parent.name}_{source.stem}_{isa}"))
         self.link(command, jobs, out)
 
     def build_onnx(self, out: Path):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 # How many examples a property is tried on. ci: `make test`. deep: `make test-all`, other examples at each run. brief: for CUDA's emulated kernels and
 # for bench/gpu.py. few: for Triton's interpreter, which takes seconds for a scan.
-for name, examples in (("ci", 16), ("brief", 8), ("few", 3), ("deep", 200)):
+for name, examples in (("ci", 8), ("brief", 8), ("few", 3), ("deep", 200)):
     settings.register_profile(
         name,
         deadline=None,

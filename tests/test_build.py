@@ -47,8 +47,8 @@ def checkout(folder: Path, *, links: bool = True, ops: str | None = None) -> Pat
 
 
 def start(*command, cwd, **changes) -> subprocess.CompletedProcess:
-    """A command in a clean environment. Builds share the objects of this checkout: they compile what is not there yet."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEDSSM_", "PYTHONPATH"))}
+    """A command in a clean environment. Builds share the objects of this checkout, and its instruction sets: they compile what is not there yet."""
+    kept = {name: value for name, value in os.environ.items() if name == "MEDSSM_CPU_ISAS" or not name.startswith(("MEDSSM_", "PYTHONPATH"))}
     env = {**kept, "MEDSSM_CUDA": "0", "MEDSSM_OBJECTS": str(ROOT / "build" / "objects"), **changes}
     return subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -177,12 +177,14 @@ def test_the_cuda_library_is_built_where_torch_has_cuda(cuda, tried, tmp_path):
 
 
 @compiled
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a shell script")
 def test_only_what_changed_is_compiled_again(tmp_path):
     """In a library with one op for one instruction set, which it then names on every processor."""
     source = checkout(tmp_path / "checkout", ops="causal_conv1d")
+    quick = program(tmp_path / "compiler", f'exec {COMPILER} "$@" -O0\n')
 
     def made(source: Path = source) -> list[str]:
-        settings = {"MEDSSM_CPU": "1", "MEDSSM_CPU_ISAS": "base", "MEDSSM_OBJECTS": str(tmp_path / "objects")}
+        settings = {"MEDSSM_CPU": "1", "MEDSSM_CPU_ISAS": "base", "MEDSSM_OBJECTS": str(tmp_path / "objects"), "CXX": quick}
         said = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", cwd=source, **settings)
         return sorted(re.findall(r"^compiling (\S+)", said, re.MULTILINE))
 
@@ -198,6 +200,26 @@ def test_only_what_changed_is_compiled_again(tmp_path):
     library = ctypes.CDLL(str(next((tmp_path / "lib").rglob("libmedssm_cpu*"))))
     library.medssm_cpu_isa.restype = ctypes.c_char_p
     assert library.medssm_cpu_isa() == b"base" and library.medssm_causal_conv1d_forward_base
+
+
+COMPILES_NOTHING = 'while [ $# -gt 0 ]; do case $1 in -o) : > "$2";; -MF) echo "object: " > "$2";; esac; shift; done\n'
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a shell script")
+def test_kernels_are_compiled_for_the_instruction_sets_that_are_asked_for(tmp_path):
+    source, compiler = checkout(tmp_path / "checkout", ops="causal_conv1d"), program(tmp_path / "compiler", COMPILES_NOTHING)
+
+    def made(isas: str) -> list[str]:
+        settings = {"MEDSSM_CPU": "1", "CXX": compiler, "MEDSSM_CPU_ISAS": isas, "MEDSSM_OBJECTS": str(tmp_path / isas)}
+        return re.findall(r"compiling causal_conv1d_cpu_(\w+)", run(sys.executable, "setup.py", "build_ext", cwd=source, **settings))
+
+    from medssm.kernels import native
+
+    here = made("native")
+    assert "base" in here and (native.reason() or native.isa() in here)
+    assert made("base") == ["base"]
+    done = start(sys.executable, "setup.py", "build_ext", cwd=source, MEDSSM_CPU="auto", CXX=compiler, MEDSSM_CPU_ISAS="v3 v5")
+    assert done.returncode != 0 and "MEDSSM_CPU_ISAS: expected native, or some of base v3 v4, got 'v3 v5'" in done.stderr
 
 
 @compiled

@@ -138,7 +138,9 @@ def parameters(network):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("kinds", [("channels",), ("states", "heads"), ("channels", "states", "heads")])
+@pytest.mark.parametrize(
+    "kinds", [("channels", "states", "heads"), *(pytest.param(kinds, marks=pytest.mark.thorough) for kinds in (("channels",), ("states", "heads")))]
+)
 def test_the_cut_network_is_the_whole_one_with_zeros(name, kinds):
     network, x = (part.double() for part in network_of(name))  # float32 adds fewer numbers in another order: up to 1e-4 apart
     generator = torch.Generator().manual_seed(1)

@@ -72,6 +72,7 @@ def test_a_layer_alone_says_that_it_is_one_node():
         fx.symbolic_trace(layer("Mamba"))
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("name", NETS)
 def test_a_network(name):
     model = network(name)
@@ -80,6 +81,7 @@ def test_a_network(name):
         same(traced, model, x)
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("name", NETS)
 def test_features_by_the_names_of_nodes(name):
     model, x = network(name, features_only=True), images()[0]

@@ -92,6 +92,7 @@ def test_outputs_are_nnunets_labels_with_deep_supervision_and_one_tensor_without
     assert len(network(x)) == len(sizes)
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("model", OPTIONS)
 def test_weights_of_training_load_for_prediction(model, rewritten):
     configuration = rewritten(model, "3d_fullres")[0]["configurations"]["3d_fullres"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from medssm.run import main
 from tests.integrations.test_mamba_ssm import fake_package
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +60,10 @@ torch.cuda.device("meta")
     assert code == 1 and out == "cpu cpu cpu cpu cpu" and "Expected a cuda device, but got: meta" in err, out + err
 
 
-def test_what_makes_no_sense_is_one_line(tmp_path):
-    assert run("none.py", cwd=tmp_path)[::2] == (2, "medssm.run: no such file: none.py\n")
-    assert run("--fast", cwd=tmp_path)[::2] == (2, "medssm.run: expected --force, -m or a script, got --fast\n")
-    code, out, err = run(cwd=tmp_path)
-    assert code == 2 and not out and "python -m medssm.run [--force] script.py" in err
+def test_what_makes_no_sense_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words, said in ((["none.py"], "no such file: none.py"), (["--fast"], "expected --force, -m or a script, got --fast")):
+        assert main(words) == 2 and capsys.readouterr() == ("", f"medssm.run: {said}\n")
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "python -m medssm.run [--force] script.py" in err

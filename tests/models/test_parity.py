@@ -40,6 +40,7 @@ def test_card(name, backend):
     assert sum(p.numel() for p in model.parameters()) == card["params"] == distinct
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("name", ALL)
 def test_weights_that_do_not_fit_are_listed(name):
     card = parity_cards.load(name)

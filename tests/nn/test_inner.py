@@ -113,6 +113,7 @@ def test_adapters_in_the_stand_ins_mixers_and_their_steps(kind, options):
     same_as_merged(kind(8, d_state=4, layer_idx=0, **options), continued)
 
 
+@pytest.mark.each_network
 @pytest.mark.parametrize("name", [name for name in medssm.list_models() if name not in NETWORKS])
 def test_adapters_in_every_network(name):
     torch.manual_seed(0)

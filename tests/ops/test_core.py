@@ -16,9 +16,15 @@ from tests.ops.calls import DEVICE, Call, compare, normal, permutation
 from tests.ops.cases import SEQUENCE, available, example, flattened, tokens
 
 PAIRS = available()
-# Forms that take Triton's interpreter long: for `make test-all`.
+# Forms that take Triton's interpreter long, and that another form of the op nearly holds: for `make test-all`.
 SLOW = ("bi_wkv", "delta_rule", "gated_linear_attention", "linear_attention", "selective_scan_nd", "ssd", "ssd3")
-LONG = {(op, "triton", form) for op in SLOW for form in ("bfloat16", "begun_anew", "longer", "what_must_be_given")}
+LONG = {(op, "triton", form) for op in SLOW for form in ("bfloat16", "begun_anew", "longer", "what_must_be_given", "kept")}
+LONG |= {(op, "triton", "permuted") for op in SLOW if op in SEQUENCE}  # their packed sequences are in an order of their own, too
+LONG |= {("bi_wkv", "triton", "every_option")}  # permuted has every option
+
+
+def marks(op: str, backend: str, form: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.thorough] if (op, backend, form) in LONG else []
 
 
 def every_option(op: str) -> Call:
@@ -82,7 +88,7 @@ WALKS = (permuted, begun_anew, longer)  # of ops with one walk
 @pytest.mark.parametrize(
     "op, backend, form",
     [
-        pytest.param(op, backend, form, id=f"{op}-{backend}-{form.__name__}", marks=[pytest.mark.thorough] * ((op, backend, form.__name__) in LONG))
+        pytest.param(op, backend, form, id=f"{op}-{backend}-{form.__name__}", marks=marks(op, backend, form.__name__))
         for op, backend in PAIRS
         for form in (every_option, what_must_be_given, bfloat16, *(WALKS if takes(op, "order") else ()), *((packed,) if op in SEQUENCE else ()))
     ],
@@ -96,7 +102,9 @@ def test_outputs_states_and_gradients_equal_the_float64_reference(op, backend, f
     compare(got, want, *((ulp + 1e-5, 2 * ulp + 1e-4) if first is torch.bfloat16 else (1e-5, 5e-5)))
 
 
-@pytest.mark.parametrize("op, backend", [pair for pair in PAIRS if takes(pair[0], "order") or takes(pair[0], "orders")])
+@pytest.mark.parametrize(
+    "op, backend", [pytest.param(*pair, marks=marks(*pair, "kept")) for pair in PAIRS if takes(pair[0], "order") or takes(pair[0], "orders")]
+)
 def test_what_a_call_in_inference_mode_keeps_serves_training(op, backend):
     """As validation does before a training goes on: Lightning's is in inference mode."""
     call = example(op)

@@ -72,6 +72,7 @@ def test_a_slow_machine_takes_longer_and_finds_the_same(demo, tmp_path, monkeypa
         assert len({file.read_bytes() for file in weights}) == 1
 
 
+@pytest.mark.thorough
 def test_another_seed_gives_another_result(demo, tmp_path):
     other = structures(out=tmp_path, **{**SHORT, "seed": 1})
     assert other["rows"][0]["dice"] != demo[1]["rows"][0]["dice"]

@@ -37,7 +37,7 @@ def few_boxes(monkeypatch):
 def scans(folder, tmp_path_factory):
     """A folder of medssm_unet's weights, hardly trained, and what it predicts for a scan with --explain."""
     root = tmp_path_factory.mktemp("scans")
-    train(folder, root / "run", model_kwargs=NETWORK, patch=(32, 32, 32), max_steps=12, lr=0.01, device="cpu", quiet=True)
+    train(folder, root / "run", model_kwargs=NETWORK, patch=(32, 32, 32), max_steps=4, lr=0.01, device="cpu", quiet=True)
     return root / "run"
 
 
@@ -58,7 +58,7 @@ def read(path):
 
 
 def test_maps_come_back_on_the_inputs_grid_by_the_command(only, tmp_path, capsys):
-    path = write(tmp_path / "a.nii.gz", volume(7)[0][..., 0], AFFINES["oblique"])
+    path = write(tmp_path / "a.nii.gz", volume(7, SMALL)[0][..., 0], AFFINES["oblique"])
     predict(only, path, tmp_path / "plain.nii.gz", device="cpu", quiet=True)
     assert cli.main(["predict", str(only), str(path), str(tmp_path / "out"), "--device", "cpu", "--explain", "1", "--json"]) == 0
     said = capsys.readouterr()
@@ -71,7 +71,7 @@ def test_maps_come_back_on_the_inputs_grid_by_the_command(only, tmp_path, capsys
     for name in METHODS:
         back = nib.load(tmp_path / f"out/a_{name}.nii.gz")
         np.testing.assert_array_equal(back.affine, nib.load(path).affine)
-        assert back.shape == (40, 36, 32) and back.get_data_dtype() == np.float32 and np.isfinite(back.dataobj).all()
+        assert back.shape == SMALL and back.get_data_dtype() == np.float32 and np.isfinite(back.dataobj).all()
     assert f"a residue of {100 * found['integrated gradients']['residue_share']:.2g} %" in said.err
     assert found["reach"]["layers"] == []  # a U-Net of convolutions has no scans
 
