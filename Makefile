@@ -17,7 +17,7 @@ SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard requirements-*.txt)
 
 CPP := $(shell find csrc tests/emulation docs/examples -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo demo-clinic test test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel runtime-wheel clean
+.PHONY: demo demo-clinic test tests test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel runtime-wheel clean
 
 # Its threads are bound: two that are not may share a core.
 demo: $(VENV)/installed
@@ -29,7 +29,11 @@ demo-clinic: $(VENV)/installed
 
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
 
-test: lint
+# Lint beside the tests: mypy takes one core.
+test: $(VENV)/installed-dev
+	$(MAKE) --no-print-directory -j2 lint tests
+
+tests: $(VENV)/installed-dev
 	$(PYTEST)
 
 test-all: lint

@@ -179,6 +179,8 @@ def start_steps(
     """Start a step projection: softplus(bias) log-uniform in [low, high], at least floor; weight uniform or constant in rank**-0.5 scale."""
     if init not in ("random", "constant"):
         raise ValueError(f"dt_init: expected 'random' or 'constant', got {init!r}")
+    if weight.is_meta:  # there is nothing to start, and PyTorch takes long to find that out
+        return
     spread = weight.shape[-1] ** -0.5 * scale
     if init == "random":
         weight.uniform_(-spread, spread)
