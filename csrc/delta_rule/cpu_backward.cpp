@@ -78,11 +78,12 @@ void values_pass(const Backward& a, const Walk& walk, const Intermediates<T>& in
       const T *const *values = v.of(block), *const *recalled_rows = recalled.of(block), *const *douts = dout.of(block);
       const Prefetch ahead = prefetch(walk, p.length, block, false, q, k, v, dout, recalled);
       state.pack_block({q.of(block), k.of(block)}, products);
+      const Weights<T, true> weights(products, e);
       each_part<T, N>(item, [&](const Part& part) {
         L x[kBlock];
         for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(douts[j] + part.first, part.lanes);
         Vec<T> of_beta[kBlock] = {}, of_g[kBlock] = {};
-        read_between(state, part.index, products, e, ahead, x, [&](int j, const L& later, T own) {
+        read_between(state, part.index, weights, ahead, x, [&](int j, const L& later, T own) {
           const L du = later + own * x[j], v_j = L::at(values[j] + part.first, part.lanes),
                   recalled_j = L::at(recalled_rows[j] + part.first, part.lanes), error = v_j - recalled_j;
           const L y = beta[j] * du;
@@ -135,10 +136,11 @@ void queries_pass(const Backward& a, const Walk& walk, const Intermediates<T>& i
       const T *const *queries = q.of(block), *const *keys = k.of(block);
       const Prefetch ahead = prefetch(walk, p.length, block, true, u, dv, dout, q, k);
       state.pack_block({u.of(block), dv.of(block), dout.of(block)}, products);
+      const Weights<T, false> weights(products, e);
       each_part<T, N>(item, [&](const Part& part) {
         Vec<T> of_g[kBlock] = {};
         write_then_read(
-            state, part.index, products, e, ahead,
+            state, part.index, weights, ahead,
             [&](int j, const L& before) {
               if (j < block.count) (T(-1) * before).put(dk[block.token[j]] + part.first, part.lanes);
               return L::at(keys[j] + part.first, part.lanes);
@@ -189,10 +191,11 @@ void keys_pass(const Backward& a, const Walk& walk, const Intermediates<T>& inte
         const T *const *queries = q.of(block), *const *keys = k.of(block), *const *before = partial.of(block);
         const Prefetch ahead = prefetch(walk, p.length, block, false, u, dv, dout, q, k, partial);
         state.pack_block({dout.of(block), dv.of(block), u.of(block)}, products);
+        const Weights<T, true> weights(products, e);
         each_part<T, N>(item, [&](const Part& part) {
           L x[kBlock];
           for (int j = 0; j < kBlock; ++j) x[j] = scale * L::at(queries[j] + part.first, part.lanes);
-          read_between(state, part.index, products, e, ahead, x, [&](int j, const L& later, T own) {
+          read_between(state, part.index, weights, ahead, x, [&](int j, const L& later, T own) {
             if (j < block.count) (L::at(before[j] + part.first, part.lanes) + later + own * x[j]).put(dk[block.token[j]] + part.first, part.lanes);
             return L::at(keys[j] + part.first, part.lanes);
           });

@@ -41,9 +41,10 @@ template <class T, int kVectors> void run(const Forward& a, const Walk& walk, co
       const T* const* values = v.of(block);
       const Prefetch ahead = prefetch(walk, p.length, block, true, k, q, v);
       state.pack_block({k.of(block), q.of(block)}, products);
+      const Weights<T, false> weights(products, e);
       each_part<T, kVectors>(item, [&](const Part& part) {
         write_then_read(
-            state, part.index, products, e, ahead,
+            state, part.index, weights, ahead,
             [&](int j, const L& recalled) {
               if (a.recalled && j < block.count) recalled.put(static_cast<T*>(a.recalled) + at(block.token[j]) + part.first, part.lanes);
               return beta[j] * (L::at(values[j] + part.first, part.lanes) - recalled);

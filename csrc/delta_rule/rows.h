@@ -30,26 +30,23 @@ template <class F> void each_block(const Tile& tile, bool forward, const F& f) {
   }
 }
 
-// The cache lines that the block after the next one will read. A sweep requests two of them per row of the state. The hardware prefetcher does not
-// find them, because tokens are far apart in memory and a walk may visit them in any order. Requesting all of them at once would overflow the queue
-// of outstanding loads.
+// The cache lines that the block after the next one will read. The sweeps of a block request them evenly spread over their rows. The hardware
+// prefetcher does not find them, because tokens are far apart in memory and a walk may visit them in any order. Requesting many at once would
+// overflow the queue of outstanding loads.
 class Prefetch {
  public:
   void add(const char* line) {
-    if (count_ == kMost) return;
-    lines_[count_++] = line;
-    lines_[count_] = line;
+    if (count_ < kMost) lines_[count_++] = line;
   }
-  // Requests lines i and i + 1. i is even.
-  MEDSSM_INLINE void request(int64_t i) const {
-    if (i >= count_) return;
-    __builtin_prefetch(lines_[i]);
-    __builtin_prefetch(lines_[i + 1]);
+  int64_t count() const { return count_; }
+  // Requests lines [begin, end), or those of them that there are.
+  MEDSSM_INLINE void request(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < least(end, count_); ++i) __builtin_prefetch(lines_[i]);
   }
 
  private:
   static constexpr int kMost = 96;
-  const char* lines_[kMost + 1];
+  const char* lines_[kMost];
   int64_t count_ = 0;
 };
 

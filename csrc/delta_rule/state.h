@@ -82,6 +82,8 @@ template <class T, int kVectors, int kSlots, int kUpdates, int kReads = 3 - kUpd
   MEDSSM_INLINE void decay(int part, const Factor& factor) { decay_[part] = factor; }
 
  private:
+  static constexpr int64_t kGroup = 8;  // rows of a sweep between two requests for cache lines
+
   // Calls f(row, column, element) for each element.
   template <class F> void each_element(const F& f) {
     for (int64_t i = 0; i < rows_; ++i)
@@ -120,9 +122,13 @@ template <class T, int kVectors, int kSlots, int kUpdates, int kReads = 3 - kUpd
     const T* const of_rows = decays_of_rows(updates);
     const T *c = updates, *r = panel_ + (kSlots - kReads) * kBlock;
     T* s = state_ + part * of_part();
-    const int64_t swept = part * rows_;
-    for (int64_t i = 0; i < rows_; ++i, c += kWidth, r += kWidth, s += kRow) {
-      prefetch.request(2 * (swept + i));
+    const int64_t groups = ceil_div(rows_, kGroup), lines = ceil_div(prefetch.count(), parts_ * groups);
+    for (int64_t i = 0, line = part * groups * lines, end = 0; i < rows_; ++i, c += kWidth, r += kWidth, s += kRow) {
+      if (i == end) {
+        prefetch.request(line, line + lines);
+        line += lines;
+        end += kGroup;
+      }
       L row;
       if constexpr (kDecay == Decay::kRows) factor = L::all(of_rows[i]);
 #pragma GCC unroll 2
@@ -130,12 +136,21 @@ template <class T, int kVectors, int kSlots, int kUpdates, int kReads = 3 - kUpd
         row.v[l] = load<T>(s + l * kLanes<T>);
         if (kDecays) row.v[l] *= factor.v[l];
       }
+      L other;  // a second sum: the additions to a single one would wait for each other
+#pragma GCC unroll 2
+      for (int l = 0; l < kVectors; ++l) other.v[l] = splat(c[1]) * x[1].v[l];
 #pragma GCC unroll 16
       for (int j = 0; j < kUpdates * kBlock; ++j)
 #pragma GCC unroll 2
-        for (int l = 0; l < kVectors; ++l) row.v[l] = fma(splat(c[j]), x[j].v[l], row.v[l]);
+        for (int l = 0; l < kVectors; ++l) {
+          Vec<T>& sum = j % 2 ? other.v[l] : row.v[l];
+          if (j != 1) sum = fma(splat(c[j]), x[j].v[l], sum);
+        }
 #pragma GCC unroll 2
-      for (int l = 0; l < kVectors; ++l) store(s + l * kLanes<T>, row.v[l]);
+      for (int l = 0; l < kVectors; ++l) {
+        row.v[l] += other.v[l];
+        store(s + l * kLanes<T>, row.v[l]);
+      }
       if (kRead)
 #pragma GCC unroll 16
         for (int j = 0; j < kReads * kBlock; ++j)
