@@ -64,4 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # nibabel imports an installed pydicom, which takes as long as nibabel itself, for files that are not read here.
+    sys.modules.setdefault("pydicom", None)  # type: ignore[arg-type]  # what Python has there for "not to be found"
     sys.exit(main())

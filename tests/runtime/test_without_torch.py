@@ -55,6 +55,16 @@ def test_a_scan_becomes_its_label_map(tmp_path, scan):
     assert labels.shape == (20, 18, 16) and len(np.unique(np.asarray(labels.dataobj))) > 1
 
 
+def test_pydicom_which_nibabel_would_import_costs_no_time(tmp_path, scan):
+    model = write_onnx(write_run(tmp_path / "run"), tmp_path / "model.onnx")
+    (tmp_path / "packages" / "pydicom").mkdir(parents=True)
+    (tmp_path / "packages" / "pydicom" / "__init__.py").write_text("raise RuntimeError('imported')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "packages"), str(ROOT)])}
+    words = [sys.executable, "-m", "medssm_runtime", *map(str, (model, scan, tmp_path / "labels.nii.gz"))]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_engine_that_is_not_installed_is_named(tmp_path, scan):
     model = write_onnx(write_run(tmp_path / "run"), tmp_path / "model.onnx")
     done = run(model, scan, tmp_path / "labels.nii.gz", blocked=("torch", "onnxruntime"))
