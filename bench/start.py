@@ -52,7 +52,7 @@ def main() -> None:
         (
             "medssm_unet",
             "overhead, s",
-            "of it before the engine, s",
+            "start, s",
             *(f"{part}, s" for part in PARTS),
             "network, s",
             "float32, bytes",
