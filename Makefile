@@ -17,7 +17,7 @@ SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard requirements-*.txt)
 
 CPP := $(shell find csrc tests/emulation docs/examples -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo demo-clinic test tests test-all test-integrations test-lowest test-newest test-versions lint format sanitize gpu-kernels bench docs wheel runtime-wheel clean
+.PHONY: demo demo-clinic test tests test-all test-integrations test-lowest test-newest test-versions lint style types format sanitize gpu-kernels bench docs wheel runtime-wheel clean
 
 # Its threads are bound: two that are not may share a core.
 demo: $(VENV)/installed
@@ -29,9 +29,9 @@ demo-clinic: $(VENV)/installed
 
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
 
-# Lint beside the tests: mypy takes one core.
-test: $(VENV)/installed-dev
-	$(MAKE) --no-print-directory -j2 lint tests
+# mypy takes one core, beside the tests.
+test: style
+	$(MAKE) --no-print-directory -j2 types tests
 
 tests: $(VENV)/installed-dev
 	$(PYTEST)
@@ -44,10 +44,15 @@ test-integrations: $(INTEGRATIONS)/installed-nnunet
 	PYTHONPATH=tests/integrations/nnunet/torchvision_shim $(INTEGRATIONS)/bin/python -m pytest -q -rP tests/integrations/nnunet/real_run.py
 	PYTHONPATH=tests/integrations/nnunet/torchvision_shim $(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 
-lint: $(VENV)/installed-dev
-	$(BIN)/mypy & types=$$!; \
-	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/clang-format --dry-run --Werror $(CPP); style=$$?; \
-	wait $$types && exit $$style
+lint: style types
+
+style: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
 
 # The one formatter of each language.
 format: $(VENV)/installed-dev

@@ -49,16 +49,7 @@ def main() -> None:
         args.size,
         {"seconds": found, "bytes": sizes, "calls": args.calls},
         "The runtime's overhead, and the bytes of the weights",
-        (
-            "medssm_unet",
-            "overhead, s",
-            "start, s",
-            *(f"{part}, s" for part in PARTS),
-            "network, s",
-            "float32, bytes",
-            "8 bits, bytes",
-            "ratio",
-        ),
+        ("medssm_unet", "overhead, s", "start, s", *(f"{part}, s" for part in PARTS), "network, s", "float32, bytes", "8 bits, bytes", "ratio"),
         rows,
     )
 
