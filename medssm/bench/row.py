@@ -22,7 +22,7 @@ class Row:
         title: what is compared
         make: gives the sides by name
         threads: "one", "all", or "both": once with one thread and once with all
-        limit: a side whose call takes longer, in seconds, is called in one round only
+        limit: another side than the first, ours, whose calls take longer, in seconds, is called in one round only
         memory: measure the memory of each side too
         kept: the allocator keeps freed memory, so that no side waits for new pages of the system
         tokens: tokens times channels of the work, for a time per each
