@@ -136,21 +136,12 @@ template <class T, int kVectors, int kSlots, int kUpdates, int kReads = 3 - kUpd
         row.v[l] = load<T>(s + l * kLanes<T>);
         if (kDecays) row.v[l] *= factor.v[l];
       }
-      L other;  // a second sum: the additions to a single one would wait for each other
-#pragma GCC unroll 2
-      for (int l = 0; l < kVectors; ++l) other.v[l] = splat(c[1]) * x[1].v[l];
 #pragma GCC unroll 16
       for (int j = 0; j < kUpdates * kBlock; ++j)
 #pragma GCC unroll 2
-        for (int l = 0; l < kVectors; ++l) {
-          Vec<T>& sum = j % 2 ? other.v[l] : row.v[l];
-          if (j != 1) sum = fma(splat(c[j]), x[j].v[l], sum);
-        }
+        for (int l = 0; l < kVectors; ++l) row.v[l] = fma(splat(c[j]), x[j].v[l], row.v[l]);
 #pragma GCC unroll 2
-      for (int l = 0; l < kVectors; ++l) {
-        row.v[l] += other.v[l];
-        store(s + l * kLanes<T>, row.v[l]);
-      }
+      for (int l = 0; l < kVectors; ++l) store(s + l * kLanes<T>, row.v[l]);
       if (kRead)
 #pragma GCC unroll 16
         for (int j = 0; j < kReads * kBlock; ++j)

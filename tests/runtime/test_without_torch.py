@@ -57,12 +57,13 @@ def test_a_scan_becomes_its_label_map(tmp_path, scan):
 
 def test_pydicom_which_nibabel_would_import_costs_no_time(tmp_path, scan):
     model = write_onnx(write_run(tmp_path / "run"), tmp_path / "model.onnx")
-    (tmp_path / "packages" / "pydicom").mkdir(parents=True)
-    (tmp_path / "packages" / "pydicom" / "__init__.py").write_text("raise RuntimeError('imported')")
+    package, imported = tmp_path / "packages" / "pydicom", tmp_path / "imported"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"open({str(imported)!r}, 'w').close()")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "packages"), str(ROOT)])}
     words = [sys.executable, "-m", "medssm_runtime", *map(str, (model, scan, tmp_path / "labels.nii.gz"))]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not imported.exists(), done.stderr
 
 
 def test_an_engine_that_is_not_installed_is_named(tmp_path, scan):
